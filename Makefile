@@ -1,0 +1,60 @@
+# Each target does its own set-up. On a machine without a GPU take the small build of torch where it is offered:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH_INDEX ?=
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+VENV = .venv
+BIN = $(VENV)/bin
+OLDEST = .venv-oldest
+STAMP = $(VENV)/.installed
+OLDEST_STAMP = $(OLDEST)/.installed
+
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test test-oldest lint format cov bench clean
+
+demo: $(STAMP)
+	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto
+
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST)/bin/python -m pytest -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+cov: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest -n auto --cov --cov-report=
+	$(BIN)/coverage report
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist
+
+# torch goes first and pinned: as a dependency of something else pip takes the newest, with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kbitcheck needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt torch==2.13.0
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The oldest transformers and peft that pyproject.toml allows; everything else as pinned, but what the old ones refuse.
+$(OLDEST_STAMP): pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -v -E '^(transformers|peft|huggingface_hub|tokenizers|hf-xet|fsspec|filelock)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/constraints.txt torch==2.13.0
+	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/constraints.txt transformers==4.56.2 peft==0.17.1 -e '.[test]'
+	touch $@

@@ -1,0 +1,91 @@
+"""Conformance tests for the preparation of quantized models for k-bit training.
+
+``audit`` judges a live model, ``check_implementation`` a preparation function; importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.core import NonConformance, Report, UsageError
+
+if TYPE_CHECKING:
+    from kbitcheck.suite import Checkpointing
+
+__all__ = ["NonConformance", "Report", "UsageError", "__version__", "audit", "check_implementation"]
+
+__version__ = "0.1.0"
+
+
+def audit(
+    model: Any,
+    *,
+    prepare: str | Callable[..., Any] = "",
+    select: Sequence[str] = (),
+    ignore: Mapping[str, str] | None = None,
+    strict: bool = False,
+    **options: Any,
+) -> Report:
+    """Audit a live quantized model in this process, as ``kbitcheck model`` audits a named one.
+
+    ``prepare`` is the preparation to use (peft where it is installed, else the reference); ``ignore`` maps rule codes
+    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.suite.CaseSpec``.
+
+    Raises:
+        UsageError: an option, rule or implementation is wrong, or the model is not quantized.
+    """
+    from kbitcheck import live
+
+    return live.audit(model, prepare, select=select, ignore=ignore or {}, strict=strict, options=options)
+
+
+def check_implementation(
+    prepare: str | Callable[..., Any],
+    *,
+    models: Sequence[str] = (),
+    quants: Sequence[str] = (),
+    checkpointing: Sequence[Checkpointing] = (),
+    suite: str = "quick",
+    select: Sequence[str] = (),
+    ignore: Mapping[str, str] | None = None,
+    strict: bool = False,
+    timeout: float = 600.0,
+    **options: Any,
+) -> Report:
+    """Check a preparation function against the specification, as ``kbitcheck impl`` does.
+
+    A string names it (``peft``, ``module:function``, ``file.py:function``) and runs in a worker process, with
+    ``timeout`` seconds for each case; a callable runs in this process, without a time limit. ``options`` are those of
+    ``kbitcheck.suite.CaseSpec``.
+
+    Raises:
+        UsageError: an option, rule, model or implementation is wrong.
+    """
+    from kbitcheck import implementations
+    from kbitcheck.core import select as selected
+    from kbitcheck.run import run
+    from kbitcheck.suite import FULL, QUICK, cases
+
+    if isinstance(prepare, str):
+        implementations.validate(prepare)
+        live, name = None, prepare
+    else:
+        live = implementations.describe(prepare)
+        name = live.name
+    specs = cases(
+        FULL if suite == "full" else QUICK,
+        models=models,
+        quants=quants,
+        checkpointing=checkpointing,
+        implementation=name,
+        **{"device": "auto", **options},
+    )
+    return run(
+        specs,
+        selected(select, ignore),
+        timeout=timeout,
+        implementation=live,
+        strict=strict,
+        subject={"command": "impl", "ignored": dict(ignore or {})},
+    )

@@ -1,0 +1,5 @@
+"""``python -m kbitcheck``."""
+
+from kbitcheck.cli import main
+
+main()

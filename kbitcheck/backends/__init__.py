@@ -1,0 +1,27 @@
+"""Quantization backends, one file each: how to recognise a quantized layer and read what it holds."""
+
+from __future__ import annotations
+
+from kbitcheck.backends import bitsandbytes
+from kbitcheck.backends.bitsandbytes import (
+    compute_dtype,
+    dequantized,
+    is_packed,
+    is_quantized,
+    kind,
+    shape,
+    state,
+    state_dtype,
+)
+
+__all__ = [
+    "bitsandbytes",
+    "compute_dtype",
+    "dequantized",
+    "is_packed",
+    "is_quantized",
+    "kind",
+    "shape",
+    "state",
+    "state_dtype",
+]

@@ -1,0 +1,83 @@
+"""bitsandbytes: Linear4bit and Linear8bitLt, found by their parameter and its quantization state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
+
+NAME = "bitsandbytes"
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether the module holds a packed 4-bit or row-wise 8-bit weight, with the state that unpacks it."""
+    weight: Any = module._parameters.get("weight")  # its own: an adapter's wrapper shows its base layer's
+    if isinstance(weight, bnb.nn.Params4bit):
+        return weight.quant_state is not None
+    return isinstance(weight, bnb.nn.Int8Params) and _scales(module) is not None
+
+
+def is_packed(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a packed weight, of a subclass too."""
+    return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
+
+
+def kind(module: torch.nn.Module) -> str:
+    """``nf4``, ``fp4`` or ``int8``."""
+    weight = module.weight
+    return str(weight.quant_state.quant_type) if isinstance(weight, bnb.nn.Params4bit) else "int8"
+
+
+def shape(module: torch.nn.Module) -> tuple[int, int]:
+    """(out features, in features) of the weight when unpacked."""
+    weight: Any = module.weight
+    rows, columns = weight.quant_state.shape if isinstance(weight, bnb.nn.Params4bit) else weight.shape
+    return int(rows), int(columns)
+
+
+def compute_dtype(module: torch.nn.Module) -> torch.dtype | None:
+    """The dtype a 4-bit layer computes in; None where it follows its input (int8)."""
+    found = getattr(module, "compute_dtype", None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def state_dtype(module: torch.nn.Module) -> torch.dtype | None:
+    """The dtype a 4-bit weight is unpacked to before the product; None for int8."""
+    state = getattr(module.weight, "quant_state", None)
+    return None if state is None else state.dtype
+
+
+def state(module: torch.nn.Module) -> Mapping[str, Any]:
+    """The fields of the quantization state: tensors and plain values, nested state included."""
+    weight: Any = module.weight
+    if not isinstance(weight, bnb.nn.Params4bit):
+        return {"SCB": _scales(module)}
+    return dict(_fields(weight.quant_state))
+
+
+def dequantized(module: torch.nn.Module) -> torch.Tensor:
+    """The weight as the layer's own kernels unpack it: (out, in), in the state's dtype (float32 for int8)."""
+    weight: Any = module.weight
+    if isinstance(weight, bnb.nn.Params4bit):
+        return dequantize_4bit(weight.data, weight.quant_state)
+    scales = _scales(module)
+    return weight.data.to(torch.float32) * (scales.to(torch.float32) / 127).unsqueeze(1)
+
+
+def _fields(quant_state: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    names = ("absmax", "code", "blocksize", "quant_type", "dtype", "shape", "offset")
+    found = [(prefix + n, getattr(quant_state, n, None)) for n in names]
+    found.append((prefix + "packing", bool(getattr(quant_state, "packing_format_for_cpu", False))))
+    nested = getattr(quant_state, "state2", None)
+    if nested is None:
+        return [*found, (prefix + "nested", None)]
+    return [*found, *_fields(nested, prefix + "nested.")]
+
+
+def _scales(module: torch.nn.Module) -> Any:
+    weight: Any = module.weight
+    scales = getattr(weight, "SCB", None)
+    return scales if scales is not None else getattr(getattr(module, "state", None), "SCB", None)

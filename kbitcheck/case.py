@@ -1,0 +1,586 @@
+"""A case: one model, quantized one way, prepared by one implementation; its facts, each computed when first read.
+
+Whatever runs or saves a model may change it, so each fact that does either gets a fresh copy, prepared anew, and only
+the steps that leave the model as it was share one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.facts import (
+    CallFacts,
+    CostFacts,
+    Distance,
+    ForwardFacts,
+    FunctionFacts,
+    GradientFacts,
+    LayerBackward,
+    MemoryFacts,
+    ModelFacts,
+    RunFacts,
+    StoreFacts,
+    TrainingFacts,
+    Unavailable,
+)
+from kbitcheck.models import Source, resolve
+from kbitcheck.probes import adapters as adapter_probe
+from kbitcheck.probes import digest, forwards, layers, memory, snapshot, step, store, targets, twin
+from kbitcheck.probes.call import SECOND, THIRD, arguments, call
+from kbitcheck.quantization import Quantization
+from kbitcheck.suite import CaseSpec
+
+Attached = tuple[nn.Module, dict[str, nn.Parameter]]
+
+
+class Prepares(Protocol):
+    """What a case needs of an implementation: a name and a callable."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def function(self) -> Callable[..., Any]: ...
+
+
+class Base:
+    """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
+
+    def __init__(self, source: Source, quant: Quantization, spec: CaseSpec) -> None:
+        self.source = source
+        self.quant = quant
+        self.pristine: Any = source.load(quant, spec.device)
+        self.facts = snapshot.snapshot(self.pristine)
+        self.batch: step.Batch = source.batch(
+            self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed
+        )
+        self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
+        self.weights, self.misread = layers.originals(self.pristine)
+        self._twins: dict[tuple[str, ...], twin.Twins] = {}
+
+    def copy(self) -> Any:
+        """A fresh base."""
+        return copy.deepcopy(self.pristine)
+
+    @cached_property
+    def compute(self) -> torch.dtype:
+        """The dtype quantized layers compute in: float32 where they follow prepared (float32) inputs, as int8 does."""
+        dtypes = {backends.compute_dtype(m) for m in self.pristine.modules() if backends.is_quantized(m)}
+        return next((d for d in dtypes if d is not None), torch.float32)
+
+    def twins(self, spec: CaseSpec) -> twin.Twins:
+        """Twins under the spec's profile and adapters, computed once."""
+        key = (spec.profile, spec.adapters, str(spec.rank), str(spec.seed))
+        if key not in self._twins:
+            self._twins[key] = self._compute_twins(spec)
+        return self._twins[key]
+
+    def autocast(self, profile: str) -> Callable[[], AbstractContextManager[Any]] | None:
+        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast."""
+        if profile != "qlora":
+            return None
+        device = next(iter(self.batch.values())).device.type
+        half = self.compute if self.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
+        return lambda: torch.autocast(device, dtype=half)
+
+    def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
+        """The spec's adapters on the base's target layers, with the same numbers each time."""
+        return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
+
+    def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
+        autocast = self.autocast(spec.profile)
+        exact_model, exact_adapters = self.attach(twin.float64(self.copy(), self.weights), spec)
+        adapter_probe.recast(exact_adapters, torch.float64)
+        exact_logits = twin.forward_logits(exact_model, self.batch)
+        run, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
+        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.copy(), self.weights, spec.profile), spec)
+        rounded_logits = twin.forward_logits(rounded_model, self.batch, autocast() if autocast else None)
+        _, rounded = step.train_step(
+            rounded_model, self.batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
+        )
+        ulp = float(torch.finfo(torch.float32).eps)
+        return twin.Twins(
+            exact=exact,
+            rounded=rounded,
+            yardsticks={n: max(step.distance(g, exact[n]), ulp) for n, g in rounded.items() if live(exact[n])},
+            logits=exact_logits,
+            logits_error=twin.root_mean_square_error(rounded_logits, exact_logits),
+            losses=twin.train(exact_model, self.batch, exact_adapters, seed=spec.seed),
+            loss=run.loss,
+        )
+
+
+def live(gradient: torch.Tensor | None) -> bool:
+    """Whether an adapter's gradient is there and not zero."""
+    return gradient is not None and bool(gradient.any())
+
+
+_bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
+
+
+def base_of(spec: CaseSpec) -> Base:
+    """The spec's base; the last few are kept, as cases come grouped by model and quantization."""
+    key = (
+        spec.model, spec.quant, spec.device, spec.batch, spec.seq_len, spec.seed, spec.targets, spec.random_weights,
+        spec.dtype, spec.revision,
+    )  # fmt: skip
+    if key not in _bases:
+        while len(_bases) > 1:
+            _bases.popitem(last=False)
+        source = resolve(
+            spec.model,
+            random_weights=spec.random_weights,
+            dtype=spec.dtype,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            allow_pickle=spec.allow_pickle,
+        )
+        _bases[key] = Base(source, Quantization.parse(spec.quant), spec)
+    _bases.move_to_end(key)
+    return _bases[key]
+
+
+def open_case(spec: CaseSpec, implementation: Prepares) -> Case:
+    """The case of a spec; nothing is prepared or run before a fact is read.
+
+    Raises:
+        UsageError: the model cannot be loaded as asked.
+    """
+    return Case(spec, implementation.function, base_of(spec))
+
+
+class Case:
+    """Facts of one case, as ``kbitcheck.facts.Facts`` describes them."""
+
+    live = False
+
+    def __init__(self, spec: CaseSpec, prepare: Callable[..., Any], base: Base) -> None:
+        self.spec = spec
+        self.prepare = prepare
+        self._base = base
+        self.case = spec.id
+        self.profile = spec.profile
+        self.freezes = spec.freezes
+        self.checkpointing = spec.checkpointing
+
+    def close(self) -> None:
+        """Drop every model of the case."""
+        for name in list(vars(self)):
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del self.__dict__[name]
+
+    # How the subject is asked
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """Keyword arguments of the case's call."""
+        if self.checkpointing == "off":
+            return {SECOND: False}
+        if self.checkpointing == "default":
+            return {SECOND: True}
+        return {SECOND: True, THIRD: {"use_reentrant": self.checkpointing == "reentrant"}}
+
+    @property
+    def batch(self) -> step.Batch:
+        return self._base.batch
+
+    @property
+    def compute_ulp(self) -> float:
+        return float(torch.finfo(self._base.compute).eps)
+
+    @property
+    def remote_code(self) -> bool:
+        return self._base.source.remote_code
+
+    def _prepared_copy(self, **wanted: Any) -> Any:
+        """A fresh base, prepared by the subject.
+
+        Raises:
+            Unavailable: preparation raised.
+        """
+        model = self._base.copy()
+        returned, facts = call(self.prepare, model, **(wanted or self.wanted))
+        if facts.raised:
+            raise Unavailable(f"preparation raised {facts.raised}")
+        return returned if isinstance(returned, nn.Module) else model
+
+    def _attached_copy(self, **wanted: Any) -> Attached:
+        return self._base.attach(self._prepared_copy(**wanted), self.spec)
+
+    def _autocast(self) -> AbstractContextManager[Any] | None:
+        make = self._base.autocast(self.profile)
+        return make() if make else None
+
+    # The base and the call
+
+    @property
+    def base(self) -> ModelFacts:
+        return self._base.facts
+
+    @cached_property
+    def _called(self) -> tuple[Any, CallFacts, Mapping[str, bool]]:
+        model = self._base.copy()
+        flags = {}
+        for index, (name, module) in enumerate(model.named_modules()):
+            module.training = flags[name] = index % 3 != 1
+        returned, facts = call(self.prepare, model, libraries=True, **self.wanted)
+        return (returned if isinstance(returned, nn.Module) else model), facts, flags
+
+    @property
+    def call(self) -> CallFacts:
+        return self._called[1]
+
+    @property
+    def training_flags(self) -> Mapping[str, bool]:
+        """``training`` of each module of the model as it was handed over: a mixture."""
+        return self._called[2]
+
+    @property
+    def _model(self) -> Any:
+        model, facts, _ = self._called
+        if facts.raised:
+            raise Unavailable(f"preparation raised {facts.raised}")
+        return model
+
+    @cached_property
+    def prepared(self) -> ModelFacts:
+        return snapshot.snapshot(self._model)
+
+    # Adapters and steps on one object, none of which changes it
+
+    @cached_property
+    def _attached(self) -> Attached:
+        _ = self.prepared
+        return self._base.attach(self._model, self.spec)
+
+    @cached_property
+    def wrapped(self) -> ModelFacts:
+        return snapshot.snapshot(*self._attached)
+
+    @cached_property
+    def _plain(self) -> tuple[RunFacts, step.Gradients]:
+        model, adapters = self._ready
+        with step.checkpointing_off(model):
+            return step.train_step(model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast())
+
+    @property
+    def _ready(self) -> Attached:
+        """The wrapped model, after it was looked at."""
+        _ = self.wrapped
+        return self._attached
+
+    @property
+    def plain_run(self) -> RunFacts:
+        return self._plain[0]
+
+    @cached_property
+    def _checkpointed(self) -> tuple[RunFacts, step.Gradients]:
+        model, adapters = self._ready
+        return step.train_step(model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast())
+
+    @property
+    def run(self) -> RunFacts:
+        return self._checkpointed[0]
+
+    @property
+    def _twins(self) -> twin.Twins:
+        return self._base.twins(self.spec)
+
+    @cached_property
+    def gradients(self) -> Mapping[str, GradientFacts]:
+        twins, (_, found) = self._twins, self._checkpointed
+        return {
+            name: GradientFacts(
+                live=live(twins.exact[name]),
+                norm=None if gradient is None else float(gradient.norm()),
+                finite=gradient is not None and bool(torch.isfinite(gradient).all()),
+                twin_norm=_norm(twins.exact[name]),
+                error=step.distance(gradient, twins.exact[name]),
+                noise=twins.yardsticks.get(name, 0.0),
+                yardstick=max(twins.yardsticks.get(name, 0.0), twins.median_yardstick),
+                bitwise=_same(gradient, twins.rounded[name]),
+            )
+            for name, gradient in found.items()
+        }
+
+    @cached_property
+    def against_plain(self) -> Mapping[str, Distance]:
+        return step.distances(self._checkpointed[1], self._plain[1], self._yardsticks)
+
+    @property
+    def _yardsticks(self) -> Mapping[str, float]:
+        return {n: max(y, self._twins.median_yardstick) for n, y in self._twins.yardsticks.items()}
+
+    @cached_property
+    def against_other_mode(self) -> Mapping[str, Distance]:
+        model, adapters = self._ready
+        reentrant = any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
+        with step.checkpointing_switched(model, use_reentrant=not reentrant):
+            _, other = step.train_step(
+                model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
+            )
+        return step.distances(self._checkpointed[1], other, self._yardsticks)
+
+    @cached_property
+    def against_plain_dropout(self) -> Mapping[str, Distance]:
+        model, adapters = self._ready
+        found = []
+        with step.dropout_raised(model):
+            for off in (False, True):
+                with step.checkpointing_off(model) if off else torch.enable_grad():
+                    _, gradients = step.train_step(
+                        model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
+                    )
+                found.append(gradients)
+        return step.distances(found[0], found[1], self._yardsticks)
+
+    @cached_property
+    def layer_backwards(self) -> Mapping[str, LayerBackward]:
+        model, adapters = self._ready
+        return layers.backwards(model, self.batch, adapters, self._base.weights, self._base.misread, self._autocast())
+
+    @cached_property
+    def memory(self) -> MemoryFacts:
+        model, adapters = self._ready
+        _ = self._checkpointed  # the first step of a model makes what it keeps for good
+        return memory.activations(
+            model, self.batch, adapters, seed=self.spec.seed, autocast=self._base.autocast(self.profile)
+        )
+
+    # Fresh copies
+
+    @cached_property
+    def _training(self) -> tuple[nn.Module, TrainingFacts, ModelFacts]:
+        model, adapters = self._attached_copy()
+        before = snapshot.fingerprints(adapters)
+        losses = twin.train(
+            model, self.batch, adapters, autocast=self._base.autocast(self.profile), seed=self.spec.seed
+        )
+        after = snapshot.fingerprints(adapters)
+        changed = frozenset(n for n in before if before[n] != after[n])
+        facts = TrainingFacts(losses=losses, twin_losses=self._twins.losses, changed=changed)
+        return model, facts, snapshot.snapshot(model, adapters)
+
+    @property
+    def training(self) -> TrainingFacts:
+        return self._training[1]
+
+    @property
+    def trained(self) -> ModelFacts:
+        return self._training[2]
+
+    @property
+    def generator(self) -> bool:
+        can = getattr(self._base.pristine, "can_generate", None)
+        return bool(can and can())
+
+    @cached_property
+    def rounded_biases(self) -> Mapping[str, str]:
+        """bitsandbytes casts a bias to the compute dtype, or to its input's for int8: fp32 unless the profile is half."""
+        known = self._base.weights
+        names = [n.removesuffix(".bias") for n, p in self.wrapped.parameters.items() if p.quantized_bias]
+        found = {}
+        for name in names:
+            module = self._base.pristine.get_submodule(layers.base_name(name, known))
+            found[f"{name}.bias"] = digest.bits(module.bias.to(backends.compute_dtype(module) or torch.float32))
+        return found
+
+    @cached_property
+    def generates(self) -> ForwardFacts:
+        return forwards.generate(self._training[0], self.batch)
+
+    @cached_property
+    def forwards(self) -> Sequence[ForwardFacts]:
+        half = self._base.compute if self._base.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
+        return forwards.everywhere(self._prepared_copy(), self._base.copy(), self.batch, half)
+
+    @cached_property
+    def function(self) -> FunctionFacts:
+        autocast = self._base.autocast(self.profile)
+        exact = twin.float64(self._base.copy(), self._base.weights)
+        target, routes = targets.routed(exact, lambda: twin.forward_logits(exact, self.batch))
+        subject = self._prepared_copy()
+        found, subject_routes = targets.routed(
+            subject, lambda: twin.forward_logits(subject, self.batch, autocast() if autocast else None)
+        )
+        base = self._base.copy()
+        original, base_routes = targets.routed(base, lambda: twin.forward_logits(base, self.batch))
+        rounded = twin.same_dtype(self._base.copy(), self._base.weights, self.profile)
+        ideal, ideal_routes = targets.routed(
+            rounded, lambda: twin.forward_logits(rounded, self.batch, autocast() if autocast else None)
+        )
+        keep = targets.unmoved(target, routes, subject_routes, base_routes, ideal_routes)
+        return FunctionFacts(
+            base_error=twin.root_mean_square_error(original, target, keep),
+            error=twin.root_mean_square_error(found, target, keep),
+            twin_error=twin.root_mean_square_error(ideal, target, keep),
+            ulp=float(torch.finfo(torch.float32).eps),
+            left_out=int((~keep).sum()),
+            tokens=keep.numel(),
+        )
+
+    @cached_property
+    def cost(self) -> CostFacts:
+        return self._second_look[0]
+
+    @cached_property
+    def _second_look(self) -> tuple[CostFacts, ModelFacts, ModelFacts, ModelFacts]:
+        """A copy prepared while its memory is watched, then prepared again, then switched off."""
+        model = self._base.copy()
+        for index, module in enumerate(model.modules()):
+            module.training = index % 3 != 1
+        kept: list[Any] = []
+
+        def prepare(model: nn.Module) -> None:
+            returned, facts = call(self.prepare, model, **self.wanted)
+            if facts.raised:
+                raise Unavailable(f"preparation raised {facts.raised}")
+            kept.append(returned if isinstance(returned, nn.Module) else model)
+
+        cost = memory.cost(prepare, model)
+        model = kept[-1]
+        repeated = snapshot.snapshot(model)
+        prepare(model)
+        again = snapshot.snapshot(kept[-1])
+        for switch in ("disable_input_require_grads", "gradient_checkpointing_disable"):
+            if self.base.can_checkpoint and hasattr(model, switch):
+                quietly(getattr(model, switch))
+        return cost, repeated, again, snapshot.snapshot(model)
+
+    @property
+    def repeated(self) -> ModelFacts:
+        return self._second_look[1]
+
+    @property
+    def prepared_again(self) -> ModelFacts:
+        return self._second_look[2]
+
+    @property
+    def switched_off(self) -> ModelFacts:
+        """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
+        return self._once_off
+
+    @cached_property
+    def _once_off(self) -> ModelFacts:
+        model = self._prepared_copy()
+        if hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+        if self.base.can_checkpoint and hasattr(model, "gradient_checkpointing_disable"):
+            quietly(model.gradient_checkpointing_disable)
+        return snapshot.snapshot(model)
+
+    @cached_property
+    def default_call(self) -> CallFacts:
+        return call(self.prepare, self._base.copy())[1]
+
+    @cached_property
+    def positional_call(self) -> CallFacts:
+        return call(self.prepare, self._base.copy(), False)[1]
+
+    @cached_property
+    def refused(self) -> tuple[CallFacts, ModelFacts, ModelFacts]:
+        """The call on the same architecture with checkpointing unsupported, with the model before and after."""
+        model = self._base.copy()
+        cls = type(model)
+        model.__class__ = type(cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__})
+        before = snapshot.snapshot(model)
+        _, facts = call(self.prepare, model, **{SECOND: True})
+        return facts, before, snapshot.snapshot(model)
+
+    @cached_property
+    def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]:
+        """The call on a model that already carries adapters: it, and the trainable adapters before and after."""
+        library = "peft" if self.spec.adapters == "peft" or targets.peft_installed() else "reference"
+        model, adapters = adapter_probe.attach(
+            self._base.copy(), self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+        )
+        before = frozenset(n for n, p in adapters.items() if p.requires_grad)
+        returned, facts = call(self.prepare, model, **self.wanted)
+        after = returned if isinstance(returned, nn.Module) else model
+        trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
+        return facts, before, before & trainable
+
+    @cached_property
+    def honoured(self) -> tuple[Mapping[str, str], RunFacts]:
+        """Checkpointing arguments that are not torch's defaults, and what reached torch when they were asked for."""
+        asked: dict[str, Any] = {"use_reentrant": self.checkpointing == "reentrant", "preserve_rng_state": False}
+        if self.checkpointing != "reentrant":
+            asked["determinism_check"] = "none"
+        model, adapters = self._attached_copy(**{SECOND: True, THIRD: asked})
+        facts, _ = step.train_step(
+            model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
+        )
+        return {k: str(v) for k, v in asked.items()}, facts
+
+    @cached_property
+    def store(self) -> StoreFacts:
+        def reload(folder: str) -> nn.Module:
+            model = self._base.source.reload(folder, self.spec.device)
+            returned = self.prepare(model, **arguments(self.prepare, self.wanted))
+            return returned if isinstance(returned, nn.Module) else model
+
+        return store.round_trip(
+            self._prepared_copy(),
+            self.base.state_keys,
+            reload,
+            lambda model: self._base.attach(model, self.spec),
+            self.batch,
+            self._base.autocast(self.profile),
+        )
+
+    @cached_property
+    def unfit_targets(self) -> Mapping[str, str]:
+        return targets.unfit(self._base.pristine, self._base.targets)
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for the head of a report; only those already computed beyond the static ones."""
+        facts: dict[str, Any] = {
+            "model_class": self.base.cls,
+            "parameters": sum(
+                layer.in_features * layer.out_features for layer in self.base.layers.values()
+            ) + sum(_unique(self.base)),
+            "bytes_loaded": self.base.nbytes,
+        }
+        if "prepared" in self.__dict__:
+            facts["bytes_prepared"] = self.prepared.nbytes
+        if "memory" in self.__dict__:
+            shape = tuple(next(iter(self.batch.values())).shape[:2])
+            facts |= {"activations": self.memory.plain, "checkpointed": self.memory.held, "batch": list(shape)}
+        return facts
+
+
+def _unique(model: ModelFacts) -> list[int]:
+    seen = {t.storage: t for t in model.parameters.values() if not t.packed}
+    return [_numel(t.shape) for t in seen.values()]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _norm(gradient: torch.Tensor | None) -> float:
+    return 0.0 if gradient is None else float(gradient.norm())
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def quietly(function: Callable[[], Any]) -> None:
+    """Call a transformers method whose deprecation is not the subject's."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        function()

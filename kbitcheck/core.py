@@ -1,0 +1,344 @@
+"""The check model: what a rule is, what it observes, and what comes of it. Standard library only."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from inspect import getdoc
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from kbitcheck.facts import Facts
+
+SCHEMA = 1
+
+CODE = re.compile(r"KB\d{3}")
+
+
+class Level(str, Enum):
+    """How binding a requirement is: breaking a MUST is non-conformance, a SHOULD counts under ``--strict``, INFO is told."""
+
+    MUST = "MUST"
+    SHOULD = "SHOULD"
+    INFO = "INFO"
+
+
+class Status(str, Enum):
+    """What came of one rule on one case."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    SKIP = "SKIP"
+    ERROR = "ERROR"
+
+
+class Party(str, Enum):
+    """Who a deviation belongs to."""
+
+    IMPLEMENTATION = "implementation"
+    MODEL = "model"
+    STACK = "stack"
+
+
+class NotApplicable(Exception):
+    """Raised by a rule that has, for a stated reason, nothing to examine on this case."""
+
+
+class UsageError(Exception):
+    """Wrong input: the message is one line that says what is wrong and what to do (exit code 4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One thing a rule examined.
+
+    ``where`` names a parameter, layer or fact; ``party`` says whose a deviation is, and ``witness`` what shows that it
+    is not the implementation's (required for any other party). ``note`` is a fact worth telling once, whatever ``ok`` is.
+    """
+
+    where: str
+    ok: bool
+    expected: str
+    actual: str
+    party: Party = Party.IMPLEMENTATION
+    witness: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ok and self.party is not Party.IMPLEMENTATION and not self.witness:
+            raise ValueError(f"{self.where}: a deviation of the {self.party.value} needs a witness")
+
+
+Check = Callable[["Facts"], Iterable[Observation]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A requirement of the specification and the pure function that judges facts by it.
+
+    The first paragraph of the function's docstring is the requirement; the sections headed ``Why``, ``Symptom``, ``Fix``
+    and ``Sources`` are the rest of its page.
+    """
+
+    code: str
+    name: str
+    level: Level
+    check: Check
+    level_of: Callable[[Facts], Level] | None = None
+
+    @property
+    def requirement(self) -> str:
+        """The first paragraph of the page, on one line."""
+        return " ".join(self._page[""].split())
+
+    def section(self, heading: str) -> str:
+        """The text under ``heading`` on one line, or an empty string."""
+        return " ".join(self._page.get(heading, "").split())
+
+    @property
+    def _page(self) -> dict[str, str]:
+        page: dict[str, str] = {"": ""}
+        heading = ""
+        for line in (getdoc(self.check) or "").splitlines():
+            found = re.fullmatch(r"(Why|Symptom|Fix|Sources): *(.*)", line)
+            if found:
+                heading, line = found[1], found[2]
+                page[heading] = ""
+            page[heading] += line + "\n"
+        return page
+
+    @property
+    def family(self) -> str:
+        """The module the rule lives in: freezing, precision, gradients, checkpointing, contract, cost or audit."""
+        return self.check.__module__.rpartition(".")[2]
+
+
+_registry: dict[str, Rule] = {}
+
+
+def rule(
+    code: str, name: str, level: Level, *, level_of: Callable[[Facts], Level] | None = None
+) -> Callable[[Check], Check]:
+    """Register a check under its code. ``level_of`` overrides the level by facts (a MUST only when reentrant, say)."""
+
+    def register(check: Check) -> Check:
+        if not CODE.fullmatch(code) or code in _registry:
+            raise ValueError(f"{code!r} is not a fresh rule code")
+        _registry[code] = Rule(code=code, name=name, level=level, check=check, level_of=level_of)
+        return check
+
+    return register
+
+
+def rules() -> dict[str, Rule]:
+    """Every registered rule by code, sorted."""
+    import kbitcheck.rules  # noqa: F401  (registers them)
+
+    return dict(sorted(_registry.items()))
+
+
+def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -> list[Rule]:
+    """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes.
+
+    Raises:
+        UsageError: a code or prefix that matches no rule.
+    """
+    known = rules()
+    ignored = ignore or {}
+    for prefix in (*codes, *ignored):
+        if not any(code.startswith(prefix.upper()) for code in known):
+            raise UsageError(f"no rule matches {prefix!r}; see `kbitcheck rules`")
+    return [
+        found
+        for code, found in known.items()
+        if (not codes or code.startswith(tuple(c.upper() for c in codes)))
+        and not (ignored and code.startswith(tuple(c.upper() for c in ignored)))
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok."""
+
+    rule: str
+    case: str
+    level: Level
+    status: Status
+    attributed_to: Party | None = None
+    examined: int = 0
+    reason: str = ""
+    failures: tuple[Observation, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def own(self) -> bool:
+        """Whether any failure is the implementation's own."""
+        return any(f.party is Party.IMPLEMENTATION for f in self.failures)
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``."""
+        party = data["attributed_to"]
+        return cls(
+            **{
+                **data,
+                "level": Level(data["level"]),
+                "status": Status(data["status"]),
+                "attributed_to": None if party is None else Party(party),
+                "notes": tuple(data["notes"]),
+                "failures": tuple(Observation(**{**f, "party": Party(f["party"])}) for f in data["failures"]),
+            }
+        )
+
+
+def judge(subject: Rule, facts: Facts) -> Result:
+    """Run one rule on one case. Never raises: what a rule raises becomes a SKIP or an ERROR result.
+
+    No observation at all is an ERROR: there is no way to pass by accident.
+    """
+    start = time.perf_counter()
+    level, reason, examined = subject.level, "", 0
+    failures: list[Observation] = []
+    notes: dict[str, None] = {}
+    try:
+        if subject.level_of is not None:
+            level = subject.level_of(facts)
+        for seen in subject.check(facts):
+            examined += 1
+            if seen.note:
+                notes[seen.note] = None
+            if not seen.ok:
+                failures.append(seen)
+        status = Status.FAIL if failures else Status.PASS
+        if not examined:
+            status, reason = Status.ERROR, "vacuous: the rule examined nothing"
+    except NotApplicable as skip:
+        status, reason, failures = Status.SKIP, str(skip), []
+    except Exception as error:
+        status, reason = Status.ERROR, f"{type(error).__name__}: {error}".splitlines()[0]
+    parties = {f.party for f in failures}
+    blamed = next((p for p in Party if p in parties), None)
+    return Result(
+        rule=subject.code,
+        case=facts.case,
+        level=level,
+        status=status,
+        attributed_to=blamed,
+        examined=examined,
+        reason=reason,
+        failures=tuple(failures),
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+EXIT_CONFORMS, EXIT_BROKEN_RULE, EXIT_INTERRUPTED, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING = range(6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything one run found, as plain data; its JSON form is what ``--format json`` prints and ``show`` reads.
+
+    ``subject`` says what was run (command, model or implementation, options); ``environment`` holds versions, device and
+    seed; ``blame`` is ``"any"`` where a failure counts whoever is at fault and ``"own"`` where only the
+    implementation's do. ``complete`` is False when the run was cut short.
+    """
+
+    tool: str
+    environment: Mapping[str, Any]
+    subject: Mapping[str, Any]
+    results: Sequence[Result]
+    blame: str
+    strict: bool = False
+    complete: bool = True
+    schema: int = SCHEMA
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def counts(self, result: Result) -> bool:
+        """Whether a result makes the run non-conforming."""
+        if result.status is not Status.FAIL or result.level is Level.INFO:
+            return False
+        if result.level is Level.SHOULD and not self.strict:
+            return False
+        return self.blame == "any" or result.own
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Number of results by what came of them; ``counted`` are the failures that decide the verdict."""
+        of = {status.value.lower(): 0 for status in Status}
+        for result in self.results:
+            of[result.status.value.lower()] += 1
+        return {**of, "counted": sum(map(self.counts, self.results))}
+
+    @property
+    def exit_code(self) -> int:
+        """0 conforms, 1 does not, 2 interrupted, 3 something broke, 5 nothing was checked."""
+        summary = self.summary
+        if not self.complete:
+            return EXIT_INTERRUPTED
+        if summary["error"]:
+            return EXIT_ERROR
+        if summary["counted"]:
+            return EXIT_BROKEN_RULE
+        return EXIT_CONFORMS if summary["pass"] or summary["fail"] else EXIT_NOTHING
+
+    def raise_for_failures(self) -> None:
+        """Raise ``NonConformance`` unless the run conforms."""
+        if self.exit_code != EXIT_CONFORMS:
+            raise NonConformance(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return {
+            "schema": self.schema,
+            "tool": self.tool,
+            "environment": dict(self.environment),
+            "subject": dict(self.subject),
+            "blame": self.blame,
+            "strict": self.strict,
+            "complete": self.complete,
+            "summary": self.summary,
+            "exit_code": self.exit_code,
+            "facts": dict(self.facts),
+            "results": [r.as_json() for r in self.results],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``.
+
+        Raises:
+            UsageError: the data is no report of this schema.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            raise UsageError(f"not a kbitcheck report of schema {SCHEMA}")
+        try:
+            kept = {k: data[k] for k in ("tool", "environment", "subject", "blame", "strict", "complete", "facts")}
+            return cls(**kept, results=tuple(Result.from_json(r) for r in data["results"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"a damaged kbitcheck report ({type(error).__name__}: {error})") from None
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+
+class NonConformance(AssertionError):
+    """A report that does not conform; the message lists the rules that were broken."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        known = rules()
+        lines = [
+            f"{r.rule} {known[r.rule].name} [{r.case}]: {r.reason or r.failures[0].where + ': ' + r.failures[0].actual}"
+            for r in report.results
+            if r.status is Status.ERROR or report.counts(r)
+        ]
+        super().__init__("\n".join(lines) or "nothing was checked")

@@ -1,0 +1,362 @@
+"""What probes see, as plain data: frozen, torch-free, comparable. Sizes are in bytes, dtypes are torch's names ("float32").
+
+A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equal numbers (``value``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+HALF = frozenset({"float16", "bfloat16"})
+FLOATING = HALF | {"float32", "float64"}
+
+
+class Unavailable(Exception):
+    """A fact that this case cannot give, with the reason; a rule that reads it becomes an ERROR."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFacts:
+    """One parameter or buffer. ``storage`` numbers the memory it lives in: equal numbers share it.
+
+    ``value`` hashes the numbers as float64, whatever the dtype (None for packed weights and for what is not floating).
+    """
+
+    name: str
+    cls: str
+    dtype: str
+    shape: tuple[int, ...]
+    device: str
+    requires_grad: bool
+    storage: int
+    nbytes: int
+    bits: str
+    value: str | None = None
+    packed: bool = False
+    adapter: bool = False
+    quantized_bias: bool = False
+    has_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """One quantized layer, found by type and quantization state. ``state`` maps each field of the state to a digest."""
+
+    name: str
+    cls: str
+    kind: str
+    in_features: int
+    out_features: int
+    compute: str
+    state: Mapping[str, str]
+    dequantized: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleFacts:
+    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm."""
+
+    name: str
+    cls: str
+    training: bool
+    checkpointing: bool | None
+    hooks: tuple[str, ...]
+    norm: frozenset[str] = frozenset()
+    block: bool = False
+    tower: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A model at one stage: loaded, prepared, wrapped or stepped."""
+
+    cls: str
+    parameters: Mapping[str, TensorFacts]
+    buffers: Mapping[str, TensorFacts]
+    layers: Mapping[str, LayerFacts]
+    modules: Mapping[str, ModuleFacts]
+    config: Mapping[str, Any]
+    state_keys: frozenset[str]
+    input_hooks: Mapping[str, int]
+    can_checkpoint: bool
+    embeddings: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> list[ModuleFacts]:
+        """The modules that transformers checkpoints one by one."""
+        return [m for m in self.modules.values() if m.block]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameters and buffers, each storage once."""
+        tensors = [*self.parameters.values(), *self.buffers.values()]
+        return sum({t.storage: t.nbytes for t in tensors}.values())
+
+    def ties(self) -> set[frozenset[str]]:
+        """Groups of parameter names that share memory."""
+        groups: dict[int, set[str]] = {}
+        for tensor in self.parameters.values():
+            groups.setdefault(tensor.storage, set()).add(tensor.name)
+        return {frozenset(g) for g in groups.values() if len(g) > 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFacts:
+    """One call of an implementation. ``raised`` is ``Type: message`` or empty.
+
+    ``process`` maps what changed in the process (a seed, a default, a class attribute) to ``(before, after)``;
+    ``parameters`` maps the signature's names to the text of their defaults ("" where there is none).
+    """
+
+    raised: str = ""
+    same_object: bool = True
+    returned: str = ""
+    warnings: tuple[str, ...] = ()
+    kwargs_before: str = ""
+    kwargs_after: str = ""
+    process: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    parameters: Mapping[str, str] | None = None
+    accepts_any: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFacts:
+    """One block in one training step. ``computed`` and ``recomputed`` count runs of its inside before and in backward."""
+
+    name: str
+    tower: str
+    computed: int
+    recomputed: int
+    on_path: bool
+    input_requires_grad: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """One training forward and backward. ``grads`` maps adapter names to their gradients' digests (None: no gradient).
+
+    ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``order`` is the order in
+    which blocks were recomputed.
+    """
+
+    loss: float
+    loss_bits: str
+    grads: Mapping[str, str | None]
+    blocks: Mapping[str, BlockFacts] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    checkpoints: tuple[Mapping[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    cache_held: bool | None = None
+    shared_inputs: tuple[str, ...] = ()
+    base_grads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far a tensor is from another: relative Frobenius norm, beside the bound's yardstick (same unit)."""
+
+    equal: bool
+    relative: float
+    yardstick: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientFacts:
+    """One adapter's gradient against the float64 twin's. ``live`` is the twin's word; norms are Frobenius norms."""
+
+    live: bool
+    norm: float | None
+    finite: bool
+    twin_norm: float
+    error: float
+    noise: float
+    yardstick: float
+    bitwise: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBackward:
+    """A quantized layer's own backward. ``excess`` is the largest elementwise error over its bound (1 is the limit);
+
+    ``gain`` is the least-squares factor between the gradient found and the one expected, and ``gain_bound`` how far
+    from 1 rounding can move it. ``misread`` is how far the backend's own kernel unpacks the weight from what its format
+    says, relative, where that is more than rounding: the layer is then judged by the kernel's weight.
+    """
+
+    reached: bool
+    carried: bool
+    excess: float = 0.0
+    gain: float = 1.0
+    gain_bound: float = 0.0
+    misread: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFacts:
+    """Activation bytes alive between forward and backward, each storage once, whatever holds it.
+
+    ``allowed`` is what checkpointing has to keep, from the plain run: the blocks' tensor arguments and results and all
+    that was made outside the blocks. ``stack`` is what a bare quantized layer demonstrably keeps under checkpointing.
+    ``steps`` are the bytes each block added in the checkpointed forward, ``step_allowed`` those of its inputs.
+    """
+
+    plain: int
+    held: int
+    allowed: int
+    stack: int
+    blocks: int
+    peak: int
+    peak_plain: int
+    steps: Mapping[str, int]
+    step_allowed: Mapping[str, int]
+    step_stack: Mapping[str, int]
+    survivors: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostFacts:
+    """Bytes while preparing, parameters and buffers included, counted as storages alive."""
+
+    before: int
+    after: int
+    peak: int
+    largest: int
+    stale: int
+    reserved_unused: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFacts:
+    """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's."""
+
+    condition: str
+    autocast: bool
+    finite: bool
+    raised: str = ""
+    base_raised: str = ""
+    base_finite: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionFacts:
+    """Logits before adapters, relative to the float64 twin's (root mean square of the difference over that of the twin)."""
+
+    base_error: float
+    error: float
+    twin_error: float
+    ulp: float
+    left_out: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFacts:
+    """A few AdamW steps with weight decay on one batch: losses before each step and after the last; what changed."""
+
+    losses: tuple[float, ...]
+    twin_losses: tuple[float, ...]
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFacts:
+    """Save and reload of the prepared model and of its adapters, neither of which ever ran."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    raised: str
+    logits: Distance | None
+
+
+class Facts(Protocol):
+    """What rules read: one case's facts, each computed when first read and then kept."""
+
+    @property
+    def case(self) -> str: ...
+    @property
+    def profile(self) -> str: ...
+    @property
+    def freezes(self) -> str: ...
+    @property
+    def checkpointing(self) -> str: ...
+    @property
+    def live(self) -> bool:
+        """Whether the subject is a model someone else prepared: nothing before it is known."""
+        ...
+
+    @property
+    def compute_ulp(self) -> float: ...
+    @property
+    def base(self) -> ModelFacts: ...
+    @property
+    def call(self) -> CallFacts: ...
+    @property
+    def prepared(self) -> ModelFacts: ...
+    @property
+    def wrapped(self) -> ModelFacts: ...
+    @property
+    def trained(self) -> ModelFacts: ...
+    @property
+    def rounded_biases(self) -> Mapping[str, str]:
+        """Bits of each quantized layer's bias, rounded once to the dtype the layer computes in."""
+        ...
+
+    @property
+    def training_flags(self) -> Mapping[str, bool]: ...
+    @property
+    def plain_run(self) -> RunFacts: ...
+    @property
+    def run(self) -> RunFacts: ...
+    @property
+    def gradients(self) -> Mapping[str, GradientFacts]: ...
+    @property
+    def against_plain(self) -> Mapping[str, Distance]: ...
+    @property
+    def against_other_mode(self) -> Mapping[str, Distance]: ...
+    @property
+    def against_plain_dropout(self) -> Mapping[str, Distance]: ...
+    @property
+    def layer_backwards(self) -> Mapping[str, LayerBackward]: ...
+    @property
+    def memory(self) -> MemoryFacts: ...
+    @property
+    def cost(self) -> CostFacts: ...
+    @property
+    def forwards(self) -> Sequence[ForwardFacts]: ...
+    @property
+    def function(self) -> FunctionFacts: ...
+    @property
+    def training(self) -> TrainingFacts: ...
+    @property
+    def store(self) -> StoreFacts: ...
+    @property
+    def generator(self) -> bool:
+        """Whether the model can generate at all."""
+        ...
+
+    @property
+    def generates(self) -> ForwardFacts: ...
+    @property
+    def default_call(self) -> CallFacts: ...
+    @property
+    def positional_call(self) -> CallFacts: ...
+    @property
+    def repeated(self) -> ModelFacts: ...
+    @property
+    def prepared_again(self) -> ModelFacts: ...
+    @property
+    def switched_off(self) -> ModelFacts: ...
+    @property
+    def refused(self) -> tuple[CallFacts, ModelFacts, ModelFacts]: ...
+    @property
+    def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]: ...
+    @property
+    def honoured(self) -> tuple[Mapping[str, str], RunFacts]: ...
+    @property
+    def remote_code(self) -> bool: ...
+    @property
+    def unfit_targets(self) -> Mapping[str, str]: ...

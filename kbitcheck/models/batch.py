@@ -1,0 +1,123 @@
+"""Training batches for any kind of model: deterministic, ragged where the model takes a mask, with labels that vary."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kbitcheck.core import UsageError
+
+IGNORED = -100
+
+
+def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int) -> dict[str, Tensor]:
+    """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
+
+    ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
+    or more is padded on the right, with a mask of zeros and labels of -100. A classifier's labels have shape (batch,).
+    ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
+    the dtype of the model as it is now: see ``fit``. The global generator is not used.
+
+    Raises:
+        UsageError: the model takes inputs of a kind that is not known here, or the sequence is too short.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    drawn = _Tokens(model, seed)
+    if "pixel_values" in accepted and "input_ids" in accepted:
+        made = _image_text(model, drawn, batch, seq_len)
+    elif model.main_input_name == "input_features":
+        made = _speech(model, drawn, batch, seq_len)
+    elif "input_ids" in accepted:
+        made = _text(model, drawn, batch, seq_len)
+    else:
+        raise UsageError(f"{type(model).__name__} takes {model.main_input_name}: no batch can be made for it")
+    return fit({k: v for k, v in made.items() if k in accepted}, model)
+
+
+def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The batch on the device of the model's embeddings, floating inputs in the dtype of its first convolution.
+
+    A speech encoder does not cast its input: what fits the loaded model does not fit the prepared one. Values are drawn
+    so that float16, bfloat16 and wider hold the same numbers.
+    """
+    device = model.get_input_embeddings().weight.device
+    kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
+    dtype = next((k.dtype for k in kernels), model.dtype)
+    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+class _Tokens:
+    """Draws tokens that are not special, and features, from a generator of its own."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        text = model.config.get_text_config()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.vocab = int(text.vocab_size)
+        special: set[int] = set()
+        for config in (model.config, text):
+            for key, value in config.to_dict().items():
+                if key.endswith(("token_id", "token_index")):
+                    special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+        self.pad = next((p for p in (text.pad_token_id, text.eos_token_id, 0) if isinstance(p, int)), 0)
+        self.plain = torch.tensor([token for token in range(min(self.vocab, 50_000)) if token not in special])
+
+    def ids(self, batch: int, seq_len: int) -> Tensor:
+        return self.plain[torch.randint(len(self.plain), (batch, seq_len), generator=self.generator)]
+
+    def features(self, *shape: int) -> Tensor:
+        # Multiples of 1/64 up to 2 are exact in every floating dtype.
+        return torch.randint(-127, 128, shape, generator=self.generator) / 64.0
+
+    def mask(self, batch: int, seq_len: int) -> Tensor:
+        mask = torch.ones(batch, seq_len, dtype=torch.int64)
+        if batch > 1:
+            mask[-1, seq_len - max(1, seq_len // 4) :] = 0
+        return mask
+
+
+def _text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+    config, mask = model.config, tokens.mask(batch, seq_len)
+    ids = tokens.ids(batch, seq_len).where(mask.bool(), tokens.pad)
+    name = type(model).__name__
+    if "SequenceClassification" in name:
+        labels = _classes(config, tokens, batch)
+    elif "MaskedLM" in name:
+        labels = ids.where(mask.bool() & (torch.arange(seq_len) % 3 == 0), IGNORED)
+    elif config.is_encoder_decoder:
+        length = max(4, seq_len // 2)
+        labels = tokens.ids(batch, length).where(tokens.mask(batch, length).bool(), IGNORED)
+    else:
+        labels = ids.where(mask.bool(), IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _classes(config: Any, tokens: _Tokens, batch: int) -> Tensor:
+    if config.num_labels == 1:
+        return tokens.features(batch)
+    if config.problem_type == "multi_label_classification":
+        return (tokens.features(batch, config.num_labels) > 0).float()
+    return torch.arange(batch) % int(config.num_labels)
+
+
+def _speech(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+    config: Any = model.config
+    frames = 2 * config.max_source_positions
+    labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
+    return {"input_features": tokens.features(batch, config.num_mel_bins, frames), "labels": labels}
+
+
+def _image_text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+    config: Any = model.config
+    vision, image = config.vision_config, getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if not (isinstance(size, int) and isinstance(patch, int) and isinstance(image, int)):
+        raise UsageError(f"{type(model).__name__}: its images come in a form that is not known here")
+    patches = (size // patch) ** 2 + (getattr(config, "vision_feature_select_strategy", "") == "full")
+    made = _text(model, tokens, batch, seq_len + patches)
+    made["input_ids"][:, 1 : 1 + patches] = image
+    made["labels"][:, 1 : 1 + patches] = IGNORED
+    return {**made, "pixel_values": tokens.features(batch, getattr(vision, "num_channels", 3), size, size)}

@@ -1,0 +1,123 @@
+"""Checkpoints whose every tensor is drawn: the same numbers in every process, from the name of the tensor alone."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kbitcheck.models import loading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to draw. ``config`` holds a ``config.json``'s fields; ``scale`` maps patterns of names to factors."""
+
+    name: str
+    config: Mapping[str, Any]
+    dtype: str
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal for equal plans."""
+        return json.dumps([self.name, self.config, self.dtype, self.scale], sort_keys=True, default=str)
+
+
+_folders: dict[str, Path] = {}
+
+
+def checkpoint(plan: Plan) -> Path:
+    """The directory of the plan's unquantized checkpoint; drawn once a process, removed when the process ends.
+
+    Raises:
+        UsageError: transformers cannot build such a model.
+    """
+    found = _folders.get(plan.key)
+    if found is None or not found.exists():
+        config = loading.known_config(dict(plan.config), name=plan.name)
+        with loading.quiet(), loading.told(plan.name):
+            model = loading.empty(loading.architecture(config), config)
+            fill(model, plan)
+            found = _folders[plan.key] = _temporary()
+            model.save_pretrained(found)
+    return found
+
+
+def fill(model: PreTrainedModel, plan: Plan) -> None:
+    """Give every parameter of a model on the meta device numbers, in the dtype that loading will keep it in."""
+    dtype = getattr(torch, plan.dtype)
+    model.config.dtype = dtype
+    wide = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or () if dtype is torch.float16 else ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
+    modules = dict(model.named_modules())
+    for name, parameter in list(model.named_parameters()):
+        owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+        factor = next((f for pattern, f in plan.scale.items() if fnmatchcase(name, pattern)), 1.0)
+        numbers = factor * _numbers(owner, leaf, tuple(parameter.shape), f"{plan.name}/{name}")
+        if _is_scale(owner, leaf) and not _adds_one(owner):
+            numbers = 1 + numbers
+        kept = torch.float32 if wide.intersection(name.split(".")) else dtype
+        setattr(owner, leaf, nn.Parameter(numbers.to(kept), requires_grad=parameter.requires_grad))
+    model.tie_weights()
+
+
+def normal(seed: str, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 numbers that depend on ``seed`` and ``shape`` alone; the global generator is not used."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number % 2**63))
+
+
+def _numbers(owner: nn.Module, leaf: str, shape: tuple[int, ...], seed: str) -> Tensor:
+    """Scales that keep activations near one: 0.2 for norm scales, 0.1 for biases, 1/sqrt(fan in) for weights."""
+    if _is_scale(owner, leaf):
+        return 0.2 * normal(seed, shape)
+    if leaf.endswith("bias"):
+        return 0.1 * normal(seed, shape)
+    if len(shape) < 2 or isinstance(owner, nn.Embedding):
+        return normal(seed, shape)
+    fan_in = shape[0] if type(owner).__name__ == "Conv1D" else shape[-1]
+    if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        fan_in = torch.Size(shape[1:]).numel()
+    return normal(seed, shape) / fan_in**0.5
+
+
+def _is_scale(owner: nn.Module, leaf: str) -> bool:
+    return leaf == "weight" and "norm" in type(owner).__name__.lower()
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Whether a norm scales by ``1 + weight``: then something is left of its output when the weight is zero."""
+    probe = copy.deepcopy(norm).to_empty(device="cpu")
+    for parameter in probe.parameters():
+        parameter.data.zero_()
+    size = next(probe.parameters()).shape[-1]
+    with torch.no_grad():
+        return bool(probe(torch.linspace(-1, 1, size)[None]).any())
+
+
+def _temporary() -> Path:
+    folder, process = Path(tempfile.mkdtemp(prefix="kbitcheck-")), os.getpid()
+
+    def remove() -> None:
+        # A forked child inherits this hook, but the folder is its parent's.
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder

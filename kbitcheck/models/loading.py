@@ -1,0 +1,181 @@
+"""From a checkpoint directory to a quantized transformers model, silently, with every failure told in one line."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from kbitcheck.core import UsageError
+from kbitcheck.quantization import Quantization
+
+AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to load. ``dtype`` is torch's name or ``auto`` (as saved); ``attention`` None leaves it to transformers."""
+
+    name: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrainedModel:
+    """The model in ``folder``, quantized by ``quant``; with None, as the checkpoint itself says.
+
+    Raises:
+        UsageError: transformers cannot load it, or tensors are missing or have another shape.
+    """
+    with quiet(), told(options.name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        cls = architecture(config, trust_remote_code=options.trust_remote_code)
+        wanted: dict[str, Any] = {"attn_implementation": options.attention} if options.attention else {}
+        if quant is not None:
+            automatic = automatic_skip(cls, config) if quant.skip else []
+            wanted["quantization_config"] = quant.config(automatic)
+        loaded = cls.from_pretrained(
+            folder,
+            config=config,
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+            device_map={"": options.device},
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=None if options.allow_pickle else True,
+            output_loading_info=True,
+            **wanted,
+        )
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    for fault in ("missing_keys", "mismatched_keys"):
+        if info.get(fault):
+            raise UsageError(f"{options.name}: {_listed(fault.replace('_', ' '), info[fault])}: not this model's weights")
+    return _never_repacked(model)
+
+
+def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """The class that ``config.architectures`` names, or the first fitting one with a head where it names none.
+
+    Raises:
+        UsageError: transformers has no such class, or it computes no loss.
+    """
+    remote = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    if trust_remote_code and remote:
+        return getattr(transformers, max(remote, key=lambda name: name.startswith("AutoModelFor")))
+    names = config.architectures or [name for name in map(_mapped(config), AUTO) if name]
+    for name in names:
+        cls = getattr(transformers, name, None)
+        if cls is not None and "labels" not in inspect.signature(cls.forward).parameters:
+            raise UsageError(f"{name} computes no loss: give a model with a head, such as one for causal language modelling")
+        if cls is not None:
+            return cls
+    known = f"transformers {transformers.__version__}"
+    raise UsageError(f"{known} has no class {' or '.join(names) or f'with a head for {config.model_type}'}")
+
+
+def known_config(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
+    """A configuration from the fields of a ``config.json``.
+
+    Raises:
+        UsageError: transformers does not know the model type, or refuses the fields.
+    """
+    with quiet(), told(name):
+        kind = fields["model_type"]
+        return AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
+
+
+def empty(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this class on the meta device: names and shapes, no numbers."""
+    with torch.device("meta"):
+        built = cls.from_config(copy.deepcopy(config)) if hasattr(cls, "from_config") else cls(copy.deepcopy(config))
+    return cast(PreTrainedModel, built)
+
+
+def automatic_skip(cls: Any, config: PretrainedConfig) -> list[str]:
+    """Modules that transformers leaves unquantized of its own accord: the head, tied modules, the last module."""
+    try:
+        from transformers.quantizers.base import get_keys_to_not_convert
+    except ImportError:  # before transformers 5
+        from transformers.integrations import get_keys_to_not_convert
+
+    return sorted(get_keys_to_not_convert(empty(cls, config)))
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Turns whatever loading raises into a ``UsageError`` of one line. Running out of memory is not wrong usage."""
+    try:
+        yield
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        raise UsageError(f"{name} cannot be loaded ({reason[:400]})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps logs, warnings and progress bars of loading off the screen; not with KBITCHECK_DEBUG=1."""
+    if os.environ.get("KBITCHECK_DEBUG") == "1":
+        yield
+        return
+    from transformers.utils import logging as hf
+
+    bars, threshold = hf.is_progress_bar_enabled(), logging.root.manager.disable
+    hf.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(threshold)
+        if bars:
+            hf.enable_progress_bar()
+
+
+def _never_repacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch off bitsandbytes' repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.
+
+    It rewrites the packed weights in place, rounds their scales to bfloat16, drops the nested state, and raises where
+    the rows are no multiple of 32 or the columns of 64 (0.50.2, ``_convert_weight_packed_for_cpu``). It serves inference
+    alone; without this, what a check sees would depend on the CPU, and looking at a model would change it.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _mapped(config: PretrainedConfig) -> Any:
+    def name(auto: str) -> str | None:
+        found = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        found = found[0] if isinstance(found, tuple) else found
+        return None if found is None else str(found.__name__)
+
+    return name
+
+
+def _listed(what: str, keys: Any, limit: int = 3) -> str:
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+    return f"{len(names)} {what} ({', '.join(names[:limit])}{', ...' if len(names) > limit else ''})"

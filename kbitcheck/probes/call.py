@@ -1,0 +1,93 @@
+"""One call of an implementation, observed: what it takes, what it gives back, what it says, what else it changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from kbitcheck.facts import CallFacts
+from kbitcheck.probes import process
+
+Prepare = Callable[..., Any]
+
+SECOND, THIRD = "use_gradient_checkpointing", "gradient_checkpointing_kwargs"
+
+_libraries_compared = False
+
+
+def signature(prepare: Prepare) -> tuple[dict[str, str] | None, bool]:
+    """Parameter names with the text of their defaults ("" for none), and whether any keyword is accepted.
+
+    None where the signature cannot be read.
+    """
+    try:
+        parameters = inspect.signature(prepare).parameters.values()
+    except (TypeError, ValueError):
+        return None, True
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {p.name: "" if p.default is p.empty else repr(p.default) for p in named}, anything
+
+
+def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the wanted keyword arguments that the implementation takes: an older one is run with what it has."""
+    parameters, anything = signature(prepare)
+    if parameters is None or anything:
+        return dict(wanted)
+    return {k: v for k, v in wanted.items() if k in parameters}
+
+
+def call(
+    prepare: Prepare,
+    model: nn.Module,
+    *positional: Any,
+    libraries: bool = False,
+    **wanted: Any,
+) -> tuple[Any, CallFacts]:
+    """Call ``prepare`` and return what it returned (None if it raised) with the facts of the call.
+
+    ``libraries`` also compares every class of the libraries that training rests on, once a process.
+    """
+    global _libraries_compared
+    parameters, anything = signature(prepare)
+    kwargs = arguments(prepare, wanted)
+    given = copy.deepcopy(kwargs.get(THIRD))
+    classes = process.classes_of(model)
+    everything = libraries and not _libraries_compared
+    if everything:
+        _libraries_compared = True
+        classes |= process.library_classes()
+    attributes = process.attributes(classes, functions=everything)
+    raised, returned = "", None
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        before = process.state()
+        start = time.perf_counter()
+        try:
+            returned = prepare(model, *positional, **kwargs)
+        except Exception as error:
+            raised = f"{type(error).__name__}: {error}"
+        seconds = time.perf_counter() - start
+        after = process.state()
+    changed = {
+        **process.changed(before, after),
+        **process.patched(attributes, process.attributes(classes, functions=everything)),
+    }
+    return returned, CallFacts(
+        raised=raised,
+        same_object=returned is model,
+        returned=type(returned).__name__,
+        warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
+        kwargs_before=repr(given),
+        kwargs_after=repr(kwargs.get(THIRD)),
+        process=changed,
+        parameters=parameters,
+        accepts_any=anything,
+        seconds=seconds,
+    )

@@ -1,0 +1,77 @@
+"""Forwards under every condition a user may run the model in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.facts import ForwardFacts
+from kbitcheck.probes import step
+from kbitcheck.probes.live import tensors
+
+
+def conditions(batch: step.Batch) -> list[tuple[str, bool, bool, bool]]:
+    """(text, training, with mask, autocast) for each condition; without a mask in the batch, those without alone."""
+    masked = (True, False) if "attention_mask" in batch else (False,)
+    return [
+        (f"{'train' if training else 'eval'}, {'with' if mask else 'no'} mask, {'autocast' if auto else 'no autocast'}",
+         training, mask, auto)
+        for training in (True, False)
+        for mask in masked
+        for auto in (True, False)
+    ]  # fmt: skip
+
+
+def run(model: nn.Module, batch: step.Batch, *, training: bool, mask: bool, autocast: torch.dtype | None) -> tuple[bool, str]:
+    """Whether every output of one forward is finite, and what it raised ("" if nothing)."""
+    fed = step.feed(model, batch)
+    inputs = fed if mask else {k: v for k, v in fed.items() if k != "attention_mask"}
+    device = next(iter(batch.values())).device.type
+    model.train(training)
+    context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
+    try:
+        with torch.no_grad(), context, step.seeded(0, device):
+            output = model(**inputs)
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}".splitlines()[0]
+    floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
+    # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
+    return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), ""
+
+
+def everywhere(model: nn.Module, base: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[ForwardFacts]:
+    """Every condition on the prepared model, beside the unprepared base. Both are used up: eval mode may repack weights."""
+    found = []
+    for text, training, mask, auto in conditions(batch):
+        dtype = autocast if auto else None
+        finite, raised = run(model, batch, training=training, mask=mask, autocast=dtype)
+        base_finite, base_raised = run(base, batch, training=training, mask=mask, autocast=dtype)
+        found.append(
+            ForwardFacts(
+                condition=text,
+                autocast=auto,
+                finite=finite,
+                raised=raised,
+                base_raised=base_raised,
+                base_finite=base_finite,
+            )
+        )
+    return found
+
+
+def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
+    """A short greedy generation after training, in eval mode; the model is used up."""
+    model.eval()
+    inputs = {k: v[:1] for k, v in step.feed(model, batch).items() if k not in ("labels", "decoder_input_ids")}
+    raised, finite = "", False
+    try:
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        finite = tokens.numel() > 0
+    except Exception as error:
+        raised = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ForwardFacts(condition="generate", autocast=False, finite=finite, raised=raised)

@@ -1,0 +1,80 @@
+"""Bytes of tensors alive, counted as storages, on any device and whoever holds them.
+
+Watching allocations beats asking autograd what it saved: hooks on saved tensors miss what a node keeps as an attribute
+(both of bitsandbytes' int8 functions keep their input so) and what a closure holds (the keyword arguments of reentrant
+checkpointing), and they do not see what a non-reentrant recompute brings back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Live(TorchDispatchMode):
+    """Counts the storages that operators make while it is entered, each until it is freed. Bytes throughout.
+
+    ``now`` and ``peak`` are totals; ``tag`` labels what is made from now on.
+    """
+
+    def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.tag = ""
+        self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        for tensor in existing:
+            self.add(tensor)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage from now on, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[key] = (weakref.ref(storage, self._freed(key)), size, self.tag)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def holds(self) -> dict[int, tuple[int, str]]:
+        """Size and tag of each storage alive, by its identity."""
+        return {key: (size, tag) for key, (_, size, tag) in self._alive.items()}
+
+    def _freed(self, key: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            found = self._alive.pop(key, None)
+            if found is not None:
+                self.now -= found[1]
+
+        return forget
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.add(out)
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                if isinstance(item, torch.Tensor):
+                    self.add(item)
+        return out
+
+
+def tensors(*items: Any) -> Iterator[torch.Tensor]:
+    """Every tensor inside nested containers, model outputs and caches that are mappings included."""
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            yield from tensors(*item.values())
+        elif isinstance(item, (tuple, list)):
+            yield from tensors(*item)
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage, for as long as it lives."""
+    return tensor.untyped_storage()._cdata

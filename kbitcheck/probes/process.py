@@ -1,0 +1,110 @@
+"""What of the process a preparation must leave alone: seeds, defaults, modes, filters, class attributes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy
+import torch
+
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
+# Counters and caches that classes keep for themselves, and what the standard library writes.
+OWN_BUSINESS = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
+
+State = Mapping[str, str]
+
+
+def state() -> State:
+    """Text of every process-wide setting that numerics or users depend on."""
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "grad mode": str(torch.is_grad_enabled()),
+        "inference mode": str(torch.is_inference_mode_enabled()),
+        "anomaly mode": str(torch.is_anomaly_enabled()),
+        "autocast": str([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]),
+        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "deterministic warn-only": str(torch.is_deterministic_algorithms_warn_only_enabled()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn": str((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)),
+        "threads": str(torch.get_num_threads()),
+        "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
+        "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())) if _cuda() else "",
+        "numpy RNG": _digest(repr(numpy.random.get_state()).encode()),
+        "random RNG": _digest(repr(random.getstate()).encode()),
+        "warnings filters": _digest(repr(warnings.filters).encode()),
+        "environment variables": _digest(repr(sorted(os.environ.items())).encode()),
+        "recursion limit": str(sys.getrecursionlimit()),
+    }
+
+
+def classes_of(model: torch.nn.Module) -> set[type]:
+    """Every class in the line of any module or parameter of the model."""
+    lines = {type(m) for m in model.modules()} | {type(p) for p in model.parameters()}
+    config = getattr(model, "config", None)
+    return {c for t in lines for c in t.__mro__ if c is not object} | ({type(config)} if config is not None else set())
+
+
+def library_classes() -> set[type]:
+    """Every class defined in a loaded module of the libraries that training rests on."""
+    found = set()
+    for module in _library_modules():
+        for item in list(vars(module).values()):
+            if issubclass(type(item), type) and item.__module__.split(".")[0] in LIBRARIES:
+                found.add(item)
+    return found
+
+
+def attributes(classes: Iterable[type], *, functions: bool = False) -> dict[str, int]:
+    """Identity of each attribute of the classes and, with ``functions``, of the libraries' module-level functions."""
+    seen = {
+        f"{cls.__module__}.{cls.__qualname__}.{name}": id(item)
+        for cls in classes
+        for name, item in list(vars(cls).items())
+        if name not in OWN_BUSINESS and not isinstance(item, (int, float)) or isinstance(item, bool)
+    }
+    if functions:
+        for module in _library_modules():
+            for name, item in list(vars(module).items()):
+                if issubclass(type(item), (FunctionType, type)):
+                    seen[f"{module.__name__}.{name}"] = id(item)
+    return seen
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """What differs, by name; a name that only appeared counts for classes' attributes and settings alike."""
+    names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
+    return {n: (str(before.get(n, "absent")), str(after.get(n, "absent"))) for n in sorted(names)}
+
+
+def patched(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, tuple[str, str]]:
+    """Attributes that were replaced, removed or added on a class that existed before."""
+    owners = {name.rpartition(".")[0] for name in before}
+    found = {}
+    for name in sorted({**before, **after}):
+        if before.get(name) != after.get(name) and name.rpartition(".")[0] in owners:
+            new = name not in before
+            # Modules resolve names lazily, so only what stood there before counts; a class gets no new names.
+            if new and name.rpartition(".")[0] in sys.modules:
+                continue
+            found[name] = ("absent" if new else "original", "added" if new else "replaced" if name in after else "removed")
+    return found
+
+
+def _library_modules() -> list[ModuleType]:
+    return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()

@@ -1,0 +1,74 @@
+"""What a report has to say, worst first, each thing once however many cases it was seen in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kbitcheck.core import Level, Observation, Party, Report, Result, Status
+from kbitcheck.reporters.names import grouped
+
+LEVELS = tuple(Level)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """The same failure, or the same error, of these rules in these cases."""
+
+    rules: tuple[str, ...]
+    cases: tuple[str, ...]
+    level: Level
+    counted: bool
+    reason: str
+    failures: tuple[Observation, ...]
+
+    @property
+    def error(self) -> bool:
+        """Whether nothing was judged."""
+        return not self.failures
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """Failures that expected and got the same, with their places grouped."""
+
+    where: tuple[str, ...]
+    expected: str
+    actual: str
+    party: Party
+    witness: str
+
+
+def findings(report: Report) -> list[Finding]:
+    """Failures and errors, worst first: what counts, then errors, then what is told."""
+    groups: dict[tuple[object, ...], list[Result]] = {}
+    for result in report.results:
+        if result.status is Status.FAIL:
+            key: tuple[object, ...] = (result.rule, result.level, result.failures, result.reason)
+        elif result.status is Status.ERROR:
+            key = (None, result.reason)
+        else:
+            continue
+        groups.setdefault(key, []).append(result)
+    found = [
+        Finding(
+            rules=tuple(sorted({r.rule for r in group})),
+            cases=tuple(dict.fromkeys(r.case for r in group)),
+            level=min((r.level for r in group), key=LEVELS.index),
+            counted=report.counts(group[0]),
+            reason=group[0].reason,
+            failures=group[0].failures,
+        )
+        for group in groups.values()
+    ]
+    return sorted(found, key=lambda f: (not f.counted, not f.error, LEVELS.index(f.level), f.rules))
+
+
+def deviations(failures: Sequence[Observation]) -> list[Deviation]:
+    """Failures by what was expected and found; the implementation's own first."""
+    groups: dict[tuple[str, str, Party, str], list[str]] = {}
+    for seen in failures:
+        groups.setdefault((seen.expected, seen.actual, seen.party, seen.witness), []).append(seen.where)
+    found = [Deviation(tuple(grouped(where)), *key) for key, where in groups.items()]
+    order = tuple(Party)
+    return sorted(found, key=lambda d: order.index(d.party))

@@ -1,0 +1,229 @@
+"""The report for people. The first screen answers: may I go on, what is wrong, whose fault is it, what do I do?"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from kbitcheck.core import Party, Report, Rule, Status, rules
+from kbitcheck.reporters.again import command
+from kbitcheck.reporters.findings import Deviation, Finding, deviations, findings
+from kbitcheck.reporters.tally import Tally
+
+Line = tuple[str, str]  # text and rich style
+
+SHOWN = 3  # deviations of one finding, unless verbose
+PLACES = 8  # grouped names of one deviation, unless verbose
+SIGNATURES = 3  # findings of one rule, unless verbose
+INDENT = "    "
+
+
+def render(report: Report, *, width: int, color: bool = False, verbose: bool = False) -> str:
+    """The whole report; lines are wrapped at ``width`` columns, names and commands never inside."""
+    lines = list(_Page(report, width, verbose).lines())
+    plain = [
+        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines
+    ]
+    if not color:
+        return "".join(f"{text}\n" for text, _ in plain)
+    from rich.console import Console
+    from rich.text import Text
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, highlight=False, legacy_windows=False)
+    for text, style in plain:
+        console.print(Text(text, style=style), soft_wrap=True)
+    return out.getvalue()
+
+
+class _Page:
+    def __init__(self, report: Report, width: int, verbose: bool) -> None:
+        self._report = report
+        self._width = width
+        self._verbose = verbose
+        self._known = rules()
+        self._cases = tuple(report.subject.get("cases") or dict.fromkeys(r.case for r in report.results))
+
+    def lines(self) -> Iterator[Line]:
+        yield from self._wrapped(self._header(), "bold")
+        yield "", ""
+        style = "bold green" if self._report.exit_code == 0 else "bold red"
+        yield self._ends(Tally(self._report).line(), _seconds(self._report.facts.get("seconds"))), style
+        shown: dict[tuple[str, ...], int] = {}
+        left_out: dict[tuple[str, ...], list[str]] = {}
+        for finding in findings(self._report):
+            shown[finding.rules] = shown.get(finding.rules, 0) + 1
+            if shown[finding.rules] > SIGNATURES and not self._verbose:
+                left_out.setdefault(finding.rules, []).extend(finding.cases)
+                continue
+            yield "", ""
+            yield from self._finding(finding)
+        for codes, cases in left_out.items():
+            yield "", ""
+            yield from self._wrapped(f"{codes[0]} failed otherwise in {len(cases)} more cases (-v lists them).", "dim")
+        if self._verbose:
+            yield from self._passed_and_skipped()
+        yield from self._foot()
+
+    def _header(self) -> str:
+        subject, environment = self._report.subject, self._report.environment
+        implementation = subject.get("implementation", {})
+        by = " ".join(filter(None, [implementation.get("name", "?"), implementation.get("version", "")]))
+        specs = [subject["cases"][case] for case in self._cases] if "cases" in subject else []
+        facts = self._report.facts.get("cases", {})
+        models = dict.fromkeys(
+            _named(s["model"], facts.get(case, {})) for case, s in zip(self._cases, specs, strict=False)
+        )
+        parts = [
+            self._report.tool,
+            next(iter(models)) if len(models) == 1 else f"{len(models)} models",
+            " and ".join(dict.fromkeys(s["quant"] for s in specs)) if len(specs) < 4 else f"{len(specs)} cases",
+            f"prepared by {by}",
+            " ".join(filter(None, [environment.get("device", ""), environment.get("device_name", "")])),
+            "in this process" if subject.get("in_process") else "",
+        ]
+        return " · ".join(filter(None, parts))
+
+    def _finding(self, finding: Finding) -> Iterator[Line]:
+        style = "bold red" if finding.counted or finding.error else "bold yellow"
+        mark = "✗" if finding.counted or finding.error else "!"
+        if finding.error:
+            title = f"{mark} {_codes(finding.rules, self._known)} could not be judged"
+            yield self._ends(title, "ERROR"), style
+            yield from self._wrapped(finding.reason, "", INDENT)
+        else:
+            rule = self._known.get(finding.rules[0])
+            parties = dict.fromkeys(d.party for d in deviations(finding.failures))
+            title = f"{mark} {finding.rules[0]} {rule.name if rule else ''}".rstrip()
+            yield self._ends(f"{title}  ({finding.level.value})", " and ".join(map(self._whose, parties))), style
+            yield from self._told(finding, rule)
+        if len(self._cases) > 1:
+            yield from self._wrapped(f"In: {self._in(finding.cases)}", "dim", INDENT)
+        if again := command(self._report, finding.cases[0], finding.rules[0]):
+            yield f"{INDENT}Again: {again}", "cyan"
+
+    def _told(self, finding: Finding, rule: Rule | None) -> Iterator[Line]:
+        if rule is not None:
+            yield from self._wrapped(rule.requirement, "", INDENT)
+        found = deviations(finding.failures)
+        shown = found if self._verbose else found[:SHOWN]
+        for deviation in shown:
+            yield from self._deviation(deviation)
+        if rest := sum(len(d.where) for d in found[len(shown) :]):
+            yield f"{INDENT}… and {rest} more (-v lists them)", "dim"
+        if finding.reason:
+            yield from self._wrapped(finding.reason, "", INDENT)
+        if rule is not None:
+            for title, heading in (("You will see", "Symptom"), ("Do", "Fix")):
+                if text := rule.section(heading):
+                    yield from self._wrapped(f"{title}: {text}", "", INDENT)
+
+    def _deviation(self, deviation: Deviation) -> Iterator[Line]:
+        where = deviation.where if self._verbose else deviation.where[:PLACES]
+        rest = len(deviation.where) - len(where)
+        places = ", ".join(where) + (f", and {rest} more (-v lists them)" if rest else "")
+        yield from self._wrapped(f"- {places}", "bold", INDENT)
+        yield from self._wrapped(f"expected {deviation.expected}; found {deviation.actual}", "", INDENT + "  ")
+        if deviation.witness:
+            whose = self._whose(deviation.party)
+            yield from self._wrapped(f"{whose}: {deviation.witness}", "dim", INDENT + "  ")
+
+    def _in(self, cases: tuple[str, ...]) -> str:
+        if set(cases) == set(self._cases):
+            return f"all {len(cases)} cases"
+        return ", ".join(cases)
+
+    def _passed_and_skipped(self) -> Iterator[Line]:
+        several = len(self._cases) > 1
+        for status, word in ((Status.PASS, "kept"), (Status.SKIP, "not applicable")):
+            found = [r for r in self._report.results if r.status is status]
+            if found:
+                yield "", ""
+                yield word, "bold"
+            for result in found:
+                name = self._known[result.rule].name if result.rule in self._known else ""
+                tail = result.reason or f"{result.examined} examined"
+                place = f" [{result.case}]" if several else ""
+                yield from self._wrapped(f"{result.rule} {name}{place}: {tail}", "dim", "  ")
+
+    def _foot(self) -> Iterator[Line]:
+        notes = [f"ignored  {c}: {why}" for c, why in self._report.subject.get("ignored", {}).items()]
+        if self._report.subject.get("command") in ("model", "audit"):
+            facts = self._report.facts.get("cases", {})
+            for case, found in facts.items():
+                if text := _memory(found):
+                    notes.append(f"memory   {text}" + (f"  [{case}]" if len(facts) > 1 else ""))
+        if not self._report.complete:
+            notes.append("This report is not complete: the run was interrupted.")
+        if notes:
+            yield "", ""
+        for note in notes:
+            yield from self._wrapped(note, "")
+
+    def _whose(self, party: Party) -> str:
+        if party is not Party.IMPLEMENTATION:
+            return f"the {party.value}'s"
+        return f"{self._report.subject.get('implementation', {}).get('name') or 'the implementation'}'s"
+
+    def _ends(self, left: str, right: str) -> str:
+        gap = self._width - len(left) - len(right)
+        return f"{left}{' ' * gap}{right}" if right and gap > 1 else f"{left}  {right}".rstrip()
+
+    def _wrapped(self, text: str, style: str, indent: str = "") -> Iterable[Line]:
+        folded = textwrap.wrap(
+            text,
+            self._width,
+            initial_indent=indent,
+            subsequent_indent=indent + ("  " if text.startswith("- ") else ""),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return [(line, style) for line in folded]
+
+
+def _named(model: str, facts: Mapping[str, Any]) -> str:
+    size = facts.get("parameters")
+    about = ", ".join(filter(None, [facts.get("model_class", ""), _count(size) if size else ""]))
+    return f"{model} ({about})" if about else model
+
+
+def _codes(codes: tuple[str, ...], known: Mapping[str, Rule]) -> str:
+    if len(codes) == 1:
+        return f"{codes[0]} {known[codes[0]].name}" if codes[0] in known else codes[0]
+    return f"{len(codes)} rules ({', '.join(codes[:4])}{', …' if len(codes) > 4 else ''})"
+
+
+def _memory(facts: Mapping[str, Any]) -> str:
+    parts = []
+    if "bytes_loaded" in facts:
+        after = f" → {_bytes(facts['bytes_prepared'])} after preparing" if "bytes_prepared" in facts else ""
+        parts.append(f"weights {_bytes(facts['bytes_loaded'])}{after}")
+    if "activations" in facts:
+        shape = " × ".join(map(str, facts.get("batch", ())))
+        at = f" at {shape}" if shape else ""
+        held = f", {_bytes(facts['checkpointed'])} checkpointed" if "checkpointed" in facts else ""
+        parts.append(f"activations{at}: {_bytes(facts['activations'])}{held}")
+    return " · ".join(parts)
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _count(number: float) -> str:
+    return _scaled(number, ("", "K", "M", "B", "T")).rstrip()
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    """Three figures and a decimal prefix."""
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {units[-1]}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f} s"

@@ -1,0 +1,162 @@
+"""KB9xx: facts about the model that its user should know before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
+from kbitcheck.facts import HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.rules.precision import norm_parameters
+
+MOST = 0.5
+
+
+def group(tensor: TensorFacts, model: ModelFacts) -> str:
+    """What an unquantized parameter is part of: embeddings, head, norms, experts or other."""
+    owner = tensor.name.rpartition(".")[0]
+    if owner in model.embeddings:
+        return "embeddings"
+    if owner in model.heads:
+        return "head"
+    if tensor.name in norm_parameters(model):
+        return "norms"
+    return "experts" if len(tensor.shape) == 3 and "expert" in tensor.name else "other"
+
+
+def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
+    """Unquantized parameters by group, each storage once."""
+    groups: dict[str, list[TensorFacts]] = {}
+    for tensor in {t.storage: t for t in reversed(model.parameters.values()) if not t.packed}.values():
+        groups.setdefault(group(tensor, model), []).append(tensor)
+    return groups
+
+
+@rule("KB901", "quantized-share", Level.SHOULD)
+def quantized_share(facts: Facts) -> Iterable[Observation]:
+    """Most weights are really quantized; the largest groups that are not are named.
+
+    Embeddings and head do not count: no backend quantizes them.
+
+    Why: bitsandbytes quantizes ``nn.Linear``; fused mixture-of-experts weights are 3-D parameters and stay as they are.
+    Symptom: a "4-bit" model almost as large as the original; out of memory in preparation.
+    Fix: use a checkpoint or loader that quantizes the experts, keep the layers out of preparation's upcast
+    (``--profile qlora``), or choose another model.
+    Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
+    """
+    packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
+    groups = {g: sum(prod(t.shape) for t in ts) for g, ts in unquantized(facts.base).items() if g not in ("embeddings", "head")}
+    total = packed + sum(groups.values())
+    share = packed / total if total else 0.0
+    largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
+    yield Observation(
+        "weights", share >= MOST, "most weights quantized", f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
+        Party.MODEL, "counted on the unprepared base",
+    )  # fmt: skip
+
+
+@rule("KB902", "upcast-cost", Level.SHOULD)
+def upcast_cost(facts: Facts) -> Iterable[Observation]:
+    """The bytes that upcasting adds, by group; flagged where the prepared model is larger than the half-precision one.
+
+    Why: upcasting embeddings, head or experts to fp32 can cost more than quantizing the rest saved.
+    Symptom: 81 GB with preparation, 63 GB without, 73 GB unquantized.
+    Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back.
+    Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
+    """
+    base = facts.base
+    half = 2 * sum(layer.in_features * layer.out_features for layer in base.layers.values())
+    half += sum(t.nbytes for ts in unquantized(base).values() for t in ts)
+    added = {
+        g: grown
+        for g, ts in unquantized(base).items()
+        if (grown := sum(t.nbytes for t in ts if t.dtype in HALF and _widened(t, facts)))
+    }
+    parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
+    actual = f"{facts.prepared.nbytes:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
+    yield Observation(
+        "prepared model", facts.prepared.nbytes <= half, f"at most {half:,} bytes, the half-precision model's", actual,
+        Party.MODEL, "bytes that the profile demands, counted on the base",
+    )  # fmt: skip
+
+
+def _widened(tensor: TensorFacts, facts: Facts) -> bool:
+    after = facts.prepared.parameters.get(tensor.name)
+    return after is not None and after.dtype not in HALF
+
+
+@rule("KB903", "checkpointing-supported", Level.SHOULD)
+def checkpointing_supported(facts: Facts) -> Iterable[Observation]:
+    """The architecture can checkpoint, and in which modules.
+
+    Why: where it cannot, activations decide what fits, and some preparations raise half-way.
+    Symptom: "does not support gradient checkpointing".
+    Fix: prepare with ``use_gradient_checkpointing=False``, a shorter sequence or a smaller batch.
+    Sources: llm-foundry#399, LLaMA-Factory#1550.
+    """
+    towers = ", ".join(f"{b} blocks of {t}" for t, b in _towers(facts.base).items())
+    ok = facts.base.can_checkpoint and bool(towers)
+    yield Observation(facts.base.cls, ok, "supports checkpointing", towers or "no block that does", Party.MODEL, "its class and blocks")
+
+
+def _towers(model: ModelFacts) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for block in model.blocks:
+        counts[block.tower] = counts.get(block.tower, 0) + 1
+    return counts
+
+
+@rule("KB904", "dead-adapters", Level.SHOULD)
+def dead_adapters(facts: Facts) -> Iterable[Observation]:
+    """Adapter targets that no gradient can reach, in the float twin with checkpointing off.
+
+    Why: they are stored, counted as trainable and never trained; every tool that asserts "all adapters have gradients"
+    trips over them.
+    Symptom: adapters that stay as drawn; "parameters that were not used in producing loss" under DDP.
+    Fix: leave these layers out of the adapter's targets.
+    Sources: the last vision layer of LLaVA; experts nobody routed to; unused cross-attention.
+    """
+    for name, g in facts.gradients.items():
+        yield Observation(name, g.live, "reached by a gradient", "dead" if not g.live else "live", Party.MODEL, "the float64 twin")
+
+
+@rule("KB905", "unfit-targets", Level.SHOULD)
+def unfit_targets(facts: Facts) -> Iterable[Observation]:
+    """Adapter targets that the adapter library will refuse or must not wrap.
+
+    Why: an adapter on a router changes which experts run; one on a weight that its owner reads directly does nothing.
+    Symptom: "Target module is not supported"; a tuple where a tensor was expected.
+    Fix: name the targets, without these.
+    Sources: peft#1720, transformers mixture-of-experts routers, Mamba ``out_proj``.
+    """
+    yield Observation("targets", True, "fit", "looked at")
+    for name, reason in facts.unfit_targets.items():
+        yield Observation(name, False, "can take an adapter", reason, Party.MODEL, "its type")
+
+
+@rule("KB907", "unknown-norms", Level.INFO)
+def unknown_norms(facts: Facts) -> Iterable[Observation]:
+    """Layers that look like norms by shape and are not known by class.
+
+    Why: what finds norms by class misses these; KB201 counts them as norms.
+    Symptom: a norm that stays in half precision.
+    Fix: none needed; look at them once.
+    Sources: unsloth-zoo#680.
+    """
+    looked = [m for m in facts.base.modules.values() if m.norm]
+    if not looked:
+        raise NotApplicable("nothing in the model looks like a norm")
+    for m in looked:
+        yield Observation(m.name, "class" in m.norm, "a known norm class", m.cls, Party.MODEL, "its shape")
+
+
+@rule("KB908", "remote-code", Level.INFO)
+def remote_code(facts: Facts) -> Iterable[Observation]:
+    """The model needs code from its repository; it is not run unless ``--trust-remote-code`` is given.
+
+    Why: it runs with your rights.
+    Symptom: "requires you to execute the configuration file in that repo".
+    Fix: read it, then pass ``--trust-remote-code`` with a pinned ``--revision``.
+    Sources: transformers documentation.
+    """
+    yield Observation("model code", not facts.remote_code, "part of transformers", "from its repository", Party.MODEL, "auto_map in its config")

@@ -1,0 +1,112 @@
+"""Which cases a run consists of: plain data, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from kbitcheck.quantization import Quantization
+
+Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
+Profile = Literal["peft", "qlora", "frozen-half"]
+Freezes = Literal["at-prepare", "at-attach"]
+Adapters = Literal["reference", "peft"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseSpec:
+    """One case: a model, how it is quantized, who prepares it, and how it is checkpointed. JSON-able.
+
+    ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
+    comma-separated list of module names; ``quant`` is the text form of a ``Quantization``.
+    """
+
+    model: str
+    quant: str
+    implementation: str
+    checkpointing: Checkpointing = "default"
+    profile: Profile = "peft"
+    freezes: Freezes = "at-prepare"
+    adapters: Adapters = "reference"
+    targets: str = ALL_LINEAR
+    rank: int = 4
+    batch: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    random_weights: bool = False
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def id(self) -> str:
+        """Readable and unique within a run: ``tiny:llama-nf4-reentrant``."""
+        return f"{self.model}-{self.quant}-{self.checkpointing}"
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``."""
+        return cls(**data)
+
+
+QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
+    # Untied, grouped-query, RMSNorm, the plain path in both quantizations; nested state, half-precision packed storage.
+    ("tiny:llama", "nf4,double,storage=bf16", ("reentrant", "non-reentrant", "default", "off")),
+    ("tiny:llama", "int8", ("reentrant", "non-reentrant", "off")),
+    # Tied, LayerNorm and biases; float32 compute, where a two per cent slip cannot hide in rounding.
+    ("tiny:gpt2", "nf4,compute=fp32", ("reentrant", "off")),
+    ("tiny:gpt2", "int8", ("non-reentrant",)),
+    # Encoder-decoder, several readers of one tensor, fp16 weights beside fp32 ones.
+    ("tiny:t5", "nf4,storage=fp16", ("reentrant", "non-reentrant")),
+    ("tiny:t5", "int8", ("non-reentrant",)),
+)
+
+RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
+FULL = tuple(
+    (f"tiny:{recipe}", quant, modes)
+    for recipe in RECIPES
+    for quant, modes in (
+        ("nf4", ("reentrant", "non-reentrant", "default", "off")),
+        ("nf4,double,storage=bf16", ("non-reentrant",)),
+        ("fp4", ("reentrant", "non-reentrant", "off")),
+        ("int8", ("reentrant", "non-reentrant", "off")),
+    )
+)
+
+
+def cases(
+    suite: Sequence[tuple[str, str, Sequence[Checkpointing]]],
+    *,
+    models: Sequence[str] = (),
+    quants: Sequence[str] = (),
+    checkpointing: Sequence[Checkpointing] = (),
+    **options: Any,
+) -> list[CaseSpec]:
+    """The suite's cases, narrowed or replaced by what the user named.
+
+    Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
+    quantizations or modes crosses the suite's models with them.
+    """
+    if models or quants:
+        cells = [
+            (model, quant, checkpointing or ("reentrant", "non-reentrant", "off"))
+            for model in (models or dict.fromkeys(m for m, _, _ in suite))
+            for quant in (quants or ("nf4", "int8"))
+        ]
+    else:
+        cells = [(model, quant, checkpointing or modes) for model, quant, modes in suite]
+    specs = [
+        CaseSpec(model=model, quant=str(Quantization.parse(quant)), checkpointing=mode, **options)
+        for model, quant, modes in cells
+        for mode in modes
+    ]
+    return list(dict.fromkeys(specs))

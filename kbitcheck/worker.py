@@ -1,0 +1,135 @@
+"""The child process that runs cases, ``python -m kbitcheck.worker REQUESTS REPLIES``: JSON lines over two pipes.
+
+Nothing here imports torch before ``main`` runs, so that the parent can share the message types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import gc
+import json
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from kbitcheck.core import Rule, UsageError, judge, rules
+from kbitcheck.implementations import Implementation, load
+from kbitcheck.suite import CaseSpec
+
+if TYPE_CHECKING:
+    from kbitcheck.case import Case
+
+Event = dict[str, Any]
+
+# What ends the answer to a request.
+LAST = frozenset({"ready", "loaded", "done", "usage", "broken"})
+
+
+def examine(case: Case, selected: Sequence[Rule]) -> Iterator[Event]:
+    """Judge every rule on a case, tell its facts, and close it."""
+    with contextlib.closing(case):
+        for rule in selected:
+            yield {"event": "result", "result": judge(rule, case).as_json()}
+        yield {"event": "facts", "case": case.case, "facts": case.summary()}
+
+
+def cause(error: BaseException) -> str:
+    """An exception on one line."""
+    message = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
+
+
+class Server:
+    """Answers requests one by one; the implementation it loaded stays loaded."""
+
+    def __init__(self, replies: IO[str]) -> None:
+        self._replies = replies
+        self._implementation: Implementation | None = None
+        self._device = "cpu"
+
+    def answer(self, request: Event) -> None:
+        """Run one request; the last event sent is one of ``LAST``."""
+        try:
+            for event in getattr(self, f"_{request['do']}")(request):
+                self._send(event)
+        except UsageError as error:
+            self._send({"event": "usage", "message": str(error), "traceback": traceback.format_exc()})
+        except BaseException as error:
+            # A subject may raise SystemExit or KeyboardInterrupt; whatever it raises is the case's end, not the run's.
+            # Memory and CUDA errors leave a process that is not to be trusted with the next case.
+            fatal = isinstance(error, MemoryError) or not isinstance(error, Exception) or "CUDA" in str(error)
+            told = {"event": "broken", "cause": cause(error), "fatal": fatal, "traceback": traceback.format_exc()}
+            self._send(told)
+
+    def _send(self, event: Event) -> None:
+        self._replies.write(json.dumps(event) + "\n")
+        self._replies.flush()
+
+    def _warm(self, request: Event) -> Iterator[Event]:
+        """Import the stack and the oracle, before any subject can patch them."""
+        gc.disable()
+        import kbitcheck_reference  # noqa: F401
+
+        import kbitcheck.case  # noqa: F401
+
+        gc.enable()
+        gc.freeze()
+        yield {"event": "ready"}
+
+    def _load(self, request: Event) -> Iterator[Event]:
+        from kbitcheck import environment
+
+        self._device = environment.resolve_device(request["device"])
+        told = environment.describe(self._device, request["seed"])
+        self._implementation = load(request["implementation"])
+        yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
+
+    def _case(self, request: Event) -> Iterator[Event]:
+        from kbitcheck.case import open_case
+
+        assert self._implementation is not None
+        spec = dataclasses.replace(CaseSpec.from_json(request["spec"]), device=self._device)
+        known = rules()
+        yield from examine(open_case(spec, self._implementation), [known[code] for code in request["rules"]])
+        yield {"event": "done"}
+
+    def _selftest(self, request: Event) -> Iterator[Event]:
+        from kbitcheck import sabotage
+
+        sabotage.run(request["codes"], lambda **row: self._send({"event": "sabotage", **row}))
+        yield {"event": "done"}
+
+
+def main(requests: int, replies: int) -> None:
+    """Serve until the parent closes its end of the pipe or dies."""
+    for fd in (requests, replies):
+        os.set_inheritable(fd, False)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    server = Server(os.fdopen(replies, "w", encoding="utf-8"))
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
+    server.answer({"do": "warm"})
+    while True:
+        server.answer(inbox.get())
+
+
+def _receive(requests: int, inbox: queue.SimpleQueue[Event]) -> None:
+    """Feed the inbox. At the end of the pipe the parent is gone: leave at once, also in the middle of a case."""
+    with os.fdopen(requests, encoding="utf-8") as lines:
+        for line in lines:
+            inbox.put(json.loads(line))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,32 @@
+"""The oracle: a preparation, a minimal LoRA and float64 dequantization, written from the specification.
+
+Imports torch and nothing of kbitcheck.
+"""
+
+from . import lora
+from .dequantize import (
+    FP4,
+    NF4,
+    dequantize_absmax,
+    dequantize_blockwise4,
+    dequantize_int8,
+    dequantized_weight,
+)
+from .lora_layer import LoraLinear
+from .prepare import prepare_model_for_kbit_training
+from .quantized import is_quantized, is_quantized_parameter, quantized_layers
+
+__all__ = [
+    "FP4",
+    "NF4",
+    "LoraLinear",
+    "dequantize_absmax",
+    "dequantize_blockwise4",
+    "dequantize_int8",
+    "dequantized_weight",
+    "is_quantized",
+    "is_quantized_parameter",
+    "lora",
+    "prepare_model_for_kbit_training",
+    "quantized_layers",
+]

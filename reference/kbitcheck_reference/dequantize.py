@@ -1,0 +1,210 @@
+"""Float64 dequantization of 4-bit and int8 weights in plain tensor arithmetic, independent of bitsandbytes' kernels.
+
+Sources: QLoRA (arXiv 2305.14314), section 3 and appendix E, for NF4, blocks and double quantization; LLM.int8()
+(arXiv 2208.07339) for row-wise absmax; bitsandbytes' published code values for FP4.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .quantized import is_quantized
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Each value is the float32 number that the kernels use, held exactly in float64.
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=torch.float32,
+).double()
+"""The 16 values of 4-bit NormalFloat by code, float64 of shape ``(16,)`` (QLoRA, appendix E)."""
+
+FP4 = (torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.float32) / 12).double()
+FP4 = torch.cat([FP4, -FP4])
+"""The 16 values of bitsandbytes' 4-bit float by code (sign, two exponent bits, one mantissa bit), as ``NF4``."""
+
+TABLES = {"nf4": NF4, "fp4": FP4}
+INT8_STEPS = 127.0
+_CPU_ROWS = 32  # rows that bitsandbytes interleaves in the layout of its AVX-512 kernel
+
+
+def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Split packed storage into 4-bit codes; the high nibble of each byte comes first.
+
+    Args:
+        packed: packed weights of any shape and storage dtype (uint8, bfloat16, float16, float32).
+        count: how many codes to return; an odd count leaves the last low nibble unused.
+
+    Returns:
+        Codes 0 to 15, int64, shape ``(count,)``.
+
+    Raises:
+        ValueError: the storage holds fewer than ``count`` codes.
+    """
+    raw = packed.detach().contiguous().reshape(-1).view(torch.uint8)
+    if 2 * raw.numel() < count:
+        message = f"{raw.numel()} bytes hold {2 * raw.numel()} codes of 4 bits, fewer than the {count} wanted"
+        raise ValueError(message)
+    return torch.stack([raw >> 4, raw & 0xF], dim=1).reshape(-1)[:count].long()
+
+
+def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """Multiply each block of ``blocksize`` consecutive values by its scale; the last block may be short.
+
+    Args:
+        values: float64, shape ``(n,)``.
+        absmax: one scale a block, at least ``ceil(n / blocksize)`` elements, any shape.
+        blocksize: elements a block.
+
+    Returns:
+        float64, shape ``(n,)``.
+
+    Raises:
+        ValueError: there are fewer scales than blocks.
+    """
+    blocks = -(-values.numel() // blocksize)
+    if absmax.numel() < blocks:
+        message = f"{values.numel()} values in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}"
+        raise ValueError(message)
+    scales = absmax.detach().reshape(-1).double().repeat_interleave(blocksize)
+    return values * scales[: values.numel()]
+
+
+def dequantize_blockwise4(
+    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, blocksize: int, shape: Sequence[int]
+) -> torch.Tensor:
+    """Dequantize 4-bit weights: ``table[code] * absmax[block]``.
+
+    Args:
+        packed: packed weights of any shape and storage dtype.
+        absmax: one scale a block; float, already free of double quantization.
+        table: the 16 values by code, such as ``NF4`` or ``FP4``.
+        blocksize: elements a block, counted along the flattened weight.
+        shape: shape of the weight; its element count may be odd or no multiple of ``blocksize``.
+
+    Returns:
+        float64, of ``shape``, on the device of ``packed``.
+
+    Raises:
+        ValueError: there are too few codes or scales for ``shape``.
+    """
+    values = table.to(packed.device, torch.float64)[unpack_nibbles(packed, prod(shape))]
+    return scale_blocks(values, absmax, blocksize).reshape(tuple(shape))
+
+
+def dequantize_absmax(
+    absmax: torch.Tensor, code: torch.Tensor, nested_absmax: torch.Tensor, nested_blocksize: int, offset: torch.Tensor
+) -> torch.Tensor:
+    """Undo double quantization: ``code[absmax] * nested_absmax[block] + offset`` (QLoRA, section 3).
+
+    Args:
+        absmax: quantized scales, uint8, any shape.
+        code: the 256 values by code, float32.
+        nested_absmax: one scale for each ``nested_blocksize`` scales, float32.
+        nested_blocksize: scales a nested block (256 in bitsandbytes).
+        offset: the mean that was taken off before quantizing, a scalar.
+
+    Returns:
+        The scales, float64, shape ``(absmax.numel(),)``.
+    """
+    values = code.double()[absmax.reshape(-1).long()]
+    return scale_blocks(values, nested_absmax, nested_blocksize) + offset.double()
+
+
+def dequantize_int8(CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:  # noqa: N803  (bitsandbytes' names)
+    """Dequantize row-wise int8 weights: ``CB * SCB / 127``.
+
+    Args:
+        CB: int8 weights, shape ``(out, in)``.
+        SCB: the largest magnitude of each row, shape ``(out,)``.
+
+    Returns:
+        float64, shape ``(out, in)``.
+
+    Raises:
+        ValueError: the number of scales is not the number of rows.
+    """
+    if SCB.numel() != CB.shape[0]:
+        message = f"{CB.shape[0]} rows need as many scales, got {SCB.numel()}"
+        raise ValueError(message)
+    return CB.detach().double() * (SCB.detach().double().reshape(-1, 1) / INT8_STEPS)
+
+
+def dequantized_weight(layer: nn.Module) -> torch.Tensor:
+    """Read the weight that a bitsandbytes layer stands for.
+
+    Reads only: nothing of the layer changes. Whatever storage dtype packs the weight, whether or not its scales are
+    quantized again, before and after a forward has moved int8 state about, and in the layout that
+    bitsandbytes repacks to for AVX-512 in an eval forward on a CPU.
+
+    Args:
+        layer: a quantized ``Linear4bit`` or ``Linear8bitLt``, or a subclass.
+
+    Returns:
+        float64, shape ``(out, in)``, on the layer's device.
+
+    Raises:
+        TypeError: the layer is not quantized, or not by bitsandbytes.
+    """
+    weight: Any = getattr(layer, "weight", None)
+    if weight is not None and is_quantized(layer):
+        state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+        if state is not None:
+            return _dequantize_4bit(weight.data, state)
+        scales = _int8_scales(layer)
+        if scales is not None:
+            return dequantize_int8(weight.data, scales)
+    message = f"{type(layer).__name__} is no layer quantized by bitsandbytes"
+    raise TypeError(message)
+
+
+def _int8_scales(layer: nn.Module) -> torch.Tensor | None:
+    """Find the scales: the weight's until the first forward hands them to the layer's state."""
+    for owner in (layer.weight, getattr(layer, "state", None)):
+        scales = getattr(owner, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            return scales
+    return None
+
+
+def _dequantize_4bit(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    table = TABLES[state.quant_type]
+    if getattr(state, "packing_format_for_cpu", False):
+        return _dequantize_cpu_layout(packed, state.absmax, table, state.blocksize, state.shape)
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_absmax(absmax, state.state2.code, state.state2.absmax, state.state2.blocksize, state.offset)
+    return dequantize_blockwise4(packed, absmax, table, state.blocksize, state.shape)
+
+
+def _dequantize_cpu_layout(
+    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, blocksize: int, shape: Sequence[int]
+) -> torch.Tensor:
+    """Dequantize bitsandbytes' AVX-512 layout: 32 rows interleaved by column, low nibbles first, scales transposed."""
+    rows, columns = shape
+    raw = packed.contiguous().view(torch.uint8).reshape(-1, _CPU_ROWS)
+    codes = torch.cat([raw & 0xF, raw >> 4], dim=1).long()
+    codes = codes.reshape(rows // _CPU_ROWS, columns // 2, _CPU_ROWS, 2).transpose(1, 2).reshape(-1)
+    return scale_blocks(table.to(packed.device)[codes], absmax.T, blocksize).reshape(rows, columns)

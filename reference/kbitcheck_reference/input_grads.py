@@ -1,0 +1,125 @@
+"""Make the inputs of checkpointed blocks require grad, with hooks that ``disable_input_require_grads()`` removes.
+
+Reentrant checkpointing builds no graph for a block none of whose inputs requires grad. transformers hooks the output of
+the input embeddings for that; this module keeps to its mechanism and mends what it leaves open: earlier hooks stay
+(KB505), the hook is a closure that cannot be pickled (KB705), it fails on outputs that are no tensor, and towers whose
+input comes from no embedding get none (KB301).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.utils.hooks import RemovableHandle
+
+# The closures that transformers and PEFT register, and the functions of this file.
+_HOOK_NAMES = frozenset(
+    {"make_inputs_require_grads", "make_inputs_require_grad", "output_requires_grad", "block_input_requires_grad"}
+)
+
+
+def output_requires_grad(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: make an embedding's floating-point output require grad where a graph is being built."""
+    if isinstance(output, torch.Tensor) and _can_require_grad(output):
+        output.requires_grad_(True)
+
+
+def block_input_requires_grad(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of a tower's first block: hand on an input that requires grad, not touching the caller's."""
+    if args and isinstance(args[0], torch.Tensor) and _can_require_grad(args[0]):
+        return (args[0].detach().requires_grad_(True), *args[1:])
+    return None
+
+
+def require_input_grads(model: nn.Module) -> None:
+    """Leave exactly one removable hook an input embedding, and one before every tower's first block (KB301, KB505).
+
+    Calling it again changes nothing but the hooks' handles (KB504).
+
+    Args:
+        model: a model of transformers, already checkpointing. One without ``enable_input_require_grads`` gets the
+            blocks' hooks only.
+    """
+    remove_input_grad_hooks(model)
+    if callable(getattr(model, "enable_input_require_grads", None)) and _exposes_embeddings(model):
+        model.enable_input_require_grads()  # type: ignore[operator]  # a method of PreTrainedModel
+        _replace_closures(model)
+    handles = _tracked_handles(model)
+    handles += [block.register_forward_pre_hook(block_input_requires_grad) for block in _first_blocks(model)]
+    # `disable_input_require_grads` walks the list in transformers 5, and removes the single handle in 4.x.
+    vars(model).update(_require_grads_hooks=handles, _require_grads_hook=Handles(handles))
+
+
+class Handles:
+    """Hook handles that are removed together; stands where transformers 4.x keeps its single handle."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        """Remove every hook; a second call does nothing."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def remove_input_grad_hooks(model: nn.Module) -> None:
+    """Remove every input-grad hook in ``model``, those too that a second ``enable_input_require_grads`` has leaked."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _HOOK_NAMES]:
+                del hooks[key]
+    vars(model).pop("_require_grads_hooks", None)
+    vars(model).pop("_require_grads_hook", None)
+
+
+def _tracked_handles(model: nn.Module) -> list[RemovableHandle]:
+    """List the handles that ``enable_input_require_grads`` has just stored, in the way of transformers 5 or 4."""
+    state = vars(model)
+    single = [state["_require_grads_hook"]] if "_require_grads_hook" in state else []
+    return list(state.get("_require_grads_hooks", single))
+
+
+def _replace_closures(model: nn.Module) -> None:
+    """Put the module-level hook where transformers has registered its closure; the handles stay good."""
+    for module in model.modules():
+        for key, hook in module._forward_hooks.items():
+            if getattr(hook, "__name__", "") in _HOOK_NAMES:
+                module._forward_hooks[key] = output_requires_grad
+
+
+def _exposes_embeddings(model: nn.Module) -> bool:
+    """Whether any part of the model can name its input embeddings; if none can, transformers would only warn."""
+    for module in model.modules():
+        if not hasattr(type(module), "get_input_embeddings"):
+            continue
+        try:
+            embeddings = module.get_input_embeddings()  # type: ignore[operator]  # a method of PreTrainedModel
+        except (NotImplementedError, AttributeError):
+            continue
+        if isinstance(embeddings, nn.Module):
+            return True
+    return False
+
+
+def _first_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the first checkpointed block of every container that holds some, which is one a tower."""
+    for parent in model.modules():
+        blocks = (child for child in parent.children() if _is_block(child))
+        first = next(blocks, None)
+        if first is not None:
+            yield first
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+
+
+def _can_require_grad(tensor: torch.Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and tensor.is_floating_point() and not tensor.requires_grad
+    return wanted and not tensor.is_inference()

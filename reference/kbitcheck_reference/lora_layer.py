@@ -1,0 +1,93 @@
+"""One linear layer with LoRA (arXiv 2106.09685) beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_BASE = "base_layer."
+_DOWN, _UP = "lora_A", "lora_B"
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank pair beside it: ``base_layer(x) + scaling * B(A(dropout(x)))``.
+
+    ``state_dict`` names the base layer's entries as if it were not wrapped, and ``load_state_dict`` reads them so.
+
+    Args:
+        base_layer: the layer to wrap, of any quantization; it is neither changed nor frozen here.
+        rank: inner size of the pair.
+        alpha: ``scaling`` is ``alpha / rank``.
+        dropout: probability, on the adapter's input alone.
+        dtype: dtype of the pair.
+        seed: of the draw of ``lora_A``; ``lora_B`` is zero.
+    """
+
+    is_adapter_layer = True
+
+    def __init__(
+        self, base_layer: nn.Module, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int
+    ) -> None:
+        super().__init__()
+        size_in, size_out = _sizes(base_layer)
+        device = next(base_layer.parameters()).device
+        self.base_layer = base_layer
+        self.dropout = nn.Dropout(dropout)
+        bound = size_in**-0.5  # Kaiming uniform with a = sqrt(5), as nn.Linear draws its weight
+        down = torch.empty(rank, size_in).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+        self.lora_A = _linear(down.to(device, dtype))
+        self.lora_B = _linear(torch.zeros(size_out, rank, dtype=dtype, device=device))
+        self.scaling = alpha / rank
+        self.train(base_layer.training)
+        self.register_state_dict_post_hook(_hide_base_prefix)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(_restore_base_prefix)  # type: ignore[no-untyped-call]  # torch's
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base layer's weight; some models look at its dtype."""
+        weight: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]  # a linear layer has one
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute base and adapter; ``x`` is ``(..., in)`` of any float dtype, the result is of the base output's."""
+        result: torch.Tensor = self.base_layer(x)
+        update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
+        total: torch.Tensor = result + (update * self.scaling).to(result.dtype)
+        return total
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, which stores its weight as ``(in, out)``."""
+    return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    # Built on the meta device because nn.Linear draws its weight from the global generator otherwise.
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    known: Any = layer
+    if is_conv1d(layer):
+        return known.weight.shape[0], known.weight.shape[1]
+    return known.in_features, known.out_features
+
+
+def _hide_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    for key in [key for key in state if key.startswith(prefix + _BASE)]:
+        state[prefix + key.removeprefix(prefix + _BASE)] = state.pop(key)
+
+
+def _restore_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    adapters = (f"{prefix}{_DOWN}.", f"{prefix}{_UP}.", prefix + _BASE)
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(adapters)]:
+        state[prefix + _BASE + key.removeprefix(prefix)] = state.pop(key)
