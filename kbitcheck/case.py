@@ -54,10 +54,14 @@ class Prepares(Protocol):
 class Base:
     """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
 
-    def __init__(self, source: Source, quant: Quantization, spec: CaseSpec) -> None:
+    def __init__(
+        self, source: Source, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
+    ) -> None:
         self.source = source
         self.quant = quant
         self.pristine: Any = source.load(quant, spec.device)
+        if spoil is not None:
+            spoil(self.pristine)
         self.facts = snapshot.snapshot(self.pristine)
         self.batch: step.Batch = source.batch(
             self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed
@@ -198,7 +202,8 @@ class Case:
 
     @property
     def remote_code(self) -> bool:
-        return self._base.source.remote_code
+        config = getattr(self._base.pristine, "config", None)
+        return self._base.source.remote_code or bool(getattr(config, "auto_map", None))
 
     def _prepared_copy(self, **wanted: Any) -> Any:
         """A fresh base, prepared by the subject.

@@ -133,19 +133,24 @@ def selftest(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the worker prints.")] = False,
 ) -> int:
     """Prove on this machine that every rule bites."""
+    from kbitcheck.destination import Destination
     from kbitcheck.process import Lost
     from kbitcheck.run import selftest
+    from kbitcheck.signals import told_to_stop
 
-    chosen = [rule.code for rule in select([c for c in codes.split(",") if c])]
+    chosen = [rule.code for rule in select([c.strip() for c in codes.split(",") if c.strip()])]
+    stdout = Destination("")
     caught: list[bool] = []
     try:
-        for event in selftest(chosen, timeout=timeout, echo=_echo if debug else None):
-            if event["event"] == "sabotage":
-                caught.append(event["caught"])
-                mark = "caught" if event["caught"] else "MISSED"
-                sys.stdout.write(
-                    f"{mark}  {event['rule']}  {event['sabotage']}  {event.get('detail', '')}".rstrip() + "\n"
-                )
+        with (
+            told_to_stop(),
+            contextlib.closing(selftest(chosen, timeout=timeout, echo=_echo if debug else None)) as run,
+        ):
+            for event in run:
+                if event["event"] == "sabotage":
+                    word = {True: "caught", False: "MISSED", None: "untold"}[event["caught"]]
+                    stdout.write(f"{word}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}\n")
+                    caught += [] if event["caught"] is None else [event["caught"]]
     except Lost as lost:
         return _fail(f"the selftest broke: {lost}", EXIT_ERROR)
     _say(f"{sum(caught)} of {len(caught)} sabotages caught")
@@ -185,7 +190,9 @@ def audit(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Bl
     environment.validate_device(options.device)
     chosen = select(options.codes, options.ignored)
     destination = Destination(options.output)
-    with told_to_stop(), shown(len(specs) * len(chosen)) as advance:
+    # In process, what the subject prints must not get into the report.
+    quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
+    with told_to_stop(), quiet, shown(len(specs) * len(chosen)) as advance:
         report = run(
             specs,
             chosen,

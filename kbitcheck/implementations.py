@@ -55,7 +55,7 @@ def validate(text: str) -> None:
         UsageError: wrong syntax, or no such file or top-level module.
     """
     where, attribute = _split(text)
-    if not DOTTED.fullmatch(attribute):
+    if not where or not DOTTED.fullmatch(attribute):
         raise UsageError(f"implementation {text!r} names no function: write {FORMS}")
     if _is_file(where):
         if not Path(where).is_file():

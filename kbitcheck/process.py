@@ -23,7 +23,8 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
-    "PYTHONUNBUFFERED": "1",
+    "PYTHONUNBUFFERED": "1",  # or last words are lost
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
 }
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
 

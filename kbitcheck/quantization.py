@@ -90,8 +90,11 @@ class Quantization:
         skip = tuple(config.get("llm_int8_skip_modules") or ())
         if not config.get("load_in_4bit"):
             return cls(kind="int8", skip=skip)
+        kind = config.get("bnb_4bit_quant_type", "fp4")
+        if kind not in KINDS[:2]:
+            raise UsageError(f"this checkpoint is quantized as {kind!r}; kbitcheck knows {', '.join(KINDS)}")
         return cls(
-            kind=config.get("bnb_4bit_quant_type", "fp4"),
+            kind=kind,
             double=bool(config.get("bnb_4bit_use_double_quant", False)),
             compute=_dtype(config.get("bnb_4bit_compute_dtype", "float32"), text="bnb_4bit_compute_dtype"),
             storage=_dtype(config.get("bnb_4bit_quant_storage", "uint8"), storage=True, text="bnb_4bit_quant_storage"),
@@ -118,12 +121,13 @@ class Quantization:
         where no skip list is given at all: who passes one adds those names here (``models.loading`` does).
         """
         import torch
-        from transformers import BitsAndBytesConfig
+        import transformers
 
+        make: Any = transformers.BitsAndBytesConfig
         skip = list(dict.fromkeys((*extra_skip, *self.skip))) or None
         if self.kind == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-        return BitsAndBytesConfig(
+            return cast("BitsAndBytesConfig", make(load_in_8bit=True, llm_int8_skip_modules=skip))
+        configured = make(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.kind,
             bnb_4bit_use_double_quant=self.double,
@@ -131,11 +135,13 @@ class Quantization:
             bnb_4bit_quant_storage=getattr(torch, LONG[self.storage]),
             llm_int8_skip_modules=skip,
         )
+        return cast("BitsAndBytesConfig", configured)
 
 
-def _dtype(value: str, *, text: str, storage: bool = False) -> Any:
+def _dtype(value: object, *, text: str, storage: bool = False) -> Any:
     known = [name for name in LONG if storage or name != "uint8"]
-    short = SHORT.get(value.strip().removeprefix("torch."))
+    short = SHORT.get(str(value).strip().removeprefix("torch."))
     if short not in known:
-        raise UsageError(f"unknown {'storage' if storage else 'compute'} dtype {value!r} in {text!r}; known: {', '.join(known)}")
+        what = "storage" if storage else "compute"
+        raise UsageError(f"unknown {what} dtype {value!r} in {text!r}; known: {', '.join(known)}")
     return short

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise ``KeyboardInterrupt`` as Ctrl-C does; a second one does not lose the partial report."""
+    """Make SIGTERM and SIGHUP raise ``KeyboardInterrupt`` as Ctrl-C does.
+
+    Later ones are ignored for good: the process is on its way out, and an impatient second Ctrl-C must not lose the
+    partial report.
+    """
 
     def stop(number: int, frame: object) -> None:
         for each in caught:
@@ -23,4 +27,5 @@ def told_to_stop() -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            if signal.getsignal(each) is stop:
+                signal.signal(each, handler)

@@ -104,7 +104,8 @@ class Server:
     def _selftest(self, request: Event) -> Iterator[Event]:
         from kbitcheck import sabotage
 
-        sabotage.run(request["codes"], lambda **row: self._send({"event": "sabotage", **row}))
+        for verdict in sabotage.run(request["codes"]):
+            yield {"event": "sabotage", **verdict.as_json()}
         yield {"event": "done"}
 
 

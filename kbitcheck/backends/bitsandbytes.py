@@ -64,7 +64,7 @@ def dequantized(module: torch.nn.Module) -> torch.Tensor:
     if isinstance(weight, bnb.nn.Params4bit):
         return dequantize_4bit(weight.data, weight.quant_state)
     scales = _scales(module)
-    return weight.data.to(torch.float32) * (scales.to(torch.float32) / 127).unsqueeze(1)
+    return weight.data.to(torch.float32) * (scales.to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)
 
 
 def _fields(quant_state: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from kbitcheck.core import UsageError
-from kbitcheck.models import recipe
-from kbitcheck.models.source import Source
+from kbitcheck.models import checkpoint, config, hub, local, recipe
+from kbitcheck.models.source import Source, asked_dtype
 
 __all__ = ["Source", "resolve"]
+
+FORMS = "a recipe (tiny:llama, FILE.toml), a directory, a config.json, or a hub id (org/name)"
 
 
 def resolve(
@@ -20,13 +24,65 @@ def resolve(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Source:
-    """The source that a MODEL argument names.
+    """The source that a MODEL argument names, checked as far as that goes without torch.
+
+    A path that exists is taken before a hub id. Only for a hub id is the network used, and only for its JSON files.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, or it is damaged, unsupported, or needs what the options do not allow.
     """
+    wanted = asked_dtype(dtype)
     if model.startswith(recipe.PREFIX):
-        return recipe.named(model.removeprefix(recipe.PREFIX), dtype=dtype)
-    if model.endswith(".toml"):
-        return recipe.read(Path(model), dtype=dtype)
-    raise UsageError(f"no such model {model!r}")
+        return recipe.named(model.removeprefix(recipe.PREFIX), dtype=wanted)
+    options: dict[str, Any] = {
+        "dtype": wanted,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".toml":
+        return recipe.read(path, name=model, dtype=wanted)
+    if model and path.exists():
+        found = _at(path, name=model, random_weights=random_weights, **options)
+    elif hub.ID.fullmatch(model) and path.suffix not in (".toml", ".json"):
+        found = hub.read(model, random_weights=random_weights, **options)
+    else:
+        raise UsageError(f"no such model {model!r}{_hint(model)}; a model is {FORMS}")
+    if found.remote_code and not trust_remote_code:
+        raise UsageError(f"{model} needs code from its repository: --trust-remote-code lets it run")
+    _ = found.quant  # refuses what something other than bitsandbytes quantized
+    return found
+
+
+def _at(path: Path, *, name: str, random_weights: bool, **options: Any) -> Source:
+    if path.is_file() and path.suffix == ".json":
+        return config.read(checkpoint.read_config(path, name), name=name, random_weights=random_weights, **options)
+    if path.is_file():
+        raise UsageError(f"{name} is a file, but no recipe (.toml) and no config.json; a model is {FORMS}")
+    if not (path / checkpoint.CONFIG).exists():
+        raise UsageError(f"{name} {_what_it_is(path)}")
+    fields = checkpoint.read_config(path / checkpoint.CONFIG, name)
+    files = [] if random_weights else checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
+    if files:
+        return local.read(path, files, fields, name=name, **options)
+    return config.read(fields, name=name, random_weights=random_weights, **options)
+
+
+def _what_it_is(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return "holds an adapter: give the base model that it was trained on"
+    if any(folder.glob("*.gguf")):
+        return "holds GGUF files, which cannot be combined with bitsandbytes: give the unquantized model"
+    if not any(folder.iterdir()):
+        return "is an empty directory"
+    return f"is no model: it has no {checkpoint.CONFIG}"
+
+
+def _hint(model: str) -> str:
+    known = [recipe.PREFIX + name for name in recipe.names()]
+    for candidate in (model, recipe.PREFIX + model) if model else ():
+        close = get_close_matches(candidate.lower(), known, n=1, cutoff=0.75)
+        if close:
+            return f" (did you mean {close[0]}?)"
+    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int) -> dict
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
-    or more is padded on the right, with a mask of zeros and labels of -100. A classifier's labels have shape (batch,).
+    or more is padded on the right, with a mask of zeros and labels of -100. A classifier's labels have shape (batch,);
+    an encoder-decoder's have half the length. Image tokens come on top of ``seq_len``.
     ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
     the dtype of the model as it is now: see ``fit``. The global generator is not used.
 
     Raises:
-        UsageError: the model takes inputs of a kind that is not known here, or the sequence is too short.
+        UsageError: the model takes inputs of a kind that is not known here.
     """
     accepted = inspect.signature(model.forward).parameters
     drawn = _Tokens(model, seed)
@@ -44,7 +45,7 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     A speech encoder does not cast its input: what fits the loaded model does not fit the prepared one. Values are drawn
     so that float16, bfloat16 and wider hold the same numbers.
     """
-    device = model.get_input_embeddings().weight.device
+    device: torch.device = cast(Any, model.get_input_embeddings()).weight.device
     kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
     dtype = next((k.dtype for k in kernels), model.dtype)
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}

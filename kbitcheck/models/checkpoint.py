@@ -15,11 +15,16 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-BITS = {
-    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16},
-    **{"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8},
-    **{"F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+WIDTHS = {
+    64: "F64 I64 U64 C64",
+    32: "F32 I32 U32",
+    16: "F16 BF16 I16 U16",
+    8: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    6: "F6_E2M3 F6_E3M2",
+    4: "F4",
 }
+BITS = {dtype: bits for bits, dtypes in WIDTHS.items() for dtype in dtypes.split()}
+LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -83,7 +88,7 @@ def read_header(path: Path, name: str) -> Mapping[str, Mapping[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
-        if not 0 < length <= size - 8:
+        if not 0 < length <= min(size - 8, LONGEST_HEADER):
             raise UsageError(f"{name}: {path.name} is truncated or no safetensors file ({size} bytes): get it again")
         text = file.read(length)
     try:
@@ -112,6 +117,8 @@ def _end(tensor: str, entry: Mapping[str, Any], start: int) -> int:
     begin, end = entry["data_offsets"]
     bits = BITS[entry["dtype"]]
     for side in entry["shape"]:
+        if not isinstance(side, int) or side < 0:
+            raise ValueError(f"{tensor} has a side of {side!r}")
         bits *= side
     if begin != start or (end - begin) * 8 != bits:
         raise ValueError(f"{tensor} has offsets {begin} to {end}")

@@ -1,4 +1,4 @@
-"""Configurations without weights: a directory or a ``config.json``. The weights are drawn at random, if the user says so."""
+"""Configurations without weights: a directory or a ``config.json``. Weights are drawn at random if the user says so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Config(Source):
         """The drawn, unquantized checkpoint; made once a process."""
         from kbitcheck.models import drawing
 
-        return drawing.checkpoint(drawing.Plan(name=self.name, config=self.config, dtype=self.unquantized_dtype))
+        seed = str(self.config["model_type"])
+        return drawing.checkpoint(
+            drawing.Plan(name=self.name, seed=seed, config=self.config, dtype=self.unquantized_dtype)
+        )
 
 
 def read(config: Mapping[str, Any], *, name: str, random_weights: bool, **options: Any) -> Config:
@@ -34,7 +37,7 @@ def read(config: Mapping[str, Any], *, name: str, random_weights: bool, **option
     if not random_weights:
         raise UsageError(f"{name} has no weights; give --random-weights to draw some")
     if config.get("auto_map"):
-        raise UsageError(f"{name} needs code from its repository: random weights are drawn for transformers' own classes")
+        raise UsageError(f"{name} needs code from its repository; --random-weights is for transformers' own classes")
     # Drawn weights are not quantized yet, whatever the configuration says of those it was written for.
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return Config(name=name, config=plain, **options)

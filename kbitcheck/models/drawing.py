@@ -6,6 +6,7 @@ import atexit
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,9 +25,13 @@ from kbitcheck.models import loading
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to draw. ``config`` holds a ``config.json``'s fields; ``scale`` maps patterns of names to factors."""
+    """What to draw. ``config`` holds a ``config.json``'s fields; ``scale`` maps patterns of names to factors.
+
+    ``name`` is for messages; the numbers follow from ``seed`` and the name of each tensor.
+    """
 
     name: str
+    seed: str
     config: Mapping[str, Any]
     dtype: str
     scale: Mapping[str, float] = field(default_factory=dict)
@@ -34,7 +39,7 @@ class Plan:
     @property
     def key(self) -> str:
         """Equal for equal plans."""
-        return json.dumps([self.name, self.config, self.dtype, self.scale], sort_keys=True, default=str)
+        return json.dumps([self.seed, self.config, self.dtype, self.scale], sort_keys=True, default=str)
 
 
 _folders: dict[str, Path] = {}
@@ -58,7 +63,7 @@ def checkpoint(plan: Plan) -> Path:
 
 
 def fill(model: PreTrainedModel, plan: Plan) -> None:
-    """Give every parameter of a model on the meta device numbers, in the dtype that loading will keep it in."""
+    """Give every tensor that a model on the meta device saves numbers, in the dtype that loading will keep it in."""
     dtype = getattr(torch, plan.dtype)
     model.config.dtype = dtype
     wide = {
@@ -69,12 +74,18 @@ def fill(model: PreTrainedModel, plan: Plan) -> None:
     for name, parameter in list(model.named_parameters()):
         owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
         factor = next((f for pattern, f in plan.scale.items() if fnmatchcase(name, pattern)), 1.0)
-        numbers = factor * _numbers(owner, leaf, tuple(parameter.shape), f"{plan.name}/{name}")
+        numbers = factor * _numbers(owner, leaf, tuple(parameter.shape), f"{plan.seed}/{name}")
         if _is_scale(owner, leaf) and not _adds_one(owner):
             numbers = 1 + numbers
         kept = torch.float32 if wide.intersection(name.split(".")) else dtype
         setattr(owner, leaf, nn.Parameter(numbers.to(kept), requires_grad=parameter.requires_grad))
     model.tie_weights()
+    saved = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers()):
+        if name in saved:
+            owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+            # Positive, as a running variance has to be.
+            setattr(owner, leaf, normal(f"{plan.seed}/{name}", tuple(buffer.shape)).abs().to(buffer.dtype))
 
 
 def normal(seed: str, shape: tuple[int, ...]) -> Tensor:
@@ -94,7 +105,7 @@ def _numbers(owner: nn.Module, leaf: str, shape: tuple[int, ...], seed: str) -> 
     fan_in = shape[0] if type(owner).__name__ == "Conv1D" else shape[-1]
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         fan_in = torch.Size(shape[1:]).numel()
-    return normal(seed, shape) / fan_in**0.5
+    return normal(seed, shape) / math.sqrt(fan_in)
 
 
 def _is_scale(owner: nn.Module, leaf: str) -> bool:
@@ -103,12 +114,16 @@ def _is_scale(owner: nn.Module, leaf: str) -> bool:
 
 def _adds_one(norm: nn.Module) -> bool:
     """Whether a norm scales by ``1 + weight``: then something is left of its output when the weight is zero."""
-    probe = copy.deepcopy(norm).to_empty(device="cpu")
-    for parameter in probe.parameters():
-        parameter.data.zero_()
+    probe = copy.deepcopy(norm).to_empty(device="cpu").eval()
+    for tensor in (*probe.parameters(), *probe.buffers()):
+        tensor.data.zero_()
     size = next(probe.parameters()).shape[-1]
-    with torch.no_grad():
-        return bool(probe(torch.linspace(-1, 1, size)[None]).any())
+    try:
+        with torch.no_grad():
+            output = probe(torch.linspace(-1, 1, size)[None])
+    except (TypeError, ValueError, RuntimeError):  # one that takes more than what it normalizes
+        return False
+    return bool(output.any())
 
 
 def _temporary() -> Path:

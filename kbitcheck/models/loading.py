@@ -6,11 +6,14 @@ import copy
 import inspect
 import logging
 import os
+import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -18,6 +21,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kbitcheck.core import UsageError
+from kbitcheck.models.checkpoint import CONFIG, read_config
 from kbitcheck.quantization import Quantization
 
 AUTO = (
@@ -32,7 +36,9 @@ AUTO = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to load. ``dtype`` is torch's name or ``auto`` (as saved); ``attention`` None leaves it to transformers."""
+    """How to load. ``dtype`` is torch's name or ``auto`` (as saved); ``attention`` None leaves attention and
+    experts to transformers; ``eager`` is plain torch for both.
+    """
 
     name: str
     device: str = "cpu"
@@ -49,9 +55,14 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
         UsageError: transformers cannot load it, or tensors are missing or have another shape.
     """
     with quiet(), told(options.name):
+        refuse_unknown(read_config(folder / CONFIG, options.name), options)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         cls = architecture(config, trust_remote_code=options.trust_remote_code)
-        wanted: dict[str, Any] = {"attn_implementation": options.attention} if options.attention else {}
+        wanted: dict[str, Any] = {}
+        if options.attention:
+            wanted["attn_implementation"] = options.attention
+            if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
+                wanted["experts_implementation"] = options.attention
         if quant is not None:
             automatic = automatic_skip(cls, config) if quant.skip else []
             wanted["quantization_config"] = quant.config(automatic)
@@ -62,13 +73,17 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
             device_map={"": options.device},
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True,
+            # Names the tensors below. Before transformers 5 it takes quantized Conv1D layers for mismatched.
+            ignore_mismatched_sizes=transformers.__version__ >= "5",
             output_loading_info=True,
             **wanted,
         )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     for fault in ("missing_keys", "mismatched_keys"):
         if info.get(fault):
-            raise UsageError(f"{options.name}: {_listed(fault.replace('_', ' '), info[fault])}: not this model's weights")
+            raise UsageError(
+                f"{options.name}: not this model's weights: {_listed(fault.replace('_', ' '), info[fault])}"
+            )
     return _never_repacked(model)
 
 
@@ -85,7 +100,7 @@ def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -
     for name in names:
         cls = getattr(transformers, name, None)
         if cls is not None and "labels" not in inspect.signature(cls.forward).parameters:
-            raise UsageError(f"{name} computes no loss: give a model with a head, such as one for causal language modelling")
+            raise UsageError(f"{name} computes no loss: give a model with a head, such as one for causal modelling")
         if cls is not None:
             return cls
     known = f"transformers {transformers.__version__}"
@@ -99,25 +114,39 @@ def known_config(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
         UsageError: transformers does not know the model type, or refuses the fields.
     """
     with quiet(), told(name):
+        refuse_unknown(fields, Options(name=name))
         kind = fields["model_type"]
         return AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
+
+
+def refuse_unknown(fields: Mapping[str, Any], options: Options) -> None:
+    """Raise ``UsageError`` where transformers does not know the model type and no code that does is allowed to run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = fields["model_type"]
+    if kind not in CONFIG_MAPPING and not (options.trust_remote_code and fields.get("auto_map")):
+        close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"{options.name}: transformers {transformers.__version__} knows no model type {kind!r}{hint}")
 
 
 def empty(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
     """A model of this class on the meta device: names and shapes, no numbers."""
     with torch.device("meta"):
-        built = cls.from_config(copy.deepcopy(config)) if hasattr(cls, "from_config") else cls(copy.deepcopy(config))
+        if hasattr(cls, "from_config"):  # an Auto class, which stands for code that the user trusts
+            built = cls.from_config(copy.deepcopy(config), trust_remote_code=True)
+        else:
+            built = cls(copy.deepcopy(config))
     return cast(PreTrainedModel, built)
 
 
 def automatic_skip(cls: Any, config: PretrainedConfig) -> list[str]:
     """Modules that transformers leaves unquantized of its own accord: the head, tied modules, the last module."""
-    try:
-        from transformers.quantizers.base import get_keys_to_not_convert
-    except ImportError:  # before transformers 5
-        from transformers.integrations import get_keys_to_not_convert
+    from transformers import integrations
+    from transformers.quantizers import base
 
-    return sorted(get_keys_to_not_convert(empty(cls, config)))
+    home: Any = base if hasattr(base, "get_keys_to_not_convert") else integrations  # before transformers 5
+    return sorted(home.get_keys_to_not_convert(empty(cls, config)))
 
 
 @contextmanager
@@ -128,9 +157,10 @@ def told(name: str) -> Iterator[None]:
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-        raise UsageError(f"{name} cannot be loaded ({reason[:400]})") from error
+        reason = shorten(f"{type(error).__name__}: {error}", width=240, placeholder=" ...")
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its pickle is damaged, or holds more than tensors"
+        raise UsageError(f"{name} cannot be loaded ({reason})") from error
 
 
 @contextmanager
@@ -139,8 +169,7 @@ def quiet() -> Iterator[None]:
     if os.environ.get("KBITCHECK_DEBUG") == "1":
         yield
         return
-    from transformers.utils import logging as hf
-
+    hf: Any = transformers.utils.logging
     bars, threshold = hf.is_progress_bar_enabled(), logging.root.manager.disable
     hf.disable_progress_bar()
     logging.disable(logging.CRITICAL)
@@ -158,12 +187,12 @@ def _never_repacked(model: PreTrainedModel) -> PreTrainedModel:
     """Switch off bitsandbytes' repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.
 
     It rewrites the packed weights in place, rounds their scales to bfloat16, drops the nested state, and raises where
-    the rows are no multiple of 32 or the columns of 64 (0.50.2, ``_convert_weight_packed_for_cpu``). It serves inference
-    alone; without this, what a check sees would depend on the CPU, and looking at a model would change it.
+    the rows are no multiple of 32 or the columns of 64 (0.50.2, ``_convert_weight_packed_for_cpu``). It serves
+    inference alone; with it, what a check sees would depend on the CPU, and looking at a model would change it.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            module.__dict__["support_avx512bf16_for_cpu"] = False
     return model
 
 

@@ -1,4 +1,4 @@
-"""Local directories with weights: safetensors, in one file or sharded; quantized by bitsandbytes or not quantized yet."""
+"""Local directories with weights: safetensors, whole or sharded, quantized by bitsandbytes or not quantized yet."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class Local(Source):
         return self.dtype or config_dtype(self.config) or self.stored or "float32"
 
 
-def read(
-    folder: Path, files: list[Path], config: Mapping[str, Any], *, name: str, **options: Any
-) -> Local:
+def read(folder: Path, files: list[Path], config: Mapping[str, Any], *, name: str, **options: Any) -> Local:
     """The checkpoint in a directory, once the headers of its weight ``files`` (``checkpoint.weight_files``) are sound.
 
     Raises:

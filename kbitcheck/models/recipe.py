@@ -37,8 +37,10 @@ class Recipe(Source):
     """A model drawn from a recipe. ``unread`` holds shapes of float32 tensors that are added and that nothing reads.
 
     They stand for a parameter and a buffer that preparation has to leave alone, where the architecture has none.
+    ``seed`` is the file's own name: from it and the name of a tensor follow the tensor's numbers.
     """
 
+    seed: str
     rows: int = 2
     seq_len: int = 24
     skip: tuple[str, ...] = ()
@@ -52,8 +54,15 @@ class Recipe(Source):
         """The drawn, unquantized checkpoint; made once a process."""
         from kbitcheck.models import drawing
 
-        plan = drawing.Plan(name=self.name, config=self.config, dtype=self.unquantized_dtype, scale=self.scale)
-        return drawing.checkpoint(plan)
+        return drawing.checkpoint(
+            drawing.Plan(
+                name=self.name,
+                seed=self.seed,
+                config=self.config,
+                dtype=self.unquantized_dtype,
+                scale=self.scale,
+            )
+        )
 
     def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
         """A fresh quantized model, with the tensors of ``unread`` added."""
@@ -81,7 +90,7 @@ class Recipe(Source):
             for name, shape in tensors.items():
                 owner, _, leaf = name.rpartition(".")
                 module = model.get_submodule(owner)
-                numbers = normal(f"{self.name}/{name}", tuple(shape)).to(model.device)
+                numbers = normal(f"{self.seed}/{name}", tuple(shape)).to(model.device)
                 if kind == "parameters":
                     module.register_parameter(leaf, nn.Parameter(numbers))
                 else:
@@ -123,8 +132,9 @@ def read(path: Path, *, name: str | None = None, dtype: str | None = None) -> Re
     config = {**data["config"], "architectures": [data["architecture"]]}
     return Recipe(
         name=name,
+        seed=path.stem,
         config={**config, "dtype": asked_dtype(data.get("dtype", "bf16"))},
-        dtype=asked_dtype(dtype),
+        dtype=dtype,
         rows=data.get("batch", 2),
         seq_len=data.get("seq_len", 24),
         skip=tuple(data.get("skip", ())),
@@ -137,8 +147,10 @@ def _check_fields(name: str, data: Mapping[str, Any]) -> None:
     for key, value in data.items():
         if key not in FIELDS:
             raise UsageError(f"{name}: unknown field {key!r}; known: {', '.join(FIELDS)}")
-        if not isinstance(value, FIELDS[key]):
+        if type(value) is not FIELDS[key]:
             raise UsageError(f"{name}: {key} must be {FIELDS[key].__name__}, not {type(value).__name__}")
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"{name}: {key} must be at least 1, not {value}")
     missing = [key for key in REQUIRED if key not in data]
     if missing or "model_type" not in data["config"]:
         raise UsageError(f"{name}: a recipe needs {', '.join(missing) or 'config.model_type'}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Source(ABC):
-    """Where a model comes from. ``config`` is its ``config.json`` as read; ``dtype`` is what the user asked for, if anything.
+    """Where a model comes from. ``config`` is its ``config.json`` as read; ``dtype`` is what the user asked for.
 
     ``has_weights`` is False where the weights are drawn at random because the model comes without any.
     """
@@ -75,7 +75,7 @@ class Source(ABC):
         """
         from kbitcheck.models import loading
 
-        return loading.load(Path(folder), None, replace(self._options(device), dtype="auto"))
+        return loading.load(Path(folder), None, self._options(device))
 
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
@@ -109,7 +109,7 @@ class Source(ABC):
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:
-    """Torch's name of the dtype a ``config.json`` states, its text model's where only that has one; None if none does."""
+    """Torch's name of the dtype that a ``config.json`` states, for its text model if only there; None if nowhere."""
     for part in (config, config.get("text_config") or {}):
         stated = part.get("dtype") or part.get("torch_dtype")
         if isinstance(stated, str):
@@ -129,9 +129,3 @@ def asked_dtype(text: str | None) -> str | None:
     if short is None or short == "uint8":
         raise UsageError(f"unknown dtype {text!r}; known: bf16, fp16, fp32")
     return LONG[short]
-
-
-def refuse_remote_code(name: str, config: Mapping[str, Any], trusted: bool) -> None:
-    """Raise ``UsageError`` where the model needs code from its repository and the user has not allowed it."""
-    if config.get("auto_map") and not trusted:
-        raise UsageError(f"{name} needs code from its repository, which is not run unless --trust-remote-code is given")

@@ -45,6 +45,11 @@ class Live(TorchDispatchMode):
         """Size and tag of each storage alive, by its identity."""
         return {key: (size, tag) for key, (_, size, tag) in self._alive.items()}
 
+    def is_tagged(self, tensor: torch.Tensor, tag: str) -> bool:
+        """Whether a tensor's storage was made under a tag."""
+        found = self._alive.get(storage_id(tensor))
+        return found is not None and found[2] == tag
+
     def _freed(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
             found = self._alive.pop(key, None)

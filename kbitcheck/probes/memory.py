@@ -22,16 +22,19 @@ MODEL, OUTSIDE = "model", ""
 
 @dataclass(slots=True)
 class _Held:
-    """What one watched step held. ``boundary`` are the storages that enter or leave a block, kept alive while measured."""
+    """What one watched step held. ``crossing`` is what is handed into and out of blocks, each storage once.
+
+    ``entries`` is what was alive when each block was entered, ``added`` what crossed a boundary for the first time from
+    one entry to the next.
+    """
 
     held: int = 0
     peak: int = 0
     survivors: int = 0
     outside: int = 0
-    boundary: int = 0
-    largest_block: int = 0
+    crossing: int = 0
     entries: dict[str, int] = field(default_factory=dict)
-    inputs: dict[str, int] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
 
 
 def activations(
@@ -49,20 +52,21 @@ def activations(
     blocks = [n for n, m in model.named_modules() if is_block(m)]
     # Checkpointing keeps the generators' state for each block (preserve_rng_state).
     random_state = torch.get_rng_state().nbytes * len(blocks)
-    allowed = plain.outside + plain.boundary + random_state
+    allowed = plain.outside + plain.crossing + random_state
     increments = _increments(checkpointed.entries)
-    over = checkpointed.held > allowed or any(increments[n] > plain.inputs[n] + random_state for n in increments if n in plain.inputs)
+    step_allowed = {n: b + torch.get_rng_state().nbytes for n, b in plain.added.items()}
+    over = checkpointed.held > allowed or any(increments[n] > step_allowed.get(n, 0) for n in increments)
     kept = _kept_by_stack(model, batch) if over else {}
     return MemoryFacts(
         plain=plain.held,
         held=checkpointed.held,
         allowed=allowed,
         stack=sum(kept.values()),
-        blocks=plain.held - plain.outside - plain.boundary,
+        blocks=plain.held - plain.outside - plain.crossing,
         peak=checkpointed.peak,
         peak_plain=plain.peak,
         steps=increments,
-        step_allowed={n: b + torch.get_rng_state().nbytes for n, b in plain.inputs.items()},
+        step_allowed=step_allowed,
         step_stack={n: sum(b for layer, b in kept.items() if layer.startswith(n + ".")) for n in blocks},
         survivors=checkpointed.survivors,
     )
@@ -84,23 +88,28 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
         live.add(tensor)
     live.tag = OUTSIDE
     floor = live.now
-    boundary: dict[int, int] = {}
-    inside: list[str] = []
+    crossing: dict[int, torch.Tensor] = {}  # kept alive meanwhile: an identity is only one while its storage lives
+    blocks: list[str] = []
+
+    def cross(*items: Any) -> None:
+        for tensor in tensors(*items):
+            if storage_id(tensor) not in crossing and not live.is_tagged(tensor, MODEL):
+                crossing[storage_id(tensor)] = tensor
+                if blocks:
+                    found.added[blocks[-1]] = found.added.get(blocks[-1], 0) + tensor.untyped_storage().nbytes()
 
     def entered(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            arguments = {storage_id(t): t.untyped_storage().nbytes() for t in tensors(args, kwargs)}
-            boundary.update(arguments)
-            found.inputs[name] = sum(arguments.values())
+            cross(args, kwargs)
             found.entries[name] = live.now
-            inside.append(live.tag)
+            blocks.append(name)
             live.tag = name
 
         return hook
 
     def left(module: nn.Module, args: Any, output: Any) -> None:
-        boundary.update({storage_id(t): t.untyped_storage().nbytes() for t in tensors(output)})
-        live.tag = inside.pop() if inside else OUTSIDE
+        cross(output)
+        live.tag = OUTSIDE
 
     handles = []
     for name, module in model.named_modules():
@@ -114,12 +123,13 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
             for handle in handles:
                 handle.remove()
             gc.collect()
-            held = live.holds()
+            found.crossing = sum(
+                t.untyped_storage().nbytes() for k, t in crossing.items() if not live.is_tagged(t, OUTSIDE)
+            )
+            found.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
+            crossing.clear()
             found.held = live.now - floor
             found.entries["end"] = live.now
-            made = {k: v for k, v in held.items() if v[1] != MODEL}
-            found.outside = sum(size for size, tag in made.values() if tag == OUTSIDE)
-            found.boundary = sum(made[k][0] for k in boundary if k in made and made[k][1] != OUTSIDE)
             live.peak = live.now
             if output.loss.requires_grad:
                 output.loss.backward()

@@ -52,9 +52,9 @@ def tower(block: str) -> str:
 
 
 def can_checkpoint(model: nn.Module) -> bool:
-    """Whether the architecture can be checkpointed: it says so and has a module that carries the flag."""
-    says = any(getattr(m, "supports_gradient_checkpointing", False) for m in model.modules())
-    return says and any(hasattr(m, "gradient_checkpointing") for m in model.modules())
+    """Whether the architecture can be checkpointed: the outermost model says so, and a module carries the flag."""
+    says = next((m.supports_gradient_checkpointing for m in model.modules() if hasattr(m, "supports_gradient_checkpointing")), False)
+    return bool(says) and any(hasattr(m, "gradient_checkpointing") for m in model.modules())
 
 
 def embeddings(model: nn.Module) -> list[nn.Module]:

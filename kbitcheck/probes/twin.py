@@ -24,21 +24,47 @@ WEIGHT_DECAY = 0.1
 EPSILON = 1e-2
 
 
-class TwinLinear(nn.Linear):
-    """A quantized layer's arithmetic with a plain weight (out, in): compute in ``compute``, answer in the input's dtype."""
+class _Product(torch.autograd.Function):
+    """``x @ weight.T``, whose backward uses another rounding of the same weight."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, compute: torch.dtype | None) -> None:
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, backward_weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = backward_weight
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return gradient @ ctx.weight, None, None
+
+
+class TwinLinear(nn.Linear):
+    """A quantized layer's arithmetic with a plain weight (out, in): compute in ``compute``, answer in the input's dtype.
+
+    bitsandbytes' 4-bit backward unpacks the weight to the quantization state's dtype first and its forward does not;
+    ``backward_weight`` is that rounding, where it differs.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        compute: torch.dtype | None,
+        backward_weight: torch.Tensor | None = None,
+    ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.compute = compute
+        self.backward_weight = backward_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = self.compute or x.dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        device = x.device.type
-        with torch.autocast(device, enabled=False):
-            return linear(x.to(compute), self.weight.to(compute), bias).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.backward_weight is None:
+                return linear(x.to(compute), self.weight.to(compute), bias).to(x.dtype)
+            product = _Product.apply(x.to(compute), self.weight.to(compute), self.backward_weight.to(compute))
+            return (product if bias is None else product + bias).to(x.dtype)  # type: ignore[no-any-return]
 
 
 Weights = Mapping[str, torch.Tensor]
@@ -58,11 +84,16 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
     def plain(name: str, module: Any) -> TwinLinear:
         compute, unpacked = backends.compute_dtype(module), backends.state_dtype(module)
         weight = weights[name]
-        weight = weight.to(unpacked).to(compute) if unpacked and compute else weight.to(torch.float32)
         bias = module.bias
-        if bias is not None and compute is not None:
-            bias = nn.Parameter(bias.detach().to(compute), requires_grad=False)
-        return TwinLinear(weight, None if bias is None else bias.detach().clone(), compute)
+        if compute is None or unpacked is None:
+            # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
+            return TwinLinear(backends.dequantized(module), None if bias is None else bias.detach().clone(), None)
+        return TwinLinear(
+            weight.to(compute),
+            None if bias is None else bias.detach().to(compute),
+            compute,
+            backward_weight=None if unpacked == compute else weight.to(unpacked),
+        )
 
     norms = {id(m) for n, m in base.named_modules() if norm_evidence(n, m)}
     _replace(base, plain)

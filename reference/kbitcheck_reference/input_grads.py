@@ -20,38 +20,46 @@ if TYPE_CHECKING:
 
 # The closures that transformers and PEFT register, and the functions of this file.
 _HOOK_NAMES = frozenset(
-    {"make_inputs_require_grads", "make_inputs_require_grad", "output_requires_grad", "block_input_requires_grad"}
+    {"make_inputs_require_grads", "make_inputs_require_grad", "output_requires_grad", "tower_input_requires_grad"}
 )
+_BLOCK = "GradientCheckpointingLayer"
+_INPUT_NAMES = ("hidden_states", "inputs_embeds", "input_features", "input_values", "pixel_values")
 
 
 def output_requires_grad(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook: make an embedding's floating-point output require grad where a graph is being built."""
-    if isinstance(output, torch.Tensor) and _can_require_grad(output):
+    if _can_require_grad(output):
         output.requires_grad_(True)
 
 
-def block_input_requires_grad(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook of a tower's first block: hand on an input that requires grad, not touching the caller's."""
-    if args and isinstance(args[0], torch.Tensor) and _can_require_grad(args[0]):
-        return (args[0].detach().requires_grad_(True), *args[1:])
+def tower_input_requires_grad(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: hand on an input that requires grad, not touching the caller's tensor."""
+    if args and _can_require_grad(args[0]):
+        return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+    for name in _INPUT_NAMES:
+        if _can_require_grad(kwargs.get(name)):
+            return args, {**kwargs, name: kwargs[name].detach().requires_grad_(True)}
     return None
 
 
 def require_input_grads(model: nn.Module) -> None:
-    """Leave exactly one removable hook an input embedding, and one before every tower's first block (KB301, KB505).
+    """Leave exactly one removable hook an input embedding, and one where each tower begins (KB301, KB505).
 
     Calling it again changes nothing but the hooks' handles (KB504).
 
     Args:
         model: a model of transformers, already checkpointing. One without ``enable_input_require_grads`` gets the
-            blocks' hooks only.
+            towers' hooks only.
     """
     remove_input_grad_hooks(model)
     if callable(getattr(model, "enable_input_require_grads", None)) and _exposes_embeddings(model):
         model.enable_input_require_grads()  # type: ignore[operator]  # a method of PreTrainedModel
         _replace_closures(model)
     handles = _tracked_handles(model)
-    handles += [block.register_forward_pre_hook(block_input_requires_grad) for block in _first_blocks(model)]
+    for entry in dict.fromkeys(_tower_entries(model)):
+        handles.append(entry.register_forward_pre_hook(tower_input_requires_grad, with_kwargs=True))
     # `disable_input_require_grads` walks the list in transformers 5, and removes the single handle in 4.x.
     vars(model).update(_require_grads_hooks=handles, _require_grads_hook=Handles(handles))
 
@@ -74,6 +82,7 @@ def remove_input_grad_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _HOOK_NAMES]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     vars(model).pop("_require_grads_hooks", None)
     vars(model).pop("_require_grads_hook", None)
 
@@ -107,19 +116,34 @@ def _exposes_embeddings(model: nn.Module) -> bool:
     return False
 
 
-def _first_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the first checkpointed block of every container that holds some, which is one a tower."""
-    for parent in model.modules():
-        blocks = (child for child in parent.children() if _is_block(child))
-        first = next(blocks, None)
-        if first is not None:
-            yield first
+def _tower_entries(module: nn.Module, container: nn.Module | None = None) -> Iterator[nn.Module]:
+    """Yield, for every tower, the module whose inputs are checkpointed first and whose hooks run before checkpointing.
+
+    That is the tower's first block, or the container that carries the flag where hooks on a block come too late.
+    """
+    if hasattr(module, "gradient_checkpointing"):
+        container = module
+        if not any(map(_is_block, module.modules())):
+            yield module
+            return
+    first = next(filter(_is_block, module.children()), None)
+    if first is not None:
+        yield first if _hooks_run_outside(first) else container or module
+    for child in module.children():
+        if not _is_block(child):
+            yield from _tower_entries(child, container)
 
 
 def _is_block(module: nn.Module) -> bool:
-    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+    return any(base.__name__ == _BLOCK for base in type(module).__mro__)
 
 
-def _can_require_grad(tensor: torch.Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and tensor.is_floating_point() and not tensor.requires_grad
-    return wanted and not tensor.is_inference()
+def _hooks_run_outside(block: nn.Module) -> bool:
+    """Whether a block checkpoints its ``forward``, as transformers 5 does, or ``__call__`` with its hooks."""
+    return not any(base.__name__ == _BLOCK and "__call__" in vars(base) for base in type(block).__mro__)
+
+
+def _can_require_grad(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    return torch.is_grad_enabled() and not value.requires_grad and not value.is_inference()

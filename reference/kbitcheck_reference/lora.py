@@ -35,8 +35,7 @@ def attach(
 ) -> ModelT:
     """Freeze the base and put a LoRA pair on its linear layers, in place.
 
-    What is drawn depends on ``seed`` and the layer's name alone: not on the device, the order of layers, or any global
-    random state, none of which is touched.
+    What is drawn depends on ``seed`` and the layer's name alone; no global random state is read or touched.
 
     Args:
         model: the model, prepared or not.
@@ -54,13 +53,7 @@ def attach(
     Raises:
         ValueError: adapters are on already, or nothing, or no layer for one of the targets, was found.
     """
-    if layers(model):
-        message = f"{type(model).__name__} carries LoRA layers already; detach them first"
-        raise ValueError(message)
-    chosen = _default_targets(model) if targets is None else _named_targets(model, targets)
-    if not chosen:
-        message = f"{type(model).__name__} has no linear layer to put adapters on"
-        raise ValueError(message)
+    chosen = _chosen(model, targets)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     wrapped = {
@@ -176,6 +169,17 @@ def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
     return is_quantized(module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _chosen(model: nn.Module, targets: Iterable[str] | None) -> dict[str, nn.Module]:
+    if layers(model):
+        message = f"{type(model).__name__} carries LoRA layers already; detach them first"
+        raise ValueError(message)
+    found = _default_targets(model) if targets is None else _named_targets(model, targets)
+    if not found:
+        message = f"{type(model).__name__} has no linear layer to put adapters on"
+        raise ValueError(message)
+    return found
 
 
 def _default_targets(model: nn.Module) -> dict[str, nn.Module]:

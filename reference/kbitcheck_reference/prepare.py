@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapters import adapter_parameters, enabled_biases
-from .input_grads import remove_input_grad_hooks, require_input_grads
+from .input_grads import require_input_grads
 from .quantized import is_quantized
 from .upcast import castable_parameters, upcast
 
@@ -92,7 +92,6 @@ def turn_on_checkpointing(parts: list[nn.Module], kwargs: dict[str, Any] | None)
         # transformers 5 renames the method and warns when the old name is called; 4.x knows the old name alone.
         name = _NEW_NAME if hasattr(type(part), _NEW_NAME) else _OLD_NAME
         getattr(part, name)(**{name.replace("_enable", "_kwargs"): dict(explicit)})
-        remove_input_grad_hooks(part)
 
 
 def freeze_base(model: nn.Module) -> None:

@@ -92,7 +92,8 @@ def rounding_bound(exact: torch.Tensor, state: Any) -> torch.Tensor:
 def dequantized_by_bitsandbytes(packed: torch.Tensor, absmax: torch.Tensor, state: Any) -> list[torch.Tensor]:
     """Results of its portable implementation, and of the kernel that runs here where that can be trusted.
 
-    The AVX-512 kernel of bitsandbytes 0.50.2 scales every row as if it began a block: wrong where a block spans rows.
+    The AVX-512 kernel of bitsandbytes 0.50.2 takes ``row * (columns // blocksize)`` for a row's first block, which is
+    wrong where a block spans rows.
     """
     with torch.compiler.set_stance("force_eager"):
         arguments = (absmax.float(), state.code, state.blocksize, state.shape, state.dtype)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from kbitcheck_reference import is_quantized_parameter, lora, prepare_model_for_kbit_training
 from kbitcheck_reference.prepare import return_cache
 from torch import nn
@@ -27,7 +28,7 @@ MODES = pytest.mark.parametrize("reentrant", [False, True])
 ARCHS = pytest.mark.parametrize("arch", ["llama", "t5", "opt", "gpt2"])
 QUANTS = pytest.mark.parametrize("quantization", ["nf4-double", "int8"])
 PEFT_IS_NOT_QUIET = pytest.mark.filterwarnings("ignore:Model has `tie_word", "ignore:`is_gradient_checkpointing`")
-INPUT_HOOKS = {"output_requires_grad", "block_input_requires_grad", "make_inputs_require_grads"}
+INPUT_HOOKS = {"output_requires_grad", "tower_input_requires_grad", "make_inputs_require_grads"}
 
 
 def flags(model: nn.Module) -> list[bool]:
@@ -168,7 +169,7 @@ def test_every_tower_gets_inputs_that_require_grad(load: Load, batch: Any, arch:
         seen.append(args[0].requires_grad)
 
     for module in model.modules():
-        if "block_input_requires_grad" in [getattr(h, "__name__", "") for h in module._forward_pre_hooks.values()]:
+        if "tower_input_requires_grad" in [getattr(h, "__name__", "") for h in module._forward_pre_hooks.values()]:
             module.register_forward_pre_hook(look)
     model(**batch(arch))
     assert seen == [True] * towers
@@ -284,7 +285,19 @@ def test_wrapped_model_is_prepared_too(load: Load) -> None:
     assert trainable(wrapper) == set()
     assert wrapper.parts["value_head"].weight.dtype == torch.float32
     assert all(flags(wrapper))
-    assert list(input_hooks(wrapper).values()) == [["output_requires_grad"], ["block_input_requires_grad"]]
+    assert list(input_hooks(wrapper).values()) == [["output_requires_grad"], ["tower_input_requires_grad"]]
+
+
+def test_changes_nothing_when_a_model_refuses_late() -> None:
+    class Refusing(OldModel):
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+            raise RuntimeError("no")
+
+    model = Refusing().half()
+    with pytest.raises(RuntimeError, match="no"):
+        prepare(model)
+    assert trainable(model) == {"embedding.weight"}
+    assert model.embedding.weight.dtype == torch.float16
 
 
 def test_a_part_without_quantized_layers_may_lack_checkpointing(load: Load) -> None:
@@ -414,6 +427,47 @@ def test_works_with_transformers_4_and_remote_code_of_the_old_format() -> None:
     assert input_hooks(model) == {"embedding": ["output_requires_grad"]}
     model.disable_input_require_grads()
     assert input_hooks(model) == {}
+
+
+def test_hooks_the_container_where_blocks_checkpoint_their_call() -> None:
+    def call(self: nn.Module, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(nn.Module.__call__, self, *args, use_reentrant=True)
+
+    base = type("GradientCheckpointingLayer", (nn.Module,), {"gradient_checkpointing": True, "__call__": call})
+    block_class = type("Block", (base,), {"forward": lambda self, hidden_states: self.fc(hidden_states)})
+
+    class Tower(OldModel):
+        def __init__(self) -> None:
+            super().__init__()
+            block = block_class()
+            block.fc = nn.Linear(4, 4)
+            self.gradient_checkpointing = True
+            self.layers = nn.ModuleList([block])
+
+        def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.layers[0](input_features)
+            return hidden
+
+    model = lora.attach(prepare(prepare(Tower())))
+    assert input_hooks(model) == {"": ["tower_input_requires_grad"], "embedding": ["output_requires_grad"]}
+    for arguments in ({"input_features": torch.ones(1, 4)}, {}):
+        positional = () if arguments else (torch.ones(1, 4),)
+        model.zero_grad()
+        model(*positional, **arguments).sum().backward()
+        assert lora.layers(model)["layers.0.fc"].lora_B.weight.grad.abs().max() > 0  # type: ignore[union-attr]
+    model.disable_input_require_grads()
+    assert input_hooks(model) == {}
+
+
+def test_hooks_a_flagged_container_of_blocks_of_no_known_class() -> None:
+    class Remote(OldModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(4, 4))
+            self.encoder.gradient_checkpointing = False  # type: ignore[assignment]
+
+    hooks = input_hooks(prepare(Remote()))
+    assert hooks == {"embedding": ["output_requires_grad"], "encoder": ["tower_input_requires_grad"]}
 
 
 def test_refuses_a_model_none_of_whose_modules_carries_the_flag() -> None:

@@ -1,0 +1,87 @@
+"""What a fault is, and the registry of faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps as keeping_signature
+from typing import Any
+
+from kbitcheck_reference import prepare_model_for_kbit_training
+
+Prepare = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One way to be wrong. ``prepare`` is the broken implementation, ``spoil`` what is done to the base before.
+
+    ``code`` is the rule that must catch it, on the case given; ``accelerator`` says that no CPU can show it.
+    """
+
+    code: str
+    name: str
+    model: str = "tiny:gpt2"
+    quant: str = "nf4"
+    checkpointing: str = "reentrant"
+    prepare: Prepare = prepare_model_for_kbit_training
+    spoil: Callable[[Any], None] | None = None
+    accelerator: bool = False
+
+
+_faults: list[Fault] = []
+
+
+def faults() -> list[Fault]:
+    """Every registered fault, by code."""
+    return sorted(_faults, key=lambda f: f.code)
+
+
+def breaks(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Register a function that breaks a model which the reference prepared."""
+
+    def register(damage: Callable[[Any], None]) -> Callable[[Any], None]:
+        def broken(
+            model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+        ) -> Any:
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+            damage(model)
+            return model
+
+        _faults.append(Fault(code=code, name=damage.__name__, prepare=broken, **case))
+        return damage
+
+    return register
+
+
+def wraps(code: str, **case: Any) -> Callable[[Callable[[Prepare], Prepare]], Callable[[Prepare], Prepare]]:
+    """Register a function that makes a broken implementation of a good one."""
+
+    def register(make: Callable[[Prepare], Prepare]) -> Callable[[Prepare], Prepare]:
+        _faults.append(Fault(code=code, name=make.__name__, prepare=make(prepare_model_for_kbit_training), **case))
+        return make
+
+    return register
+
+
+def spoils(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Register a function that spoils the base before anything looks at it."""
+
+    def register(spoil: Callable[[Any], None]) -> Callable[[Any], None]:
+        _faults.append(Fault(code=code, name=spoil.__name__, spoil=spoil, **case))
+        return spoil
+
+    return register
+
+
+def around(prepare: Prepare, before: Callable[[Any], Any], after: Callable[[Any, Any], Any]) -> Prepare:
+    """An implementation with the same signature that does something before and after."""
+
+    @keeping_signature(prepare)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        token = before(args[0])
+        returned = prepare(*args, **kwargs)
+        after(args[0], token)
+        return returned
+
+    return wrapped

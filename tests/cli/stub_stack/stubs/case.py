@@ -1,0 +1,38 @@
+"""Cases whose only fact is what the subject returned."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from kbitcheck.core import UsageError
+from kbitcheck.implementations import Implementation
+from kbitcheck.suite import CaseSpec
+
+
+class Case:
+    def __init__(self, spec: CaseSpec, implementation: Implementation) -> None:
+        self.spec = spec
+        self.case = spec.id
+        self.function = implementation.function
+
+    @cached_property
+    def returned(self) -> Any:
+        return self.function(object())
+
+    def summary(self) -> dict[str, Any]:
+        return {"model_class": "Stub", "parameters": 123_456, "bytes_loaded": 2_000, "bytes_prepared": 3_000_000}
+
+    def close(self) -> None:
+        pass
+
+
+def open_case(spec: CaseSpec, implementation: Implementation) -> Case:
+    if spec.model == "late":
+        raise UsageError("late: the weights are truncated")
+    return Case(spec, implementation)
+
+
+def open_live(model: Any, *, implementation: Implementation, **options: Any) -> Case:
+    spec = CaseSpec(model=type(model).__name__, quant="int8", implementation=implementation.name, **options)
+    return Case(spec, implementation)

@@ -1,0 +1,9 @@
+"""One model exists."""
+
+from kbitcheck.core import UsageError
+
+
+def resolve(model: str, **options: object) -> object:
+    if model not in ("tiny:llama", "tiny:gpt2", "tiny:t5", "late"):
+        raise UsageError(f"no such model: {model!r}")
+    return object()

@@ -1,0 +1,16 @@
+"""Sabotages that are caught, but for KB901's; KB102's cannot be tried here, and KB201's ends the worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+
+
+def run(codes: Sequence[str]) -> Iterator[SimpleNamespace]:
+    for code in codes:
+        if code == "KB201":
+            os._exit(9)
+        caught = None if code == "KB102" else code != "KB901"
+        row = {"code": code, "fault": "spoil", "case": "case", "caught": caught, "told": "why"}
+        yield SimpleNamespace(as_json=lambda row=row: row)

@@ -1,0 +1,13 @@
+"""As much of torch as the environment facts ask for."""
+
+from types import SimpleNamespace
+
+__version__ = "0.stub"
+cuda = SimpleNamespace(is_available=lambda: False, device_count=lambda: 0)
+cpu = SimpleNamespace()
+version = SimpleNamespace(cuda=None)
+backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "STUB"))
+
+
+def get_num_threads() -> int:
+    return 1

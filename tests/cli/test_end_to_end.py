@@ -1,0 +1,67 @@
+"""One run of the command on the real stack, and the bar that a terminal sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kbitcheck.core import Report, Status
+from tests.cli.conftest import Door
+
+
+def test_the_command_audits_a_real_quantized_model(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    arguments = ["model", "tiny:llama", "--prepare", "reference", "--quant", "nf4", "--select", "KB101,KB201,KB501"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "kbitcheck", *arguments, "--format", "json", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    report = Report.from_json(json.loads(ran.stdout))
+    assert [(r.rule, r.status) for r in report] == [(c, Status.PASS) for c in ("KB101", "KB201", "KB501")]
+    assert all(r.examined for r in report)
+    assert report.environment["torch"].startswith("2.")
+    assert report.environment["cpu_capability"]
+    assert report.facts["cases"]["tiny:llama-nf4-default"]["model_class"] == "LlamaForCausalLM"
+    assert [p.name for p in tmp_path.iterdir()] == ["scratch"]
+    assert not list(scratch.iterdir())
+
+
+def test_a_terminal_sees_a_bar_and_the_report_none_of_it(door: Door) -> None:
+    (door.cwd / "slow.py").write_text("import time\ndef prepare(model):\n    time.sleep(1)\n    return model\n")
+    main, side = pty.openpty()
+    arguments = ("impl", "slow.py:prepare", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kbitcheck", *arguments],
+        cwd=door.cwd,
+        env={**door.environment(), "TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=side,
+    )
+    os.close(side)
+    seen = b""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            chunk = os.read(main, 4096)
+        except OSError:  # how Linux says that the other side has closed
+            break
+        if not chunk:
+            break
+        seen += chunk
+    out, _ = process.communicate(timeout=30)
+    os.close(main)
+    assert process.returncode == 0
+    assert b"2/5" in seen
+    assert b"tiny:llama-nf4-off" in seen
+    assert b"\x1b" not in out

@@ -1,0 +1,88 @@
+"""A run that is told to stop ends with 2, a partial report, and nothing left running or lying about."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from kbitcheck.core import Report
+from tests.cli.conftest import Door
+
+ARGUMENTS = ("impl", "{}.py:prepare", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
+
+
+def _workers(scratch: Path) -> list[int]:
+    """Processes whose TMPDIR lies in the run's scratch directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            environment = (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"TMPDIR={scratch}/kbitcheck-".encode() in environment:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signals) -> None:
+    (door.cwd / "hangs.py").write_text(
+        "import time\ndef prepare(model):\n    open('here', 'w').close()\n    time.sleep(600)\n"
+    )
+    arguments = (ARGUMENTS[0], "hangs.py:prepare", *ARGUMENTS[2:])
+    with door.start(*arguments, "--format", "json") as process:
+        deadline = time.monotonic() + 30
+        while not (door.cwd / "here").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert _workers(door.scratch), "the worker was never seen: the check below would prove nothing"
+        process.send_signal(number)
+        for _ in range(40):  # impatient ones must not lose the report, whenever they come
+            time.sleep(0.01)
+            process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    report = Report.from_json(json.loads(out))
+    assert not report.complete
+    assert [r.rule for r in report] == ["KB101", "KB102"]
+    assert err == "✗ interrupted: 1 kept, 1 not applicable\n"
+    assert _workers(door.scratch) == []
+    (door.cwd / "here").unlink()
+    assert door.left() == []
+
+
+def test_a_worker_does_not_outlive_a_killed_parent(door: Door) -> None:
+    with door.start("impl", "hangs.py:prepare", *ARGUMENTS[2:]) as process:
+        deadline = time.monotonic() + 30
+        while not _workers(door.scratch) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert _workers(door.scratch)
+        process.kill()
+    deadline = time.monotonic() + 10
+    while _workers(door.scratch) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _workers(door.scratch) == []
+
+
+def test_what_the_caller_ignores_stays_ignored(door: Door) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with door.start("impl", "good.py:prepare", *ARGUMENTS[2:], preexec_fn=ignore) as process:
+        os.kill(process.pid, signal.SIGHUP)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_reader_that_leaves_is_no_error(door: Door) -> None:
+    with door.start("impl", "nothing.py:prepare", *ARGUMENTS[2:]) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(30) == 1
+    assert err.count("\n") == 1

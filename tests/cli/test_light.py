@@ -1,0 +1,50 @@
+"""What does not need torch does not import it, and is quick to start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "peft")
+
+PROBE = """
+import sys
+sys.argv = ["kbitcheck", *{arguments!r}]
+sys.stdout = sys.stderr
+try:
+    {statement}
+except SystemExit as end:
+    assert not end.code, end.code
+sys.__stdout__.write(" ".join(name for name in {heavy!r} if name in sys.modules))
+"""
+
+
+def imported(statement: str, arguments: tuple[str, ...] = ()) -> str:
+    """Which of the heavy packages a process has imported after a statement."""
+    script = PROBE.format(arguments=arguments, statement=statement, heavy=HEAVY)
+    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+
+
+MAIN = "from kbitcheck.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("model", "--help"), ("rules",), ("rules", "KB101")], ids=" ".join
+)
+def test_light_commands_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    assert imported(MAIN, arguments) == ""
+
+
+def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
+    report = {"schema": 1, "tool": "kbitcheck", "environment": {}, "subject": {}, "blame": "own", "strict": False}
+    (tmp_path / "report.json").write_text(json.dumps({**report, "complete": True, "facts": {}, "results": []}))
+    assert imported(MAIN, ("show", str(tmp_path / "report.json"))) == ""
+    assert imported("import kbitcheck, kbitcheck.run, kbitcheck.live, kbitcheck.worker") == ""
+
+
+def test_the_probe_sees_what_is_heavy() -> None:
+    assert imported("import numpy") == "numpy"

@@ -1,0 +1,24 @@
+"""Shared by all tests: no network, no time limits on property tests, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Two shared cores are slow now and then.
+settings.register_profile("kbitcheck", deadline=None)
+settings.load_profile("kbitcheck")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from kbitcheck.core import UsageError
+from kbitcheck.models import hub, resolve
+from kbitcheck.quantization import Quantization
+
+NF4 = Quantization()
+SHA = "0123456789abcdef0123456789abcdef01234567"
+Cache = Callable[..., Path]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    """An offline hub cache, and a function that puts a directory into it under an id."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str, folder: Path) -> Path:
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(SHA)
+        shutil.copytree(folder, home / "snapshots" / SHA)
+        return home / "snapshots" / SHA
+
+    hub._fetched.cache_clear()
+    yield put
+    hub._fetched.cache_clear()
+
+
+def test_cached_model_loads_without_a_network(cache: Cache, llama: Any) -> None:
+    snapshot = cache("org/name", llama())
+    source = resolve("org/name")
+    assert source.checkpoint == snapshot
+    assert (source.name, source.quant, source.has_weights) == ("org/name", None, True)
+    assert type(source.load(NF4)).__name__ == "LlamaForCausalLM"
+
+
+def test_dtype_comes_from_the_weights_where_the_configuration_is_silent(cache: Cache, llama: Any) -> None:
+    cache("org/name", llama(dtype=None, torch_dtype=None))
+    assert resolve("org/name").unquantized_dtype == "bfloat16"
+    assert resolve("org/name", dtype="fp16").unquantized_dtype == "float16"
+
+
+def test_what_is_cached_is_checked(cache: Cache, llama: Any) -> None:
+    folder = llama()
+    (folder / "model.safetensors").unlink()
+    (cache("org/bare", folder) / "x.txt").touch()
+    with pytest.raises(UsageError, match="org/bare has no safetensors weights"):
+        resolve("org/bare").load(NF4)
+    assert type(resolve("org/bare", random_weights=True).load(NF4)).__name__ == "LlamaForCausalLM"
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    cache("org/pickled", folder)
+    with pytest.raises(UsageError, match="give --allow-pickle"):
+        resolve("org/pickled").load(NF4)
+    assert resolve("org/pickled", allow_pickle=True).checkpoint.name == SHA
+    (folder / "config.json").unlink()
+    cache("org/files", folder)
+    with pytest.raises(UsageError, match=r"org/files has no config\.json"):
+        resolve("org/files")
+
+
+def test_remote_code_needs_trust(cache: Cache, llama: Any) -> None:
+    snapshot = cache("org/code", llama(auto_map={"AutoModelForCausalLM": "mine.Mine"}))
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        resolve("org/code")
+    assert resolve("org/code", trust_remote_code=True).checkpoint == snapshot
+
+
+def test_typos_get_a_hint_from_the_cache(cache: Cache, llama: Any) -> None:
+    cache("org/some-model", llama())
+    assert hub.cached() == ["org/some-model"]
+    with pytest.raises(UsageError, match="did you mean org/some-model, which is cached"):
+        resolve("org/some-modle")
+    with pytest.raises(UsageError, match=r"org/some-model at revision v2 is neither"):
+        resolve("org/some-model", revision="v2")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.GatedRepoError, "is gated: accept its terms"),
+        (errors.RevisionNotFoundError, "has no revision v2"),
+        (errors.RepositoryNotFoundError, "the hub has no model org/name; a directory would be given as ./org/name"),
+        (ConnectionError, "the hub cannot be reached"),
+    ],
+)
+@pytest.mark.parametrize("bars", [True, False])
+def test_what_the_hub_refuses_is_told_in_one_line(
+    error: type[Exception], told: str, bars: bool, monkeypatch: pytest.MonkeyPatch, cache: Cache
+) -> None:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        assert are_progress_bars_disabled()
+        raise error.__new__(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    (enable_progress_bars if bars else disable_progress_bars)()
+    with pytest.raises(UsageError, match=told) as caught:
+        resolve("org/name", revision="v2")
+    assert "\n" not in str(caught.value)
+    assert are_progress_bars_disabled() is not bars
+    enable_progress_bars()

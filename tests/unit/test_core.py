@@ -1,0 +1,177 @@
+"""The check model: judging, selecting, exit codes, and the JSON round trip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kbitcheck.core import (
+    SCHEMA,
+    Level,
+    NonConformance,
+    NotApplicable,
+    Observation,
+    Party,
+    Report,
+    Result,
+    Rule,
+    Status,
+    UsageError,
+    judge,
+    rule,
+    rules,
+    select,
+)
+from kbitcheck.facts import Facts
+
+GOOD = Observation("a", True, "1", "1")
+OWN = Observation("b", False, "1", "2")
+STACK = Observation("c", False, "1", "2", Party.STACK, "a bare layer")
+
+
+def judged(*seen: Any, **changes: Any) -> Result:
+    def check(facts: Facts) -> Iterator[Observation]:
+        for item in seen:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    subject = Rule(**{"code": "KB999", "name": "x", "level": Level.MUST, "check": check, **changes})
+    return judge(subject, cast(Facts, SimpleNamespace(case="case")))
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "party", "reason"),
+    [
+        ((GOOD,), Status.PASS, None, ""),
+        ((GOOD, STACK), Status.FAIL, Party.STACK, ""),
+        ((STACK, OWN), Status.FAIL, Party.IMPLEMENTATION, ""),
+        ((), Status.ERROR, None, "vacuous: the rule examined nothing"),
+        ((NotApplicable("none here"),), Status.SKIP, None, "none here"),
+        ((GOOD, ValueError("one\ntwo")), Status.ERROR, None, "ValueError: one"),
+    ],
+)
+def test_judging(seen: tuple[Any, ...], status: Status, party: Party | None, reason: str) -> None:
+    result = judged(*seen)
+    assert (result.status, result.attributed_to, result.reason) == (status, party, reason)
+    assert result.own == (OWN in seen)
+
+
+def test_a_level_may_depend_on_facts() -> None:
+    assert judged(OWN, level_of=lambda facts: Level.INFO).level is Level.INFO
+
+
+def test_blaming_another_needs_a_witness() -> None:
+    with pytest.raises(ValueError, match="witness"):
+        Observation("a", False, "1", "2", Party.MODEL)
+
+
+def test_codes_are_registered_once() -> None:
+    for code in ("KB1", next(iter(rules()))):
+        with pytest.raises(ValueError, match="fresh"):
+            rule(code, "x", Level.MUST)(lambda facts: ())
+
+
+def test_selecting() -> None:
+    every = [r.code for r in select()]
+    assert every == sorted(every)
+    assert len(every) > 20
+    chosen = [r.code for r in select(["kb2", "KB101"], {"KB201": "why"})]
+    assert chosen == [c for c in every if c == "KB101" or (c.startswith("KB2") and c != "KB201")]
+    with pytest.raises(UsageError, match="'XY'"):
+        select(["XY"])
+
+
+def result(status: Status, level: Level = Level.MUST, *failures: Observation) -> Result:
+    return Result(rule="KB101", case="case", level=level, status=status, failures=failures)
+
+
+PASS, SKIP = result(Status.PASS), result(Status.SKIP)
+ERROR = Result(rule="KB101", case="case", level=Level.MUST, status=Status.ERROR, reason="it broke")
+MUST, SHOULD = result(Status.FAIL, Level.MUST, OWN), result(Status.FAIL, Level.SHOULD, OWN)
+INFO, OTHERS = result(Status.FAIL, Level.INFO, OWN), result(Status.FAIL, Level.MUST, STACK)
+
+
+@pytest.mark.parametrize(
+    ("results", "changes", "code"),
+    [
+        ((PASS, SKIP), {}, 0),
+        ((PASS, MUST), {}, 1),
+        ((PASS, SHOULD, INFO), {}, 0),
+        ((PASS, SHOULD), {"strict": True}, 1),
+        ((PASS, INFO), {"strict": True}, 0),
+        ((OTHERS,), {}, 0),
+        ((OTHERS,), {"blame": "any"}, 1),
+        ((MUST, ERROR), {}, 3),
+        ((MUST, ERROR), {"complete": False}, 2),
+        ((SKIP,), {}, 5),
+        ((), {}, 5),
+    ],
+)
+def test_exit_codes(results: tuple[Result, ...], changes: dict[str, Any], code: int) -> None:
+    made = Report(**{"tool": "t", "environment": {}, "subject": {}, "results": results, "blame": "own", **changes})
+    assert made.exit_code == code
+    if code:
+        with pytest.raises(NonConformance) as caught:
+            made.raise_for_failures()
+        assert caught.value.report is made
+    else:
+        made.raise_for_failures()
+
+
+words = st.text(max_size=20)
+observations = st.builds(
+    Observation, words, st.booleans(), words, words, st.sampled_from(Party), st.text(min_size=1, max_size=9)
+)
+results_ = st.builds(
+    Result,
+    rule=st.sampled_from(["KB101", "KB999"]),
+    case=words,
+    level=st.sampled_from(Level),
+    status=st.sampled_from(Status),
+    attributed_to=st.none() | st.sampled_from(Party),
+    examined=st.integers(0),
+    reason=words,
+    failures=st.lists(observations, max_size=3).map(tuple),
+    seconds=st.floats(0, 1e6),
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
+objects = st.dictionaries(
+    words,
+    st.recursive(scalars, lambda s: st.lists(s, max_size=3) | st.dictionaries(words, s, max_size=3), max_leaves=5),
+    max_size=3,
+)
+reports = st.builds(
+    Report,
+    tool=words,
+    environment=objects,
+    subject=objects,
+    results=st.lists(results_, max_size=4).map(tuple),
+    blame=st.sampled_from(["own", "any"]),
+    strict=st.booleans(),
+    complete=st.booleans(),
+    facts=objects,
+)
+
+
+@given(reports)
+def test_a_report_survives_json(report: Report) -> None:
+    text = json.dumps(report.as_json())
+    back = Report.from_json(json.loads(text))
+    assert back == report
+    assert list(back) == list(report.results)
+    assert json.dumps(back.as_json()) == text
+
+
+@pytest.mark.parametrize(
+    "data", [[], {}, {"schema": SCHEMA + 1}, {"schema": SCHEMA}, {"schema": SCHEMA, "results": [1]}]
+)
+def test_damaged_reports_are_wrong_usage(data: Any) -> None:
+    with pytest.raises(UsageError, match="kbitcheck report"):
+        Report.from_json(data)

@@ -1,0 +1,204 @@
+"""Reports in words: grouping, wrapping, order, and the command that runs a finding again."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kbitcheck.core import Level, Observation, Party, Report, Result, Status
+from kbitcheck.reporters import pages, render, verdict
+from kbitcheck.reporters.names import grouped
+from kbitcheck.suite import CaseSpec
+
+
+def spelled_out(text: str) -> set[str]:
+    """The names that a grouped name stands for."""
+    pieces = [
+        [str(n) for item in piece[1:-1].split(",") for n in _numbers(item)] if piece.startswith("{") else [piece]
+        for piece in re.split(r"(\{[^}]*\})", text)
+    ]
+    return {"".join(choice) for choice in itertools.product(*pieces)}
+
+
+def _numbers(item: str) -> list[Any]:
+    first, dots, last = item.partition("..")
+    return list(range(int(first), int(last) + 1)) if dots else [item]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            [f"model.layers.{i}.input_layernorm.weight" for i in range(32)],
+            ["model.layers.{0..31}.input_layernorm.weight"],
+        ),
+        (["h.1.x", "h.3.x", "h.5.x"], ["h.{1,3,5}.x"]),
+        (["h.0", "h.1"], ["h.{0,1}"]),
+        ([f"l.{i}.mlp.{n}_proj" for i in range(3) for n in ("up", "down")], ["l.{0..2}.mlp.{up,down}_proj"]),
+        (
+            [f"l.{i}.e.{j}.w" for i in range(3) for j in range(4) if (i, j) != (2, 3)],
+            ["l.{0,1}.e.{0..3}.w", "l.2.e.{0..2}.w"],
+        ),
+        (["lm_head", "lm_head"], ["lm_head"]),
+        (["save and reload", "a.b"], ["a.b", "save and reload"]),
+        ([], []),
+    ],
+)
+def test_names_are_grouped(names: list[str], told: list[str]) -> None:
+    assert grouped(names) == told
+
+
+part = st.sampled_from(["0", "1", "2", "10", "007", "layers", "up_proj", "down_proj", "_a", "b"])
+
+
+@given(st.lists(st.lists(part, min_size=1, max_size=4).map(".".join), max_size=30))
+def test_grouping_loses_and_adds_no_name(names: list[str]) -> None:
+    told = [spelled_out(text) for text in grouped(names)]
+    assert set().union(*told) == set(names)
+    assert sum(map(len, told)) == len(set(names))
+
+
+def spec(**changes: Any) -> CaseSpec:
+    return CaseSpec(**{"model": "tiny:llama", "quant": "nf4", "implementation": "peft", "device": "auto", **changes})
+
+
+def failed(rule: str, case: str, *failures: Observation, level: Level = Level.MUST) -> Result:
+    party = next(iter(failures)).party
+    return Result(
+        rule=rule, case=case, level=level, status=Status.FAIL, attributed_to=party, examined=9, failures=failures
+    )
+
+
+def report(*results: Result, specs: tuple[CaseSpec, ...] = (spec(),), **changes: Any) -> Report:
+    subject = {
+        "command": "impl",
+        "implementation": {"name": "peft", "version": "0.21.2"},
+        "cases": {s.id: s.as_json() for s in specs},
+        **changes.pop("subject", {}),
+    }
+    return Report(
+        **{"tool": "kbitcheck 0", "environment": {}, "subject": subject, "results": results, "blame": "own", **changes}
+    )
+
+
+CASE = spec().id
+OWN = Observation("model.norm", False, "float32", "float16")
+STACK = Observation("model.norm", False, "float32", "float16", Party.STACK, "a bare layer")
+
+
+def test_findings_come_worst_first_and_each_says_whose_it_is() -> None:
+    text = render(
+        report(
+            failed("KB101", CASE, OWN, level=Level.INFO),
+            failed("KB102", CASE, STACK),
+            failed("KB103", CASE, OWN, level=Level.SHOULD),
+            Result(rule="KB104", case=CASE, level=Level.MUST, status=Status.ERROR, reason="it broke"),
+            failed("KB201", CASE, OWN),
+        ),
+        "text",
+    )
+    heads = [line for line in text.splitlines() if line[:2] in ("✗ ", "! ")]
+    assert [re.findall(r"KB\d+", head) for head in heads] == [[], ["KB201"], ["KB104"], ["KB102"], ["KB103"], ["KB101"]]
+    assert [head[0] for head in heads] == ["✗", "✗", "✗", "!", "!", "!"]
+    assert heads[1].endswith("peft's")
+    assert heads[3].endswith("the stack's")
+
+
+def test_one_failure_in_several_cases_is_told_once() -> None:
+    specs = (spec(), spec(checkpointing="off"), spec(checkpointing="reentrant"))
+    found = report(*(failed("KB201", s.id, OWN) for s in specs[:2]), failed("KB201", specs[2].id, STACK), specs=specs)
+    text = render(found, "text")
+    assert text.count("found float16") == 2
+    assert "In: tiny:llama-nf4-default, tiny:llama-nf4-off\n" in text
+    assert verdict(found) == "✗ does not conform: 1 rule broken, 0 kept"
+
+
+def test_one_cause_of_many_errors_is_told_once() -> None:
+    errors = [
+        Result(rule=f"KB10{i}", case=CASE, level=Level.MUST, status=Status.ERROR, reason="killed by SIGKILL")
+        for i in range(1, 7)
+    ]
+    text = render(report(*errors), "text")
+    assert text.count("killed by SIGKILL") == 1
+    assert "6 rules (KB101, KB102, KB103, KB104, …) could not be judged" in text
+
+
+def test_long_findings_are_cut_unless_verbose() -> None:
+    many = [Observation(f"{chr(97 + i)}.norm.x" * (i + 1), False, "float32", f"found {i}") for i in range(9)]
+    specs = tuple(spec(seed=0, model=f"m{i}") for i in range(6))
+    found = report(*(failed("KB201", s.id, *many[: 4 + i]) for i, s in enumerate(specs)), specs=specs)
+    brief, whole = (render(found, "text", verbose=v) for v in (False, True))
+    assert "… and 1 more (-v lists them)" in brief
+    assert "KB201 failed otherwise in 3 more cases" in brief
+    assert "(-v lists" not in whole
+    assert whole.count("found found 8") == 1
+
+
+def test_no_name_or_command_is_broken_and_nothing_is_coloured_when_piped() -> None:
+    name = "model.language_model." * 12 + "weight"
+    found = report(failed("KB201", CASE, Observation(name, False, "x " * 200, "\x1b[31mred")))
+    text = render(found, "text")
+    assert name in text
+    assert "\x1b" not in text
+    long = [line for line in text.splitlines() if len(line) > 110]
+    assert all(name in line or "Again:" in line for line in long)
+    assert "\x1b[" in render(found, "text", terminal=True)
+
+
+def test_verbose_lists_what_was_kept_and_skipped() -> None:
+    kept = Result(rule="KB101", case=CASE, level=Level.MUST, status=Status.PASS, examined=4)
+    skipped = Result(rule="KB102", case=CASE, level=Level.MUST, status=Status.SKIP, reason="no adapters")
+    brief, whole = (render(report(kept, skipped), "text", verbose=v) for v in (False, True))
+    assert "no adapters" not in brief
+    assert re.search(r"KB101 .*: 4 examined", whole)
+    assert re.search(r"KB102 .*: no adapters", whole)
+
+
+def test_ignored_rules_and_an_incomplete_run_are_told() -> None:
+    text = render(report(complete=False, subject={"ignored": {"KB3": "slow"}}), "text")
+    assert "ignored  KB3: slow" in text
+    assert "not complete" in text
+    assert verdict(report()) == "✗ nothing was checked: 0 kept"
+
+
+def test_a_rule_that_is_no_more_can_still_be_shown() -> None:
+    assert "✗ KB999  (MUST)" in render(report(failed("KB999", CASE, OWN)), "text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "told"),
+    [
+        ({}, {}, "impl peft --model tiny:llama --quant nf4 --checkpointing default"),
+        ({}, {"command": "model"}, "model tiny:llama --prepare peft --quant nf4"),
+        ({"batch": 3, "trust_remote_code": True}, {"command": "model"}, "--batch 3 --trust-remote-code"),
+        ({"model": "a b"}, {"in_process": True}, "--model 'a b' --quant nf4 --checkpointing default --in-process"),
+    ],
+)
+def test_the_command_to_run_again(changes: dict[str, Any], subject: dict[str, Any], told: str) -> None:
+    one = spec(**changes)
+    text = render(report(failed("KB201", one.id, OWN), specs=(one,), subject=subject), "text")
+    line = text.partition("Again: ")[2].splitlines()[0]
+    assert told in line
+    assert shlex.split(line)[-2:] == ["--select", "KB201"]
+
+
+def test_a_live_callable_has_no_command() -> None:
+    one = spec(implementation="test.<locals>.prepare")
+    assert "Again" not in render(report(failed("KB201", one.id, OWN), specs=(one,)), "text")
+
+
+def test_every_rule_has_a_page() -> None:
+    from kbitcheck.core import rules
+
+    listed = pages.index(list(rules().values()))
+    for code, rule in rules().items():
+        assert f"  {code}  " in listed
+        page = pages.page(rule)
+        assert page.startswith(f"{code} {rule.name} (")
+        assert rule.requirement.split()[0] in page
