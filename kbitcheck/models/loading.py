@@ -158,9 +158,15 @@ def told(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = shorten(f"{type(error).__name__}: {error}", width=240, placeholder=" ...")
-        if isinstance(error, pickle.UnpicklingError):
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
             reason = "its pickle is damaged, or holds more than tensors"
         raise UsageError(f"{name} cannot be loaded ({reason})") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 @contextmanager
