@@ -104,21 +104,22 @@ class Base:
         exact_model, exact_adapters = self.attach(twin.float64(self.copy(), self.weights), spec)
         adapter_probe.recast(exact_adapters, torch.float64)
         exact_logits = twin.forward_logits(exact_model, self.batch)
-        run, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
+        _, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
         rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.copy(), self.weights, spec.profile), spec)
         rounded_logits = twin.forward_logits(rounded_model, self.batch, autocast() if autocast else None)
         _, rounded = step.train_step(
             rounded_model, self.batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
         )
         ulp = float(torch.finfo(torch.float32).eps)
+        rate, losses = twin.smooth_training(exact_model, self.batch, exact_adapters, seed=spec.seed)
         return twin.Twins(
             exact=exact,
             rounded=rounded,
             yardsticks={n: max(step.distance(g, exact[n]), ulp) for n, g in rounded.items() if live(exact[n])},
             logits=exact_logits,
             logits_error=twin.root_mean_square_error(rounded_logits, exact_logits),
-            losses=twin.train(exact_model, self.batch, exact_adapters, seed=spec.seed),
-            loss=run.loss,
+            losses=losses,
+            learning_rate=rate,
         )
 
 
@@ -367,7 +368,12 @@ class Case:
         model, adapters = self._attached_copy()
         before = snapshot.fingerprints(adapters)
         losses = twin.train(
-            model, self.batch, adapters, autocast=self._base.autocast(self.profile), seed=self.spec.seed
+            model,
+            self.batch,
+            adapters,
+            learning_rate=self._twins.learning_rate,
+            autocast=self._base.autocast(self.profile),
+            seed=self.spec.seed,
         )
         after = snapshot.fingerprints(adapters)
         changed = frozenset(n for n in before if before[n] != after[n])

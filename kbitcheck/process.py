@@ -24,6 +24,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "PYTHONUNBUFFERED": "1",  # or last words are lost
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other process
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
 }
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')

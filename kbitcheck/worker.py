@@ -32,6 +32,8 @@ Event = dict[str, Any]
 # What ends the answer to a request.
 LAST = frozenset({"ready", "loaded", "done", "usage", "broken"})
 
+LARGE_BYTES = 64 << 20
+
 
 def examine(case: Case, selected: Sequence[Rule]) -> Iterator[Event]:
     """Judge every rule on a case, tell its facts, and close it."""
@@ -54,6 +56,7 @@ class Server:
         self._replies = replies
         self._implementation: Implementation | None = None
         self._device = "cpu"
+        self._threads = 1
 
     def answer(self, request: Event) -> None:
         """Run one request; the last event sent is one of ``LAST``."""
@@ -77,11 +80,15 @@ class Server:
         """Import the stack and the oracle, before any subject can patch them."""
         gc.disable()
         import kbitcheck_reference  # noqa: F401
+        import torch
 
         import kbitcheck.case  # noqa: F401
 
         gc.enable()
         gc.freeze()
+        # One thread until a model is worth more: on tiny ones threads only wait for each other.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         yield {"event": "ready"}
 
     def _load(self, request: Event) -> Iterator[Event]:
@@ -93,12 +100,17 @@ class Server:
         yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
 
     def _case(self, request: Event) -> Iterator[Event]:
+        import torch
+
         from kbitcheck.case import open_case
 
         assert self._implementation is not None
         spec = dataclasses.replace(CaseSpec.from_json(request["spec"]), device=self._device)
         known = rules()
-        yield from examine(open_case(spec, self._implementation), [known[code] for code in request["rules"]])
+        case = open_case(spec, self._implementation)
+        if case.base.nbytes > LARGE_BYTES:
+            torch.set_num_threads(self._threads)
+        yield from examine(case, [known[code] for code in request["rules"]])
         yield {"event": "done"}
 
     def _selftest(self, request: Event) -> Iterator[Event]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -17,11 +18,11 @@ from kbitcheck.probes import step
 from kbitcheck.probes.snapshot import norm_evidence
 
 STEPS = 4
-LEARNING_RATE = 5e-3
+LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
 WEIGHT_DECAY = 0.1
 # Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
 # gradient is rounding noise from walking at random.
-EPSILON = 1e-2
+EPSILON = 1e-3
 
 
 class _Product(torch.autograd.Function):
@@ -132,7 +133,7 @@ class Twins:
     logits: torch.Tensor
     logits_error: float
     losses: tuple[float, ...]
-    loss: float
+    learning_rate: float
 
     @property
     def median_yardstick(self) -> float:
@@ -177,17 +178,35 @@ def root_mean_square_error(found: torch.Tensor, exact: torch.Tensor, keep: torch
     return float((wide - exact).square().mean().sqrt()) / scale if scale else 0.0
 
 
+def smooth_training(
+    model: nn.Module, batch: step.Batch, adapters: Mapping[str, nn.Parameter], *, seed: int
+) -> tuple[float, tuple[float, ...]]:
+    """The largest learning rate at which the twin's loss falls in every step, with those losses.
+
+    At a larger one the path is chaotic: a rounding decides where it ends, and comparing ends says nothing.
+    """
+    start = {n: p.detach().clone() for n, p in adapters.items()}
+    for rate in LEARNING_RATES:
+        losses = train(model, batch, adapters, learning_rate=rate, seed=seed)
+        if all(b < a for a, b in pairwise(losses)):
+            break
+        for name, parameter in adapters.items():
+            parameter.data.copy_(start[name])
+    return rate, losses
+
+
 def train(
     model: nn.Module,
     batch: step.Batch,
     adapters: Mapping[str, nn.Parameter],
     *,
+    learning_rate: float,
     autocast: Any = None,
     seed: int = 0,
 ) -> tuple[float, ...]:
     """Losses before each of a few AdamW steps on one batch, and after the last. Weight decay is on."""
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPSILON
+        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=WEIGHT_DECAY, eps=EPSILON
     )
     losses = []
     model.train()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,48 @@ def test_what_the_hub_refuses_is_told_in_one_line(
     assert "\n" not in str(caught.value)
     assert are_progress_bars_disabled() is not bars
     enable_progress_bars()
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Any) -> tuple[Path, Callable[[], set[str]]]:
+    """A hub that serves the directory ``llama`` makes, and the names of the files that were fetched from it so far."""
+    here, remote = tmp_path / "here", llama()
+    here.mkdir()
+
+    def serve(name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (name, revision, ignore_patterns) == ("org/name", "v2", ["*/*"])
+        for file in remote.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, here)
+        return str(here)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", serve)
+    hub._fetched.cache_clear()
+    return remote, lambda: {file.name for file in here.iterdir()} - {"generation_config.json"}
+
+
+def test_weights_are_fetched_when_they_are_needed_and_pickles_never_beside_them(online: Any) -> None:
+    remote, fetched = online
+    for extra in ("pytorch_model.bin", "mine.py"):
+        (remote / extra).touch()
+    source = resolve("org/name", revision="v2", allow_pickle=True)
+    assert fetched() == {"config.json"}
+    assert source.checkpoint.is_dir()
+    assert fetched() == {"config.json", "model.safetensors"}
+
+
+def test_pickles_are_fetched_where_they_are_allowed_and_all_there_is(online: Any) -> None:
+    remote, fetched = online
+    (remote / "model.safetensors").rename(remote / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="no safetensors weights; give --allow-pickle"):
+        _ = resolve("org/name", revision="v2").checkpoint
+    assert fetched() == {"config.json"}
+    assert resolve("org/name", revision="v2", allow_pickle=True).checkpoint.is_dir()
+    assert fetched() == {"config.json", "pytorch_model.bin"}
+
+
+def test_code_is_fetched_where_it_is_trusted(online: Any) -> None:
+    remote, fetched = online
+    (remote / "mine.py").touch()
+    assert resolve("org/name", revision="v2", trust_remote_code=True).checkpoint.is_dir()
+    assert fetched() == {"config.json", "model.safetensors", "mine.py"}
