@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.core import UsageError
 from kbitcheck.facts import (
     CallFacts,
     CostFacts,
@@ -33,6 +34,7 @@ from kbitcheck.facts import (
     Unavailable,
 )
 from kbitcheck.models import Source, resolve
+from kbitcheck.models.given import Given
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import digest, forwards, layers, memory, snapshot, step, store, targets, twin
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call
@@ -55,7 +57,7 @@ class Base:
     """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
 
     def __init__(
-        self, source: Source, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
+        self, source: Source | Given, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
     ) -> None:
         self.source = source
         self.quant = quant
@@ -63,9 +65,7 @@ class Base:
         if spoil is not None:
             spoil(self.pristine)
         self.facts = snapshot.snapshot(self.pristine)
-        self.batch: step.Batch = source.batch(
-            self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed
-        )
+        self.batch: step.Batch = source.batch(self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
         self.weights, self.misread = layers.originals(self.pristine)
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
@@ -160,6 +160,23 @@ def open_case(spec: CaseSpec, implementation: Prepares) -> Case:
         UsageError: the model cannot be loaded as asked.
     """
     return Case(spec, implementation.function, base_of(spec))
+
+
+def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
+    """The case of a quantized model that the caller has; it is copied, and the copies are prepared and run.
+
+    Raises:
+        UsageError: no layer of it is quantized, or an option is unknown.
+    """
+    given = Given(model)
+    device = str(next(model.parameters()).device)
+    try:
+        spec = CaseSpec(
+            model=given.name, quant=given.quant, implementation=implementation.name, **{"device": device, **options}
+        )
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from None
+    return Case(spec, implementation.function, Base(given, Quantization.parse(spec.quant), spec))
 
 
 class Case:
@@ -395,7 +412,7 @@ class Case:
 
     @cached_property
     def rounded_biases(self) -> Mapping[str, str]:
-        """bitsandbytes casts a bias to the compute dtype, or to its input's for int8: fp32 unless the profile is half."""
+        """Bitsandbytes casts a bias to the compute dtype, or to its input's for int8: fp32 unless the profile is half."""
         known = self._base.weights
         names = [n.removesuffix(".bias") for n, p in self.wrapped.parameters.items() if p.quantized_bias]
         found = {}
@@ -501,7 +518,9 @@ class Case:
         """The call on the same architecture with checkpointing unsupported, with the model before and after."""
         model = self._base.copy()
         cls = type(model)
-        model.__class__ = type(cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__})
+        model.__class__ = type(
+            cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__}
+        )
         before = snapshot.snapshot(model)
         _, facts = call(self.prepare, model, **{SECOND: True})
         return facts, before, snapshot.snapshot(model)
@@ -555,9 +574,8 @@ class Case:
         """Facts for the head of a report; only those already computed beyond the static ones."""
         facts: dict[str, Any] = {
             "model_class": self.base.cls,
-            "parameters": sum(
-                layer.in_features * layer.out_features for layer in self.base.layers.values()
-            ) + sum(_unique(self.base)),
+            "parameters": sum(layer.in_features * layer.out_features for layer in self.base.layers.values())
+            + sum(_unique(self.base)),
             "bytes_loaded": self.base.nbytes,
         }
         if "prepared" in self.__dict__:

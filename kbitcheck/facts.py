@@ -180,11 +180,12 @@ class GradientFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBackward:
-    """A quantized layer's own backward. ``excess`` is the largest elementwise error over its bound (1 is the limit);
+    """A quantized layer's own backward.
 
-    ``gain`` is the least-squares factor between the gradient found and the one expected, and ``gain_bound`` how far
-    from 1 rounding can move it. ``misread`` is how far the backend's own kernel unpacks the weight from what its format
-    says, relative, where that is more than rounding: the layer is then judged by the kernel's weight.
+    ``excess`` is the largest elementwise error over its bound (1 is the limit); ``gain`` is the least-squares factor
+    between the gradient found and the one expected, and ``gain_bound`` how far from 1 rounding can move it. ``misread``
+    is how far the backend's own kernel unpacks the weight from what its format says, relative, where that is more than
+    rounding: the layer is then judged by the kernel's weight.
     """
 
     reached: bool

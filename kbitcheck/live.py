@@ -30,10 +30,11 @@ def audit(
     from kbitcheck.case import open_live
 
     rules = chosen(select, ignore)
-    if isinstance(prepare, str):
-        subject = implementations.load(prepare or implementations.default())
-    else:
-        subject = implementations.describe(prepare)
+    subject = (
+        implementations.load(prepare or implementations.default())
+        if isinstance(prepare, str)
+        else implementations.describe(prepare)
+    )
     start = time.perf_counter()
     case = open_live(model, implementation=subject, **options)
     told = environment.describe(str(next(model.parameters()).device), case.spec.seed)

@@ -71,16 +71,13 @@ QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
 )
 
 RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
-FULL = tuple(
-    (f"tiny:{recipe}", quant, modes)
-    for recipe in RECIPES
-    for quant, modes in (
-        ("nf4", ("reentrant", "non-reentrant", "default", "off")),
-        ("nf4,double,storage=bf16", ("non-reentrant",)),
-        ("fp4", ("reentrant", "non-reentrant", "off")),
-        ("int8", ("reentrant", "non-reentrant", "off")),
-    )
+_GRID: tuple[tuple[str, tuple[Checkpointing, ...]], ...] = (
+    ("nf4", ("reentrant", "non-reentrant", "default", "off")),
+    ("nf4,double,storage=bf16", ("non-reentrant",)),
+    ("fp4", ("reentrant", "non-reentrant", "off")),
+    ("int8", ("reentrant", "non-reentrant", "off")),
 )
+FULL = tuple((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in _GRID)
 
 
 def cases(

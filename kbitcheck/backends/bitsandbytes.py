@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 NAME = "bitsandbytes"
 
@@ -15,26 +15,26 @@ NAME = "bitsandbytes"
 def is_quantized(module: torch.nn.Module) -> bool:
     """Whether the module holds a packed 4-bit or row-wise 8-bit weight, with the state that unpacks it."""
     weight: Any = module._parameters.get("weight")  # its own: an adapter's wrapper shows its base layer's
-    if isinstance(weight, bnb.nn.Params4bit):
+    if isinstance(weight, Params4bit):
         return weight.quant_state is not None
-    return isinstance(weight, bnb.nn.Int8Params) and _scales(module) is not None
+    return isinstance(weight, Int8Params) and _scales(module) is not None
 
 
 def is_packed(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a packed weight, of a subclass too."""
-    return isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params))
+    return isinstance(parameter, (Params4bit, Int8Params))
 
 
 def kind(module: torch.nn.Module) -> str:
     """``nf4``, ``fp4`` or ``int8``."""
     weight = module.weight
-    return str(weight.quant_state.quant_type) if isinstance(weight, bnb.nn.Params4bit) else "int8"
+    return str(weight.quant_state.quant_type) if isinstance(weight, Params4bit) else "int8"
 
 
 def shape(module: torch.nn.Module) -> tuple[int, int]:
     """(out features, in features) of the weight when unpacked."""
     weight: Any = module.weight
-    rows, columns = weight.quant_state.shape if isinstance(weight, bnb.nn.Params4bit) else weight.shape
+    rows, columns = weight.quant_state.shape if isinstance(weight, Params4bit) else weight.shape
     return int(rows), int(columns)
 
 
@@ -53,7 +53,7 @@ def state_dtype(module: torch.nn.Module) -> torch.dtype | None:
 def state(module: torch.nn.Module) -> Mapping[str, Any]:
     """The fields of the quantization state: tensors and plain values, nested state included."""
     weight: Any = module.weight
-    if not isinstance(weight, bnb.nn.Params4bit):
+    if not isinstance(weight, Params4bit):
         return {"SCB": _scales(module)}
     return dict(_fields(weight.quant_state))
 
@@ -61,10 +61,12 @@ def state(module: torch.nn.Module) -> Mapping[str, Any]:
 def dequantized(module: torch.nn.Module) -> torch.Tensor:
     """The weight as the layer's own kernels unpack it: (out, in), in the state's dtype (float32 for int8)."""
     weight: Any = module.weight
-    if isinstance(weight, bnb.nn.Params4bit):
-        return dequantize_4bit(weight.data, weight.quant_state)
+    if isinstance(weight, Params4bit):
+        unpacked: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return unpacked
     scales = _scales(module)
-    return weight.data.to(torch.float32) * (scales.to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)
+    rows: torch.Tensor = weight.data.to(torch.float32) * (scales.to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)
+    return rows
 
 
 def _fields(quant_state: Any, prefix: str = "") -> list[tuple[str, Any]]:

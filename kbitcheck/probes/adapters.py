@@ -48,7 +48,7 @@ def attach(
     if library == "peft":
         from peft import LoraConfig, get_peft_model
 
-        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)))  # type: ignore[arg-type]
+        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)))
         owned = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
     else:
         wrapped = lora.attach(model, rank=rank, alpha=2.0 * rank, targets=list(layers))

@@ -26,7 +26,9 @@ def conditions(batch: step.Batch) -> list[tuple[str, bool, bool, bool]]:
     ]  # fmt: skip
 
 
-def run(model: nn.Module, batch: step.Batch, *, training: bool, mask: bool, autocast: torch.dtype | None) -> tuple[bool, str]:
+def run(
+    model: nn.Module, batch: step.Batch, *, training: bool, mask: bool, autocast: torch.dtype | None
+) -> tuple[bool, str]:
     """Whether every output of one forward is finite, and what it raised ("" if nothing)."""
     fed = step.feed(model, batch)
     inputs = fed if mask else {k: v for k, v in fed.items() if k != "attention_mask"}

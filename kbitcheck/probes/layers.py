@@ -54,7 +54,7 @@ class _Tap(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.seen.append(gradient.detach())
         return gradient, None
 
@@ -166,4 +166,3 @@ def _judge(probe: _Probe, module: nn.Module, weight: torch.Tensor, misread: floa
         misread=misread,
         gain_bound=ulp + accumulation * rounding / squares if squares else 1.0,
     )
-

@@ -82,4 +82,4 @@ def tensors(*items: Any) -> Iterator[torch.Tensor]:
 
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of a tensor's storage, for as long as it lives."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

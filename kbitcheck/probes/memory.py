@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,60 +75,75 @@ def activations(
 
 def _increments(entries: Mapping[str, int]) -> dict[str, int]:
     names = list(entries)
-    return {a: entries[b] - entries[a] for a, b in zip(names, names[1:], strict=False)}
+    return {a: entries[b] - entries[a] for a, b in pairwise(names)}
+
+
+class _Boundaries:
+    """Hooks on the blocks that tag what is made inside them and note what is handed in and out."""
+
+    def __init__(self, model: nn.Module, live: Live, found: _Held) -> None:
+        self._live, self._found = live, found
+        # Kept alive meanwhile: an identity is only one while its storage lives.
+        self._crossing: dict[int, torch.Tensor] = {}
+        self._last = ""
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            if is_block(module):
+                self._handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._left))
+
+    def remove(self) -> None:
+        """Take the hooks off and let go of what crossed."""
+        for handle in self._handles:
+            handle.remove()
+        self._crossing.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that crossed a boundary and were made inside a block."""
+        inside = (t for t in self._crossing.values() if not self._live.is_tagged(t, OUTSIDE))
+        return sum(t.untyped_storage().nbytes() for t in inside)
+
+    def _cross(self, *items: Any) -> None:
+        added = self._found.added
+        for tensor in tensors(*items):
+            if storage_id(tensor) not in self._crossing and not self._live.is_tagged(tensor, MODEL):
+                self._crossing[storage_id(tensor)] = tensor
+                if self._last:
+                    added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
+
+    def _entered(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._cross(args, kwargs)
+            self._found.entries[name] = self._live.now
+            self._last = self._live.tag = name
+
+        return hook
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._cross(output)
+        self._live.tag = OUTSIDE
 
 
 def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _Held:
     model.train()
     step.clear_gradients(model)
     found = _Held()
-    existing = [*model.parameters(), *model.buffers(), *batch.values(), *_states(model)]
     live = Live()
     live.tag = MODEL
-    for tensor in existing:
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
         live.add(tensor)
     live.tag = OUTSIDE
     floor = live.now
-    crossing: dict[int, torch.Tensor] = {}  # kept alive meanwhile: an identity is only one while its storage lives
-    blocks: list[str] = []
-
-    def cross(*items: Any) -> None:
-        for tensor in tensors(*items):
-            if storage_id(tensor) not in crossing and not live.is_tagged(tensor, MODEL):
-                crossing[storage_id(tensor)] = tensor
-                if blocks:
-                    found.added[blocks[-1]] = found.added.get(blocks[-1], 0) + tensor.untyped_storage().nbytes()
-
-    def entered(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            cross(args, kwargs)
-            found.entries[name] = live.now
-            blocks.append(name)
-            live.tag = name
-
-        return hook
-
-    def left(module: nn.Module, args: Any, output: Any) -> None:
-        cross(output)
-        live.tag = OUTSIDE
-
-    handles = []
-    for name, module in model.named_modules():
-        if is_block(module):
-            handles.append(module.register_forward_pre_hook(entered(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(left))
+    boundaries = _Boundaries(model, live, found)
     try:
         with step.seeded(seed, str(next(iter(batch.values())).device)), live:
             with autocast() if autocast else nullcontext():
                 output = model(**step.feed(model, batch))
-            for handle in handles:
-                handle.remove()
             gc.collect()
-            found.crossing = sum(
-                t.untyped_storage().nbytes() for k, t in crossing.items() if not live.is_tagged(t, OUTSIDE)
-            )
+            found.crossing = boundaries.nbytes
             found.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
-            crossing.clear()
+            boundaries.remove()
             found.held = live.now - floor
             found.entries["end"] = live.now
             live.peak = live.now
@@ -135,8 +151,7 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
                 output.loss.backward()
             found.peak = live.peak - floor
     finally:
-        for handle in handles:
-            handle.remove()
+        boundaries.remove()
     del output
     step.clear_gradients(model)
     gc.collect()
@@ -184,18 +199,20 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch) -> dict[str, int]:
 
 def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) -> int:
     """Bytes beyond its input's and output's that one quantized layer holds inside a non-reentrant checkpoint."""
-    device = layer.weight.device
+    weight: Any = layer.weight
+    device = weight.device
     x = torch.zeros(shape, dtype=dtype, device=device).requires_grad_(True)
     live = Live([x, *layer.parameters(), *(v for v in backends.state(layer).values() if isinstance(v, torch.Tensor))])
     floor = live.now
 
     def inner(x: torch.Tensor) -> torch.Tensor:
-        return layer(x * 1.0)  # the product stands for an activation made inside the block
+        y: torch.Tensor = layer(x * 1.0)  # the product stands for an activation made inside the block
+        return y
 
     with live:
         y = step.CHECKPOINT(inner, x, use_reentrant=False, preserve_rng_state=False)
         kept = live.now - floor - y.untyped_storage().nbytes()
-    return max(kept, 0)
+    return max(int(kept), 0)
 
 
 def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
@@ -217,4 +234,6 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
     reserved = None
     if torch.cuda.is_available() and next(model.parameters()).is_cuda:
         reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return CostFacts(before=before, after=live.now - stale, peak=peak, largest=largest, stale=stale, reserved_unused=reserved)
+    return CostFacts(
+        before=before, after=live.now - stale, peak=peak, largest=largest, stale=stale, reserved_unused=reserved
+    )

@@ -68,7 +68,7 @@ def attributes(classes: Iterable[type], *, functions: bool = False) -> dict[str,
         f"{cls.__module__}.{cls.__qualname__}.{name}": id(item)
         for cls in classes
         for name, item in list(vars(cls).items())
-        if name not in OWN_BUSINESS and not isinstance(item, (int, float)) or isinstance(item, bool)
+        if (name not in OWN_BUSINESS and not isinstance(item, (int, float))) or isinstance(item, bool)
     }
     if functions:
         for module in _library_modules():
@@ -94,7 +94,10 @@ def patched(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, tu
             # Modules resolve names lazily, so only what stood there before counts; a class gets no new names.
             if new and name.rpartition(".")[0] in sys.modules:
                 continue
-            found[name] = ("absent" if new else "original", "added" if new else "replaced" if name in after else "removed")
+            found[name] = (
+                "absent" if new else "original",
+                "added" if new else "replaced" if name in after else "removed",
+            )
     return found
 
 

@@ -53,7 +53,10 @@ def tower(block: str) -> str:
 
 def can_checkpoint(model: nn.Module) -> bool:
     """Whether the architecture can be checkpointed: the outermost model says so, and a module carries the flag."""
-    says = next((m.supports_gradient_checkpointing for m in model.modules() if hasattr(m, "supports_gradient_checkpointing")), False)
+    says = next(
+        (m.supports_gradient_checkpointing for m in model.modules() if hasattr(m, "supports_gradient_checkpointing")),
+        False,
+    )
     return bool(says) and any(hasattr(m, "gradient_checkpointing") for m in model.modules())
 
 
@@ -169,14 +172,17 @@ def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
     evidence = {
         "class": bool(NORM_CLASS.search(type(module).__name__)),
         "name": flat and bool(NORM_NAME.search(name)),
-        "shape": flat and set(own) <= {"weight", "bias", "scale", "gamma", "beta"} and len({p.shape for p in own.values()}) == 1,
+        "shape": flat
+        and set(own) <= {"weight", "bias", "scale", "gamma", "beta"}
+        and len({p.shape for p in own.values()}) == 1,
     }
     return frozenset(k for k, v in evidence.items() if v)
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
-    config = getattr(model, "config", None)
-    return _plain(config.to_dict()) if hasattr(config, "to_dict") else {}  # type: ignore[no-any-return, union-attr]
+    config: Any = getattr(model, "config", None)
+    plain: Mapping[str, Any] = _plain(config.to_dict()) if hasattr(config, "to_dict") else {}
+    return plain
 
 
 def _plain(item: Any) -> Any:

@@ -149,13 +149,15 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
     def non_reentrant(function: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(function, *args, **kwargs)
         bound.apply_defaults()
-        named = {k: str(v) for k, v in bound.arguments.items() if k in ("preserve_rng_state", "determinism_check", "debug")}
+        named = {
+            k: str(v) for k, v in bound.arguments.items() if k in ("preserve_rng_state", "determinism_check", "debug")
+        }
         calls.append({"use_reentrant": "False", **named})
         return _NON_REENTRANT(function, *args, **kwargs)
 
     saved = torch_checkpoint.CheckpointFunction, torch_checkpoint._checkpoint_without_reentrant_generator
     torch_checkpoint.CheckpointFunction = Reentrant  # type: ignore[assignment, misc]
-    torch_checkpoint._checkpoint_without_reentrant_generator = non_reentrant
+    torch_checkpoint._checkpoint_without_reentrant_generator = non_reentrant  # type: ignore[assignment]
     try:
         yield calls
     finally:

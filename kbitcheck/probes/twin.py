@@ -34,7 +34,7 @@ class _Product(torch.autograd.Function):
         return linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient @ ctx.weight, None, None
 
 
@@ -54,29 +54,34 @@ class TwinLinear(nn.Linear):
     ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
         self.compute = compute
         self.backward_weight = backward_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = self.compute or x.dtype
-        bias = None if self.bias is None else self.bias.to(compute)
+        own: torch.Tensor | None = self._parameters["bias"]
+        bias = None if own is None else own.to(compute)
         with torch.autocast(x.device.type, enabled=False):
             if self.backward_weight is None:
                 return linear(x.to(compute), self.weight.to(compute), bias).to(x.dtype)
-            product = _Product.apply(x.to(compute), self.weight.to(compute), self.backward_weight.to(compute))
-            return (product if bias is None else product + bias).to(x.dtype)  # type: ignore[no-any-return]
+            product: torch.Tensor = _Product.apply(
+                x.to(compute), self.weight.to(compute), self.backward_weight.to(compute)
+            )
+            return (product if bias is None else product + bias).to(x.dtype)
 
 
 Weights = Mapping[str, torch.Tensor]
 
 
-def float64(base: nn.Module, weights: Weights) -> nn.Module:
+def float64(base: Any, weights: Weights) -> nn.Module:
     """Turn a fresh base into its float64 twin, in place; ``weights`` are the quantized layers', by name."""
     _replace(base, lambda name, module: TwinLinear(weights[name], _double(module.bias), torch.float64))
     if hasattr(base, "set_experts_implementation"):
         base.set_experts_implementation("eager")  # the grouped product knows no float64
-    return base.double()
+    twin: nn.Module = base.double()
+    return twin
 
 
 def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:

@@ -27,7 +27,7 @@ def group(tensor: TensorFacts, model: ModelFacts) -> str:
 def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
     """Unquantized parameters by group, each storage once."""
     groups: dict[str, list[TensorFacts]] = {}
-    for tensor in {t.storage: t for t in reversed(model.parameters.values()) if not t.packed}.values():
+    for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
         groups.setdefault(group(tensor, model), []).append(tensor)
     return groups
 
@@ -45,7 +45,11 @@ def quantized_share(facts: Facts) -> Iterable[Observation]:
     Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
     """
     packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
-    groups = {g: sum(prod(t.shape) for t in ts) for g, ts in unquantized(facts.base).items() if g not in ("embeddings", "head")}
+    groups = {
+        g: sum(prod(t.shape) for t in ts)
+        for g, ts in unquantized(facts.base).items()
+        if g not in ("embeddings", "head")
+    }
     total = packed + sum(groups.values())
     share = packed / total if total else 0.0
     largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
@@ -96,7 +100,14 @@ def checkpointing_supported(facts: Facts) -> Iterable[Observation]:
     """
     towers = ", ".join(f"{b} blocks of {t}" for t, b in _towers(facts.base).items())
     ok = facts.base.can_checkpoint and bool(towers)
-    yield Observation(facts.base.cls, ok, "supports checkpointing", towers or "no block that does", Party.MODEL, "its class and blocks")
+    yield Observation(
+        facts.base.cls,
+        ok,
+        "supports checkpointing",
+        towers or "no block that does",
+        Party.MODEL,
+        "its class and blocks",
+    )
 
 
 def _towers(model: ModelFacts) -> dict[str, int]:
@@ -117,7 +128,9 @@ def dead_adapters(facts: Facts) -> Iterable[Observation]:
     Sources: the last vision layer of LLaVA; experts nobody routed to; unused cross-attention.
     """
     for name, g in facts.gradients.items():
-        yield Observation(name, g.live, "reached by a gradient", "dead" if not g.live else "live", Party.MODEL, "the float64 twin")
+        yield Observation(
+            name, g.live, "reached by a gradient", "dead" if not g.live else "live", Party.MODEL, "the float64 twin"
+        )
 
 
 @rule("KB905", "unfit-targets", Level.SHOULD)
@@ -159,4 +172,11 @@ def remote_code(facts: Facts) -> Iterable[Observation]:
     Fix: read it, then pass ``--trust-remote-code`` with a pinned ``--revision``.
     Sources: transformers documentation.
     """
-    yield Observation("model code", not facts.remote_code, "part of transformers", "from its repository", Party.MODEL, "auto_map in its config")
+    yield Observation(
+        "model code",
+        not facts.remote_code,
+        "part of transformers",
+        "from its repository",
+        Party.MODEL,
+        "auto_map in its config",
+    )

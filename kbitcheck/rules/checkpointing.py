@@ -30,7 +30,9 @@ def on_when_asked(facts: Facts) -> Iterable[Observation]:
         )  # fmt: skip
         return
     for block in facts.prepared.blocks:
-        yield Observation(block.name, block.checkpointing is True, "checkpointing on", f"its flag is {block.checkpointing}")
+        yield Observation(
+            block.name, block.checkpointing is True, "checkpointing on", f"its flag is {block.checkpointing}"
+        )
 
 
 @rule("KB402", "off-when-not", Level.MUST)
@@ -49,7 +51,9 @@ def off_when_not(facts: Facts) -> Iterable[Observation]:
         before = facts.base.modules.get(m.name)
         if m.checkpointing is not None:
             turned_on = m.checkpointing and not (before is not None and before.checkpointing)
-            yield Observation(m.name or facts.prepared.cls, not turned_on, "its flag off", f"its flag is {m.checkpointing}")
+            yield Observation(
+                m.name or facts.prepared.cls, not turned_on, "its flag off", f"its flag is {m.checkpointing}"
+            )
     for block in facts.run.blocks.values():
         yield Observation(block.name, block.recomputed == 0, "no recompute", f"recomputed {block.recomputed} times")
 
@@ -72,7 +76,9 @@ def blocks_recompute(facts: Facts) -> Iterable[Observation]:
             wanted = 2 * plain.computed
             ok = total == wanted and block.computed == plain.computed and plain.recomputed == 0
             plainly = f" (plain run: {plain.computed} + {plain.recomputed})" if plain.recomputed else ""
-            yield Observation(name, ok, f"computed {wanted} times", f"{block.computed} + {block.recomputed} in backward{plainly}")
+            yield Observation(
+                name, ok, f"computed {wanted} times", f"{block.computed} + {block.recomputed} in backward{plainly}"
+            )
 
 
 @rule("KB404", "kwargs-honoured", Level.MUST)
@@ -94,8 +100,8 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
             yield Observation(f"{key}={value}", seen == [value], value, ", ".join(seen))
     if facts.checkpointing in ("reentrant", "non-reentrant"):
         mode = str(facts.checkpointing == "reentrant")
-        for seen in sorted({c["use_reentrant"] for c in facts.run.checkpoints}):
-            yield Observation("use_reentrant in the case's own run", seen == mode, mode, seen)
+        for used in sorted({c["use_reentrant"] for c in facts.run.checkpoints}):
+            yield Observation("use_reentrant in the case's own run", used == mode, mode, used)
 
 
 ## KB405-KB406: memory
@@ -157,7 +163,9 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
         party, witness = Party.IMPLEMENTATION, ""
         if 0 < over <= stack:
             party, witness = Party.STACK, f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
-        yield Observation(name, over <= 0, f"adds at most {m.step_allowed[name]:,} bytes", f"{m.steps[name]:,} bytes", party, witness)
+        yield Observation(
+            name, over <= 0, f"adds at most {m.step_allowed[name]:,} bytes", f"{m.steps[name]:,} bytes", party, witness
+        )
 
 
 def _crosses_towers(name: str, facts: Facts) -> bool:

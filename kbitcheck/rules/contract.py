@@ -24,7 +24,12 @@ def signature(facts: Facts) -> Iterable[Observation]:
         for name, default in DEFAULTS.items():
             found = call.parameters.get(name)
             if found is None:
-                yield Observation(name, call.accepts_any, f"a parameter, default {default}", "any keyword" if call.accepts_any else "absent")
+                yield Observation(
+                    name,
+                    call.accepts_any,
+                    f"a parameter, default {default}",
+                    "any keyword" if call.accepts_any else "absent",
+                )
             else:
                 yield Observation(name, found == default, f"default {default}", f"default {found or 'missing'}")
         first = next(iter(call.parameters), None)
@@ -105,7 +110,12 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
             yield Observation(f"{name} after disabling", left <= 0, "no hook left", f"{left} left")
         if module.checkpointing is not None:
             was = facts.base.modules[name].checkpointing if name in facts.base.modules else None
-            yield Observation(f"{name} after switching off", module.checkpointing == was, f"flag {was}", f"flag {module.checkpointing}")
+            yield Observation(
+                f"{name} after switching off",
+                module.checkpointing == was,
+                f"flag {was}",
+                f"flag {module.checkpointing}",
+            )
 
 
 @rule("KB506", "all-or-nothing", Level.SHOULD)
@@ -183,8 +193,12 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     Sources: peft#602, trl#4081.
     """
     s = facts.store
-    yield Observation("keys", not s.missing, "all the base's", f"missing: {', '.join(s.missing[:5])}" if s.missing else "all")
-    yield Observation("keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none")
+    yield Observation(
+        "keys", not s.missing, "all the base's", f"missing: {', '.join(s.missing[:5])}" if s.missing else "all"
+    )
+    yield Observation(
+        "keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none"
+    )
     yield Observation("save and reload", not s.raised, "no error", s.raised or "none")
     if s.logits is not None:
         # The same model in the same dtypes: only the order of a sum may differ.
@@ -229,12 +243,20 @@ def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> I
         a, b = (t.get(name) for t in tensors)
         kept = ("cls", "dtype", "shape", "device", "requires_grad", "bits")
         differs = [k for k in kept if getattr(a, k, None) != getattr(b, k, None)]
-        yield Observation(name, not differs, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same")
+        yield Observation(
+            name, not differs, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same"
+        )
     for name in sorted({*first.modules, *second.modules}):
         m, n = first.modules.get(name), second.modules.get(name)
-        kept = ("cls", "training", "checkpointing", "hooks")
-        differs = [k for k in kept if getattr(m, k, None) != getattr(n, k, None)]
-        yield Observation(name or first.cls, not differs, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same")
+        differs = [
+            k for k in ("cls", "training", "checkpointing", "hooks") if getattr(m, k, None) != getattr(n, k, None)
+        ]
+        yield Observation(
+            name or first.cls,
+            not differs,
+            f"as {one}",
+            f"{other}: {', '.join(differs)} differ" if differs else "the same",
+        )
     for name in sorted({*first.layers, *second.layers}):
         same = first.layers.get(name) == second.layers.get(name)
         yield Observation(f"{name} (state)", same, f"as {one}", "the same" if same else f"{other}: it differs")

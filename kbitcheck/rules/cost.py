@@ -52,7 +52,9 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
     before, after = facts.base, facts.prepared
     demanded = sum({t.storage: t.nbytes for t in before.parameters.values() if _cast(t, facts)}.values())
     bound = before.nbytes + demanded
-    yield Observation("parameters and buffers", after.nbytes <= bound, f"at most {bound:,} bytes", f"{after.nbytes:,} bytes")
+    yield Observation(
+        "parameters and buffers", after.nbytes <= bound, f"at most {bound:,} bytes", f"{after.nbytes:,} bytes"
+    )
 
 
 def _cast(tensor: TensorFacts, facts: Facts) -> bool:

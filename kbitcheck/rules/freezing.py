@@ -26,7 +26,9 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
     model = facts.wrapped if facts.freezes == "at-attach" else facts.prepared
     for p in model.parameters.values():
         if not p.adapter:
-            yield Observation(p.name, not p.requires_grad, "frozen", "frozen" if not p.requires_grad else "requires grad")
+            yield Observation(
+                p.name, not p.requires_grad, "frozen", "frozen" if not p.requires_grad else "requires grad"
+            )
 
 
 @rule("KB102", "only-adapters-train", Level.MUST)

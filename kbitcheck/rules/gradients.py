@@ -70,10 +70,7 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     if not live:
         raise NotApplicable("no adapter is live even in the float twin")
     for name, g in live.items():
-        if g.norm is None:
-            actual = "no gradient"
-        else:
-            actual = "not finite" if not g.finite else f"norm {g.norm:.3g}"
+        actual = "no gradient" if g.norm is None else f"norm {g.norm:.3g}" if g.finite else "not finite"
         yield Observation(name, g.norm is not None and g.finite and g.norm > 0, "finite and non-zero", actual)
 
 
@@ -192,7 +189,9 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     t = facts.training
     reached, wanted = t.losses[0] - t.losses[-1], t.twin_losses[0] - t.twin_losses[-1]
     if wanted <= 0:
-        raise NotApplicable(f"the float twin does not learn this batch either (loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f})")
+        raise NotApplicable(
+            f"the float twin does not learn this batch either (loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f})"
+        )
     ok = math.isfinite(t.losses[-1]) and reached >= wanted / 2
     yield Observation("loss", ok, f"falls by at least {wanted / 2:.4f}", f"{t.losses[0]:.4f} to {t.losses[-1]:.4f}")
 
@@ -208,4 +207,9 @@ def compared(distances: Mapping[str, Distance], *, exact: bool) -> Iterable[Obse
     for name, d in distances.items():
         bound = max(d.yardstick, FLOAT32_ULP)
         ok = d.equal if exact else (d.equal or d.relative <= bound)
-        yield Observation(name, ok, "the same bits" if exact else f"within {bound:.2e}", "the same" if d.equal else f"off by {d.relative:.2e}")
+        yield Observation(
+            name,
+            ok,
+            "the same bits" if exact else f"within {bound:.2e}",
+            "the same" if d.equal else f"off by {d.relative:.2e}",
+        )

@@ -71,7 +71,9 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("no parameter changed its dtype")
     for old, new in changed:
         same = old.value == new.value
-        yield Observation(old.name, same, "the old values exactly", "the same" if same else f"other numbers in {new.dtype}")
+        yield Observation(
+            old.name, same, "the old values exactly", "the same" if same else f"other numbers in {new.dtype}"
+        )
 
 
 @rule("KB204", "unchanged-otherwise", Level.MUST)
@@ -170,7 +172,9 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     for old in facts.base.layers.values():
         new = facts.prepared.layers.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
-        yield Observation(old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})")
+        yield Observation(
+            old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"
+        )
 
 
 @rule("KB208", "ties-kept", Level.MUST)
@@ -212,7 +216,10 @@ def same_function(facts: Facts) -> Iterable[Observation]:
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
     left = f"; {f.left_out} of {f.tokens} tokens left out, their experts changed" if f.left_out else ""
     yield Observation(
-        "logits", f.error <= bound, f"relative error at most {bound:.2e} (the base's: {f.base_error:.2e})", f"{f.error:.2e}{left}"
+        "logits",
+        f.error <= bound,
+        f"relative error at most {bound:.2e} (the base's: {f.base_error:.2e})",
+        f"{f.error:.2e}{left}",
     )
 
 

@@ -36,7 +36,9 @@ def experts_unquantized_and_upcast(model: Any) -> None:
 @spoils("KB903", checkpointing="off")
 def an_architecture_that_cannot_checkpoint(model: Any) -> None:
     cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__})
+    model.__class__ = type(
+        cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__}
+    )
 
 
 @spoils("KB904")

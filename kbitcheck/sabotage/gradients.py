@@ -41,7 +41,7 @@ class _Scaled(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient * ctx.factor, None
 
 
@@ -73,10 +73,12 @@ def recompute_sees_another_scale(model: Any) -> None:
 def other_mode_detached(model: Any) -> None:
     """Works only where hooks see a graph: under reentrant checkpointing the first forward has none."""
     norm = model.transformer.h[0].ln_1
+    without_graph: list[bool] = []
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        module.seen_without_graph = getattr(module, "seen_without_graph", False) or not torch.is_grad_enabled()
-        return output * 2 if module.seen_without_graph and torch.is_grad_enabled() else output
+        if not torch.is_grad_enabled():
+            without_graph.append(True)
+        return output * 2 if without_graph and torch.is_grad_enabled() else output
 
     norm.register_forward_hook(hook)
 
@@ -94,6 +96,8 @@ def logits_detached_from_the_loss(model: Any) -> None:
     for block in model.transformer.h:
         block.register_forward_hook(
             lambda module, args, output: (
-                tuple(_Scaled.apply(t, -1.0) for t in output) if isinstance(output, tuple) else _Scaled.apply(output, -1.0)
+                tuple(_Scaled.apply(t, -1.0) for t in output)
+                if isinstance(output, tuple)
+                else _Scaled.apply(output, -1.0)
             )
         )

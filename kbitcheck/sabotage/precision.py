@@ -12,7 +12,7 @@ from kbitcheck.sabotage.fault import breaks
 from kbitcheck.sabotage.freezing import refuse_freezing
 
 
-def quantized(model: Any) -> list[nn.Module]:
+def quantized(model: Any) -> list[Any]:
     """The model's quantized layers."""
     return [m for m in model.modules() if backends.is_quantized(m)]
 

@@ -58,5 +58,7 @@ def try_fault(fault: Fault, bases: dict[tuple[str, str], Base]) -> Verdict:
         return Verdict(fault.code, fault.name, "", None, "needs an accelerator")
     case = case_of(fault, bases)
     result = judge(rules()[fault.code], case)
-    told = result.reason or (f"{result.failures[0].where}: {result.failures[0].actual}" if result.failures else "passed")
+    told = result.reason or (
+        f"{result.failures[0].where}: {result.failures[0].actual}" if result.failures else "passed"
+    )
     return Verdict(fault.code, fault.name, case.case, result.status is Status.FAIL, told)

@@ -41,8 +41,8 @@ class LoraLinear(nn.Module):
         self.lora_B = _linear(torch.zeros(size_out, rank, dtype=dtype, device=device))
         self.scaling = alpha / rank
         self.train(base_layer.training)
-        self.register_state_dict_post_hook(_hide_base_prefix)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_pre_hook(_restore_base_prefix)  # type: ignore[no-untyped-call]  # torch's
+        self.register_state_dict_post_hook(_hide_base_prefix)  # torch's
+        self.register_load_state_dict_pre_hook(_restore_base_prefix)  # torch's
 
     @property
     def weight(self) -> nn.Parameter:

@@ -125,7 +125,7 @@ def load(_checkpoints: Callable[[str], Path]) -> Callable[..., Any]:
             options = _QUANTIZATIONS[quantization] | options
             if "load_in_4bit" in options:
                 options = {"bnb_4bit_compute_dtype": torch.float32} | options
-            options = {"quantization_config": BitsAndBytesConfig(**options)}  # type: ignore[no-untyped-call]  # its
+            options = {"quantization_config": BitsAndBytesConfig(**options)}  # its
         cls = getattr(transformers, _CONFIGS[arch][1])
         return cls.from_pretrained(_checkpoints(arch), device_map="cpu", dtype=dtype, **options)
 

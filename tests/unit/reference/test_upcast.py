@@ -48,11 +48,11 @@ def test_parameters_on_meta_are_not_taken_for_one_storage() -> None:
     ]
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class LiveBytes(TorchDispatchMode):  # torch's
     """Counts the bytes of the storages that are alive whenever an operator has returned."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # torch's
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         for tensor in tensors:
             self.see(tensor)
@@ -60,13 +60,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch's
+        reference = StorageWeakRef(storage)  # torch's
         self.alive[reference.cdata] = (reference, storage.nbytes())
 
     def total(self) -> int:
         sizes: list[int] = []
         for reference, size in self.alive.values():
-            expired: bool = reference.expired()  # type: ignore[no-untyped-call]  # torch's
+            expired: bool = reference.expired()  # torch's
             if not expired:
                 sizes.append(size)
         return sum(sizes)
