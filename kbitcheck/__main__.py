@@ -1,5 +1,5 @@
 """``python -m kbitcheck``."""
 
-from kbitcheck.cli import main
+from kbitcheck.door import main
 
 main()

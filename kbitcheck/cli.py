@@ -1,10 +1,9 @@
-"""The ``kbitcheck`` command: parse, run, render. Only this module prints and exits."""
+"""The ``kbitcheck`` command: parse, run, render. It and the door are all that prints and exits."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,13 +15,12 @@ from kbitcheck.core import (
     EXIT_BROKEN_RULE,
     EXIT_CONFORMS,
     EXIT_ERROR,
-    EXIT_INTERRUPTED,
     EXIT_NOTHING,
-    EXIT_USAGE,
     Report,
     UsageError,
     select,
 )
+from kbitcheck.door import fail, list_rules, say
 from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, with_options
 
 if TYPE_CHECKING:
@@ -118,12 +116,7 @@ def gate(
 @app.command()
 def rules(code: Annotated[str, typer.Argument(metavar="CODE", help="A code or a prefix.")] = "") -> int:
     """List the rules, or explain one."""
-    from kbitcheck.destination import Destination
-    from kbitcheck.reporters import pages
-
-    found = select([code] if code else [])
-    Destination("").write(pages.page(found[0]) if len(found) == 1 and code else pages.index(found))
-    return EXIT_CONFORMS
+    return list_rules(code)
 
 
 @app.command()
@@ -152,8 +145,8 @@ def selftest(
                     stdout.write(f"{word}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}\n")
                     caught += [] if event["caught"] is None else [event["caught"]]
     except Lost as lost:
-        return _fail(f"the selftest broke: {lost}", EXIT_ERROR)
-    _say(f"{sum(caught)} of {len(caught)} sabotages caught")
+        return fail(f"the selftest broke: {lost}", EXIT_ERROR)
+    say(f"{sum(caught)} of {len(caught)} sabotages caught")
     return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE
 
 
@@ -207,51 +200,10 @@ def audit(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Bl
     from kbitcheck.reporters import render, verdict
 
     destination.write(render(report, options.format, verbose=options.verbose, terminal=destination.terminal))
-    _say(verdict(report))
+    say(verdict(report))
     return report.exit_code
 
 
 def _echo(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"{line}\n")
-
-
-def _fail(message: str, code: int) -> int:
-    _say("kbitcheck: " + " ".join(message.split()))
-    return code
-
-
-def door(arguments: Sequence[str]) -> int:
-    """Run the command line and return the exit code; whatever is raised becomes one line on stderr."""
-    debug = "--debug" in arguments
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        code = app(arguments or ["--help"], prog_name="kbitcheck", standalone_mode=False)
-        # typer answers Ctrl-C with 130.
-        return EXIT_INTERRUPTED if code == 130 else int(code or 0) if arguments else EXIT_USAGE
-    except (UsageError, typer.TyperException) as error:
-        if debug:
-            traceback.print_exc()
-        told = str(error)
-        if isinstance(error, typer.TyperException):
-            context = getattr(error, "ctx", None)
-            told = f"{error.format_message()} See `{context.command_path if context else 'kbitcheck'} --help`."
-        return _fail(told, EXIT_USAGE)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", EXIT_INTERRUPTED)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)", EXIT_ERROR)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(door(sys.argv[1:]))

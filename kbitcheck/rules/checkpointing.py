@@ -147,7 +147,7 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
 
     Why: depth then costs almost nothing, which is what makes long sequences fit.
     Symptom: memory that grows with depth as if checkpointing were off for some blocks.
-    Fix: see KB405.
+    Fix: checkpoint each block by itself, and keep no reference to what it makes (KB405).
     Sources: specification KB406.
     """
     needs_checkpointing(facts)

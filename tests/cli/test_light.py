@@ -29,7 +29,7 @@ def imported(statement: str, arguments: tuple[str, ...] = ()) -> str:
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
 
 
-MAIN = "from kbitcheck.cli import main; main()"
+MAIN = "from kbitcheck.door import main; main()"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""What is right is not flagged: the reference, PEFT where it is right, and unusual implementations."""
+
+import functools
+
+import pytest
+import torch
+from kbitcheck_reference import prepare_model_for_kbit_training as reference
+
+from kbitcheck.case import Base, Case
+from kbitcheck.core import Level, Party, Status, judge, rules
+from kbitcheck.models import resolve
+from kbitcheck.quantization import Quantization
+from kbitcheck.suite import RECIPES, CaseSpec
+
+
+def walks_modules(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, verbose=False, **ignored):
+    """Walks modules instead of parameters, freezes last, takes more keywords."""
+    kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.to(dtype=torch.float32)
+    if use_gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs)
+        if not model._require_grads_hooks if hasattr(model, "_require_grads_hooks") else True:
+            model.enable_input_require_grads()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+class Preparer:
+    """Callable by its class."""
+
+    def __call__(self, model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+        return reference(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
+def reentrant_by_default(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+    return reference(model, use_gradient_checkpointing, {"use_reentrant": True, **(gradient_checkpointing_kwargs or {})})
+
+
+HEALTHY = {
+    "walks_modules": walks_modules,
+    "partial": functools.partial(reference),
+    "callable_object": Preparer(),
+    "reentrant_by_default": reentrant_by_default,
+}
+
+
+def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, Level.SHOULD), **options):
+    """Rules of these levels that the case breaks by its own fault, or that could not be judged."""
+    spec = CaseSpec(model=model, quant=quant, implementation="given", checkpointing=checkpointing, **options)
+    key = (model, quant)
+    if key not in bases:
+        bases[key] = Base(resolve(model), Quantization.parse(quant), spec)
+    case = Case(spec, prepare, bases[key])
+    results = [judge(rule, case) for rule in rules().values()]
+    case.close()
+    return {
+        r.rule: r.reason or str([f for f in r.failures if f.party is Party.IMPLEMENTATION][0])
+        for r in results
+        if r.status is Status.ERROR or (r.status is Status.FAIL and r.own and r.level in levels)
+    }
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(("quant", "checkpointing"), [("nf4", "default"), ("int8", "reentrant"), ("nf4", "off")])
+def test_unusual_implementations_keep_every_must(name, quant, checkpointing, bases):
+    found = broken(
+        HEALTHY[name], bases, model="tiny:gpt2", quant=quant, checkpointing=checkpointing, levels=(Level.MUST,)
+    )
+    assert found == {}
+
+
+CELLS = [
+    *[(f"tiny:{recipe}", quant, "non-reentrant") for recipe in RECIPES for quant in ("nf4", "int8")],
+    *[(f"tiny:{recipe}", "fp4", "reentrant") for recipe in ("llava", "whisper", "t5", "llama")],
+    ("tiny:llama", "nf4,double,storage=bf16", "default"),
+    ("tiny:gpt2", "nf4,storage=fp32,compute=fp16", "reentrant"),
+    ("tiny:mixtral", "nf4", "off"),
+]
+
+
+@pytest.mark.parametrize(("model", "quant", "checkpointing"), CELLS)
+def test_the_reference_keeps_everything(model, quant, checkpointing, bases):
+    assert broken(reference, bases, model=model, quant=quant, checkpointing=checkpointing) == {}
+
+
+@pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4"), ("tiny:gpt2", "int8")])
+def test_peft_breaks_no_must_and_the_known_shoulds(model, quant, bases):
+    peft = pytest.importorskip("peft")
+    found = broken(peft.prepare_model_for_kbit_training, bases, model=model, quant=quant, checkpointing="default")
+    assert {rules()[code].level for code in found} == {Level.SHOULD}
+    assert {"KB106", "KB407", "KB506"} <= set(found)
+
+
+def test_pefts_adapters_are_judged_like_our_own(bases):
+    pytest.importorskip("peft")
+    found = broken(
+        reference, bases, model="tiny:llama", quant="nf4", checkpointing="reentrant", adapters="peft"
+    )
+    assert found == {}
+
+
+@pytest.mark.parametrize("profile", ["qlora", "frozen-half"])
+def test_profiles_judge_what_they_promise(profile, bases):
+    """Under ``qlora`` norms alone become fp32, under ``frozen-half`` nothing does; under ``peft`` both are wrong."""
+
+    def prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+        half = {n: p.dtype for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+        reference(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        for name, parameter in model.named_parameters():
+            if name in half and not (profile == "qlora" and "norm" in name):
+                parameter.data = parameter.data.to(half[name])
+        return model
+
+    case = {"model": "tiny:llama", "quant": "nf4", "checkpointing": "reentrant", "levels": (Level.MUST,)}
+    assert broken(prepare, bases, **case, profile=profile) == {}
+    assert "KB202" in broken(prepare, bases, **case)
