@@ -57,7 +57,7 @@ def activations(
     increments = _increments(checkpointed.entries)
     step_allowed = {n: b + torch.get_rng_state().nbytes for n, b in plain.added.items()}
     over = checkpointed.held > allowed or any(increments[n] > step_allowed.get(n, 0) for n in increments)
-    kept = _kept_by_stack(model, batch) if over else {}
+    kept = _kept_by_stack(model, batch, autocast) if over else {}
     return MemoryFacts(
         plain=plain.held,
         held=checkpointed.held,
@@ -166,7 +166,7 @@ def _states(model: nn.Module) -> Iterable[torch.Tensor]:
             yield from (v for v in backends.state(module).values() if isinstance(v, torch.Tensor))
 
 
-def _kept_by_stack(model: nn.Module, batch: step.Batch) -> dict[str, int]:
+def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[str, int]:
     """Bytes that each quantized layer keeps although a non-reentrant checkpoint surrounds it, in this model's shapes.
 
     A bare layer is the witness: nothing of the implementation takes part. Layers that give everything back are left out.
@@ -181,7 +181,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch) -> dict[str, int]:
 
             handles.append(module.register_forward_pre_hook(saw))
     try:
-        with torch.no_grad(), step.seeded(0, "cpu"):
+        with torch.no_grad(), step.seeded(0, "cpu"), autocast() if autocast else nullcontext():
             model(**step.feed(model, batch))
     finally:
         for handle in handles:
