@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from kbitcheck.core import UsageError
@@ -15,6 +16,7 @@ class Case:
         self.spec = spec
         self.case = spec.id
         self.function = implementation.function
+        self.base = SimpleNamespace(nbytes=2_000)
 
     @cached_property
     def returned(self) -> Any:

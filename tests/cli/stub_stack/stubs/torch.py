@@ -9,5 +9,9 @@ version = SimpleNamespace(cuda=None)
 backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "STUB"))
 
 
+def set_num_threads(number: int) -> None:
+    pass
+
+
 def get_num_threads() -> int:
     return 1
