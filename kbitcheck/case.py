@@ -460,8 +460,8 @@ class Case:
         return self._second_look[0]
 
     @cached_property
-    def _second_look(self) -> tuple[CostFacts, ModelFacts, ModelFacts, ModelFacts]:
-        """A copy prepared while its memory is watched, then prepared again, then switched off."""
+    def _second_look(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
+        """A copy prepared while its memory is watched, then prepared again."""
         model = self._base.copy()
         for index, module in enumerate(model.modules()):
             module.training = index % 3 != 1
@@ -478,10 +478,7 @@ class Case:
         repeated = snapshot.snapshot(model)
         prepare(model)
         again = snapshot.snapshot(kept[-1])
-        for switch in ("disable_input_require_grads", "gradient_checkpointing_disable"):
-            if self.base.can_checkpoint and hasattr(model, switch):
-                quietly(getattr(model, switch))
-        return cost, repeated, again, snapshot.snapshot(model)
+        return cost, repeated, again
 
     @property
     def repeated(self) -> ModelFacts:
@@ -491,15 +488,12 @@ class Case:
     def prepared_again(self) -> ModelFacts:
         return self._second_look[2]
 
-    @property
+    @cached_property
     def switched_off(self) -> ModelFacts:
         """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
-        return self._once_off
-
-    @cached_property
-    def _once_off(self) -> ModelFacts:
         model = self._prepared_copy()
-        if hasattr(model, "disable_input_require_grads"):
+        # transformers before 5 raises where nothing was enabled
+        if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
             model.disable_input_require_grads()
         if self.base.can_checkpoint and hasattr(model, "gradient_checkpointing_disable"):
             quietly(model.gradient_checkpointing_disable)

@@ -200,7 +200,7 @@ class Result:
 
 
 def judge(subject: Rule, facts: Facts) -> Result:
-    """Run one rule on one case. Never raises: what a rule raises becomes a SKIP or an ERROR result.
+    """Run one rule on one case. What a rule raises becomes a SKIP or an ERROR result, wrong usage alone passes through.
 
     No observation at all is an ERROR: there is no way to pass by accident.
     """
@@ -222,6 +222,8 @@ def judge(subject: Rule, facts: Facts) -> Result:
             status, reason = Status.ERROR, "vacuous: the rule examined nothing"
     except NotApplicable as skip:
         status, reason, failures = Status.SKIP, str(skip), []
+    except UsageError:
+        raise
     except Exception as error:
         status, reason = Status.ERROR, f"{type(error).__name__}: {error}".splitlines()[0]
     parties = {f.party for f in failures}

@@ -108,8 +108,7 @@ class Server:
         spec = dataclasses.replace(CaseSpec.from_json(request["spec"]), device=self._device)
         known = rules()
         case = open_case(spec, self._implementation)
-        if case.base.nbytes > LARGE_BYTES:
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads if case.base.nbytes > LARGE_BYTES else 1)
         yield from examine(case, [known[code] for code in request["rules"]])
         yield {"event": "done"}
 

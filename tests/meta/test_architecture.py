@@ -14,7 +14,17 @@ from kbitcheck.core import Level, rules
 
 PACKAGE = Path(kbitcheck.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "bitsandbytes", "peft", "safetensors"}
-TORCH_FREE = ["core.py", "facts.py", "suite.py", "quantization.py", "run.py", "worker.py", "cli.py", "reporters", "rules"]
+TORCH_FREE = [
+    "core.py",
+    "facts.py",
+    "suite.py",
+    "quantization.py",
+    "run.py",
+    "worker.py",
+    "cli.py",
+    "reporters",
+    "rules",
+]
 
 
 def imported(path: Path) -> set[str]:

@@ -38,7 +38,9 @@ class Preparer:
 
 
 def reentrant_by_default(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
-    return reference(model, use_gradient_checkpointing, {"use_reentrant": True, **(gradient_checkpointing_kwargs or {})})
+    return reference(
+        model, use_gradient_checkpointing, {"use_reentrant": True, **(gradient_checkpointing_kwargs or {})}
+    )
 
 
 HEALTHY = {
@@ -98,9 +100,7 @@ def test_peft_breaks_no_must_and_the_known_shoulds(model, quant, bases):
 
 def test_pefts_adapters_are_judged_like_our_own(bases):
     pytest.importorskip("peft")
-    found = broken(
-        reference, bases, model="tiny:llama", quant="nf4", checkpointing="reentrant", adapters="peft"
-    )
+    found = broken(reference, bases, model="tiny:llama", quant="nf4", checkpointing="reentrant", adapters="peft")
     assert found == {}
 
 
