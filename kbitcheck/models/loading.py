@@ -133,10 +133,10 @@ def refuse_unknown(fields: Mapping[str, Any], options: Options) -> None:
 def empty(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
     """A model of this class on the meta device: names and shapes, no numbers."""
     with torch.device("meta"):
-        if hasattr(cls, "from_config"):  # an Auto class, which stands for code that the user trusts
-            built = cls.from_config(copy.deepcopy(config), trust_remote_code=True)
-        else:
-            built = cls(copy.deepcopy(config))
+        # An Auto class stands for code that the user trusts.
+        trusted = hasattr(cls, "from_config")
+        own = copy.deepcopy(config)
+        built = cls.from_config(own, trust_remote_code=True) if trusted else cls(own)
     return cast(PreTrainedModel, built)
 
 

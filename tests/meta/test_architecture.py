@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kbitcheck_reference
 import pytest
 
 import kbitcheck
-import kbitcheck_reference
 from kbitcheck.core import Level, rules
 
 PACKAGE = Path(kbitcheck.__file__).parent

@@ -61,7 +61,7 @@ def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, L
     results = [judge(rule, case) for rule in rules().values()]
     case.close()
     return {
-        r.rule: r.reason or str([f for f in r.failures if f.party is Party.IMPLEMENTATION][0])
+        r.rule: r.reason or str(next(f for f in r.failures if f.party is Party.IMPLEMENTATION))
         for r in results
         if r.status is Status.ERROR or (r.status is Status.FAIL and r.own and r.level in levels)
     }
