@@ -238,6 +238,11 @@ class Case:
     def _attached_copy(self, **wanted: Any) -> Attached:
         return self._base.attach(self._prepared_copy(**wanted), self.spec)
 
+    @property
+    def _half(self) -> torch.dtype:
+        """What autocast runs in: the compute dtype where it is half, else bfloat16."""
+        return self._base.compute if self._base.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
+
     def _autocast(self) -> AbstractContextManager[Any] | None:
         make = self._base.autocast(self.profile)
         return make() if make else None
@@ -368,7 +373,13 @@ class Case:
     @cached_property
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         model, adapters = self._ready
-        return layers.backwards(model, self.batch, adapters, self._base.weights, self._base.misread, self._autocast())
+        known = (self._base.weights, self._base.misread)
+        found = layers.backwards(model, self.batch, adapters, *known, self._autocast())
+        # Once more as trainers with mixed precision run it, and on a single row.
+        half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._half)
+        single = {k: v[:1] for k, v in self.batch.items()}
+        mixed = layers.backwards(model, single, adapters, *known, half, self._half)
+        return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
 
     @cached_property
     def memory(self) -> MemoryFacts:
@@ -377,6 +388,15 @@ class Case:
         return memory.activations(
             model, self.batch, adapters, seed=self.spec.seed, autocast=self._base.autocast(self.profile)
         )
+
+    @cached_property
+    def repeated_run(self) -> RunFacts:
+        """The checkpointed step once more, after everything else that ran on this object."""
+        _ = (self.memory, self.layer_backwards, self.against_plain_dropout)
+        model, adapters = self._ready
+        return step.train_step(
+            model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
+        )[0]
 
     # Fresh copies
 
@@ -427,8 +447,7 @@ class Case:
 
     @cached_property
     def forwards(self) -> Sequence[ForwardFacts]:
-        half = self._base.compute if self._base.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
-        return forwards.everywhere(self._prepared_copy(), self._base.copy(), self.batch, half)
+        return forwards.everywhere(self._prepared_copy(), self._base.copy(), self.batch, self._half)
 
     @cached_property
     def function(self) -> FunctionFacts:
@@ -505,7 +524,7 @@ class Case:
 
     @cached_property
     def positional_call(self) -> CallFacts:
-        return call(self.prepare, self._base.copy(), False)[1]
+        return call(self.prepare, self._base.copy().train(), False)[1]
 
     @cached_property
     def refused(self) -> tuple[CallFacts, ModelFacts, ModelFacts]:
@@ -533,16 +552,23 @@ class Case:
         return facts, before, before & trainable
 
     @cached_property
-    def honoured(self) -> tuple[Mapping[str, str], RunFacts]:
+    def honoured(self) -> tuple[Mapping[str, str], RunFacts, CallFacts]:
         """Checkpointing arguments that are not torch's defaults, and what reached torch when they were asked for."""
-        asked: dict[str, Any] = {"use_reentrant": self.checkpointing == "reentrant", "preserve_rng_state": False}
-        if self.checkpointing != "reentrant":
+        asked: dict[str, Any] = {"preserve_rng_state": False}
+        if self.checkpointing != "default":
+            asked["use_reentrant"] = self.checkpointing == "reentrant"
+        if self.checkpointing == "non-reentrant":
             asked["determinism_check"] = "none"
-        model, adapters = self._attached_copy(**{SECOND: True, THIRD: asked})
+        model = self._base.copy()
+        wanted: dict[str, Any] = {SECOND: True, THIRD: asked}
+        returned, called = call(self.prepare, model, **wanted)
+        if called.raised:
+            raise Unavailable(f"preparation with {asked} raised {called.raised}")
+        model, adapters = self._base.attach(returned if isinstance(returned, nn.Module) else model, self.spec)
         facts, _ = step.train_step(
             model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
         )
-        return {k: str(v) for k, v in asked.items()}, facts
+        return {k: str(v) for k, v in asked.items()}, facts, called
 
     @cached_property
     def store(self) -> StoreFacts:

@@ -107,8 +107,10 @@ class ModelFacts:
 class CallFacts:
     """One call of an implementation. ``raised`` is ``Type: message`` or empty.
 
-    ``process`` maps what changed in the process (a seed, a default, a class attribute) to ``(before, after)``;
-    ``parameters`` maps the signature's names to the text of their defaults ("" where there is none).
+    ``class_kept`` is whether the model is of the very class it was, ``checkpoints`` whether any block's flag is on after
+    the call, ``modes_changed`` the modules whose train or eval mode is another. ``process`` maps what changed in the
+    process (a seed, a default, a class attribute) to ``(before, after)``; ``parameters`` maps the signature's names to
+    the text of their defaults ("" where there is none).
     """
 
     raised: str = ""
@@ -117,6 +119,9 @@ class CallFacts:
     warnings: tuple[str, ...] = ()
     kwargs_before: str = ""
     kwargs_after: str = ""
+    class_kept: bool = True
+    checkpoints: bool = False
+    modes_changed: tuple[str, ...] = ()
     process: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     parameters: Mapping[str, str] | None = None
     accepts_any: bool = False
@@ -232,7 +237,10 @@ class CostFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardFacts:
-    """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's."""
+    """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's.
+
+    ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares).
+    """
 
     condition: str
     autocast: bool
@@ -240,6 +248,7 @@ class ForwardFacts:
     raised: str = ""
     base_raised: str = ""
     base_finite: bool = True
+    apart: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,7 +365,9 @@ class Facts(Protocol):
     @property
     def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]: ...
     @property
-    def honoured(self) -> tuple[Mapping[str, str], RunFacts]: ...
+    def honoured(self) -> tuple[Mapping[str, str], RunFacts, CallFacts]: ...
+    @property
+    def repeated_run(self) -> RunFacts: ...
     @property
     def remote_code(self) -> bool: ...
     @property

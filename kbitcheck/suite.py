@@ -61,12 +61,12 @@ class CaseSpec:
 QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
     # Untied, grouped-query, RMSNorm, the plain path in both quantizations; nested state, half-precision packed storage.
     ("tiny:llama", "nf4,double,storage=bf16", ("reentrant", "non-reentrant", "default", "off")),
-    ("tiny:llama", "int8", ("reentrant", "non-reentrant", "off")),
+    ("tiny:llama", "int8", ("reentrant", "non-reentrant", "default", "off")),
     # Tied, LayerNorm and biases; float32 compute, where a two per cent slip cannot hide in rounding.
-    ("tiny:gpt2", "nf4,compute=fp32", ("reentrant", "off")),
+    ("tiny:gpt2", "nf4,compute=fp32", ("reentrant",)),
     ("tiny:gpt2", "int8", ("non-reentrant",)),
     # Encoder-decoder, several readers of one tensor, fp16 weights beside fp32 ones.
-    ("tiny:t5", "nf4,storage=fp16", ("reentrant", "non-reentrant")),
+    ("tiny:t5", "nf4,storage=fp16,compute=fp32", ("reentrant", "non-reentrant", "off")),
     ("tiny:t5", "int8", ("non-reentrant",)),
 )
 

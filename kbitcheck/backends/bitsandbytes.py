@@ -54,8 +54,11 @@ def state(module: torch.nn.Module) -> Mapping[str, Any]:
     """The fields of the quantization state: tensors and plain values, nested state included."""
     weight: Any = module.weight
     if not isinstance(weight, Params4bit):
-        return {"SCB": _scales(module)}
-    return dict(_fields(weight.quant_state))
+        state = getattr(module, "state", None)
+        settings = {n: getattr(state, n, None) for n in ("threshold", "has_fp16_weights")}
+        return {"SCB": _scales(module), **settings}
+    settings = {n: getattr(weight, n, None) for n in ("bnb_quantized", "quant_storage", "compress_statistics")}
+    return {**dict(_fields(weight.quant_state)), **settings}
 
 
 def dequantized(module: torch.nn.Module) -> torch.Tensor:

@@ -67,6 +67,8 @@ def call(
     raised, returned = "", None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
+        modes = {name: module.training for name, module in model.named_modules()}
+        cls = type(model)
         before = process.state()
         start = time.perf_counter()
         try:
@@ -86,6 +88,11 @@ def call(
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
         kwargs_before=repr(given),
         kwargs_after=repr(kwargs.get(THIRD)),
+        class_kept=type(model) is cls,
+        checkpoints=any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()),
+        modes_changed=tuple(
+            n or cls.__name__ for n, m in model.named_modules() if modes.get(n, m.training) != m.training
+        ),
         process=changed,
         parameters=parameters,
         accepts_any=anything,

@@ -28,21 +28,21 @@ def conditions(batch: step.Batch) -> list[tuple[str, bool, bool, bool]]:
 
 def run(
     model: nn.Module, batch: step.Batch, *, training: bool, mask: bool, autocast: torch.dtype | None
-) -> tuple[bool, str]:
-    """Whether every output of one forward is finite, and what it raised ("" if nothing)."""
+) -> tuple[bool, str, torch.Tensor | None]:
+    """Whether every output of one forward is finite, what it raised ("" if nothing), and its logits. No dropout."""
     fed = step.feed(model, batch)
     inputs = fed if mask else {k: v for k, v in fed.items() if k != "attention_mask"}
     device = next(iter(batch.values())).device.type
     model.train(training)
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
-        with torch.no_grad(), context, step.seeded(0, device):
+        with torch.no_grad(), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
             output = model(**inputs)
     except Exception as error:
-        return False, f"{type(error).__name__}: {error}".splitlines()[0]
+        return False, f"{type(error).__name__}: {error}".splitlines()[0], None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
-    return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), ""
+    return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), "", output.logits
 
 
 def everywhere(model: nn.Module, base: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[ForwardFacts]:
@@ -50,8 +50,8 @@ def everywhere(model: nn.Module, base: nn.Module, batch: step.Batch, autocast: t
     found = []
     for text, training, mask, auto in conditions(batch):
         dtype = autocast if auto else None
-        finite, raised = run(model, batch, training=training, mask=mask, autocast=dtype)
-        base_finite, base_raised = run(base, batch, training=training, mask=mask, autocast=dtype)
+        finite, raised, logits = run(model, batch, training=training, mask=mask, autocast=dtype)
+        base_finite, base_raised, base_logits = run(base, batch, training=training, mask=mask, autocast=dtype)
         found.append(
             ForwardFacts(
                 condition=text,
@@ -60,9 +60,16 @@ def everywhere(model: nn.Module, base: nn.Module, batch: step.Batch, autocast: t
                 raised=raised,
                 base_raised=base_raised,
                 base_finite=base_finite,
+                apart=_apart(logits, base_logits) if finite and base_finite else None,
             )
         )
     return found
+
+
+def _apart(found: torch.Tensor | None, base: torch.Tensor | None) -> float | None:
+    if found is None or base is None:
+        return None
+    return float((found.double() - base.double()).norm() / base.double().norm())
 
 
 def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:

@@ -97,11 +97,12 @@ def backwards(
     weights: Mapping[str, torch.Tensor],
     misread: Mapping[str, float],
     autocast: AbstractContextManager[Any] | None = None,
+    half: torch.dtype | None = None,
 ) -> dict[str, LayerBackward]:
     """Run one plain step and judge every quantized layer that took part.
 
     ``weights`` and ``misread`` are those of ``originals``, read before anything ran; a layer is matched by the end of
-    its name, as PEFT wraps models and layers.
+    its name, as PEFT wraps models and layers. ``half`` is the dtype that an autocast round the step rounds to.
     """
     modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
     probes = {name: _Probe(module) for name, module in modules.items()}
@@ -120,7 +121,7 @@ def backwards(
     for name, probe in probes.items():
         if probe.ran:
             known = base_name(name, weights)
-            found[name] = _judge(probe, modules[name], weights[known], misread.get(known, 0.0))
+            found[name] = _judge(probe, modules[name], weights[known], misread.get(known, 0.0), half)
     return found
 
 
@@ -132,7 +133,9 @@ def base_name(name: str, known: Any) -> str:
     return plain if plain in known else name
 
 
-def _judge(probe: _Probe, module: nn.Module, weight: torch.Tensor, misread: float) -> LayerBackward:
+def _judge(
+    probe: _Probe, module: nn.Module, weight: torch.Tensor, misread: float, half: torch.dtype | None
+) -> LayerBackward:
     if not probe.carried:
         return LayerBackward(reached=True, carried=False)
     if not probe.entering:
@@ -142,7 +145,12 @@ def _judge(probe: _Probe, module: nn.Module, weight: torch.Tensor, misread: floa
     worst, products, squares, rounding = 0.0, 0.0, 0.0, 0.0
     compute = backends.compute_dtype(module) or probe.dtype or torch.float32
     unpacked = backends.state_dtype(module) or compute
-    ulp = max(torch.finfo(compute).eps, torch.finfo(unpacked).eps, torch.finfo(probe.dtype or compute).eps)
+    ulp = max(
+        torch.finfo(compute).eps,
+        torch.finfo(unpacked).eps,
+        torch.finfo(probe.dtype or compute).eps,
+        torch.finfo(half or compute).eps,
+    )
     accumulation = weight.shape[0] * 2.0**-24
     rounded = weight.to(unpacked).to(compute).double()
     for dy, dx in zip(probe.entering, probe.leaving, strict=True):

@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import numpy
@@ -41,6 +41,14 @@ def state() -> State:
         "random RNG": _digest(repr(random.getstate()).encode()),
         "warnings filters": _digest(repr(warnings.filters).encode()),
         "environment variables": _digest(repr(sorted(os.environ.items())).encode()),
+        "attention kernels": str(
+            (
+                torch.backends.cuda.flash_sdp_enabled(),
+                torch.backends.cuda.mem_efficient_sdp_enabled(),
+                torch.backends.cuda.math_sdp_enabled(),
+            )
+        ),
+        "denormals flushed": str(float(torch.tensor(1e-40) * 0.5) == 0.0),
         "recursion limit": str(sys.getrecursionlimit()),
     }
 
@@ -73,7 +81,7 @@ def attributes(classes: Iterable[type], *, functions: bool = False) -> dict[str,
     if functions:
         for module in _library_modules():
             for name, item in list(vars(module).items()):
-                if issubclass(type(item), (FunctionType, type)):
+                if issubclass(type(item), (FunctionType, BuiltinFunctionType, type)):
                     seen[f"{module.__name__}.{name}"] = id(item)
     return seen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -218,14 +218,14 @@ def train(
     device = str(next(iter(batch.values())).device)
     with step.seeded(seed, device):
         for _ in range(STEPS):
-            with autocast() if autocast else torch.enable_grad():
+            with autocast() if autocast else nullcontext():
                 loss = model(**step.feed(model, batch)).loss
             losses.append(float(loss.detach()))
             if loss.requires_grad:
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast() if autocast else torch.enable_grad():
+        with torch.no_grad(), autocast() if autocast else nullcontext():
             losses.append(float(model(**step.feed(model, batch)).loss.detach()))
     step.clear_gradients(model)
     return tuple(losses)

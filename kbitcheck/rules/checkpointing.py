@@ -91,7 +91,7 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#28536, trl#480, axolotl#1021.
     """
     needs_checkpointing(facts)
-    asked, run = facts.honoured
+    asked, run, _ = facts.honoured
     if not run.checkpoints:
         yield Observation("torch.utils.checkpoint", False, "called", "never called")
     for key, value in asked.items():
@@ -218,6 +218,9 @@ def train_eval_untouched(facts: Facts) -> Iterable[Observation]:
     Fix: call neither ``train`` nor ``eval``.
     Sources: peft#120, diffusers#1848.
     """
+    for text, call in (("as loaded", facts.default_call), ("all in train", facts.positional_call)):
+        changed = call.modes_changed
+        yield Observation(f"a model {text}", not changed, "no mode changed", ", ".join(changed[:4]) or "none changed")
     for name, flag in facts.training_flags.items():
         now = facts.prepared.modules.get(name)
         if now is not None:

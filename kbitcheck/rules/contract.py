@@ -32,8 +32,16 @@ def signature(facts: Facts) -> Iterable[Observation]:
                 )
             else:
                 yield Observation(name, found == default, f"default {default}", f"default {found or 'missing'}")
+        order = [n for n in call.parameters if n in DEFAULTS]
+        yield Observation(
+            "order of parameters", order in (list(DEFAULTS), order[:1], []), ", ".join(DEFAULTS), ", ".join(order)
+        )
         first = next(iter(call.parameters), None)
         yield Observation("first parameter", first == "model" or call.accepts_any, "model", first or "none")
+    off = facts.positional_call
+    yield Observation(
+        "prepare(model, False)", off.raised != "" or not off.checkpoints, "checkpointing stays off", "it is on"
+    )
     for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
         refused = bool(one.raised) and (facts.base.can_checkpoint or text == "prepare(model, False)")
         yield Observation(text, not refused, "accepted", f"raised {one.raised}" if refused else "accepted")
@@ -54,8 +62,7 @@ def returns_the_model(facts: Facts) -> Iterable[Observation]:
         return
     actual = "the same object" if call.same_object else f"another object ({call.returned})"
     yield Observation("returned object", call.same_object, f"the {facts.base.cls} it was given", actual)
-    same = facts.prepared.cls == facts.base.cls
-    yield Observation("class", same, facts.base.cls, facts.prepared.cls)
+    yield Observation("class", call.class_kept, f"the very class {facts.base.cls}", facts.prepared.cls)
 
 
 @rule("KB503", "arguments-untouched", Level.MUST)
@@ -67,11 +74,15 @@ def arguments_untouched(facts: Facts) -> Iterable[Observation]:
     Fix: copy before filling in defaults.
     Sources: trl#3981, specification KB503.
     """
-    call = facts.call
-    if call.kwargs_before == "None" == call.kwargs_after:
+    calls = (
+        [facts.call, facts.honoured[2]] if facts.checkpointing != "off" and facts.base.can_checkpoint else [facts.call]
+    )
+    passed = [call for call in calls if not call.kwargs_before == "None" == call.kwargs_after]
+    if not passed:
         raise NotApplicable("this case passes no kwargs")
-    same = call.kwargs_before == call.kwargs_after
-    yield Observation("gradient_checkpointing_kwargs", same, call.kwargs_before, call.kwargs_after)
+    for call in passed:
+        same = call.kwargs_before == call.kwargs_after
+        yield Observation("gradient_checkpointing_kwargs", same, call.kwargs_before, call.kwargs_after)
 
 
 @rule("KB504", "idempotent", Level.SHOULD)

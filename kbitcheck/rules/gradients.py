@@ -142,6 +142,11 @@ def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
     close = math.isclose(facts.run.loss, facts.plain_run.loss, rel_tol=facts.compute_ulp)
     exact = exactly(facts)
     yield Observation("loss", same or (close and not exact), f"{facts.plain_run.loss!r}", f"{facts.run.loss!r}")
+    again = facts.repeated_run
+    same = again.loss_bits == facts.run.loss_bits or (
+        not exact and math.isclose(again.loss, facts.run.loss, rel_tol=facts.compute_ulp)
+    )
+    yield Observation("loss of a later step", same, f"{facts.run.loss!r}", f"{again.loss!r}")
     yield from compared(facts.against_plain, exact=exact)
 
 

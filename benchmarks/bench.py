@@ -1,0 +1,207 @@
+"""What kbitcheck costs, as ratios to a bare script, measured in one run; run it by ``make bench``.
+
+The commands of a group take turns, so that a slow minute of the machine hurts them alike, and medians are compared.
+Memory is the largest sum of resident sizes over a command's process tree; pages that processes share count in each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RESULTS = HERE / "results.json"
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+KBITCHECK = str(Path(sys.executable).with_name("kbitcheck"))
+PACKAGES = ("kbitcheck", "torch", "transformers", "bitsandbytes", "peft")
+
+SAMPLE_SECONDS = 0.02
+REPEATS = 3
+LIGHT_REPEATS = 15  # they take a tenth of a second, so a median of three would be noise
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run of a command."""
+
+    seconds: float
+    mib: float
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A ratio of two commands' medians and the most it should be."""
+
+    what: str
+    command: str
+    baseline: str
+    unit: str
+    target: float
+
+
+COMPARISONS = (
+    Comparison("`kbitcheck model tiny:llama --quant nf4`, wall time", "model", "bare", "seconds", 1.5),
+    Comparison("`kbitcheck model tiny:llama --quant nf4`, peak memory", "model", "bare", "mib", 1.3),
+    Comparison("`kbitcheck impl reference` (quick suite), wall time", "impl", "bare", "seconds", 4.0),
+    Comparison("`kbitcheck --help`, wall time", "help", "python", "seconds", 15.0),
+    Comparison("`kbitcheck rules`, wall time", "rules", "python", "seconds", 15.0),
+)
+BASELINES = {"bare": "the bare script", "python": "`python -c pass`"}
+
+
+def measure(command: Sequence[str], *, sample: bool = True) -> Measured:
+    """Run a command to its end.
+
+    Raises:
+        SystemExit: the command failed, so that its time means nothing.
+    """
+    # A file, not a pipe: nobody reads while the command runs.
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+        peak = watched(process) if sample else 0
+        code = process.wait()
+        seconds = time.perf_counter() - start
+        if code not in ((0, 1) if command[0] == KBITCHECK else (0,)):  # 1 is a verdict: it ran to its end
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} exited with {code}:\n{output.read().decode(errors='replace')}")
+    return Measured(seconds, peak / 2**20, code)
+
+
+def watched(process: subprocess.Popen[bytes]) -> int:
+    """The largest sum of resident bytes over the process tree, until the process ends."""
+    peak = 0
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        peak = max(peak, resident(root))
+        time.sleep(SAMPLE_SECONDS)
+    return peak
+
+
+def resident(root: psutil.Process) -> int:
+    """Resident bytes of a process and all its descendants, now."""
+    total = 0
+    try:
+        for process in (root, *root.children(recursive=True)):
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+    except psutil.NoSuchProcess:
+        pass
+    return total
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, sample: bool) -> dict[str, list[Measured]]:
+    """Each command's runs, one of each command in turn."""
+    runs: dict[str, list[Measured]] = {name: [] for name in commands}
+    for turn in range(repeats):
+        for name, command in commands.items():
+            runs[name].append(measure(command, sample=sample))
+            if sample:
+                took = runs[name][-1]
+                print(f"{turn + 1}/{repeats} {name}: {took.seconds:.2f} s, {took.mib:.0f} MiB", file=sys.stderr)
+    return runs
+
+
+def medians(runs: Mapping[str, Sequence[Measured]]) -> dict[str, dict[str, float]]:
+    """Median seconds and, where it was measured, memory of each command."""
+    found: dict[str, dict[str, float]] = {}
+    for name, measured in runs.items():
+        found[name] = {"seconds": round(statistics.median(m.seconds for m in measured), 3)}
+        if mib := statistics.median(m.mib for m in measured):
+            found[name]["mib"] = round(mib, 1)
+    return found
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def run() -> dict[str, Any]:
+    """Measure everything."""
+    from kbitcheck.models import resolve
+
+    folder = str(resolve("tiny:llama").checkpoint)
+    heavy = {
+        "bare": [sys.executable, str(HERE / "bare.py"), folder],
+        "model": [KBITCHECK, "model", "tiny:llama", "--quant", "nf4"],
+        "impl": [KBITCHECK, "impl", "reference"],
+    }
+    light = {
+        "python": [sys.executable, "-c", "pass"],
+        "help": [KBITCHECK, "--help"],
+        "rules": [KBITCHECK, "rules"],
+    }
+    runs = take_turns(heavy, REPEATS, sample=True) | take_turns(light, LIGHT_REPEATS, sample=False)
+    found = medians(runs)
+    return {
+        "environment": {
+            "cpu": processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "medians": found,
+        "exit_codes": {name: sorted({run.code for run in runs[name]}) for name in runs},
+        "ratios": [
+            {
+                "what": c.what,
+                "to": BASELINES[c.baseline],
+                "ratio": (ratio := round(found[c.command][c.unit] / found[c.baseline][c.unit], 2)),
+                "target": c.target,
+                "met": ratio <= c.target,
+            }
+            for c in COMPARISONS
+        ],
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results for the README."""
+    told = results["environment"]
+    lines = ["| command | to | ratio | target | met |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r['what']} | {r['to']} | {r['ratio']:.2f} | {r['target']:g} | {'yes' if r['met'] else '**no**'} |"
+        for r in results["ratios"]
+    ]
+    bare = results["medians"]["bare"]
+    machine = ", ".join(f"{name} {told[name]}" for name in ("python", *PACKAGES[1:]))
+    took = f"The bare script took {bare['seconds']:.1f} s and {bare['mib']:.0f} MiB"
+    lines += ["", f"{took} on {told['cores']} cores ({told['cpu']}), with {machine}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and write ``results.json`` and the README's table."""
+    results = run()
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    README.write_text(f"{before}{START}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
