@@ -27,7 +27,7 @@ def rules_table() -> dict[str, Any]:
 def test_the_table_of_rules_is_the_registry(rules_table: dict[str, Any]) -> None:
     assert rules_table["filled"](README) == README, "run `python docs/rules_table.py`"
     for code in rules():
-        assert README.count(f"| {code} | ") == 1
+        assert README.count(f"\n| {code} | ") == 1
 
 
 def test_check_tells_a_drift(tmp_path: Path, rules_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
