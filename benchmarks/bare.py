@@ -22,8 +22,8 @@ def main(folder: str) -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         ),
     )
-    model = prepare_model_for_kbit_training(model)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    prepared = prepare_model_for_kbit_training(model)
+    model = get_peft_model(prepared, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     ids = torch.randint(3, model.config.vocab_size, (BATCH, SEQ_LEN))
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
