@@ -23,10 +23,11 @@ def main(folder: str) -> None:
         ),
     )
     prepared = prepare_model_for_kbit_training(model)
-    model = get_peft_model(prepared, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(prepared, lora).train()
+    optimizer = torch.optim.AdamW(p for p in tuned.parameters() if p.requires_grad)
     ids = torch.randint(3, model.config.vocab_size, (BATCH, SEQ_LEN))
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     optimizer.step()
 
 
