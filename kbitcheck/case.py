@@ -375,10 +375,12 @@ class Case:
         model, adapters = self._ready
         known = (self._base.weights, self._base.misread)
         found = layers.backwards(model, self.batch, adapters, *known, self._autocast())
-        # Once more as trainers with mixed precision run it, and on a single row.
+        # Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
+        # bias in place to whatever dtype comes in.
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._half)
         single = {k: v[:1] for k, v in self.batch.items()}
-        mixed = layers.backwards(model, single, adapters, *known, half, self._half)
+        fresh, fresh_adapters = self._attached_copy()
+        mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._half)
         return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
 
     @cached_property
