@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,11 +15,14 @@ from kbitcheck.core import UsageError
 IGNORED = -100
 
 
-def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int) -> dict[str, Tensor]:
+def draw(
+    model: PreTrainedModel, *, batch: int, seq_len: int, seed: int, lengths: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
-    or more is padded on the right, with a mask of zeros and labels of -100. A classifier's labels have shape (batch,);
+    or more is padded on the right, with a mask of zeros and labels of -100; ``lengths`` says otherwise how many tokens
+    of ``seq_len`` each row has. A classifier's labels have shape (batch,);
     an encoder-decoder's have half the length. Image tokens come on top of ``seq_len``.
     ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
     the dtype of the model as it is now: see ``fit``. The global generator is not used.
@@ -27,7 +31,7 @@ def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int) -> dict
         UsageError: the model takes inputs of a kind that is not known here.
     """
     accepted = inspect.signature(model.forward).parameters
-    drawn = _Tokens(model, seed)
+    drawn = _Tokens(model, seed, [length / seq_len for length in lengths])
     if "pixel_values" in accepted and "input_ids" in accepted:
         made = _image_text(model, drawn, batch, seq_len)
     elif model.main_input_name == "input_features":
@@ -54,9 +58,10 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
 class _Tokens:
     """Draws tokens that are not special, and features, from a generator of its own."""
 
-    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, seed: int, shares: Sequence[float] = ()) -> None:
         text = model.config.get_text_config()
         self.generator = torch.Generator().manual_seed(seed)
+        self.shares = shares
         self.vocab = int(text.vocab_size)
         special: set[int] = set()
         for config in (model.config, text):
@@ -75,7 +80,10 @@ class _Tokens:
 
     def mask(self, batch: int, seq_len: int) -> Tensor:
         mask = torch.ones(batch, seq_len, dtype=torch.int64)
-        if batch > 1:
+        if self.shares:
+            for row, share in enumerate(self.shares):
+                mask[row, max(1, round(share * seq_len)) :] = 0
+        elif batch > 1:
             mask[-1, seq_len - max(1, seq_len // 4) :] = 0
         return mask
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,8 +24,10 @@ FIELDS: dict[str, type] = {
     "about": str,
     "architecture": str,
     "dtype": str,
+    "seed": str,
     "batch": int,
     "seq_len": int,
+    "lengths": list,
     "skip": list,
     "scale": dict,
     "unread": dict,
@@ -37,12 +41,14 @@ class Recipe(Source):
     """A model drawn from a recipe. ``unread`` holds shapes of float32 tensors that are added and that nothing reads.
 
     They stand for a parameter and a buffer that preparation has to leave alone, where the architecture has none.
-    ``seed`` is the file's own name: from it and the name of a tensor follow the tensor's numbers.
+    ``seed`` is the file's own name unless it states one: from it and the name of a tensor follow the tensor's numbers.
+    ``lengths`` are the tokens of each row of the batch, where the recipe states them.
     """
 
     seed: str
     rows: int = 2
     seq_len: int = 24
+    lengths: tuple[int, ...] = ()
     skip: tuple[str, ...] = ()
     scale: Mapping[str, float] = field(default_factory=dict)
     unread: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
@@ -76,6 +82,10 @@ class Recipe(Source):
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
         """A training batch of the recipe's own size where none is given."""
+        if self.lengths and batch is None and seq_len is None:
+            from kbitcheck.models.batch import draw
+
+            return draw(model, batch=len(self.lengths), seq_len=max(self.lengths), seed=seed, lengths=self.lengths)
         return Source.batch(self, model, batch=batch or self.rows, seq_len=seq_len or self.seq_len, seed=seed)
 
     def _complete(self, quant: Quantization) -> Quantization:
@@ -132,15 +142,35 @@ def read(path: Path, *, name: str | None = None, dtype: str | None = None) -> Re
     config = {**data["config"], "architectures": [data["architecture"]]}
     return Recipe(
         name=name,
-        seed=path.stem,
+        seed=data.get("seed", path.stem),
         config={**config, "dtype": asked_dtype(data.get("dtype", "bf16"))},
         dtype=dtype,
         rows=data.get("batch", 2),
         seq_len=data.get("seq_len", 24),
+        lengths=tuple(data.get("lengths", ())),
         skip=tuple(data.get("skip", ())),
         scale=data.get("scale", {}),
         unread=data.get("unread", {}),
     )
+
+
+def text(data: Mapping[str, Any]) -> str:
+    """The TOML of a recipe, tables last; ``read`` reads it back."""
+    return "\n".join(_lines(data, ())).lstrip("\n") + "\n"
+
+
+def _lines(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    if path:
+        yield f"\n[{'.'.join(path)}]"
+    # JSON's strings, numbers, booleans and arrays are TOML's, but for characters beyond the basic plane.
+    yield from (f"{_key(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, Mapping))
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, (*path, _key(key)))
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _check_fields(name: str, data: Mapping[str, Any]) -> None:
@@ -151,6 +181,8 @@ def _check_fields(name: str, data: Mapping[str, Any]) -> None:
             raise UsageError(f"{name}: {key} must be {FIELDS[key].__name__}, not {type(value).__name__}")
         if isinstance(value, int) and value < 1:
             raise UsageError(f"{name}: {key} must be at least 1, not {value}")
+    if any(type(length) is not int or length < 1 for length in data.get("lengths", ())):
+        raise UsageError(f"{name}: lengths must be numbers of tokens, at least 1")
     missing = [key for key in REQUIRED if key not in data]
     if missing or "model_type" not in data["config"]:
         raise UsageError(f"{name}: a recipe needs {', '.join(missing) or 'config.model_type'}")
