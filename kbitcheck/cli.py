@@ -178,6 +178,7 @@ def audit(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Bl
     from kbitcheck.progress import shown
     from kbitcheck.run import run
     from kbitcheck.signals import told_to_stop
+    from kbitcheck.worker import debug_to_stderr
 
     implementations.validate(specs[0].implementation)
     environment.validate_device(options.device)
@@ -185,6 +186,8 @@ def audit(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Bl
     destination = Destination(options.output)
     # In process, what the subject prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
+    if options.in_process and options.debug:
+        debug_to_stderr()
     with told_to_stop(), quiet, shown(len(specs) * len(chosen)) as advance:
         report = run(
             specs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from kbitcheck.facts import Facts
 
 SCHEMA = 1
+
+log = logging.getLogger("kbitcheck")
 
 CODE = re.compile(r"KB\d{3}")
 
@@ -161,7 +164,10 @@ def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok."""
+    """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok.
+
+    ``finding`` says which committed finding excuses the failure: it is told and not counted.
+    """
 
     rule: str
     case: str
@@ -172,6 +178,7 @@ class Result:
     reason: str = ""
     failures: tuple[Observation, ...] = ()
     notes: tuple[str, ...] = ()
+    finding: str = ""
     seconds: float = 0.0
 
     @property
@@ -225,6 +232,7 @@ def judge(subject: Rule, facts: Facts) -> Result:
     except UsageError:
         raise
     except Exception as error:
+        log.debug("%s on %s", subject.code, facts.case, exc_info=True)
         status, reason = Status.ERROR, f"{type(error).__name__}: {error}".splitlines()[0]
     parties = {f.party for f in failures}
     blamed = next((p for p in Party if p in parties), None)
@@ -266,7 +274,7 @@ class Report:
 
     def counts(self, result: Result) -> bool:
         """Whether a result makes the run non-conforming."""
-        if result.status is not Status.FAIL or result.level is Level.INFO:
+        if result.status is not Status.FAIL or result.level is Level.INFO or result.finding:
             return False
         if result.level is Level.SHOULD and not self.strict:
             return False

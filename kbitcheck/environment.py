@@ -61,7 +61,6 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "device": device,
         "device_name": named(device) if named is not None else _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "seed": seed,
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kbitcheck
-from kbitcheck.core import Level, Party, Report, Result, Rule, Status, UsageError
+from kbitcheck.core import Party, Report, Result, Rule, Status, UsageError
 from kbitcheck.implementations import REFERENCE, Implementation
 from kbitcheck.process import Lost, WorkerProcess
 from kbitcheck.suite import CaseSpec
@@ -99,7 +99,7 @@ def _settle(result: Result, specs: Sequence[CaseSpec]) -> Result:
     excuses = [findings().get((result.rule, f.party)) for f in result.failures]
     if None in excuses:
         return result
-    return dataclasses.replace(result, level=Level.INFO, reason=f"a known finding: {excuses[0]}")
+    return dataclasses.replace(result, finding=excuses[0] or "")
 
 
 def _in_process(

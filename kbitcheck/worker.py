@@ -10,6 +10,7 @@ import dataclasses
 import faulthandler
 import gc
 import json
+import logging
 import os
 import queue
 import resource
@@ -20,7 +21,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from kbitcheck.core import Rule, UsageError, judge, rules
+from kbitcheck.core import Rule, UsageError, judge, log, rules
 from kbitcheck.implementations import Implementation, load
 from kbitcheck.suite import CaseSpec
 
@@ -47,6 +48,12 @@ def cause(error: BaseException) -> str:
     """An exception on one line."""
     message = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
+
+
+def debug_to_stderr() -> None:
+    """Print the tracebacks of rules that raised."""
+    log.setLevel(logging.DEBUG)
+    log.addHandler(logging.StreamHandler())
 
 
 class Server:
@@ -127,6 +134,7 @@ def main(requests: int, replies: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
+    debug_to_stderr()
     server = Server(os.fdopen(replies, "w", encoding="utf-8"))
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
