@@ -14,21 +14,24 @@ from kbitcheck.core import UsageError
 IGNORED = -100
 
 
-def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int) -> dict[str, Tensor]:
+def draw(
+    model: PreTrainedModel, *, batch: int, seq_len: int, seed: int, images: bool = True
+) -> dict[str, Tensor]:
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
     or more is padded on the right, with a mask of zeros and labels of -100. A classifier's labels have shape (batch,);
     an encoder-decoder's have half the length. Image tokens come on top of ``seq_len``.
     ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
-    the dtype of the model as it is now: see ``fit``. The global generator is not used.
+    the dtype of the model as it is now: see ``fit``. Without ``images`` a model that reads text gets text alone. The global
+    generator is not used.
 
     Raises:
         UsageError: the model takes inputs of a kind that is not known here.
     """
     accepted = inspect.signature(model.forward).parameters
     drawn = _Tokens(model, seed)
-    if "pixel_values" in accepted and "input_ids" in accepted:
+    if images and "pixel_values" in accepted and "input_ids" in accepted:
         made = _image_text(model, drawn, batch, seq_len)
     elif model.main_input_name == "input_features":
         made = _speech(model, drawn, batch, seq_len)
