@@ -598,10 +598,14 @@ class Case:
             "model_class": self.base.cls,
             "parameters": sum(layer.in_features * layer.out_features for layer in self.base.layers.values())
             + sum(_unique(self.base)),
+            "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
+        if "gradients" in self.__dict__:
+            dead = sum(not g.live for g in self.gradients.values())
+            facts |= {"adapters": len(self.gradients), "dead_adapters": dead}
         if "memory" in self.__dict__:
             shape = tuple(next(iter(self.batch.values())).shape[:2])
             facts |= {"activations": self.memory.plain, "checkpointed": self.memory.held, "batch": list(shape)}

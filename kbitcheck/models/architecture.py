@@ -74,7 +74,9 @@ class Architecture(Source):
             # The class for text alone, of a type that also sees or hears, takes the text model's configuration.
             own = getattr(getattr(transformers, name), "config_class", None)
             parts = (getattr(configured, "sub_configs", None) or {}).values()
-            fields = shrinking.tiny(own if own in parts and own is not None else configured, decoder=self.task == CAUSAL_LM)
+            fields = shrinking.tiny(
+                own if own in parts and own is not None else configured, decoder=self.task == CAUSAL_LM
+            )
         return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
 
     def batch(
@@ -95,7 +97,9 @@ def named(name: str, *, dtype: str | None = None) -> Architecture:
     task, _, model_type = name.removeprefix(PREFIX).rpartition("/")
     task = task or CAUSAL_LM
     if task not in TASKS or not model_type:
-        raise UsageError(f"{name!r} names no architecture; write arch:TYPE or arch:TASK/TYPE, TASK one of {', '.join(TASKS)}")
+        raise UsageError(
+            f"{name!r} names no architecture; write arch:TYPE or arch:TASK/TYPE, TASK one of {', '.join(TASKS)}"
+        )
     config = {"model_type": model_type, "dtype": "bfloat16"}
     return Architecture(name=name, config=config, dtype=dtype, task=task, model_type=model_type)
 

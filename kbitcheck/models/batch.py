@@ -14,9 +14,7 @@ from kbitcheck.core import UsageError
 IGNORED = -100
 
 
-def draw(
-    model: PreTrainedModel, *, batch: int, seq_len: int, seed: int, images: bool = True
-) -> dict[str, Tensor]:
+def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int, images: bool = True) -> dict[str, Tensor]:
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two

@@ -59,7 +59,9 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r".*conv_(dim|channels|out_channels|hidden_size)|.*(in|out)_dim|.*_out_channel|input_size", 64),
 )
 DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depth|.*_depth")
-NO_DEPTH = re.compile(r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*")
+NO_DEPTH = re.compile(
+    r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
+)
 PERIOD = re.compile(r".*_(period|interval|pattern|step|every_n_layers)")
 OFFSET = re.compile(r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers")
 KEY_VALUE_HEADS = re.compile(r".*(key_value|kv|key)_heads|num_query_groups")
@@ -94,7 +96,10 @@ class _Shrinker:
         self._moved: dict[int, int] = {}
 
     def fields(
-        self, cls: type[PretrainedConfig], default: PretrainedConfig | None = None, told: Mapping[str, Any] | None = None
+        self,
+        cls: type[PretrainedConfig],
+        default: PretrainedConfig | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> Fields:
         told = {**families().get(cls.model_type, {}), **(told or {})}
         default = default or cls()
@@ -146,7 +151,9 @@ def _is_depth(name: str) -> bool:
 
 
 def _layers(given: Fields) -> int:
-    return max((v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool)), default=0)
+    return max(
+        (v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool)), default=0
+    )
 
 
 def _depth(given: Fields) -> int:
@@ -154,7 +161,9 @@ def _depth(given: Fields) -> int:
     layers = _layers(given)
     lists = [v for v in given.values() if isinstance(v, list | tuple) and v]
     kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not _are_indices(v)]
-    kinds += [len(v) for k, v in given.items() if k.endswith("types") and isinstance(v, list | tuple) and len(v) < layers]
+    kinds += [
+        len(v) for k, v in given.items() if k.endswith("types") and isinstance(v, list | tuple) and len(v) < layers
+    ]
     if any(PERIOD.fullmatch(k) and isinstance(v, int) and v > 1 for k, v in given.items()):
         kinds.append(2)
     return BLOCKS_OF_A_KIND * min(max(kinds, default=1), MOST_KINDS)
@@ -198,7 +207,6 @@ def _values(config: PretrainedConfig) -> Fields:
     return {name: stored.get(inner, stored.get(name)) for name, inner in names.items()}
 
 
-@cache
 def _parameters(cls: type[PretrainedConfig]) -> frozenset[str]:
     """The fields a class adds to those that every configuration has."""
     own = set(inspect.signature(cls.__init__).parameters)
