@@ -544,8 +544,10 @@ class Case:
     def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]:
         """The call on a model that already carries adapters: it, and the trainable adapters before and after."""
         library = "peft" if self.spec.adapters == "peft" or targets.peft_installed() else "reference"
+        # PEFT refuses some targets, which is KB905's to tell.
+        fit = [name for name in self._base.targets if name not in self.unfit_targets]
         model, adapters = adapter_probe.attach(
-            self._base.copy(), self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+            self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
         )
         before = frozenset(n for n, p in adapters.items() if p.requires_grad)
         returned, facts = call(self.prepare, model, **self.wanted)

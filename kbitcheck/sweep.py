@@ -42,7 +42,7 @@ from kbitcheck.suite import CaseSpec
 if TYPE_CHECKING:
     from kbitcheck.options import SweepOptions
 
-RETURNS, LEARNS, SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB502", "KB309", "KB903", "KB401", "KB403"
+RETURNS, LEARNS, CHANGED, SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB502", "KB309", "KB105", "KB903", "KB401", "KB403"
 LISTING_SECONDS = 300.0
 
 
@@ -163,7 +163,7 @@ def row(architecture: str, cls: str, model: str, results: Sequence[Result], fact
         model=model,
         loads=True,
         prepares=None if RETURNS not in by_rule else not raised,
-        trains=_kept(by_rule, LEARNS),
+        trains=_trains(by_rule),
         checkpointing=_checkpointing(by_rule),
         quantized=facts["quantized"] / total if total else None,
         growth=prepared / (2 * total) if prepared and total else None,
@@ -185,6 +185,12 @@ def _kept(by_rule: Mapping[str, Result], rule: str) -> bool | None:
     """Whether a rule holds; None where it was not judged."""
     found = by_rule.get(rule)
     return None if found is None or found.status in (Status.SKIP, Status.ERROR) else found.status is Status.PASS
+
+
+def _trains(by_rule: Mapping[str, Result]) -> bool | None:
+    """Whether the loss falls; where the float twin's does not either, whether every live adapter is changed."""
+    learns = by_rule.get(LEARNS)
+    return _kept(by_rule, CHANGED if learns is not None and learns.status is Status.SKIP else LEARNS)
 
 
 def _checkpointing(by_rule: Mapping[str, Result]) -> str:

@@ -37,7 +37,7 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r"mamba_(n|num)_heads", 2 * HEADS),  # the inner width is twice the hidden size
     (r"(.*_)?(n_|num_)?(.*_)?n?heads?(_per_layer)?", HEADS),
     (r".*_rank|.*lowrank|d_rel", 16),
-    (r"index_topk(_blocks)?", 4),
+    (r"index_topk(_blocks)?", 64),  # more than a batch's tokens: a choice among them would be rounding's
     # Experts
     (r"(n|num)_shared_experts|moe_num_shared_experts", 1),
     (r"(.*_)?(n|num)(_.*)?_experts|zero_expert_num|num_centroids", 4),
@@ -117,6 +117,8 @@ class _Shrinker:
                     found[name] = new
         if "vocab_size" in given:
             found |= {k: OPEN[k] for k in NEEDED if given.get(k) is None}
+        if given.get("is_encoder_decoder") or getattr(default, "is_encoder_decoder", False):
+            found.setdefault("decoder_start_token_id", given.get("decoder_start_token_id") or 0)
         return {**found, **fixed}
 
     def _field(self, name: str, value: Any, given: Fields, layers: int, depth: int) -> Any:

@@ -96,7 +96,9 @@ def test_a_kind_per_layer_in_runs_meets_a_kind_in_turns() -> None:
 
     if "kimi_linear" not in CONFIG_MAPPING:
         pytest.skip("this transformers has no Kimi Linear")
-    config = CONFIG_MAPPING["kimi_linear"](**{k: v for k, v in tiny(CONFIG_MAPPING["kimi_linear"]).items() if k != "model_type"})
+    config = CONFIG_MAPPING["kimi_linear"](
+        **{k: v for k, v in tiny(CONFIG_MAPPING["kimi_linear"]).items() if k != "model_type"}
+    )
     assert len({*zip(config.layer_types, config.mlp_layer_types, strict=True)}) == 4
 
 
