@@ -51,7 +51,7 @@ class Plain(PretrainedConfig):  # type: ignore[misc, unused-ignore]
             if name not in ("self", "kwargs", "__class__"):
                 setattr(self, name, value)
         self.layer_types = layer_types or (["sliding"] * 3 + ["full"]) * (num_layers // 4)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, eos_token_id=eos_token_id, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, "eos_token_id": eos_token_id, **kwargs})
 
 
 @pytest.fixture(scope="module")
