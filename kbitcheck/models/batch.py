@@ -46,7 +46,7 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     A speech encoder does not cast its input: what fits the loaded model does not fit the prepared one. Values are drawn
     so that float16, bfloat16 and wider hold the same numbers.
     """
-    device: torch.device = cast(Any, model.get_input_embeddings()).weight.device
+    device = next(cast(Any, model.get_input_embeddings()).parameters()).device
     kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
     dtype = next((k.dtype for k in kernels), model.dtype)
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
@@ -94,6 +94,10 @@ def _text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> 
         labels = tokens.ids(batch, length).where(tokens.mask(batch, length).bool(), IGNORED)
     else:
         labels = ids.where(mask.bool(), IGNORED)
+        if isinstance(
+            model.get_input_embeddings(), torch.nn.ModuleList
+        ):  # one for each codebook, of which there is one
+            labels = labels.unsqueeze(-1)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -76,8 +76,9 @@ class _Probe:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
-        self._passed = not x.is_floating_point()
-        if self._passed:  # nothing to take a gradient by
+        # Nothing to take a gradient by, or the model itself runs all round the layer without gradients.
+        self._passed = not x.is_floating_point() or not torch.is_grad_enabled()
+        if self._passed:
             return None
         self.ran += 1
         self.dtype = x.dtype

@@ -210,10 +210,10 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     yield Observation(
         "keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none"
     )
-    base = [f.base_raised for f in facts.forwards]
+    base = {f.base_raised for f in facts.forwards if f.base_raised}
     party, witness = (
-        (Party.MODEL, f"the unprepared base, never saved, raises too: {base[0]}")
-        if s.raised and base and all(base)
+        (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
+        if s.raised in base
         else (Party.IMPLEMENTATION, "")
     )
     yield Observation("save and reload", not s.raised, "no error", s.raised or "none", party, witness)
