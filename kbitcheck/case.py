@@ -544,8 +544,10 @@ class Case:
     def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]:
         """The call on a model that already carries adapters: it, and the trainable adapters before and after."""
         library = "peft" if self.spec.adapters == "peft" or targets.peft_installed() else "reference"
+        # PEFT refuses some targets, which is KB905's to tell.
+        fit = [name for name in self._base.targets if name not in self.unfit_targets]
         model, adapters = adapter_probe.attach(
-            self._base.copy(), self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+            self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
         )
         before = frozenset(n for n, p in adapters.items() if p.requires_grad)
         returned, facts = call(self.prepare, model, **self.wanted)
@@ -598,10 +600,14 @@ class Case:
             "model_class": self.base.cls,
             "parameters": sum(layer.in_features * layer.out_features for layer in self.base.layers.values())
             + sum(_unique(self.base)),
+            "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
+        if "gradients" in self.__dict__:
+            dead = sum(not g.live for g in self.gradients.values())
+            facts |= {"adapters": len(self.gradients), "dead_adapters": dead}
         if "memory" in self.__dict__:
             shape = tuple(next(iter(self.batch.values())).shape[:2])
             facts |= {"activations": self.memory.plain, "checkpointed": self.memory.held, "batch": list(shape)}

@@ -21,7 +21,7 @@ from kbitcheck.core import (
     select,
 )
 from kbitcheck.door import fail, list_rules, say
-from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, with_options
+from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, SweepOptions, with_options
 
 if TYPE_CHECKING:
     from kbitcheck.run import Blame
@@ -148,6 +148,27 @@ def selftest(
         return fail(f"the selftest broke: {lost}", EXIT_ERROR)
     say(f"{sum(caught)} of {len(caught)} sabotages caught")
     return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE
+
+
+@app.command()
+@with_options
+def sweep(options: SweepOptions) -> int:
+    """Audit every architecture that transformers knows, tiny and with random weights."""
+    from kbitcheck.destination import Destination
+    from kbitcheck.process import Lost
+    from kbitcheck.reporters.sweep import render, verdict
+    from kbitcheck.signals import told_to_stop
+    from kbitcheck.sweep import swept
+
+    destination = Destination(options.output)
+    try:
+        with told_to_stop():
+            table = swept(options, say=say, echo=_echo if options.debug else None)
+    except Lost as lost:
+        return fail(f"the architectures cannot be listed: {lost}", EXIT_ERROR)
+    destination.write(render(table, options.format))
+    say(verdict(table))
+    return table.exit_code
 
 
 @app.command()

@@ -130,7 +130,10 @@ class CallFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFacts:
-    """One block in one training step. ``computed`` and ``recomputed`` count runs of its inside before and in backward."""
+    """One block in one training step. ``computed`` and ``recomputed`` count runs of its inside before and in backward.
+
+    ``without_grad`` counts entries while gradients are off: the model's own doing in a plain run.
+    """
 
     name: str
     tower: str
@@ -138,6 +141,7 @@ class BlockFacts:
     recomputed: int
     on_path: bool
     input_requires_grad: bool | None
+    without_grad: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,7 +153,7 @@ def _isolated(
     specs: Sequence[CaseSpec], rules: Sequence[Rule], timeout: float, echo: Callable[[str], None] | None
 ) -> Generator[Event, None, None]:
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        bench = _Bench(Path(scratch), rules, timeout, echo)
+        bench = Bench(Path(scratch), rules, timeout, echo)
         try:
             bench.start()  # before anything else: it takes seconds to get warm
             for spec in specs:
@@ -163,7 +163,7 @@ def _isolated(
             bench.close()
 
 
-class _Bench:
+class Bench:
     """Examines cases in a worker, and puts a new worker in the place of one that a case has ruined."""
 
     def __init__(
@@ -171,22 +171,22 @@ class _Bench:
     ) -> None:
         self._scratch, self._rules, self._timeout, self._echo = scratch, rules, timeout, echo
         self._worker: WorkerProcess | None = None
-        self._loaded = False
+        self.loaded = False
         self._hopeless = ""
 
     def start(self) -> None:
         self._worker = WorkerProcess(self._scratch, self._echo)
-        self._loaded = False
+        self.loaded = False
 
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()
         self._worker = None
-        self._loaded = False
+        self.loaded = False
 
     def examine(self, spec: CaseSpec) -> Iterator[Event]:
         """The events of one case; ERROR results fill in for what a lost worker did not report."""
-        if not self._loaded and not self._hopeless:
+        if not self.loaded and not self._hopeless:
             yield from self._load(spec)
         if self._hopeless:
             yield from _broken(spec, self._rules, set(), self._hopeless)
@@ -205,7 +205,7 @@ class _Bench:
         request = {"do": "load", "implementation": spec.implementation, "device": spec.device, "seed": spec.seed}
         try:
             yield from self._ask(request)
-            self._loaded = True
+            self.loaded = True
         except Lost as lost:
             self._hopeless = f"{spec.implementation} could not be loaded: {lost}"
 

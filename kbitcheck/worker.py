@@ -119,6 +119,12 @@ class Server:
         yield from examine(case, [known[code] for code in request["rules"]])
         yield {"event": "done"}
 
+    def _architectures(self, request: Event) -> Iterator[Event]:
+        from kbitcheck.models.architecture import listed
+
+        yield {"event": "architectures", "classes": listed(request["task"])}
+        yield {"event": "done"}
+
     def _selftest(self, request: Event) -> Iterator[Event]:
         from kbitcheck import sabotage
 

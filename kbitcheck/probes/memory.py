@@ -177,7 +177,8 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
         if backends.is_quantized(module):
 
             def saw(module: nn.Module, args: Any, name: str = name) -> None:
-                shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
+                if args and args[0].is_floating_point():
+                    shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
 
             handles.append(module.register_forward_pre_hook(saw))
     try:

@@ -41,7 +41,7 @@ def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
         owner = type(model.get_submodule(parent)).__name__
         if name in choosing:
             reasons[name] = "a router: an adapter on it moves which experts run, and some return tuples"
-        elif last == "out_proj" and STATE_SPACE.search(owner):
+        elif last == "out_proj" and (STATE_SPACE.search(owner) or hasattr(model.get_submodule(parent), "A_log")):
             reasons[name] = f"{owner} reads this layer's weight itself and never calls it"
     return reasons
 

@@ -20,6 +20,8 @@ TORCH_FREE = [
     "suite.py",
     "quantization.py",
     "run.py",
+    "sweep.py",
+    "models/architecture.py",
     "worker.py",
     "cli.py",
     "reporters",

@@ -2,6 +2,8 @@
 
 from kbitcheck.core import UsageError
 
+__path__: list[str] = []
+
 
 def resolve(model: str, **options: object) -> object:
     if model not in ("tiny:llama", "tiny:gpt2", "tiny:t5", "late"):
