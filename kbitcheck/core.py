@@ -341,9 +341,9 @@ class Report:
 
 
 class NonConformance(AssertionError):
-    """A report that does not conform; the message lists the rules that were broken."""
+    """A report that does not conform; the message lists the rules that were broken, where none is given."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, message: str = "") -> None:
         self.report = report
         known = rules()
         lines = [
@@ -351,4 +351,4 @@ class NonConformance(AssertionError):
             for r in report.results
             if r.status is Status.ERROR or report.counts(r)
         ]
-        super().__init__("\n".join(lines) or "nothing was checked")
+        super().__init__(message or "\n".join(lines) or "nothing was checked")

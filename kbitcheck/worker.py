@@ -103,6 +103,8 @@ class Server:
 
         self._device = environment.resolve_device(request["device"])
         told = environment.describe(self._device, request["seed"])
+        # In front, in their order, and only now: nothing of the subject's may stand in for the stack.
+        sys.path[:0] = [directory for directory in request.get("path", ()) if directory not in sys.path]
         self._implementation = load(request["implementation"])
         yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
 

@@ -22,10 +22,7 @@ INDENT = "    "
 
 def render(report: Report, *, width: int, color: bool = False, verbose: bool = False) -> str:
     """The whole report; lines are wrapped at ``width`` columns, names and commands never inside."""
-    lines = list(_Page(report, width, verbose).lines())
-    plain = [
-        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines
-    ]
+    plain = _printable(_Page(report, width, verbose).lines())
     if not color:
         return "".join(f"{text}\n" for text, _ in plain)
     from rich.console import Console
@@ -36,6 +33,16 @@ def render(report: Report, *, width: int, color: bool = False, verbose: bool = F
     for text, style in plain:
         console.print(Text(text, style=style), soft_wrap=True)
     return out.getvalue()
+
+
+def findings_only(report: Report, *, width: int) -> str:
+    """The report's findings without its head and foot, as the message of a failing test."""
+    page = _Page(report, width, verbose=False)
+    return "\n\n".join("\n".join(text for text, _ in _printable(page.finding(f))) for f in findings(report))
+
+
+def _printable(lines: Iterable[Line]) -> list[Line]:
+    return [("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines]
 
 
 class _Page:
@@ -59,7 +66,7 @@ class _Page:
                 left_out.setdefault(finding.rules, []).extend(finding.cases)
                 continue
             yield "", ""
-            yield from self._finding(finding)
+            yield from self.finding(finding)
         for codes, cases in left_out.items():
             yield "", ""
             yield from self._wrapped(f"{codes[0]} failed otherwise in {len(cases)} more cases (-v lists them).", "dim")
@@ -86,7 +93,7 @@ class _Page:
         ]
         return " · ".join(filter(None, parts))
 
-    def _finding(self, finding: Finding) -> Iterator[Line]:
+    def finding(self, finding: Finding) -> Iterator[Line]:
         style = "bold red" if finding.counted or finding.error else "bold yellow"
         mark = "✗" if finding.counted or finding.error else "!"
         if finding.error:
