@@ -10,8 +10,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.core import UsageError, select
-from kbitcheck.prepared import assert_prepared
+from kbitcheck import assert_prepared
+from kbitcheck.core import UsageError
+from kbitcheck.core import select as chosen
 from kbitcheck.quantization import Quantization
 from kbitcheck.suite import FULL, QUICK, CaseSpec, Checkpointing, cases
 
@@ -93,12 +94,9 @@ def parametrize(
     cells = [
         pytest.param(rule.code, spec, id=item_name(rule, spec), marks=pytest.mark.kbit(rule=rule.code, spec=spec))
         for spec in specs
-        for rule in _chosen(select)
+        for rule in chosen(select)
     ]
     return pytest.mark.parametrize(("kbit_check", "kbit_case"), cells, indirect=["kbit_check"])
-
-
-_chosen = select
 
 
 def name_of(implementation: str | Callable[..., Any]) -> str:
