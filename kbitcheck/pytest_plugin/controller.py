@@ -53,8 +53,9 @@ class Controller:
             if not found["usage"]:
                 self._told[report.nodeid] = found
         elif report.failed:
-            lines = report.longreprtext.strip().splitlines() or ["it failed"]
-            self._broken.setdefault(report.nodeid, f"{report.when}: {lines[-1]}".removeprefix("???: "))
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = (crash.message if crash else report.longreprtext).strip().splitlines() or ["it failed"]
+            self._broken.setdefault(report.nodeid, f"{report.when}: {lines[0]}".removeprefix("???: "))
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         told = getattr(report, "kbit", None)
@@ -161,10 +162,11 @@ class Controller:
             Destination(str(path), "--kbit-report").write(render(report, settings.form))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self._usage and not self._reports:
+            return
         from kbitcheck.reporters import render, verdict
 
-        if self._usage or self._reports:
-            terminalreporter.section("kbitcheck")
+        terminalreporter.section("kbitcheck")
         if self._usage:
             terminalreporter.write_line(f"wrong usage: {self._usage}", red=True)
             return
@@ -200,7 +202,7 @@ def assemble(
             "ignored": {},
             "implementation": loaded.get("implementation", {}),
             "in_process": False,
-            "cases": specs,
+            **({"cases": specs} if specs else {}),  # none where no test got as far as its case
         },
         results=tuple(results),
         blame="any" if names == {REFERENCE} else "own",

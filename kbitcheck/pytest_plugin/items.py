@@ -38,8 +38,11 @@ class CaseCollector(pytest.Collector):
 class RuleItem(pytest.Item):
     """One rule on one case."""
 
-    def __init__(self, *, rule: Rule, spec: CaseSpec, runner: Runner, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, *, name: str, parent: pytest.Collector, rule: Rule, spec: CaseSpec, runner: Runner, **kwargs: Any
+    ) -> None:
+        # Given as text, pytest reads the brackets as parameters, as --lf does when it reads its cache.
+        super().__init__(name=name, parent=parent, nodeid=f"{parent.nodeid}::{name}", **kwargs)
         self._rule, self._spec, self._runner = rule, spec, runner
         self.add_marker(pytest.mark.kbit(rule=rule.code, spec=spec))
 
