@@ -121,6 +121,7 @@ def assert_prepared(
         NonConformance: an ``AssertionError`` with the report as its message.
         UsageError: an option or rule is wrong, or the model is not quantized.
     """
+    __tracebackhide__ = True  # pytest shows the report, not this function
     from kbitcheck import prepared
     from kbitcheck.reporters import render
 
@@ -135,5 +136,5 @@ def assert_prepared(
         batch=batch,
     )
     if report.exit_code:
-        raise NonConformance(report, "\n" + render(report, "text"))
+        raise NonConformance(report, render(report, "text"))
     return report

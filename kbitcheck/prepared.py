@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import numpy
 import torch
-from kbitcheck_reference.adapters import adapter_parameters, enabled_biases
+from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_adapter_module
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -133,8 +133,8 @@ def owned(model: nn.Module) -> dict[str, nn.Parameter]:
 def _resting(model: nn.Module) -> set[str]:
     """Names of PEFT's adapters that are loaded and not active."""
     known: set[str] = set(getattr(model, "peft_config", None) or {})
-    active = getattr(model, "active_adapters", None) or getattr(model, "active_adapter", None) or ()
-    return known - {active} if isinstance(active, str) else known - set(active)
+    layers = [getattr(m, "active_adapters", None) for m in model.modules() if is_adapter_module(m)]
+    return known.difference(*(active for active in layers if isinstance(active, list)))
 
 
 @contextmanager
