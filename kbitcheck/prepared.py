@@ -33,6 +33,7 @@ from kbitcheck.models.loading import never_repacked, quiet
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import layers, snapshot, step, twin
 from kbitcheck.suite import CaseSpec, Checkpointing, Freezes, Profile
+from kbitcheck.worker import LARGE_BYTES
 
 # Rules whose facts a prepared model still shows, by itself or in a step of a copy.
 JUDGED = frozenset({
@@ -79,7 +80,8 @@ def examine(
         device=device,
     )
     start = time.perf_counter()
-    with undisturbed(), torch.enable_grad():
+    small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
+    with undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
         case = PresentCase(spec, model, batch)
         results = [judge(rule, case) if rule.code in JUDGED else None for rule in rules]
         facts = case.summary()
@@ -138,17 +140,21 @@ def _resting(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(*, threads: int) -> Iterator[None]:
     """Put every random state back afterwards, say nothing, and compile nothing.
 
-    bitsandbytes compiles a kernel for each odd shape on a CPU: half a minute a model.
+    bitsandbytes compiles a kernel for each odd shape on a CPU: half a minute a model. On a tiny one more threads than
+    one only wait for each other.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     states = random.getstate(), numpy.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), quiet():
             yield
     finally:
+        torch.set_num_threads(before)
         random.setstate(states[0])
         numpy.random.set_state(states[1])
 

@@ -110,7 +110,9 @@ def name_of(implementation: str | Callable[..., Any]) -> str:
     qualified = getattr(implementation, "__qualname__", "<unnamed>")
     module = sys.modules.get(getattr(implementation, "__module__", ""))
     if module is None or "<" in qualified:
-        raise UsageError(f"{qualified} has no name that another process could import it by: make it a module's function")
+        raise UsageError(
+            f"{qualified} has no name that another process could import it by: make it a module's function"
+        )
     top = module.__name__.partition(".")[0]
     found = PathFinder.find_spec(top, [entry for entry in sys.path if entry])
     file = Path(inspect.getfile(module))

@@ -17,9 +17,7 @@ NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 
 
-def snapshot(
-    model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True
-) -> ModelFacts:
+def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True) -> ModelFacts:
     """Facts of every parameter, buffer, quantized layer and module; ``adapters`` names the adapters' parameters.
 
     Without ``keys`` no ``state_dict`` is made, in which bitsandbytes may rewrite weights that it repacked for a CPU.

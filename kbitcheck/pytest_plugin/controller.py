@@ -114,7 +114,11 @@ class Controller:
             return groups.setdefault(name, empty)
 
         for found in self._told.values():
-            mine, spec, result = group(found["spec"]["implementation"]), found["spec"], Result.from_json(found["result"])
+            mine, spec, result = (
+                group(found["spec"]["implementation"]),
+                found["spec"],
+                Result.from_json(found["result"]),
+            )
             mine["results"][result.case, result.rule] = result
             mine["specs"][result.case] = spec
             mine["loaded"] = found["loaded"] or mine["loaded"]

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 # Name: metavar, default, whether it is repeatable, help.
 OPTIONS: dict[str, tuple[str, str, bool, str]] = {
-    "impl": ("IMPL", "", False, "Collect conformance tests of this preparation: module:function, file.py:function, peft."),
+    "impl": (
+        "IMPL",
+        "",
+        False,
+        "Collect conformance tests of this preparation: module:function, file.py:function, peft.",
+    ),
     "model": ("MODEL", "", True, "Instead of the suite's models; repeatable."),
     "quant": ("Q", "", True, "nf4, fp4 or int8, with options as in `kbitcheck impl --quant`; repeatable."),
     "checkpointing": ("MODE", "", True, "reentrant, non-reentrant, default or off; repeatable."),
@@ -26,7 +31,12 @@ OPTIONS: dict[str, tuple[str, str, bool, str]] = {
     "suite": ("SUITE", "quick", False, "quick or full."),
     "timeout": ("SECONDS", "600", False, "Time limit of one case."),
     "device": ("DEVICE", "auto", False, "auto, cpu, cuda, cuda:1, ..."),
-    "report": ("FILE", "", False, "Write the report here; the suffix says how (.json, .txt, .xml, .sarif, .md, .html)."),
+    "report": (
+        "FILE",
+        "",
+        False,
+        "Write the report here; the suffix says how (.json, .txt, .xml, .sarif, .md, .html).",
+    ),
     "ledger": ("FILE", "", False, "Compare with the accepted results in this ledger."),
 }
 STRICT = "Count a broken SHOULD as well."
@@ -42,7 +52,10 @@ def declare(parser: pytest.Parser) -> None:
         shown = f"{text} [{default}]" if default else text
         action = "append" if repeatable else "store"
         group.addoption(f"--kbit-{name}", dest=f"kbit_{name}", action=action, metavar=metavar, default=None, help=shown)
-        parser.addini(f"kbit_{name}", f"--kbit-{name}", "linelist" if repeatable else "string", [] if repeatable else "")
+        if repeatable:
+            parser.addini(f"kbit_{name}", f"--kbit-{name}", "linelist", [])
+        else:
+            parser.addini(f"kbit_{name}", f"--kbit-{name}", "string", "")
     group.addoption("--kbit-strict", dest="kbit_strict", action="store_true", default=None, help=STRICT)
     parser.addini("kbit_strict", "--kbit-strict", "bool", False)
 

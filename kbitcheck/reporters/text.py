@@ -42,7 +42,9 @@ def findings_only(report: Report, *, width: int) -> str:
 
 
 def _printable(lines: Iterable[Line]) -> list[Line]:
-    return [("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines]
+    return [
+        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines
+    ]
 
 
 class _Page:

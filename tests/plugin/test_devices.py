@@ -13,7 +13,14 @@ LISTED = "GPU 0: NVIDIA A (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-2)\nG
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("0,1", ["0", "1"]), (" 3 ", ["3"]), ("GPU-aa,GPU-bb", ["GPU-aa", "GPU-bb"]), ("", []), ("-1", []), ("0,-1,1", ["0"])],
+    [
+        ("0,1", ["0", "1"]),
+        (" 3 ", ["3"]),
+        ("GPU-aa,GPU-bb", ["GPU-aa", "GPU-bb"]),
+        ("", []),
+        ("-1", []),
+        ("0,-1,1", ["0"]),
+    ],
 )
 def test_the_variable_says_what_is_visible(text: str, found: list[str]) -> None:
     assert devices.visible({"CUDA_VISIBLE_DEVICES": text}) == found
@@ -41,7 +48,8 @@ def test_each_worker_takes_its_own(worker: str, device: str, seen: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "device", "known"), [("gw0", "cpu", ["0"]), ("gw0", "cuda:1", ["0", "1"]), ("gw0", "auto", []), ("", "auto", ["0"])]
+    ("worker", "device", "known"),
+    [("gw0", "cpu", ["0"]), ("gw0", "cuda:1", ["0", "1"]), ("gw0", "auto", []), ("", "auto", ["0"])],
 )
 def test_what_the_user_chose_is_left(worker: str, device: str, known: list[str]) -> None:
     assert devices.own(worker, device, known) == {}

@@ -10,7 +10,7 @@ from tests.plugin.conftest import PLUGIN
 
 pytest_plugins = ["pytester"]
 
-FORK = '''
+FORK = """
 import torch
 from kbitcheck_reference import prepare as oracle
 
@@ -24,9 +24,9 @@ def prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwarg
     if use_gradient_checkpointing:
         oracle.make_inputs_require_grad(parts)
     return model
-'''
+"""
 
-TESTS = '''
+TESTS = """
 import pytest
 
 import fork
@@ -43,28 +43,26 @@ def model():
 
 def test_it_is_prepared(model):
     kbitcheck.testing.assert_prepared(model, select=["KB1", "KB2"])
-'''
+"""
 
 OPTIONS = ("--kbit-impl=fork:prepare", "--kbit-model=tiny:gpt2", "--kbit-quant=nf4", "--kbit-checkpointing=reentrant")
 
 
-@pytest.mark.parametrize(
-    ("line", "regression", "broken"),
-    [("", "", set()), ("    oracle.freeze_base(model)\n", "", {"KB101", "KB603"} - {"KB603"})],
-    ids=["as it is", "does not freeze"],
-)
+@pytest.mark.parametrize(("line", "broken"), [("", set()), ("    oracle.freeze_base(model)\n", {"KB101"})])
 def test_a_package_with_a_fork(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, line: str, regression: str, broken: set[str]
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, line: str, broken: set[str]
 ) -> None:
+    """Green as it is; without ``line`` red, and the rule is named: by its test, and by the user's own assertion."""
     package = pytester.path / "src"
     package.mkdir()
-    (package / "fork.py").write_text(FORK.replace(line, regression) if line else FORK)
+    (package / "fork.py").write_text(FORK.replace(line, "") if line else FORK)
     Path("test_fork.py").write_text(TESTS)
     pytester.makepyprojecttoml('[tool.pytest.ini_options]\npythonpath = ["src"]\n')
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1"), ("TORCHDYNAMO_DISABLE", "1")):
+        monkeypatch.setenv(name, value)
     result = pytester.runpytest_subprocess(*PLUGIN, *OPTIONS, "--kbit-select=KB1,KB2,KB403,KB509", timeout=300)
     failed = {text.partition("::")[2][:5] for text in result.outlines if text.startswith("FAILED kbitcheck/")}
-    assert (result.ret, failed >= broken, bool(failed)) == (1 if broken else 0, True, bool(broken))
-    if broken:
-        result.stdout.fnmatch_lines(["FAILED test_fork.py::test_it_is_prepared*", "✗ KB101 base-frozen*"], consecutive=False) if 0 else None
-        assert "✗ KB101 base-frozen  (MUST)" in result.stdout.str()
+    assert (result.ret, failed) == (1 if broken else 0, broken)
+    own = [text for text in result.outlines if text.startswith("FAILED test_fork.py")]
+    assert len(own) == len(broken)
+    assert result.stdout.str().count("✗ KB101 base-frozen  (MUST)") == (3 if broken else 0)

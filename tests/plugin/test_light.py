@@ -10,7 +10,17 @@ from tests.plugin.conftest import PLUGIN, Run
 
 pytest_plugins = ["pytester"]
 
-HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "peft", "typer", "rich", "kbitcheck.run", "kbitcheck.prepared")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "bitsandbytes",
+    "peft",
+    "typer",
+    "rich",
+    "kbitcheck.run",
+    "kbitcheck.prepared",
+)
 
 CONFTEST = """
 import json, pathlib, sys

@@ -97,7 +97,7 @@ def test_a_trace_would_be_seen(model: Any) -> None:
         lambda m: torch.rand(1),
         lambda m: random.random(),
         lambda m: m.eval() if m.training else m.train(),
-        lambda m: next(m.parameters()).register_hook(print) if False else m.register_forward_hook(print),
+        lambda m: m.register_forward_hook(print),
         lambda m: setattr(m.model.norm.weight, "grad", torch.zeros_like(m.model.norm.weight)),
         lambda m: m.model.layers[0].mlp.up_proj.weight.data.view(torch.uint8).view(-1)[:1].add_(1),
     ):

@@ -51,7 +51,10 @@ def test_a_failure_is_told_as_in_the_report(run: Run) -> None:
     assert f"_ KB103-returns[{CASE}] _" in failures
     assert "expected the model; found None" in failures
     assert "You will see: None where a model was." in failures
-    assert "Again: kbitcheck impl nothing.py:prepare --model tiny:llama --quant nf4 --checkpointing off --select" in failures
+    assert (
+        "Again: kbitcheck impl nothing.py:prepare --model tiny:llama --quant nf4 --checkpointing off --select"
+        in failures
+    )
     assert "runner.py" not in failures
 
 
@@ -116,7 +119,9 @@ def test_pytests_own_selection_works(run: Run, subjects: Path) -> None:
     run(*impl, "-m", "kbit", "--strict-markers").assert_outcomes(failed=2, passed=4, skipped=2, xfailed=2, deselected=1)
     run(*impl, "-k", "KB103 and gpt2").assert_outcomes(failed=1, deselected=10)
     run(*impl, "--lf").assert_outcomes(failed=2, deselected=9)
-    run(*impl, "--deselect", "kbitcheck/tiny:gpt2").assert_outcomes(failed=1, passed=3, skipped=1, xfailed=1, deselected=5)
+    run(*impl, "--deselect", "kbitcheck/tiny:gpt2").assert_outcomes(
+        failed=1, passed=3, skipped=1, xfailed=1, deselected=5
+    )
     assert run("test_own.py", "--kbit-impl=good.py:prepare", *ONE).parseoutcomes()["passed"] == 5
 
 
