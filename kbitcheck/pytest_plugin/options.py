@@ -187,6 +187,8 @@ class Settings:
 
             for name in self.models:
                 models.resolve(name)
+        if self.ledger:
+            raise UsageError("--kbit-ledger is not built yet; use `kbitcheck gate`")
         if self.report:
             from kbitcheck.destination import Destination
 
