@@ -54,8 +54,8 @@ class Controller:
                 self._told[report.nodeid] = found
         elif report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            told = crash.message.splitlines()[0] if crash else report.longreprtext.strip().rpartition("\n")[2]
-            self._broken.setdefault(report.nodeid, f"{report.when}: {told}".removeprefix("???: "))
+            why = crash.message.partition("\n")[0] if crash else report.longreprtext.strip().rpartition("\n")[2]
+            self._broken.setdefault(report.nodeid, f"{report.when}: {why}".removeprefix("???: "))
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         told = getattr(report, "kbit", None)

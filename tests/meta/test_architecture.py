@@ -24,6 +24,9 @@ TORCH_FREE = [
     "models/architecture.py",
     "worker.py",
     "cli.py",
+    "pytest_plugin",
+    "testing.py",
+    "__init__.py",
     "reporters",
     "rules",
 ]
