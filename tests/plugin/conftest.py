@@ -49,7 +49,8 @@ def subjects(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def run(pytester: pytest.Pytester, subjects: Path) -> Run:
     def pytest_with(*arguments: str) -> pytest.RunResult:
-        result = pytester.runpytest_subprocess(*PLUGIN, *arguments, timeout=120)
+        # Rewriting assertions, pytest would find kbitcheck's own modules before the stubs.
+        result = pytester.runpytest_subprocess("--assert=plain", *PLUGIN, *arguments, timeout=120)
         left = [p for p in subjects.parent.joinpath("scratch").iterdir() if p.name.startswith("kbitcheck-")]
         assert left == []
         return result
