@@ -174,6 +174,7 @@ class Present(Base):
         except (RuntimeError, TypeError) as error:
             raise NotApplicable(f"the model cannot be copied: {error}".splitlines()[0]) from None
         self.pristine.state_dict()  # on a CPU, bitsandbytes undoes its repacking for inference when it saves
+        step.set_dropout(self.pristine, 0.0)  # or no step compares with another; KB307 raises it
         self.source = Given(self.pristine)
         self.facts = snapshot.snapshot(self.pristine)
         self.batch: step.Batch = batch or _drawn(self.pristine, spec.seed)

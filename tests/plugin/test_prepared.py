@@ -36,7 +36,7 @@ def model(loaded: Any) -> Any:
 def trained(model: Any) -> tuple[Any, Any]:
     """The model with PEFT's adapters in the middle of training: after a step, with gradients, and its optimizer."""
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.arange(32).reshape(2, 16)
     wrapped.train()
@@ -235,3 +235,19 @@ def test_an_unquantized_model_is_wrong_usage() -> None:
 def test_where_everything_is_skipped_nothing_was_asserted(model: Any) -> None:
     with pytest.raises(kbitcheck.NonConformance):
         kbitcheck.assert_prepared(model, select=["KB205"])
+
+
+def test_random_states_and_threads_are_put_back() -> None:
+    def states() -> Any:
+        return (
+            torch.get_rng_state().tolist(),
+            repr(numpy.random.get_state()),
+            random.getstate(),
+            torch.get_num_threads(),
+        )
+
+    before = states()
+    with prepared.undisturbed(threads=torch.get_num_threads() + 1):
+        torch.rand(1), numpy.random.rand(), random.random()
+        assert not any(a == b for a, b in zip(before, states(), strict=True))
+    assert states() == before
