@@ -49,9 +49,12 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     _set(document, "schema", SCHEMA)
     _set(document, "implementation", implementation)
     _fill(document, "environment", {k: str(report.environment.get(k, "")) for k in ENVIRONMENT})
-    _fill(document, "options", options_of(report))
+    spec: Mapping[str, Any] = next(iter(report.subject.get("cases", {}).values()), {})
+    _fill(document, "options", options_of(spec))
     _fill(document, "judged", {"rules": rules, "cases": cases})
-    skips = {case: sorted(rule for rule, c in found if c == case and _is(found[rule, c], Status.SKIP)) for case in cases}
+    skips = {
+        case: sorted(rule for rule, c in found if c == case and _is(found[rule, c], Status.SKIP)) for case in cases
+    }
     _fill(document, "skipped", {case: codes for case, codes in skips.items() if codes})
     blocks = [*_kept(before, starts, old, found), *_added(old, found)]
     texts = [text for _, text in sorted(blocks, key=lambda b: b[0])]
@@ -72,12 +75,12 @@ def _kept(
     """The blocks of the old ledger, less the cells that they no longer hold for."""
     import tomlkit
 
-    for entry, start, end in zip(old.accepted, starts, [*starts[1:], len(before)], strict=True):
+    for entry, start, end in zip(old.accepted, starts, [*starts[1:], len(before)][: len(starts)], strict=True):
         cases = [case for case in entry.cases if _matches(entry, found.get((entry.rule, case)))]
         text = before[start:end]
         if len(cases) < len(entry.cases):
             block = tomlkit.parse(text)
-            listed: Any = block["accepted"][0]["cases"]  # type: ignore[index]
+            listed: Any = block["accepted"][0]["cases"]
             for case in entry.cases:
                 if case not in cases:
                     listed.remove(case)
@@ -125,7 +128,7 @@ def _fill(document: TOMLDocument, name: str, wanted: Mapping[str, Any]) -> None:
     if name not in document:
         document.add(tomlkit.nl())
         document.add(name, tomlkit.table())
-    table: Table = document[name]  # type: ignore[assignment]
+    table: Table = document[name]
     for key in [key for key in table if key not in wanted]:
         del table[key]
     for key, value in wanted.items():
@@ -148,5 +151,5 @@ def _list(texts: list[str]) -> Array:
     codes = all(re.fullmatch(r"KB\d{3}", text) for text in texts)
     lines = [list(g) for _, g in groupby(texts, key=lambda t: t[:3] if codes else t)]
     rows = [", ".join(tomlkit.item(text).as_string() for text in line) for line in lines]
-    parsed: Array = tomlkit.parse("a = [\n" + "".join(f"    {row},\n" for row in rows) + "]")["a"]  # type: ignore[assignment]
+    parsed: Array = tomlkit.parse("a = [\n" + "".join(f"    {row},\n" for row in rows) + "]")["a"]
     return parsed

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from kbitcheck.core import Level, Party, Report, Result, Status, UsageError, rules
-from kbitcheck.ledger import ENVIRONMENT, Cell, Entry, Ledger, options_of
+from kbitcheck.ledger import ENVIRONMENT, Cell, Entry, Ledger
 
 EVIDENCE = 160  # characters
 CASES_SHOWN = 3
@@ -70,9 +70,7 @@ class Breach:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Breach:
         """Inverse of ``as_json``."""
-        return cls(
-            **{**data, "kind": Kind(data["kind"]), "rules": tuple(data["rules"]), "cases": tuple(data["cases"])}
-        )
+        return cls(**{**data, "kind": Kind(data["kind"]), "rules": tuple(data["rules"]), "cases": tuple(data["cases"])})
 
 
 def compare(report: Report, ledger: Ledger, *, today: date | None = None) -> list[Breach]:
@@ -230,9 +228,7 @@ def judge(report: Report, ledger: Ledger, *, accepted: bool = False, today: date
     ]
     if uncovered:
         notes.append(f"{uncovered} results are not in {ledger.name} yet; --accept adds them")
-    entries = [
-        {"rule": e.rule, "cases": list(e.cases), "reason": e.reason, "issue": e.issue} for e in ledger.accepted
-    ]
+    entries = [{"rule": e.rule, "cases": list(e.cases), "reason": e.reason, "issue": e.issue} for e in ledger.accepted]
     return settle(report, ledger.name, breaches, notes=notes, accepted=entries)
 
 
@@ -270,6 +266,3 @@ def check_options(ledger: Ledger, report_options: Mapping[str, Any]) -> None:
                 f"{ledger.name} was accepted with {option} {'at its default' if then is None else then}, "
                 f"this run has it {'at its default' if now is None else f'at {now}'}; use the same, or --accept"
             )
-
-
-__all__ = ["Breach", "Kind", "check_options", "compare", "judge", "merged", "options_of", "settle"]

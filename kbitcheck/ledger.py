@@ -13,7 +13,8 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from kbitcheck.core import CODE, Party, Report, Status, UsageError
+from kbitcheck.core import CODE, Party, Status, UsageError
+from kbitcheck.suite import CaseSpec
 
 SCHEMA = 1
 ENVIRONMENT = ("python", "torch", "transformers", "bitsandbytes", "peft", "device")
@@ -129,7 +130,9 @@ class _Reader:
         for key in data:
             self._check(key in FIELDS, line, f"unknown field {key!r}; known: {', '.join(FIELDS)}")
         rule, status, cases = data.get("rule"), data.get("status"), data.get("cases")
-        self._check(isinstance(rule, str) and CODE.fullmatch(rule), line, f"rule must be a code such as KB101: {rule!r}")
+        self._check(
+            isinstance(rule, str) and CODE.fullmatch(rule), line, f"rule must be a code such as KB101: {rule!r}"
+        )
         self._check(status in ("FAIL", "ERROR"), line, f"status must be FAIL or ERROR, not {status!r}")
         self._check(bool(cases), line, "an entry needs its cases")
         whose = data.get("whose")
@@ -189,10 +192,7 @@ class _Reader:
         raise UsageError(f"{self._name}:{where}: {complaint}")
 
 
-def options_of(report: Report) -> dict[str, Any]:
-    """The options of a run that a ledger writes down: those that are not the default."""
-    from kbitcheck.suite import CaseSpec
-
+def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a case (``CaseSpec.as_json``) that a ledger writes down: those that are not the default."""
     defaults = CaseSpec(model="", quant="", implementation="").as_json()
-    first: Mapping[str, Any] = next(iter(report.subject.get("cases", {}).values()), {})
-    return {name: first[name] for name in OPTIONS if name in first and first[name] != defaults[name]}
+    return {name: spec[name] for name in OPTIONS if name in spec and spec[name] != defaults[name]}
