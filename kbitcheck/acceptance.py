@@ -57,7 +57,7 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     }
     _fill(document, "skipped", {case: codes for case, codes in skips.items() if codes})
     blocks = [*_kept(before, starts, old, found), *_added(old, found)]
-    texts = [text for _, text in sorted(blocks, key=lambda b: b[0])]
+    texts = [text.strip("\n") + "\n" for _, text in sorted(blocks, key=lambda b: b[0])]
     return "\n".join([document.as_string().rstrip("\n") + "\n", *texts])
 
 
@@ -86,7 +86,7 @@ def _kept(
                     listed.remove(case)
             text = block.as_string()
         if cases:
-            yield (entry.rule, cases[0]), text.rstrip("\n") + "\n"
+            yield (entry.rule, cases[0]), text
 
 
 def _added(old: Ledger, found: Mapping[Cell, Result]) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -151,5 +151,5 @@ def _list(texts: list[str]) -> Array:
     codes = all(re.fullmatch(r"KB\d{3}", text) for text in texts)
     lines = [list(g) for _, g in groupby(texts, key=lambda t: t[:3] if codes else t)]
     rows = [", ".join(tomlkit.item(text).as_string() for text in line) for line in lines]
-    parsed: Array = tomlkit.parse("a = [\n" + "".join(f"    {row},\n" for row in rows) + "]")["a"]
+    parsed: Array = tomlkit.parse("a = [\n" + "".join(f"    {row},\n" for row in rows) + "]\n")["a"]
     return parsed

@@ -8,5 +8,8 @@ from kbitcheck.core import Report
 
 
 def render(report: Report) -> str:
-    """One JSON object, in ASCII, so that any terminal and encoding takes it."""
-    return json.dumps(report.as_json(), indent=2) + "\n"
+    """One JSON object with a line for each result, in ASCII, so that any terminal and encoding takes it."""
+    data = report.as_json()
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in data.pop("results"))
+    head = json.dumps(data, indent=2).removesuffix("\n}")
+    return f'{head},\n  "results": [\n{rows}\n  ]\n}}\n' if rows else f'{head},\n  "results": []\n}}\n'
