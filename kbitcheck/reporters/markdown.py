@@ -16,7 +16,7 @@ RESERVED = 200
 DEVIATIONS = 3
 PLACES = 8
 CASES = 12
-SPECIAL = re.compile(r"([\\*_{}\[\]()#+!~|])")
+SPECIAL = re.compile(r"([\\*_{}\[\]()#+!~])")
 
 
 def render(report: Report) -> str:
@@ -39,7 +39,9 @@ def _parts(report: Report) -> Iterator[str]:
     for finding in findings(report):
         if report.gate is None or finding.counted:
             yield _finding(report, finding)
-    rows = "".join(f"| {prose(str(k))} | {code(str(v))} |\n" for k, v in report.environment.items() if v != "")
+    rows = "".join(
+        f"| {cell(prose(str(k)))} | {cell(code(str(v)))} |\n" for k, v in report.environment.items() if v != ""
+    )
     if rows:
         yield f"<details><summary>Environment</summary>\n\n| | |\n|---|---|\n{rows}\n</details>\n"
 
@@ -53,8 +55,8 @@ def _changes(report: Report) -> Iterator[str]:
     for breach in map(Breach.from_json, report.gate["breaches"]):
         mark = "✗" if breach.counted else "!"
         yield (
-            f"| {mark} | {breach.kind} | {prose(named(breach.rules))} | {_cases(breach.cases)} "
-            f"| {code(breach.told)} | {prose(breach.todo)} |\n"
+            f"| {mark} | {breach.kind} | {cell(prose(named(breach.rules)))} | {cell(_cases(breach.cases))} "
+            f"| {cell(code(breach.told))} | {cell(prose(breach.todo))} |\n"
         )
     yield "\n"
 
@@ -103,17 +105,25 @@ def code(text: str, *, whole: bool = False) -> str:
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
-    # A table splits at pipes before it looks for code.
-    return f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|") if "|" in text else f"{fence}{pad}{text}{pad}{fence}"
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def cell(markup: str) -> str:
+    """Markup in a table, which splits at pipes before it looks for code."""
+    return markup.replace("|", "\\|")
 
 
 def prose(text: str) -> str:
     """Words of our own, which may hold code between backticks; all else in them is literal."""
-    parts = re.split(r"(`+)(.+?)\1(?!`)", text)
-    out = [html(SPECIAL.sub(r"\\\1", parts[0]))]
-    for index in range(1, len(parts), 3):
-        out += [code(parts[index + 1]), html(SPECIAL.sub(r"\\\1", parts[index + 2]))]
-    return "".join(out).replace("`" * 3, "\\`\\`\\`") if text.count("`") % 2 else "".join(out)
+    words, *rest = re.split(r"`([^`]+)`", text)
+    out = [_literal(words)]
+    for span, words in zip(rest[::2], rest[1::2], strict=True):
+        out += [code(span), _literal(words)]
+    return "".join(out)
+
+
+def _literal(text: str) -> str:
+    return html(SPECIAL.sub(r"\\\1", text).replace("`", "\\`"))
 
 
 def html(text: str) -> str:
