@@ -222,7 +222,7 @@ def judge(report: Report, ledger: Ledger, *, accepted: bool = False, today: date
     expected = ledger.expected
     uncovered = sum((r.rule, r.case) not in expected for r in report.results)
     notes = [
-        f"{name} {ledger.environment[name] or 'none'} when accepted, {report.environment[name] or 'none'} now"
+        f"{name} {ledger.environment[name] or 'none'} when accepted, {report.environment.get(name) or 'none'} now"
         for name in ENVIRONMENT
         if name in ledger.environment and report.environment.get(name, "") != ledger.environment[name]
     ]

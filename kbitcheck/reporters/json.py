@@ -8,8 +8,11 @@ from kbitcheck.core import Report
 
 
 def render(report: Report) -> str:
-    """One JSON object with a line for each result, in ASCII, so that any terminal and encoding takes it."""
-    data = report.as_json()
-    rows = ",\n".join(f"    {json.dumps(row)}" for row in data.pop("results"))
-    head = json.dumps(data, indent=2).removesuffix("\n}")
-    return f'{head},\n  "results": [\n{rows}\n  ]\n}}\n' if rows else f'{head},\n  "results": []\n}}\n'
+    """One JSON object with a line for each part and each result, in ASCII, so that any terminal and encoding takes it."""
+    parts = []
+    for key, value in report.as_json().items():
+        text = json.dumps(value)
+        if key == "results" and value:
+            text = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+        parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
