@@ -115,7 +115,7 @@ def gate(
     accept: Annotated[bool, typer.Option("--accept", help="Write what is found to the ledger.")] = False,
     against: Annotated[str, typer.Option(metavar="IMPL", help="Compare with this one; needs no ledger.")] = "",
 ) -> int:
-    """Has it changed against what was accepted, or is it worse than another?"""
+    """Has it changed against what was accepted?"""
     from kbitcheck import implementations
 
     if bool(ledger) == bool(against):
