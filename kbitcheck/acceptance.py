@@ -95,9 +95,8 @@ def _added(old: Ledger, found: Mapping[Cell, Result]) -> Iterable[tuple[tuple[st
     fresh = [r for cell, r in found.items() if cell not in held and _is(r, Status.FAIL, Status.ERROR)]
 
     def key(result: Result) -> tuple[str, ...]:
-        # Of a failure only a committed finding says why; of an error the message says what, and no one yet why.
-        why = result.reason if result.status is Status.FAIL else ""
-        return result.rule, result.status.value, result.attributed_to.value if result.attributed_to else "", why
+        whose = result.attributed_to.value if result.attributed_to else ""
+        return result.rule, result.status.value, whose, result.finding
 
     for (rule, status, whose, why), group in groupby(sorted(fresh, key=lambda r: (key(r), r.case)), key):
         cases = [r.case for r in group]

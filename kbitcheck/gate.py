@@ -159,10 +159,10 @@ def _complaints(entry: Entry, ledger: Ledger, today: date) -> Iterator[Change]:
 
 
 def binding(report: Report, result: Result) -> bool:
-    """Whether a failure or error is held against the implementation: others' faults and facts (INFO) are only told."""
+    """Whether a failure or error is held against the implementation: others' faults, known findings and facts are only told."""
     if result.status is Status.ERROR:
         return True
-    return result.level is not Level.INFO and (report.blame == "any" or result.own)
+    return result.level is not Level.INFO and not result.finding and (report.blame == "any" or result.own)
 
 
 def evidence(result: Result) -> str:

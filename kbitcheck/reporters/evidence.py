@@ -23,7 +23,8 @@ def lines(report: Report, result: Result) -> list[str]:
         )
     if len(found) > DEVIATIONS:
         told.append(f"and {len(found) - DEVIATIONS} more deviations")
-    return [*told, *([clipped(result.reason)] if result.reason else [])]
+    known = f"a known finding: {result.finding}" if result.finding else result.reason
+    return [*told, *([clipped(known)] if known else [])]
 
 
 def whose_it_is(report: Report, party: Party) -> str:

@@ -61,7 +61,7 @@ def render(report: Report, *, root: Path | None = None) -> str:
 
 def _held(report: Report, result: Result) -> bool:
     """Whether it is held against the implementation, counted or not."""
-    return report.counts(result) or (result.own and report.blame == "own") or report.blame == "any"
+    return report.counts(result) or (not result.finding and (result.own or report.blame == "any"))
 
 
 def _rule(code: str, rule: Rule | None) -> dict[str, Any]:
