@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kbitcheck import backends
+from kbitcheck import backends, summary
 from kbitcheck.core import UsageError
 from kbitcheck.facts import (
     CallFacts,
@@ -605,12 +605,18 @@ class Case:
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
+            facts["bytes_by_group"] = {
+                "loaded": summary.by_group(self.base),
+                "prepared": summary.by_group(self.prepared),
+            }
         if "gradients" in self.__dict__:
             dead = sum(not g.live for g in self.gradients.values())
             facts |= {"adapters": len(self.gradients), "dead_adapters": dead}
+            facts["gradient_errors"] = summary.by_layer(self.gradients)
         if "memory" in self.__dict__:
             shape = tuple(next(iter(self.batch.values())).shape[:2])
             facts |= {"activations": self.memory.plain, "checkpointed": self.memory.held, "batch": list(shape)}
+            facts["activations_by_block"] = summary.by_block(self.memory)
         return facts
 
 

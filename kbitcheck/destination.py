@@ -12,7 +12,7 @@ from kbitcheck.core import UsageError
 
 
 class Destination:
-    """Stdout, or the file named by ``option``.
+    """Stdout, or the file named by an option.
 
     Raises:
         UsageError: the file cannot be written; found out before anything is run.
@@ -21,7 +21,7 @@ class Destination:
     def __init__(self, name: str, option: str = "--output") -> None:
         # A link stays a link: what it points to is replaced.
         self._path = Path(os.path.realpath(name)) if name else None
-        self._name = f"{option} {name}" if name else "the report to stdout"
+        self._name = f"{option} {name}" if name else ""
         if self._path is None:
             return
         if self._path.is_dir():
@@ -51,7 +51,8 @@ class Destination:
             else:
                 self._path.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"cannot write {self._name}: {error.strerror}") from None
+            where = self._name or "the report to stdout"
+            raise UsageError(f"cannot write {where}: {error.strerror}") from None
 
     @staticmethod
     def _print(text: str) -> None:

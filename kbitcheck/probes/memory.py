@@ -70,6 +70,7 @@ def activations(
         step_allowed=step_allowed,
         step_stack={n: sum(b for layer, b in kept.items() if layer.startswith(n + ".")) for n in blocks},
         survivors=checkpointed.survivors,
+        plain_steps=_increments(plain.entries),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kbitcheck.core import Party, Report, Rule, Status, rules
+from kbitcheck.gate import Breach
 from kbitcheck.reporters.again import command
 from kbitcheck.reporters.findings import Deviation, Finding, deviations, findings
 from kbitcheck.reporters.tally import Tally
@@ -60,9 +61,12 @@ class _Page:
         yield "", ""
         style = "bold green" if self._report.exit_code == 0 else "bold red"
         yield self._ends(Tally(self._report).line(), _seconds(self._report.facts.get("seconds"))), style
+        yield from self._changes()
         shown: dict[tuple[str, ...], int] = {}
         left_out: dict[tuple[str, ...], list[str]] = {}
         for finding in findings(self._report):
+            if self._report.gate is not None and not finding.counted and not self._verbose:
+                continue  # accepted
             shown[finding.rules] = shown.get(finding.rules, 0) + 1
             if shown[finding.rules] > SIGNATURES and not self._verbose:
                 left_out.setdefault(finding.rules, []).extend(finding.cases)
@@ -94,6 +98,16 @@ class _Page:
             "in this process" if subject.get("in_process") else "",
         ]
         return " · ".join(filter(None, parts))
+
+    def _changes(self) -> Iterator[Line]:
+        """What the gate found, a line each."""
+        if self._report.gate is None:
+            return
+        yield "", ""
+        for breach in map(Breach.from_json, self._report.gate["breaches"]):
+            yield f"{'✗' if breach.counted else '!'} {breach.line}", "bold red" if breach.counted else "yellow"
+        for note in self._report.gate["notes"]:
+            yield f"  {note}", "dim"
 
     def finding(self, finding: Finding) -> Iterator[Line]:
         style = "bold red" if finding.counted or finding.error else "bold yellow"
