@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import kbitcheck
-from kbitcheck.core import EXIT_ERROR, EXIT_NOTHING, EXIT_USAGE, Report, Result, Status, UsageError, rules
+from kbitcheck.core import (
+    EXIT_BROKEN_RULE,
+    EXIT_ERROR,
+    EXIT_NOTHING,
+    EXIT_USAGE,
+    Report,
+    Result,
+    Status,
+    UsageError,
+    rules,
+)
 from kbitcheck.pytest_plugin.runner import FOLDER, PLAN, Runner
 
 if TYPE_CHECKING:
@@ -64,20 +74,26 @@ class Controller:
         error = json.loads(told).get("result", {"status": Status.ERROR})["status"] == Status.ERROR
         return ("error", "E", "ERROR") if error else None
 
-    def _plan(self) -> Mapping[str, tuple[str, str]]:
-        """What was to be run, by node id: rule and case. Under xdist a worker left it in the shared directory."""
+    def _plan(self) -> tuple[Mapping[str, tuple[str, str]], list[tuple[str, str]]]:
+        """What was to be run, by node id: rule and case; and what was deselected.
+
+        Under xdist a worker left it in the shared directory.
+        """
         try:
             plan: dict[str, Any] = json.loads((self._runner.folder / PLAN).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return self._runner.plan
-        return {nodeid: (rule, case) for nodeid, (rule, case) in plan.items()}
+            return self._runner.plan, self._runner.deselected
+        return (
+            {nodeid: (rule, case) for nodeid, (rule, case) in plan["plan"].items()},
+            [(rule, case) for rule, case in plan["deselected"]],
+        )
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if self._usage:
             session.exitstatus = EXIT_USAGE
             return
-        plan = self._plan()
+        plan, deselected = self._plan()
         if not plan or session.config.option.collectonly:
             return
         stopped = bool(session.shouldstop or session.shouldfail or exitstatus in UNFINISHED)
@@ -87,6 +103,12 @@ class Controller:
             if nodeid not in self._told
         }
         self._reports = self._assembled(plan, missing, complete=not (stopped and STOPPED in missing.values()))
+        settings = self._runner.settings
+        if settings.accepted is not None:
+            self._reports = [
+                settings.accepted.judge(report, deselected) if _of(report, settings.implementation) else report
+                for report in self._reports
+            ]
         try:
             self._write()
         except UsageError as error:
@@ -95,10 +117,13 @@ class Controller:
             return
         if exitstatus not in ENDED:
             return
-        results = [result for report in self._reports for result in report.results]
-        if any(r.status is Status.ERROR and r.reason != STOPPED for r in results):
+        if any(map(_broke, self._reports)):
             session.exitstatus = EXIT_ERROR
-        elif exitstatus != pytest.ExitCode.TESTS_FAILED and all(r.status is Status.SKIP for r in results):
+        elif exitstatus == pytest.ExitCode.TESTS_FAILED:
+            return
+        elif any(report.gate is not None and report.exit_code == EXIT_BROKEN_RULE for report in self._reports):
+            session.exitstatus = EXIT_BROKEN_RULE  # what the ledger misses was no test
+        elif all(r.status is Status.SKIP for report in self._reports for r in report.results):
             session.exitstatus = EXIT_NOTHING
 
     def _assembled(
@@ -182,6 +207,17 @@ class Controller:
 
     def pytest_unconfigure(self) -> None:
         shutil.rmtree(self._runner.folder, ignore_errors=True)
+
+
+def _of(report: Report, implementation: str) -> bool:
+    """Whether a report is of this implementation."""
+    return {spec["implementation"] for spec in report.subject.get("cases", {}).values()} == {implementation}
+
+
+def _broke(report: Report) -> bool:
+    """Whether a check broke, other than by not being run, and the ledger does not accept it."""
+    broken = [r for r in report.results if r.status is Status.ERROR and r.reason != STOPPED]
+    return any(report.gate is None or report.counts(r) for r in broken)
 
 
 def assemble(

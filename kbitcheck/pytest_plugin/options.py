@@ -13,6 +13,7 @@ import pytest
 from kbitcheck.core import Rule, UsageError, select
 
 if TYPE_CHECKING:
+    from kbitcheck.pytest_plugin.accepted import Accepted
     from kbitcheck.suite import CaseSpec, Checkpointing
 
 # Name: metavar, default, whether it is repeatable, help.
@@ -175,20 +176,37 @@ class Settings:
             device=self.device,
         )
 
+    @cached_property
+    def accepted(self) -> Accepted | None:
+        """What the ledger accepts; None where there is no ``--kbit-ledger``.
+
+        Raises:
+            UsageError: it is missing, malformed, or was accepted under other options.
+        """
+        if not self.ledger:
+            return None
+        from kbitcheck import gate
+        from kbitcheck.ledger import Ledger, options_of
+        from kbitcheck.pytest_plugin.accepted import Accepted
+
+        if not self.specs:
+            raise UsageError("--kbit-ledger needs --kbit-impl: a ledger is of one implementation")
+        ledger = Ledger.read(self.ledger)
+        gate.check_options(ledger, options_of(self.specs[0].as_json()))
+        return Accepted(ledger)
+
     def check(self) -> None:
         """Check, without torch, all that was given.
 
         Raises:
             UsageError: one line that says what is wrong.
         """
-        _ = self.rules, self.timeout, self.specs
+        _ = self.rules, self.timeout, self.specs, self.accepted
         if self.models:
             from kbitcheck import models
 
             for name in self.models:
                 models.resolve(name)
-        if self.ledger:
-            raise UsageError("--kbit-ledger is not built yet; use `kbitcheck gate`")
         if self.report:
             from kbitcheck.destination import Destination
 

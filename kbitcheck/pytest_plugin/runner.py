@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +17,7 @@ from kbitcheck.core import Report, Result, Status, UsageError, rules
 from kbitcheck.pytest_plugin.options import Settings, given
 
 if TYPE_CHECKING:
-    from kbitcheck.pytest_plugin.cases import Cases, Job, Outcome
+    from kbitcheck.pytest_plugin.cases import Cases, Outcome
     from kbitcheck.suite import CaseSpec
 
 FOLDER = "kbit_folder"  # in xdist's workerinput
@@ -44,6 +44,7 @@ class Runner:
         self._bound: dict[CaseSpec, tuple[str, ...]] = {}
         # By node id: the rule, and the case where it is known before the test runs.
         self.plan: dict[str, tuple[str, str]] = {}
+        self.deselected: list[tuple[str, str]] = []
         if self.active and not self._input:
             self.checked_settings()
 
@@ -106,13 +107,18 @@ class Runner:
         ]
         metafunc.parametrize(names, pairs, indirect=True)
 
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        if self.active:
+            found = [cell for cell in map(_cell, items) if cell]
+            self.deselected += [(cell["rule"], cell["spec"].id) for cell in found if cell.get("spec")]
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if not self.active:
             return
         bound: dict[CaseSpec, dict[str, None]] = {}
         unbound: dict[str, None] = {}
         for item in session.items:
-            cell = next((m.kwargs for m in item.iter_markers("kbit") if "rule" in m.kwargs), None)
+            cell = _cell(item)
             if cell is None:
                 continue
             spec = cell.get("spec")
@@ -124,7 +130,7 @@ class Runner:
             from kbitcheck.pytest_plugin.cases import write
 
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            write(self.folder / PLAN, self.plan)
+            write(self.folder / PLAN, {"plan": self.plan, "deselected": self.deselected})
 
     # Running
 
@@ -158,17 +164,25 @@ class Runner:
         result = Result.from_json(outcome["results"][code])
         told = {key: outcome[key] for key in ("facts", "loaded")}
         item.stash[TOLD] = json.dumps({**told, "usage": "", "spec": spec.as_json(), "result": result.as_json()})
-        self._tell(result, spec, outcome, job)
+        self._tell(result, spec, outcome)
 
-    def _tell(self, result: Result, spec: CaseSpec, outcome: Outcome, job: Job) -> None:
+    def _tell(self, result: Result, spec: CaseSpec, outcome: Outcome) -> None:
         from kbitcheck.pytest_plugin.controller import assemble
 
+        report = assemble([result], {spec.id: spec.as_json()}, outcome["loaded"], strict=self.settings.strict)
+        accepted = self.settings.accepted if spec.implementation == self.settings.implementation else None
+        if accepted is not None:
+            cell = (result.rule, result.case)
+            report = accepted.judge_cell(report, cell)
+            if report.gate and any(breach["counted"] for breach in report.gate["breaches"]):
+                fail(report)
+            if result.status in (Status.FAIL, Status.ERROR) and (reason := accepted.reason(cell)):
+                pytest.xfail(f"accepted: {reason}")
         if result.status is Status.PASS:
             return
         if result.status is Status.SKIP:
             pytest.skip(result.reason)
-        report = assemble([result], {spec.id: spec.as_json()}, outcome["loaded"], strict=self.settings.strict)
-        if result.status is Status.ERROR or report.counts(result):
+        if report.counts(result) or (result.status is Status.ERROR and report.gate is None):
             fail(report)
         whose = result.attributed_to.value if result.attributed_to else "implementation"
         pytest.xfail(f"{rules()[result.rule].name} ({result.level.value}, the {whose}'s): told, not counted")
@@ -188,8 +202,16 @@ class Runner:
             self._cases.close()
 
 
+def _cell(item: pytest.Item) -> Mapping[str, Any] | None:
+    """The rule of a conformance test, and its case where that is known; None of any other test."""
+    return next((mark.kwargs for mark in item.iter_markers("kbit") if "rule" in mark.kwargs), None)
+
+
 def fail(report: Report) -> NoReturn:
     """Fail a test with the report's own words, without a traceback."""
+    from kbitcheck.gate import Breach
     from kbitcheck.reporters.text import findings_only
 
-    pytest.fail(findings_only(report, width=WIDTH), pytrace=False)
+    changes = [Breach.from_json(breach).line for breach in (report.gate or {"breaches": ()})["breaches"]]
+    told = [*changes, findings_only(report, width=WIDTH)]
+    pytest.fail("\n".join(filter(None, told)), pytrace=False)
