@@ -92,7 +92,6 @@ class Server:
         import kbitcheck.case  # noqa: F401
 
         gc.enable()
-        gc.freeze()
         # One thread until a model is worth more: on tiny ones threads only wait for each other.
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
