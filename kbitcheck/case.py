@@ -505,9 +505,11 @@ class Case:
         kept: list[Any] = []
 
         def prepare(model: nn.Module) -> None:
-            returned, facts = call(self.prepare, model, **self.wanted)
-            if facts.raised:
-                raise Unavailable(f"preparation raised {facts.raised}")
+            # Not by ``call``, whose copies of random states would count as the preparation's memory.
+            try:
+                returned = self.prepare(model, **arguments(self.prepare, self.wanted))
+            except Exception as error:
+                raise Unavailable(f"preparation raised {type(error).__name__}: {error}") from error
             kept.append(returned if isinstance(returned, nn.Module) else model)
 
         cost = memory.cost(prepare, model)

@@ -85,7 +85,53 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
 @with_options
 def impl(impl: Annotated[str, typer.Argument(metavar="IMPL", help=IMPL_HELP)], options: ImplOptions) -> int:
     """Does this preparation function keep the specification?"""
+    if options.fuzz:
+        return fuzzed(impl, options)
     return audit("impl", impl_cases(impl, options), options, blame="own")
+
+
+def fuzzed(impl: str, options: ImplOptions) -> int:
+    """Judge drawn cases, and render the report of the smallest that fails, or of all."""
+    from kbitcheck import environment, implementations, models
+    from kbitcheck.destination import Destination
+    from kbitcheck.progress import shown
+    from kbitcheck.quantization import Quantization
+    from kbitcheck.reporters import render, verdict
+    from kbitcheck.signals import told_to_stop
+
+    try:
+        from kbitcheck import fuzz
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise UsageError("--fuzz needs hypothesis: pip install 'kbitcheck[fuzz]'") from None
+    if options.in_process:
+        raise UsageError("--fuzz cannot run --in-process: a case that ends its process must not end the run")
+    implementations.validate(impl)
+    environment.validate_device(options.device)
+    for name in options.model:
+        models.resolve(name)
+    destination = Destination(options.output)
+    chosen = select(options.codes, options.ignored)
+    plan = fuzz.Plan(
+        implementation=impl,
+        rules=chosen,
+        number=options.fuzz,
+        seed=options.seed,
+        strict=options.strict,
+        models=options.model,
+        quants=[str(Quantization.parse(quant)) for quant in options.quant],
+        checkpointing=options.modes,
+        options={name: value for name, value in options.case.items() if name != "seed"},
+    )
+    with told_to_stop(), shown(options.fuzz) as advance:
+        report = fuzz.fuzz(
+            plan, timeout=options.timeout, on_event=advance, echo=_echo if options.debug else None
+        )
+    rendered = render(report, options.format, verbose=options.verbose, terminal=destination.terminal)
+    destination.write(rendered + (f"\n{fuzz.told(report)}" if options.format == "text" else ""))
+    say(verdict(report))
+    return report.exit_code
 
 
 def impl_cases(impl: str, options: ImplOptions) -> list[CaseSpec]:
@@ -93,7 +139,7 @@ def impl_cases(impl: str, options: ImplOptions) -> list[CaseSpec]:
     from kbitcheck import models, suite
 
     if options.fuzz:
-        raise UsageError("--fuzz is not built yet; use --suite full")
+        raise UsageError("--fuzz belongs to `kbitcheck impl`: what is drawn is no fixed set of cases to compare")
     for name in options.model:
         models.resolve(name)
     return suite.cases(

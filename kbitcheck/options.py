@@ -140,7 +140,7 @@ class ImplOptions(Shared):
         default_factory=list
     )
     suite: Annotated[Literal["quick", "full"], typer.Option(help="Which recipes.")] = "quick"
-    fuzz: Annotated[int, typer.Option(metavar="N", min=0, help="Random recipes (not built yet).")] = 0
+    fuzz: Annotated[int, typer.Option(metavar="N", min=0, help="Judge N drawn cases instead; --seed names them.")] = 0
 
 
 @dataclass(kw_only=True)

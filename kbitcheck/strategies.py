@@ -279,16 +279,17 @@ NORMS = tuple(dict.fromkeys(family.norm for family in FAMILIES.values()))
 
 
 @st.composite
-def sizes(draw: Draw, family: Family) -> _Sizes:
-    """Sizes of a model of this family: a few thousand parameters."""
+def sizes(draw: Draw, family: Family, *, grain: int = 1) -> _Sizes:
+    """Sizes of a model of this family, a few thousand parameters; widths of layers are multiples of ``grain``."""
     heads = draw(st.integers(1, 4))
+    step = math.lcm(family.head_step, grain)
     return _Sizes(
         vocab=draw(st.integers(24, 140)),
         depth=draw(st.integers(1, 3)),
         heads=heads,
         groups=draw(st.sampled_from([d for d in range(heads, 0, -1) if heads % d == 0])),
-        head=draw(st.integers(4 // family.head_step, 24 // family.head_step)) * family.head_step,
-        inner=draw(st.integers(8, 100)),
+        head=draw(st.integers(-(-4 // step), 24 // step)) * step,
+        inner=draw(st.integers(-(-8 // grain), 100 // grain)) * grain,
         tied=draw(st.sampled_from(family.ties)),
         bias=draw(st.booleans()),
         dropout=draw(st.sampled_from(RATES)),

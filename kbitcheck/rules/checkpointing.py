@@ -154,11 +154,11 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
     m = facts.memory
     if not m.steps:
         raise NotApplicable("a single block has no increments")
-    names = [n for n in m.steps if n in m.step_allowed]
+    names = [n for n in m.steps if n in m.step_allowed and not _crosses_towers(n, facts)]
+    if not names:
+        raise NotApplicable("a single block in each tower has no increments")
     for name in names:
         over = m.steps[name] - m.step_allowed[name]
-        if _crosses_towers(name, facts):
-            continue
         stack = m.step_stack.get(name, 0)
         party, witness = Party.IMPLEMENTATION, ""
         if 0 < over <= stack:

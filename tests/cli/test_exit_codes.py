@@ -115,7 +115,7 @@ WRONG = [
     (("impl", "good.py:prepare", "--format", "xml"), "no such format: 'xml'"),
     (("impl", "good.py:prepare", "--output", "absent/report.txt"), "cannot write --output absent/report.txt"),
     (("impl", "good.py:prepare", "--output", "."), "it is a directory"),
-    (("impl", "good.py:prepare", "--fuzz", "3"), "not built yet"),
+    (("impl", "good.py:prepare", "--fuzz", "3", "--in-process"), "cannot run --in-process"),
     (("impl", "good.py:prepare", "--nonsense"), "No such option"),
     (("impl",), "Missing argument"),
     (("model", "tiny:llama", "--static"), "not built yet"),
