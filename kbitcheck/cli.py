@@ -125,9 +125,7 @@ def fuzzed(impl: str, options: ImplOptions) -> int:
         options={name: value for name, value in options.case.items() if name != "seed"},
     )
     with told_to_stop(), shown(options.fuzz) as advance:
-        report = fuzz.fuzz(
-            plan, timeout=options.timeout, on_event=advance, echo=_echo if options.debug else None
-        )
+        report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=_echo if options.debug else None)
     rendered = render(report, options.format, verbose=options.verbose, terminal=destination.terminal)
     destination.write(rendered + (f"\n{fuzz.told(report)}" if options.format == "text" else ""))
     say(verdict(report))

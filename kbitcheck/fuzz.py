@@ -209,7 +209,11 @@ def told(report: Report) -> str:
     if "command" in found:
         if found["recipe"]:
             name = shlex.quote(found["file"])
-            lines += [f"the smallest that fails is this recipe, {name} (it fits into fixtures/ too):", "", found["recipe"]]
+            lines += [
+                f"the smallest that fails is this recipe, {name} (it fits into fixtures/ too):",
+                "",
+                found["recipe"],
+            ]
         lines += [f"again   {found['command']}"]
     return "\n".join(lines) + "\n"
 

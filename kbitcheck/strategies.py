@@ -6,8 +6,9 @@ shrinks, prints as a file to paste, and replays with one command.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from hypothesis import strategies as st
@@ -42,6 +43,7 @@ class _Sizes:
     tied: bool
     bias: bool
     dropout: float
+    grain: int
 
     @property
     def width(self) -> int:
@@ -59,6 +61,15 @@ class Family:
     scale: Mapping[str, float]
     ties: tuple[bool, ...] = (False, True)
     head_step: int = 2  # rotary positions turn pairs of numbers
+
+
+def _multiples(low: int, high: int, step: int) -> st.SearchStrategy[int]:
+    return st.integers(-(-low // step), high // step).map(lambda n: n * step)
+
+
+def _head_dims(s: _Sizes) -> st.SearchStrategy[int]:
+    """Of families whose heads need not divide the width."""
+    return _multiples(4, 16, math.lcm(2, s.grain))
 
 
 def _decoder(kind: str, s: _Sizes, **more: Any) -> Data:
@@ -84,8 +95,7 @@ def _llama(s: _Sizes, draw: Draw) -> Data:
 
 
 def _gemma(s: _Sizes, draw: Draw) -> Data:
-    head = draw(st.integers(2, 8)) * 2
-    return _decoder("gemma", s, head_dim=head, attention_bias=s.bias, hidden_act="gelu_pytorch_tanh")
+    return _decoder("gemma", s, head_dim=draw(_head_dims(s)), attention_bias=s.bias, hidden_act="gelu_pytorch_tanh")
 
 
 def _qwen2(s: _Sizes, draw: Draw) -> Data:
@@ -93,7 +103,7 @@ def _qwen2(s: _Sizes, draw: Draw) -> Data:
 
 
 def _qwen3(s: _Sizes, draw: Draw) -> Data:
-    return _decoder("qwen3", s, head_dim=draw(st.integers(2, 8)) * 2, attention_bias=s.bias, rms_norm_eps=1e-6)
+    return _decoder("qwen3", s, head_dim=draw(_head_dims(s)), attention_bias=s.bias, rms_norm_eps=1e-6)
 
 
 def _mixtral(s: _Sizes, draw: Draw) -> Data:
@@ -226,8 +236,8 @@ def _llava(s: _Sizes, draw: Draw) -> Data:
         "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "clip_vision_model",
-            "hidden_size": heads * draw(st.integers(4, 12)),
-            "intermediate_size": draw(st.integers(8, 48)),
+            "hidden_size": heads * draw(_multiples(4, 12, s.grain)),
+            "intermediate_size": draw(_multiples(8, 48, s.grain)),
             "num_hidden_layers": draw(st.integers(2, 3)),
             "num_attention_heads": heads,
             "image_size": side * 4,
@@ -282,17 +292,17 @@ NORMS = tuple(dict.fromkeys(family.norm for family in FAMILIES.values()))
 def sizes(draw: Draw, family: Family, *, grain: int = 1) -> _Sizes:
     """Sizes of a model of this family, a few thousand parameters; widths of layers are multiples of ``grain``."""
     heads = draw(st.integers(1, 4))
-    step = math.lcm(family.head_step, grain)
     return _Sizes(
         vocab=draw(st.integers(24, 140)),
         depth=draw(st.integers(1, 3)),
         heads=heads,
         groups=draw(st.sampled_from([d for d in range(heads, 0, -1) if heads % d == 0])),
-        head=draw(st.integers(-(-4 // step), 24 // step)) * step,
-        inner=draw(st.integers(-(-8 // grain), 100 // grain)) * grain,
+        head=draw(_multiples(4, 24, math.lcm(family.head_step, grain))),
+        inner=draw(_multiples(8, 100, grain)),
         tied=draw(st.sampled_from(family.ties)),
         bias=draw(st.booleans()),
         dropout=draw(st.sampled_from(RATES)),
+        grain=grain,
     )
 
 
@@ -303,11 +313,16 @@ def batches(draw: Draw, longest: int = 16) -> list[int]:
 
 
 @st.composite
-def recipes(draw: Draw, families: Sequence[str] = tuple(FAMILIES), norms: Sequence[str] = NORMS) -> Data:
-    """What a recipe file holds (see ``fixtures/``): an architecture of these families and norms, its sizes, its batch."""
+def recipes(
+    draw: Draw, families: Sequence[str] = tuple(FAMILIES), norms: Sequence[str] = NORMS, *, grain: int = 1
+) -> Data:
+    """What a recipe file holds (see ``fixtures/``): an architecture of these families and norms, its sizes, its batch.
+
+    Inputs and outputs of linear layers are multiples of ``grain`` wide.
+    """
     name = draw(st.sampled_from([n for n in families if FAMILIES[n].norm in norms]))
     family = FAMILIES[name]
-    drawn = draw(sizes(family))
+    drawn = draw(sizes(family, grain=grain))
     recipe: Data = {
         "architecture": family.architecture,
         "dtype": draw(st.sampled_from(DTYPES)),
@@ -349,7 +364,9 @@ def call_arguments(draw: Draw) -> Data:
     if draw(st.booleans()):
         arguments["use_gradient_checkpointing"] = draw(st.booleans())
     if draw(st.booleans()):
-        inner = st.fixed_dictionaries({}, optional={"use_reentrant": st.booleans(), "preserve_rng_state": st.booleans()})
+        inner = st.fixed_dictionaries(
+            {}, optional={"use_reentrant": st.booleans(), "preserve_rng_state": st.booleans()}
+        )
         arguments["gradient_checkpointing_kwargs"] = draw(st.one_of(st.none(), inner))
     return arguments
 
@@ -388,11 +405,15 @@ def cases(
     checkpointing: Sequence[Checkpointing] = (),
 ) -> Drawn:
     """A case; what is named is chosen from, everything else is drawn."""
-    model: Data | str = draw(st.sampled_from(list(models)) if models else recipes())
-    skippable = () if isinstance(model, str) else FAMILIES[family_of(model)].layers
+    quant = Quantization.parse(draw(st.sampled_from(list(quants)) if quants else quantizations()))
+    # Wider words than bytes hold whole layers alone: bitsandbytes packs 4-bit weights of a layer into as many as fit.
+    grain = 1 if quant.storage == "uint8" else 4
+    model: Data | str = draw(st.sampled_from(list(models)) if models else recipes(grain=grain))
+    if not quants and not isinstance(model, str) and draw(st.booleans()):
+        quant = replace(quant, skip=(draw(st.sampled_from(FAMILIES[family_of(model)].layers)),))
     return Drawn(
         model=model,
-        quant=draw(st.sampled_from(list(quants)) if quants else quantizations(skippable=skippable)),
+        quant=str(quant),
         checkpointing=cast(Checkpointing, draw(st.sampled_from(list(checkpointing) or list(MODES)))),
         seed=draw(st.integers(0, 3)),
     )

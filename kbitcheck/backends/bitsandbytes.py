@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,11 +62,13 @@ def state(module: torch.nn.Module) -> Mapping[str, Any]:
     return {**dict(_fields(weight.quant_state)), **settings}
 
 
-def dequantized(module: torch.nn.Module) -> torch.Tensor:
-    """The weight as the layer's own kernels unpack it: (out, in), in the state's dtype (float32 for int8)."""
+def dequantized(module: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight as the layer's own kernels unpack it: (out, in), in ``dtype`` or the state's (float32 for int8)."""
     weight: Any = module.weight
     if isinstance(weight, Params4bit):
-        unpacked: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        state = copy.copy(weight.quant_state)
+        state.dtype = dtype or state.dtype
+        unpacked: torch.Tensor = dequantize_4bit(weight.data, state)
         return unpacked
     scales = _scales(module)
     rows: torch.Tensor = weight.data.to(torch.float32) * (scales.to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)

@@ -163,7 +163,9 @@ def _lines(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     if path:
         yield f"\n[{'.'.join(path)}]"
     # JSON's strings, numbers, booleans and arrays are TOML's, but for characters beyond the basic plane.
-    yield from (f"{_key(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, Mapping))
+    yield from (
+        f"{_key(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, Mapping)
+    )
     for key, value in data.items():
         if isinstance(value, Mapping):
             yield from _lines(value, (*path, _key(key)))

@@ -35,7 +35,8 @@ def originals(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, floa
         if not backends.is_quantized(module):
             continue
         weight = _dequantized(module)
-        kernel = backends.dequantized(module).double()
+        # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
+        kernel = backends.dequantized(module, torch.float32).double()
         unpacked = backends.state_dtype(module) or torch.float32
         bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
         if bool(((kernel - weight).abs() > bound).any()):
