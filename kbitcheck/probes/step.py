@@ -169,13 +169,23 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
 
 @contextmanager
 def checkpointing_off(model: nn.Module) -> Iterator[None]:
-    """The plain run: every checkpointing flag off, restored afterwards."""
+    """The plain run: every checkpointing flag off, restored afterwards.
+
+    The cache is off too, as a checkpointed forward has none: it lays keys and values out in another way, and BLAS then
+    adds in another order.
+    """
     on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    caching: list[Any] = [c for c in configs.values() if on and getattr(c, "use_cache", False) is True]
     for module in on:
         module.gradient_checkpointing = False  # type: ignore[assignment]
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for module in on:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
