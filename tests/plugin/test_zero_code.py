@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from kbitcheck import suite
 from tests.plugin.conftest import ONE, TWO, Run, builds, untimed
 
 pytest_plugins = ["pytester"]
@@ -31,11 +32,13 @@ MODES = [(), ("-n0",), ("-n2",), *[("-n2", "--dist", mode) for mode in ("loadfil
 @pytest.mark.parametrize("mode", MODES, ids=" ".join)
 def test_one_build_a_case_and_the_same_report(run: Run, subjects: Path, mode: tuple[str, ...]) -> None:
     result = run("--kbit-impl=good.py:prepare", "--kbit-report=report.json", *mode)
-    assert (result.ret, builds(subjects)) == (0, 12)
-    result.assert_outcomes(passed=42, skipped=12, xfailed=6)
+    quick = suite.cases(suite.QUICK, implementation="good.py:prepare")
+    in_int8 = sum(case.quant == "int8" for case in quick)  # where the stubs' KB901 fails
+    assert (result.ret, builds(subjects)) == (0, len(quick))
+    result.assert_outcomes(passed=4 * len(quick) - in_int8, skipped=len(quick), xfailed=in_int8)
     assert sum(line.startswith("✓ conforms") for line in result.outlines) == 1
     found = untimed(subjects / "report.json")
-    assert (len(found["results"]), found["complete"], found["exit_code"]) == (60, True, 0)
+    assert (len(found["results"]), found["complete"], found["exit_code"]) == (5 * len(quick), True, 0)
     order = [(r["case"], r["rule"]) for r in found["results"]]
     assert order == sorted(order)
     run("--kbit-impl=good.py:prepare", "--kbit-report=serial.json")
