@@ -29,6 +29,7 @@ from kbitcheck.facts import (
     MemoryFacts,
     ModelFacts,
     RunFacts,
+    StepOutcome,
     StoreFacts,
     TrainingFacts,
     Unavailable,
@@ -36,8 +37,9 @@ from kbitcheck.facts import (
 from kbitcheck.models import Source, resolve
 from kbitcheck.models.given import Given
 from kbitcheck.probes import adapters as adapter_probe
-from kbitcheck.probes import digest, forwards, layers, memory, snapshot, step, store, targets, twin
+from kbitcheck.probes import digest, forwards, interleaving, layers, memory, snapshot, step, store, targets, twin
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call
+from kbitcheck.programs import INTERLEAVED
 from kbitcheck.quantization import Quantization
 from kbitcheck.suite import CaseSpec, Profile
 
@@ -468,6 +470,24 @@ class Case:
         return found
 
     @cached_property
+    def interleaved(self) -> Sequence[StepOutcome]:
+        session = interleaving.Session(self.interleaving)
+        return [session.do(name) for name in INTERLEAVED]
+
+    @property
+    def interleaving(self) -> interleaving.Subject:
+        """What a session of steps in any order runs on."""
+        return interleaving.Subject(
+            make=self._attached_copy,
+            prepare=lambda model: self.prepare(model, **arguments(self.prepare, self.wanted)),
+            attach=lambda model: self._base.attach(model, self.spec),
+            batch=self.batch,
+            layers=tuple(self._base.weights),
+            half=self._base.half,
+            seed=self.spec.seed,
+        )
+
+    @cached_property
     def generates(self) -> ForwardFacts:
         return forwards.generate(self._training[0], self.batch)
 
@@ -535,7 +555,7 @@ class Case:
         if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
             model.disable_input_require_grads()
         if self.base.can_checkpoint and hasattr(model, "gradient_checkpointing_disable"):
-            quietly(model.gradient_checkpointing_disable)
+            step.quietly(model.gradient_checkpointing_disable)
         return snapshot.snapshot(model)
 
     @cached_property
@@ -656,12 +676,3 @@ def _norm(gradient: torch.Tensor | None) -> float:
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
-
-
-def quietly(function: Callable[[], Any]) -> None:
-    """Call a transformers method whose deprecation is not the subject's."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        function()

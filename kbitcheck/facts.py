@@ -270,6 +270,20 @@ class FunctionFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """One step of a program: what it raised, and which quantized layers hold other bits than before the program.
+
+    ``gradients`` are a training step's beside those of a fresh model with the same adapters; empty for other steps.
+    """
+
+    step: str
+    raised: str
+    changed: tuple[str, ...]
+    hooks_added: int
+    gradients: Mapping[str, Distance]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFacts:
     """A few AdamW steps with weight decay on one batch: losses before each step and after the last; what changed."""
 
@@ -349,6 +363,8 @@ class Facts(Protocol):
     def training(self) -> TrainingFacts: ...
     @property
     def store(self) -> StoreFacts: ...
+    @property
+    def interleaved(self) -> Sequence[StepOutcome]: ...
     @property
     def generator(self) -> bool:
         """Whether the model can generate at all."""

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,6 +222,13 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
                 module._gradient_checkpointing_func = function
 
 
+def quietly(function: Callable[[], Any]) -> None:
+    """Call a transformers method whose deprecation is not the subject's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        function()
+
+
 @contextmanager
 def dropout_raised(model: nn.Module, p: float = 0.1) -> Iterator[None]:
     """Give every dropout of the built model a rate, and afterwards the one it had."""
@@ -338,7 +345,7 @@ def distances(found: Gradients, expected: Gradients, yardsticks: Mapping[str, fl
     """Each gradient against its counterpart, beside its yardstick."""
     return {
         name: Distance(
-            equal=_equal(gradient, expected[name]),
+            equal=equal(gradient, expected[name]),
             relative=distance(gradient, expected[name]),
             yardstick=yardsticks.get(name, 0.0),
         )
@@ -346,7 +353,8 @@ def distances(found: Gradients, expected: Gradients, yardsticks: Mapping[str, fl
     }
 
 
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two gradients have the same bits, or are both missing."""
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and torch.equal(a, b)

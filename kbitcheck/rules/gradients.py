@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
@@ -182,6 +183,28 @@ def dropout_replayed(facts: Facts) -> Iterable[Observation]:
     if not facts.run.checkpoints:
         raise NotApplicable("no block was checkpointed, so nothing is replayed")
     yield from compared(facts.against_plain_dropout, exact=exactly(facts))
+
+
+@rule("KB308", "survives-interleaving", Level.MUST)
+def survives_interleaving(facts: Facts) -> Iterable[Observation]:
+    """After any order of evaluation, generation, preparing again, copying, saving, switching modes and training, the
+    next training step's gradients are what a fresh model with the same adapters gives, and the packed weights are the same.
+
+    Why: training loops evaluate, generate and save in between; a model that one of these spoils trains on, wrongly.
+    Symptom: a loss that jumps after the first evaluation; training that fails after ``generate``.
+    Fix: keep no state in hooks or forwards, and touch no weight in a forward.
+    Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
+    """
+    for outcome in facts.interleaved:
+        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs")
+        changed = ", ".join(outcome.changed[:4])
+        yield Observation(
+            f"{outcome.step}: quantized weights", not changed, "as before anything ran", changed or "the same"
+        )
+        if outcome.hooks_added:
+            yield Observation(f"{outcome.step}: hooks", False, "none added", f"{outcome.hooks_added} added")
+        for seen in compared(outcome.gradients, exact=exactly(facts)):
+            yield dataclasses.replace(seen, where=f"{outcome.step}: {seen.where}")
 
 
 @rule("KB309", "loss-falls", Level.MUST)

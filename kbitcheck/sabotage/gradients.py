@@ -101,3 +101,28 @@ def logits_detached_from_the_loss(model: Any) -> None:
                 else _Scaled.apply(output, -1.0)
             )
         )
+
+
+@breaks("KB308")
+def third_step_in_a_row_forgets(model: Any) -> None:
+    """An evaluation, then a generation, then a training step: no two of them show it."""
+    seen: list[str] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> Any:
+        kind = "train" if module.training else "infer" if torch.is_inference_mode_enabled() else "evaluate"
+        seen.append(kind)
+        recent = list(dict.fromkeys(seen))
+        return _Scaled.apply(output, 1.01) if kind == "train" and {"evaluate", "infer"} <= set(recent) else output
+
+    model.transformer.h[1].ln_2.register_forward_hook(look)
+
+
+@breaks("KB308", quant="int8")
+def evaluation_nudges_a_scale(model: Any) -> None:
+    layer = quantized(model)[2]
+
+    def nudge(module: Any, args: Any, output: Any) -> None:
+        if not module.training:
+            (module.state.SCB if module.state.SCB is not None else module.weight.SCB).mul_(1.02)
+
+    layer.register_forward_hook(nudge)

@@ -1,0 +1,248 @@
+"""Runs programs (``kbitcheck.programs``) on one prepared model, and holds every training step against a fresh model's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from kbitcheck_reference import lora
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.facts import Distance, StepOutcome
+from kbitcheck.probes import digest, step
+from kbitcheck.probes.forwards import generate
+from kbitcheck.probes.layers import base_name
+from kbitcheck.programs import Step
+
+Attached = tuple[Any, dict[str, nn.Parameter]]
+MODES = {"checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
+
+
+@dataclass(slots=True)
+class Subject:
+    """What is run. ``make`` gives a fresh base, prepared and with adapters; ``prepare`` and ``attach`` do it again."""
+
+    make: Callable[[], Attached]
+    prepare: Callable[[Any], Any]
+    attach: Callable[[Any], Attached]
+    batch: step.Batch
+    layers: Sequence[str]
+    half: torch.dtype
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Settings:
+    """What is switched on the model and round it; ``checkpointing`` is None where it was never switched."""
+
+    checkpointing: str | None = None
+    autocast: bool = False
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class Session:
+    """One model and what was done to it so far."""
+
+    subject: Subject
+    model: Any = None
+    adapters: dict[str, nn.Parameter] = field(default_factory=dict)
+    settings: _Settings = field(default_factory=_Settings)
+    _packed: Mapping[str, str] = field(default_factory=dict)
+    _fresh: dict[tuple[Any, ...], step.Gradients] = field(default_factory=dict)
+    _done: int = 0
+
+    def __post_init__(self) -> None:
+        self.model, self.adapters = self.subject.make()
+        self._packed = fingerprints(self.model, self.subject.layers)
+
+    def do(self, name: Step) -> StepOutcome:
+        """Take one step; what it raises, and what it changed, is in the outcome."""
+        self._done += 1
+        hooks, raised, distances = _hooks(self.model), "", {}
+        try:
+            distances = dict(self._act(name) or {})
+        except Exception as error:
+            raised = f"{type(error).__name__}: {error}".splitlines()[0]
+        now = fingerprints(self.model, self.subject.layers)
+        return StepOutcome(
+            step=f"{self._done} {name}",
+            raised=raised,
+            changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
+            hooks_added=0 if name in ("prepare", "reattach") else max(0, _hooks(self.model) - hooks),
+            gradients=distances,
+        )
+
+    def _act(self, name: Step) -> Mapping[str, Distance] | None:
+        if name.startswith("autocast"):
+            self.settings.autocast = name == "autocast-on"
+        elif name == "train-mode":
+            self.model.train()
+        else:
+            action: Callable[[str], Mapping[str, Distance] | None] = getattr(self, "_" + name.partition("-")[0])
+            return action(name)
+        return None
+
+    # Training
+
+    @property
+    def batch(self) -> step.Batch:
+        """The batch as the settings cut it."""
+        rows = self.settings.rows
+        return {k: v[:rows] if rows else v for k, v in self.subject.batch.items()}
+
+    def _train(self, name: str, times: int = 1) -> Mapping[str, Distance]:
+        found = self._gradients(self.model, self.adapters, times)
+        fresh = self._fresh_gradients(times)
+        # A fresh model's names may come from another copy of the wrapper, in the same order.
+        return {
+            n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
+            for (n, g), e in zip(found.items(), fresh.values(), strict=True)
+        }
+
+    def _accumulate(self, name: str) -> Mapping[str, Distance]:
+        return self._train(name, times=2)
+
+    def _update(self, name: str) -> None:
+        optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-3, weight_decay=0.1)
+        for parameter, gradient in zip(
+            self.adapters.values(), self._gradients(self.model, self.adapters, 1).values(), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+        step.clear_gradients(self.model)
+
+    def _gradients(self, model: Any, adapters: Mapping[str, nn.Parameter], times: int) -> step.Gradients:
+        """Gradients of ``times`` steps, added up as gradient accumulation does."""
+        total: step.Gradients = {}
+        for turn in range(times):
+            with step.dropout_raised(model, 0.0):
+                _, found = step.train_step(
+                    model, self.batch, adapters, seed=self.subject.seed + turn, autocast=self._autocast(), watch=False
+                )
+            total = {n: _sum(total.get(n), g) for n, g in found.items()}
+        return total
+
+    def _fresh_gradients(self, times: int) -> step.Gradients:
+        s = self.settings
+        drawn = tuple(digest.bits(p) for p in self.adapters.values())
+        biases = {n: m.bias for n, m in _quantized(self.model, self.subject.layers) if m.bias is not None}
+        told = tuple(f"{b.dtype}{digest.bits(b)}" for b in biases.values())
+        key = (s.checkpointing, s.autocast, s.rows, times, drawn, told)
+        if key not in self._fresh:
+            model, adapters = self.subject.make()
+            for mine, other in zip(adapters.values(), self.adapters.values(), strict=True):
+                mine.data.copy_(other.data)
+            # A quantized layer's own bias is recast by bitsandbytes in its forward: KB104 tells, and this goes on from it.
+            for name, module in _quantized(model, self.subject.layers):
+                if name in biases:
+                    module.bias.data = biases[name].data.clone()
+            if s.checkpointing:
+                switch(model, s.checkpointing)
+            self._fresh[key] = self._gradients(model, adapters, times)
+        return self._fresh[key]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device = next(iter(self.subject.batch.values())).device.type
+        return torch.autocast(device, dtype=self.subject.half) if self.settings.autocast else nullcontext()
+
+    # Looking
+
+    def _evaluate(self, name: str) -> None:
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            self.model(**step.feed(self.model, self.batch))
+
+    def _infer(self, name: str) -> None:
+        self.model.eval()
+        with torch.inference_mode(), self._autocast():
+            self.model(**step.feed(self.model, self.batch))
+
+    def _generate(self, name: str) -> None:
+        if not getattr(self.model, "can_generate", lambda: False)():
+            return
+        told = generate(self.model, self.batch)
+        if told.raised:
+            raise RuntimeError(told.raised)
+
+    # Changing
+
+    def _prepare(self, name: str) -> None:
+        returned = self.subject.prepare(self.model)
+        self.model = returned if isinstance(returned, nn.Module) else self.model
+        for parameter in self.adapters.values():  # whether they stay trainable is KB106's to say
+            parameter.requires_grad_(True)
+        if self.settings.checkpointing:
+            switch(self.model, self.settings.checkpointing)
+
+    def _reattach(self, name: str) -> None:
+        bare = self.model.unload() if hasattr(self.model, "unload") else lora.detach(self.model)
+        self.model, self.adapters = self.subject.attach(bare)
+
+    def _save(self, name: str) -> None:
+        """Adapters through a file; what was there in between is lost."""
+        file = io.BytesIO()
+        torch.save({n: p.detach() for n, p in self.adapters.items()}, file)
+        for parameter in self.adapters.values():
+            parameter.data.fill_(math.nan)
+        file.seek(0)
+        for name, saved in torch.load(file, weights_only=True).items():
+            self.adapters[name].data.copy_(saved)
+
+    def _checkpointing(self, name: str) -> None:
+        if getattr(self.model, "supports_gradient_checkpointing", False):
+            switch(self.model, name)
+            self.settings.checkpointing = name
+
+    def _eval(self, name: str) -> None:
+        self.model.eval()
+
+    def _batch(self, name: str) -> None:
+        self.settings.rows = 1 if name == "batch-one" else 0
+
+    def _copy(self, name: str) -> None:
+        names = list(self.adapters)
+        memo: dict[int, Any] = {}
+        self.model = copy.deepcopy(self.model, memo)
+        self.adapters = {n: memo[id(self.adapters[n])] for n in names}
+
+    def _move(self, name: str) -> None:
+        self.model.to(next(self.model.parameters()).device)
+
+
+def switch(model: Any, name: str) -> None:
+    """Checkpointing off, or on in a mode, by the model's own methods."""
+    if name == "checkpointing-off":
+        step.quietly(model.gradient_checkpointing_disable)
+    else:
+        step.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": MODES[name]}))
+        model.enable_input_require_grads()
+
+
+def fingerprints(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """Digest of each quantized layer's packed weight and state, by the base's name."""
+    return {
+        name: digest.bits(module.weight) + "".join(digest.of(v) for v in backends.state(module).values())
+        for name, module in _quantized(model, layers)
+    }
+
+
+def _quantized(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if backends.is_quantized(module):
+            yield base_name(name, layers), module
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
