@@ -607,9 +607,10 @@ class Case:
         if called.raised:
             raise Unavailable(f"preparation with {asked} raised {called.raised}")
         model, adapters = self._base.attach(returned if isinstance(returned, nn.Module) else model, self.spec)
-        facts, _ = step.train_step(
-            model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
-        )
+        with step.dropout_raised(model, 0.0):  # without the RNG state another mask, and other experts, are recomputed
+            facts, _ = step.train_step(
+                model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
+            )
         return {k: str(v) for k, v in asked.items()}, facts, called
 
     @cached_property

@@ -22,6 +22,7 @@ from kbitcheck.probes.layers import base_name
 from kbitcheck.programs import Step
 
 Attached = tuple[Any, dict[str, nn.Parameter]]
+HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
 MODES = {"checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
 
 
@@ -76,7 +77,7 @@ class Session:
             step=f"{self._done} {name}",
             raised=raised,
             changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
-            hooks_added=0 if name in ("prepare", "reattach") else max(0, _hooks(self.model) - hooks),
+            hooks_added=0 if name.startswith(HOOKING) else max(0, _hooks(self.model) - hooks),
             gradients=distances,
         )
 
