@@ -1,0 +1,131 @@
+"""Steps in any order leave the next training step what a fresh model's would be: for each implementation and quantization.
+
+A program is drawn as a list of names, so that a failure prints as one, and ``Session`` replays it.
+"""
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from kbitcheck.case import Base, Case
+from kbitcheck.implementations import load
+from kbitcheck.models import resolve
+from kbitcheck.probes.interleaving import Session
+from kbitcheck.programs import STEPS
+from kbitcheck.quantization import Quantization
+from kbitcheck.sabotage import faults
+from kbitcheck.suite import CaseSpec
+
+CELLS = [
+    (implementation, quant)
+    for implementation in ("reference", "peft")
+    for quant in ("nf4", "nf4,double,storage=bf16", "fp4,compute=fp32", "int8")
+]
+
+
+def case_of(implementation, quant, bases, *, prepare=None, model="tiny:gpt2"):
+    spec = CaseSpec(model=model, quant=quant, implementation=implementation, checkpointing="reentrant")
+    key = (model, quant)
+    if key not in bases:
+        bases[key] = Base(resolve(model), Quantization.parse(quant), spec)
+    return Case(spec, prepare or load(implementation).function, bases[key])
+
+
+def faulty(outcome):
+    """What an outcome breaks, on one line."""
+    wrong = [n for n, d in outcome.gradients.items() if not d.equal]
+    return " ".join(map(str, (*outcome.changed[:1], outcome.raised, *wrong[:1], outcome.hooks_added or ""))).strip()
+
+
+def machine(case):
+    class Interleaving(RuleBasedStateMachine):
+        @initialize()
+        def load(self):
+            self.session = Session(case.interleaving)
+            self.program = []
+
+        @rule(name=st.sampled_from([s for s in STEPS if s != "train"]))
+        def step(self, name):
+            self.do(name)
+
+        @rule()
+        def train(self):
+            self.do("train")
+
+        def do(self, name):
+            self.program.append(name)
+            assert (self.program, faulty(self.session.do(name))) == (self.program, "")
+
+    return Interleaving
+
+
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+
+
+@pytest.mark.parametrize(("implementation", "quant"), CELLS)
+def test_any_order_of_steps_leaves_training_as_it_was(implementation, quant, bases):
+    if implementation == "peft":
+        pytest.importorskip("peft")
+    run_state_machine_as_test(
+        machine(case_of(implementation, quant, bases)),
+        settings=settings(max_examples=4, stateful_step_count=12, derandomize=True, phases=[Phase.generate], **QUIET),
+    )
+
+
+def smallest(case, examples):
+    """The shortest program found that breaks something, or None."""
+    found = []
+
+    @seed(0)
+    @settings(max_examples=examples, report_multiple_bugs=False, **QUIET)
+    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=40))
+    def search(program):
+        session = Session(case.interleaving)
+        for name in program:
+            if faulty(session.do(name)):
+                found.append(program)
+                raise AssertionError(program)
+
+    with pytest.raises(AssertionError):
+        search()
+    return found[-1]
+
+
+def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases):
+    fault = next(f for f in faults() if f.name == "third_step_in_a_row_forgets")
+    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare), 60)
+    assert len(program) == 3
+    assert set(program[:2]) <= {"evaluate", "generate", "infer"}
+    assert program[2] in ("train", "accumulate")
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16: bitsandbytes repacks nothing here")
+def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bases):
+    """Told nothing but to take steps, on a model that loads as a user's does."""
+    case = case_of("reference", "nf4", bases)
+    make = case.interleaving.make
+
+    def as_users_load():
+        model, adapters = make()
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+        return model, adapters
+
+    subject = case.interleaving
+    subject.make = as_users_load
+    session = Session(subject)
+    assert faulty(session.do("train")) == ""
+    assert faulty(session.do("evaluate")) != ""
+
+
+def test_a_sessions_packed_weights_are_watched(bases):
+    case = case_of("reference", "nf4", bases)
+    session = Session(case.interleaving)
+    layer = next(m for m in session.model.modules() if hasattr(getattr(m, "weight", None), "quant_state"))
+    with torch.no_grad():
+        layer.weight.data.view(-1)[0] ^= 1
+    assert session.do("train-mode").changed
