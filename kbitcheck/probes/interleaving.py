@@ -58,7 +58,7 @@ class Session:
     settings: _Settings = field(default_factory=_Settings)
     _packed: Mapping[str, str] = field(default_factory=dict)
     _fresh: dict[tuple[Any, ...], step.Gradients] = field(default_factory=dict)
-    _done: int = 0
+    _names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model, self.adapters = self.subject.make()
@@ -66,18 +66,20 @@ class Session:
 
     def do(self, name: Step) -> StepOutcome:
         """Take one step; what it raises, and what it changed, is in the outcome."""
-        self._done += 1
         hooks, raised, distances = _hooks(self.model), "", {}
         try:
             distances = dict(self._act(name) or {})
         except Exception as error:
             raised = f"{type(error).__name__}: {error}".splitlines()[0]
         now = fingerprints(self.model, self.subject.layers)
+        # transformers hooks some models for good in their first forward.
+        repeated = name in self._names and not name.startswith(HOOKING)
+        self._names.append(name)
         return StepOutcome(
-            step=f"{self._done} {name}",
+            step=f"{len(self._names)} {name}",
             raised=raised,
             changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
-            hooks_added=0 if name.startswith(HOOKING) else max(0, _hooks(self.model) - hooks),
+            hooks_added=max(0, _hooks(self.model) - hooks) if repeated else 0,
             gradients=distances,
         )
 

@@ -75,7 +75,7 @@ def test_any_order_of_steps_leaves_training_as_it_was(implementation, quant, bas
     )
 
 
-def smallest(case, examples):
+def smallest(subject, examples):
     """The shortest program found that breaks something, or None."""
     found = []
 
@@ -96,7 +96,7 @@ def smallest(case, examples):
 
 def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases):
     fault = next(f for f in faults() if f.name == "third_step_in_a_row_forgets")
-    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare), 60)
+    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare).interleaving, 60)
     assert len(program) == 3
     assert set(program[:2]) <= {"evaluate", "generate", "infer"}
     assert program[2] in ("train", "accumulate")
@@ -105,8 +105,8 @@ def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases):
 @pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16: bitsandbytes repacks nothing here")
 def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bases):
     """Told nothing but to take steps, on a model that loads as a user's does."""
-    case = case_of("reference", "nf4", bases)
-    make = case.interleaving.make
+    subject = case_of("reference", "nf4", bases).interleaving
+    make = subject.make
 
     def as_users_load():
         model, adapters = make()
@@ -115,11 +115,9 @@ def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bas
                 module.support_avx512bf16_for_cpu = True
         return model, adapters
 
-    subject = case.interleaving
     subject.make = as_users_load
-    session = Session(subject)
-    assert faulty(session.do("train")) == ""
-    assert faulty(session.do("evaluate")) != ""
+    program = smallest(subject, 40)
+    assert program in (["evaluate"], ["infer"], ["generate"])
 
 
 def test_a_sessions_packed_weights_are_watched(bases):
