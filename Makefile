@@ -12,7 +12,7 @@ OLDEST_STAMP = $(OLDEST)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format cov bench clean
+.PHONY: demo test test-oldest lint format cov bench fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
@@ -39,6 +39,12 @@ cov: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
+
+FUZZ ?= 400
+FUZZ_SEED ?= $(shell date +%j)
+
+fuzz: $(STAMP)
+	$(BIN)/kbitcheck impl reference --fuzz $(FUZZ) --seed $(FUZZ_SEED)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist

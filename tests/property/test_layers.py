@@ -12,7 +12,7 @@ from kbitcheck import backends
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKS = (64, 128, 256, 512)
-CODES = {"nf4": torch.tensor(oracle.NF4, dtype=torch.float64), "fp4": torch.tensor(oracle.FP4, dtype=torch.float64)}
+CODES = {"nf4": oracle.NF4.double(), "fp4": oracle.FP4.double()}
 FEW = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
