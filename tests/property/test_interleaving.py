@@ -83,7 +83,7 @@ def smallest(subject, examples):
     @settings(max_examples=examples, report_multiple_bugs=False, **QUIET)
     @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=40))
     def search(program):
-        session = Session(case.interleaving)
+        session = Session(subject)
         for name in program:
             if faulty(session.do(name)):
                 found.append(program)

@@ -13,9 +13,7 @@ from kbitcheck import backends
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKS = (64, 128, 256, 512)
 CODES = {"nf4": oracle.NF4.double(), "fp4": oracle.FP4.double()}
-FEW = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 # One row, odd inner sizes, less than a block, not a multiple of one; an empty batch, 3-D and non-contiguous inputs.
 features = st.tuples(st.integers(1, 150), st.integers(1, 40))

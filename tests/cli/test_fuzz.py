@@ -1,0 +1,114 @@
+"""``impl --fuzz``: drawn cases in a worker, and the smallest that fails as a recipe and a command."""
+
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from kbitcheck.core import EXIT_BROKEN_RULE, EXIT_CONFORMS
+
+NEVER_CASTS_WIDE_MODELS = """
+from kbitcheck_reference import prepare_model_for_kbit_training
+
+def prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    if model.config.get_text_config().vocab_size > 60:
+        next(p for p in model.parameters() if p.is_floating_point()).requires_grad_(True)
+    return model
+"""
+
+
+def kbitcheck(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "kbitcheck", *arguments], cwd=cwd, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """A report of a fault that only models of some size have, and where it was made."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "mine.py").write_text(NEVER_CASTS_WIDE_MODELS, encoding="utf-8")
+    run = kbitcheck(
+        "impl",
+        "mine.py:prepare",
+        "--fuzz",
+        "30",
+        "--seed",
+        "0",
+        "--select",
+        "KB101,KB503",
+        "--format",
+        "json",
+        cwd=folder,
+    )
+    assert run.returncode == EXIT_BROKEN_RULE, run.stderr
+    return folder, json.loads(run.stdout)
+
+
+def test_the_smallest_failure_is_told_as_a_recipe(failing):
+    _, report = failing
+    recipe = tomllib.loads(report["subject"]["fuzz"]["recipe"])
+    text = recipe["config"].get("text_config", recipe["config"])
+    assert text["vocab_size"] == 61
+    assert {r["rule"] for r in report["results"] if r["status"] == "FAIL"} == {"KB101"}
+    assert len({r["case"] for r in report["results"]}) == 1
+
+
+def test_its_command_runs_it_again(failing):
+    folder, report = failing
+    found = report["subject"]["fuzz"]
+    (folder / found["file"]).write_text(found["recipe"], encoding="utf-8")
+    words = shlex.split(found["command"])
+    assert words[0] == "kbitcheck"
+    again = kbitcheck(*words[1:], cwd=folder)
+    assert again.returncode == EXIT_BROKEN_RULE
+    assert "KB101" in again.stdout
+
+
+def test_what_failed_is_kept_and_tried_first(failing):
+    folder, report = failing
+    assert (folder / ".hypothesis").is_dir()
+    run = kbitcheck(
+        "impl", "mine.py:prepare", "--fuzz", "1", "--seed", "9", "--select", "KB101", "--format", "json", cwd=folder
+    )
+    assert run.returncode == EXIT_BROKEN_RULE
+    assert json.loads(run.stdout)["subject"]["fuzz"]["recipe"] == report["subject"]["fuzz"]["recipe"]
+
+
+def test_a_seed_draws_the_same_cases_and_what_is_named_is_kept(tmp_path):
+    options = ("--fuzz", "4", "--select", "KB101", "--quant", "int8", "--checkpointing", "off", "--format", "json")
+    runs = [kbitcheck("impl", "reference", *options, "--seed", seed, cwd=tmp_path) for seed in ("1", "1", "2")]
+    assert [run.returncode for run in runs] == [EXIT_CONFORMS] * 3
+    first, same, other = (json.loads(run.stdout)["subject"]["cases"] for run in runs)
+    assert first == same != other
+    assert {(c["quant"], c["checkpointing"]) for c in first.values()} == {("int8", "off")}
+    assert json.loads(runs[0].stdout)["subject"]["fuzz"]["unloadable"] == {}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "peft"])
+def test_nothing_healthy_is_flagged(implementation, tmp_path):
+    if implementation == "peft":
+        pytest.importorskip("peft")
+    run = kbitcheck("impl", implementation, "--fuzz", "12", "--seed", "3", cwd=tmp_path)
+    assert run.returncode == EXIT_CONFORMS, run.stdout
+    assert "12 cases drawn, seed 3" in run.stdout
+
+
+def test_hypothesis_is_not_imported_unless_something_is_drawn():
+    code = "import sys, kbitcheck.cli; print([m for m in ('hypothesis', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_parent_of_a_fuzzing_run_imports_no_torch():
+    code = "import sys, kbitcheck.fuzz; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_gate_compares_no_drawn_cases(tmp_path):
+    run = kbitcheck("gate", "reference", "--ledger", "x.toml", "--fuzz", "3", cwd=tmp_path)
+    assert run.returncode == 4
+    assert "--fuzz belongs to `kbitcheck impl`" in run.stderr
