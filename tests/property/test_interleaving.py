@@ -3,6 +3,8 @@
 A program is drawn as a list of names, so that a failure prints as one, and ``Session`` replays it.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
@@ -62,7 +64,7 @@ def machine(case):
     return Interleaving
 
 
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
 @pytest.mark.parametrize(("implementation", "quant"), CELLS)

@@ -1,10 +1,12 @@
 """Linear4bit and Linear8bitLt alone: forward, dL/dx, codebook and quantization error against float64, by derived bounds."""
 
+from typing import Any
+
 import kbitcheck_reference as oracle
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -36,8 +38,10 @@ def product(layer, shape, inner, dtype, seed, *, contiguous):
     return x.detach().double(), y.detach().double(), dy.double(), x.grad.double()
 
 
-def judge(x, y, dy, dx, weight, bias, ulp, accumulated):
+def judge(ran, weight, bias, ulp):
     """Element by element: three roundings of operands and result, and one of float32 for each term that is added."""
+    x, y, dy, dx = ran
+    accumulated = 2.0**-24
     wide, inner = weight.abs(), weight.shape[1] + 1
     shift = 0 if bias is None else bias.double()
     spread = x.abs() @ wide.T + (0 if bias is None else bias.double().abs())
@@ -58,7 +62,7 @@ def test_a_4bit_layer_multiplies_by_what_its_bytes_stand_for(
     inner, outer = sizes
     dt = DTYPES[dtype]
     weight = normal(seed, outer, inner)
-    layer = Linear4bit(inner, outer, bias=bias, compute_dtype=dt, compress_statistics=double, quant_type=kind)
+    layer: Any = Linear4bit(inner, outer, bias=bias, compute_dtype=dt, compress_statistics=double, quant_type=kind)
     layer.weight.data = weight
     layer.weight.blocksize = blocksize
     layer = layer.to("cpu").requires_grad_(False)
@@ -70,7 +74,7 @@ def test_a_4bit_layer_multiplies_by_what_its_bytes_stand_for(
     # [N, K] and [K, N] are told apart by the input's width alone, with a warning where it is K.
     ran = product(layer, shape, inner, dt, seed, contiguous=contiguous)
     ulp = max(torch.finfo(dt).eps, torch.finfo(layer.weight.quant_state.dtype).eps)
-    judge(*ran, unpacked, layer.bias, ulp, 2.0**-24)
+    judge(ran, unpacked, layer.bias, ulp)
 
 
 @FEW
@@ -78,12 +82,12 @@ def test_a_4bit_layer_multiplies_by_what_its_bytes_stand_for(
 def test_an_int8_layer_trains_by_what_its_bytes_stand_for(sizes, shape, dtype, bias, contiguous, seed):
     inner, outer = sizes
     dt = DTYPES[dtype]
-    layer = Linear8bitLt(inner, outer, bias=bias, has_fp16_weights=False)
+    layer: Any = Linear8bitLt(inner, outer, bias=bias, has_fp16_weights=False)
     layer.weight.data = normal(seed, outer, inner)
     layer = layer.to("cpu").requires_grad_(False).train()
     unpacked = oracle.dequantized_weight(layer)
     ran = product(layer, shape, inner, dt, seed, contiguous=contiguous)
-    judge(*ran, unpacked, layer.bias, torch.finfo(dt).eps, 2.0**-24)
+    judge(ran, unpacked, layer.bias, torch.finfo(dt).eps)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -100,10 +104,10 @@ def test_each_codebook_value_comes_back_exactly(kind, blocksize):
 def test_quantization_is_off_by_at_most_half_a_gap(sizes, kind, blocksize, seed):
     inner, outer = sizes
     weight = normal(seed, outer, inner)
-    packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type=kind)
+    _, state = quantize_4bit(weight, blocksize=blocksize, quant_type=kind)
     flat = weight.double().reshape(-1)
     largest = torch.stack([b.abs().max() for b in flat.split(blocksize)])
-    layer = Linear4bit(inner, outer, bias=False, quant_type=kind, compress_statistics=False)
+    layer: Any = Linear4bit(inner, outer, bias=False, quant_type=kind, compress_statistics=False)
     layer.weight.data = weight
     layer.weight.blocksize = blocksize
     unpacked = oracle.dequantized_weight(layer.to("cpu")).reshape(-1)
@@ -118,7 +122,7 @@ def test_quantization_is_off_by_at_most_half_a_gap(sizes, kind, blocksize, seed)
 def test_int8_quantization_is_off_by_at_most_half_a_step(sizes, seed):
     inner, outer = sizes
     weight = normal(seed, outer, inner)
-    layer = Linear8bitLt(inner, outer, bias=False, has_fp16_weights=False)
+    layer: Any = Linear8bitLt(inner, outer, bias=False, has_fp16_weights=False)
     layer.weight.data = weight
     unpacked = oracle.dequantized_weight(layer.to("cpu"))
     rows = weight.half().double()  # bitsandbytes quantizes what it first rounds to fp16
