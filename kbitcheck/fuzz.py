@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, settings
+from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 import kbitcheck
 from kbitcheck.core import EXIT_CONFORMS, EXIT_NOTHING, Report, Result, Rule, UsageError
@@ -64,6 +65,23 @@ def fuzz(
             run.bench.close()
 
 
+class _Own(ExampleDatabase):
+    """One implementation's part of a database: what broke another is not tried first on it."""
+
+    def __init__(self, whole: ExampleDatabase | None, implementation: str) -> None:
+        super().__init__()
+        self._whole, self._prefix = whole or InMemoryExampleDatabase(), implementation.encode() + b":"
+
+    def save(self, key: bytes, value: bytes) -> None:
+        self._whole.save(self._prefix + key, value)
+
+    def fetch(self, key: bytes) -> Iterable[bytes]:
+        return self._whole.fetch(self._prefix + key)
+
+    def delete(self, key: bytes, value: bytes) -> None:
+        self._whole.delete(self._prefix + key, value)
+
+
 class _Run:
     """One run of the fuzzer: what it drew, what it found, and the worker it asks."""
 
@@ -110,6 +128,7 @@ class _Run:
         @seed(plan.seed)
         @settings(
             max_examples=plan.number,
+            database=_Own(settings().database, plan.implementation),
             deadline=None,
             verbosity=Verbosity.quiet,
             report_multiple_bugs=False,
@@ -126,8 +145,6 @@ class _Run:
                 self.suspects = [r for r in plan.rules if r.code in self._counted(results, {spec.id: spec})][:1]
                 raise Broken
 
-        # The key of hypothesis' database: what broke one implementation is not tried first on another.
-        conforms.hypothesis.inner_test.__name__ = f"conforms_{_digest(plan.implementation)}"  # type: ignore[attr-defined]
         conforms()
 
     def _judge(self, drawn: Drawn, rules: Sequence[Rule]) -> tuple[CaseSpec, tuple[Result, ...]]:
