@@ -125,8 +125,7 @@ class _Run:
     def _search(self) -> None:
         plan = self.plan
 
-        @seed(plan.seed)
-        @settings(
+        @settings(  # outside of the seed, which takes the database away
             max_examples=plan.number,
             database=_Own(settings().database, plan.implementation),
             deadline=None,
@@ -135,6 +134,7 @@ class _Run:
             suppress_health_check=list(HealthCheck),
             phases=[Phase.reuse, Phase.generate, Phase.shrink],
         )
+        @seed(plan.seed)
         @given(cases(models=plan.models, quants=plan.quants, checkpointing=plan.checkpointing))
         def conforms(drawn: Drawn) -> None:
             self.drawn += 1
