@@ -108,6 +108,12 @@ class Base:
         """The unprepared base under every condition."""
         return forwards.everywhere(self.copy(), self.batch, self.half)
 
+    @cached_property
+    def generator(self) -> bool:
+        """Whether the unprepared base generates: of some shapes transformers itself cannot make the cache."""
+        can = getattr(self.pristine, "can_generate", None)
+        return bool(can and can()) and not forwards.generate(self.copy(), self.batch).raised
+
     def function(self, profile: Profile) -> Function:
         """What a prepared model's logits are measured against, computed once a profile."""
         if profile not in self._functions:
@@ -455,8 +461,7 @@ class Case:
 
     @property
     def generator(self) -> bool:
-        can = getattr(self._base.pristine, "can_generate", None)
-        return bool(can and can())
+        return self._base.generator
 
     @cached_property
     def rounded_biases(self) -> Mapping[str, str]:
@@ -484,6 +489,7 @@ class Case:
             batch=self.batch,
             layers=tuple(self._base.weights),
             half=self._base.half,
+            generator=self.generator,
             seed=self.spec.seed,
         )
 

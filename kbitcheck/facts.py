@@ -367,7 +367,7 @@ class Facts(Protocol):
     def interleaved(self) -> Sequence[StepOutcome]: ...
     @property
     def generator(self) -> bool:
-        """Whether the model can generate at all."""
+        """Whether the unprepared model can generate."""
         ...
 
     @property

@@ -36,6 +36,7 @@ class Subject:
     batch: step.Batch
     layers: Sequence[str]
     half: torch.dtype
+    generator: bool = True
     seed: int = 0
 
 
@@ -169,7 +170,7 @@ class Session:
             self.model(**step.feed(self.model, self.batch))
 
     def _generate(self, name: str) -> None:
-        if not getattr(self.model, "can_generate", lambda: False)():
+        if not self.subject.generator:
             return
         told = generate(self.model, self.batch)
         if told.raised:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitcheck.sabotage.fault import breaks
+from kbitcheck.sabotage.fault import Prepare, around, breaks, wraps
 from kbitcheck.sabotage.precision import quantized
 
 
@@ -126,3 +126,13 @@ def evaluation_nudges_a_scale(model: Any) -> None:
             (module.state.SCB if module.state.SCB is not None else module.weight.SCB).mul_(1.02)
 
     layer.register_forward_hook(nudge)
+
+
+@wraps("KB308")
+def second_preparation_spoils(prepare: Prepare) -> Prepare:
+    def after(model: Any, prepared_before: bool) -> None:
+        model.prepared_before = True
+        if prepared_before:
+            model.transformer.h[1].ln_2.register_forward_hook(lambda module, args, output: _Scaled.apply(output, 1.01))
+
+    return around(prepare, lambda model: getattr(model, "prepared_before", False), after)
