@@ -20,6 +20,7 @@ from kbitcheck.probes.snapshot import norm_evidence
 STEPS = 4
 LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
 WEIGHT_DECAY = 0.1
+FACTORS = ("lora_A", "lora_B")
 # Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
 # gradient is rounding noise from walking at random.
 EPSILON = 1e-3
@@ -142,6 +143,14 @@ class Twins:
     def median_yardstick(self) -> float:
         """The median over adapters with a gradient."""
         return median(self.yardsticks.values()) if self.yardsticks else 0.0
+
+    def pair_yardstick(self, name: str) -> float:
+        """The larger of an adapter's own and its partner's: both factors of a pair carry the error of the same dL/dy.
+
+        Each is one sample of that error, and one alone is now and then small by accident.
+        """
+        pair = {name.replace(".lora_A.", f".{factor}.").replace(".lora_B.", f".{factor}.") for factor in FACTORS}
+        return max(self.yardsticks.get(factor, 0.0) for factor in pair)
 
 
 def logits_of(output: Any) -> torch.Tensor:
