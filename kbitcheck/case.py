@@ -490,6 +490,7 @@ class Case:
             layers=tuple(self._base.weights),
             half=self._base.half,
             generator=self.generator,
+            needs_autocast=self._base.autocast(self.profile) is not None,
             seed=self.spec.seed,
         )
 

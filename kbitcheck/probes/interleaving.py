@@ -37,6 +37,7 @@ class Subject:
     layers: Sequence[str]
     half: torch.dtype
     generator: bool = True
+    needs_autocast: bool = False
     seed: int = 0
 
 
@@ -155,7 +156,8 @@ class Session:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device = next(iter(self.subject.batch.values())).device.type
-        return torch.autocast(device, dtype=self.subject.half) if self.settings.autocast else nullcontext()
+        wanted = self.settings.autocast or self.subject.needs_autocast
+        return torch.autocast(device, dtype=self.subject.half) if wanted else nullcontext()
 
     # Looking
 
@@ -172,7 +174,8 @@ class Session:
     def _generate(self, name: str) -> None:
         if not self.subject.generator:
             return
-        told = generate(self.model, self.batch)
+        with self._autocast():
+            told = generate(self.model, self.batch)
         if told.raised:
             raise RuntimeError(told.raised)
 
