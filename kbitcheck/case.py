@@ -365,7 +365,7 @@ class Case:
                 twin_norm=_norm(twins.exact[name]),
                 error=step.distance(gradient, twins.exact[name]),
                 noise=twins.yardsticks.get(name, 0.0),
-                yardstick=max(twins.pair_yardstick(name), twins.median_yardstick),
+                yardstick=max(twins.yardsticks.get(name, 0.0), twins.median_yardstick),
                 bitwise=_same(gradient, twins.rounded[name]),
             )
             for name, gradient in found.items()

@@ -20,23 +20,24 @@ from kbitcheck.probes.snapshot import norm_evidence
 STEPS = 4
 LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
 WEIGHT_DECAY = 0.1
-FACTORS = ("lora_A", "lora_B")
 # Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
 # gradient is rounding noise from walking at random.
 EPSILON = 1e-3
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T``, whose backward uses another rounding of the same weight."""
+    """``x @ weight.T + bias``, whose backward uses another rounding of the same weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, backward_weight: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, backward_weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.weight = backward_weight
-        return linear(x, weight)
+        return linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient @ ctx.weight, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return gradient @ ctx.weight, None, None, None
 
 
 class TwinLinear(nn.Linear):
@@ -68,9 +69,9 @@ class TwinLinear(nn.Linear):
             if self.backward_weight is None:
                 return linear(x.to(compute), self.weight.to(compute), bias).to(x.dtype)
             product: torch.Tensor = _Product.apply(
-                x.to(compute), self.weight.to(compute), self.backward_weight.to(compute)
+                x.to(compute), self.weight.to(compute), self.backward_weight.to(compute), bias
             )
-            return (product if bias is None else product + bias).to(x.dtype)
+            return product.to(x.dtype)
 
 
 Weights = Mapping[str, torch.Tensor]
@@ -143,14 +144,6 @@ class Twins:
     def median_yardstick(self) -> float:
         """The median over adapters with a gradient."""
         return median(self.yardsticks.values()) if self.yardsticks else 0.0
-
-    def pair_yardstick(self, name: str) -> float:
-        """The larger of an adapter's own and its partner's: both factors of a pair carry the error of the same dL/dy.
-
-        Each is one sample of that error, and one alone is now and then small by accident.
-        """
-        pair = {name.replace(".lora_A.", f".{factor}.").replace(".lora_B.", f".{factor}.") for factor in FACTORS}
-        return max(self.yardsticks.get(factor, 0.0) for factor in pair)
 
 
 def logits_of(output: Any) -> torch.Tensor:

@@ -112,9 +112,9 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
 def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     """Adapter gradients equal those of the float64 twin with the same adapters, within four yardsticks.
 
-    The yardstick of an adapter is how far the twin in the preparation's own dtypes is from the float64 twin, of the two
-    factors of a pair the larger, or the median over all adapters if that is larger. Left out are adapters whose gradient
-    is noise: four yardsticks of theirs are as long as the gradient itself, so no comparison could tell it from zero.
+    The yardstick of an adapter is how far the twin in the preparation's own dtypes is from the float64 twin, or the
+    median over all adapters if that is larger. Left out are adapters whose gradient is noise: four yardsticks of theirs
+    are as long as the gradient itself, so no comparison could tell it from zero.
 
     Why: only a comparison with an independent computation shows a gradient that is there, finite and wrong.
     Symptom: training that works and ends worse than the same run elsewhere.
