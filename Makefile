@@ -40,7 +40,7 @@ cov: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 
-FUZZ ?= 400
+FUZZ ?= 600
 FUZZ_SEED ?= $(shell date +%j)
 
 fuzz: $(STAMP)

@@ -3,6 +3,7 @@
 A program is drawn as a list of names, so that a failure prints as one, and ``Session`` replays it.
 """
 
+import gc
 from typing import Any
 
 import pytest
@@ -129,3 +130,24 @@ def test_a_sessions_packed_weights_are_watched(bases):
     with torch.no_grad():
         layer.weight.data.view(-1)[0] ^= 1
     assert session.do("train-mode").changed
+
+
+def alive():
+    gc.collect()
+    return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_memory_returns(quant, bases):
+    """Rounds of steps leave as many tensors as the round before; one that is hoarded would be counted."""
+    session = Session(case_of("reference", quant, bases).interleaving)
+    counts = []
+    for _ in range(3):
+        for name in ("train", "evaluate", "infer", "generate", "accumulate", "save", "move"):
+            assert faulty(session.do(name)) == ""
+        counts.append(alive())
+    assert counts[1] == counts[2]
+    hoard = []
+    session.model.register_forward_hook(lambda module, args, output: hoard.append(output.loss))
+    session.do("train")
+    assert alive() > counts[2]
