@@ -245,7 +245,8 @@ class CostFacts:
 class ForwardFacts:
     """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's.
 
-    ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares).
+    ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
+    ``base_step`` how far the base's own are in eval from what they are in train, without dropout.
     """
 
     condition: str
@@ -255,6 +256,7 @@ class ForwardFacts:
     base_raised: str = ""
     base_finite: bool = True
     apart: float | None = None
+    base_step: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

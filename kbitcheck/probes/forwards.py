@@ -67,6 +67,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
 
 def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
     """The prepared model's forwards beside the unprepared base's."""
+    trained = {bare.condition.replace("train", "eval"): bare.logits for bare in base if "train" in bare.condition}
     return [
         ForwardFacts(
             condition=mine.condition,
@@ -76,6 +77,7 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
             base_raised=bare.raised,
             base_finite=bare.finite,
             apart=_apart(mine.logits, bare.logits) if mine.finite and bare.finite else None,
+            base_step=(_apart(bare.logits, trained.get(bare.condition)) or 0.0) if bare.finite else 0.0,
         )
         for mine, bare in zip(found, base, strict=True)
     ]

@@ -8,9 +8,6 @@ from collections.abc import Iterable, Iterator
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import FLOATING, HALF, Facts, ModelFacts, TensorFacts
 
-# In eval an int8 layer rounds its input too, each row to 127 steps; the layers' errors are independent and add as roots.
-INT8_STEP = 1 / 127
-
 NORM_KINDS = frozenset({"class", "name", "shape"})
 
 
@@ -221,12 +218,12 @@ def same_function(facts: Facts) -> Iterable[Observation]:
     if f.left_out == f.tokens:
         raise NotApplicable("rounding moved the experts of every token")
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
-    rounding = sum(layer.kind == "int8" for layer in facts.base.layers.values())
+    rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
     for forward in facts.forwards:
         if forward.apart is not None and not forward.autocast and not f.left_out:
             # The base and the prepared model are each this far from the twin; modes and masks change little of that.
-            far = 4 * (f.base_error + max(f.twin_error, f.ulp))
-            far += INT8_STEP * rounding**0.5 if "eval" in forward.condition else 0
+            # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
+            far = 4 * (f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0))
             where = f"logits ({forward.condition})"
             ok = forward.apart <= far
             yield Observation(where, ok, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}")
