@@ -49,5 +49,12 @@ class RuleItem(pytest.Item):
     def runtest(self) -> None:
         self._runner.check(self, self._spec, self._rule.code)
 
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The whole text once: under CI pytest's short summary would print all of it a second time."""
+        shown = super().repr_failure(excinfo, style)
+        if crash := getattr(shown, "reprcrash", None):
+            crash.message = crash.message.partition("\n")[0]
+        return shown
+
     def reportinfo(self) -> tuple[Any, None, str]:
         return self.path, None, self.name
