@@ -101,11 +101,11 @@ class Base:
 
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
         autocast = self.autocast(spec.profile)
-        exact_model, exact_adapters = self.attach(twin.float64(self.copy(), self.weights), spec)
+        exact_model, exact_adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
         adapter_probe.recast(exact_adapters, torch.float64)
         exact_logits = twin.forward_logits(exact_model, self.batch)
         _, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
-        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.copy(), self.weights, spec.profile), spec)
+        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
         rounded_logits = twin.forward_logits(rounded_model, self.batch, autocast() if autocast else None)
         _, rounded = step.train_step(
             rounded_model, self.batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
@@ -454,7 +454,7 @@ class Case:
     @cached_property
     def function(self) -> FunctionFacts:
         autocast = self._base.autocast(self.profile)
-        exact = twin.float64(self._base.copy(), self._base.weights)
+        exact = twin.float64(self._base.pristine, self._base.weights)
         target, routes = targets.routed(exact, lambda: twin.forward_logits(exact, self.batch))
         subject = self._prepared_copy()
         found, subject_routes = targets.routed(
@@ -462,7 +462,7 @@ class Case:
         )
         base = self._base.copy()
         original, base_routes = targets.routed(base, lambda: twin.forward_logits(base, self.batch))
-        rounded = twin.same_dtype(self._base.copy(), self._base.weights, self.profile)
+        rounded = twin.same_dtype(self._base.pristine, self._base.weights, self.profile)
         ideal, ideal_routes = targets.routed(
             rounded, lambda: twin.forward_logits(rounded, self.batch, autocast() if autocast else None)
         )
