@@ -211,7 +211,8 @@ class MemoryFacts:
 
     ``allowed`` is what checkpointing has to keep, from the plain run: the blocks' tensor arguments and results and all
     that was made outside the blocks. ``stack`` is what a bare quantized layer demonstrably keeps under checkpointing.
-    ``steps`` are the bytes each block added in the checkpointed forward, ``step_allowed`` those of its inputs.
+    ``steps`` are the bytes each block added in the checkpointed forward, ``step_allowed`` those of its inputs,
+    ``plain_steps`` what it added in the plain one.
     """
 
     plain: int
@@ -225,6 +226,7 @@ class MemoryFacts:
     step_allowed: Mapping[str, int]
     step_stack: Mapping[str, int]
     survivors: int
+    plain_steps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,7 +92,6 @@ class Server:
         import kbitcheck.case  # noqa: F401
 
         gc.enable()
-        gc.freeze()
         # One thread until a model is worth more: on tiny ones threads only wait for each other.
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -103,6 +102,8 @@ class Server:
 
         self._device = environment.resolve_device(request["device"])
         told = environment.describe(self._device, request["seed"])
+        # In front, in their order, and only now: nothing of the subject's may stand in for the stack.
+        sys.path[:0] = [directory for directory in request.get("path", ()) if directory not in sys.path]
         self._implementation = load(request["implementation"])
         yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
 

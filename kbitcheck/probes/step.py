@@ -214,23 +214,29 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
 
 @contextmanager
 def dropout_raised(model: nn.Module, p: float = 0.1) -> Iterator[None]:
-    """Give every dropout of the built model a rate, modules and rates kept as plain numbers alike."""
-    changed: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            changed.append((module, "p", module.p))
-        changed.extend(
-            (module, name, value)
-            for name, value in vars(module).items()
-            if "dropout" in name and isinstance(value, float) and "layer" not in name
-        )
-    for module, name, _ in changed:
-        setattr(module, name, p)
+    """Give every dropout of the built model a rate, and afterwards the one it had."""
+    changed = set_dropout(model, p)
     try:
         yield
     finally:
         for module, name, value in changed:
             setattr(module, name, value)
+
+
+def set_dropout(model: nn.Module, p: float) -> list[tuple[nn.Module, str, float]]:
+    """Give every dropout of the built model a rate, modules and rates kept as plain numbers alike; returns what was."""
+    found: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            found.append((module, "p", module.p))
+        found.extend(
+            (module, name, value)
+            for name, value in vars(module).items()
+            if "dropout" in name and isinstance(value, float) and "layer" not in name
+        )
+    for module, name, _ in found:
+        setattr(module, name, p)
+    return found
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def _replaced(model: nn.Module, build: Callable[[str, Any], nn.Module]) -> nn.Mo
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """What the twins of one base gave: gradients and their yardsticks, logits, and losses while training.
+    """What the twins of one base gave: gradients and their yardsticks, and losses while training.
 
     ``exact`` are the float64 twin's gradients and ``rounded`` those of the twin in the preparation's own dtypes;
     ``yardsticks`` is how far the second is from the first, relative, by adapter, never below one ulp.
@@ -141,8 +141,6 @@ class Twins:
     exact: step.Gradients
     rounded: step.Gradients
     yardsticks: Mapping[str, float]
-    logits: torch.Tensor
-    logits_error: float
     losses: tuple[float, ...]
     learning_rate: float
 
