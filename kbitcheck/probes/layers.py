@@ -73,7 +73,8 @@ def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
     its output, what the layer really computes with is the kernel's weight: that one is used, and the relative error
     of the kernel is told. ``model`` is read from later, and must never run.
     """
-    kernels, misread = {}, {}
+    kernels: dict[str, torch.Tensor] = {}
+    misread: dict[str, float] = {}
     quantized = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
     weights = Weights(quantized, kernels)
     for name, module in quantized.items():
