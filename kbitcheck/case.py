@@ -117,8 +117,8 @@ class Base:
     def function(self, profile: Profile) -> Function:
         """What a prepared model's logits are measured against, computed once a profile."""
         if profile not in self._functions:
-            exact = twin.float64(self.copy(), self.weights)
-            rounded = twin.same_dtype(self.copy(), self.weights, profile)
+            exact = twin.float64(self.pristine, self.weights)
+            rounded = twin.same_dtype(self.pristine, self.weights, profile)
             self._functions[profile] = Function(
                 exact=self.logits(exact), original=self.logits(self.copy()), rounded=self.logits(rounded, profile)
             )
@@ -142,10 +142,10 @@ class Base:
 
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
         autocast = self.autocast(spec.profile)
-        exact_model, exact_adapters = self.attach(twin.float64(self.copy(), self.weights), spec)
+        exact_model, exact_adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
         adapter_probe.recast(exact_adapters, torch.float64)
         _, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
-        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.copy(), self.weights, spec.profile), spec)
+        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
         _, rounded = step.train_step(
             rounded_model, self.batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
         )

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbitcheck.core import UsageError
 from kbitcheck.models.source import Source
+from kbitcheck.quantization import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kbitcheck.models.drawing import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -19,13 +25,23 @@ class Config(Source):
 
     @property
     def checkpoint(self) -> Path:
-        """The drawn, unquantized checkpoint; made once a process."""
+        """The drawn, unquantized checkpoint; made once a process. ``load`` does without it."""
         from kbitcheck.models import drawing
 
+        return drawing.checkpoint(self._plan)
+
+    def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
+        """A fresh model, each tensor quantized on ``device`` as soon as it is drawn."""
+        from kbitcheck.models import drawing
+
+        return drawing.load(self._plan, quant, self._options(device))
+
+    @property
+    def _plan(self) -> Plan:
+        from kbitcheck.models.drawing import Plan
+
         seed = str(self.config["model_type"])
-        return drawing.checkpoint(
-            drawing.Plan(name=self.name, seed=seed, config=self.config, dtype=self.unquantized_dtype)
-        )
+        return Plan(name=self.name, seed=seed, config=self.config, dtype=self.unquantized_dtype)
 
 
 def read(config: Mapping[str, Any], *, name: str, random_weights: bool, **options: Any) -> Config:

@@ -10,17 +10,20 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kbitcheck.models import loading
+from kbitcheck.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,31 +65,82 @@ def checkpoint(plan: Plan) -> Path:
     return found
 
 
+def load(plan: Plan, quant: Quantization, options: loading.Options) -> PreTrainedModel:
+    """The plan's model, quantized tensor by tensor as it is drawn: never more than one is there unquantized.
+
+    transformers before 5 reads only from files, so that the whole is drawn to a temporary checkpoint first.
+
+    Raises:
+        UsageError: transformers cannot build such a model.
+    """
+    if transformers.__version__ < "5":
+        return loading.load(checkpoint(plan), quant, options)
+    config = loading.known_config(dict(plan.config), name=plan.name)
+    with loading.quiet(), loading.told(plan.name):
+        model: Any = loading.empty(loading.architecture(config), config)
+        model.tie_weights()
+        # Of a tied tensor's names only the one that tying reads from is loaded.
+        tied = model.all_tied_weights_keys
+        drawn = {name: Drawn(draw) for name, draw in tensors(model, plan).items() if name not in tied}
+    return loading.stream(drawn, config, quant, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A tensor that is drawn when it is read, ``drawn[...]``, as a slice of a safetensors file is."""
+
+    draw: Callable[[], Tensor]
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.draw()
+
+
 def fill(model: PreTrainedModel, plan: Plan) -> None:
     """Give every tensor that a model on the meta device saves numbers, in the dtype that loading will keep it in."""
+    model.config.dtype = getattr(torch, plan.dtype)
+    modules = dict(model.named_modules())
+    for name, draw in tensors(model, plan).items():
+        owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+        old = getattr(owner, leaf)
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(draw(), requires_grad=old.requires_grad) if is_parameter else draw())
+    model.tie_weights()
+
+
+def tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Callable[[], Tensor]]:
+    """By name, what draws each parameter and saved buffer of a model on the meta device. Order plays no part."""
     dtype = getattr(torch, plan.dtype)
-    model.config.dtype = dtype
     wide = {
         *(getattr(model, "_keep_in_fp32_modules", None) or () if dtype is torch.float16 else ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
     modules = dict(model.named_modules())
+    found: dict[str, Callable[[], Tensor]] = {}
     # A tied tensor has several names, and tying may prefer the one that was not drawn.
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
-        factor = next((f for pattern, f in plan.scale.items() if fnmatchcase(name, pattern)), 1.0)
-        numbers = factor * _numbers(owner, leaf, tuple(parameter.shape), f"{plan.seed}/{name}")
-        if _is_scale(owner, leaf) and not _adds_one(owner):
-            numbers = 1 + numbers
         kept = torch.float32 if wide.intersection(name.split(".")) else dtype
-        setattr(owner, leaf, nn.Parameter(numbers.to(kept), requires_grad=parameter.requires_grad))
-    model.tie_weights()
+        found[name] = partial(_parameter, owner, leaf, name, tuple(parameter.shape), plan, kept)
     saved = model.state_dict().keys()
-    for name, buffer in list(model.named_buffers()):
+    for name, buffer in model.named_buffers():
         if name in saved:
-            owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
-            # Positive, as a running variance has to be.
-            setattr(owner, leaf, normal(f"{plan.seed}/{name}", tuple(buffer.shape)).abs().to(buffer.dtype))
+            found[name] = partial(_buffer, f"{plan.seed}/{name}", tuple(buffer.shape), buffer.dtype)
+    return found
+
+
+def _parameter(
+    owner: nn.Module, leaf: str, name: str, shape: tuple[int, ...], plan: Plan, dtype: torch.dtype
+) -> Tensor:
+    numbers = _numbers(owner, leaf, shape, f"{plan.seed}/{name}")
+    numbers *= next((f for pattern, f in plan.scale.items() if fnmatchcase(name, pattern)), 1.0)
+    if _is_scale(owner, leaf) and not _adds_one(owner):
+        numbers += 1
+    return numbers.to(dtype)
+
+
+def _buffer(seed: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # Positive, as a running variance has to be.
+    return normal(seed, shape).abs().to(dtype)
 
 
 def normal(seed: str, shape: tuple[int, ...]) -> Tensor:
@@ -97,16 +151,17 @@ def normal(seed: str, shape: tuple[int, ...]) -> Tensor:
 
 def _numbers(owner: nn.Module, leaf: str, shape: tuple[int, ...], seed: str) -> Tensor:
     """Scales that keep activations near one: 0.2 for norm scales, 0.1 for biases, 1/sqrt(fan in) for weights."""
+    # In place, as the largest tensor decides what memory drawing takes.
     if _is_scale(owner, leaf):
-        return 0.2 * normal(seed, shape)
+        return normal(seed, shape).mul_(0.2)
     if leaf.endswith("bias"):
-        return 0.1 * normal(seed, shape)
+        return normal(seed, shape).mul_(0.1)
     if len(shape) < 2 or isinstance(owner, nn.Embedding):
         return normal(seed, shape)
     fan_in = shape[0] if type(owner).__name__ == "Conv1D" else shape[-1]
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         fan_in = torch.Size(shape[1:]).numel()
-    return normal(seed, shape) / math.sqrt(fan_in)
+    return normal(seed, shape).div_(math.sqrt(fan_in))
 
 
 def _is_scale(owner: nn.Module, leaf: str) -> bool:

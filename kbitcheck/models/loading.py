@@ -57,27 +57,46 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
     with quiet(), told(options.name):
         refuse_unknown(read_config(folder / CONFIG, options.name), options)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-        cls = architecture(config, trust_remote_code=options.trust_remote_code)
-        wanted: dict[str, Any] = {}
-        if options.attention:
-            wanted["attn_implementation"] = options.attention
-            if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
-                wanted["experts_implementation"] = options.attention
-        if quant is not None:
-            automatic = automatic_skip(cls, config) if quant.skip else []
-            wanted["quantization_config"] = quant.config(automatic)
-        loaded = cls.from_pretrained(
-            folder,
-            config=config,
-            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-            device_map={"": options.device},
-            trust_remote_code=options.trust_remote_code,
-            use_safetensors=None if options.allow_pickle else True,
-            # Names the tensors below. Before transformers 5 it takes quantized Conv1D layers for mismatched.
-            ignore_mismatched_sizes=transformers.__version__ >= "5",
-            output_loading_info=True,
-            **wanted,
-        )
+        return _loaded(folder, config, quant, options)
+
+
+def stream(
+    tensors: Mapping[str, Any], config: PretrainedConfig, quant: Quantization | None, options: Options
+) -> PreTrainedModel:
+    """A model whose tensors are read one at a time, quantized, and let go of: ``tensors[name][...]`` is one of them.
+
+    No more than one tensor is held in its own dtype. Needs transformers 5.
+
+    Raises:
+        UsageError: transformers cannot build such a model, or tensors are missing or have another shape.
+    """
+    with quiet(), told(options.name):
+        return _loaded(None, config, quant, options, state_dict=dict(tensors))
+
+
+def _loaded(
+    folder: Path | None, config: PretrainedConfig, quant: Quantization | None, options: Options, **more: Any
+) -> PreTrainedModel:
+    cls = architecture(config, trust_remote_code=options.trust_remote_code)
+    if options.attention:
+        more["attn_implementation"] = options.attention
+        if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
+            more["experts_implementation"] = options.attention
+    if quant is not None:
+        automatic = automatic_skip(cls, config) if quant.skip else []
+        more["quantization_config"] = quant.config(automatic)
+    loaded = cls.from_pretrained(
+        folder,
+        config=config,
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        device_map={"": options.device},
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=None if options.allow_pickle else True,
+        # Names the tensors below. Before transformers 5 it takes quantized Conv1D layers for mismatched.
+        ignore_mismatched_sizes=transformers.__version__ >= "5",
+        output_loading_info=True,
+        **more,
+    )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     for fault in ("missing_keys", "mismatched_keys"):
         if info.get(fault):

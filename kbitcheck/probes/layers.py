@@ -8,8 +8,9 @@ the chain rule asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import kbitcheck_reference as oracle
@@ -23,26 +24,69 @@ from kbitcheck.probes import step
 _dequantized = oracle.dequantized_weight
 
 
-def originals(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+# Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
+# than all its arithmetic, and keeping those of a large one eight bytes a weight.
+KEPT_BYTES = 256 << 20
+
+Read = Callable[[], torch.Tensor]
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Each quantized layer's weight, (out, in) in float64, by name.
+
+    Unpacked by the oracle whenever it is asked for, from layers that never run: no more than one need be there at a time.
+    ``kernels`` holds what the backend's own kernel makes of the layers that it misreads.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], kernels: Mapping[str, torch.Tensor]) -> None:
+        self._layers, self._kernels = layers, kernels
+        elements = [rows * columns for rows, columns in map(backends.shape, layers.values())]
+        self._all_kept = 8 * sum(elements) <= KEPT_BYTES
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        found = self._kernels[name].double() if name in self._kernels else _dequantized(self._layers[name])
+        if self._all_kept:
+            self._kept[name] = found
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def reader(self, make: Read) -> Read:
+        """``make`` as it is for a large model; for a small one, what makes it once."""
+        return cache(make) if self._all_kept else make
+
+
+def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
     """Each quantized layer's weight in float64, by name, and the layers that the stack itself misreads.
 
     Where the backend's own kernel unpacks a weight to other numbers than the format says, by more than the rounding of
     its output, what the layer really computes with is the kernel's weight: that one is used, and the relative error
-    of the kernel is told.
+    of the kernel is told. ``model`` is read from later, and must never run.
     """
-    weights, misread = {}, {}
-    for name, module in model.named_modules():
-        if not backends.is_quantized(module):
-            continue
+    kernels: dict[str, torch.Tensor] = {}
+    misread: dict[str, float] = {}
+    quantized = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
+    weights = Weights(quantized, kernels)
+    for name, module in quantized.items():
         weight = _dequantized(module)
         # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
-        kernel = backends.dequantized(module, torch.float32).double()
+        kernel = backends.dequantized(module, torch.float32)
+        gap = (kernel.double() - weight).abs()
         unpacked = backends.state_dtype(module) or torch.float32
         bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
-        if bool(((kernel - weight).abs() > bound).any()):
-            misread[name] = float((kernel - weight).norm() / weight.norm())
-            weight = kernel
-        weights[name] = weight
+        if bool((gap > bound).any()):
+            misread[name] = float(gap.norm() / weight.norm())
+            kernels[name] = kernel
     return weights, misread
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch.nn.functional import linear
 
 from kbitcheck import backends
 from kbitcheck.probes import step
+from kbitcheck.probes.layers import Read, Weights
 from kbitcheck.probes.snapshot import norm_evidence
 
 STEPS = 4
@@ -26,104 +28,106 @@ EPSILON = 1e-3
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T + bias``, whose backward uses another rounding of the same weight."""
+    """``x @ weight.T + bias``; forward and backward each read the weight anew, so that no graph holds it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, backward_weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: Read, backward_weight: Read, bias: torch.Tensor | None) -> Any:
         ctx.weight = backward_weight
-        return linear(x, weight, bias)
+        return linear(x, weight(), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return gradient @ ctx.weight, None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient @ ctx.weight(), None, None, None
 
 
 class TwinLinear(nn.Linear):
-    """A quantized layer's arithmetic with a plain weight (out, in): compute in ``compute``, answer in the input's dtype.
+    """A quantized layer's arithmetic with a plain weight: compute in ``compute``, answer in the input's dtype.
 
-    bitsandbytes' 4-bit backward unpacks the weight to the quantization state's dtype first and its forward does not;
-    ``backward_weight`` is that rounding, where it differs.
+    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to whatever dtype comes in). bitsandbytes'
+    4-bit backward unpacks the weight to the quantization state's dtype first and its forward does not;
+    ``backward_read`` is that rounding, where it differs. ``weight`` itself has the shape and dtype but no numbers.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        shape: tuple[int, int],
+        read: Read,
         bias: torch.Tensor | None,
         compute: torch.dtype | None,
-        backward_weight: torch.Tensor | None = None,
+        device: torch.device,
+        backward_read: Read | None = None,
     ) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        super().__init__(shape[1], shape[0], bias=False, device="meta")
+        # One number, seen everywhere: NaN, should a model compute with the weight behind the layer's back.
+        blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=device)
+        self.weight = nn.Parameter(blank.expand(shape), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self.compute = compute
-        self.backward_weight = backward_weight
+        self._read, self._backward_read = read, backward_read or read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = self.compute or x.dtype
         own: torch.Tensor | None = self._parameters["bias"]
-        bias = None if own is None else own.to(compute)
         with torch.autocast(x.device.type, enabled=False):
-            if self.backward_weight is None:
-                return linear(x.to(compute), self.weight.to(compute), bias).to(x.dtype)
             product: torch.Tensor = _Product.apply(
-                x.to(compute), self.weight.to(compute), self.backward_weight.to(compute), bias
+                x.to(compute),
+                lambda: self._read().to(compute),
+                lambda: self._backward_read().to(compute),
+                None if own is None else own.to(compute),
             )
-            return product.to(x.dtype)
+        return product.to(x.dtype)
 
 
-Weights = Mapping[str, torch.Tensor]
+def float64(base: nn.Module, weights: Weights) -> nn.Module:
+    """The float64 twin of a base, which is left alone; ``weights`` are the quantized layers', by name."""
 
+    def plain(name: str, module: Any) -> TwinLinear:
+        bias = None if module.bias is None else module.bias.detach().double()
+        read = weights.reader(lambda: weights[name])
+        return TwinLinear(backends.shape(module), read, bias, torch.float64, module.weight.device)
 
-def float64(base: Any, weights: Weights) -> nn.Module:
-    """Turn a fresh base into its float64 twin, in place; ``weights`` are the quantized layers', by name."""
-    _replace(base, lambda name, module: TwinLinear(weights[name], _double(module.bias), torch.float64))
-    if hasattr(base, "set_experts_implementation"):
-        base.set_experts_implementation("eager")  # the grouped product knows no float64
-    twin: nn.Module = base.double()
-    return twin
+    twin: Any = _replaced(base, plain)
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")  # the grouped product knows no float64
+    doubled: nn.Module = twin.double()
+    return doubled
 
 
 def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
-    """Turn a fresh base into the twin that rounds as an ideal preparation under ``profile`` must, in place."""
+    """The twin of a base that rounds as an ideal preparation under ``profile`` must; the base is left alone."""
 
     def plain(name: str, module: Any) -> TwinLinear:
         compute, unpacked = backends.compute_dtype(module), backends.state_dtype(module)
-        weight = weights[name]
-        bias = module.bias
+        shape, device = backends.shape(module), module.weight.device
+        bias = None if module.bias is None else module.bias.detach().clone()
         if compute is None or unpacked is None:
             # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
-            return TwinLinear(backends.dequantized(module), None if bias is None else bias.detach().clone(), None)
+            return TwinLinear(shape, weights.reader(lambda: backends.dequantized(module)), bias, None, device)
         return TwinLinear(
-            weight.to(compute),
-            None if bias is None else bias.detach().to(compute),
+            shape,
+            weights.reader(lambda: weights[name].to(compute)),
+            None if bias is None else bias.to(compute),
             compute,
-            backward_weight=None if unpacked == compute else weight.to(unpacked),
+            device,
+            backward_read=None if unpacked == compute else weights.reader(lambda: weights[name].to(unpacked)),
         )
 
-    norms = {id(m) for n, m in base.named_modules() if norm_evidence(n, m)}
-    _replace(base, plain)
-    for module in base.modules():
+    twin = _replaced(base, plain)
+    for name, module in twin.named_modules():
         if isinstance(module, TwinLinear) or profile == "frozen-half":
             continue
-        if profile == "peft" or id(module) in norms:
+        if profile == "peft" or norm_evidence(name, module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
-    return base
+    return twin
 
 
-def _replace(model: nn.Module, build: Any) -> None:
-    for name, module in list(model.named_modules()):
-        if backends.is_quantized(module):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, build(name, module))
-
-
-def _double(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach().double()
+def _replaced(model: nn.Module, build: Callable[[str, Any], nn.Module]) -> nn.Module:
+    """A copy of a model with its quantized layers replaced, of which nothing packed is copied."""
+    instead = {id(m): build(n, m) for n, m in model.named_modules() if backends.is_quantized(m)}
+    return copy.deepcopy(model, instead)
 
 
 @dataclass(frozen=True, slots=True)
