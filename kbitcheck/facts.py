@@ -324,10 +324,10 @@ class HeldFacts:
 class ForecastFacts:
     """What training will take, in bytes, predicted without weights.
 
-    ``optimizer`` maps an optimizer to what it keeps (``paged`` means pages that can go to the host); ``activations``
-    maps a checkpointing mode to a step of ``batch`` sequences of ``seq_len`` tokens. ``largest_batch`` (at
-    ``seq_len``) and ``longest`` (at batch 1) map memory sizes in bytes to what fits with ``optimizer["adamw"]`` under
-    the case's checkpointing. ``attention`` is the device whose kernels are assumed.
+    ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
+    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``) and
+    ``longest`` (one sequence, in tokens) map memory sizes in bytes to what fits with 32-bit AdamW under ``mode``.
+    ``missing`` is why no step was predicted.
     """
 
     groups: Mapping[str, GroupFacts]
@@ -335,15 +335,15 @@ class ForecastFacts:
     adapters: int
     trainable: int
     optimizer: Mapping[str, int]
-    batch: int
-    seq_len: int
     device: str
     mode: str
-    activations: Mapping[str, HeldFacts]
-    logits: int
-    largest_batch: Mapping[int, int]
-    longest: Mapping[int, int]
     memory: int | None = None
+    batch: int = 0
+    seq_len: int = 0
+    activations: Mapping[str, HeldFacts] = field(default_factory=dict)
+    logits: int = 0
+    largest_batch: Mapping[int, int] = field(default_factory=dict)
+    longest: Mapping[int, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     missing: str = ""
 

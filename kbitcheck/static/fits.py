@@ -1,0 +1,100 @@
+"""What fits: how a step's peak grows with batch and length, and the memory of common GPUs. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kbitcheck.core import UsageError
+
+UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+GIB = 1 << 30
+
+# Memory as sold, in GiB, as the vendors' data sheets give it.
+GPUS: Mapping[str, int] = {
+    "T4": 16 * GIB,
+    "RTX 3090, RTX 4090, A10, L4": 24 * GIB,
+    "V100, RTX 5090": 32 * GIB,
+    "A100-40": 40 * GIB,
+    "L40S, RTX 6000 Ada": 48 * GIB,
+    "A100-80, H100": 80 * GIB,
+    "H200": 141 * GIB,
+    "B200": 180 * GIB,
+}
+
+
+def parse(text: str) -> int:
+    """The bytes that ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes mean.
+
+    Raises:
+        UsageError: it is none of these, or nothing at all.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found[2].upper() if found else "?"
+    unit = f"{unit}IB" if unit in ("K", "M", "G", "T") else unit
+    size = int(float(found[1]) * UNITS[unit]) if found and unit in UNITS else 0
+    if size < 1:
+        raise UsageError(f"--memory wants a size such as 24GiB, 80GB or 512MiB, not {text!r}")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Bytes of a step by batch and length: ``fixed + batch * (first + second * length + third * length**2)``.
+
+    Every tensor of a step is of one of these sizes. Where a larger step peaks in another place the real peak bends
+    upwards, so that what is predicted to fit far from the shapes that were measured is a little too large.
+    """
+
+    fixed: float
+    first: float
+    second: float
+    third: float
+
+    @classmethod
+    def through(cls, length: int, peaks: Mapping[tuple[int, int], int]) -> Growth:
+        """The growth through four peaks, by (batch, length): (2, half), (2, full), (4, full) and (2, twice)."""
+        half = length // 2
+        each = (peaks[4, length] - peaks[2, length]) / 2
+        fixed = peaks[2, length] - 2 * each
+        xs = (half, length, 2 * length)
+        ys = ((peaks[2, half] - fixed) / 2, each, (peaks[2, 2 * length] - fixed) / 2)
+        rise = [(ys[i + 1] - ys[i]) / (xs[i + 1] - xs[i]) for i in (0, 1)]
+        third = (rise[1] - rise[0]) / (xs[2] - xs[0])
+        second = rise[0] - third * (xs[0] + xs[1])
+        return cls(fixed, ys[0] - second * xs[0] - third * xs[0] ** 2, second, third)
+
+    def peak(self, batch: int, length: int) -> float:
+        """Bytes of one step."""
+        return self.fixed + batch * (self.first + self.second * length + self.third * length**2)
+
+    def largest_batch(self, length: int, room: int) -> int:
+        """The most sequences of this length whose step takes at most ``room`` bytes; 0 where not one does."""
+        each = self.peak(1, length) - self.fixed
+        return max(int((room - self.fixed) // each), 0) if each > 0 else 0
+
+    def longest(self, room: int, limit: int) -> int:
+        """The longest single sequence, of at most ``limit`` tokens, whose step takes at most ``room`` bytes."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.peak(1, middle) <= room else (low, middle - 1)
+        return low
+
+
+def optimizers(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that optimizers keep for float32 parameters of these sizes (numbers of elements).
+
+    AdamW keeps two float32 numbers each. The 8-bit AdamW of bitsandbytes keeps two bytes, a float32 scale for every 256
+    and two tables; parameters of fewer than 4096 elements stay 32-bit. Paged optimizers keep parameters of 100,000
+    elements or more in pages, which can go to the host: ``paged`` is what cannot.
+    """
+    small, paged = 4096, 100_000
+    eight = sum(8 * n if n < small else 2 * n + 2 * 4 * -(-n // 256) for n in sizes.values())
+    tables = 2 * 256 * 4 if any(n >= small for n in sizes.values()) else 0
+    return {
+        "adamw": 8 * sum(sizes.values()),
+        "adamw-8bit": eight + tables,
+        "paged-adamw": sum(8 * n for n in sizes.values() if n < paged),
+    }
