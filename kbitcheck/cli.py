@@ -58,11 +58,12 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
     """Will this model survive k-bit preparation and train, and what will it cost?"""
     from kbitcheck import implementations, models, suite
 
-    if options.static:
-        raise UsageError("--static is not built yet; leave it out to audit the model itself")
+    if options.static and options.random_weights:
+        raise UsageError("--static makes no weights: leave out --random-weights")
     prepare = options.prepare or implementations.default()
     source = models.resolve(
         model,
+        static="always" if options.static else "if-too-large",
         random_weights=options.random_weights,
         dtype=options.dtype or None,
         revision=options.revision or None,
@@ -75,6 +76,7 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
         quants=options.quant or [getattr(source, "quant", None) or "nf4"],
         checkpointing=options.modes or ["default"],
         implementation=prepare,
+        static="if-too-large" if source.loadable and not options.static else "always",
         **options.case,
     )
     return audit("model", specs, options, blame="any")

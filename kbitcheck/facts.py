@@ -6,7 +6,7 @@ A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 HALF = frozenset({"float16", "bfloat16"})
@@ -367,6 +367,15 @@ class ForecastFacts:
         """Bytes that stay through training: prepared weights, adapters and the state of 32-bit AdamW."""
         return self.loaded + self.upcast + self.adapters + self.optimizer["adamw"]
 
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary, sums included."""
+        sums = {name: getattr(self, name) for name in ("loaded", "upcast", "parameters", "resident")}
+        totals = {mode: self.total(mode) for mode in self.activations}
+        plain = asdict(self)
+        for name in ("largest_batch", "longest"):
+            plain[name] = {str(size): number for size, number in plain[name].items()}
+        return {**plain, **sums, "gradients": self.adapters, "total": totals}
+
     def total(self, mode: str) -> int | None:
         """Peak of a training step under a checkpointing mode; the gradients are in it."""
         step = self.activations.get(mode)
@@ -465,3 +474,7 @@ class Facts(Protocol):
     def unfit_targets(self) -> Mapping[str, str]: ...
     @property
     def forecast(self) -> ForecastFacts: ...
+    @property
+    def widened(self) -> Mapping[str, int]:
+        """Bytes that preparation adds to each half-precision parameter that it widens."""
+        ...

@@ -26,6 +26,7 @@ from kbitcheck.suite import CaseSpec
 
 if TYPE_CHECKING:
     from kbitcheck.case import Case
+    from kbitcheck.static.case import StaticCase
 
 Event = dict[str, Any]
 
@@ -35,7 +36,7 @@ LAST = frozenset({"ready", "loaded", "done", "usage", "broken"})
 LARGE_BYTES = 64 << 20
 
 
-def examine(case: Case, selected: Sequence[Rule]) -> Iterator[Event]:
+def examine(case: Case | StaticCase, selected: Sequence[Rule]) -> Iterator[Event]:
     """Judge every rule on a case, tell its facts, and close it."""
     with contextlib.closing(case):
         for rule in selected:

@@ -46,6 +46,11 @@ class Source(ABC):
         return self.dtype or config_dtype(self.config) or "float32"
 
     @property
+    def loadable(self) -> bool:
+        """Whether there are weights to load, or to draw."""
+        return getattr(self, "drawn", True)
+
+    @property
     def remote_code(self) -> bool:
         """Whether the model needs code from its repository."""
         return bool(self.config.get("auto_map"))

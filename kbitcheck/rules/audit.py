@@ -80,10 +80,21 @@ def quantized_share(facts: Facts) -> Iterable[Observation]:
     total = packed + sum(groups.values())
     share = packed / total if total else 0.0
     largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
+    for tensor in _largest(facts.base) if share < MOST else ():
+        yield Observation(
+            tensor.name, False, "packed weights", f"{tensor.dtype}, {len(tensor.shape)}-D", Party.MODEL,
+            "its type: no linear layer",
+        )  # fmt: skip
     yield Observation(
         "weights", share >= MOST, "most weights quantized", f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
         Party.MODEL, "counted on the unprepared base",
     )  # fmt: skip
+
+
+def _largest(model: ModelFacts) -> list[TensorFacts]:
+    """The parameters of the largest group that could have been quantized."""
+    groups = [ts for g, ts in unquantized(model).items() if g not in ("embeddings", "head")]
+    return sorted(max(groups, key=lambda ts: sum(prod(t.shape) for t in ts), default=[]), key=lambda t: t.name)
 
 
 @rule("KB902", "upcast-cost", Level.SHOULD)
@@ -95,25 +106,17 @@ def upcast_cost(facts: Facts) -> Iterable[Observation]:
     Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back.
     Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
     """
-    base = facts.base
+    base, widened = facts.base, facts.widened
     half = 2 * sum(layer.in_features * layer.out_features for layer in base.layers.values())
     half += sum(t.nbytes for ts in unquantized(base).values() for t in ts)
-    added = {
-        g: grown
-        for g, ts in unquantized(base).items()
-        if (grown := sum(t.nbytes for t in ts if t.dtype in HALF and _widened(t, facts)))
-    }
+    added = {g: grown for g, ts in unquantized(base).items() if (grown := sum(widened.get(t.name, 0) for t in ts))}
+    prepared = base.nbytes + sum(added.values())
     parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
-    actual = f"{facts.prepared.nbytes:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
+    actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
     yield Observation(
-        "prepared model", facts.prepared.nbytes <= half, f"at most {half:,} bytes, the half-precision model's", actual,
+        "prepared model", prepared <= half, f"at most {half:,} bytes, the half-precision model's", actual,
         Party.MODEL, "bytes that the profile demands, counted on the base",
     )  # fmt: skip
-
-
-def _widened(tensor: TensorFacts, facts: Facts) -> bool:
-    after = facts.prepared.parameters.get(tensor.name)
-    return after is not None and after.dtype not in HALF
 
 
 @rule("KB903", "checkpointing-supported", Level.SHOULD)
@@ -172,6 +175,35 @@ def unfit_targets(facts: Facts) -> Iterable[Observation]:
     yield Observation("targets", True, "fit", "looked at")
     for name, reason in facts.unfit_targets.items():
         yield Observation(name, False, "can take an adapter", reason, Party.MODEL, "its type")
+
+
+@rule("KB906", "fits", Level.INFO)
+def fits(facts: Facts) -> Iterable[Observation]:
+    """Training takes what its configuration predicts, and fits the memory given.
+
+    Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, at a
+    batch and length; and the largest batch that fits ``--memory``. The report's memory table shows them.
+
+    Why: one run out of memory costs more than asking first.
+    Symptom: "CUDA out of memory" in the first step, or in the first long batch.
+    Fix: a smaller batch or length, ``--checkpointing non-reentrant``, ``--profile qlora``, a paged optimizer.
+    Sources: bitsandbytes#1569, peft#816.
+    """
+    told = facts.forecast
+    predicted = told.loaded - sum(g.state for g in told.groups.values())
+    yield Observation(
+        "weights", predicted == facts.base.nbytes, f"{predicted:,} bytes as loaded", f"{facts.base.nbytes:,} bytes",
+        Party.MODEL, "its configuration",
+    )  # fmt: skip
+    if told.memory is not None:
+        total = told.total(told.mode)
+        if total is None:
+            raise NotApplicable(f"no training step could be predicted: {told.missing}")
+        yield Observation(
+            f"{told.batch} x {told.seq_len} tokens", total <= told.memory, f"at most {told.memory:,} bytes",
+            f"{total:,} bytes; largest batch that fits: {told.largest_batch[told.memory]:,}",
+            Party.MODEL, f"predicted, {told.mode} checkpointing",
+        )  # fmt: skip
 
 
 @rule("KB907", "unknown-norms", Level.INFO)

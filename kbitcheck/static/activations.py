@@ -77,9 +77,10 @@ class Passed(nn.Module):
 
 
 def thin(model: nn.Module) -> dict[str, nn.Module]:
-    """Put ``Passed`` in the place of every block after the second of its kind in its tower.
+    """Put ``Passed`` in the place of every block after the second of its kind in its tower, but the last.
 
-    Returns the blocks that stand for others, by name.
+    The last is run because its output may not be read, as in LLaVA's vision tower: then nothing of it is kept. Returns
+    the blocks that stand for others, by name.
     """
     kinds: dict[tuple[str, Signature], list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -87,9 +88,9 @@ def thin(model: nn.Module) -> dict[str, nn.Module]:
             kinds[tower(name), signature(module)].append(name)
     standing = {}
     for names in kinds.values():
-        if len(names) > RUN:
+        if len(names) > RUN + 1:
             like = standing[names[RUN - 1]] = model.get_submodule(names[RUN - 1])
-            for name in names[RUN:]:
+            for name in names[RUN:-1]:
                 parent, _, child = name.rpartition(".")
                 stand_in = Passed.standing_for(model.get_submodule(name), like)
                 model.get_submodule(parent)._modules[child] = stand_in
