@@ -326,7 +326,8 @@ class ForecastFacts:
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
     of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``) and
-    ``longest`` (one sequence, in tokens) map memory sizes in bytes to what fits with 32-bit AdamW under ``mode``.
+    ``longest`` (one sequence, in tokens) map memory sizes in bytes, named in ``rooms``, to what fits with 32-bit AdamW
+    under ``mode``.
     ``missing`` is why no step was predicted.
     """
 
@@ -344,6 +345,7 @@ class ForecastFacts:
     logits: int = 0
     largest_batch: Mapping[int, int] = field(default_factory=dict)
     longest: Mapping[int, int] = field(default_factory=dict)
+    rooms: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     missing: str = ""
 
@@ -374,7 +376,8 @@ class ForecastFacts:
         plain = asdict(self)
         for name in ("largest_batch", "longest"):
             plain[name] = {str(size): number for size, number in plain[name].items()}
-        return {**plain, **sums, "gradients": self.adapters, "total": totals}
+        rooms = {str(size): name for size, name in self.rooms.items()}
+        return {**plain, **sums, "gradients": self.adapters, "total": totals, "rooms": rooms}
 
     def total(self, mode: str) -> int | None:
         """Peak of a training step under a checkpointing mode; the gradients are in it."""

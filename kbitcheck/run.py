@@ -117,7 +117,8 @@ def _in_process(
         seen: set[str] = set()
         yield {"event": "case", "case": spec.id}
         try:
-            for event in examine(open_case(dataclasses.replace(spec, device=device), subject), rules):
+            placed = spec if spec.static == "always" else dataclasses.replace(spec, device=device)
+            for event in examine(open_case(placed, subject), rules):
                 if event["event"] == "result":
                     seen.add(event["result"]["rule"])
                 yield event

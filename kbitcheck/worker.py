@@ -106,7 +106,9 @@ class Server:
         from kbitcheck.case import open_case
 
         assert self._implementation is not None
-        spec = dataclasses.replace(CaseSpec.from_json(request["spec"]), device=self._device)
+        spec = CaseSpec.from_json(request["spec"])
+        if spec.static != "always":  # which is about whatever device was named, here or elsewhere
+            spec = dataclasses.replace(spec, device=self._device)
         known = rules()
         case = open_case(spec, self._implementation)
         torch.set_num_threads(self._threads if case.base.nbytes > LARGE_BYTES else 1)

@@ -12,15 +12,15 @@ UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, *
 GIB = 1 << 30
 
 # Memory as sold, in GiB, as the vendors' data sheets give it.
-GPUS: Mapping[str, int] = {
-    "T4": 16 * GIB,
-    "RTX 3090, RTX 4090, A10, L4": 24 * GIB,
-    "V100, RTX 5090": 32 * GIB,
-    "A100-40": 40 * GIB,
-    "L40S, RTX 6000 Ada": 48 * GIB,
-    "A100-80, H100": 80 * GIB,
-    "H200": 141 * GIB,
-    "B200": 180 * GIB,
+GPUS: Mapping[int, str] = {
+    16 * GIB: "T4",
+    24 * GIB: "RTX 3090, RTX 4090, A10, L4",
+    32 * GIB: "V100, RTX 5090",
+    40 * GIB: "A100-40",
+    48 * GIB: "L40S, RTX 6000 Ada",
+    80 * GIB: "A100-80, H100",
+    141 * GIB: "H200",
+    180 * GIB: "B200",
 }
 
 

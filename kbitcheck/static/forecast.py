@@ -65,8 +65,8 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         growth = fits.Growth.through(2 * half, {shape: run.step(*shape, mode).peak for shape in shapes})
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
-    sizes = dict.fromkeys((*fits.GPUS.values(), *([told.memory] if told.memory else ())))
-    rooms = {size: size - told.resident for size in sizes}
+    names = {told.memory: "given", **fits.GPUS} if told.memory else fits.GPUS
+    rooms = {size: size - told.resident for size in names}
     return dataclasses.replace(
         told,
         batch=batch,
@@ -76,6 +76,7 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         logits=logits,
         largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
         longest={size: growth.longest(room, limit) for size, room in rooms.items()},
+        rooms=names,
         notes=run.notes,
     )
 
