@@ -76,7 +76,7 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
         quants=options.quant or [getattr(source, "quant", None) or "nf4"],
         checkpointing=options.modes or ["default"],
         implementation=prepare,
-        static="if-too-large" if source.loadable and not options.static else "always",
+        static="always" if options.static or not getattr(source, "loadable", True) else "if-too-large",
         **options.case,
     )
     return audit("model", specs, options, blame="any")

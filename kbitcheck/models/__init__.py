@@ -29,7 +29,8 @@ def resolve(
     """The source that a MODEL argument names, checked as far as that goes without torch.
 
     With ``static`` always, its configuration is all that is looked at; with ``if-too-large`` a bare configuration will
-    do where there are no weights. A path that exists is taken before a hub id. Only for a hub id is the network used, and only for its JSON files.
+    do where there are no weights. A path that exists is taken before a hub id. Only for a hub id is the network used,
+    and only for its JSON files.
 
     Raises:
         UsageError: there is no such model, or it is damaged, unsupported, or needs what the options do not allow.

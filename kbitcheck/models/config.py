@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from kbitcheck.core import UsageError
 from kbitcheck.models.source import Source
 
-
 NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
 
 

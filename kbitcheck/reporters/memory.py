@@ -23,9 +23,12 @@ def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{profile}: {size(added)}" for profile, added in others.items() if profile != told["profile"]
     ) + ")"  # fmt: skip
     optimizer = told["optimizer"]
-    yield "adapters", (
-        f"{size(told['adapters'])}, AdamW {size(optimizer['adamw'])} (8-bit {size(optimizer['adamw-8bit'])}, "
-        f"paged {size(optimizer['paged-adamw'])} on the device)"
+    yield (
+        "adapters",
+        (
+            f"{size(told['adapters'])}, AdamW {size(optimizer['adamw'])} (8-bit {size(optimizer['adamw-8bit'])}, "
+            f"paged {size(optimizer['paged-adamw'])} on the device)"
+        ),
     )
     yield from _steps(facts, told)
 
@@ -60,7 +63,10 @@ def _steps(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[
     yield "a step", f"{told['batch']} × {told['seq_len']} tokens, checkpointing {modes}; logits {size(told['logits'])}"
     if "activations" in facts:
         yield "measured", dict(_measured(facts))["activations"]
-    yield "in all", f"{size(told['total'][told['mode']])} with {told['mode']} checkpointing, by {told['device']} kernels"
+    yield (
+        "in all",
+        f"{size(told['total'][told['mode']])} with {told['mode']} checkpointing, by {told['device']} kernels",
+    )
     fitting = [
         f"{name} ({int(room) / GIB:.4g} GiB): {told['largest_batch'][room]:,} × {told['seq_len']} or 1 × {told['longest'][room]:,}"
         for room, name in told["rooms"].items()

@@ -187,7 +187,9 @@ class _Page:
 
 def _named(model: str, facts: Mapping[str, Any]) -> str:
     size = facts.get("parameters")
-    about = ", ".join(filter(None, [facts.get("model_class", ""), scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""]))
+    about = ", ".join(
+        filter(None, [facts.get("model_class", ""), scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""])
+    )
     return f"{model} ({about})" if about else model
 
 

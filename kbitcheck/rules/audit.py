@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from math import prod
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
-from kbitcheck.facts import HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.facts import Facts, ModelFacts, TensorFacts
 from kbitcheck.rules.precision import norm_parameters
 
 MOST = 0.5
@@ -21,7 +21,10 @@ PARTS = tuple(
         ("routers", r"(^|\.)(router|gate)\.(\w+\.)*(weight|bias|e_score_correction_bias)$|router"),
         ("experts", r"experts?(\.|_|$)"),
         ("attention", r"attn|attention|(^|\.)(q_proj|k_proj|v_proj|o_proj)\."),
-        ("mlp", r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)"),
+        (
+            "mlp",
+            r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)",
+        ),
     )
 )
 

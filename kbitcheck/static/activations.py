@@ -76,25 +76,22 @@ class Passed(nn.Module):
         return self.watch.passed(self.__dict__["like"], args, kwargs)
 
 
-def thin(model: nn.Module) -> dict[str, nn.Module]:
+def thin(model: nn.Module) -> None:
     """Put ``Passed`` in the place of every block after the second of its kind in its tower, but the last.
 
-    The last is run because its output may not be read, as in LLaVA's vision tower: then nothing of it is kept. Returns
-    the blocks that stand for others, by name.
+    The last is run because its output may not be read, as in LLaVA's vision tower: then nothing of it is kept.
     """
     kinds: dict[tuple[str, Signature], list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         if is_block(module):
             kinds[tower(name), signature(module)].append(name)
-    standing = {}
     for names in kinds.values():
         if len(names) > RUN + 1:
-            like = standing[names[RUN - 1]] = model.get_submodule(names[RUN - 1])
+            like = model.get_submodule(names[RUN - 1])
             for name in names[RUN:-1]:
                 parent, _, child = name.rpartition(".")
                 stand_in = Passed.standing_for(model.get_submodule(name), like)
                 model.get_submodule(parent)._modules[child] = stand_in
-    return standing
 
 
 class Step:
@@ -103,7 +100,6 @@ class Step:
     Args:
         model: on the meta device, thinned, prepared, with adapters; it is moved and cannot be used otherwise any more.
         world: whose kernels are assumed.
-        adapters: bytes of the adapters of each block that stands for others.
         autocast: how training runs, where it does so under autocast.
     """
 
@@ -111,10 +107,9 @@ class Step:
         self,
         model: nn.Module,
         world: World,
-        adapters: Mapping[nn.Module, int],
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self.model, self.world, self.adapters, self.autocast = model, world, adapters, autocast
+        self.model, self.world, self.autocast = model, world, autocast
         world.move(model)
         model.train()
         self._own = list(world.tensors)
@@ -127,7 +122,7 @@ class Step:
         """
         fed = {name: self.world.tensor(t) for name, t in batch.items()}
         live = Live([*self._own, *fed.values()])
-        watch = _Watch(self.model, live, self.adapters)
+        watch = _Watch(self.model, live)
         step.clear_gradients(self.model)
         floor = live.now
         with (
@@ -154,40 +149,47 @@ class Step:
 
 
 @dataclass(slots=True)
-class _Kind:
-    """What one block that stands for others takes: its bytes from its entry to the next, and more in its backward."""
+class _Ran:
+    """What one block took: ``grown`` is added from its entry to the next; the others are of its backward.
+
+    ``rise`` is the highest above what was alive when the backward came to it, ``left`` what is alive more, or less,
+    when it went on.
+    """
 
     arguments: Signature = ()
-    entered: int = -1
+    entered: int = 0
     grown: int = 0
-    entry: int = -1
+    returned: int = 0
     rise: int = 0
+    left: int = 0
     rest: tuple[Any, ...] | None = None
 
 
 class _Watch:
-    """Hooks that follow a step from block to block. Inside, everything is in bytes.
+    """Hooks that follow a step from block to block and back. Bytes throughout.
 
-    ``missing`` is what the blocks that were passed would hold. In the backward ``peak`` adds it to what is alive, less
-    what is passed on the way back, plus the gradients of adapters that are not there.
+    What is alive is only part of a step: blocks that were passed hold as much as those they are like, until the
+    backward comes back to them, and leave adapters' gradients then. ``missing`` is what they hold in between.
     """
 
-    def __init__(self, model: nn.Module, live: Live, adapters: Mapping[nn.Module, int]) -> None:
-        self._model, self._live, self._adapters = model, live, adapters
-        self._kinds: dict[nn.Module, _Kind] = {}
-        self._open: _Kind | None = None
-        self._passes: list[nn.Module] = []
+    def __init__(self, model: nn.Module, live: Live) -> None:
+        self._model, self._live = model, live
+        self._ran: dict[nn.Module, _Ran] = {}
+        self._standing: set[nn.Module] = set()
+        self._open: _Ran | None = None
+        self._passed: list[nn.Module] = []
         self._backward = False
-        self._now: _Kind | None = None
-        self._waiting: list[tuple[nn.Module, int]] = []
-        self.missing = 0
-        self._top = 0
+        self._now: _Ran | None = None
+        self._back: list[nn.Module] = []
+        self._tops: list[tuple[int, int]] = []  # the highest between two marks, and how many were passed on the way
+        self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Watch:
         for module in self._model.modules():
             if isinstance(module, Passed):
                 module.watch = self
+                self._standing.add(module.__dict__["like"])
             elif is_block(module):
                 self._handles.append(module.register_forward_pre_hook(self._entering, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._leaving))
@@ -199,68 +201,80 @@ class _Watch:
         for module in self._model.modules():
             if isinstance(module, Passed):
                 module.watch = None
-        self._kinds.clear()
+        self._ran.clear()
 
-    def turn(self) -> None:
-        """The forward is over: add up what the blocks that were passed would hold."""
-        self._backward = True
-        self.missing = sum(self._kinds[like].grown for like in self._passes)
-        self._live.peak = self._live.now
+    @property
+    def missing(self) -> int:
+        """What the blocks that were passed hold between forward and backward."""
+        return sum(self._ran[like].grown for like in self._passed)
 
     @property
     def peak(self) -> int:
-        """The highest that the backward came to, with everything that is not there."""
+        """The highest that the whole step comes to in its backward."""
         self._mark(None)
-        return max(self._top, *(base + self._kinds[like].rise for like, base in self._waiting), 0)
+        missing = self.missing
+        offsets = [missing]
+        for like in self._back:
+            missing += self._ran[like].left
+            offsets.append(missing)
+        tops = [top + offsets[passed] for top, passed in self._tops]
+        entries = [now + offsets[i] + self._ran[like].rise for i, (now, like) in enumerate(self._entries)]
+        return max(*tops, *entries, 0)
+
+    def turn(self) -> None:
+        """The forward is over."""
+        self._backward = True
+        self._live.peak = self._live.now
 
     def passed(self, like: nn.Module, args: Any, kwargs: Any) -> Any:
         """One block handed on: its input, in the form in which the block it is like returned."""
-        kind = self._kinds[like]
+        ran = self._ran[like]
         self._close()
-        if kind.arguments != _arguments(args, kwargs):
+        if ran.arguments != _arguments(args, kwargs):
             raise NotImplementedError(f"a {type(like).__name__} is called in another way than one that is like it")
-        self._passes.append(like)
+        self._passed.append(like)
         hidden = _hidden(args, kwargs)
         if hidden.requires_grad:
             hidden = hidden.view_as(hidden)  # the same storage, with a place of its own in the graph
-            hidden.register_hook(lambda gradient: self._returned(like))
-        return hidden if kind.rest is None else (hidden, *kind.rest)
+            hidden.register_hook(lambda gradient: self._came_back(like))
+        return hidden if ran.rest is None else (hidden, *ran.rest)
 
     def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._backward:
             self._close()
-            self._open = self._kinds[module] = _Kind(arguments=_arguments(args, kwargs), entered=self._live.now)
+            self._open = self._ran[module] = _Ran(arguments=_arguments(args, kwargs), entered=self._live.now)
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._backward:
             return
-        kind = self._kinds[module]
+        ran = self._ran[module]
         first = output[0] if isinstance(output, tuple) else output
-        if module in self._adapters and isinstance(output, tuple):
-            kind.rest = output[1:]
+        if module in self._standing and isinstance(output, tuple):
+            ran.rest = output[1:]
         if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(lambda gradient: self._mark(kind))
+            first.register_hook(lambda gradient: self._mark(ran))
 
     def _close(self) -> None:
         if self._open is not None:
             self._open.grown = self._live.now - self._open.entered
             self._open = None
 
-    def _mark(self, kind: _Kind | None) -> None:
+    def _mark(self, ran: _Ran | None) -> None:
         """The backward comes to a block: what was highest since the last mark belongs to what came before."""
-        self._top = max(self._top, self._live.peak + self.missing)
+        self._tops.append((self._live.peak, len(self._back)))
         if self._now is not None:
-            self._now.rise = self._live.peak - self._now.entry
-        self._now = kind
+            self._now.rise = self._live.peak - self._now.returned
+            self._now.left = self._live.now - self._now.returned
+        self._now = ran
         self._live.peak = self._live.now
-        if kind is not None:
-            kind.entry = self._live.now
+        if ran is not None:
+            ran.returned = self._live.now
 
-    def _returned(self, like: nn.Module) -> None:
+    def _came_back(self, like: nn.Module) -> None:
         """The backward comes to a block that is not there."""
         self._mark(None)
-        self._waiting.append((like, self._live.now + self.missing))
-        self.missing += self._adapters.get(like, 0) - self._kinds[like].grown
+        self._entries.append((self._live.now, like))
+        self._back.append(like)
 
 
 def _arguments(args: Any, kwargs: Any) -> Signature:
@@ -309,4 +323,4 @@ class _checkpointing:  # noqa: N801  (a context manager)
                 if function is None:
                     vars(module).pop("_gradient_checkpointing_func", None)
                 else:
-                    module._gradient_checkpointing_func = function  # type: ignore[assignment]
+                    module._gradient_checkpointing_func = function

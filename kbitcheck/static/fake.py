@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own name)
 from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +60,7 @@ class World:
         parameters: dict[int, nn.Parameter] = {}
         quantized = [m for m in model.modules() if backends.is_quantized(m)]
         states = {id(m): getattr(m.weight, "quant_state", None) for m in quantized}
-        scales = {id(m): backends.state(m).get("SCB") for m in quantized}
+        scales: dict[int, Any] = {id(m): backends.state(m).get("SCB") for m in quantized}
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -195,5 +195,5 @@ def _no_grouped_kernel() -> Iterator[None]:
     except ImportError:  # before transformers 5
         yield
         return
-    with mock.patch.object(moe, "_can_use_grouped_mm", lambda *args: False):
+    with mock.patch.object(moe, "_can_use_grouped_mm", return_value=False):
         yield

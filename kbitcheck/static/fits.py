@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from kbitcheck.core import UsageError
 
-UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}  # fmt: skip
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
 GIB = 1 << 30
 
 # Memory as sold, in GiB, as the vendors' data sheets give it.

@@ -91,24 +91,16 @@ class Training:
         self.notes: tuple[str, ...] = ()
         self._unprepared = model
         targets = adapter_probe.target_layers(model, spec.targets)
-        standing = thin(model)
+        thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
         names = dict(model.named_modules())
-        wrapped, owned = adapter_probe.attach(
+        wrapped, _ = adapter_probe.attach(
             model, [t for t in targets if t in names], library=spec.adapters, rank=spec.rank, seed=spec.seed
         )
-        inside = {
-            block: sum(
-                4 * spec.rank * (facts.layers[t].in_features + facts.layers[t].out_features)
-                for t in targets
-                if t.startswith(f"{name}.")
-            )
-            for name, block in standing.items()
-        }
         compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
         half = compute if compute in HALF else torch.bfloat16
         autocast = (lambda: torch.autocast("cpu", dtype=half)) if spec.profile == "qlora" else None
-        self._step = Step(wrapped, World(device), inside, autocast)
+        self._step = Step(wrapped, World(device), autocast)
 
     @property
     def logits(self) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from kbitcheck.models import loading
 from kbitcheck.models.source import Source
@@ -48,9 +48,10 @@ def build(source: Source, quant: Quantization) -> PreTrainedModel:
             skip = loading.automatic_skip(cls, config) if quant.skip and source.quant is None else []
             _replace_layers(model, quant, skip, dtype)
         _keep_in_float32(model, dtype)
-        _quantize(model, dtype, saved=source.quant is not None)
+        _quantize(model, dtype)
         model.tie_weights()
-    return model.eval()
+        model.eval()
+    return model
 
 
 def _replace_layers(model: PreTrainedModel, quant: Quantization, skip: list[str], dtype: torch.dtype) -> None:
@@ -73,12 +74,8 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _quantize(model: nn.Module, dtype: torch.dtype, *, saved: bool) -> None:
-    """Give each replaced layer the packed weight and the state that quantizing its weight would leave.
-
-    The table of the nested state is one for all layers quantized in a process, and one a layer in a checkpoint that
-    was ``saved`` quantized.
-    """
+def _quantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give each replaced layer the packed weight and the state that quantizing its weight would leave."""
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())  # never to be made on the meta device
     for module in model.modules():
         if not isinstance(module, Linear4bit | Linear8bitLt):
@@ -86,7 +83,7 @@ def _quantize(model: nn.Module, dtype: torch.dtype, *, saved: bool) -> None:
         old: Any = module.weight
         full = torch.empty(module.out_features, module.in_features, dtype=dtype, device=META)
         settings = {k: v for k, v in old.__dict__.items() if k != "SCB"}
-        kind = Params4bit if isinstance(module, Linear4bit) else Int8Params
+        kind: Any = Params4bit if isinstance(module, Linear4bit) else Int8Params
         weight = kind(full, requires_grad=False, **settings)
         weight._quantize(META)  # ``to`` leaves meta tensors alone
         module.weight = weight
@@ -94,8 +91,6 @@ def _quantize(model: nn.Module, dtype: torch.dtype, *, saved: bool) -> None:
             state = module.quant_state = weight.quant_state
             if state.nested:
                 state.offset = torch.zeros((), dtype=state.offset.dtype)  # ``state_dict`` reads it
-            if state.nested and saved:
-                state.state2.code = torch.empty_like(state.state2.code, device=META)
 
 
 @contextmanager
