@@ -326,7 +326,7 @@ class ForecastFacts:
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
     of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``) and
-    ``longest`` (one sequence, in tokens) map memory sizes in bytes, named in ``rooms``, to what fits with 32-bit AdamW
+    ``longest`` (one sequence, in tokens), all without padding, map memory sizes in bytes, named in ``rooms``, to what fits with 32-bit AdamW
     under ``mode``.
     ``missing`` is why no step was predicted.
     """

@@ -107,10 +107,11 @@ def _in_process(
 ) -> Generator[Event, None, None]:
     from kbitcheck import environment
     from kbitcheck.case import open_case
-    from kbitcheck.implementations import load
+    from kbitcheck.implementations import load, unused
 
     device = environment.resolve_device(specs[0].device)
-    subject = implementation or load(specs[0].implementation)
+    static = specs[0].static == "always"
+    subject = implementation or (unused if static else load)(specs[0].implementation)
     told = environment.describe(device, specs[0].seed)
     yield {"event": "loaded", "implementation": subject.as_json(), "environment": told}
     for spec in specs:
@@ -203,7 +204,13 @@ class _Bench:
         """Load the implementation. Where even that ends the worker, no case can be run."""
         if self._worker is None:
             self.start()
-        request = {"do": "load", "implementation": spec.implementation, "device": spec.device, "seed": spec.seed}
+        request = {
+            "do": "load",
+            "implementation": spec.implementation,
+            "device": spec.device,
+            "seed": spec.seed,
+            "static": spec.static == "always",
+        }
         try:
             yield from self._ask(request)
             self._loaded = True

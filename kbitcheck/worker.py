@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from kbitcheck.core import Rule, UsageError, judge, rules
-from kbitcheck.implementations import Implementation, load
+from kbitcheck.implementations import Implementation, load, unused
 from kbitcheck.suite import CaseSpec
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Server:
 
         self._device = environment.resolve_device(request["device"])
         told = environment.describe(self._device, request["seed"])
-        self._implementation = load(request["implementation"])
+        self._implementation = (unused if request.get("static") else load)(request["implementation"])
         yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
 
     def _case(self, request: Event) -> Iterator[Event]:

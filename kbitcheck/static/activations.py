@@ -1,7 +1,7 @@
 """What a training step holds, predicted: the model's own code runs on fake tensors, and storages are counted.
 
-It is counted as ``kbitcheck.probes.memory`` counts a real step. Blocks that are proven alike are run twice; each further
-one is passed through and counted as the second was.
+It is counted as ``kbitcheck.probes.memory`` counts a real step. Of blocks that are proven alike one is run; the
+others are passed through and counted as that one was.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from kbitcheck.facts import HeldFacts
 from kbitcheck.probes import step
 from kbitcheck.probes.live import Live, tensors
 from kbitcheck.probes.snapshot import is_block, tower
-from kbitcheck.static.fake import World
+from kbitcheck.static.fake import Counted, World
 
-RUN = 2  # blocks of a kind that are run: the first may be met before a steady state
 PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx", "training"})
 
 Signature = tuple[object, ...]
@@ -77,21 +76,23 @@ class Passed(nn.Module):
 
 
 def thin(model: nn.Module) -> None:
-    """Put ``Passed`` in the place of every block after the second of its kind in its tower, but the last.
+    """Put ``Passed`` in the place of the blocks that are like one that runs, tower by tower.
 
-    The last is run because its output may not be read, as in LLaVA's vision tower: then nothing of it is kept.
+    The first block of a tower is run, as it may be met before a steady state, and so is the last, whose output may not
+    be read: nothing is kept of the last one of LLaVA's vision tower. Of the blocks between, one of each kind is run.
     """
-    kinds: dict[tuple[str, Signature], list[str]] = defaultdict(list)
+    towers: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         if is_block(module):
-            kinds[tower(name), signature(module)].append(name)
-    for names in kinds.values():
-        if len(names) > RUN + 1:
-            like = model.get_submodule(names[RUN - 1])
-            for name in names[RUN:-1]:
+            towers[tower(name)].append(name)
+    for names in towers.values():
+        kinds: dict[Signature, nn.Module] = {}
+        for name in names[1:-1]:
+            block = model.get_submodule(name)
+            like = kinds.setdefault(signature(block), block)
+            if like is not block:
                 parent, _, child = name.rpartition(".")
-                stand_in = Passed.standing_for(model.get_submodule(name), like)
-                model.get_submodule(parent)._modules[child] = stand_in
+                model.get_submodule(parent)._modules[child] = Passed.standing_for(block, like)
 
 
 class Step:
@@ -121,7 +122,7 @@ class Step:
         ``logits`` is afterwards what the logits took, in bytes.
         """
         fed = {name: self.world.tensor(t) for name, t in batch.items()}
-        live = Live([*self._own, *fed.values()])
+        live = Counted([*self._own, *fed.values()])
         watch = _Watch(self.model, live)
         step.clear_gradients(self.model)
         floor = live.now

@@ -21,9 +21,9 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kbitcheck import backends
+from kbitcheck.probes.live import Live
 
 HALF = (torch.float16, torch.bfloat16)
 LARGEST_FLASH_HEAD = 256  # torch/csrc: sdp_utils.cpp, check_head_dim_size_flash
@@ -102,40 +102,55 @@ class World:
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
                 stack.enter_context(mock.patch.object(bitsandbytes, "matmul", _int8_product_on_cuda))
             stack.enter_context(self.mode)
-            stack.enter_context(Balanced())
             yield
 
 
-class Balanced(TorchDispatchMode):
-    """Answers what operators ask of numbers as if tokens were spread evenly: how many are routed to one expert, say.
+class Counted(Live):
+    """Counts storages, and answers what operators ask of numbers as if tokens were spread evenly over experts.
 
     A look at one number answers zero (or False), and no feature is an outlier to int8.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        super().__init__(existing)
         self._readers, self._taken = 1, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].dtype.is_floating_point else 0
+        given = kwargs or {}
         if func is torch.ops.aten.nonzero.default:
-            rows = args[0].numel()
-            if args[0].dim() == 1:
-                self._readers, self._taken = max(rows, 1), 0
-            else:
-                before = rows * self._taken // self._readers
-                self._taken += 1
-                rows = rows * self._taken // self._readers - before
-            return args[0].new_empty((rows, args[0].dim()), dtype=torch.int64)
-        if func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:
-            return func(args[0])  # without a threshold: no feature is an outlier
-        if func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
-            full, packed, weight, scales, weight_scales, *rest = args  # outlier columns and bias, if any
-            product = torch.ops.bitsandbytes.int8_scaled_mm.default
-            bias = rest[1] if len(rest) > 1 else None
-            return product(packed, weight, scales, weight_scales, bias=bias, dtype=full.dtype), None
-        return func(*args, **(kwargs or {}))
+            func, args, given = args[0].new_empty, ((self._rows(args[0]), args[0].dim()),), {"dtype": torch.int64}
+        elif func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:
+            args, given = args[:1], {}  # without a threshold: no feature is an outlier
+        elif func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
+            func, args, given = _without_outliers(*args)
+        return super().__torch_dispatch__(func, types, args, given)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's hook: nothing is compiled here, and the guard against it is slow
+
+    def _rows(self, mask: Tensor) -> int:
+        """How many are set: all that could be of a list of experts, then an even share of the tokens for each."""
+        if mask.dim() == 1:
+            self._readers, self._taken = max(mask.numel(), 1), 0
+            return mask.numel()
+        before = mask.numel() * self._taken // self._readers
+        self._taken += 1
+        return mask.numel() * self._taken // self._readers - before
+
+
+def _without_outliers(
+    full: Tensor, packed: Tensor, weight: Tensor, scales: Tensor, weight_scales: Tensor, *rest: Tensor | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The int8 product that is left when no feature is an outlier, and which is returned in a pair."""
+    bias = rest[1] if len(rest) > 1 else None  # the first of the rest lists the outliers
+
+    def product(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.ops.bitsandbytes.int8_scaled_mm.default(*args, **kwargs), None
+
+    return product, (packed, weight, scales, weight_scales), {"bias": bias, "dtype": full.dtype}
 
 
 def attention_on_cuda(

@@ -48,8 +48,9 @@ def parse(text: str) -> int:
 class Growth:
     """Bytes of a step by batch and length: ``fixed + batch * (first + second * length + third * length**2)``.
 
-    Every tensor of a step is of one of these sizes. Where a larger step peaks in another place the real peak bends
-    upwards, so that what is predicted to fit far from the shapes that were measured is a little too large.
+    Every tensor of a step is of one of these sizes; ``first`` is what each sequence has beside its tokens (images).
+    Where a larger step peaks in another place the real peak bends upwards: what is said to fit far from the shapes that
+    were measured is then a little too large.
     """
 
     fixed: float
@@ -59,16 +60,19 @@ class Growth:
 
     @classmethod
     def through(cls, length: int, peaks: Mapping[tuple[int, int], int]) -> Growth:
-        """The growth through four peaks, by (batch, length): (2, half), (2, full), (4, full) and (2, twice)."""
+        """The growth through peaks by (batch, length): (1, full), (2, full), (1, twice), and (1, half) for images."""
+        fixed = 2 * peaks[1, length] - peaks[2, length]
+        slopes = {n: peaks[1, n] - fixed for n in (length, 2 * length)}
         half = length // 2
-        each = (peaks[4, length] - peaks[2, length]) / 2
-        fixed = peaks[2, length] - 2 * each
-        xs = (half, length, 2 * length)
-        ys = ((peaks[2, half] - fixed) / 2, each, (peaks[2, 2 * length] - fixed) / 2)
-        rise = [(ys[i + 1] - ys[i]) / (xs[i + 1] - xs[i]) for i in (0, 1)]
-        third = (rise[1] - rise[0]) / (xs[2] - xs[0])
-        second = rise[0] - third * (xs[0] + xs[1])
-        return cls(fixed, ys[0] - second * xs[0] - third * xs[0] ** 2, second, third)
+        if (1, half) in peaks:
+            slopes[half] = peaks[1, half] - fixed
+        else:
+            slopes[0] = 0
+        (x0, y0), (x1, y1), (x2, y2) = sorted(slopes.items())
+        rise = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+        third = (rise[1] - rise[0]) / (x2 - x0)
+        second = rise[0] - third * (x0 + x1)
+        return cls(fixed, y0 - second * x0 - third * x0**2, second, third)
 
     def peak(self, batch: int, length: int) -> float:
         """Bytes of one step."""

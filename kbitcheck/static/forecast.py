@@ -58,11 +58,12 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         run = Training(source, model, facts, spec, device=told.device)
         batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
         mode = told.mode if run.checkpoints else "off"
-        steps = {m: run.step(batch, length, m) for m in (MODES if run.checkpoints else ("off",))}
+        steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
         logits = run.logits
-        half = max(length // 2, 1)
-        shapes = ((2, half), (2, 2 * half), (4, 2 * half), (2, 4 * half))
-        growth = fits.Growth.through(2 * half, {shape: run.step(*shape, mode).peak for shape in shapes})
+        shapes = ((1, length), (2, length), (1, 2 * length), *([(1, max(length // 2, 1))] if run.sees else []))
+        known = {(1, length): steps[mode].peak} if batch == 1 else {}
+        peaks = {shape: known.get(shape) or run.step(*shape, mode, padded=False).peak for shape in shapes}
+        growth = fits.Growth.through(length, peaks)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
     names = {told.memory: "given", **fits.GPUS} if told.memory else fits.GPUS
@@ -89,6 +90,7 @@ class Training:
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
+        self.sees = False  # whether its sequences bring more than tokens
         self._unprepared = model
         targets = adapter_probe.target_layers(model, spec.targets)
         thin(model)
@@ -107,11 +109,14 @@ class Training:
         """Bytes of the last step's logits."""
         return self._step.logits
 
-    def step(self, batch: int, length: int, mode: str) -> HeldFacts:
-        """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``."""
-        return self._step.measure(self._batch(batch, length), reentrant=MODES[mode])
+    def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> HeldFacts:
+        """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``.
 
-    def _batch(self, batch: int, length: int) -> Mapping[str, Tensor]:
+        ``padded`` sequences, of which there have to be two or more, bring a mask.
+        """
+        return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
+
+    def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         try:
             made = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
         except UsageError as error:
@@ -120,7 +125,8 @@ class Training:
             self.notes = (f"activations of text alone: {error}",)
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
             made = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-        if batch == 1:  # a mask of ones, which models leave out when they see that it is one
+        self.sees = any(t.is_floating_point() for t in made.values())
+        if not padded:  # a mask of ones, which models leave out when they see that it is one
             made.pop("attention_mask", None)
         return made
 

@@ -22,9 +22,10 @@ def test_what_is_no_size_is_refused(text):
         fits.parse(text)
 
 
-def test_growth_goes_through_what_was_measured():
-    true = Growth(1000, 50, 7, 0.25)
-    shapes = ((2, 64), (2, 128), (4, 128), (2, 256))
+@pytest.mark.parametrize("first", [0, 50])
+def test_growth_goes_through_what_was_measured(first):
+    true = Growth(1000, first, 7, 0.25)
+    shapes = ((1, 128), (2, 128), (1, 256), *([(1, 64)] if first else []))
     found = Growth.through(128, {shape: round(true.peak(*shape)) for shape in shapes})
     assert found.peak(3, 100) == pytest.approx(true.peak(3, 100))
 

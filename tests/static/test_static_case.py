@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from kbitcheck_reference import prepare_model_for_kbit_training
 
 from kbitcheck.case import Case, open_case
 from kbitcheck.core import Status, UsageError, judge, rules
 from kbitcheck.implementations import describe
+from kbitcheck.models import resolve
+from kbitcheck.probes.snapshot import snapshot
+from kbitcheck.quantization import Quantization
 from kbitcheck.static import case as static_case
+from kbitcheck.static import fits, forecast
 from kbitcheck.static.case import NEEDS_A_RUN, StaticCase
 from kbitcheck.suite import CaseSpec
 
@@ -18,12 +23,12 @@ JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908"}
 
 def opened(model, *, static="always", quant="nf4", **options):
     spec = CaseSpec(model=str(model), quant=quant, implementation="given", static=static, **options)
-    return open_case(spec, describe(lambda model: model))
+    return open_case(spec, describe(prepare_model_for_kbit_training))
 
 
 @pytest.fixture(scope="module")
 def mixtral():
-    return opened(CONFIGS / "mixtral-8x7b.json", memory=24 << 30, seq_len=64)
+    return opened(CONFIGS / "mixtral-8x7b.json", memory=24 << 30, seq_len=64, device="auto")
 
 
 def test_only_what_needs_no_run_is_judged(mixtral):
@@ -41,7 +46,7 @@ def test_only_what_needs_no_run_is_judged(mixtral):
 def test_the_forecast_adds_up(mixtral):
     told = mixtral.forecast
     assert told.device == "cuda"  # not asked for a device: where such a model is trained
-    assert set(told.activations) == {"off", "reentrant", "non-reentrant"}
+    assert set(told.activations) == {"off", "non-reentrant"}
     step = told.activations["non-reentrant"]
     assert told.total("non-reentrant") == (
         told.loaded + told.upcast + told.adapters + 2 * told.adapters + max(step.peak, told.adapters)
@@ -52,24 +57,17 @@ def test_the_forecast_adds_up(mixtral):
     assert json.loads(json.dumps(mixtral.summary()))["forecast"]["parameters"] == 46_702_792_704
 
 
-def test_what_fits_was_measured():
-    """The batch said to fit is the one whose own prediction does, and one more does not."""
-    case = opened("tiny:qwen3", seq_len=24, batch=1)
-    told = case.forecast
-    room = 3_000_000
-    from kbitcheck.static import fits, forecast
-
-    run = forecast.Training(case._source, case._source.meta(_nf4()), case.base, case.spec, device="cuda")
-    peaks = {shape: run.step(*shape, told.mode).peak for shape in ((2, 12), (2, 24), (4, 24), (2, 48))}
-    growth = fits.Growth.through(24, peaks)
-    batch = growth.largest_batch(24, room)
-    assert run.step(batch, 24, told.mode).peak <= room < run.step(batch + 1, 24, told.mode).peak
-
-
-def _nf4():
-    from kbitcheck.quantization import Quantization
-
-    return Quantization.parse("nf4")
+def test_what_is_said_to_fit_fits():
+    """One more sequence than is said to fit does not, by the prediction of that very step."""
+    spec = CaseSpec(model="tiny:qwen3", quant="nf4", implementation="none", device="cpu")
+    source = resolve(spec.model)
+    model = source.meta(Quantization.parse("nf4"))
+    run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
+    peaks = {shape: run.step(*shape, "reentrant", padded=False).peak for shape in ((1, 24), (2, 24), (1, 48))}
+    room = 1_500_000
+    batch = fits.Growth.through(24, peaks).largest_batch(24, room)
+    low, high = (run.step(b, 24, "reentrant", padded=False).peak for b in (batch, batch + 1))
+    assert low <= room < high
 
 
 def test_a_full_audit_predicts_what_it_finds():
