@@ -1,5 +1,7 @@
 """Predicted steps against measured ones, on the CPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
@@ -47,6 +49,31 @@ def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, lib
     assert held.held == pytest.approx(measured.held, rel=CLOSE)
     assert held.peak == pytest.approx(measured.peak, rel=CLOSE)
     assert told.adapters == sum(p.nbytes for p in owned.values())
+
+
+def plain_llama(depth=4):
+    """The recipe without the parameter that one of its blocks has to itself."""
+    source = resolve("tiny:llama")
+    return dataclasses.replace(source, unread={}, config={**source.config, "num_hidden_layers": depth})
+
+
+def training(source, quant, *, device="cpu", **options):
+    spec = CaseSpec(model=source.name, quant=quant, implementation="none", device=device, **options)
+    model = source.meta(Quantization.parse(quant))
+    facts = snapshot(model)
+    told = forecast.of_weights(model, facts, spec)
+    return forecast.Training(source, model, facts, spec, device=device), told
+
+
+@pytest.mark.parametrize("mode", ["off", "non-reentrant"])
+def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
+    found = []
+    for thinned in (True, False):
+        if not thinned:
+            monkeypatch.setattr(forecast, "thin", lambda model: None)
+        predicted, _ = training(plain_llama(depth=7), "nf4")
+        found.append((predicted.step(2, 40, mode), predicted.step(1, 3, mode)))
+    assert found[0] == found[1]
 
 
 def test_the_qlora_profile_runs_under_autocast():
@@ -108,8 +135,7 @@ def test_only_blocks_between_are_passed():
 
 def test_blocks_of_two_kinds_are_not_taken_for_each_other():
     model = plain_llama().meta(Quantization.parse("nf4"))
-    for place in (2,):
-        model.model.layers[place].self_attn.is_causal = False
+    model.model.layers[2].self_attn.is_causal = False
     thin(model)
     assert not [n for n, m in model.named_modules() if isinstance(m, Passed)]
 

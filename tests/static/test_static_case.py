@@ -57,17 +57,15 @@ def test_the_forecast_adds_up(mixtral):
     assert json.loads(json.dumps(mixtral.summary()))["forecast"]["parameters"] == 46_702_792_704
 
 
-def test_what_is_said_to_fit_fits():
-    """One more sequence than is said to fit does not, by the prediction of that very step."""
+def test_growth_foretells_other_shapes():
     spec = CaseSpec(model="tiny:qwen3", quant="nf4", implementation="none", device="cpu")
     source = resolve(spec.model)
     model = source.meta(Quantization.parse("nf4"))
     run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
     peaks = {shape: run.step(*shape, "reentrant", padded=False).peak for shape in ((1, 24), (2, 24), (1, 48))}
-    room = 1_500_000
-    batch = fits.Growth.through(24, peaks).largest_batch(24, room)
-    low, high = (run.step(b, 24, "reentrant", padded=False).peak for b in (batch, batch + 1))
-    assert low <= room < high
+    growth = fits.Growth.through(24, peaks)
+    for shape in ((7, 24), (3, 100)):
+        assert growth.peak(*shape) == pytest.approx(run.step(*shape, "reentrant", padded=False).peak, rel=0.02)
 
 
 def test_a_full_audit_predicts_what_it_finds():
