@@ -1,6 +1,7 @@
 """Conformance tests for the preparation of quantized models for k-bit training.
 
-``audit`` judges a live model, ``check_implementation`` a preparation function; importing this imports no torch.
+``audit`` judges a live model, ``assert_prepared`` one that is prepared already, ``check_implementation`` a preparation
+function; importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 from kbitcheck.core import NonConformance, Report, UsageError
 
 if TYPE_CHECKING:
-    from kbitcheck.suite import Checkpointing
+    from kbitcheck.suite import Checkpointing, Freezes, Profile
 
-__all__ = ["NonConformance", "Report", "UsageError", "__version__", "audit", "check_implementation"]
+__all__ = [
+    "NonConformance",
+    "Report",
+    "UsageError",
+    "__version__",
+    "assert_prepared",
+    "audit",
+    "check_implementation",
+]
 
 __version__ = "0.1.0"
 
@@ -89,3 +98,43 @@ def check_implementation(
         strict=strict,
         subject={"command": "impl", "ignored": dict(ignore or {})},
     )
+
+
+def assert_prepared(
+    model: Any,
+    profile: Profile = "peft",
+    *,
+    freezes: Freezes = "at-prepare",
+    checkpointing: Checkpointing | None = None,
+    strict: bool = False,
+    select: Sequence[str] = (),
+    ignore: Mapping[str, str] | None = None,
+    batch: Mapping[str, Any] | None = None,
+) -> Report:
+    """Assert that a quantized model is ready for k-bit training as it stands, with or without adapters.
+
+    The model is only read: steps run on copies, with ``batch`` (keyword arguments of its forward, labels among them;
+    drawn where none is given). Rules that need what was before preparation are skipped. ``checkpointing`` is what was
+    asked for (``None``: whatever is on). Returns the report where it conforms.
+
+    Raises:
+        NonConformance: an ``AssertionError`` with the report as its message.
+        UsageError: an option or rule is wrong, or the model is not quantized.
+    """
+    __tracebackhide__ = True  # pytest shows the report, not this function
+    from kbitcheck import prepared
+    from kbitcheck.reporters import render
+
+    report = prepared.examine(
+        model,
+        profile=profile,
+        freezes=freezes,
+        checkpointing=checkpointing,
+        strict=strict,
+        select=select,
+        ignore=ignore or {},
+        batch=batch,
+    )
+    if report.exit_code:
+        raise NonConformance(report, render(report, "text"))
+    return report

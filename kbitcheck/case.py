@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from kbitcheck import backends
+from kbitcheck import backends, summary
 from kbitcheck.core import NotApplicable, UsageError
 from kbitcheck.facts import (
     HALF,
@@ -43,7 +43,7 @@ from kbitcheck.probes.call import SECOND, THIRD, arguments, call
 from kbitcheck.quantization import Quantization
 from kbitcheck.static import forecast
 from kbitcheck.static.case import StaticCase, static_case
-from kbitcheck.suite import CaseSpec
+from kbitcheck.suite import CaseSpec, Profile
 
 Attached = tuple[nn.Module, dict[str, nn.Parameter]]
 
@@ -55,6 +55,14 @@ class Prepares(Protocol):
     def name(self) -> str: ...
     @property
     def function(self) -> Callable[..., Any]: ...
+
+
+class Function(NamedTuple):
+    """Logits of a base: in float64, of the base as it is, and of the twin in the preparation's own dtypes."""
+
+    exact: targets.Routed
+    original: targets.Routed
+    rounded: targets.Routed
 
 
 class Base:
@@ -72,6 +80,7 @@ class Base:
         self.batch: step.Batch = source.batch(self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
         self.weights, self.misread = layers.originals(self.pristine)
+        self._functions: dict[str, Function] = {}
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
 
     def copy(self) -> Any:
@@ -104,13 +113,37 @@ class Base:
         told = forecast.of_weights(model, facts, spec)
         return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
 
+    @property
+    def half(self) -> torch.dtype:
+        """What autocast runs in: the compute dtype where it is half, else bfloat16."""
+        return self.compute if self.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+    @cached_property
+    def forwards(self) -> Sequence[forwards.Forward]:
+        """The unprepared base under every condition."""
+        return forwards.everywhere(self.copy(), self.batch, self.half)
+
+    def function(self, profile: Profile) -> Function:
+        """What a prepared model's logits are measured against, computed once a profile."""
+        if profile not in self._functions:
+            exact = twin.float64(self.copy(), self.weights)
+            rounded = twin.same_dtype(self.copy(), self.weights, profile)
+            self._functions[profile] = Function(
+                exact=self.logits(exact), original=self.logits(self.copy()), rounded=self.logits(rounded, profile)
+            )
+        return self._functions[profile]
+
+    def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
+        """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
+        autocast = self.autocast(profile) if profile else None
+        return targets.routed(model, lambda: twin.forward_logits(model, self.batch, autocast() if autocast else None))
+
     def autocast(self, profile: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast."""
         if profile != "qlora":
             return None
         device = next(iter(self.batch.values())).device.type
-        half = self.compute if self.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
-        return lambda: torch.autocast(device, dtype=half)
+        return lambda: torch.autocast(device, dtype=self.half)
 
     def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
         """The spec's adapters on the base's target layers, with the same numbers each time."""
@@ -120,10 +153,8 @@ class Base:
         autocast = self.autocast(spec.profile)
         exact_model, exact_adapters = self.attach(twin.float64(self.copy(), self.weights), spec)
         adapter_probe.recast(exact_adapters, torch.float64)
-        exact_logits = twin.forward_logits(exact_model, self.batch)
         _, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
         rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.copy(), self.weights, spec.profile), spec)
-        rounded_logits = twin.forward_logits(rounded_model, self.batch, autocast() if autocast else None)
         _, rounded = step.train_step(
             rounded_model, self.batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
         )
@@ -133,8 +164,6 @@ class Base:
             exact=exact,
             rounded=rounded,
             yardsticks={n: max(step.distance(g, exact[n]), ulp) for n, g in rounded.items() if live(exact[n])},
-            logits=exact_logits,
-            logits_error=twin.root_mean_square_error(rounded_logits, exact_logits),
             losses=losses,
             learning_rate=rate,
         )
@@ -256,11 +285,6 @@ class Case:
 
     def _attached_copy(self, **wanted: Any) -> Attached:
         return self._base.attach(self._prepared_copy(**wanted), self.spec)
-
-    @property
-    def _half(self) -> torch.dtype:
-        """What autocast runs in: the compute dtype where it is half, else bfloat16."""
-        return self._base.compute if self._base.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
 
     def _autocast(self) -> AbstractContextManager[Any] | None:
         make = self._base.autocast(self.profile)
@@ -396,10 +420,10 @@ class Case:
         found = layers.backwards(model, self.batch, adapters, *known, self._autocast())
         # Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
         # bias in place to whatever dtype comes in.
-        half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._half)
+        half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
         single = {k: v[:1] for k, v in self.batch.items()}
         fresh, fresh_adapters = self._attached_copy()
-        mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._half)
+        mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._base.half)
         return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
 
     @cached_property
@@ -468,28 +492,20 @@ class Case:
 
     @cached_property
     def forwards(self) -> Sequence[ForwardFacts]:
-        return forwards.everywhere(self._prepared_copy(), self._base.copy(), self.batch, self._half)
+        return forwards.compare(
+            forwards.everywhere(self._prepared_copy(), self.batch, self._base.half), self._base.forwards
+        )
 
     @cached_property
     def function(self) -> FunctionFacts:
-        autocast = self._base.autocast(self.profile)
-        exact = twin.float64(self._base.copy(), self._base.weights)
-        target, routes = targets.routed(exact, lambda: twin.forward_logits(exact, self.batch))
-        subject = self._prepared_copy()
-        found, subject_routes = targets.routed(
-            subject, lambda: twin.forward_logits(subject, self.batch, autocast() if autocast else None)
-        )
-        base = self._base.copy()
-        original, base_routes = targets.routed(base, lambda: twin.forward_logits(base, self.batch))
-        rounded = twin.same_dtype(self._base.copy(), self._base.weights, self.profile)
-        ideal, ideal_routes = targets.routed(
-            rounded, lambda: twin.forward_logits(rounded, self.batch, autocast() if autocast else None)
-        )
-        keep = targets.unmoved(target, routes, subject_routes, base_routes, ideal_routes)
+        known = self._base.function(self.profile)
+        found, routes = self._base.logits(self._prepared_copy(), self.profile)
+        target = known.exact.logits
+        keep = targets.unmoved(target, known.exact.routes, routes, known.original.routes, known.rounded.routes)
         return FunctionFacts(
-            base_error=twin.root_mean_square_error(original, target, keep),
+            base_error=twin.root_mean_square_error(known.original.logits, target, keep),
             error=twin.root_mean_square_error(found, target, keep),
-            twin_error=twin.root_mean_square_error(ideal, target, keep),
+            twin_error=twin.root_mean_square_error(known.rounded.logits, target, keep),
             ulp=float(torch.finfo(torch.float32).eps),
             left_out=int((~keep).sum()),
             tokens=keep.numel(),
@@ -563,8 +579,10 @@ class Case:
     def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]:
         """The call on a model that already carries adapters: it, and the trainable adapters before and after."""
         library = "peft" if self.spec.adapters == "peft" or targets.peft_installed() else "reference"
+        # PEFT refuses some targets, which is KB905's to tell.
+        fit = [name for name in self._base.targets if name not in self.unfit_targets]
         model, adapters = adapter_probe.attach(
-            self._base.copy(), self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+            self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
         )
         before = frozenset(n for n, p in adapters.items() if p.requires_grad)
         returned, facts = call(self.prepare, model, **self.wanted)
@@ -631,15 +649,25 @@ class Case:
             "model_class": self.base.cls,
             "parameters": sum(layer.in_features * layer.out_features for layer in self.base.layers.values())
             + sum(_unique(self.base)),
+            "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
         if "forecast" in self.__dict__ and self.forecast.activations:
             facts["forecast"] = self.forecast.as_json()
+            facts["bytes_by_group"] = {
+                "loaded": summary.by_group(self.base),
+                "prepared": summary.by_group(self.prepared),
+            }
+        if "gradients" in self.__dict__:
+            dead = sum(not g.live for g in self.gradients.values())
+            facts |= {"adapters": len(self.gradients), "dead_adapters": dead}
+            facts["gradient_errors"] = summary.by_layer(self.gradients)
         if "memory" in self.__dict__:
             shape = tuple(next(iter(self.batch.values())).shape[:2])
             facts |= {"activations": self.memory.plain, "checkpointed": self.memory.held, "batch": list(shape)}
+            facts["activations_by_block"] = summary.by_block(self.memory)
         return facts
 
 

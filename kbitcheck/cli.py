@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ from kbitcheck.core import (
     select,
 )
 from kbitcheck.door import fail, list_rules, say
-from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, with_options
+from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, SweepOptions, with_options
 
 if TYPE_CHECKING:
     from kbitcheck.run import Blame
@@ -86,13 +87,18 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
 @with_options
 def impl(impl: Annotated[str, typer.Argument(metavar="IMPL", help=IMPL_HELP)], options: ImplOptions) -> int:
     """Does this preparation function keep the specification?"""
+    return audit("impl", impl_cases(impl, options), options, blame="own")
+
+
+def impl_cases(impl: str, options: ImplOptions) -> list[CaseSpec]:
+    """The cases that ``impl`` and ``gate`` run."""
     from kbitcheck import models, suite
 
     if options.fuzz:
         raise UsageError("--fuzz is not built yet; use --suite full")
     for name in options.model:
         models.resolve(name)
-    specs = suite.cases(
+    return suite.cases(
         suite.FULL if options.suite == "full" else suite.QUICK,
         models=options.model,
         quants=options.quant,
@@ -100,19 +106,51 @@ def impl(impl: Annotated[str, typer.Argument(metavar="IMPL", help=IMPL_HELP)], o
         implementation=impl,
         **options.case,
     )
-    return audit("impl", specs, options, blame="own")
 
 
 @app.command()
 @with_options
 def gate(
     impl: Annotated[str, typer.Argument(metavar="IMPL", help=IMPL_HELP)],
-    options: Shared,
+    options: ImplOptions,
     ledger: Annotated[str, typer.Option(metavar="FILE", help="The accepted results.")] = "",
-    accept: Annotated[bool, typer.Option("--accept", help="Write the ledger.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Write what is found to the ledger.")] = False,
+    against: Annotated[str, typer.Option(metavar="IMPL", help="Compare with this one; needs no ledger.")] = "",
 ) -> int:
-    """(Not built yet.) Has it changed against what was accepted?"""
-    raise UsageError("`kbitcheck gate` is not built yet; use `kbitcheck impl`")
+    """Has it changed against what was accepted?"""
+    from kbitcheck import implementations
+
+    if bool(ledger) == bool(against):
+        raise UsageError("say what to compare with: --ledger FILE, or --against IMPL")
+    specs = impl_cases(impl, options)
+    if ledger:
+        return audit("gate", specs, options, blame="own", judge=ledger_judge(ledger, specs, accept=accept))
+    if accept:
+        raise UsageError("--accept writes a ledger, and --against has none")
+    if options.in_process:
+        raise UsageError("--against cannot run --in-process: two preparations never share a process")
+    implementations.validate(against)
+    return audit("gate", specs, options, blame="own", judge=other_judge(against, options))
+
+
+@app.command()
+@with_options
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A.json")],
+    after: Annotated[str, typer.Argument(metavar="B.json")],
+    options: Output,
+) -> int:
+    """Compare two saved reports: did anything get worse?"""
+    from kbitcheck import diff, gate
+    from kbitcheck.destination import Destination
+    from kbitcheck.reporters import render, verdict
+
+    destination = Destination(options.output)
+    saved = [read_report(name) for name in (before, after)]
+    found = gate.settle(saved[1], before, diff.compare(*saved, names=(before, after)))
+    destination.write(render(found, options.format, verbose=options.verbose, terminal=destination.terminal))
+    say(verdict(found))
+    return EXIT_BROKEN_RULE if any(b["counted"] for b in (found.gate or {})["breaches"]) else EXIT_CONFORMS
 
 
 @app.command()
@@ -154,41 +192,148 @@ def selftest(
 
 @app.command()
 @with_options
+def sweep(options: SweepOptions) -> int:
+    """Audit every architecture that transformers knows, tiny and with random weights."""
+    from kbitcheck.destination import Destination
+    from kbitcheck.process import Lost
+    from kbitcheck.reporters.sweep import render, verdict
+    from kbitcheck.signals import told_to_stop
+    from kbitcheck.sweep import swept
+
+    destination = Destination(options.output)
+    try:
+        with told_to_stop():
+            table = swept(options, say=say, echo=_echo if options.debug else None)
+    except Lost as lost:
+        return fail(f"the architectures cannot be listed: {lost}", EXIT_ERROR)
+    destination.write(render(table, options.format))
+    say(verdict(table))
+    return table.exit_code
+
+
+@app.command()
+@with_options
 def show(report: Annotated[str, typer.Argument(metavar="REPORT.json")], options: Output) -> int:
     """Render a saved report."""
-    import json
-
     from kbitcheck.destination import Destination
     from kbitcheck.reporters import render
 
     destination = Destination(options.output)
+    saved = read_report(report)
     try:
-        saved = Report.from_json(json.loads(Path(report).read_text(encoding="utf-8")))
         text = render(saved, options.format, verbose=options.verbose, terminal=destination.terminal)
-    except OSError as error:
-        raise UsageError(f"cannot read {report}: {error.strerror}") from error
-    except (UsageError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{report} is not a kbitcheck report: {str(error).splitlines()[0]}") from error
     destination.write(text)
     return EXIT_CONFORMS
 
 
-def audit(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Blame) -> int:
-    """Run the cases, render the report and say how it ended."""
-    from kbitcheck import environment, implementations
+def read_report(name: str) -> Report:
+    """The report saved in a file.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
+    import json
+
+    try:
+        return Report.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+    except (UsageError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{name} is not a kbitcheck report: {str(error).splitlines()[0]}") from error
+
+
+def ledger_judge(name: str, specs: Sequence[CaseSpec], *, accept: bool) -> Callable[[Report], Report]:
+    """What compares a report with the ledger, and with ``accept`` writes it first; a wrong one is told before the run.
+
+    Raises:
+        UsageError: the ledger is missing, malformed, cannot be written or was accepted under other options.
+    """
+    from kbitcheck import acceptance, gate
     from kbitcheck.destination import Destination
+    from kbitcheck.ledger import Ledger, options_of
+
+    if not accept:
+        accepted = Ledger.read(name)
+        gate.check_options(accepted, options_of(specs[0].as_json()))
+        return lambda report: gate.judge(report, accepted)
+    destination = Destination(name, "--ledger")
+    before = Path(name).read_text(encoding="utf-8") if Path(name).exists() else ""
+    old = Ledger.parse(before, name=name) if before else Ledger(name=name, implementation=specs[0].implementation)
+
+    def judge(report: Report) -> Report:
+        if not report.complete or report.exit_code == EXIT_NOTHING:
+            say(f"{name} is not written: {'nothing was checked' if report.complete else 'the run was cut short'}")
+            return report
+        text = acceptance.accept(report, before, name=name)
+        if text != before:
+            for breach in gate.compare(report, old):
+                say(f"accepted: {breach.line}")
+            destination.write(text)
+        say(f"{name} is {'as it was' if text == before else 'written'}")
+        return gate.judge(report, Ledger.parse(text, name=name), accepted=True)
+
+    return judge
+
+
+def other_judge(other: str, options: ImplOptions) -> Callable[[Report], Report]:
+    """What runs another implementation on the same cases, in a worker of its own, and compares with it."""
+    from kbitcheck import diff, gate
+
+    def judge(report: Report) -> Report:
+        if not report.complete:
+            return report
+        reference = examine("gate", impl_cases(other, options), options, blame="own")
+        found = diff.compare(reference, report, names=(other, str(report.subject["implementation"].get("name", "it"))))
+        return dataclasses.replace(gate.settle(report, other, found), complete=reference.complete)
+
+    return judge
+
+
+def same(report: Report) -> Report:
+    """The judge of a run that nothing is compared with."""
+    return report
+
+
+def audit(
+    command: str,
+    specs: Sequence[CaseSpec],
+    options: Shared,
+    *,
+    blame: Blame,
+    judge: Callable[[Report], Report] = same,
+) -> int:
+    """Run the cases, judge and render the report and say how it ended."""
+    from kbitcheck import implementations
+    from kbitcheck.destination import Destination
+
+    implementations.validate(specs[0].implementation)
+    destination = Destination(options.output)
+    report = judge(examine(command, specs, options, blame=blame))
+    from kbitcheck.reporters import render, verdict
+
+    destination.write(render(report, options.format, verbose=options.verbose, terminal=destination.terminal))
+    say(verdict(report))
+    return report.exit_code
+
+
+def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Blame) -> Report:
+    """Run the cases, with a bar on a terminal."""
+    from kbitcheck import environment
     from kbitcheck.progress import shown
     from kbitcheck.run import run
     from kbitcheck.signals import told_to_stop
+    from kbitcheck.worker import debug_to_stderr
 
-    implementations.validate(specs[0].implementation)
     environment.validate_device(options.device)
     chosen = select(options.codes, options.ignored)
-    destination = Destination(options.output)
     # In process, what the subject prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
+    if options.in_process and options.debug:
+        debug_to_stderr()
     with told_to_stop(), quiet, shown(len(specs) * len(chosen)) as advance:
-        report = run(
+        return run(
             specs,
             chosen,
             timeout=options.timeout,
@@ -199,11 +344,6 @@ def audit(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Bl
             on_event=advance,
             echo=_echo if options.debug else None,
         )
-    from kbitcheck.reporters import render, verdict
-
-    destination.write(render(report, options.format, verbose=options.verbose, terminal=destination.terminal))
-    say(verdict(report))
-    return report.exit_code
 
 
 def _echo(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from kbitcheck.facts import Facts
 
 SCHEMA = 1
+
+log = logging.getLogger("kbitcheck")
 
 CODE = re.compile(r"KB\d{3}")
 
@@ -161,7 +164,10 @@ def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok."""
+    """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok.
+
+    ``finding`` says which committed finding excuses the failure: it is told and not counted.
+    """
 
     rule: str
     case: str
@@ -172,6 +178,7 @@ class Result:
     reason: str = ""
     failures: tuple[Observation, ...] = ()
     notes: tuple[str, ...] = ()
+    finding: str = ""
     seconds: float = 0.0
 
     @property
@@ -225,6 +232,7 @@ def judge(subject: Rule, facts: Facts) -> Result:
     except UsageError:
         raise
     except Exception as error:
+        log.debug("%s on %s", subject.code, facts.case, exc_info=True)
         status, reason = Status.ERROR, f"{type(error).__name__}: {error}".splitlines()[0]
     parties = {f.party for f in failures}
     blamed = next((p for p in Party if p in parties), None)
@@ -251,7 +259,8 @@ class Report:
 
     ``subject`` says what was run (command, model or implementation, options); ``environment`` holds versions, device and
     seed; ``blame`` is ``"any"`` where a failure counts whoever is at fault and ``"own"`` where only the
-    implementation's do. ``complete`` is False when the run was cut short.
+    implementation's do. ``complete`` is False when the run was cut short. ``gate`` is what a comparison with a ledger or
+    another report found (``kbitcheck.gate.judge``); then it decides, and no longer the rules alone.
     """
 
     tool: str
@@ -263,10 +272,15 @@ class Report:
     complete: bool = True
     schema: int = SCHEMA
     facts: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
 
     def counts(self, result: Result) -> bool:
-        """Whether a result makes the run non-conforming."""
-        if result.status is not Status.FAIL or result.level is Level.INFO:
+        """Whether a result makes the run non-conforming; in a gate, whether it is a breach."""
+        if self.gate is not None:
+            return any(
+                b["counted"] and result.rule in b["rules"] and result.case in b["cases"] for b in self.gate["breaches"]
+            )
+        if result.status is not Status.FAIL or result.level is Level.INFO or result.finding:
             return False
         if result.level is Level.SHOULD and not self.strict:
             return False
@@ -286,9 +300,9 @@ class Report:
         summary = self.summary
         if not self.complete:
             return EXIT_INTERRUPTED
-        if summary["error"]:
+        if any(r.status is Status.ERROR and (self.gate is None or self.counts(r)) for r in self.results):
             return EXIT_ERROR
-        if summary["counted"]:
+        if summary["counted"] or (self.gate is not None and any(b["counted"] for b in self.gate["breaches"])):
             return EXIT_BROKEN_RULE
         return EXIT_CONFORMS if summary["pass"] or summary["fail"] else EXIT_NOTHING
 
@@ -309,6 +323,7 @@ class Report:
             "complete": self.complete,
             "summary": self.summary,
             "exit_code": self.exit_code,
+            "gate": self.gate,
             "facts": dict(self.facts),
             "results": [r.as_json() for r in self.results],
         }
@@ -324,7 +339,7 @@ class Report:
             raise UsageError(f"not a kbitcheck report of schema {SCHEMA}")
         try:
             kept = {k: data[k] for k in ("tool", "environment", "subject", "blame", "strict", "complete", "facts")}
-            return cls(**kept, results=tuple(Result.from_json(r) for r in data["results"]))
+            return cls(**kept, gate=data.get("gate"), results=tuple(map(Result.from_json, data["results"])))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"a damaged kbitcheck report ({type(error).__name__}: {error})") from None
 
@@ -333,9 +348,9 @@ class Report:
 
 
 class NonConformance(AssertionError):
-    """A report that does not conform; the message lists the rules that were broken."""
+    """A report that does not conform; the message lists the rules that were broken, where none is given."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, message: str = "") -> None:
         self.report = report
         known = rules()
         lines = [
@@ -343,4 +358,4 @@ class NonConformance(AssertionError):
             for r in report.results
             if r.status is Status.ERROR or report.counts(r)
         ]
-        super().__init__("\n".join(lines) or "nothing was checked")
+        super().__init__(message or "\n".join(lines) or "nothing was checked")

@@ -12,25 +12,25 @@ from kbitcheck.core import UsageError
 
 
 class Destination:
-    """Stdout, or the file named by ``--output``.
+    """Stdout, or the file named by an option.
 
     Raises:
         UsageError: the file cannot be written; found out before anything is run.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, option: str = "--output") -> None:
         # A link stays a link: what it points to is replaced.
         self._path = Path(os.path.realpath(name)) if name else None
-        self._name = name
+        self._name = f"{option} {name}" if name else ""
         if self._path is None:
             return
         if self._path.is_dir():
-            raise UsageError(f"cannot write --output {name}: it is a directory")
+            raise UsageError(f"cannot write {self._name}: it is a directory")
         try:
             if self._plain(self._path):
                 self._draft(self._path.parent).unlink()
         except OSError as error:
-            raise UsageError(f"cannot write --output {name}: {error.strerror}") from None
+            raise UsageError(f"cannot write {self._name}: {error.strerror}") from None
 
     @property
     def terminal(self) -> bool:
@@ -51,7 +51,7 @@ class Destination:
             else:
                 self._path.write_text(text, encoding="utf-8")
         except OSError as error:
-            where = f"--output {self._name}" if self._name else "the report to stdout"
+            where = self._name or "the report to stdout"
             raise UsageError(f"cannot write {where}: {error.strerror}") from None
 
     @staticmethod

@@ -56,14 +56,18 @@ def describe(device: str, seed: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        **{package: _version(package) for package in PACKAGES},
+        **versions(),
         "cuda": torch.version.cuda or "",
         "device": device,
         "device_name": named(device) if named is not None else _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "seed": seed,
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run finds; empty for one that is not installed. Imports none of them."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _processor() -> str:

@@ -130,7 +130,10 @@ class CallFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFacts:
-    """One block in one training step. ``computed`` and ``recomputed`` count runs of its inside before and in backward."""
+    """One block in one training step. ``computed`` and ``recomputed`` count runs of its inside before and in backward.
+
+    ``without_grad`` counts entries while gradients are off: the model's own doing in a plain run.
+    """
 
     name: str
     tower: str
@@ -138,6 +141,7 @@ class BlockFacts:
     recomputed: int
     on_path: bool
     input_requires_grad: bool | None
+    without_grad: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +211,8 @@ class MemoryFacts:
 
     ``allowed`` is what checkpointing has to keep, from the plain run: the blocks' tensor arguments and results and all
     that was made outside the blocks. ``stack`` is what a bare quantized layer demonstrably keeps under checkpointing.
-    ``steps`` are the bytes each block added in the checkpointed forward, ``step_allowed`` those of its inputs.
+    ``steps`` are the bytes each block added in the checkpointed forward, ``step_allowed`` those of its inputs,
+    ``plain_steps`` what it added in the plain one.
     """
 
     plain: int
@@ -221,6 +226,7 @@ class MemoryFacts:
     step_allowed: Mapping[str, int]
     step_stack: Mapping[str, int]
     survivors: int
+    plain_steps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
@@ -13,9 +14,12 @@ import typer
 from kbitcheck.core import UsageError
 from kbitcheck.suite import ALL_LINEAR, Adapters, Checkpointing, Freezes, Profile
 
+Task = Literal[
+    "causal-lm", "seq2seq-lm", "image-text-to-text", "speech-seq2seq", "sequence-classification", "masked-lm"
+]
+
 MODES: tuple[str, ...] = get_args(Checkpointing)
-FORMATS = ("text", "json")
-PLANNED = ("junit", "sarif", "markdown", "html")
+FORMATS = ("text", "json", "junit", "sarif", "markdown", "html")
 
 
 @dataclass(kw_only=True)
@@ -28,10 +32,8 @@ class Output:
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the worker prints.")] = False
 
     def __post_init__(self) -> None:
-        if self.format in PLANNED:
-            raise UsageError(f"--format {self.format} is not built yet; use {' or '.join(FORMATS)}")
         if self.format not in FORMATS:
-            raise UsageError(f"no such format: {self.format!r}; use {' or '.join(FORMATS)}")
+            raise UsageError(f"no such format: {self.format!r}; use {', '.join(FORMATS)}")
 
 
 @dataclass(kw_only=True)
@@ -143,6 +145,47 @@ class ImplOptions(Shared):
     )
     suite: Annotated[Literal["quick", "full"], typer.Option(help="Which recipes.")] = "quick"
     fuzz: Annotated[int, typer.Option(metavar="N", min=0, help="Random recipes (not built yet).")] = 0
+
+
+@dataclass(kw_only=True)
+class SweepOptions:
+    """What ``sweep`` takes."""
+
+    task: Annotated[Task, typer.Option(help="Which of transformers' lists of architectures.")] = "causal-lm"
+    select: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Only these model types; shell patterns too. Repeatable.")
+    ] = field(default_factory=list)
+    quant: Annotated[str, typer.Option(metavar="Q", help="As for `kbitcheck model`.")] = "nf4"
+    checkpointing: Annotated[Checkpointing, typer.Option(help="Gradient checkpointing.")] = "default"
+    prepare: Annotated[str, typer.Option(metavar="IMPL", help="Default: peft if installed, else reference.")] = ""
+    profile: Annotated[Profile, typer.Option(help="The recipe of dtypes that the preparation promises.")] = "peft"
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Workers at once, one thread each.")] = 1
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts of the list.")] = "1/1"
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of one architecture.")] = 120.0
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0
+    format: Annotated[Literal["text", "json", "markdown"], typer.Option(help="How to render the table.")] = "text"
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="Write the table here; FILE.jsonl beside it keeps rows as they come.")
+    ] = ""
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the workers print.")] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < float("inf"):
+            raise UsageError(f"--timeout wants a number of seconds above 0, not {self.timeout:g}")
+        _ = self.part
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The shard as numbers: which one, of how many.
+
+        Raises:
+            UsageError: it is not I/N with I from 1 to N.
+        """
+        found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard)
+        if found is None or int(found[1]) > int(found[2]):
+            raise UsageError(f"--shard wants I/N with I from 1 to N, not {self.shard!r}")
+        return int(found[1]), int(found[2])
 
 
 def with_options(command: Callable[..., int]) -> Callable[..., int]:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from kbitcheck.worker import LAST, Event
@@ -35,9 +35,17 @@ class Lost(Exception):
 
 
 class WorkerProcess:
-    """A running worker. ``scratch`` becomes its TMPDIR; ``echo`` gets what it and its subject print."""
+    """A running worker. ``scratch`` becomes its TMPDIR; ``echo`` gets what it and its subject print.
 
-    def __init__(self, scratch: Path, echo: Callable[[str], None] | None = None) -> None:
+    ``environment`` holds variables that it gets beside this process's own.
+    """
+
+    def __init__(
+        self,
+        scratch: Path,
+        echo: Callable[[str], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         self._open = {self._requests, self._replies}
@@ -53,7 +61,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            env={**os.environ, **QUIET, "TMPDIR": str(scratch)},
+            env={**os.environ, **QUIET, **(environment or {}), "TMPDIR": str(scratch)},
             start_new_session=True,
         )
         os.close(requests)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kbitcheck
-from kbitcheck.core import Level, Party, Report, Result, Rule, Status, UsageError
+from kbitcheck.core import Party, Report, Result, Rule, Status, UsageError
 from kbitcheck.implementations import REFERENCE, Implementation
 from kbitcheck.process import Lost, WorkerProcess
 from kbitcheck.suite import CaseSpec
@@ -58,7 +58,7 @@ def run(
         with contextlib.closing(events):
             for event in events:
                 if event["event"] == "result":
-                    result = _settle(Result.from_json(event["result"]), specs)
+                    result = settle(Result.from_json(event["result"]), specs[0].implementation)
                     results.append(result)
                     event = {**event, "result": result.as_json()}
                 elif event["event"] == "facts":
@@ -92,14 +92,14 @@ def findings() -> Mapping[tuple[str, Party], str]:
     return {(f["rule"], Party(f["party"])): f"{f['why']} ({f['script']})" for f in listed}
 
 
-def _settle(result: Result, specs: Sequence[CaseSpec]) -> Result:
+def settle(result: Result, implementation: str) -> Result:
     """Of the reference nothing is excused by party: only committed findings, which are then told and not counted."""
-    if result.status is not Status.FAIL or specs[0].implementation != REFERENCE:
+    if result.status is not Status.FAIL or implementation != REFERENCE:
         return result
     excuses = [findings().get((result.rule, f.party)) for f in result.failures]
     if None in excuses:
         return result
-    return dataclasses.replace(result, level=Level.INFO, reason=f"a known finding: {excuses[0]}")
+    return dataclasses.replace(result, finding=excuses[0] or "")
 
 
 def _in_process(
@@ -155,7 +155,7 @@ def _isolated(
     specs: Sequence[CaseSpec], rules: Sequence[Rule], timeout: float, echo: Callable[[str], None] | None
 ) -> Generator[Event, None, None]:
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        bench = _Bench(Path(scratch), rules, timeout, echo)
+        bench = Bench(Path(scratch), rules, timeout, echo)
         try:
             bench.start()  # before anything else: it takes seconds to get warm
             for spec in specs:
@@ -165,40 +165,52 @@ def _isolated(
             bench.close()
 
 
-class _Bench:
-    """Examines cases in a worker, and puts a new worker in the place of one that a case has ruined."""
+class Bench:
+    """Examines cases of one implementation in a worker, and replaces a worker that a case has ruined.
+
+    ``path`` are directories from which the worker imports the implementation, ``environment`` variables it gets.
+    """
 
     def __init__(
-        self, scratch: Path, rules: Sequence[Rule], timeout: float, echo: Callable[[str], None] | None
+        self,
+        scratch: Path,
+        rules: Sequence[Rule],
+        timeout: float,
+        echo: Callable[[str], None] | None = None,
+        *,
+        path: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._scratch, self._rules, self._timeout, self._echo = scratch, rules, timeout, echo
+        self._path, self._environment = path, environment
         self._worker: WorkerProcess | None = None
-        self._loaded = False
+        self.loaded = False
         self._hopeless = ""
 
     def start(self) -> None:
-        self._worker = WorkerProcess(self._scratch, self._echo)
-        self._loaded = False
+        self._worker = WorkerProcess(self._scratch, self._echo, self._environment)
+        self.loaded = False
 
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()
         self._worker = None
-        self._loaded = False
+        self.loaded = False
 
-    def examine(self, spec: CaseSpec) -> Iterator[Event]:
-        """The events of one case; ERROR results fill in for what a lost worker did not report."""
-        if not self._loaded and not self._hopeless:
+    def examine(self, spec: CaseSpec, rules: Sequence[Rule] | None = None) -> Iterator[Event]:
+        """The events of one case, by other rules if given; ERROR results fill in for what a lost worker did not report."""
+        rules = self._rules if rules is None else rules
+        if not self.loaded and not self._hopeless:
             yield from self._load(spec)
         if self._hopeless:
-            yield from _broken(spec, self._rules, set(), self._hopeless)
+            yield from _broken(spec, rules, set(), self._hopeless)
             return
         seen: set[str] = set()
         try:
-            yield from self._case(spec, seen)
+            yield from self._case(spec, rules, seen)
         except Lost as lost:
             self.close()
-            yield from _broken(spec, self._rules, seen, str(lost))
+            yield from _broken(spec, rules, seen, str(lost))
 
     def _load(self, spec: CaseSpec) -> Iterator[Event]:
         """Load the implementation. Where even that ends the worker, no case can be run."""
@@ -207,18 +219,19 @@ class _Bench:
         request = {
             "do": "load",
             "implementation": spec.implementation,
+            "path": list(self._path),
             "device": spec.device,
             "seed": spec.seed,
             "static": spec.static == "always",
         }
         try:
             yield from self._ask(request)
-            self._loaded = True
+            self.loaded = True
         except Lost as lost:
             self._hopeless = f"{spec.implementation} could not be loaded: {lost}"
 
-    def _case(self, spec: CaseSpec, seen: set[str]) -> Iterator[Event]:
-        request = {"do": "case", "spec": spec.as_json(), "rules": [rule.code for rule in self._rules]}
+    def _case(self, spec: CaseSpec, rules: Sequence[Rule], seen: set[str]) -> Iterator[Event]:
+        request = {"do": "case", "spec": spec.as_json(), "rules": [rule.code for rule in rules]}
         poisoned = False
         for event in self._ask(request):
             if event["event"] == "result":
@@ -227,7 +240,7 @@ class _Bench:
                 poisoned |= event["result"]["status"] == Status.ERROR and any(word in reason for word in POISON)
             elif event["event"] == "broken":
                 poisoned |= event["fatal"]
-                yield from _broken(spec, self._rules, seen, event["cause"])
+                yield from _broken(spec, rules, seen, event["cause"])
             yield event
         if poisoned:
             self.close()

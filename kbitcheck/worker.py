@@ -10,6 +10,7 @@ import dataclasses
 import faulthandler
 import gc
 import json
+import logging
 import os
 import queue
 import resource
@@ -20,7 +21,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from kbitcheck.core import Rule, UsageError, judge, rules
+from kbitcheck.core import Rule, UsageError, judge, log, rules
 from kbitcheck.implementations import Implementation, load, unused
 from kbitcheck.suite import CaseSpec
 
@@ -48,6 +49,12 @@ def cause(error: BaseException) -> str:
     """An exception on one line."""
     message = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
+
+
+def debug_to_stderr() -> None:
+    """Print the tracebacks of rules that raised."""
+    log.setLevel(logging.DEBUG)
+    log.addHandler(logging.StreamHandler())
 
 
 class Server:
@@ -86,7 +93,6 @@ class Server:
         import kbitcheck.case  # noqa: F401
 
         gc.enable()
-        gc.freeze()
         # One thread until a model is worth more: on tiny ones threads only wait for each other.
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -97,6 +103,8 @@ class Server:
 
         self._device = environment.resolve_device(request["device"])
         told = environment.describe(self._device, request["seed"])
+        # In front, in their order, and only now: nothing of the subject's may stand in for the stack.
+        sys.path[:0] = [directory for directory in request.get("path", ()) if directory not in sys.path]
         self._implementation = (unused if request.get("static") else load)(request["implementation"])
         yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
 
@@ -115,6 +123,12 @@ class Server:
         yield from examine(case, [known[code] for code in request["rules"]])
         yield {"event": "done"}
 
+    def _architectures(self, request: Event) -> Iterator[Event]:
+        from kbitcheck.models.architecture import listed
+
+        yield {"event": "architectures", "classes": listed(request["task"])}
+        yield {"event": "done"}
+
     def _selftest(self, request: Event) -> Iterator[Event]:
         from kbitcheck import sabotage
 
@@ -130,6 +144,7 @@ def main(requests: int, replies: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
+    debug_to_stderr()
     server = Server(os.fdopen(replies, "w", encoding="utf-8"))
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kbitcheck.core import UsageError
-from kbitcheck.models import checkpoint, config, hub, local, recipe
+from kbitcheck.models import architecture, checkpoint, config, hub, local, recipe
 from kbitcheck.models.source import Source, asked_dtype
 from kbitcheck.suite import Static
 
 __all__ = ["Source", "resolve"]
 
-FORMS = "a recipe (tiny:llama, FILE.toml), a directory, a config.json, or a hub id (org/name)"
+FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json, or a hub id (org/name)"
 
 
 def resolve(
@@ -38,6 +38,8 @@ def resolve(
     wanted = asked_dtype(dtype)
     if model.startswith(recipe.PREFIX):
         return recipe.named(model.removeprefix(recipe.PREFIX), dtype=wanted)
+    if model.startswith(architecture.PREFIX):
+        return architecture.named(model, dtype=wanted)
     options: dict[str, Any] = {
         "dtype": wanted,
         "revision": revision,

@@ -14,21 +14,22 @@ from kbitcheck.core import UsageError
 IGNORED = -100
 
 
-def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int) -> dict[str, Tensor]:
+def draw(model: PreTrainedModel, *, batch: int, seq_len: int, seed: int, images: bool = True) -> dict[str, Tensor]:
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
     or more is padded on the right, with a mask of zeros and labels of -100. A classifier's labels have shape (batch,);
     an encoder-decoder's have half the length. Image tokens come on top of ``seq_len``.
     ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
-    the dtype of the model as it is now: see ``fit``. The global generator is not used.
+    the dtype of the model as it is now: see ``fit``. Without ``images`` a model that reads text gets text alone. The global
+    generator is not used.
 
     Raises:
         UsageError: the model takes inputs of a kind that is not known here.
     """
     accepted = inspect.signature(model.forward).parameters
     drawn = _Tokens(model, seed)
-    if "pixel_values" in accepted and "input_ids" in accepted:
+    if images and "pixel_values" in accepted and "input_ids" in accepted:
         made = _image_text(model, drawn, batch, seq_len)
     elif model.main_input_name == "input_features":
         made = _speech(model, drawn, batch, seq_len)
@@ -45,7 +46,7 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     A speech encoder does not cast its input: what fits the loaded model does not fit the prepared one. Values are drawn
     so that float16, bfloat16 and wider hold the same numbers.
     """
-    device: torch.device = cast(Any, model.get_input_embeddings()).weight.device
+    device = next(cast(Any, model.get_input_embeddings()).parameters()).device
     kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
     dtype = next((k.dtype for k in kernels), model.dtype)
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
@@ -93,6 +94,10 @@ def _text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> 
         labels = tokens.ids(batch, length).where(tokens.mask(batch, length).bool(), IGNORED)
     else:
         labels = ids.where(mask.bool(), IGNORED)
+        if isinstance(
+            model.get_input_embeddings(), torch.nn.ModuleList
+        ):  # one for each codebook, of which there is one
+            labels = labels.unsqueeze(-1)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

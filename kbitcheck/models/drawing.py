@@ -71,7 +71,8 @@ def fill(model: PreTrainedModel, plan: Plan) -> None:
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
     modules = dict(model.named_modules())
-    for name, parameter in list(model.named_parameters()):
+    # A tied tensor has several names, and tying may prefer the one that was not drawn.
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
         factor = next((f for pattern, f in plan.scale.items() if fnmatchcase(name, pattern)), 1.0)
         numbers = factor * _numbers(owner, leaf, tuple(parameter.shape), f"{plan.seed}/{name}")
@@ -121,7 +122,7 @@ def _adds_one(norm: nn.Module) -> bool:
     try:
         with torch.no_grad():
             output = probe(torch.linspace(-1, 1, size)[None])
-    except (TypeError, ValueError, RuntimeError):  # one that takes more than what it normalizes
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # one that takes more than what it normalizes
         return False
     return bool(output.any())
 

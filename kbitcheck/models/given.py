@@ -47,7 +47,9 @@ class Given:
 
     def load(self, quant: Quantization, device: str) -> Any:
         """A copy of the model, wherever it is; ``quant`` and ``device`` are its own."""
-        return copy.deepcopy(self.model)
+        from kbitcheck.models.loading import never_repacked
+
+        return never_repacked(copy.deepcopy(self.model))
 
     def reload(self, folder: Path | str, device: str = "cpu") -> Any:
         """The model as ``save_pretrained`` left it in ``folder``."""

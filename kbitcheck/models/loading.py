@@ -84,7 +84,7 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
             raise UsageError(
                 f"{options.name}: not this model's weights: {_listed(fault.replace('_', ' '), info[fault])}"
             )
-    return _never_repacked(model)
+    return never_repacked(model)
 
 
 def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
@@ -189,7 +189,7 @@ def quiet() -> Iterator[None]:
             hf.enable_progress_bar()
 
 
-def _never_repacked(model: PreTrainedModel) -> PreTrainedModel:
+def never_repacked(model: PreTrainedModel) -> PreTrainedModel:
     """Switch off bitsandbytes' repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.
 
     It rewrites the packed weights in place, rounds their scales to bfloat16, drops the nested state, and raises where

@@ -15,6 +15,10 @@ from kbitcheck.core import UsageError
 from kbitcheck.probes.snapshot import heads
 from kbitcheck.suite import ALL_LINEAR
 
+# Of each factor of a pair: an adapter then moves its layer by about a fifth. At 1 it would outweigh the layer, and the
+# sharp attention that gives (T5's most of all) makes gradients so rough that no comparison says anything.
+SPREAD = 0.3
+
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "proj_out"})
 
 
@@ -62,7 +66,7 @@ def draw(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     for name, parameter in parameters.items():
         key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
         generator = torch.Generator().manual_seed(key)
-        values = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+        values = SPREAD * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
         parameter.data.copy_(values)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from torch import nn
 from kbitcheck.facts import ForwardFacts
 from kbitcheck.probes import step
 from kbitcheck.probes.live import tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward: whether every output was finite, what it raised ("" if nothing), its logits."""
+
+    condition: str
+    autocast: bool
+    finite: bool
+    raised: str
+    logits: torch.Tensor | None
 
 
 def conditions(batch: step.Batch) -> list[tuple[str, bool, bool, bool]]:
@@ -45,25 +57,28 @@ def run(
     return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), "", output.logits
 
 
-def everywhere(model: nn.Module, base: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[ForwardFacts]:
-    """Every condition on the prepared model, beside the unprepared base. Both are used up: eval mode may repack weights."""
-    found = []
-    for text, training, mask, auto in conditions(batch):
-        dtype = autocast if auto else None
-        finite, raised, logits = run(model, batch, training=training, mask=mask, autocast=dtype)
-        base_finite, base_raised, base_logits = run(base, batch, training=training, mask=mask, autocast=dtype)
-        found.append(
-            ForwardFacts(
-                condition=text,
-                autocast=auto,
-                finite=finite,
-                raised=raised,
-                base_raised=base_raised,
-                base_finite=base_finite,
-                apart=_apart(logits, base_logits) if finite and base_finite else None,
-            )
+def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[Forward]:
+    """A forward under every condition. The model is used up: eval mode may repack weights."""
+    return [
+        Forward(text, auto, *run(model, batch, training=training, mask=mask, autocast=autocast if auto else None))
+        for text, training, mask, auto in conditions(batch)
+    ]
+
+
+def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
+    """The prepared model's forwards beside the unprepared base's."""
+    return [
+        ForwardFacts(
+            condition=mine.condition,
+            autocast=mine.autocast,
+            finite=mine.finite,
+            raised=mine.raised,
+            base_raised=bare.raised,
+            base_finite=bare.finite,
+            apart=_apart(mine.logits, bare.logits) if mine.finite and bare.finite else None,
         )
-    return found
+        for mine, bare in zip(found, base, strict=True)
+    ]
 
 
 def _apart(found: torch.Tensor | None, base: torch.Tensor | None) -> float | None:

@@ -68,21 +68,28 @@ class _Probe:
         self.ran = 0
         self.carried = True
         self.dtype: torch.dtype | None = None
+        self._passed = False
         self.handles = (
             module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             module.register_forward_hook(self._after),
         )
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else next(iter(kwargs.values()))
+        # Nothing to take a gradient by, or the model itself runs all round the layer without gradients.
+        self._passed = not x.is_floating_point() or not torch.is_grad_enabled()
+        if self._passed:
+            return None
         self.ran += 1
         self.dtype = x.dtype
         if not x.requires_grad:
             x = x.detach().requires_grad_(True)
         tapped = _Tap.apply(x, self.leaving)
-        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "x": tapped})
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
 
     def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if self._passed:
+            return output
         if not output.requires_grad:
             self.carried = False
             return output

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -47,9 +47,10 @@ def activations(
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> MemoryFacts:
     """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
-    with step.checkpointing_off(model):
-        plain = _measure(model, batch, seed, autocast)
-    checkpointed = _measure(model, batch, seed, autocast)
+    with _only_new_garbage():
+        with step.checkpointing_off(model):
+            plain = _measure(model, batch, seed, autocast)
+        checkpointed = _measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
     # Checkpointing keeps the generators' state for each block (preserve_rng_state).
     random_state = torch.get_rng_state().nbytes * len(blocks)
@@ -70,6 +71,7 @@ def activations(
         step_allowed=step_allowed,
         step_stack={n: sum(b for layer, b in kept.items() if layer.startswith(n + ".")) for n in blocks},
         survivors=checkpointed.survivors,
+        plain_steps=_increments(plain.entries),
     )
 
 
@@ -159,6 +161,19 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     return found
 
 
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Collections look at what was made since alone: walking torch's and transformers' own objects takes longest."""
+    if gc.get_freeze_count():  # the caller's; unfreezing would undo it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _states(model: nn.Module) -> Iterable[torch.Tensor]:
     """Tensors of the quantization states: the layers' own memory, though no parameter or buffer."""
     for module in model.modules():
@@ -177,7 +192,8 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
         if backends.is_quantized(module):
 
             def saw(module: nn.Module, args: Any, name: str = name) -> None:
-                shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
+                if args and args[0].is_floating_point():
+                    shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
 
             handles.append(module.register_forward_pre_hook(saw))
     try:
@@ -225,7 +241,7 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         live.add(tensor)
     del existing
     before = live.now
-    with live:
+    with _only_new_garbage(), live:
         prepare(model)
         gc.collect()
         peak = live.peak

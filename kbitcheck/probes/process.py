@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import random
 import sys
 import warnings
@@ -37,7 +38,7 @@ def state() -> State:
         "threads": str(torch.get_num_threads()),
         "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
         "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())) if _cuda() else "",
-        "numpy RNG": _digest(repr(numpy.random.get_state()).encode()),
+        "numpy RNG": _digest(pickle.dumps(numpy.random.get_state())),
         "random RNG": _digest(repr(random.getstate()).encode()),
         "warnings filters": _digest(repr(warnings.filters).encode()),
         "environment variables": _digest(repr(sorted(os.environ.items())).encode()),

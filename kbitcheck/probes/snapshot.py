@@ -17,8 +17,11 @@ NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 
 
-def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None) -> ModelFacts:
-    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` names the adapters' parameters."""
+def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True) -> ModelFacts:
+    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` names the adapters' parameters.
+
+    Without ``keys`` no ``state_dict`` is made, in which bitsandbytes may rewrite weights that it repacked for a CPU.
+    """
     storages = _Storages()
     owned = {id(p) for p in (adapters or {}).values()}
     biases = {id(m.bias) for m in model.modules() if backends.is_quantized(m) and getattr(m, "bias", None) is not None}
@@ -33,7 +36,7 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         layers={n: layer(n, m) for n, m in model.named_modules() if backends.is_quantized(m)},
         modules={n: _module(n, m, n in blocks) for n, m in model.named_modules()},
         config=_config(model),
-        state_keys=frozenset(model.state_dict()),
+        state_keys=frozenset(model.state_dict()) if keys else frozenset(),
         input_hooks={n: len(m._forward_hooks) for n, m in model.named_modules() if m._forward_hooks},
         can_checkpoint=can_checkpoint(model),
         embeddings=tuple(_names(model, embeddings(model))),

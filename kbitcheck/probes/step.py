@@ -37,6 +37,7 @@ class _Block:
     backward: Counter[int] = field(default_factory=Counter)
     marker: int | None = None
     input_requires_grad: bool | None = None
+    without_grad: int = 0
     on_path: bool = False
 
 
@@ -79,8 +80,9 @@ class Watch:
                 return
             block = self.blocks[name]
             floating = [t for t in tensors(args, kwargs) if t.is_floating_point()]
-            if block.input_requires_grad is None and floating:
-                block.input_requires_grad = floating[0].requires_grad
+            block.without_grad += not torch.is_grad_enabled()
+            if floating:  # a block may run several times in a step, some of them without gradients
+                block.input_requires_grad = bool(block.input_requires_grad) or floating[0].requires_grad
             for tensor in floating:
                 if tensor.requires_grad:
                     self._kept.append(tensor)
@@ -122,6 +124,7 @@ class Watch:
                 tower=tower(name),
                 computed=sum(block.forward.values()),
                 recomputed=sum(block.backward.values()),
+                without_grad=block.without_grad,
                 on_path=block.on_path,
                 input_requires_grad=block.input_requires_grad,
             )
@@ -211,23 +214,29 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
 
 @contextmanager
 def dropout_raised(model: nn.Module, p: float = 0.1) -> Iterator[None]:
-    """Give every dropout of the built model a rate, modules and rates kept as plain numbers alike."""
-    changed: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            changed.append((module, "p", module.p))
-        changed.extend(
-            (module, name, value)
-            for name, value in vars(module).items()
-            if "dropout" in name and isinstance(value, float) and "layer" not in name
-        )
-    for module, name, _ in changed:
-        setattr(module, name, p)
+    """Give every dropout of the built model a rate, and afterwards the one it had."""
+    changed = set_dropout(model, p)
     try:
         yield
     finally:
         for module, name, value in changed:
             setattr(module, name, value)
+
+
+def set_dropout(model: nn.Module, p: float) -> list[tuple[nn.Module, str, float]]:
+    """Give every dropout of the built model a rate, modules and rates kept as plain numbers alike; returns what was."""
+    found: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            found.append((module, "p", module.p))
+        found.extend(
+            (module, name, value)
+            for name, value in vars(module).items()
+            if "dropout" in name and isinstance(value, float) and "layer" not in name
+        )
+    for module, name, _ in found:
+        setattr(module, name, p)
+    return found
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,13 +41,20 @@ def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
         owner = type(model.get_submodule(parent)).__name__
         if name in choosing:
             reasons[name] = "a router: an adapter on it moves which experts run, and some return tuples"
-        elif last == "out_proj" and STATE_SPACE.search(owner):
+        elif last == "out_proj" and (STATE_SPACE.search(owner) or hasattr(model.get_submodule(parent), "A_log")):
             reasons[name] = f"{owner} reads this layer's weight itself and never calls it"
     return reasons
 
 
-def routed(model: nn.Module, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run something and return its result with the choices of each router, as sets of experts by token."""
+class Routed(NamedTuple):
+    """Logits, and the choices of each router that ran for them, as sets of experts by token."""
+
+    logits: torch.Tensor
+    routes: list[torch.Tensor]
+
+
+def routed(model: nn.Module, run: Callable[[], torch.Tensor]) -> Routed:
+    """Run something that gives logits and watch the model's routers."""
     chosen: list[torch.Tensor] = []
     k = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2
 
@@ -61,7 +68,7 @@ def routed(model: nn.Module, run: Callable[[], torch.Tensor]) -> tuple[torch.Ten
 
     handles = [m.register_forward_hook(hook) for m in routers(model).values()]
     try:
-        return run(), chosen
+        return Routed(run(), chosen)
     finally:
         for handle in handles:
             handle.remove()

@@ -126,7 +126,7 @@ def _double(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """What the twins of one base gave: gradients and their yardsticks, logits, and losses while training.
+    """What the twins of one base gave: gradients and their yardsticks, and losses while training.
 
     ``exact`` are the float64 twin's gradients and ``rounded`` those of the twin in the preparation's own dtypes;
     ``yardsticks`` is how far the second is from the first, relative, by adapter, never below one ulp.
@@ -135,8 +135,6 @@ class Twins:
     exact: step.Gradients
     rounded: step.Gradients
     yardsticks: Mapping[str, float]
-    logits: torch.Tensor
-    logits_error: float
     losses: tuple[float, ...]
     learning_rate: float
 

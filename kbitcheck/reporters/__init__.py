@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 
 from kbitcheck.core import Report
 
@@ -11,14 +12,13 @@ PIPED_WIDTH = 110
 
 def render(report: Report, form: str, *, verbose: bool = False, terminal: bool = False) -> str:
     """The report in a format of ``kbitcheck.options.FORMATS``; colours and the terminal's width only for a terminal."""
-    if form == "json":
-        from kbitcheck.reporters import json
-
-        return json.render(report)
-    from kbitcheck.reporters import text
+    if form != "text":
+        text: str = import_module(f"kbitcheck.reporters.{form}").render(report)
+        return text
+    from kbitcheck.reporters import text as page
 
     width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns if terminal else PIPED_WIDTH
-    return text.render(report, width=max(width, 40), color=terminal, verbose=verbose)
+    return page.render(report, width=max(width, 40), color=terminal, verbose=verbose)
 
 
 def verdict(report: Report) -> str:

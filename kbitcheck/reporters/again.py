@@ -18,14 +18,14 @@ def command(report: Report, case: str, code: str) -> str:
     """A line to paste into a shell, or an empty string where no command can say it (a live model or callable)."""
     spec: Mapping[str, Any] | None = report.subject.get("cases", {}).get(case)
     kind = report.subject.get("command")
-    if spec is None or kind not in ("model", "impl") or "<" in spec["implementation"]:
+    if spec is None or kind not in ("model", "impl", "gate") or "<" in spec["implementation"]:
         return ""
-    words = ["kbitcheck", kind]
+    words = ["kbitcheck", "model" if kind == "model" else "impl"]
     if kind == "model":
         words += [spec["model"], "--prepare", spec["implementation"], "--quant", spec["quant"]]
     else:
         words += [spec["implementation"], "--model", spec["model"], "--quant", spec["quant"]]
-    if kind == "impl" or spec["checkpointing"] != "default":
+    if kind != "model" or spec["checkpointing"] != "default":
         words += ["--checkpointing", spec["checkpointing"]]
     for name, default in DEFAULTS.items():
         value = spec.get(name, default)

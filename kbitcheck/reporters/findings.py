@@ -44,7 +44,7 @@ def findings(report: Report) -> list[Finding]:
     groups: dict[tuple[object, ...], list[Result]] = {}
     for result in report.results:
         if result.status is Status.FAIL:
-            key: tuple[object, ...] = (result.rule, result.level, result.failures, result.reason)
+            key: tuple[object, ...] = (result.rule, result.level, result.failures, _reason(result))
         elif result.status is Status.ERROR:
             key = (None, result.reason)
         else:
@@ -56,12 +56,16 @@ def findings(report: Report) -> list[Finding]:
             cases=tuple(dict.fromkeys(r.case for r in group)),
             level=min((r.level for r in group), key=LEVELS.index),
             counted=report.counts(group[0]),
-            reason=group[0].reason,
+            reason=_reason(group[0]),
             failures=group[0].failures,
         )
         for group in groups.values()
     ]
     return sorted(found, key=lambda f: (not f.counted, not f.error, LEVELS.index(f.level), f.rules))
+
+
+def _reason(result: Result) -> str:
+    return f"a known finding: {result.finding}" if result.finding else result.reason
 
 
 def deviations(failures: Sequence[Observation]) -> list[Deviation]:

@@ -8,5 +8,11 @@ from kbitcheck.core import Report
 
 
 def render(report: Report) -> str:
-    """One JSON object, in ASCII, so that any terminal and encoding takes it."""
-    return json.dumps(report.as_json(), indent=2) + "\n"
+    """One JSON object with a line for each part and each result, in ASCII, so that any terminal and encoding takes it."""
+    parts = []
+    for key, value in report.as_json().items():
+        text = json.dumps(value)
+        if key == "results" and value:
+            text = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+        parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

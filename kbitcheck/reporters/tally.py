@@ -32,6 +32,8 @@ class Tally:
     @property
     def verdict(self) -> str:
         """The answer in two words, with its mark."""
+        if self._report.gate is not None and self._report.exit_code in (EXIT_CONFORMS, EXIT_BROKEN_RULE):
+            return f"{'✗ changed' if self._report.exit_code else '✓ not worse'} against {self._report.gate['against']}"
         model = self._report.subject.get("command") in ("model", "audit")
         static = any("static" in facts for facts in self._report.facts.get("cases", {}).values())
         return {
@@ -43,7 +45,12 @@ class Tally:
         }[self._report.exit_code]
 
     def line(self) -> str:
-        """The verdict and the counts."""
+        """The verdict and the counts; in a gate, of the changes by kind."""
+        if self._report.gate is not None:
+            kinds = Counter(b["kind"] for b in self._report.gate["breaches"] if b["counted"])
+            told = sum(not b["counted"] for b in self._report.gate["breaches"])
+            parts = [f"{number} {name}" for name, number in kinds.items()] + ([f"{told} told"] if told else [])
+            return f"{self.verdict}: {', '.join(parts) or 'nothing changed'}"
         counts = [
             f"{number} {text if number == 1 else plural}"
             for name, text, plural in (

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kbitcheck.core import Party, Report, Rule, Status, rules
+from kbitcheck.gate import Breach
 from kbitcheck.reporters.again import command
 from kbitcheck.reporters.findings import Deviation, Finding, deviations, findings
 from kbitcheck.reporters.memory import scaled, table
@@ -23,10 +24,7 @@ INDENT = "    "
 
 def render(report: Report, *, width: int, color: bool = False, verbose: bool = False) -> str:
     """The whole report; lines are wrapped at ``width`` columns, names and commands never inside."""
-    lines = list(_Page(report, width, verbose).lines())
-    plain = [
-        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines
-    ]
+    plain = _printable(_Page(report, width, verbose).lines())
     if not color:
         return "".join(f"{text}\n" for text, _ in plain)
     from rich.console import Console
@@ -37,6 +35,18 @@ def render(report: Report, *, width: int, color: bool = False, verbose: bool = F
     for text, style in plain:
         console.print(Text(text, style=style), soft_wrap=True)
     return out.getvalue()
+
+
+def findings_only(report: Report, *, width: int) -> str:
+    """The report's findings without its head and foot, as the message of a failing test."""
+    page = _Page(report, width, verbose=False)
+    return "\n\n".join("\n".join(text for text, _ in _printable(page.finding(f))) for f in findings(report))
+
+
+def _printable(lines: Iterable[Line]) -> list[Line]:
+    return [
+        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines
+    ]
 
 
 class _Page:
@@ -52,15 +62,18 @@ class _Page:
         yield "", ""
         style = "bold green" if self._report.exit_code == 0 else "bold red"
         yield self._ends(Tally(self._report).line(), _seconds(self._report.facts.get("seconds"))), style
+        yield from self._changes()
         shown: dict[tuple[str, ...], int] = {}
         left_out: dict[tuple[str, ...], list[str]] = {}
         for finding in findings(self._report):
+            if self._report.gate is not None and not finding.counted and not self._verbose:
+                continue  # accepted
             shown[finding.rules] = shown.get(finding.rules, 0) + 1
             if shown[finding.rules] > SIGNATURES and not self._verbose:
                 left_out.setdefault(finding.rules, []).extend(finding.cases)
                 continue
             yield "", ""
-            yield from self._finding(finding)
+            yield from self.finding(finding)
         for codes, cases in left_out.items():
             yield "", ""
             yield from self._wrapped(f"{codes[0]} failed otherwise in {len(cases)} more cases (-v lists them).", "dim")
@@ -88,7 +101,17 @@ class _Page:
         ]
         return " · ".join(filter(None, parts))
 
-    def _finding(self, finding: Finding) -> Iterator[Line]:
+    def _changes(self) -> Iterator[Line]:
+        """What the gate found, a line each."""
+        if self._report.gate is None:
+            return
+        yield "", ""
+        for breach in map(Breach.from_json, self._report.gate["breaches"]):
+            yield f"{'✗' if breach.counted else '!'} {breach.line}", "bold red" if breach.counted else "yellow"
+        for note in self._report.gate["notes"]:
+            yield f"  {note}", "dim"
+
+    def finding(self, finding: Finding) -> Iterator[Line]:
         style = "bold red" if finding.counted or finding.error else "bold yellow"
         mark = "✗" if finding.counted or finding.error else "!"
         if finding.error:

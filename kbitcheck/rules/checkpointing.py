@@ -73,7 +73,7 @@ def blocks_recompute(facts: Facts) -> Iterable[Observation]:
         plain = facts.plain_run.blocks[name]
         if plain.on_path:
             total = block.computed + block.recomputed
-            wanted = 2 * plain.computed
+            wanted = 2 * plain.computed - plain.without_grad
             ok = total == wanted and block.computed == plain.computed and plain.recomputed == 0
             plainly = f" (plain run: {plain.computed} + {plain.recomputed})" if plain.recomputed else ""
             yield Observation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from kbitcheck.core import Level, NotApplicable, Observation, rule
+from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import Facts, ModelFacts
 
 DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs": "None"}
@@ -210,7 +210,13 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     yield Observation(
         "keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none"
     )
-    yield Observation("save and reload", not s.raised, "no error", s.raised or "none")
+    base = {f.base_raised for f in facts.forwards if f.base_raised}
+    party, witness = (
+        (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
+        if s.raised in base
+        else (Party.IMPLEMENTATION, "")
+    )
+    yield Observation("save and reload", not s.raised, "no error", s.raised or "none", party, witness)
     if s.logits is not None:
         # The same model in the same dtypes: only the order of a sum may differ.
         ok = s.logits.equal or s.logits.relative <= facts.compute_ulp

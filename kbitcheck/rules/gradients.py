@@ -87,10 +87,14 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#46736, GPTQModel#1435, AutoAWQ#324, bitsandbytes#2034.
     """
     for name, layer in facts.layer_backwards.items():
+        within = name.partition(" (")[0].removesuffix(".base_layer") + "."
+        adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]
+        if adapters and not any(adapters):
+            continue  # the model itself takes no gradient through it, in the float twin either: KB904 tells
         if not layer.carried:
             yield Observation(name, False, "output requires grad when the input does", "the gradient is cut")
         elif not layer.reached:
-            if any(g.live for n, g in facts.gradients.items() if n.startswith(name.removesuffix(".base_layer") + ".")):
+            if any(adapters):
                 yield Observation(name, False, "a gradient reaches the layer's output", "none does")
         else:
             right = layer.excess <= 1 and abs(layer.gain - 1) <= layer.gain_bound

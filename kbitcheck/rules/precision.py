@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
@@ -215,6 +216,8 @@ def same_function(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#45242, unsloth-zoo#813.
     """
     f = facts.function
+    if not math.isfinite(f.twin_error) or not math.isfinite(f.base_error):
+        raise NotApplicable("the logits of the float twin or of the unprepared base are not finite")
     if f.left_out == f.tokens:
         raise NotApplicable("rounding moved the experts of every token")
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)

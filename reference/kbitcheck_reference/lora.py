@@ -194,13 +194,15 @@ def _default_targets(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _named_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
+    by_ending: dict[str, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if _is_linear(module):
+            parts = name.split(".")
+            for start in range(len(parts)):
+                by_ending.setdefault(".".join(parts[start:]), {})[name] = module
     chosen: dict[str, nn.Module] = {}
     for target in targets:
-        matches = {
-            name: module
-            for name, module in model.named_modules()
-            if f".{name}".endswith(f".{target}") and _is_linear(module)
-        }
+        matches = by_ending.get(target, {})
         if not matches:
             message = f"{type(model).__name__} has no linear layer named {target!r}"
             raise ValueError(message)

@@ -43,6 +43,7 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
     report = {"schema": 1, "tool": "kbitcheck", "environment": {}, "subject": {}, "blame": "own", "strict": False}
     (tmp_path / "report.json").write_text(json.dumps({**report, "complete": True, "facts": {}, "results": []}))
     assert imported(MAIN, ("show", str(tmp_path / "report.json"))) == ""
+    assert imported("import kbitcheck.gate, kbitcheck.diff, kbitcheck.acceptance") == ""
     assert imported("import kbitcheck, kbitcheck.run, kbitcheck.live, kbitcheck.worker") == ""
 
 

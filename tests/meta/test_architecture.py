@@ -20,8 +20,18 @@ TORCH_FREE = [
     "suite.py",
     "quantization.py",
     "run.py",
+    "sweep.py",
+    "models/architecture.py",
     "worker.py",
     "cli.py",
+    "pytest_plugin",
+    "testing.py",
+    "__init__.py",
+    "ledger.py",
+    "acceptance.py",
+    "gate.py",
+    "diff.py",
+    "summary.py",
     "reporters",
     "rules",
 ]
@@ -47,6 +57,12 @@ def files(part: str) -> list[Path]:
 @pytest.mark.parametrize("part", TORCH_FREE)
 def test_the_judging_side_is_free_of_torch(part):
     assert {str(f): imported(f) & HEAVY for f in files(part) if imported(f) & HEAVY} == {}
+
+
+@pytest.mark.parametrize("part", ["ledger.py", "acceptance.py", "gate.py", "diff.py"])
+def test_the_gate_knows_no_command_line(part):
+    source = (PACKAGE / part).read_text(encoding="utf-8")
+    assert not re.findall(r"^\s*(?:from|import) (?:typer|kbitcheck\.(?:cli|door|options))\b", source, re.MULTILINE)
 
 
 def test_a_torch_import_would_be_seen(tmp_path):

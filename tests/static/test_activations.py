@@ -8,6 +8,7 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 
 from kbitcheck.models import resolve
+from kbitcheck.models.recipe import Recipe
 from kbitcheck.probes import adapters, memory, step
 from kbitcheck.probes.snapshot import snapshot
 from kbitcheck.quantization import Quantization
@@ -54,6 +55,7 @@ def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, lib
 def plain_llama(depth=4):
     """The recipe without the parameter that one of its blocks has to itself."""
     source = resolve("tiny:llama")
+    assert isinstance(source, Recipe)
     return dataclasses.replace(source, unread={}, config={**source.config, "num_hidden_layers": depth})
 
 

@@ -11,7 +11,15 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 STUBS = Path(__file__).parent / "stubs"
-NAMES = ("torch", "kbitcheck_reference", "kbitcheck.case", "kbitcheck.rules", "kbitcheck.models", "kbitcheck.sabotage")
+NAMES = (
+    "torch",
+    "kbitcheck_reference",
+    "kbitcheck.case",
+    "kbitcheck.rules",
+    "kbitcheck.models",
+    "kbitcheck.models.architecture",
+    "kbitcheck.sabotage",
+)
 
 
 class Finder:

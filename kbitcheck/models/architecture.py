@@ -1,0 +1,112 @@
+"""``arch:TASK/TYPE``: any architecture that transformers knows, shrunk, with drawn weights. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kbitcheck.core import UsageError
+from kbitcheck.models.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+PREFIX = "arch:"
+CAUSAL_LM = "causal-lm"
+# Each task with transformers' table of the architectures that have a head for it.
+TASKS: Mapping[str, str] = {
+    CAUSAL_LM: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "seq2seq-lm": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Architecture(Source):
+    """A model type's class for one task, as small as it can be; every tensor is drawn from the name of the tensor."""
+
+    task: str
+    model_type: str
+
+    has_weights: ClassVar[bool] = False
+    attention: ClassVar[str | None] = "eager"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The drawn, unquantized checkpoint; made once a process.
+
+        Raises:
+            UsageError: transformers has no such type for the task, or cannot build it.
+        """
+        from kbitcheck.models import drawing
+
+        fields = self.fields()
+        return drawing.checkpoint(
+            drawing.Plan(name=self.name, seed=self.model_type, config=fields, dtype=self.unquantized_dtype)
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """The tiny ``config.json``.
+
+        Raises:
+            UsageError: transformers has no such type for the task, or refuses its configuration.
+        """
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        from kbitcheck.models import loading, shrinking
+
+        known = listed(self.task)
+        if self.model_type not in known:
+            close = get_close_matches(self.model_type, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(f"transformers has no {self.task} model of type {self.model_type!r}{hint}")
+        name = known[self.model_type]
+        with loading.quiet(), loading.told(self.name):
+            configured = CONFIG_MAPPING[self.model_type]
+            # The class for text alone, of a type that also sees or hears, takes the text model's configuration.
+            own = getattr(getattr(transformers, name), "config_class", None)
+            parts = (getattr(configured, "sub_configs", None) or {}).values()
+            fields = shrinking.tiny(
+                own if own in parts and own is not None else configured, decoder=self.task == CAUSAL_LM
+            )
+        return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
+
+    def batch(
+        self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """A training batch: of text alone for a causal language model, whatever else it can read."""
+        from kbitcheck.models.batch import draw
+
+        return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed, images=self.task != CAUSAL_LM)
+
+
+def named(name: str, *, dtype: str | None = None) -> Architecture:
+    """The source behind ``arch:TASK/TYPE`` or ``arch:TYPE``, whose task is causal language modelling.
+
+    Raises:
+        UsageError: there is no such task. Whether there is such a type shows when it is loaded.
+    """
+    task, _, model_type = name.removeprefix(PREFIX).rpartition("/")
+    task = task or CAUSAL_LM
+    if task not in TASKS or not model_type:
+        raise UsageError(
+            f"{name!r} names no architecture; write arch:TYPE or arch:TASK/TYPE, TASK one of {', '.join(TASKS)}"
+        )
+    config = {"model_type": model_type, "dtype": "bfloat16"}
+    return Architecture(name=name, config=config, dtype=dtype, task=task, model_type=model_type)
+
+
+def listed(task: str) -> dict[str, str]:
+    """Class by model type: every architecture of the installed transformers that has a head for the task."""
+    from transformers.models.auto import modeling_auto
+
+    known: Mapping[str, Any] = getattr(modeling_auto, TASKS[task])
+    return {kind: found if isinstance(found, str) else found[0] for kind, found in known.items()}

@@ -1,0 +1,61 @@
+"""The pytest plugin: one test for each rule and case.
+
+``pytest --kbit-impl mypkg:prepare`` collects them without a line of code; in a test module, request ``kbit_check`` and
+call it. It is loaded in every pytest run where kbitcheck is installed, so what it needs is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kbitcheck.pytest_plugin.controller import Controller
+from kbitcheck.pytest_plugin.runner import Runner
+
+if TYPE_CHECKING:
+    from kbitcheck.suite import CaseSpec
+
+__all__ = ["pytest_addoption", "pytest_configure", "pytest_generate_tests"]
+
+RUNNER = pytest.StashKey[Runner]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from kbitcheck.pytest_plugin import options
+
+    options.declare(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kbit: a conformance check of kbitcheck, one rule on one case")
+    runner = config.stash[RUNNER] = Runner(config)
+    config.pluginmanager.register(runner, "kbitcheck-runner")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Controller(config, runner), "kbitcheck-controller")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kbit_check" in metafunc.fixturenames:
+        metafunc.config.stash[RUNNER].parametrize(metafunc)
+
+
+@pytest.fixture
+def kbit_option_case(request: pytest.FixtureRequest) -> CaseSpec:
+    """One case of the ``--kbit-*`` options; a test that reaches this is run for each of them."""
+    spec: CaseSpec = request.param
+    return spec
+
+
+@pytest.fixture
+def kbit_case(kbit_option_case: CaseSpec) -> CaseSpec:
+    """The case that ``kbit_check`` judges: override it to give your own (``kbitcheck.testing.case`` makes one)."""
+    return kbit_option_case
+
+
+@pytest.fixture
+def kbit_check(request: pytest.FixtureRequest, kbit_case: Any) -> Callable[[], None]:
+    """Judges one rule on ``kbit_case`` when called: fails, skips, or returns."""
+    runner = request.config.stash[RUNNER]
+    return lambda: runner.check(request.node, kbit_case, request.param)

@@ -1,0 +1,60 @@
+"""``--kbit-ledger``: what was accepted, a cell at a time, as tests are judged one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from kbitcheck import gate
+from kbitcheck.core import Report, Status
+from kbitcheck.gate import Breach
+from kbitcheck.ledger import Cell, Ledger
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A ledger, compared with results that need not be all of it."""
+
+    ledger: Ledger
+
+    @cached_property
+    def expected(self) -> dict[Cell, Status]:
+        """What was accepted, by rule and case."""
+        return self.ledger.expected
+
+    def reason(self, cell: Cell) -> str:
+        """Why a failure or an error is accepted."""
+        rule, case = cell
+        return next((e.reason for e in self.ledger.accepted if e.rule == rule and case in e.cases), "")
+
+    def breaches(self, report: Report, cell: Cell) -> list[Breach]:
+        """How one cell of a report departs from the ledger."""
+        rule, case = cell
+        listed = cell in self.expected
+        return gate.compare(
+            replace(report, results=[r for r in report.results if (r.rule, r.case) == cell]),
+            replace(
+                self.ledger,
+                rules=(rule,) if listed else (),
+                cases=(case,) if listed else (),
+                skipped={case: (rule,)} if rule in self.ledger.skipped.get(case, ()) else {},
+                accepted=tuple(
+                    replace(e, cases=(case,)) for e in self.ledger.accepted if e.rule == rule and case in e.cases
+                ),
+            ),
+        )
+
+    def judge_cell(self, report: Report, cell: Cell) -> Report:
+        """The report of one cell with its comparison."""
+        return gate.settle(report, self.ledger.name, self.breaches(report, cell))
+
+    def judge(self, report: Report, deselected: Iterable[Cell]) -> Report:
+        """The report with its comparison; cells that were left out by hand (``-k``, ``--lf``) are not missed."""
+        found = {(r.rule, r.case) for r in report.results}
+        cells = dict.fromkeys([*self.expected, *found])
+        left = cells.keys() - (set(deselected) - found)
+        told = [(cell, b) for cell in cells if cell in left for b in self.breaches(report, cell)]
+        breaches = gate.merged((cell, (b.kind, b.told, b.counted)) for cell, b in told)
+        judged = gate.judge(report, self.ledger)
+        return replace(judged, gate={**(judged.gate or {}), "breaches": [b.as_json() for b in breaches]})

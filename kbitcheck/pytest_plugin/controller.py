@@ -1,0 +1,252 @@
+"""The side of the plugin that hears of every test, wherever it ran: one summary, one report, the exit status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import kbitcheck
+from kbitcheck.core import (
+    EXIT_BROKEN_RULE,
+    EXIT_ERROR,
+    EXIT_NOTHING,
+    EXIT_USAGE,
+    Report,
+    Result,
+    Status,
+    UsageError,
+    rules,
+)
+from kbitcheck.pytest_plugin.runner import FOLDER, PLAN, Runner
+
+if TYPE_CHECKING:
+    from kbitcheck.suite import CaseSpec
+
+STOPPED = "not run: the test session stopped early"
+UNFINISHED = {pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR}
+ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+class Controller:
+    """Gathers what tests reported. A cell that was planned and not reported becomes an ERROR."""
+
+    def __init__(self, config: pytest.Config, runner: Runner) -> None:
+        self._config, self._runner = config, runner
+        self._start = time.perf_counter()
+        self._told: dict[str, dict[str, Any]] = {}
+        self._broken: dict[str, str] = {}
+        self._usage = ""
+        self._reports: list[Report] = []
+
+    def pytest_report_header(self) -> str | None:
+        settings = self._runner.settings if self._runner.active else None
+        if settings is None or not settings.implementation:
+            return None
+        cases, chosen = len(settings.specs), len(settings.rules)
+        return f"kbitcheck {kbitcheck.__version__}: {settings.implementation}, {cases} cases, {chosen} rules"
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput[FOLDER] = str(self._runner.folder)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = getattr(report, "kbit", None)
+        if told is not None:
+            found = json.loads(told)
+            self._usage = self._usage or found["usage"]
+            if not found["usage"]:
+                self._told[report.nodeid] = found
+        elif report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message.partition("\n")[0] if crash else report.longreprtext.strip().rpartition("\n")[2]
+            self._broken.setdefault(report.nodeid, f"{report.when}: {why}".removeprefix("???: "))
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        told = getattr(report, "kbit", None)
+        if told is None or not report.failed:
+            return None
+        error = json.loads(told).get("result", {"status": Status.ERROR})["status"] == Status.ERROR
+        return ("error", "E", "ERROR") if error else None
+
+    def _plan(self) -> tuple[Mapping[str, tuple[str, str]], list[tuple[str, str]]]:
+        """What was to be run, by node id: rule and case; and what was deselected.
+
+        Under xdist a worker left it in the shared directory.
+        """
+        try:
+            plan: dict[str, Any] = json.loads((self._runner.folder / PLAN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return self._runner.plan, self._runner.deselected
+        return (
+            {nodeid: (rule, case) for nodeid, (rule, case) in plan["plan"].items()},
+            [(rule, case) for rule, case in plan["deselected"]],
+        )
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if self._usage:
+            session.exitstatus = EXIT_USAGE
+            return
+        plan, deselected = self._plan()
+        if not plan or session.config.option.collectonly:
+            return
+        stopped = bool(session.shouldstop or session.shouldfail or exitstatus in UNFINISHED)
+        missing = {
+            nodeid: self._broken.get(nodeid) or (STOPPED if stopped else "no result: the test did not judge it")
+            for nodeid in plan
+            if nodeid not in self._told
+        }
+        self._reports = self._assembled(plan, missing, complete=not (stopped and STOPPED in missing.values()))
+        settings = self._runner.settings
+        if settings.accepted is not None:
+            self._reports = [
+                settings.accepted.judge(report, deselected) if _of(report, settings.implementation) else report
+                for report in self._reports
+            ]
+        try:
+            self._write()
+        except UsageError as error:
+            self._usage = str(error)
+            session.exitstatus = EXIT_USAGE
+            return
+        if exitstatus not in ENDED:
+            return
+        if any(map(_broke, self._reports)):
+            session.exitstatus = EXIT_ERROR
+        elif exitstatus == pytest.ExitCode.TESTS_FAILED:
+            return
+        elif any(report.gate is not None and report.exit_code == EXIT_BROKEN_RULE for report in self._reports):
+            session.exitstatus = EXIT_BROKEN_RULE  # what the ledger misses was no test
+        elif all(r.status is Status.SKIP for report in self._reports for r in report.results):
+            session.exitstatus = EXIT_NOTHING
+
+    def _assembled(
+        self, plan: Mapping[str, tuple[str, str]], missing: Mapping[str, str], *, complete: bool
+    ) -> list[Report]:
+        """One report for each implementation that was tested."""
+        settings = self._runner.settings
+        known: dict[str, CaseSpec] = {spec.id: spec for spec in settings.specs}
+        groups: dict[str, dict[str, Any]] = {}
+
+        def group(name: str) -> dict[str, Any]:
+            empty: dict[str, Any] = {"results": {}, "specs": {}, "facts": {}, "loaded": {}}
+            return groups.setdefault(name, empty)
+
+        for found in self._told.values():
+            mine, spec, result = (
+                group(found["spec"]["implementation"]),
+                found["spec"],
+                Result.from_json(found["result"]),
+            )
+            mine["results"][result.case, result.rule] = result
+            mine["specs"][result.case] = spec
+            mine["loaded"] = found["loaded"] or mine["loaded"]
+            if found["facts"]:
+                mine["facts"][result.case] = found["facts"]
+        for nodeid, why in missing.items():
+            rule, case = plan[nodeid]
+            mine = group(settings.implementation if case in known else next(iter(groups), settings.implementation))
+            case = case or nodeid
+            if case in known:
+                mine["specs"][case] = known[case].as_json()
+            level = rules()[rule].level
+            error = Result(rule=rule, case=case, level=level, status=Status.ERROR, reason=why)
+            mine["results"].setdefault((case, rule), error)
+        seconds = round(time.perf_counter() - self._start, 3)
+        return [
+            assemble(
+                [mine["results"][key] for key in sorted(mine["results"])],
+                {case: mine["specs"][case] for case in sorted(mine["specs"])},
+                mine["loaded"] or {"implementation": {"name": name}, "environment": {}},
+                facts={case: mine["facts"][case] for case in sorted(mine["facts"])},
+                seconds=seconds,
+                strict=settings.strict,
+                complete=complete,
+            )
+            for name, mine in groups.items()
+        ]
+
+    def _write(self) -> None:
+        """Write ``--kbit-report``; where several implementations were tested, one file each.
+
+        Raises:
+            UsageError: it cannot be written, or not in this format.
+        """
+        settings = self._runner.settings
+        if not settings.report:
+            return
+        from kbitcheck.destination import Destination
+        from kbitcheck.reporters import render
+
+        for number, report in enumerate(self._reports, start=1):
+            path = Path(settings.report)
+            if number > 1:
+                path = path.with_stem(f"{path.stem}.{number}")
+            Destination(str(path), "--kbit-report").write(render(report, settings.form))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self._usage and not self._reports:
+            return
+        from kbitcheck.reporters import render, verdict
+
+        terminalreporter.section("kbitcheck")
+        if self._usage:
+            terminalreporter.write_line(f"wrong usage: {self._usage}", red=True)
+            return
+        for report in self._reports:
+            if self._config.get_verbosity() < 0:
+                terminalreporter.write_line(verdict(report))
+            else:
+                terminalreporter.write(render(report, "text", terminal=terminalreporter.hasmarkup))
+
+    def pytest_unconfigure(self) -> None:
+        shutil.rmtree(self._runner.folder, ignore_errors=True)
+
+
+def _of(report: Report, implementation: str) -> bool:
+    """Whether a report is of this implementation."""
+    return {spec["implementation"] for spec in report.subject.get("cases", {}).values()} == {implementation}
+
+
+def _broke(report: Report) -> bool:
+    """Whether a check broke, other than by not being run, and the ledger does not accept it."""
+    broken = [r for r in report.results if r.status is Status.ERROR and r.reason != STOPPED]
+    return any(report.gate is None or report.counts(r) for r in broken)
+
+
+def assemble(
+    results: Iterable[Result],
+    specs: Mapping[str, Mapping[str, Any]],
+    loaded: Mapping[str, Any],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+    strict: bool = False,
+    complete: bool = True,
+) -> Report:
+    """A report as ``kbitcheck impl`` makes it, of results that were judged anywhere."""
+    from kbitcheck.implementations import REFERENCE
+
+    names = {spec["implementation"] for spec in specs.values()}
+    return Report(
+        tool=f"kbitcheck {kbitcheck.__version__}",
+        environment=loaded.get("environment", {}),
+        subject={
+            "command": "impl",
+            "ignored": {},
+            "implementation": loaded.get("implementation", {}),
+            "in_process": False,
+            **({"cases": specs} if specs else {}),  # none where no test got as far as its case
+        },
+        results=tuple(results),
+        blame="any" if names == {REFERENCE} else "own",
+        strict=strict,
+        complete=complete,
+        facts={"cases": dict(facts or {}), "seconds": seconds},
+    )

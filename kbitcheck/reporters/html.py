@@ -1,0 +1,149 @@
+"""The report as one HTML file that needs no other: no network, light and dark, readable without a mouse."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.core import Party, Report, Status, rules
+from kbitcheck.reporters.again import command
+from kbitcheck.reporters.charts import charts
+from kbitcheck.reporters.evidence import clipped, whose_it_is
+from kbitcheck.reporters.findings import Finding, deviations, findings
+from kbitcheck.reporters.tally import Tally, kind
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+DEVIATIONS = 5
+PLACES = 12
+SIGNATURES = 4  # findings of one rule that are shown in full
+FAMILIES = {
+    "freezing": "Freezing",
+    "precision": "Precision and storage",
+    "gradients": "Gradient flow",
+    "checkpointing": "Gradient checkpointing",
+    "contract": "Contract",
+    "cost": "Cost of preparing",
+    "composition": "Composition",
+    "audit": "Facts about the model",
+    "": "Not judged",
+}
+MARKS = {"broken": "✗", "not judged": "?", "warning": "!", "kept": "✓", "not applicable": "·"}
+
+
+def render(report: Report) -> str:
+    """A whole page. Findings are grouped by family, worst first; what passed is in the table of all results."""
+    known = rules()
+    families: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[tuple[str, ...], int] = {}
+    hidden = 0
+    for finding in findings(report):
+        if report.gate is not None and not finding.counted:
+            continue
+        shown[finding.rules] = shown.get(finding.rules, 0) + 1
+        if shown[finding.rules] > SIGNATURES:
+            hidden += 1
+            continue
+        rule = known.get(finding.rules[0])
+        family = "" if finding.error or rule is None else rule.family
+        families.setdefault(family, []).append(_finding(report, finding))
+    tally = Tally(report)
+    return _template().render(
+        report=report,
+        good=report.exit_code == 0,
+        verdict=tally.line(),
+        breaches=_breaches(report),
+        families=[(FAMILIES.get(f, f), families[f]) for f in sorted(families, key=_place)],
+        hidden=hidden,
+        charts=charts(report),
+        table=_table(report),
+        marks=MARKS,
+        command=_whole_command(report),
+    )
+
+
+def _place(family: str) -> int:
+    return [*FAMILIES, family].index(family)
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("kbitcheck.reporters", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _finding(report: Report, finding: Finding) -> dict[str, Any]:
+    known = rules()
+    rule = known.get(finding.rules[0]) if not finding.error else None
+    found = deviations(finding.failures)
+    return {
+        "counted": finding.counted or finding.error,
+        "codes": ", ".join(finding.rules[:6]) + (", …" if len(finding.rules) > 6 else ""),
+        "name": rule.name if rule else "could not be judged" if finding.error else "",
+        "level": "ERROR" if finding.error else finding.level.value,
+        "whose": " and ".join(dict.fromkeys(whose_it_is(report, d.party) for d in found)),
+        "requirement": rule.requirement if rule else "",
+        "reason": clipped(finding.reason),
+        "deviations": [
+            {
+                "where": [clipped(w) for w in d.where[:PLACES]],
+                "rest": max(len(d.where) - PLACES, 0),
+                "expected": clipped(d.expected),
+                "actual": clipped(d.actual),
+                "witness": ""
+                if d.party is Party.IMPLEMENTATION
+                else f"{whose_it_is(report, d.party)}: {clipped(d.witness)}",
+            }
+            for d in found[:DEVIATIONS]
+        ],
+        "rest": max(len(found) - DEVIATIONS, 0),
+        "symptom": rule.section("Symptom") if rule else "",
+        "fix": rule.section("Fix") if rule else "",
+        "cases": finding.cases,
+        "again": command(report, finding.cases[0], finding.rules[0]),
+    }
+
+
+def _breaches(report: Report) -> list[Any]:
+    if report.gate is None:
+        return []
+    from kbitcheck.gate import Breach, named
+
+    found = map(Breach.from_json, report.gate["breaches"])
+    return [{"breach": b, "rules": named(b.rules)} for b in found]
+
+
+def _table(report: Report) -> dict[str, Any]:
+    """Every result: rules across, cases down."""
+    codes = sorted({r.rule for r in report.results})
+    rows: dict[str, dict[str, str]] = {}
+    for result in report.results:
+        rows.setdefault(result.case, {})[result.rule] = kind(report, result)
+    seconds: dict[str, float] = {}
+    for result in report.results:
+        seconds[result.case] = seconds.get(result.case, 0.0) + result.seconds
+    return {
+        "codes": [(code, rules()[code].name if code in rules() else "") for code in codes],
+        "rows": [
+            (case, [(code, cells.get(code, "")) for code in codes], seconds[case]) for case, cells in rows.items()
+        ],
+        "passed": sum(r.status is Status.PASS for r in report.results),
+    }
+
+
+def _whole_command(report: Report) -> str:
+    """The command that repeats the first case with every rule."""
+    cases = report.subject.get("cases", {})
+    if not cases:
+        return ""
+    again = command(report, next(iter(cases)), "KB")
+    return again.removesuffix(" --select KB")

@@ -1,0 +1,153 @@
+"""The gate and the comparison of reports from the outside: files, exit codes, lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Door
+
+ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
+
+
+def explained(path: Path) -> None:
+    path.write_text(path.read_text().replace('reason = ""', 'reason = "known"'))
+
+
+def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
+    ledger = door.cwd / "ledger.toml"
+    made = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--accept", *ONE)
+    assert made.returncode == 0, made.stderr
+    assert "accepted: new KB201" in made.stderr
+    assert "unexplained KB201" in made.stdout
+    first = ledger.read_text()
+    unexplained = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *ONE)
+    assert unexplained.returncode == 1
+    assert "✗ unexplained KB201 says-please [tiny:llama-nf4-off]: ledger.toml:" in unexplained.stdout
+    explained(ledger)
+    stamp = ledger.stat().st_mtime_ns
+    for again in ((), ("--accept",)):
+        ran = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *again, *ONE)
+        assert (ran.returncode, "nothing changed" in ran.stderr) == (0, True), ran.stdout
+    assert ledger.stat().st_mtime_ns == stamp
+    assert ledger.read_text() == first.replace('reason = ""', 'reason = "known"')
+    worse = door("gate", "nothing.py:prepare", "--ledger", "ledger.toml", *ONE)
+    assert worse.returncode == 1
+    assert "✗ regressed KB103 returns [tiny:llama-nf4-off]: passed when accepted" in worse.stdout
+    better = door("gate", "good.py:prepare", "--ledger", "ledger.toml", *ONE)
+    assert better.returncode == 1
+    assert "✗ stale KB201" in better.stdout
+    narrower = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--select", "KB1", *ONE)
+    assert narrower.returncode == 1
+    assert "✗ lost KB201 says-please [tiny:llama-nf4-off]: accepted as FAIL, did not run" in narrower.stdout
+    assert "✗ lost KB901" in narrower.stdout
+    assert door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *ONE, "--ignore", "KB201=later").returncode == 0
+    broken = door("gate", "raises.py:prepare", "--ledger", "ledger.toml", *ONE)
+    assert broken.returncode == 3
+    assert "ValueError: no" in broken.stdout
+    assert [p for p in door.left() if not p.endswith("ledger.toml")] == []
+
+
+WRONG = [
+    ((), "say what to compare with"),
+    (("--ledger", "a.toml", "--against", "good.py:prepare"), "say what to compare with"),
+    (("--ledger", "none.toml"), "no ledger none.toml"),
+    (("--ledger", "bad.toml"), "bad.toml:1: not TOML"),
+    (("--ledger", "bad.toml", "--accept"), "bad.toml:1: not TOML"),
+    (("--ledger", "no/such/place.toml", "--accept"), "cannot write --ledger no/such/place.toml"),
+    (("--against", "good.py:prepare", "--accept"), "--against has none"),
+    (("--against", "good.py:prepare", "--in-process"), "never share a process"),
+    (("--against", "nowhere.py:prepare"), "no such file"),
+    (("--ledger", "qlora.toml"), "accepted with --profile qlora"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), WRONG, ids=[" ".join(a) or "nothing" for a, _ in WRONG])
+def test_wrong_usage_is_one_line(door: Door, arguments: tuple[str, ...], told: str) -> None:
+    (door.cwd / "bad.toml").write_text("a = [")
+    (door.cwd / "qlora.toml").write_text('schema = 1\n[options]\nprofile = "qlora"\n')
+    before = sorted(p.name for p in door.cwd.iterdir())
+    ran = door("gate", "good.py:prepare", *arguments, *ONE)
+    assert (ran.returncode, ran.stderr.count("\n"), ran.stdout) == (4, 1, ""), ran.stderr
+    assert told in ran.stderr
+    assert sorted(p.name for p in door.cwd.iterdir()) == before
+
+
+def test_a_run_that_broke_is_accepted_only_with_a_reason_and_one_that_checked_nothing_never(door: Door) -> None:
+    ran = door("gate", "raises.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    assert ran.returncode == 0
+    assert door("gate", "raises.py:prepare", "--ledger", "l.toml", *ONE).returncode == 3
+    explained(door.cwd / "l.toml")
+    assert door("gate", "raises.py:prepare", "--ledger", "l.toml", *ONE).returncode == 0
+    nothing = door("gate", "good.py:prepare", "--ledger", "m.toml", "--accept", *ONE, "--select", "KB102")
+    assert nothing.returncode == 5
+    assert "nothing was checked" in nothing.stderr
+    assert not (door.cwd / "m.toml").exists()
+
+
+def test_an_interrupted_run_leaves_the_ledger_alone(door: Door) -> None:
+    import signal
+    import time
+
+    door("gate", "rude.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    before = (door.cwd / "l.toml").read_bytes()
+    process = door.start("gate", "hangs.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "l.toml is not written" in err
+    assert (door.cwd / "l.toml").read_bytes() == before
+
+
+def test_another_implementation_is_the_yardstick(door: Door) -> None:
+    same = door("gate", "rude.py:prepare", "--against", "rude:prepare", *ONE)
+    assert (same.returncode, same.stdout.count("✗")) == (0, 0), same.stdout
+    better = door("gate", "good.py:prepare", "--against", "rude.py:prepare", *ONE)
+    assert better.returncode == 0
+    assert "! fixed KB201" in better.stdout
+    worse = door("gate", "nothing.py:prepare", "--against", "rude.py:prepare", *ONE)
+    assert worse.returncode == 1
+    assert (
+        "✗ regressed KB103 returns [tiny:llama-nf4-off]: rude.py:prepare: PASS; nothing.py:prepare: FAIL"
+        in worse.stdout
+    )
+    assert "KB201" not in worse.stdout
+    assert door("gate", "raises.py:prepare", "--against", "raises.py:prepare", *ONE).returncode == 3
+
+
+def test_the_two_preparations_never_share_a_process(door: Door) -> None:
+    for name in ("one", "two"):
+        source = f"import os\ndef prepare(model):\n    open('{name}.pid', 'a').write(f'{{os.getpid()}} ')\n    return model\n"
+        (door.cwd / f"{name}.py").write_text(source)
+    assert door("gate", "one.py:prepare", "--against", "two.py:prepare", *ONE).returncode == 0
+    one, two = ({*(door.cwd / f"{name}.pid").read_text().split()} for name in ("one", "two"))
+    assert one
+    assert two
+    assert not one & two
+
+
+def test_two_saved_reports_are_compared(door: Door) -> None:
+    for name in ("good", "nothing", "rude"):
+        door("impl", f"{name}.py:prepare", *ONE, "--format", "json", "--output", f"{name}.json")
+    assert door("diff", "good.json", "good.json").returncode == 0
+    worse = door("diff", "good.json", "nothing.json")
+    assert worse.returncode == 1
+    assert "✗ regressed KB103 returns [tiny:llama-nf4-off]: good.json: PASS; nothing.json: FAIL" in worse.stdout
+    assert "2 regressed" in worse.stderr
+    better = door("diff", "rude.json", "good.json", "--format", "json")
+    assert better.returncode == 0
+    assert [b["kind"] for b in json.loads(better.stdout)["gate"]["breaches"]] == ["fixed"]
+    assert door("diff", "good.json", "none.json").returncode == 4
+    assert door("diff", "good.py", "good.json").returncode == 4
+
+
+@pytest.mark.parametrize("form", ["junit", "sarif", "markdown", "html"])
+def test_every_format_tells_of_the_gate(door: Door, form: str) -> None:
+    door("gate", "rude.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    ran = door("gate", "nothing.py:prepare", "--ledger", "l.toml", *ONE, "--format", form)
+    assert ran.returncode == 1, ran.stderr
+    assert "KB103" in ran.stdout
+    assert ("regressed" in ran.stdout) == (form != "sarif")

@@ -1,0 +1,103 @@
+"""The example fork: its CI is green as it stands, and goes red on a one-line regression."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "fork"
+GOOD = "reference(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)"
+BAD = "reference(model, use_gradient_checkpointing)"
+
+
+def ci_command() -> list[str]:
+    """The gate's command line in the example's workflow."""
+    workflow = yaml.safe_load((EXAMPLE / ".github" / "workflows" / "ci.yml").read_text())
+    (line,) = [s["run"] for s in workflow["jobs"]["test"]["steps"] if s.get("run", "").startswith("kbitcheck ")]
+    return shlex.split(line)[1:]
+
+
+def test_the_fork_is_a_dozen_lines_and_its_readme_shows_the_command() -> None:
+    source = (EXAMPLE / "fork_prep" / "__init__.py").read_text().splitlines()
+    assert len([line for line in source if line.strip()]) <= 12
+    assert "$ kbitcheck " + shlex.join(ci_command()) in (EXAMPLE / "README.md").read_text()
+
+
+def test_a_one_line_regression_turns_the_ci_red(tmp_path: Path) -> None:
+    fork = shutil.copytree(EXAMPLE, tmp_path / "fork", ignore=shutil.ignore_patterns("__pycache__"))
+    ledger = (fork / "kbitcheck-ledger.toml").read_bytes()
+
+    def ci() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "kbitcheck", *ci_command()],
+            cwd=fork,
+            env={**os.environ, "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    green = ci()
+    assert green.returncode == 0, green.stdout + green.stderr
+    source = fork / "fork_prep" / "__init__.py"
+    text = source.read_text()
+    assert text.count(GOOD) == 1
+    source.write_text(text.replace(GOOD, BAD))
+    red = ci()
+    assert red.returncode == 1, red.stdout + red.stderr
+    assert "✗ regressed KB404 kwargs-honoured [tiny:gpt2-nf4-non-reentrant]" in red.stdout
+    assert red.stderr == "✗ changed against kbitcheck-ledger.toml: 1 regressed\n"
+    assert (fork / "kbitcheck-ledger.toml").read_bytes() == ledger
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ("vendor.github-actions", ROOT / "action.yml"),
+        ("vendor.github-workflows", EXAMPLE / ".github" / "workflows" / "ci.yml"),
+    ],
+    ids=["action", "workflow"],
+)
+def test_action_and_workflow_keep_their_schemas(schema: str, path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_actions_script_ends_with_the_commands_code(tmp_path: Path) -> None:
+    """Run the composite action's own steps on a stand-in for the command."""
+    steps = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"]
+    script = next(s["run"] for s in steps if s.get("id") == "run")
+    stub = tmp_path / "bin" / "kbitcheck"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$@" >> calls\n[ "$1" = show ] && exit 0\nfor f; do :; done; touch "$f"; exit 3\n')
+    stub.chmod(0o755)
+    places = {n: str(tmp_path / n) for n in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
+    environment = {
+        "IMPL": "a:b",
+        "LEDGER": "l.toml",
+        "ARGS": "--ignore 'KB505=two words'",
+        "RUNNER_TEMP": str(tmp_path),
+    }
+    subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, **places, **environment, "PATH": f"{stub.parent}:{os.environ['PATH']}"},
+        check=True,
+    )
+    assert "exit-code=3\n" in (tmp_path / "GITHUB_OUTPUT").read_text()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0].startswith("gate a:b --ledger l.toml --ignore KB505=two words --format json")
+    assert [" ".join(c.split()[2:4]) for c in calls[1:]] == ["", "--format markdown", "--format sarif"]

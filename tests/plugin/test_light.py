@@ -1,0 +1,48 @@
+"""The plugin costs a suite that does not use it next to nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.plugin.conftest import PLUGIN, Run
+
+pytest_plugins = ["pytester"]
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "bitsandbytes",
+    "peft",
+    "typer",
+    "rich",
+    "kbitcheck.run",
+    "kbitcheck.prepared",
+)
+
+CONFTEST = """
+import json, pathlib, sys
+def pytest_unconfigure(config):
+    pathlib.Path("seen").write_text(json.dumps(sorted(sys.modules)))
+"""
+
+
+def modules(pytester: pytest.Pytester, *arguments: str) -> set[str]:
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(test_own="def test_ordinary(): pass")
+    assert pytester.runpytest_subprocess(*PLUGIN, *arguments).ret == 0
+    return set(json.loads((pytester.path / "seen").read_text()))
+
+
+def test_an_unrelated_suite_pays_for_nothing(pytester: pytest.Pytester) -> None:
+    seen = modules(pytester, "--collect-only")
+    assert "kbitcheck.pytest_plugin.runner" in seen
+    assert seen & set(HEAVY) == set()
+
+
+def test_neither_does_it_load_torch_to_collect(run: Run, pytester: pytest.Pytester) -> None:
+    seen = modules(pytester, "--collect-only", "--kbit-impl=good.py:prepare")
+    assert "kbitcheck.pytest_plugin.items" in seen
+    assert seen & {"torch", "transformers", "numpy", "bitsandbytes", "peft", "typer", "rich"} == set()

@@ -1,0 +1,253 @@
+"""``assert_prepared`` on models that live in this process: what it finds, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from kbitcheck_reference import lora, prepare_model_for_kbit_training
+
+import kbitcheck
+from kbitcheck import prepared, testing
+from kbitcheck.core import Report, Status
+from kbitcheck.models import resolve
+from kbitcheck.quantization import Quantization
+
+STATIC = ("KB101", "KB102", "KB2")
+
+
+@pytest.fixture(scope="module", params=["nf4,double", "int8"])
+def loaded(request: pytest.FixtureRequest) -> Any:
+    torch.set_num_threads(1)
+    return resolve("tiny:llama").load(Quantization.parse(request.param), "cpu")
+
+
+@pytest.fixture
+def model(loaded: Any) -> Any:
+    """Prepared by the reference, without adapters."""
+    return prepare_model_for_kbit_training(copy.deepcopy(loaded), True, {"use_reentrant": True})
+
+
+def trained(model: Any) -> tuple[Any, Any]:
+    """The model with PEFT's adapters in the middle of training: after a step, with gradients, and its optimizer."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.arange(32).reshape(2, 16)
+    wrapped.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return wrapped, optimizer
+
+
+def raw(item: Any) -> Any:
+    """Everything that a value holds, by bytes for tensors and by identity for what is not plain."""
+    if isinstance(item, torch.Tensor):
+        held = item.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if item.numel() else b""
+        state = raw(vars(item)) if vars(item) else None
+        grad = raw(item.grad) if item.is_leaf and item.grad is not None else None
+        return type(item), item.dtype, tuple(item.shape), item.requires_grad, item.data_ptr(), held, grad, state
+    if isinstance(item, dict):
+        return {str(k): raw(v) for k, v in item.items()}
+    if isinstance(item, (list, tuple, set)):
+        return [raw(v) for v in item]
+    if item is None or isinstance(item, (bool, int, float, str, torch.dtype)):
+        return item
+    state = type(item).__module__.startswith("bitsandbytes") and not isinstance(item, torch.nn.Module)
+    return id(item), raw(vars(item)) if state else None
+
+
+def everything(model: Any, *others: Any) -> dict[str, Any]:
+    """All that can change in a model, in what trains it, and in the process."""
+    modules = {name: raw({k: v for k, v in vars(m).items() if k != "_modules"}) for name, m in model.named_modules()}
+    return {
+        "modules": modules,
+        "names": [(name, id(m)) for name, m in model.named_modules()],
+        "config": model.config.to_dict(),
+        "others": raw(others),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": repr(numpy.random.get_state()),
+        "random": random.getstate(),
+        "modes": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
+    }
+
+
+def test_it_leaves_no_trace_in_the_middle_of_training(model: Any) -> None:
+    """And judges there whatever a model still shows."""
+    wrapped, optimizer = trained(model)
+    before = everything(wrapped, optimizer.state_dict())
+    report = testing.assert_prepared(wrapped)
+    after = everything(wrapped, optimizer.state_dict())
+    assert {key: before[key] == after[key] for key in before} == dict.fromkeys(before, True)
+    found = {result.rule: result for result in report}
+    judged = {code for code, result in found.items() if result.status is Status.PASS}
+    assert judged >= prepared.JUDGED - {"KB402"}
+    assert (found["KB205"].status, found["KB205"].reason) == (Status.SKIP, prepared.GONE)
+
+
+def test_a_trace_would_be_seen(model: Any) -> None:
+    for disturb in (
+        lambda m: torch.rand(1),
+        lambda m: random.random(),
+        lambda m: m.eval() if m.training else m.train(),
+        lambda m: m.register_forward_hook(print),
+        lambda m: setattr(m.model.norm.weight, "grad", torch.zeros_like(m.model.norm.weight)),
+        lambda m: m.model.layers[0].mlp.up_proj.weight.data.view(torch.uint8).view(-1)[:1].add_(1),
+    ):
+        before = everything(model)
+        disturb(model)
+        assert everything(model) != before
+
+
+def test_before_adapters_are_attached(model: Any) -> None:
+    before = everything(model)
+    report = kbitcheck.assert_prepared(model, select=["KB1", "KB302", "KB4"])
+    assert everything(model) == before
+    assert {r.rule for r in report if r.status is Status.FAIL} == set()
+    assert next(r for r in report if r.rule == "KB403").status is Status.PASS
+
+
+def broken(model: Any, **options: Any) -> tuple[set[str], str]:
+    with pytest.raises(AssertionError) as raised:
+        kbitcheck.assert_prepared(model, **options)
+    assert isinstance(raised.value, kbitcheck.NonConformance)
+    report: Report = raised.value.report
+    return {r.rule for r in report if report.counts(r)}, str(raised.value)
+
+
+def unfrozen(model: Any) -> None:
+    model.model.embed_tokens.weight.requires_grad_(True)
+
+
+def half_norm(model: Any) -> None:
+    model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
+
+
+def half_head(model: Any) -> None:
+    model.lm_head.weight.data = model.lm_head.weight.data.half()
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes"), [(unfrozen, {"KB101", "KB102"}), (half_norm, {"KB201"}), (half_head, {"KB202"})]
+)
+def test_what_is_wrong_is_named_as_in_a_report(model: Any, fault: Callable[[Any], None], codes: set[str]) -> None:
+    lora.attach(model, rank=2, alpha=4.0)
+    fault(model)
+    found, told = broken(model, select=STATIC)
+    assert found == codes
+    assert "expected" in told
+    assert "Do: " in told
+    assert "your code's" in told
+
+
+def test_a_model_nobody_prepared(loaded: Any) -> None:
+    assert "KB101" in broken(copy.deepcopy(loaded), select=STATIC)[0]
+
+
+def test_checkpointing_that_was_asked_for_and_is_off(loaded: Any) -> None:
+    model = prepare_model_for_kbit_training(copy.deepcopy(loaded), False)
+    assert "KB401" in broken(model, checkpointing="reentrant", select=["KB401"])[0]
+    assert prepared.mode_of(model) == "off"
+
+
+def test_checkpointing_that_is_on_and_was_not_asked_for(model: Any) -> None:
+    assert prepared.mode_of(model) == "reentrant"
+    assert broken(model, checkpointing="off", select=["KB402"])[0] == {"KB402"}
+
+
+def test_a_gradient_on_the_base(model: Any) -> None:
+    model.model.norm.weight.grad = torch.zeros_like(model.model.norm.weight)
+    found, told = broken(model, select=["KB103"])
+    assert (found, "model.norm.weight" in told) == ({"KB103"}, True)
+
+
+def test_a_cut_gradient_is_found_in_a_step_of_a_copy(model: Any) -> None:
+    def cut(module: Any, args: Any, output: Any) -> Any:
+        return output.detach()
+
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(cut)
+    assert "KB303" in broken(model, select=["KB303"])[0]
+
+
+def test_strict_counts_a_should_and_ignore_leaves_it_out(loaded: Any) -> None:
+    model = prepare_model_for_kbit_training(copy.deepcopy(loaded), True, {"use_reentrant": True})
+    model.activation_checkpointing_enable({}) if hasattr(model, "activation_checkpointing_enable") else None
+    if prepared.mode_of(model) != "default":
+        pytest.skip("this transformers always passes use_reentrant")
+    kbitcheck.assert_prepared(model, select=["KB407"])
+    assert broken(model, select=["KB407"], strict=True)[0] == {"KB407"}
+
+
+def test_nothing_runs_where_a_copy_would_run_the_model_itself(model: Any) -> None:
+    """A closure over the model is shared by its copies: a step of the copy would be one of the model."""
+    original = model.model.norm.forward
+    model.model.norm.forward = lambda x: original(x)
+    before = everything(model)
+    report = kbitcheck.assert_prepared(model, select=["KB1"])
+    assert everything(model) == before
+    found = {r.rule: r for r in report}
+    assert found["KB101"].status is Status.PASS
+    assert found["KB103"].status is Status.SKIP
+    assert "model.norm" in found["KB103"].reason
+
+
+def test_a_resting_adapter_is_no_fault(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.add_adapter("second", config)
+    wrapped.set_adapter("default")
+    kbitcheck.assert_prepared(wrapped, select=["KB101", "KB102"])
+
+
+def test_a_batch_of_ones_own(model: Any) -> None:
+    ids = torch.arange(24).reshape(2, 12)
+    report = kbitcheck.assert_prepared(model, select=["KB403"], batch={"input_ids": ids, "labels": ids})
+    assert [r.status for r in report] == [Status.PASS]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"profile": "best"}, "no such profile"),
+        ({"freezes": "never"}, "no such freezes"),
+        ({"checkpointing": "sometimes"}, "no such checkpointing"),
+        ({"select": ["KB7"]}, "no rule matches"),
+    ],
+)
+def test_wrong_options(model: Any, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(kbitcheck.UsageError, match=told):
+        kbitcheck.assert_prepared(model, **options)
+
+
+def test_an_unquantized_model_is_wrong_usage() -> None:
+    with pytest.raises(kbitcheck.UsageError, match="no quantized layer"):
+        kbitcheck.assert_prepared(torch.nn.Linear(2, 2))
+
+
+def test_where_everything_is_skipped_nothing_was_asserted(model: Any) -> None:
+    with pytest.raises(kbitcheck.NonConformance):
+        kbitcheck.assert_prepared(model, select=["KB205"])
+
+
+def test_random_states_and_threads_are_put_back() -> None:
+    def states() -> Any:
+        return (
+            torch.get_rng_state().tolist(),
+            repr(numpy.random.get_state()),
+            random.getstate(),
+            torch.get_num_threads(),
+        )
+
+    before = states()
+    with prepared.undisturbed(threads=torch.get_num_threads() + 1):
+        torch.rand(1), numpy.random.rand(), random.random()
+        assert not any(a == b for a, b in zip(before, states(), strict=True))
+    assert states() == before

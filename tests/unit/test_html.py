@@ -1,0 +1,154 @@
+"""The page: what it holds, that it needs nothing else, and that a browser opens it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kbitcheck import gate
+from kbitcheck.acceptance import accept
+from kbitcheck.core import Status
+from kbitcheck.ledger import Ledger
+from kbitcheck.reporters import html
+from tests.ledger.reports import NF4, report, result
+from tests.unit.test_formats import LARGE, MIXED, nasty
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+VOID = {"meta", "link", "br", "input", "img", "use", "path"}
+
+
+class Page(HTMLParser):
+    """Elements in order, and what is wrong with their nesting."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        if self.open[-1:] != [tag]:
+            self.wrong.append(tag)
+        else:
+            self.open.pop()
+
+    def names(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.mark.parametrize("found", [report(), MIXED, nasty(), LARGE], ids=range(4))
+def test_the_page_is_well_formed_and_needs_no_other_file(found) -> None:
+    text = html.render(found)
+    page = Page(text)
+    assert (page.wrong, page.open) == ([], [])
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:,"))
+            if (attrs.get(name) or "").startswith("#"):
+                assert (attrs.get(name) or "")[1:] in ids
+        for labelled in (attrs.get("aria-labelledby") or "").split():
+            assert labelled in ids
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "http-equiv" not in text
+
+
+def test_the_page_has_landmarks_headings_and_a_way_past_them() -> None:
+    page = Page(html.render(MIXED))
+    for landmark in ("header", "nav", "main", "footer"):
+        assert len(page.names(landmark)) == 1, landmark
+    assert len(page.names("h1")) == 1
+    links = [a for a in page.names("a") if a.get("class") == "skip"]
+    assert [a["href"] for a in links] == ["#findings"]
+    assert page.names("html")[0]["lang"] == "en"
+    assert len(page.names("details")) == len(page.names("summary"))
+
+
+def test_the_page_tells_verdict_findings_by_family_and_the_command() -> None:
+    text = html.render(MIXED)
+    assert "✗ could not be judged: 1 rule broken" in text
+    assert (
+        text.index("<h3>Precision and storage</h3>") < text.index("<h3>Contract</h3>") < text.index("Not judged</h3>")
+    )
+    assert "kbitcheck impl fork:prepare --model tiny:llama" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_nothing_in_a_report_becomes_markup() -> None:
+    text = html.render(nasty())
+    assert "<script>&amp;" not in text
+    assert "&lt;script&gt;" in text
+    assert text.count("<script>") == 1
+
+
+def test_the_page_tells_of_the_gate_and_hides_what_is_accepted() -> None:
+    failing = report(result("KB505", NF4, Status.FAIL), result("KB201", NF4, Status.FAIL))
+    ledger = Ledger.parse(accept(report(result("KB505", NF4, Status.FAIL))).replace('reason = ""', 'reason = "so"'))
+    text = html.render(gate.judge(failing, ledger))
+    assert 'id="changes"' in text
+    assert '<strong class="bad">regressed</strong> KB201 norms-fp32' in text
+    assert "KB505</strong>" not in text
+
+
+def test_charts_follow_the_page_and_have_their_numbers_beside_them() -> None:
+    text = html.render(LARGE)
+    page = Page(text)
+    assert len(page.names("figure")) == len(page.names("svg")) == 3
+    assert "currentColor" in text
+    assert "var(--series-0)" in text
+    assert not re.search("#0102[0-9a-f]{2}", text)
+    assert "The numbers: Gradient error by layer" in text
+
+
+def test_without_matplotlib_the_numbers_remain(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = html.render(LARGE)
+    assert "<svg" not in text
+    assert "kbitcheck[html]" in text
+    assert "The numbers: Gradient error by layer" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+def test_a_browser_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(html.render(LARGE), encoding="utf-8")
+    assert CHROMIUM is not None
+    ran = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--v=0",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            f"file://{tmp_path / 'report.html'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "CONSOLE" not in ran.stderr, ran.stderr
+    assert ran.stdout.count("<svg") == 3
+    # The script ran: it shows the buttons where there is a clipboard.
+    assert re.search(r'<button type="button" class="copy"( hidden="")?>', ran.stdout)

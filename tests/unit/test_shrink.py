@@ -1,0 +1,180 @@
+"""The shrinker makes valid, tiny configurations, and keeps what makes an architecture itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from transformers import PretrainedConfig
+
+from kbitcheck.core import UsageError
+from kbitcheck.models import resolve
+from kbitcheck.models.architecture import Architecture, listed
+from kbitcheck.models.shrinking import VOCABULARY, families, tiny
+
+SMALL = 1_000_000
+
+
+class Plain(PretrainedConfig):  # type: ignore[misc, unused-ignore]
+    model_type = "plain_of_this_test"
+
+    def __init__(
+        self,
+        vocab_size: int = 50_000,
+        d_model: int = 4096,
+        num_heads: int = 32,
+        num_kv_heads: int = 8,
+        head_dim: int = 128,
+        d_ff: int = 11_008,
+        num_layers: int = 32,
+        num_experts: int = 64,
+        top_k: int = 8,
+        q_lora_rank: int | None = None,
+        d_state: int = 128,
+        conv_kernel: int = 4,
+        layer_types: list[str] | None = None,
+        no_rope: tuple[int, ...] = (1, 1, 1, 0) * 8,
+        attn_idxs: tuple[int, ...] = (1, 3, 30),
+        stop_token_ids: tuple[int, ...] = (7, 49_999),
+        image_token_id: int = 49_998,
+        tie_word_embeddings: bool = False,
+        eos_token_id: int = 49_999,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in list(locals().items()):
+            if name not in ("self", "kwargs", "__class__"):
+                setattr(self, name, value)
+        self.layer_types = layer_types or (["sliding"] * 3 + ["full"]) * (num_layers // 4)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, "eos_token_id": eos_token_id, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    return tiny(Plain)
+
+
+def test_sizes_fit_each_other(plain: dict[str, Any]) -> None:
+    assert plain["d_model"] == plain["num_heads"] * plain["head_dim"]
+    assert plain["num_heads"] % plain["num_kv_heads"] == 0
+    assert 1 < plain["num_kv_heads"] < plain["num_heads"]
+    assert 1 < plain["top_k"] < plain["num_experts"]
+    assert plain["d_state"] <= 16
+    assert plain["d_ff"] <= 2 * plain["d_model"]
+
+
+def test_what_is_off_or_small_stays(plain: dict[str, Any]) -> None:
+    assert not {"q_lora_rank", "conv_kernel", "tie_word_embeddings"} & plain.keys()
+
+
+def test_each_kind_of_layer_comes_twice(plain: dict[str, Any]) -> None:
+    assert plain["layer_types"] == ["sliding", "full", "sliding", "full"]
+    assert plain["no_rope"] == [1, 0, 1, 0]
+    assert plain["num_layers"] == 4
+    assert plain["attn_idxs"] == [1, 3]
+
+
+def test_special_tokens_move_into_the_vocabulary_together(plain: dict[str, Any]) -> None:
+    assert plain["vocab_size"] == VOCABULARY
+    assert plain["stop_token_ids"] == [7, plain["eos_token_id"]]
+    assert plain["image_token_id"] != plain["eos_token_id"]
+    assert max(plain["image_token_id"], plain["eos_token_id"]) < VOCABULARY
+    assert plain["pad_token_id"] == 0
+
+
+def test_fields_are_json(plain: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_a_kind_per_layer_in_runs_meets_a_kind_in_turns() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "kimi_linear" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no Kimi Linear")
+    config = CONFIG_MAPPING["kimi_linear"](
+        **{k: v for k, v in tiny(CONFIG_MAPPING["kimi_linear"]).items() if k != "model_type"}
+    )
+    assert len({*zip(config.layer_types, config.mlp_layer_types, strict=True)}) == 4
+
+
+# One of each kind: dense, tied, grouped, experts, latent attention, state space, hybrid, encoder-decoder, pictures, sounds.
+KINDS = (
+    ("causal-lm", "llama"),
+    ("causal-lm", "gpt2"),
+    ("causal-lm", "bert"),
+    ("causal-lm", "deepseek_v3"),
+    ("causal-lm", "mamba"),
+    ("causal-lm", "mamba2"),
+    ("causal-lm", "jamba"),
+    ("causal-lm", "qwen3_next"),
+    ("causal-lm", "gpt_oss"),
+    ("causal-lm", "llama4"),
+    ("seq2seq-lm", "t5"),
+    ("seq2seq-lm", "bart"),
+    ("image-text-to-text", "llava"),
+    ("speech-seq2seq", "whisper"),
+    ("sequence-classification", "roberta"),
+    ("masked-lm", "deberta-v2"),
+)
+
+
+@pytest.mark.parametrize(("task", "kind"), KINDS, ids=lambda v: v)
+def test_a_shrunk_architecture_runs_and_learns(task: str, kind: str) -> None:
+    import torch
+
+    from kbitcheck.models import loading
+
+    if kind not in listed(task):
+        pytest.skip(f"this transformers has no {kind}")
+    source = resolve(f"arch:{task}/{kind}")
+    assert isinstance(source, Architecture)
+    fields = source.fields()
+    assert json.loads(json.dumps(fields)) == fields
+    config = loading.known_config(fields, name=kind)
+    model = loading.architecture(config)(config)
+    assert sum(p.numel() for p in model.parameters()) < SMALL
+    output = model.train()(**source.batch(model))
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+
+
+def test_a_class_for_text_alone_takes_the_text_configuration() -> None:
+    if "llama4" not in listed("causal-lm"):
+        pytest.skip("this transformers has no Llama 4")
+    source = resolve("arch:llama4")
+    assert isinstance(source, Architecture)
+    assert source.fields()["model_type"] == "llama4_text"
+
+
+def test_decoders_decode() -> None:
+    source = resolve("arch:bert")
+    assert isinstance(source, Architecture)
+    assert source.fields()["is_decoder"] is True
+    masked = resolve("arch:masked-lm/bert")
+    assert isinstance(masked, Architecture)
+    assert "is_decoder" not in masked.fields()
+
+
+@pytest.mark.parametrize("name", ["arch:", "arch:no-such-task/llama", "arch:causal-lm/"])
+def test_what_names_no_architecture_is_wrong_usage(name: str) -> None:
+    with pytest.raises(UsageError, match="names no architecture; write arch:TYPE or arch:TASK/TYPE"):
+        resolve(name)
+
+
+def test_an_unknown_type_is_wrong_usage_with_a_hint() -> None:
+    source = resolve("arch:lama")
+    with pytest.raises(UsageError, match=r"no causal-lm model of type 'lama' \(did you mean llama\?\)"):
+        _ = source.checkpoint
+
+
+def test_families_are_of_this_transformers_and_still_needed() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "dots3_note_text" not in CONFIG_MAPPING:
+        pytest.skip("an older transformers")
+    assert set(families()) <= {*CONFIG_MAPPING.keys()}
