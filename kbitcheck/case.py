@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from kbitcheck import backends, summary
-from kbitcheck.core import UsageError
+from kbitcheck.core import NotApplicable, UsageError
 from kbitcheck.facts import (
+    HALF,
     CallFacts,
     CostFacts,
     Distance,
+    ForecastFacts,
     ForwardFacts,
     FunctionFacts,
     GradientFacts,
@@ -41,6 +43,8 @@ from kbitcheck.probes import digest, forwards, interleaving, layers, memory, sna
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call
 from kbitcheck.programs import INTERLEAVED
 from kbitcheck.quantization import Quantization
+from kbitcheck.static import forecast
+from kbitcheck.static.case import StaticCase, static_case
 from kbitcheck.suite import CaseSpec, Profile
 
 Attached = tuple[nn.Module, dict[str, nn.Parameter]]
@@ -97,6 +101,19 @@ class Base:
         if key not in self._twins:
             self._twins[key] = self._compute_twins(spec)
         return self._twins[key]
+
+    def forecast(self, spec: CaseSpec) -> ForecastFacts:
+        """What the model takes as its configuration tells it; of the training steps only for ``kbitcheck model``.
+
+        Raises:
+            NotApplicable: there is no configuration to tell from.
+        """
+        if not isinstance(self.source, Source):
+            raise NotApplicable("a live model: there is nothing to predict it from")
+        model = self.source.meta(self.quant)
+        facts = snapshot.snapshot(model)
+        told = forecast.of_weights(model, facts, spec)
+        return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
 
     @property
     def half(self) -> torch.dtype:
@@ -190,13 +207,15 @@ def base_of(spec: CaseSpec) -> Base:
     return _bases[key]
 
 
-def open_case(spec: CaseSpec, implementation: Prepares) -> Case:
+def open_case(spec: CaseSpec, implementation: Prepares) -> Case | StaticCase:
     """The case of a spec; nothing is prepared or run before a fact is read.
+
+    Where the spec says so, or the model is too large for this machine, it is a case that reads no weights.
 
     Raises:
         UsageError: the model cannot be loaded as asked.
     """
-    return Case(spec, implementation.function, base_of(spec))
+    return static_case(spec) or Case(spec, implementation.function, base_of(spec))
 
 
 def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
@@ -640,6 +659,20 @@ class Case:
     def unfit_targets(self) -> Mapping[str, str]:
         return targets.unfit(self._base.pristine, self._base.targets)
 
+    @property
+    def widened(self) -> Mapping[str, int]:
+        after = self.prepared.parameters
+        return {
+            name: after[name].nbytes - t.nbytes
+            for name, t in self.base.parameters.items()
+            if not t.packed and t.dtype in HALF and name in after and after[name].dtype not in HALF
+        }
+
+    @cached_property
+    def forecast(self) -> ForecastFacts:
+        """Predicted from the configuration; the steps only where a user asks about this model."""
+        return self._base.forecast(self.spec)
+
     def summary(self) -> dict[str, Any]:
         """Facts for the head of a report; only those already computed beyond the static ones."""
         facts: dict[str, Any] = {
@@ -651,6 +684,8 @@ class Case:
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
+        if "forecast" in self.__dict__ and self.forecast.activations:
+            facts["forecast"] = self.forecast.as_json()
             facts["bytes_by_group"] = {
                 "loaded": summary.by_group(self.base),
                 "prepared": summary.by_group(self.prepared),

@@ -59,11 +59,12 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
     """Will this model survive k-bit preparation and train, and what will it cost?"""
     from kbitcheck import implementations, models, suite
 
-    if options.static:
-        raise UsageError("--static is not built yet; leave it out to audit the model itself")
+    if options.static and options.random_weights:
+        raise UsageError("--static makes no weights: leave out --random-weights")
     prepare = options.prepare or implementations.default()
     source = models.resolve(
         model,
+        static="always" if options.static else "if-too-large",
         random_weights=options.random_weights,
         dtype=options.dtype or None,
         revision=options.revision or None,
@@ -76,6 +77,7 @@ def model(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)
         quants=options.quant or [getattr(source, "quant", None) or "nf4"],
         checkpointing=options.modes or ["default"],
         implementation=prepare,
+        static="always" if options.static or not getattr(source, "loadable", True) else "if-too-large",
         **options.case,
     )
     return audit("model", specs, options, blame="any")

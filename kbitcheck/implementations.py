@@ -91,6 +91,15 @@ def load(text: str) -> Implementation:
     return describe(found, name=text, version=_version(module))
 
 
+def unused(text: str) -> Implementation:
+    """The name of an implementation that a static audit never calls, and so need not import."""
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{text} was not loaded")
+
+    return Implementation(name=text, function=never)
+
+
 def describe(function: Callable[..., Any], *, name: str = "", version: str = "") -> Implementation:
     """The implementation a callable is: looks through partials, wrappers and callable instances for its source."""
     bare: Any = function

@@ -113,7 +113,8 @@ class ModelOptions(Shared):
     """What only ``model`` takes."""
 
     prepare: Annotated[str, typer.Option(metavar="IMPL", help="Default: peft if installed, else reference.")] = ""
-    static: Annotated[bool, typer.Option("--static", help="Meta device only (not built yet).")] = False
+    static: Annotated[bool, typer.Option("--static", help="Read and make no weights: sizes and predictions.")] = False
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="What training has to fit into: 24GiB, 80GB.")] = ""
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw weights for a bare config.")] = False
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Load in this dtype: bf16, fp16 or fp32.")] = ""
     revision: Annotated[str, typer.Option(metavar="REVISION", help="Of a hub id.")] = ""
@@ -122,8 +123,11 @@ class ModelOptions(Shared):
 
     @property
     def case(self) -> dict[str, Any]:
+        from kbitcheck.static import fits
+
         return {
             **super().case,
+            "memory": fits.parse(self.memory) if self.memory else None,
             "random_weights": self.random_weights,
             "dtype": self.dtype or None,
             "revision": self.revision or None,

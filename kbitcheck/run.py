@@ -107,17 +107,19 @@ def _in_process(
 ) -> Generator[Event, None, None]:
     from kbitcheck import environment
     from kbitcheck.case import open_case
-    from kbitcheck.implementations import load
+    from kbitcheck.implementations import load, unused
 
     device = environment.resolve_device(specs[0].device)
-    subject = implementation or load(specs[0].implementation)
+    static = specs[0].static == "always"
+    subject = implementation or (unused if static else load)(specs[0].implementation)
     told = environment.describe(device, specs[0].seed)
     yield {"event": "loaded", "implementation": subject.as_json(), "environment": told}
     for spec in specs:
         seen: set[str] = set()
         yield {"event": "case", "case": spec.id}
         try:
-            for event in examine(open_case(dataclasses.replace(spec, device=device), subject), rules):
+            placed = spec if spec.static == "always" else dataclasses.replace(spec, device=device)
+            for event in examine(open_case(placed, subject), rules):
                 if event["event"] == "result":
                     seen.add(event["result"]["rule"])
                 yield event
@@ -220,6 +222,7 @@ class Bench:
             "path": list(self._path),
             "device": spec.device,
             "seed": spec.seed,
+            "static": spec.static == "always",
         }
         try:
             yield from self._ask(request)

@@ -12,6 +12,7 @@ Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
 Profile = Literal["peft", "qlora", "frozen-half"]
 Freezes = Literal["at-prepare", "at-attach"]
 Adapters = Literal["reference", "peft"]
+Static = Literal["never", "always", "if-too-large"]
 
 ALL_LINEAR = "all-linear"
 
@@ -21,7 +22,8 @@ class CaseSpec:
     """One case: a model, how it is quantized, who prepares it, and how it is checkpointed. JSON-able.
 
     ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
-    comma-separated list of module names; ``quant`` is the text form of a ``Quantization``.
+    comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
+    audit reads no weights; ``memory`` is what training has to fit into, in bytes.
     """
 
     model: str
@@ -42,6 +44,8 @@ class CaseSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    static: Static = "never"
+    memory: int | None = None
 
     @property
     def id(self) -> str:

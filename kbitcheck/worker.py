@@ -22,11 +22,12 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from kbitcheck.core import Rule, UsageError, judge, log, rules
-from kbitcheck.implementations import Implementation, load
+from kbitcheck.implementations import Implementation, load, unused
 from kbitcheck.suite import CaseSpec
 
 if TYPE_CHECKING:
     from kbitcheck.case import Case
+    from kbitcheck.static.case import StaticCase
 
 Event = dict[str, Any]
 
@@ -36,7 +37,7 @@ LAST = frozenset({"ready", "loaded", "done", "usage", "broken"})
 LARGE_BYTES = 64 << 20
 
 
-def examine(case: Case, selected: Sequence[Rule]) -> Iterator[Event]:
+def examine(case: Case | StaticCase, selected: Sequence[Rule]) -> Iterator[Event]:
     """Judge every rule on a case, tell its facts, and close it."""
     with contextlib.closing(case):
         for rule in selected:
@@ -104,7 +105,7 @@ class Server:
         told = environment.describe(self._device, request["seed"])
         # In front, in their order, and only now: nothing of the subject's may stand in for the stack.
         sys.path[:0] = [directory for directory in request.get("path", ()) if directory not in sys.path]
-        self._implementation = load(request["implementation"])
+        self._implementation = (unused if request.get("static") else load)(request["implementation"])
         yield {"event": "loaded", "implementation": self._implementation.as_json(), "environment": told}
 
     def _case(self, request: Event) -> Iterator[Event]:
@@ -113,7 +114,9 @@ class Server:
         from kbitcheck.case import open_case
 
         assert self._implementation is not None
-        spec = dataclasses.replace(CaseSpec.from_json(request["spec"]), device=self._device)
+        spec = CaseSpec.from_json(request["spec"])
+        if spec.static != "always":  # which is about whatever device was named, here or elsewhere
+            spec = dataclasses.replace(spec, device=self._device)
         known = rules()
         case = open_case(spec, self._implementation)
         torch.set_num_threads(self._threads if case.base.nbytes > LARGE_BYTES else 1)

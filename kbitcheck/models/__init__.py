@@ -9,6 +9,7 @@ from typing import Any
 from kbitcheck.core import UsageError
 from kbitcheck.models import architecture, checkpoint, config, hub, local, recipe
 from kbitcheck.models.source import Source, asked_dtype
+from kbitcheck.suite import Static
 
 __all__ = ["Source", "resolve"]
 
@@ -18,6 +19,7 @@ FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json
 def resolve(
     model: str,
     *,
+    static: Static = "never",
     random_weights: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
@@ -26,7 +28,9 @@ def resolve(
 ) -> Source:
     """The source that a MODEL argument names, checked as far as that goes without torch.
 
-    A path that exists is taken before a hub id. Only for a hub id is the network used, and only for its JSON files.
+    With ``static`` always, its configuration is all that is looked at; with ``if-too-large`` a bare configuration will
+    do where there are no weights. A path that exists is taken before a hub id. Only for a hub id is the network used,
+    and only for its JSON files.
 
     Raises:
         UsageError: there is no such model, or it is damaged, unsupported, or needs what the options do not allow.
@@ -46,29 +50,30 @@ def resolve(
     if path.is_file() and path.suffix == ".toml":
         return recipe.read(path, name=model, dtype=wanted)
     if model and path.exists():
-        found = _at(path, name=model, random_weights=random_weights, **options)
+        found = _at(path, name=model, random_weights=random_weights, static=static, **options)
     elif hub.ID.fullmatch(model) and path.suffix not in (".toml", ".json"):
-        found = hub.read(model, random_weights=random_weights, **options)
+        found = hub.read(model, random_weights=random_weights, static=static == "always", **options)
     else:
         raise UsageError(f"no such model {model!r}{_hint(model)}; a model is {FORMS}")
-    if found.remote_code and not trust_remote_code:
+    if found.remote_code and not trust_remote_code and found.loadable:
         raise UsageError(f"{model} needs code from its repository: --trust-remote-code lets it run")
     _ = found.quant  # refuses what something other than bitsandbytes quantized
     return found
 
 
-def _at(path: Path, *, name: str, random_weights: bool, **options: Any) -> Source:
+def _at(path: Path, *, name: str, random_weights: bool, static: Static, **options: Any) -> Source:
+    made: dict[str, Any] = {"name": name, "random_weights": random_weights, "static": static != "never", **options}
     if path.is_file() and path.suffix == ".json":
-        return config.read(checkpoint.read_config(path, name), name=name, random_weights=random_weights, **options)
+        return config.read(checkpoint.read_config(path, name), **made)
     if path.is_file():
         raise UsageError(f"{name} is a file, but no recipe (.toml) and no config.json; a model is {FORMS}")
     if not (path / checkpoint.CONFIG).exists():
         raise UsageError(f"{name} {_what_it_is(path)}")
     fields = checkpoint.read_config(path / checkpoint.CONFIG, name)
-    files = [] if random_weights else checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
-    if files:
-        return local.read(path, files, fields, name=name, **options)
-    return config.read(fields, name=name, random_weights=random_weights, **options)
+    if random_weights or static == "always":
+        return config.read(fields, **made)
+    files = checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
+    return local.read(path, files, fields, name=name, **options) if files else config.read(fields, **made)
 
 
 def _what_it_is(folder: Path) -> str:

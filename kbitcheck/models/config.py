@@ -16,22 +16,39 @@ if TYPE_CHECKING:
 
     from kbitcheck.models.drawing import Plan
 
+NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Config(Source):
-    """A model of this configuration's size and kind, whose every tensor is drawn from the name of the tensor."""
+    """A model of this configuration's size and kind, whose every tensor is drawn from the name of the tensor.
+
+    Where ``drawn`` is False it has no tensors at all, and only its static facts can be told; ``foreign`` then names the
+    quantizer, other than bitsandbytes, that its weights were saved with.
+    """
 
     has_weights: ClassVar[bool] = False
 
+    drawn: bool = True
+    foreign: str = ""
+
     @property
     def checkpoint(self) -> Path:
-        """The drawn, unquantized checkpoint; made once a process. ``load`` does without it."""
+        """The drawn, unquantized checkpoint; made once a process. ``load`` does without it.
+
+        Raises:
+            UsageError: nothing was to be drawn.
+        """
         from kbitcheck.models import drawing
 
         return drawing.checkpoint(self._plan)
 
     def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
-        """A fresh model, each tensor quantized on ``device`` as soon as it is drawn."""
+        """A fresh model, each tensor quantized on ``device`` as soon as it is drawn.
+
+        Raises:
+            UsageError: nothing was to be drawn.
+        """
         from kbitcheck.models import drawing
 
         return drawing.load(self._plan, quant, self._options(device))
@@ -40,20 +57,30 @@ class Config(Source):
     def _plan(self) -> Plan:
         from kbitcheck.models.drawing import Plan
 
+        if not self.drawn:
+            raise UsageError(NO_WEIGHTS.format(name=self.name))
         seed = str(self.config["model_type"])
         return Plan(name=self.name, seed=seed, config=self.config, dtype=self.unquantized_dtype)
 
 
-def read(config: Mapping[str, Any], *, name: str, random_weights: bool, **options: Any) -> Config:
-    """The source for a configuration as read.
+def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: bool = False, **options: Any) -> Config:
+    """The source for a configuration as read; ``static`` says that it will do without weights.
 
     Raises:
         UsageError: the user did not ask for random weights, or they would need code from the model's repository.
     """
+    if static and not random_weights:
+        method = str((config.get("quantization_config") or {}).get("quant_method", "bitsandbytes"))
+        if method == "bitsandbytes":
+            return Config(name=name, config=config, drawn=False, **options)
+        return Config(name=name, config=_plain(config), drawn=False, foreign=method, **options)
     if not random_weights:
-        raise UsageError(f"{name} has no weights; give --random-weights to draw some")
+        raise UsageError(NO_WEIGHTS.format(name=name))
     if config.get("auto_map"):
         raise UsageError(f"{name} needs code from its repository; --random-weights is for transformers' own classes")
     # Drawn weights are not quantized yet, whatever the configuration says of those it was written for.
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return Config(name=name, config=plain, **options)
+    return Config(name=name, config=_plain(config), **options)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}

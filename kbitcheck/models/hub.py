@@ -40,15 +40,15 @@ class Hub(Source):
         return _fetched(self.name, self.revision, self.trust_remote_code, self.allow_pickle)
 
 
-def read(name: str, *, random_weights: bool, **options: Any) -> Source:
-    """The source for a hub id, once its configuration is here; with ``random_weights`` nothing else is fetched.
+def read(name: str, *, random_weights: bool, static: bool = False, **options: Any) -> Source:
+    """The source for a hub id, once its configuration is here; ``random_weights`` and ``static`` fetch nothing else.
 
     Raises:
         UsageError: there is no such model or revision, or there is no network and it is not cached.
     """
     fields = _config(_fetch(name, ("*.json",), options["revision"]), name)
-    if random_weights:
-        return config.read(fields, name=name, random_weights=True, **options)
+    if random_weights or static:
+        return config.read(fields, name=name, random_weights=random_weights, static=static, **options)
     return Hub(name=name, config=fields, **options)
 
 

@@ -74,6 +74,10 @@ class Recipe(Source):
         """A fresh quantized model, with the tensors of ``unread`` added."""
         return self._with_unread(Source.load(self, quant, device))
 
+    def meta(self, quant: Quantization) -> PreTrainedModel:
+        """The same on the meta device, with the tensors of ``unread`` added."""
+        return self._with_unread(Source.meta(self, quant))
+
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
         """A saved model of this recipe, with the tensors of ``unread`` added."""
         return self._with_unread(Source.reload(self, folder, device))

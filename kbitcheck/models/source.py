@@ -46,6 +46,11 @@ class Source(ABC):
         return self.dtype or config_dtype(self.config) or "float32"
 
     @property
+    def loadable(self) -> bool:
+        """Whether there are weights to load, or to draw."""
+        return getattr(self, "drawn", True)
+
+    @property
     def remote_code(self) -> bool:
         """Whether the model needs code from its repository."""
         return bool(self.config.get("auto_map"))
@@ -66,6 +71,17 @@ class Source(ABC):
 
         self._same_quantization(quant)
         return loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
+
+    def meta(self, quant: Quantization) -> PreTrainedModel:
+        """The model that ``load`` gives, on the meta device: no weights are read or made.
+
+        Raises:
+            UsageError: it cannot be built, or it is already quantized in another way.
+        """
+        from kbitcheck.static import meta
+
+        self._same_quantization(quant)
+        return meta.build(self, Quantization.parse(self.quant) if self.quant else self._complete(quant))
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
         """A quantized model of this kind as ``save_pretrained`` left it in ``folder``.

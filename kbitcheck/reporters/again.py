@@ -11,7 +11,7 @@ from kbitcheck.core import Report
 from kbitcheck.suite import CaseSpec
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
-NAMED = ("model", "quant", "implementation", "checkpointing")
+NAMED = ("model", "quant", "implementation", "checkpointing", "static")
 
 
 def command(report: Report, case: str, code: str) -> str:
@@ -33,5 +33,6 @@ def command(report: Report, case: str, code: str) -> str:
             continue
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, str(value)]
+    words += ["--static"] if spec.get("static") == "always" else []
     words += ["--in-process"] if report.subject.get("in_process") else []
     return shlex.join([*words, "--select", code])

@@ -35,8 +35,9 @@ class Tally:
         if self._report.gate is not None and self._report.exit_code in (EXIT_CONFORMS, EXIT_BROKEN_RULE):
             return f"{'✗ changed' if self._report.exit_code else '✓ not worse'} against {self._report.gate['against']}"
         model = self._report.subject.get("command") in ("model", "audit")
+        static = any("static" in facts for facts in self._report.facts.get("cases", {}).values())
         return {
-            EXIT_CONFORMS: "✓ ready" if model else "✓ conforms",
+            EXIT_CONFORMS: "✓ nothing speaks against it" if static else "✓ ready" if model else "✓ conforms",
             EXIT_BROKEN_RULE: "✗ not ready" if model else "✗ does not conform",
             EXIT_ERROR: "✗ could not be judged",
             EXIT_INTERRUPTED: "✗ interrupted",

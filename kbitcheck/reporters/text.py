@@ -11,6 +11,7 @@ from kbitcheck.core import Party, Report, Rule, Status, rules
 from kbitcheck.gate import Breach
 from kbitcheck.reporters.again import command
 from kbitcheck.reporters.findings import Deviation, Finding, deviations, findings
+from kbitcheck.reporters.memory import scaled, table
 from kbitcheck.reporters.tally import Tally
 
 Line = tuple[str, str]  # text and rich style
@@ -89,12 +90,13 @@ class _Page:
         models = dict.fromkeys(
             _named(s["model"], facts.get(case, {})) for case, s in zip(self._cases, specs, strict=False)
         )
+        where = " ".join(filter(None, [environment.get("device", ""), environment.get("device_name", "")]))
+        static = next((f["static"] for f in facts.values() if "static" in f), "")
         parts = [
             self._report.tool,
             next(iter(models)) if len(models) == 1 else f"{len(models)} models",
             " and ".join(dict.fromkeys(s["quant"] for s in specs)) if len(specs) < 4 else f"{len(specs)} cases",
-            f"prepared by {by}",
-            " ".join(filter(None, [environment.get("device", ""), environment.get("device_name", "")])),
+            *([f"static audit: {static}"] if static else [f"prepared by {by}", where]),
             "in this process" if subject.get("in_process") else "",
         ]
         return " · ".join(filter(None, parts))
@@ -176,14 +178,14 @@ class _Page:
         if self._report.subject.get("command") in ("model", "audit"):
             facts = self._report.facts.get("cases", {})
             for case, found in facts.items():
-                if text := _memory(found):
-                    notes.append(f"memory   {text}" + (f"  [{case}]" if len(facts) > 1 else ""))
+                of = f"  [{case}]" if len(facts) > 1 else ""
+                notes += [f"{heading:9}{text}{of}" for heading, text in table(found)]
         if not self._report.complete:
             notes.append("This report is not complete: the run was interrupted.")
         if notes:
             yield "", ""
         for note in notes:
-            yield from self._wrapped(note, "")
+            yield from self._wrapped(note, "", hanging=" " * 9)
 
     def _whose(self, party: Party) -> str:
         if party is not Party.IMPLEMENTATION:
@@ -194,12 +196,12 @@ class _Page:
         gap = self._width - len(left) - len(right)
         return f"{left}{' ' * gap}{right}" if right and gap > 1 else f"{left}  {right}".rstrip()
 
-    def _wrapped(self, text: str, style: str, indent: str = "") -> Iterable[Line]:
+    def _wrapped(self, text: str, style: str, indent: str = "", hanging: str = "") -> Iterable[Line]:
         folded = textwrap.wrap(
             text,
             self._width,
             initial_indent=indent,
-            subsequent_indent=indent + ("  " if text.startswith("- ") else ""),
+            subsequent_indent=indent + hanging + ("  " if text.startswith("- ") else ""),
             break_long_words=False,
             break_on_hyphens=False,
         )
@@ -208,7 +210,9 @@ class _Page:
 
 def _named(model: str, facts: Mapping[str, Any]) -> str:
     size = facts.get("parameters")
-    about = ", ".join(filter(None, [facts.get("model_class", ""), _count(size) if size else ""]))
+    about = ", ".join(
+        filter(None, [facts.get("model_class", ""), scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""])
+    )
     return f"{model} ({about})" if about else model
 
 
@@ -216,36 +220,6 @@ def _codes(codes: tuple[str, ...], known: Mapping[str, Rule]) -> str:
     if len(codes) == 1:
         return f"{codes[0]} {known[codes[0]].name}" if codes[0] in known else codes[0]
     return f"{len(codes)} rules ({', '.join(codes[:4])}{', …' if len(codes) > 4 else ''})"
-
-
-def _memory(facts: Mapping[str, Any]) -> str:
-    parts = []
-    if "bytes_loaded" in facts:
-        after = f" → {_bytes(facts['bytes_prepared'])} after preparing" if "bytes_prepared" in facts else ""
-        parts.append(f"weights {_bytes(facts['bytes_loaded'])}{after}")
-    if "activations" in facts:
-        shape = " × ".join(map(str, facts.get("batch", ())))
-        at = f" at {shape}" if shape else ""
-        held = f", {_bytes(facts['checkpointed'])} checkpointed" if "checkpointed" in facts else ""
-        parts.append(f"activations{at}: {_bytes(facts['activations'])}{held}")
-    return " · ".join(parts)
-
-
-def _bytes(number: float) -> str:
-    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
-
-
-def _count(number: float) -> str:
-    return _scaled(number, ("", "K", "M", "B", "T")).rstrip()
-
-
-def _scaled(number: float, units: tuple[str, ...]) -> str:
-    """Three figures and a decimal prefix."""
-    for unit in units[:-1]:
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {units[-1]}"
 
 
 def _seconds(seconds: float | None) -> str:

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import prod
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
-from kbitcheck.facts import HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.facts import Facts, ModelFacts, TensorFacts
 from kbitcheck.rules.precision import norm_parameters
 
 MOST = 0.5
 
+# The first that matches, so that a shared expert is an expert and a vision tower's attention is the tower's.
+PARTS = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in (
+        ("vision", r"(^|\.)(vision\w*|visual|image\w*|vit)\.|mm_projector|multi_modal_projector"),
+        ("audio", r"(^|\.)(audio\w*|speech\w*)\."),
+        ("routers", r"(^|\.)(router|gate)\.(\w+\.)*(weight|bias|e_score_correction_bias)$|router"),
+        ("experts", r"experts?(\.|_|$)"),
+        ("attention", r"attn|attention|(^|\.)(q_proj|k_proj|v_proj|o_proj)\."),
+        (
+            "mlp",
+            r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)",
+        ),
+    )
+)
 
-def group(tensor: TensorFacts, model: ModelFacts) -> str:
-    """What an unquantized parameter is part of: embeddings, head, norms, experts or other."""
+
+def group(tensor: TensorFacts, model: ModelFacts, norms: frozenset[str]) -> str:
+    """What a parameter is part of; ``norms`` are the names of the normalization layers' parameters.
+
+    Embeddings and head are told by the model, norms as KB201 tells them, the rest by the names of the modules above:
+    transformers has no other mark for them.
+    """
     owner = tensor.name.rpartition(".")[0]
     if owner in model.embeddings:
         return "embeddings"
     if owner in model.heads:
         return "head"
-    if tensor.name in norm_parameters(model):
+    if tensor.name in norms:
         return "norms"
-    return "experts" if len(tensor.shape) == 3 and "expert" in tensor.name else "other"
+    for name, pattern in PARTS:
+        if pattern.search(tensor.name):
+            return name
+    return "other"
+
+
+def buffers_name(name: str) -> str:
+    """The group of a buffer."""
+    return "vision" if PARTS[0][1].search(name) else "buffers"
 
 
 def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
     """Unquantized parameters by group, each storage once."""
     groups: dict[str, list[TensorFacts]] = {}
+    norms = norm_parameters(model)
     for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
-        groups.setdefault(group(tensor, model), []).append(tensor)
+        groups.setdefault(group(tensor, model, norms), []).append(tensor)
     return groups
 
 
@@ -53,10 +83,21 @@ def quantized_share(facts: Facts) -> Iterable[Observation]:
     total = packed + sum(groups.values())
     share = packed / total if total else 0.0
     largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
+    for tensor in _largest(facts.base) if share < MOST else ():
+        yield Observation(
+            tensor.name, False, "packed weights", f"{tensor.dtype}, {len(tensor.shape)}-D", Party.MODEL,
+            "its type: no linear layer",
+        )  # fmt: skip
     yield Observation(
         "weights", share >= MOST, "most weights quantized", f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
         Party.MODEL, "counted on the unprepared base",
     )  # fmt: skip
+
+
+def _largest(model: ModelFacts) -> list[TensorFacts]:
+    """The parameters of the largest group that could have been quantized."""
+    groups = [ts for g, ts in unquantized(model).items() if g not in ("embeddings", "head")]
+    return sorted(max(groups, key=lambda ts: sum(prod(t.shape) for t in ts), default=[]), key=lambda t: t.name)
 
 
 @rule("KB902", "upcast-cost", Level.SHOULD)
@@ -68,25 +109,17 @@ def upcast_cost(facts: Facts) -> Iterable[Observation]:
     Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back.
     Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
     """
-    base = facts.base
+    base, widened = facts.base, facts.widened
     half = 2 * sum(layer.in_features * layer.out_features for layer in base.layers.values())
     half += sum(t.nbytes for ts in unquantized(base).values() for t in ts)
-    added = {
-        g: grown
-        for g, ts in unquantized(base).items()
-        if (grown := sum(t.nbytes for t in ts if t.dtype in HALF and _widened(t, facts)))
-    }
+    added = {g: grown for g, ts in unquantized(base).items() if (grown := sum(widened.get(t.name, 0) for t in ts))}
+    prepared = base.nbytes + sum(added.values())
     parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
-    actual = f"{facts.prepared.nbytes:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
+    actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
     yield Observation(
-        "prepared model", facts.prepared.nbytes <= half, f"at most {half:,} bytes, the half-precision model's", actual,
+        "prepared model", prepared <= half, f"at most {half:,} bytes, the half-precision model's", actual,
         Party.MODEL, "bytes that the profile demands, counted on the base",
     )  # fmt: skip
-
-
-def _widened(tensor: TensorFacts, facts: Facts) -> bool:
-    after = facts.prepared.parameters.get(tensor.name)
-    return after is not None and after.dtype not in HALF
 
 
 @rule("KB903", "checkpointing-supported", Level.SHOULD)
@@ -145,6 +178,35 @@ def unfit_targets(facts: Facts) -> Iterable[Observation]:
     yield Observation("targets", True, "fit", "looked at")
     for name, reason in facts.unfit_targets.items():
         yield Observation(name, False, "can take an adapter", reason, Party.MODEL, "its type")
+
+
+@rule("KB906", "fits", Level.INFO)
+def fits(facts: Facts) -> Iterable[Observation]:
+    """Training takes what its configuration predicts, and fits the memory given.
+
+    Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, at a
+    batch and length; and the largest batch that fits ``--memory``. The report's memory table shows them.
+
+    Why: one run out of memory costs more than asking first.
+    Symptom: "CUDA out of memory" in the first step, or in the first long batch.
+    Fix: a smaller batch or length, ``--checkpointing non-reentrant``, ``--profile qlora``, a paged optimizer.
+    Sources: bitsandbytes#1569, peft#816.
+    """
+    told = facts.forecast
+    predicted = told.loaded - sum(g.state for g in told.groups.values())
+    yield Observation(
+        "weights", predicted == facts.base.nbytes, f"{predicted:,} bytes as loaded", f"{facts.base.nbytes:,} bytes",
+        Party.MODEL, "its configuration",
+    )  # fmt: skip
+    if told.memory is not None:
+        total = told.total(told.mode)
+        if total is None:
+            raise NotApplicable(f"no training step could be predicted: {told.missing}")
+        yield Observation(
+            f"{told.batch} x {told.seq_len} tokens", total <= told.memory, f"at most {told.memory:,} bytes",
+            f"{total:,} bytes; largest batch that fits: {told.largest_batch[told.memory]:,}",
+            Party.MODEL, f"predicted, {told.mode} checkpointing",
+        )  # fmt: skip
 
 
 @rule("KB907", "unknown-norms", Level.INFO)

@@ -53,6 +53,11 @@ def a_router_among_the_targets(model: Any) -> None:
     _named(model.transformer.h[0].mlp.c_fc, "TopKRouter")
 
 
+@spoils("KB906")
+def a_parameter_the_configuration_does_not_tell_of(model: Any) -> None:
+    model.register_parameter("unforeseen", nn.Parameter(torch.zeros(64)))
+
+
 @spoils("KB907")
 def a_norm_of_an_unknown_class(model: Any) -> None:
     _named(model.transformer.ln_f, "Scale")

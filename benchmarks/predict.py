@@ -1,0 +1,116 @@
+"""What the static audit costs, and how far its predictions are from real steps: writes ``benchmarks/predicted.json``.
+
+Each configuration is audited in a process of its own, through the command line, imports included; its CPU seconds and
+peak memory are of all its processes. The grid compares predicted activations with the storages of real CPU steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONFIGS = sorted((HERE.parent / "fixtures" / "configs").glob("*.json"))
+FAMILIES = ("llama", "gpt2", "t5", "mixtral", "llava", "qwen3", "gemma", "opt", "bert", "whisper")
+SHAPES = ((1, 16), (2, 64))
+QUANTS = ("nf4", "int8")
+LIMITS = {"seconds": 10.0, "gib": 1.0}
+
+
+def audited(config: Path) -> dict[str, Any]:
+    """One static audit: its cost, and the sizes it tells."""
+    command = [sys.executable, "-m", "kbitcheck", "model", str(config), "--static", "--format", "json"]
+    code = (
+        "import json, resource, subprocess, sys\n"
+        f"out = subprocess.run({command!r}, capture_output=True, text=True)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(json.dumps([out.stdout, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    text, seconds, kilobytes = json.loads(ran.stdout)
+    report = json.loads(text)
+    (told,) = (facts["forecast"] for facts in report["facts"]["cases"].values())
+    kept = ("parameters", "loaded", "upcast", "adapters", "batch", "seq_len", "activations", "total", "longest")
+    return {
+        "config": config.stem,
+        "cpu_seconds": round(seconds, 2),
+        "wall_seconds": report["facts"]["seconds"],
+        "peak_rss_gib": round(kilobytes / (1 << 20), 3),
+        **{name: told[name] for name in kept},
+    }
+
+
+def grid() -> list[dict[str, Any]]:
+    """Predicted and measured activations of real CPU steps."""
+    import torch
+    from kbitcheck_reference import prepare_model_for_kbit_training
+
+    from kbitcheck.models import resolve
+    from kbitcheck.probes import adapters, memory, step
+    from kbitcheck.probes.snapshot import snapshot
+    from kbitcheck.quantization import Quantization
+    from kbitcheck.static import forecast
+    from kbitcheck.suite import CaseSpec
+
+    torch.set_num_threads(1)
+    rows = []
+    for family in FAMILIES:
+        for quant in QUANTS:
+            source, wanted = resolve(f"tiny:{family}"), Quantization.parse(quant)
+            base = source.load(wanted)
+            for mode in ("reentrant", "non-reentrant"):
+                spec = CaseSpec(model=source.name, quant=quant, implementation="reference", checkpointing=mode)  # type: ignore[arg-type]
+                empty = source.meta(wanted)
+                run = forecast.Training(source, empty, snapshot(empty), spec, device="cpu")
+                model: Any = copy.deepcopy(base)
+                prepare_model_for_kbit_training(model, True, {"use_reentrant": mode == "reentrant"})
+                targets = adapters.target_layers(model, spec.targets)
+                model, owned = adapters.attach(model, targets, library="reference", rank=spec.rank, seed=0)
+                for batch, length in SHAPES:
+                    made = source.batch(base, batch=batch, seq_len=length)
+                    step.train_step(model, made, owned)
+                    real = memory.activations(model, made, owned, seed=0)
+                    plain, held = run.step(batch, length, "off"), run.step(batch, length, mode)
+                    pairs = {
+                        "plain": (plain.held, real.plain),
+                        "plain_peak": (plain.peak, real.peak_plain),
+                        "held": (held.held, real.held),
+                        "peak": (held.peak, real.peak),
+                    }
+                    rows.append(
+                        {"family": family, "quant": quant, "mode": mode, "batch": batch, "seq_len": length}
+                        | {name: {"predicted": p, "measured": m} for name, (p, m) in pairs.items()}
+                        | {"worst_percent": round(max(abs(p / m - 1) for p, m in pairs.values()) * 100, 3)}
+                    )
+                    print(family, quant, mode, batch, length, rows[-1]["worst_percent"], flush=True)
+    return rows
+
+
+def main() -> int:
+    """Measure, write, and say whether the limits hold."""
+    os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    configs = [audited(config) for config in CONFIGS]
+    for row in configs:
+        print(row["config"], f"{row['parameters']:,}", row["cpu_seconds"], "s", row["peak_rss_gib"], "GiB", flush=True)
+    rows = grid()
+    versions = {p: metadata.version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")}
+    told = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "not measured"}
+    (HERE / "predicted.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    over = [r["config"] for r in configs if r["cpu_seconds"] > LIMITS["seconds"] or r["peak_rss_gib"] > LIMITS["gib"]]
+    far = sum(r["worst_percent"] > 2 for r in rows)
+    print(
+        f"{len(over)} of {len(configs)} configurations over the limits; {far} of {len(rows)} steps off by more than 2 %"
+    )
+    return bool(over or far)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""A case that is judged without weights: its facts are sizes, shapes and types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from kbitcheck.core import NotApplicable
+from kbitcheck.facts import HALF, ForecastFacts, ModelFacts
+from kbitcheck.models import Source, resolve
+from kbitcheck.probes import adapters as adapter_probe
+from kbitcheck.probes import snapshot, targets
+from kbitcheck.quantization import Quantization
+from kbitcheck.rules.precision import norm_parameters
+from kbitcheck.static import forecast, weights
+from kbitcheck.suite import CaseSpec
+
+NEEDS_A_RUN = "needs a run: the audit is static"
+
+
+class StaticCase:
+    """Facts of a model on the meta device. What needs a run is not applicable."""
+
+    live = False
+
+    def __init__(self, spec: CaseSpec, source: Source, why: str = "no weights were read") -> None:
+        self.spec = spec
+        foreign = getattr(source, "foreign", "")
+        self.why = f"{why}; its own {foreign} quantization is not verified" if foreign else why
+        self.case = spec.id
+        self.profile = spec.profile
+        self.freezes = spec.freezes
+        self.checkpointing = spec.checkpointing
+        self._source = source
+        self._model: Any = source.meta(Quantization.parse(spec.quant))
+        self.base: ModelFacts = snapshot.snapshot(self._model)
+        self.remote_code = source.remote_code
+        self._weights = forecast.of_weights(self._model, self.base, spec)
+        self.unfit_targets: Mapping[str, str] = targets.unfit(
+            self._model, adapter_probe.target_layers(self._model, spec.targets)
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotApplicable(NEEDS_A_RUN)
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+
+    @property
+    def weights(self) -> ForecastFacts:
+        """The forecast without steps, which is cheap."""
+        return self._weights
+
+    @cached_property
+    def forecast(self) -> ForecastFacts:
+        return forecast.with_steps(self._weights, self._source, self._model, self.base, self.spec)
+
+    @property
+    def widened(self) -> Mapping[str, int]:
+        """Bytes that the profile adds to each unquantized parameter."""
+        norms = norm_parameters(self.base)
+        return {
+            name: t.nbytes
+            for name, t in self.base.parameters.items()
+            if not t.packed and t.dtype in HALF and weights.casts(self.profile, name in norms)
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for the head and the memory table of a report."""
+        told = self.forecast if "forecast" in vars(self) else self._weights
+        return {
+            "static": self.why,
+            "model_class": self.base.cls,
+            "parameters": told.parameters,
+            "bytes_loaded": told.loaded,
+            "bytes_prepared": told.loaded + told.upcast,
+            "forecast": told.as_json(),
+        }
+
+
+def too_large(source: Source, spec: CaseSpec) -> StaticCase | None:
+    """The static case of a model whose full audit the device has no room for; None where there is room."""
+    case = StaticCase(spec, source)
+    need, free = audit_bytes(case.weights), free_bytes(spec.device)
+    if need <= free:
+        return None
+    where = "memory" if spec.device == "cpu" else spec.device
+    case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
+    return case
+
+
+def audit_bytes(told: ForecastFacts) -> int:
+    """About what a full audit takes at its peak: the model three times over, and its float64 twin with its weights.
+
+    Bases are copied before they are prepared or run (``case.Base.copy``), one copy at a time beside the pristine one
+    and the one under audit; the twin holds eight bytes a parameter, and eight more while it is built.
+    """
+    return 3 * (told.loaded + told.upcast) + 16 * told.parameters
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that are free on a device now."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
+        fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def static_case(spec: CaseSpec) -> StaticCase | None:
+    """The static case that a spec asks for; None where it is to be audited in full.
+
+    Raises:
+        UsageError: there is no such model, or transformers cannot build it.
+    """
+    if spec.static == "never":
+        return None
+    source = resolve(
+        spec.model,
+        static=spec.static,
+        random_weights=spec.random_weights,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+    )
+    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec)

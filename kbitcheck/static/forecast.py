@@ -1,0 +1,152 @@
+"""What training a model will take, predicted from its configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kbitcheck_reference import prepare, upcast
+from torch import Tensor, nn
+
+from kbitcheck.core import UsageError
+from kbitcheck.facts import ForecastFacts, HeldFacts, ModelFacts
+from kbitcheck.models import Source
+from kbitcheck.probes import adapters as adapter_probe
+from kbitcheck.rules.precision import norm_parameters
+from kbitcheck.static import fits, weights
+from kbitcheck.static.activations import Step, thin
+from kbitcheck.static.fake import HALF, World
+from kbitcheck.suite import CaseSpec
+
+BATCH, SEQ_LEN = 1, 2048
+MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
+
+
+def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+    """What the weights, adapters and optimizer take of a model on the meta device, whose snapshot is ``facts``.
+
+    Raises:
+        UsageError: no layer is quantized that an adapter could be put on.
+    """
+    sizes = {
+        f"{name}.{end}": spec.rank * width
+        for name in adapter_probe.target_layers(model, spec.targets)
+        for end, width in (("A", facts.layers[name].in_features), ("B", facts.layers[name].out_features))
+    }
+    return ForecastFacts(
+        groups=weights.groups(model, facts),
+        profile=spec.profile,
+        trainable=sum(sizes.values()),
+        adapters=4 * sum(sizes.values()),
+        optimizer=fits.optimizers(sizes),
+        device="cpu" if spec.device == "cpu" else "cuda",
+        mode="non-reentrant" if spec.checkpointing == "default" else spec.checkpointing,
+        memory=spec.memory,
+    )
+
+
+def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+    """The same with training steps predicted, and what fits. The model cannot be used otherwise any more.
+
+    A model whose code looks at numbers, or that nobody knows how to feed, still has its weights told; ``missing`` is
+    then why no step is.
+    """
+    limit = _limit(model)
+    try:
+        run = Training(source, model, facts, spec, device=told.device)
+        batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
+        mode = told.mode if run.checkpoints else "off"
+        steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
+        logits = run.logits
+        shapes = ((1, length), (2, length), (1, 2 * length), *([(1, max(length // 2, 1))] if run.sees else []))
+        known = {(1, length): steps[mode].peak} if batch == 1 else {}
+        peaks = {shape: known.get(shape) or run.step(*shape, mode, padded=False).peak for shape in shapes}
+        growth = fits.Growth.through(length, peaks)
+    except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
+    names = {told.memory: "given", **fits.GPUS} if told.memory else fits.GPUS
+    rooms = {size: size - told.resident for size in names}
+    return dataclasses.replace(
+        told,
+        batch=batch,
+        seq_len=length,
+        mode=mode,
+        activations=steps,
+        logits=logits,
+        largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
+        longest={size: growth.longest(room, limit) for size, room in rooms.items()},
+        rooms=names,
+        notes=run.notes,
+    )
+
+
+class Training:
+    """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers."""
+
+    def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
+        self._source, self._spec, self._facts = source, spec, facts
+        self.rows: int = getattr(source, "rows", BATCH)
+        self.length: int = getattr(source, "seq_len", SEQ_LEN)
+        self.notes: tuple[str, ...] = ()
+        self.sees = False  # whether its sequences bring more than tokens
+        self._unprepared = model
+        targets = adapter_probe.target_layers(model, spec.targets)
+        thin(model)
+        self.checkpoints = self._prepare(model, facts, spec)
+        names = dict(model.named_modules())
+        wrapped, _ = adapter_probe.attach(
+            model, [t for t in targets if t in names], library=spec.adapters, rank=spec.rank, seed=spec.seed
+        )
+        compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
+        half = compute if compute in HALF else torch.bfloat16
+        autocast = (lambda: torch.autocast("cpu", dtype=half)) if spec.profile == "qlora" else None
+        self._step = Step(wrapped, World(device), autocast)
+
+    @property
+    def logits(self) -> int:
+        """Bytes of the last step's logits."""
+        return self._step.logits
+
+    def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> HeldFacts:
+        """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``.
+
+        ``padded`` sequences, of which there have to be two or more, bring a mask.
+        """
+        return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
+
+    def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
+        try:
+            made = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
+        except UsageError as error:
+            if not hasattr(self._unprepared.config, "vision_config"):
+                raise
+            self.notes = (f"activations of text alone: {error}",)
+            ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+            made = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+        self.sees = any(t.is_floating_point() for t in made.values())
+        if not padded:  # a mask of ones, which models leave out when they see that it is one
+            made.pop("attention_mask", None)
+        return made
+
+    @staticmethod
+    def _prepare(model: nn.Module, facts: ModelFacts, spec: CaseSpec) -> bool:
+        """Prepare as the profile demands; whether the model can checkpoint."""
+        try:
+            parts = prepare.checkpointable_parts(model)
+        except ValueError:
+            parts = []
+        prepare.freeze_base(model)
+        norms = norm_parameters(facts)
+        wide = {id(p) for n, p in model.named_parameters() if weights.casts(spec.profile, n in norms)}
+        upcast.upcast(p for p in upcast.castable_parameters(model) if id(p) in wide)
+        if spec.checkpointing != "off":
+            prepare.make_inputs_require_grad(parts)
+        return bool(parts)
+
+
+def _limit(model: Any) -> int:
+    """The most tokens that the model's own configuration allows."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 1 << 20

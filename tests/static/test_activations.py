@@ -1,0 +1,159 @@
+"""Predicted steps against measured ones, on the CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from kbitcheck_reference import prepare_model_for_kbit_training
+from torch import nn
+
+from kbitcheck.models import resolve
+from kbitcheck.models.recipe import Recipe
+from kbitcheck.probes import adapters, memory, step
+from kbitcheck.probes.snapshot import snapshot
+from kbitcheck.quantization import Quantization
+from kbitcheck.static import forecast
+from kbitcheck.static.activations import Passed, signature, thin
+from kbitcheck.static.fake import World, attention_on_cuda
+from kbitcheck.suite import CaseSpec
+
+CLOSE = 0.02
+
+GRID = [
+    ("llama", "int8", "non-reentrant", 3, 48, "reference"),
+    ("llama", "nf4,double", "reentrant", 2, 40, "peft"),
+    ("gpt2", "fp4", "reentrant", 2, 32, "reference"),
+    ("t5", "nf4", "non-reentrant", 2, 40, "reference"),
+    ("mixtral", "nf4", "reentrant", 2, 60, "reference"),
+    ("llava", "nf4", "non-reentrant", 2, 24, "reference"),
+    ("whisper", "nf4", "reentrant", 2, 20, "reference"),
+    ("gemma", "nf4", "non-reentrant", 1, 16, "reference"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "quant", "mode", "batch", "length", "library"), GRID)
+def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, library):
+    if library == "peft":
+        pytest.importorskip("peft")
+    source, wanted = resolve(f"tiny:{recipe}"), Quantization.parse(quant)
+    model = source.load(wanted)
+    made = source.batch(model, batch=batch, seq_len=length)
+    prepare_model_for_kbit_training(model, True, {"use_reentrant": mode == "reentrant"})
+    targets = adapters.target_layers(model, "all-linear")
+    wrapped, owned = adapters.attach(model, targets, library=library, rank=4, seed=0)
+    step.train_step(wrapped, made, owned)
+    measured = memory.activations(wrapped, made, owned, seed=0)
+    predicted, told = training(source, quant, checkpointing=mode, adapters=library)
+    plain, held = predicted.step(batch, length, "off"), predicted.step(batch, length, mode)
+    assert plain.held == pytest.approx(measured.plain, rel=CLOSE)
+    assert plain.peak == pytest.approx(measured.peak_plain, rel=CLOSE)
+    assert held.held == pytest.approx(measured.held, rel=CLOSE)
+    assert held.peak == pytest.approx(measured.peak, rel=CLOSE)
+    assert told.adapters == sum(p.nbytes for p in owned.values())
+
+
+def plain_llama(depth=4):
+    """The recipe without the parameter that one of its blocks has to itself."""
+    source = resolve("tiny:llama")
+    assert isinstance(source, Recipe)
+    return dataclasses.replace(source, unread={}, config={**source.config, "num_hidden_layers": depth})
+
+
+def training(source, quant, *, device="cpu", **options):
+    spec = CaseSpec(model=source.name, quant=quant, implementation="none", device=device, **options)
+    model = source.meta(Quantization.parse(quant))
+    facts = snapshot(model)
+    told = forecast.of_weights(model, facts, spec)
+    return forecast.Training(source, model, facts, spec, device=device), told
+
+
+@pytest.mark.parametrize("mode", ["off", "non-reentrant"])
+def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
+    found = []
+    for thinned in (True, False):
+        if not thinned:
+            monkeypatch.setattr(forecast, "thin", lambda model: None)
+        predicted, _ = training(plain_llama(depth=7), "nf4")
+        found.append((predicted.step(2, 40, mode), predicted.step(1, 3, mode)))
+    assert found[0] == found[1]
+
+
+def test_the_qlora_profile_runs_under_autocast():
+    held = {}
+    for profile in ("peft", "qlora"):
+        predicted, _ = training(resolve("tiny:llama"), "nf4", profile=profile)
+        held[profile] = predicted.step(2, 40, "off").held
+    assert held["qlora"] < held["peft"]
+
+
+@pytest.mark.parametrize(("recipe", "quant"), [("llama", "int8"), ("mixtral", "nf4")])
+def test_a_step_on_cuda_is_predicted_without_cuda(recipe, quant):
+    predicted, _ = training(resolve(f"tiny:{recipe}"), quant, device="cuda")
+    plain, held = predicted.step(2, 40, "off"), predicted.step(2, 40, "non-reentrant")
+    assert 0 < held.held < plain.held < plain.peak
+
+
+def test_flash_attention_keeps_no_scores():
+    world = World("cuda")
+    kept = {}
+    for dtype, mask in ((torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)):
+        with world.mode:
+            q = torch.empty(2, 4, 256, 64, dtype=dtype, requires_grad=True)
+            given = torch.ones(2, 1, 256, 256, dtype=torch.bool) if mask else None
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda t: t):  # noqa: B023
+                attention_on_cuda(q, q, q, given, is_causal=not mask)
+        kept[dtype, mask] = max(torch.Size(s).numel() for s in saved)
+    assert kept[torch.bfloat16, False] == kept[torch.float32, False] == 2 * 4 * 256 * 64
+    assert kept[torch.bfloat16, True] == 2 * 4 * 256 * 256
+
+
+class Block(nn.Module):
+    def __init__(self, width, place):
+        super().__init__()
+        self.inner = nn.Linear(width, 4)
+        self.layer_idx = place
+        self.window = None
+
+
+def test_blocks_are_alike_whatever_their_place():
+    one, other = Block(4, 0), Block(4, 1)
+    assert signature(one) == signature(other)
+    other.window = 8
+    assert signature(one) != signature(other)
+    assert signature(one) != signature(Block(5, 0))
+    frozen = Block(4, 0)
+    frozen.inner.weight.requires_grad_(False)
+    assert signature(one) != signature(frozen)
+
+
+def test_only_blocks_between_are_passed():
+    model = plain_llama().meta(Quantization.parse("nf4"))
+    thin(model)
+    assert [n for n, m in model.named_modules() if isinstance(m, Passed)] == ["model.layers.2"]
+    assert "model.layers.2.mlp.up_proj" not in dict(model.named_modules())
+    assert model.model.layers[2].self_attn.layer_idx == 2
+
+
+def test_blocks_of_two_kinds_are_not_taken_for_each_other():
+    model = plain_llama().meta(Quantization.parse("nf4"))
+    model.model.layers[2].self_attn.is_causal = False
+    thin(model)
+    assert not [n for n, m in model.named_modules() if isinstance(m, Passed)]
+
+
+def test_a_model_that_cannot_be_fed_still_has_weights():
+    source = resolve("tiny:llama")
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="cpu")
+    model = source.meta(Quantization.parse("nf4"))
+    facts = snapshot(model)
+    told = forecast.of_weights(model, facts, spec)
+
+    def refuses(input_ids=None, **kwargs):
+        raise RuntimeError("looks at numbers\nand more")
+
+    model.forward = refuses
+    full = forecast.with_steps(told, source, model, facts, spec)
+    assert full.missing == "RuntimeError: looks at numbers"
+    assert full.loaded == told.loaded
+    assert full.total("off") is None

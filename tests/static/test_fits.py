@@ -1,0 +1,72 @@
+"""Sizes, growth and optimizers."""
+
+import pytest
+import torch
+
+from kbitcheck.core import UsageError
+from kbitcheck.static import fits
+from kbitcheck.static.fits import Growth
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 << 30), ("24 gib", 24 << 30), ("24G", 24 << 30), ("80GB", 80 * 10**9), ("1.5KiB", 1536), ("7", 7)],
+)
+def test_memory_is_read_with_units(text, size):
+    assert fits.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "0", "-1GiB", "24XB", "24GiBs", "GiB", "0.1B"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UsageError, match="24GiB"):
+        fits.parse(text)
+
+
+@pytest.mark.parametrize("first", [0, 50])
+def test_growth_goes_through_what_was_measured(first):
+    true = Growth(1000, first, 7, 0.25)
+    shapes = ((1, 128), (2, 128), (1, 256), *([(1, 64)] if first else []))
+    found = Growth.through(128, {shape: round(true.peak(*shape)) for shape in shapes})
+    assert found.peak(3, 100) == pytest.approx(true.peak(3, 100))
+
+
+def test_the_largest_that_fits_is_the_largest():
+    growth = Growth(1000, 50, 7, 0.25)
+    room = 60_000
+    batch = growth.largest_batch(128, room)
+    assert growth.peak(batch, 128) <= room < growth.peak(batch + 1, 128)
+    length = growth.longest(room, 10_000)
+    assert growth.peak(1, length) <= room < growth.peak(1, length + 1)
+    assert growth.longest(room, 100) == 100
+    assert growth.largest_batch(128, 500) == growth.longest(500, 100) == 0
+
+
+SIZES = {"small": 4095, "edge": 4096, "odd": 5000, "large": 100_000}
+
+
+def test_adamw_keeps_what_torch_keeps():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in SIZES.values()]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
+    assert fits.optimizers(SIZES)["adamw"] == kept
+
+
+def test_8_bit_adamw_keeps_what_bitsandbytes_keeps():
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in SIZES.values()]
+    optimizer = AdamW8bit(parameters)
+    optimizer.check_overrides()
+    group = optimizer.param_groups[0]
+    for index, parameter in enumerate(parameters):
+        optimizer.init_state(group, parameter, 0, index)
+    tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    kept = sum({t.untyped_storage()._cdata: t.nbytes for t in tensors}.values())
+    assert fits.optimizers(SIZES)["adamw-8bit"] == kept
+
+
+def test_what_is_paged_is_not_on_the_device():
+    assert fits.optimizers(SIZES)["paged-adamw"] == 8 * (4095 + 4096 + 5000)

@@ -1,0 +1,133 @@
+"""What is judged without weights, and when."""
+
+import json
+from pathlib import Path
+
+import pytest
+from kbitcheck_reference import prepare_model_for_kbit_training
+
+from kbitcheck.case import Case, open_case
+from kbitcheck.core import Status, UsageError, judge, rules
+from kbitcheck.implementations import describe
+from kbitcheck.models import resolve
+from kbitcheck.probes.snapshot import snapshot
+from kbitcheck.quantization import Quantization
+from kbitcheck.static import case as static_case
+from kbitcheck.static import fits, forecast
+from kbitcheck.static.case import NEEDS_A_RUN, StaticCase
+from kbitcheck.suite import CaseSpec
+
+CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
+JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908"}
+
+
+def opened(model, *, static="always", quant="nf4", **options):
+    spec = CaseSpec(model=str(model), quant=quant, implementation="given", static=static, **options)
+    return open_case(spec, describe(prepare_model_for_kbit_training))
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return opened(CONFIGS / "mixtral-8x7b.json", memory=24 << 30, seq_len=64, device="auto")
+
+
+def test_only_what_needs_no_run_is_judged(mixtral):
+    results = {code: judge(rule, mixtral) for code, rule in rules().items()}
+    assert {c for c, r in results.items() if r.status in (Status.PASS, Status.FAIL)} == JUDGED
+    assert [r for r in results.values() if r.status is Status.ERROR] == []
+    assert results["KB101"].reason == results["KB904"].reason == NEEDS_A_RUN
+    assert {c for c, r in results.items() if r.status is Status.FAIL} == {"KB901", "KB902", "KB906"}
+    named = [f.where for f in results["KB901"].failures]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in named
+    assert "2.9%" in results["KB901"].failures[-1].actual
+    assert f"experts +{2 * 32 * 8 * 3 * 4096 * 14336:,}" in results["KB902"].failures[0].actual
+
+
+def test_the_forecast_adds_up(mixtral):
+    told = mixtral.forecast
+    assert told.device == "cuda"  # not asked for a device: where such a model is trained
+    assert set(told.activations) == {"off", "non-reentrant"}
+    step = told.activations["non-reentrant"]
+    assert told.total("non-reentrant") == (
+        told.loaded + told.upcast + told.adapters + 2 * told.adapters + max(step.peak, told.adapters)
+    )
+    assert told.memory == 24 << 30
+    assert told.largest_batch[24 << 30] == told.longest[24 << 30] == 0
+    assert told.largest_batch[180 << 30] > 0
+    assert json.loads(json.dumps(mixtral.summary()))["forecast"]["parameters"] == 46_702_792_704
+
+
+def test_growth_foretells_other_shapes():
+    spec = CaseSpec(model="tiny:qwen3", quant="nf4", implementation="none", device="cpu")
+    source = resolve(spec.model)
+    model = source.meta(Quantization.parse("nf4"))
+    run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
+    peaks = {shape: run.step(*shape, "reentrant", padded=False).peak for shape in ((1, 24), (2, 24), (1, 48))}
+    growth = fits.Growth.through(24, peaks)
+    for shape in ((7, 24), (3, 100)):
+        assert growth.peak(*shape) == pytest.approx(run.step(*shape, "reentrant", padded=False).peak, rel=0.02)
+
+
+def test_a_full_audit_predicts_what_it_finds():
+    case = opened("tiny:llama", static="never")
+    assert isinstance(case, Case)
+    result = judge(rules()["KB906"], case)
+    assert (result.status, result.examined) == (Status.PASS, 1)
+    assert case.forecast.activations == {}
+    told = opened("tiny:llama", static="if-too-large", device="cpu")
+    assert isinstance(told, Case)
+    assert told.forecast.activations["non-reentrant"].held == told.memory.held
+
+
+def test_what_this_machine_has_no_room_for_is_static(monkeypatch):
+    monkeypatch.setattr(static_case, "free_bytes", lambda device: 1_000_000)
+    case = opened("tiny:llama", static="if-too-large", device="cpu")
+    assert isinstance(case, StaticCase)
+    assert "GB of memory are free" in case.why
+    assert case.forecast.device == "cpu"
+
+
+def test_free_memory_is_some():
+    assert 1 << 20 < static_case.free_bytes("cpu") < 1 << 50
+
+
+def with_fields(tmp_path, **fields):
+    config = json.loads((CONFIGS / "smollm-135m.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
+    return tmp_path
+
+
+def test_a_published_config_of_another_quantizer_is_told_of(tmp_path):
+    folder = with_fields(tmp_path, quantization_config={"quant_method": "fp8"}, auto_map={"AutoConfig": "a.B"})
+    case = opened(folder)
+    assert case.why == "no weights were read; its own fp8 quantization is not verified"
+    assert case.weights.parameters == 134_515_008
+    assert judge(rules()["KB908"], case).status is Status.FAIL
+
+
+def test_the_checkpoints_own_quantization_is_kept(tmp_path):
+    own = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    case = opened(with_fields(tmp_path, quantization_config=own), quant="int8")
+    assert {layer.kind for layer in case.base.layers.values()} == {"int8"}
+    with pytest.raises(UsageError, match="already quantized"):
+        opened(tmp_path, quant="nf4")
+
+
+def test_a_config_without_weights_can_only_be_static(tmp_path):
+    with pytest.raises(UsageError, match="--random-weights"):
+        opened(with_fields(tmp_path), static="never")
+    assert isinstance(opened(tmp_path), StaticCase)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model_type": "lama"}, "did you mean llama"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"architectures": ["LlamaModel"]}, "computes no loss"),
+        ({"hidden_size": "wide"}, "cannot be loaded"),
+    ],
+)
+def test_a_broken_config_is_wrong_usage(tmp_path, fields, told):
+    with pytest.raises(UsageError, match=told):
+        opened(with_fields(tmp_path, **fields))
