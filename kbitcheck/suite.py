@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -111,3 +112,9 @@ def cases(
         for mode in modes
     ]
     return list(dict.fromkeys(specs))
+
+
+def workers(specs: Sequence[CaseSpec]) -> int:
+    """How many workers run at once where nobody says: one a core for recipes, else one, which may need all the memory."""
+    recipes = all(spec.model.startswith("tiny:") for spec in specs)
+    return len(os.sched_getaffinity(0)) if recipes else 1
