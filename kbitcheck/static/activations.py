@@ -128,6 +128,7 @@ class Step:
         floor = live.now
         with (
             _checkpointing(self.model, reentrant),
+            step.cache_off(self.model),
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             self.world.entered(),

@@ -83,7 +83,10 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
 
 
 class Training:
-    """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers."""
+    """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers.
+
+    No key/value cache is built, with checkpointing or without: transformers' Trainer sets ``use_cache`` off.
+    """
 
     def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
         self._source, self._spec, self._facts = source, spec, facts
