@@ -57,8 +57,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Show the saved report where a page asks for it."""
-    return other_pages.with_sample(markdown)
+    """Fill in what a page asks for."""
+    return other_pages.filled(markdown)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

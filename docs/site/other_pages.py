@@ -1,17 +1,20 @@
-"""Pages made of what stands elsewhere: the findings of README.md, and a saved report."""
+"""Pages made of what stands elsewhere: the findings of README.md, a saved report, sources of rules."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 
-from kbitcheck.core import Report
+import rule_pages
+from kbitcheck.core import Report, rules
 from kbitcheck.reporters import render
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(__file__).with_name("sample.json")
 SHOWN = "<!-- the report of docs/site/sample.json -->"
+ASKED = re.compile(r"<!-- (source|sabotage) of rule (KB\d{3}) -->")
 ROW = re.compile(r"^\| (.*?) \| (.*?) \| (.*?) \| \[`[^`]*`\]\(docs/findings/(\w+)\.py\) \| (.*?) \|$", re.MULTILINE)
 
 
@@ -34,12 +37,10 @@ def findings(readme: str) -> str:
 
 
 def _finding(told: str, whose: str, rule: str, script: str, upstream: str) -> str:
-    from rule_pages import linked
-
     source = (ROOT / "docs" / "findings" / f"{script}.py").read_text(encoding="utf-8").rstrip()
     rules = re.sub(r"KB\d{3}", r"[\g<0>](rules/\g<0>.md)", rule)
     return (
-        f"## {told} {{ #{script} }}\n\nWhose: {whose}. Rule: {rules}. Upstream: {linked(upstream)}.\n\n"
+        f"## {told} {{ #{script} }}\n\nWhose: {whose}. Rule: {rules}. Upstream: {rule_pages.linked(upstream)}.\n\n"
         f'??? example "`docs/findings/{script}.py`"\n\n'
         + "".join(f"    {line}\n" if line else "\n" for line in f"```python\n{source}\n```".splitlines())
     )
@@ -50,6 +51,21 @@ def sample() -> Report:
     return Report.from_json(json.loads(SAMPLE.read_text(encoding="utf-8")))
 
 
-def with_sample(text: str) -> str:
-    """The page with the saved report, as a terminal shows it, where ``SHOWN`` stands."""
-    return text.replace(SHOWN, f"```text\n{render(sample(), 'text').rstrip()}\n```") if SHOWN in text else text
+def filled(text: str) -> str:
+    """The page with what its comments ask for: the saved report as a terminal shows it, sources of rules and sabotage.
+
+    Raises:
+        KeyError: there is no such rule.
+    """
+
+    def source(found: re.Match[str]) -> str:
+        kind, code = found.groups()
+        if kind == "source":
+            shown = inspect.getsource(rules()[code].check).rstrip()
+        else:
+            shown = "\n\n\n".join(example.source for example in rule_pages.examples()[code])
+        return f"```python\n{shown}\n```"
+
+    if SHOWN in text:
+        text = text.replace(SHOWN, f"```text\n{render(sample(), 'text').rstrip()}\n```")
+    return ASKED.sub(source, text)
