@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import rule_pages
+
 from kbitcheck.core import Report, rules
-from kbitcheck.reporters import render
+from kbitcheck.reporters import text as terminal
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(__file__).with_name("sample.json")
+WIDTH = 84  # columns of a block of code on a page
 SHOWN = "<!-- the report of docs/site/sample.json -->"
 ASKED = re.compile(r"<!-- (source|sabotage) of rule (KB\d{3}) -->")
 ROW = re.compile(r"^\| (.*?) \| (.*?) \| (.*?) \| \[`[^`]*`\]\(docs/findings/(\w+)\.py\) \| (.*?) \|$", re.MULTILINE)
@@ -67,5 +69,5 @@ def filled(text: str) -> str:
         return f"```python\n{shown}\n```"
 
     if SHOWN in text:
-        text = text.replace(SHOWN, f"```text\n{render(sample(), 'text').rstrip()}\n```")
+        text = text.replace(SHOWN, f"```text\n{terminal.render(sample(), width=WIDTH).rstrip()}\n```")
     return ASKED.sub(source, text)

@@ -70,10 +70,12 @@ def index(known: Mapping[str, Rule]) -> str:
     """The rules by family."""
     out = [
         "# Rules\n",
-        f"{len(known)} rules in {len({r.family for r in known.values()})} families. "
-        "**MUST**: breaking it is non-conformance. **SHOULD**: told, and counted under `--strict`. "
-        "**INFO**: a fact worth knowing. Codes are forever: none is reused or renumbered. "
-        "`kbitcheck rules` lists them in a terminal, `kbitcheck rules KB303` explains one.\n",
+        (
+            f"{len(known)} rules in {len({r.family for r in known.values()})} families. "
+            "**MUST**: breaking it is non-conformance. **SHOULD**: told, and counted under `--strict`. "
+            "**INFO**: a fact worth knowing. Codes are forever: none is reused or renumbered. "
+            "`kbitcheck rules` lists them in a terminal, `kbitcheck rules KB303` explains one.\n"
+        ),
     ]
     family = ""
     for code, rule in known.items():
@@ -101,8 +103,10 @@ def page(rule: Rule, shown: list[Example]) -> str:
         out += ["## Sources\n", f"{linked(sentence(text))}\n"]
     out += [
         "## Run it\n",
-        f"```console\n$ kbitcheck impl mypkg:prepare --select {rule.code}\n"
-        f"$ pytest --kbit-impl mypkg:prepare --kbit-select {rule.code}\n```\n",
+        (
+            f"```console\n$ kbitcheck impl mypkg:prepare --select {rule.code}\n"
+            f"$ pytest --kbit-impl mypkg:prepare --kbit-select {rule.code}\n```\n"
+        ),
     ]
     return "\n".join(out)
 
@@ -121,7 +125,7 @@ def sentence(text: str) -> str:
 
 def prose(text: str, *, cell: bool = False) -> str:
     """Docstring markup as Markdown; what is no code holds no markup."""
-    spans = re.split(r"``?([^`]+)``?", text)
+    spans = re.split(r"`+([^`]+)`+", text)
     spans[::2] = [re.sub(r"([\\*_<>\[\]])", r"\\\1", span) for span in spans[::2]]
     spans[1::2] = [f"`{span}`" for span in spans[1::2]]
     return "".join(spans).replace("|", "\\|") if cell else "".join(spans)
