@@ -56,7 +56,10 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
-    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm."""
+    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm.
+
+    ``numbers`` are the plain numbers that it keeps: an epsilon, a scale, a dropout rate.
+    """
 
     name: str
     cls: str
@@ -66,6 +69,7 @@ class ModuleFacts:
     norm: frozenset[str] = frozenset()
     block: bool = False
     tower: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,6 +453,11 @@ class Facts(Protocol):
     @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
     @property
+    def single_gradients(self) -> Mapping[str, GradientFacts]:
+        """Those of a step on one row without a mask."""
+        ...
+
+    @property
     def against_plain(self) -> Mapping[str, Distance]: ...
     @property
     def against_other_mode(self) -> Mapping[str, Distance]: ...
@@ -462,6 +471,11 @@ class Facts(Protocol):
     def cost(self) -> CostFacts: ...
     @property
     def forwards(self) -> Sequence[ForwardFacts]: ...
+    @property
+    def left_by_evaluation(self) -> int:
+        """Bytes that stay alive after a forward in eval mode."""
+        ...
+
     @property
     def function(self) -> FunctionFacts: ...
     @property

@@ -161,6 +161,17 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     return found
 
 
+def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None) -> int:
+    """Bytes that a forward in eval mode leaves behind. The model ran before: its first makes what the stack keeps."""
+    model.eval()
+    live = Live()
+    with _only_new_garbage():
+        with torch.no_grad(), live, autocast or nullcontext():
+            model(**step.feed(model, batch))
+        gc.collect()
+    return live.now
+
+
 @contextmanager
 def _only_new_garbage() -> Iterator[None]:
     """Collections look at what was made since alone: walking torch's and transformers' own objects takes longest."""

@@ -62,6 +62,9 @@ def returns_the_model(facts: Facts) -> Iterable[Observation]:
         return
     actual = "the same object" if call.same_object else f"another object ({call.returned})"
     yield Observation("returned object", call.same_object, f"the {facts.base.cls} it was given", actual)
+    for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
+        if not one.raised and not one.same_object:
+            yield Observation(text, False, f"the {facts.base.cls} it was given", f"another object ({one.returned})")
     yield Observation("class", call.class_kept, f"the very class {facts.base.cls}", facts.prepared.cls)
 
 
@@ -178,8 +181,8 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     """
     stale = facts.cost.stale
     yield Observation("after preparing", stale == 0, "0 bytes of old weights alive", f"{stale:,} bytes")
-    survivors = facts.memory.survivors
-    yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes")
+    for text, survivors in (("a step", facts.memory.survivors), ("an evaluation", facts.left_by_evaluation)):
+        yield Observation(f"after {text}", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes")
 
 
 @rule("KB509", "quiet", Level.SHOULD)

@@ -81,6 +81,8 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
 def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     """Parameters that were fp32, fp64, integer, bool or float8, and every buffer, keep dtype, device and bits.
 
+    So does every plain number that a module keeps, such as an epsilon, a scale or a dropout rate.
+
     Why: scales, rotary tables and weights kept in fp32 on purpose break quietly when they are cast or recomputed.
     Symptom: garbage after long contexts; NaN in T5; a kernel that refuses its scales.
     Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
@@ -101,6 +103,17 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     for old, new in _pairs(facts):
         if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
             yield Observation(old.name, False, "the same bits", "other numbers")
+    yield from _numbers(facts)
+
+
+def _numbers(facts: Facts) -> Iterator[Observation]:
+    """One observation for each number that a module keeps and that is another."""
+    for module in facts.base.modules.values():
+        now = facts.prepared.modules.get(module.name)
+        if now is not None:
+            for key, number in module.numbers.items():
+                if now.numbers.get(key) != number:
+                    yield Observation(f"{module.name}.{key}", False, str(number), str(now.numbers.get(key)))
 
 
 def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
