@@ -289,7 +289,19 @@ class Case:
             raise Unavailable(f"preparation raised {facts.raised}")
         return returned if isinstance(returned, nn.Module) else model
 
+    def _needs_to_run(self) -> None:
+        """What is left to judge of a prepared model that cannot run at all where its base can.
+
+        Raises:
+            NotApplicable: it cannot, which is KB210's to tell.
+        """
+        mixed = self.profile == "qlora"
+        for f in self.forwards:
+            if f.raised and not f.base_raised and f.autocast is mixed and f.condition.startswith("train"):
+                raise NotApplicable(f"the prepared model does not run (KB210): {f.raised}")
+
     def _attached_copy(self, **wanted: Any) -> Attached:
+        self._needs_to_run()
         return self._base.attach(self._prepared_copy(**wanted), self.spec)
 
     def _autocast(self) -> AbstractContextManager[Any] | None:
@@ -351,6 +363,7 @@ class Case:
     @property
     def _ready(self) -> Attached:
         """The wrapped model, after it was looked at."""
+        self._needs_to_run()
         _ = self.wrapped
         return self._attached
 
@@ -528,6 +541,7 @@ class Case:
 
     @cached_property
     def function(self) -> FunctionFacts:
+        self._needs_to_run()
         known = self._base.function(self.profile)
         found, routes = self._base.logits(self._prepared_copy(), self.profile)
         target = known.exact.logits
@@ -625,6 +639,7 @@ class Case:
     @cached_property
     def honoured(self) -> tuple[Mapping[str, str], RunFacts, CallFacts]:
         """Checkpointing arguments that are not torch's defaults, and what reached torch when they were asked for."""
+        self._needs_to_run()
         asked: dict[str, Any] = {"preserve_rng_state": False}
         if self.checkpointing != "default":
             asked["use_reentrant"] = self.checkpointing == "reentrant"
