@@ -80,7 +80,7 @@ def scales_norms_before_the_cast(
     freeze(model)
     for name, parameter in half(model):
         if "norm" in name:
-            parameter.data = parameter.data * (1 + 2.0**-9)
+            parameter.data = parameter.data * (1 + 2.0**-6)
     cast(model)
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
