@@ -364,7 +364,7 @@ def audit(
 
 def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Blame) -> Report:
     """Run the cases, with a bar on a terminal."""
-    from kbitcheck import environment
+    from kbitcheck import environment, environments, requirement
     from kbitcheck.progress import shown
     from kbitcheck.run import run
     from kbitcheck.signals import told_to_stop
@@ -372,6 +372,10 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
     from kbitcheck.worker import debug_to_stderr
 
     environment.validate_device(options.device)
+    if options.in_process and requirement.parse(specs[0].implementation):
+        raise UsageError("a requirement cannot run --in-process: it has an environment of its own")
+    with told_to_stop():
+        environments.interpreter(specs[0].implementation, say)
     chosen = select(options.codes, options.ignored)
     # In process, what the subject prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
