@@ -37,7 +37,9 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config."
-IMPL_HELP = "reference, peft, module:function or path/to/file.py:function."
+IMPL_HELP = (
+    "reference, peft, module:function, path/to/file.py:function, or REQUIREMENT::module:function (peft==0.13.2)."
+)
 
 
 def _version(asked: bool) -> None:
@@ -113,6 +115,7 @@ def fuzzed(impl: str, options: ImplOptions) -> int:
     environment.validate_device(options.device)
     for name in options.model:
         models.resolve(name)
+    install(impl)
     destination = Destination(options.output)
     chosen = select(options.codes, options.ignored)
     plan = fuzz.Plan(
@@ -364,7 +367,7 @@ def audit(
 
 def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: Blame) -> Report:
     """Run the cases, with a bar on a terminal."""
-    from kbitcheck import environment, environments, requirement
+    from kbitcheck import environment
     from kbitcheck.progress import shown
     from kbitcheck.run import run
     from kbitcheck.signals import told_to_stop
@@ -372,10 +375,8 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
     from kbitcheck.worker import debug_to_stderr
 
     environment.validate_device(options.device)
-    if options.in_process and requirement.parse(specs[0].implementation):
-        raise UsageError("a requirement cannot run --in-process: it has an environment of its own")
-    with told_to_stop():
-        environments.interpreter(specs[0].implementation, say)
+    if specs[0].static != "always":
+        install(specs[0].implementation, in_process=options.in_process)
     chosen = select(options.codes, options.ignored)
     # In process, what the subject prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
@@ -394,6 +395,23 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
             on_event=advance,
             echo=_echo if options.debug else None,
         )
+
+
+def install(impl: str, *, in_process: bool = False) -> None:
+    """Build the environment of an implementation, where it is a requirement.
+
+    Raises:
+        UsageError: it cannot be built, or is to run in this process.
+    """
+    from kbitcheck import environments, requirement
+    from kbitcheck.signals import told_to_stop
+
+    if requirement.parse(impl) is None:
+        return
+    if in_process:
+        raise UsageError(f"{impl} cannot run --in-process: it has an environment of its own")
+    with told_to_stop():
+        environments.interpreter(impl, say)
 
 
 def _echo(text: str) -> None:

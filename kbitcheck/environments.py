@@ -152,7 +152,7 @@ def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
 
 
 def _installer(python: str, draft: Path) -> list[str]:
-    """uv where there is one, else the pip that runs beside kbitcheck.
+    """The command line of uv where there is one, else of the pip that runs beside kbitcheck.
 
     Raises:
         UsageError: there is neither.

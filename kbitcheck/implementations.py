@@ -155,7 +155,7 @@ def _import(name: str, text: str) -> ModuleType:
     module = importlib.import_module(name)
     file = module.__file__ or ""
     if wanted is not None and not Path(file).is_relative_to(sys.prefix):
-        raise ImportError(f"{name} comes from {file}, not from {wanted.text}")
+        raise ImportError(f"{name} is that of {file}; {wanted.text} has an environment of its own, in another process")
     return module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,9 @@ class Requirement:
         if self.path is not None and not self.path.exists():
             raise UsageError(f"requirement {self.text!r}: no such file or directory: {self.path}")
         if self.path is None and not self.project and "://" not in self.text:
-            raise UsageError(f"{self.text!r} is no requirement: write peft==0.13.2, git+https://..., a directory or a wheel")
+            raise UsageError(
+                f"{self.text!r} is no requirement: write peft==0.13.2, git+https://..., a directory or a wheel"
+            )
 
     def content(self) -> str:
         """What tells one content of a moving requirement from another: a branch's commit, a path's files; else empty."""
@@ -105,11 +108,9 @@ def _commit(url: str, ref: str) -> str:
     """The commit that a branch or tag of a repository is at; the name itself where the repository does not tell."""
     if COMMIT.fullmatch(ref):
         return ref
+    words = [shutil.which("git") or "git", "ls-remote", "--exit-code", url, ref, f"{ref}^{{}}"]
     try:
-        told = subprocess.run(  # noqa: S607
-            ["git", "ls-remote", "--exit-code", url, ref, f"{ref}^{{}}"],
-            capture_output=True, text=True, check=True, timeout=60, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return ref
     return told.stdout.split()[0] if told.stdout else ref

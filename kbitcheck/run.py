@@ -174,6 +174,7 @@ def _isolated(
             yield from bench.examine(spec)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        python = environments.interpreter(specs[0].implementation) if specs else sys.executable
+        called = bool(specs) and specs[0].static != "always"
+        python = environments.interpreter(specs[0].implementation) if called else sys.executable
         benches = [Bench(Path(scratch), rules, timeout, echo, python=python) for _ in range(min(jobs, len(groups)))]
         yield from spread(list(groups.values()), serve, benches)
