@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from kbitcheck.core import (
     select,
 )
 from kbitcheck.door import fail, list_rules, say
-from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, SweepOptions, with_options
+from kbitcheck.options import ImplOptions, MatrixOptions, ModelOptions, Output, Shared, SweepOptions, with_options
 
 if TYPE_CHECKING:
     from kbitcheck.run import Blame
@@ -178,6 +179,43 @@ def gate(
         raise UsageError("--against cannot run --in-process: two preparations never share a process")
     implementations.validate(against)
     return audit("gate", specs, options, blame="own", judge=other_judge(against, options))
+
+
+@app.command()
+@with_options
+def matrix(
+    subjects: Annotated[list[str], typer.Argument(metavar="IMPL...", help=f"{IMPL_HELP} Or a TOML list of them.")],
+    options: MatrixOptions,
+) -> int:
+    """Which rules do several implementations or releases keep?"""
+    from kbitcheck import matrix
+    from kbitcheck.destination import Destination
+    from kbitcheck.reporters.matrix import render, verdict
+
+    chosen = matrix.subjects(subjects)
+    destination = Destination(options.output)
+    cases = impl_cases(chosen[0].implementation, options)
+    if options.in_process:
+        raise UsageError("a matrix cannot run --in-process: two preparations never share a process")
+
+    def judge(impl: str) -> Report:
+        return examine("impl", impl_cases(impl, options), options, blame="own")
+
+    rows: list[matrix.Row] = []
+    for number, subject in enumerate(chosen, 1):
+        rows.append(matrix.row(subject, judge))
+        say(f"{number}/{len(chosen)} {verdict(rows[-1:])}")
+        if not rows[-1].complete:
+            break
+    words = ["kbitcheck", *sys.argv[1:]]
+    table = matrix.Matrix(
+        tool=f"kbitcheck {kbitcheck.__version__}",
+        command=shlex.join(words),
+        cases=[spec.id for spec in cases],
+        rows=rows,
+    )
+    destination.write(render(table, options.format))
+    return table.exit_code
 
 
 @app.command()

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -128,8 +129,7 @@ def _furnish(wanted: Requirement, draft: Path, transformers: str) -> None:
         UsageError: not at all.
     """
     venv.create(draft, with_pip=False, clear=True)
-    packages = next((draft / "lib").glob("python*")) / "site-packages"
-    (packages / PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
+    (_packages(draft) / PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
     pins = draft / "constraints.txt"
     held = {name: _version(name) for name in PINNED}
     pins.write_text("".join(f"{name}=={version}\n" for name, version in held.items() if version), encoding="utf-8")
@@ -138,34 +138,54 @@ def _furnish(wanted: Requirement, draft: Path, transformers: str) -> None:
 
 
 def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
-    python = str(_python(draft))
-    words = [*_installer(python, draft), "--constraint", str(draft / "constraints.txt"), wanted.pip, *beside]
-    code, printed = _run(words)
-    if code == 0:
-        return
-    lines = [line.strip() for line in printed.splitlines()]
-    errors = [line.partition("ERROR:")[2].strip() for line in lines if line.startswith("ERROR:")] or lines
-    told = next((line for line in errors if line), f"the installer ended with {code}")
-    if beside and any(word in printed for word in ("ResolutionImpossible", "conflict", "unsatisfiable")):
-        raise Refused(told)
-    raise UsageError(f"{wanted.text} cannot be installed: {told}")
-
-
-def _installer(python: str, draft: Path) -> list[str]:
-    """The command line of uv where there is one, else of the pip that runs beside kbitcheck.
-
-    Raises:
-        UsageError: there is neither.
-    """
+    python = _python(draft)
+    held = ["--constraint", str(draft / "constraints.txt")]
     if uv := shutil.which("uv"):
         # uv does not see what is on the path, only what is in the environment.
         spared = draft / "overrides.txt"
         spared.write_text("".join(f"{name}; python_version < '3'\n" for name in PINNED), encoding="utf-8")
-        return [uv, "pip", "install", "--quiet", "--python", python, "--overrides", str(spared)]
+        uses = [uv, "pip", "install", "--quiet", "--python", str(python), "--overrides", str(spared), *held]
+        return _succeed(wanted, [*uses, wanted.pip, *beside])
     if importlib.util.find_spec("pip") is None:
-        raise UsageError("a requirement as the subject needs uv or pip: install one of them beside kbitcheck")
-    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile"]
-    return [sys.executable, "-m", "pip", "--python", python, "install", *options]
+        raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
+    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
+    uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
+    if wanted.project and not _version(wanted.project):
+        return _succeed(wanted, [*uses, wanted.pip, *beside])
+    # pip takes what is on the path for installed: the subject itself must be in the environment in any case.
+    _succeed(wanted, [*uses, "--no-deps", "--ignore-installed", wanted.pip])
+    [subject] = metadata.distributions(path=[str(_packages(draft))])
+    extras = re.fullmatch(r"[^\[]*(\[[^\]]*\])?.*", wanted.text)
+    named = f"{subject.name}{(extras and extras[1]) or ''}=={subject.version}"
+    return _succeed(wanted, [*uses, named, *beside])
+
+
+def _succeed(wanted: Requirement, words: Sequence[str]) -> None:
+    """Run an installer.
+
+    Raises:
+        Refused: transformers is in the way.
+        UsageError: it fails for another reason.
+    """
+    code, printed = _run(words)
+    if code == 0:
+        return
+    told = _complaint(printed) or f"the installer ended with {code}"
+    if "transformers" in told and not any(f"constraint) {name}" in told for name in PINNED):
+        raise Refused(told)
+    raise UsageError(f"{wanted.text} cannot be installed: {told}")
+
+
+def _complaint(printed: str) -> str:
+    """What an installer says is wrong, on one line."""
+    lines = [" ".join(line.split()) for line in printed.splitlines() if line.strip()]
+    if "The conflict is caused by:" in lines:  # pip
+        causes = lines[lines.index("The conflict is caused by:") + 1 :]
+        end = next((i for i, line in enumerate(causes) if not re.search("depends on|requested|installed", line)), None)
+        return ", ".join(causes[:end])
+    if lines and lines[0].startswith("×"):  # uv
+        return " ".join(lines[1:]).lstrip("╰─▶ ")
+    return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")), "".join(lines[-1:]))
 
 
 def _run(words: Sequence[str]) -> tuple[int, str]:
@@ -248,6 +268,10 @@ def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _packages(folder: Path) -> Path:
+    return next((folder / "lib").glob("python*")) / "site-packages"
 
 
 def _python(folder: Path) -> Path:

@@ -33,7 +33,7 @@ DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class Missing(UsageError):
-    """There is no such module or function, whatever else is installed."""
+    """There is no such function, whatever else is installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +83,8 @@ def load(text: str) -> Implementation:
     """Import the implementation. Run this only where the harness and its oracle are already imported.
 
     Raises:
-        Missing: it has no such module or attribute.
-        UsageError: it cannot be imported, or is not callable.
+        Missing: it has no such module or attribute, or that is not callable.
+        UsageError: it cannot be imported.
     """
     validate(text)
     where, attribute = _split(text)
@@ -102,7 +102,7 @@ def load(text: str) -> Implementation:
         except AttributeError:
             raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
     if not callable(found):
-        raise UsageError(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
+        raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
     return describe(found, name=text, version=_version(module))
 
 

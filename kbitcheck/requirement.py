@@ -40,8 +40,10 @@ class Requirement:
     @property
     def path(self) -> Path | None:
         """The local directory or file that is to be installed, if it is one."""
-        local = self.text.startswith((".", "/", "~")) or self.text.endswith((".whl", ".tar.gz", ".zip"))
-        return Path(self.text).expanduser().resolve() if local and "://" not in self.text else None
+        archive = self.text.endswith((".whl", ".tar.gz", ".zip"))
+        if "://" in self.text or not (archive or ("/" in self.text and not PINNED.fullmatch(self.text))):
+            return None
+        return Path(self.text).expanduser().resolve()
 
     @property
     def pip(self) -> str:

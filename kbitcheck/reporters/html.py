@@ -49,7 +49,7 @@ def render(report: Report) -> str:
         family = "" if finding.error or rule is None else rule.family
         families.setdefault(family, []).append(_finding(report, finding))
     tally = Tally(report)
-    return _template().render(
+    return template("report").render(
         report=report,
         good=report.exit_code == 0,
         verdict=tally.line(),
@@ -68,7 +68,8 @@ def _place(family: str) -> int:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page's template, by its file's name."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -78,7 +79,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(f"{name}.html.jinja")
 
 
 def _finding(report: Report, finding: Finding) -> dict[str, Any]:

@@ -120,7 +120,9 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(elsewhere: Elsewhere,
 
 def test_an_interrupted_build_leaves_nothing_and_the_next_one_builds(elsewhere: Elsewhere) -> None:
     """Killed outright, not even Python tidies up: what stays must not be taken for an environment."""
-    slow = "import os, time\nif not os.path.exists('go'):\n    open('here', 'w').close()\n    time.sleep(600)\n" + SOURCE
+    slow = (
+        "import os, time\nif not os.path.exists('go'):\n    open('here', 'w').close()\n    time.sleep(600)\n" + SOURCE
+    )
     name = f"{wheel(elsewhere.cwd.parent / 'w', slow)}::fork_prep:prepare"
     for stop in ("kill", "terminate"):
         with elsewhere.start("impl", name, *ONE) as process:
@@ -168,7 +170,7 @@ def test_a_model_is_prepared_by_it_and_what_is_drawn_too(elsewhere: Elsewhere) -
     bad = f"{wheel(elsewhere.cwd.parent / 'w', BAD)}::fork_prep:prepare"
     run = elsewhere("model", "tiny:llama", "--prepare", bad)
     assert (run.returncode, f"--prepare {bad}" in run.stdout) == (1, True), run.stderr
-    drawn = elsewhere("impl", bad, "--fuzz", "3")
+    drawn = elsewhere("impl", bad, "--fuzz", "3", "--model", "tiny:llama")
     assert (drawn.returncode, "KB103 returns" in drawn.stdout) == (1, True), drawn.stderr
     inside = elsewhere("impl", bad, "--in-process", *ONE)
     assert (inside.returncode, inside.stderr.count("\n")) == (4, 1)
@@ -197,7 +199,9 @@ def test_a_checkout_is_installed_as_it_is_now(elsewhere: Elsewhere, form: str) -
         "        archive.write('fork_prep.txt', 'fork_prep/inner.py')\n"
         "    return name\n"
     )
-    (tree / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (tree / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
     (tree / "fork_prep.txt").write_text(SOURCE)
     git = ("git", "-c", "user.name=x", "-c", "user.email=x@example.org")
     name = str(tree)
@@ -212,5 +216,3 @@ def test_a_checkout_is_installed_as_it_is_now(elsewhere: Elsewhere, form: str) -
         subprocess.run([*git, "commit", "-qam", "two"], cwd=tree, check=True)
     again = elsewhere("impl", f"{name}::fork_prep.inner:prepare", *ONE)
     assert again.returncode == 1, again.stderr
-
-
