@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import kbitcheck
-from kbitcheck import environment, implementations
+from kbitcheck import environment, implementations, requirement
 from kbitcheck.bench import Bench
 from kbitcheck.core import (
     EXIT_BROKEN_RULE,
@@ -354,6 +354,8 @@ def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[
     """
     implementation = options.prepare or implementations.default()
     implementations.validate(implementation)
+    if requirement.parse(implementation):
+        raise UsageError(f"--prepare {implementation}: a sweep is of the transformers that is installed here")
     environment.validate_device(options.device)
     quant = str(Quantization.parse(options.quant))
     common: dict[str, Any] = {"checkpointing": options.checkpointing, "profile": options.profile, "seed": options.seed}
