@@ -171,14 +171,25 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
 def checkpointing_off(model: nn.Module) -> Iterator[None]:
     """The plain run: every checkpointing flag off, restored afterwards.
 
-    The cache is off too, as a checkpointed forward has none: it lays keys and values out in another way, and BLAS then
-    adds in another order.
+    Where one was on the cache is off too, as a checkpointed forward has none: it lays keys and values out in another
+    way, and BLAS then adds in another order.
     """
     on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    caching: list[Any] = [c for c in configs.values() if on and getattr(c, "use_cache", False) is True]
     for module in on:
         module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        with cache_off(model) if on else nullcontext():
+            yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def cache_off(model: nn.Module) -> Iterator[None]:
+    """No key/value cache, as transformers' Trainer trains; the configurations are restored afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    caching: list[Any] = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     for config in caching:
         config.use_cache = False
     try:
@@ -186,8 +197,6 @@ def checkpointing_off(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
-        for module in on:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kbitcheck.facts import HeldFacts
 from kbitcheck.probes import step
-from kbitcheck.probes.live import Live, tensors
+from kbitcheck.probes.live import tensors
 from kbitcheck.probes.snapshot import is_block, tower
 from kbitcheck.static.fake import Counted, World
 
@@ -115,11 +115,13 @@ class Step:
         model.train()
         self._own = list(world.tensors)
         self.logits = 0
+        self.places: list[int] = []
 
     def measure(self, batch: Mapping[str, Tensor], *, reentrant: bool | None) -> HeldFacts:
         """A step on a batch (of any device) under reentrant or non-reentrant checkpointing; None: without.
 
-        ``logits`` is afterwards what the logits took, in bytes.
+        ``logits`` is afterwards what the logits took, in bytes, and ``places`` what was alive when each storage was
+        made in the backward: as many numbers for any other batch that takes the same way.
         """
         fed = {name: self.world.tensor(t) for name, t in batch.items()}
         live = Counted([*self._own, *fed.values()])
@@ -128,6 +130,7 @@ class Step:
         floor = live.now
         with (
             _checkpointing(self.model, reentrant),
+            step.cache_off(self.model),
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             self.world.entered(),
@@ -143,25 +146,25 @@ class Step:
             self.logits = output.logits.nbytes
             if output.loss.requires_grad:
                 output.loss.backward()
-            peak = watch.peak - floor
+            self.places = [alive - floor for alive in watch.places()]
         del output
         step.clear_gradients(self.model)
-        return HeldFacts(held=held, peak=peak)
+        return HeldFacts(held=held, peak=max(self.places))
 
 
 @dataclass(slots=True)
 class _Ran:
     """What one block took: ``grown`` is added from its entry to the next; the others are of its backward.
 
-    ``rise`` is the highest above what was alive when the backward came to it, ``left`` what is alive more, or less,
-    when it went on.
+    ``rises`` is what was alive, storage by storage, above what was alive when the backward came to it, ``left`` what
+    is alive more, or less, when it went on.
     """
 
     arguments: Signature = ()
     entered: int = 0
     grown: int = 0
     returned: int = 0
-    rise: int = 0
+    rises: list[int] = field(default_factory=list)
     left: int = 0
     rest: tuple[Any, ...] | None = None
 
@@ -173,7 +176,7 @@ class _Watch:
     backward comes back to them, and leave adapters' gradients then. ``missing`` is what they hold in between.
     """
 
-    def __init__(self, model: nn.Module, live: Live) -> None:
+    def __init__(self, model: nn.Module, live: Counted) -> None:
         self._model, self._live = model, live
         self._ran: dict[nn.Module, _Ran] = {}
         self._standing: set[nn.Module] = set()
@@ -182,7 +185,7 @@ class _Watch:
         self._backward = False
         self._now: _Ran | None = None
         self._back: list[nn.Module] = []
-        self._tops: list[tuple[int, int]] = []  # the highest between two marks, and how many were passed on the way
+        self._between: list[tuple[list[int], int]] = []  # alive between two marks, and how many were passed till then
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._handles: list[Any] = []
 
@@ -209,23 +212,23 @@ class _Watch:
         """What the blocks that were passed hold between forward and backward."""
         return sum(self._ran[like].grown for like in self._passed)
 
-    @property
-    def peak(self) -> int:
-        """The highest that the whole step comes to in its backward."""
+    def places(self) -> list[int]:
+        """What is alive when each storage of the whole step's backward is made."""
         self._mark(None)
         missing = self.missing
         offsets = [missing]
         for like in self._back:
             missing += self._ran[like].left
             offsets.append(missing)
-        tops = [top + offsets[passed] for top, passed in self._tops]
-        entries = [now + offsets[i] + self._ran[like].rise for i, (now, like) in enumerate(self._entries)]
-        return max(*tops, *entries, 0)
+        found = [now + offsets[passed] for alive, passed in self._between for now in alive]
+        for i, (now, like) in enumerate(self._entries):
+            found += [now + offsets[i] + rise for rise in self._ran[like].rises]
+        return found
 
     def turn(self) -> None:
         """The forward is over."""
         self._backward = True
-        self._live.peak = self._live.now
+        self._live.trace = [self._live.now]
 
     def passed(self, like: nn.Module, args: Any, kwargs: Any) -> Any:
         """One block handed on: its input, in the form in which the block it is like returned."""
@@ -261,13 +264,14 @@ class _Watch:
             self._open = None
 
     def _mark(self, ran: _Ran | None) -> None:
-        """The backward comes to a block: what was highest since the last mark belongs to what came before."""
-        self._tops.append((self._live.peak, len(self._back)))
+        """The backward comes to a block: what was alive since the last mark belongs to what came before."""
+        alive = self._live.trace
+        self._between.append((alive, len(self._back)))
         if self._now is not None:
-            self._now.rise = self._live.peak - self._now.returned
+            self._now.rises = [now - self._now.returned for now in alive]
             self._now.left = self._live.now - self._now.returned
         self._now = ran
-        self._live.peak = self._live.now
+        self._live.trace = [self._live.now]
         if ran is not None:
             ran.returned = self._live.now
 

@@ -18,6 +18,7 @@ from kbitcheck.rules.precision import norm_parameters
 from kbitcheck.static import fits, weights
 from kbitcheck.static.activations import Step, thin
 from kbitcheck.static.fake import HALF, World
+from kbitcheck.static.growth import Growth, shapes
 from kbitcheck.suite import CaseSpec
 
 BATCH, SEQ_LEN = 1, 2048
@@ -60,10 +61,7 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         mode = told.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
         logits = run.logits
-        shapes = ((1, length), (2, length), (1, 2 * length), *([(1, max(length // 2, 1))] if run.sees else []))
-        known = {(1, length): steps[mode].peak} if batch == 1 else {}
-        peaks = {shape: known.get(shape) or run.step(*shape, mode, padded=False).peak for shape in shapes}
-        growth = fits.Growth.through(length, peaks)
+        growth = run.growth(length, mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
     names = {told.memory: "given", **fits.GPUS} if told.memory else fits.GPUS
@@ -83,14 +81,16 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
 
 
 class Training:
-    """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers."""
+    """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers.
+
+    No key/value cache is built, with checkpointing or without: transformers' Trainer sets ``use_cache`` off.
+    """
 
     def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
         self._source, self._spec, self._facts = source, spec, facts
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
-        self.sees = False  # whether its sequences bring more than tokens
         self._unprepared = model
         targets = adapter_probe.target_layers(model, spec.targets)
         thin(model)
@@ -116,6 +116,14 @@ class Training:
         """
         return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
 
+    def growth(self, length: int, mode: str) -> Growth:
+        """How steps without padding grow under a mode, from steps round a length."""
+        return Growth.through(length, {shape: self._places(*shape, mode) for shape in shapes(length)})
+
+    def _places(self, batch: int, length: int, mode: str) -> list[int]:
+        self.step(batch, length, mode, padded=False)
+        return self._step.places
+
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         try:
             made = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
@@ -125,7 +133,6 @@ class Training:
             self.notes = (f"activations of text alone: {error}",)
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
             made = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-        self.sees = any(t.is_floating_point() for t in made.values())
         if not padded:  # a mask of ones, which models leave out when they see that it is one
             made.pop("attention_mask", None)
         return made

@@ -9,11 +9,7 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from kbitcheck.case import Case, open_case
 from kbitcheck.core import Status, UsageError, judge, rules
 from kbitcheck.implementations import describe
-from kbitcheck.models import resolve
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
 from kbitcheck.static import case as static_case
-from kbitcheck.static import fits, forecast
 from kbitcheck.static.case import NEEDS_A_RUN, StaticCase
 from kbitcheck.suite import CaseSpec
 
@@ -55,17 +51,6 @@ def test_the_forecast_adds_up(mixtral):
     assert told.largest_batch[24 << 30] == told.longest[24 << 30] == 0
     assert told.largest_batch[180 << 30] > 0
     assert json.loads(json.dumps(mixtral.summary()))["forecast"]["parameters"] == 46_702_792_704
-
-
-def test_growth_foretells_other_shapes():
-    spec = CaseSpec(model="tiny:qwen3", quant="nf4", implementation="none", device="cpu")
-    source = resolve(spec.model)
-    model = source.meta(Quantization.parse("nf4"))
-    run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
-    peaks = {shape: run.step(*shape, "reentrant", padded=False).peak for shape in ((1, 24), (2, 24), (1, 48))}
-    growth = fits.Growth.through(24, peaks)
-    for shape in ((7, 24), (3, 100)):
-        assert growth.peak(*shape) == pytest.approx(run.step(*shape, "reentrant", padded=False).peak, rel=0.02)
 
 
 def test_a_full_audit_predicts_what_it_finds():
