@@ -60,10 +60,9 @@ def large() -> Report:
     for i, spec in enumerate(specs):
         for j, code in enumerate(codes):
             seen = [
-                Observation(
-                    f"model.layers.{n}.self_attn.q_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} bytes"
-                )
+                Observation(f"model.layers.{n}.self_attn.{proj}_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} B")
                 for n in range(6)
+                for proj in "qkvo"
             ]
             status = (
                 FAIL
@@ -74,7 +73,7 @@ def large() -> Report:
                 if (i + j) % 97 == 0
                 else Status.PASS
             )
-            results.append(result(code, spec.id, status, *(seen if status is FAIL else ())))
+            results.append(result(code, spec.id, status, *(seen if status is FAIL else ()), seconds=0.012345))
     facts = {
         "bytes_by_group": {"loaded": {"quantized": 9, "norms": 2}, "prepared": {"quantized": 9, "norms": 4}},
         "activations": 100,
