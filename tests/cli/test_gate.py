@@ -50,6 +50,37 @@ def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
     assert [p for p in door.left() if not p.endswith("ledger.toml")] == []
 
 
+RULE = '"KB901"]'
+CASE = '"tiny:llama-nf4-off",\n]\n\n[skipped]'
+BREACHES = [
+    # What is done to a ledger that rude.py keeps; who is run; what comes of it.
+    ("new", '["KB102"]', '["KB102", "KB103"]', "nothing", "KB103 returns [tiny:llama-nf4-off]: did not apply"),
+    ("expired", 'reason = "known"', 'reason = "known"\nexpires = 2020-01-31', "rude", "accepted until 2020-01-31"),
+    ("unknown", RULE, f'"KB899", {RULE}', "rude", "there is no rule KB899"),
+    ("unknown", CASE, f'"tiny:lama-nf4-off", {CASE}', "rude", "there is no recipe tiny:lama"),
+]
+
+
+@pytest.mark.parametrize(("kind", "old", "new", "subject", "told"), BREACHES, ids=[f"{b[0]}-{b[4]}" for b in BREACHES])
+def test_each_breach_is_named(door: Door, kind: str, old: str, new: str, subject: str, told: str) -> None:
+    """The others are in the story above. ``--accept`` takes each away, and then there is nothing left to tell."""
+    ledger = door.cwd / "l.toml"
+    command = ("--ledger", "l.toml", *ONE)
+    door("gate", "rude.py:prepare", "--accept", *command)
+    explained(ledger)
+    text = ledger.read_text()
+    assert text.count(old) == 1, text
+    ledger.write_text(text.replace(old, new))
+    ran = door("gate", f"{subject}.py:prepare", *command)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert f"✗ {kind} " in ran.stdout
+    assert told in ran.stdout
+    assert f"1 {kind}" in ran.stderr
+    if kind == "unknown":
+        assert door("gate", f"{subject}.py:prepare", "--accept", *command).returncode == 0
+        assert ledger.read_text() == text
+
+
 WRONG = [
     ((), "say what to compare with"),
     (("--ledger", "a.toml", "--against", "good.py:prepare"), "say what to compare with"),

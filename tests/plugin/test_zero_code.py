@@ -26,7 +26,13 @@ def test_one_item_for_each_rule_and_case(run: Run, subjects: Path) -> None:
     assert (result.ret, builds(subjects)) == (0, 0)
 
 
-MODES = [(), ("-n0",), ("-n2",), *[("-n2", "--dist", mode) for mode in ("loadfile", "loadscope", "worksteal")]]
+MODES = [
+    ("-p", "no:xdist"),
+    (),
+    ("-n0",),
+    ("-n2",),
+    *[("-n2", "--dist", mode) for mode in ("loadfile", "loadscope", "worksteal")],
+]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=" ".join)

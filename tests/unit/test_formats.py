@@ -60,7 +60,9 @@ def large() -> Report:
     for i, spec in enumerate(specs):
         for j, code in enumerate(codes):
             seen = [
-                Observation(f"model.layers.{n}.self_attn.{proj}_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} B")
+                Observation(
+                    f"model.layers.{n}.self_attn.{proj}_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} B"
+                )
                 for n in range(6)
                 for proj in "qkvo"
             ]
