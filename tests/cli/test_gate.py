@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Door
+from tests.cli.conftest import Door, heed
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
 
@@ -119,15 +121,18 @@ def test_a_run_that_broke_is_accepted_only_with_a_reason_and_one_that_checked_no
 
 
 def test_an_interrupted_run_leaves_the_ledger_alone(door: Door) -> None:
-    import signal
-    import time
-
+    (door.cwd / "hangs.py").write_text(
+        "import time\ndef prepare(model):\n    open('here', 'w').close()\n    time.sleep(600)\n"
+    )
     door("gate", "rude.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
     before = (door.cwd / "l.toml").read_bytes()
-    process = door.start("gate", "hangs.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    arguments = ("gate", "hangs.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    with door.start(*arguments, preexec_fn=heed) as process:
+        deadline = time.monotonic() + 30
+        while not (door.cwd / "here").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "l.toml is not written" in err
     assert (door.cwd / "l.toml").read_bytes() == before
