@@ -336,7 +336,7 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldFacts:
-    """Bytes of activations: ``held`` between forward and backward, ``peak`` in the backward with adapters' gradients."""
+    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time."""
 
     held: int
     peak: int

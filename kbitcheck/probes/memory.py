@@ -148,7 +148,6 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
             boundaries.remove()
             found.held = live.now - floor
             found.entries["end"] = live.now
-            live.peak = live.now
             if output.loss.requires_grad:
                 output.loss.backward()
             found.peak = live.peak - floor
