@@ -12,7 +12,7 @@ OLDEST_STAMP = $(OLDEST)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format cov bench fuzz clean
+.PHONY: demo test test-oldest lint format cov docs bench fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
@@ -36,6 +36,9 @@ cov: $(STAMP)
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest -n auto --cov --cov-report=
 	$(BIN)/coverage report
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py

@@ -60,12 +60,14 @@ def check_implementation(
     ignore: Mapping[str, str] | None = None,
     strict: bool = False,
     timeout: float = 600.0,
+    jobs: int = 0,
     **options: Any,
 ) -> Report:
     """Check a preparation function against the specification, as ``kbitcheck impl`` does.
 
-    A string names it (``peft``, ``module:function``, ``file.py:function``) and runs in a worker process, with
-    ``timeout`` seconds for each case; a callable runs in this process, without a time limit. ``options`` are those of
+    A string names it (``peft``, ``module:function``, ``file.py:function``) and runs in ``jobs``
+    worker processes (0: one a core where all models are recipes), with ``timeout`` seconds for each case; a callable
+    runs in this process, without a time limit. ``options`` are those of
     ``kbitcheck.suite.CaseSpec``.
 
     Raises:
@@ -74,7 +76,7 @@ def check_implementation(
     from kbitcheck import implementations
     from kbitcheck.core import select as selected
     from kbitcheck.run import run
-    from kbitcheck.suite import FULL, QUICK, cases
+    from kbitcheck.suite import FULL, QUICK, cases, workers
 
     if isinstance(prepare, str):
         implementations.validate(prepare)
@@ -94,6 +96,7 @@ def check_implementation(
         specs,
         selected(select, ignore),
         timeout=timeout,
+        jobs=jobs or workers(specs),
         implementation=live,
         strict=strict,
         subject={"command": "impl", "ignored": dict(ignore or {})},

@@ -684,12 +684,12 @@ class Case:
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
-        if "forecast" in self.__dict__ and self.forecast.activations:
-            facts["forecast"] = self.forecast.as_json()
             facts["bytes_by_group"] = {
                 "loaded": summary.by_group(self.base),
                 "prepared": summary.by_group(self.prepared),
             }
+        if "forecast" in self.__dict__ and self.forecast.activations:
+            facts["forecast"] = self.forecast.as_json()
         if "gradients" in self.__dict__:
             dead = sum(not g.live for g in self.gradients.values())
             facts |= {"adapters": len(self.gradients), "dead_adapters": dead}

@@ -368,6 +368,7 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
     from kbitcheck.progress import shown
     from kbitcheck.run import run
     from kbitcheck.signals import told_to_stop
+    from kbitcheck.suite import workers
     from kbitcheck.worker import debug_to_stderr
 
     environment.validate_device(options.device)
@@ -381,6 +382,7 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
             specs,
             chosen,
             timeout=options.timeout,
+            jobs=getattr(options, "jobs", 1) or workers(specs),
             in_process=options.in_process,
             blame=blame,
             strict=options.strict,

@@ -110,7 +110,7 @@ class Rule:
             if found:
                 heading, line = found[1], found[2]
                 page[heading] = ""
-            page[heading] += line + "\n"
+            page[heading] += line.replace("``", "`") + "\n"
         return page
 
     @property

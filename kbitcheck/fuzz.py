@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, setti
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 import kbitcheck
+from kbitcheck.bench import Bench
 from kbitcheck.core import EXIT_CONFORMS, EXIT_NOTHING, Report, Result, Rule, UsageError
 from kbitcheck.implementations import REFERENCE
-from kbitcheck.run import Bench, settle
+from kbitcheck.run import settle
 from kbitcheck.strategies import Drawn, cases
 from kbitcheck.suite import CaseSpec
 from kbitcheck.worker import Event

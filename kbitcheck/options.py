@@ -144,6 +144,9 @@ class ImplOptions(Shared):
         default_factory=list
     )
     suite: Annotated[Literal["quick", "full"], typer.Option(help="Which recipes.")] = "quick"
+    jobs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Workers at once; 0: one a core where all models are recipes.")
+    ] = 0
     fuzz: Annotated[int, typer.Option(metavar="N", min=0, help="Judge N drawn cases instead; --seed names them.")] = 0
 
 

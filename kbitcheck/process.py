@@ -176,10 +176,14 @@ class WorkerProcess:
             self._popen.wait(1.0)
         self.kill()
 
-    def kill(self) -> None:
-        """End the worker and its process group at once."""
+    def stop(self) -> None:
+        """End the worker and its process group at once; whoever is waiting for an answer gets ``Lost``."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Stop the worker, and give back its pipes."""
+        self.stop()
         self._popen.wait()
         if self._popen.stdout is not None:
             self._popen.stdout.close()

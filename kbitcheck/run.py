@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kbitcheck
+from kbitcheck.bench import Bench, broken, spread
 from kbitcheck.core import Party, Report, Result, Rule, Status, UsageError
 from kbitcheck.implementations import REFERENCE, Implementation
 from kbitcheck.process import Lost, WorkerProcess
@@ -21,7 +22,6 @@ from kbitcheck.suite import CaseSpec
 from kbitcheck.worker import Event, cause, examine
 
 TIMEOUT_SECONDS = 600.0
-POISON = ("MemoryError", "CUDA")  # what leaves a process that the next case cannot trust
 
 Blame = Literal["any", "own"]
 
@@ -31,6 +31,7 @@ def run(
     rules: Sequence[Rule],
     *,
     timeout: float = TIMEOUT_SECONDS,
+    jobs: int = 1,
     in_process: bool = False,
     implementation: Implementation | None = None,
     blame: Blame = "own",
@@ -39,17 +40,18 @@ def run(
     on_event: Callable[[Event], None] = lambda event: None,
     echo: Callable[[str], None] | None = None,
 ) -> Report:
-    """Judge every case by every rule; results come in the order of the cases, then of the rules.
+    """Judge every case by every rule; the report's results are in the order of the cases, then of the rules.
 
-    ``timeout`` is in seconds a case. All specs name the same implementation; ``implementation`` replaces it by a live
-    callable, in process. An interrupt (Ctrl-C) ends the run with ``complete=False`` and what was found so far.
+    ``timeout`` is in seconds a case; ``jobs`` workers run at once, and events come as they are found. All specs name
+    the same implementation; ``implementation`` replaces it by a live callable, in process. An interrupt (Ctrl-C) ends
+    the run with ``complete=False`` and what was found so far.
 
     Raises:
         UsageError: a model, implementation or option is wrong.
     """
     start = time.perf_counter()
     live = in_process or implementation is not None
-    events = _in_process(specs, rules, implementation) if live else _isolated(specs, rules, timeout, echo)
+    events = _in_process(specs, rules, implementation) if live else _isolated(specs, rules, timeout, echo, jobs)
     results: list[Result] = []
     facts: dict[str, Any] = {}
     loaded: Event = {"implementation": {}, "environment": {}}
@@ -68,6 +70,8 @@ def run(
                 on_event(event)
     except KeyboardInterrupt:
         complete = False
+    order = {spec.id: index for index, spec in enumerate(specs)}
+    results.sort(key=lambda result: order[result.case])
     return Report(
         tool=f"kbitcheck {kbitcheck.__version__}",
         environment=loaded["environment"],
@@ -81,7 +85,10 @@ def run(
         blame="any" if specs and specs[0].implementation == REFERENCE else blame,
         strict=strict,
         complete=complete,
-        facts={"cases": facts, "seconds": round(time.perf_counter() - start, 3)},
+        facts={
+            "cases": {case: facts[case] for case in order if case in facts},
+            "seconds": round(time.perf_counter() - start, 3),
+        },
     )
 
 
@@ -126,7 +133,7 @@ def _in_process(
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
-            yield from _broken(spec, rules, seen, cause(error))
+            yield from broken(spec, rules, seen, cause(error))
 
 
 def selftest(
@@ -152,114 +159,18 @@ def selftest(
 
 
 def _isolated(
-    specs: Sequence[CaseSpec], rules: Sequence[Rule], timeout: float, echo: Callable[[str], None] | None
+    specs: Sequence[CaseSpec], rules: Sequence[Rule], timeout: float, echo: Callable[[str], None] | None, jobs: int
 ) -> Generator[Event, None, None]:
+    """Cases of one base stay together, as they share what is derived from it alone."""
+    groups: dict[tuple[str, str], list[CaseSpec]] = {}
+    for spec in specs:
+        groups.setdefault((spec.model, spec.quant), []).append(spec)
+
+    def serve(bench: Bench, group: Sequence[CaseSpec]) -> Iterator[Event]:
+        for spec in group:
+            yield {"event": "case", "case": spec.id}
+            yield from bench.examine(spec)
+
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        bench = Bench(Path(scratch), rules, timeout, echo)
-        try:
-            bench.start()  # before anything else: it takes seconds to get warm
-            for spec in specs:
-                yield {"event": "case", "case": spec.id}
-                yield from bench.examine(spec)
-        finally:
-            bench.close()
-
-
-class Bench:
-    """Examines cases of one implementation in a worker, and replaces a worker that a case has ruined.
-
-    ``path`` are directories from which the worker imports the implementation, ``environment`` variables it gets.
-    """
-
-    def __init__(
-        self,
-        scratch: Path,
-        rules: Sequence[Rule],
-        timeout: float,
-        echo: Callable[[str], None] | None = None,
-        *,
-        path: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self._scratch, self._rules, self._timeout, self._echo = scratch, rules, timeout, echo
-        self._path, self._environment = path, environment
-        self._worker: WorkerProcess | None = None
-        self.loaded = False
-        self._hopeless = ""
-
-    def start(self) -> None:
-        self._worker = WorkerProcess(self._scratch, self._echo, self._environment)
-        self.loaded = False
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
-        self.loaded = False
-
-    def examine(self, spec: CaseSpec, rules: Sequence[Rule] | None = None) -> Iterator[Event]:
-        """The events of one case, by other rules if given; ERROR results fill in for what a lost worker did not report."""
-        rules = self._rules if rules is None else rules
-        if not self.loaded and not self._hopeless:
-            yield from self._load(spec)
-        if self._hopeless:
-            yield from _broken(spec, rules, set(), self._hopeless)
-            return
-        seen: set[str] = set()
-        try:
-            yield from self._case(spec, rules, seen)
-        except Lost as lost:
-            self.close()
-            yield from _broken(spec, rules, seen, str(lost))
-
-    def _load(self, spec: CaseSpec) -> Iterator[Event]:
-        """Load the implementation. Where even that ends the worker, no case can be run."""
-        if self._worker is None:
-            self.start()
-        request = {
-            "do": "load",
-            "implementation": spec.implementation,
-            "path": list(self._path),
-            "device": spec.device,
-            "seed": spec.seed,
-            "static": spec.static == "always",
-        }
-        try:
-            yield from self._ask(request)
-            self.loaded = True
-        except Lost as lost:
-            self._hopeless = f"{spec.implementation} could not be loaded: {lost}"
-
-    def _case(self, spec: CaseSpec, rules: Sequence[Rule], seen: set[str]) -> Iterator[Event]:
-        request = {"do": "case", "spec": spec.as_json(), "rules": [rule.code for rule in rules]}
-        poisoned = False
-        for event in self._ask(request):
-            if event["event"] == "result":
-                seen.add(event["result"]["rule"])
-                reason = event["result"]["reason"]
-                poisoned |= event["result"]["status"] == Status.ERROR and any(word in reason for word in POISON)
-            elif event["event"] == "broken":
-                poisoned |= event["fatal"]
-                yield from _broken(spec, rules, seen, event["cause"])
-            yield event
-        if poisoned:
-            self.close()
-
-    def _ask(self, request: Event) -> Iterator[Event]:
-        assert self._worker is not None
-        for event in self._worker.ask(request, self._timeout):
-            if self._echo is not None and "traceback" in event:
-                self._echo(event["traceback"])
-            if event["event"] == "usage":
-                raise UsageError(event["message"])
-            if event["event"] == "broken" and request["do"] == "load":
-                raise Lost(event["cause"])
-            yield event
-
-
-def _broken(spec: CaseSpec, rules: Sequence[Rule], seen: set[str], why: str) -> Iterator[Event]:
-    """An ERROR result for every rule that a case did not come to."""
-    for rule in rules:
-        if rule.code not in seen:
-            result = Result(rule=rule.code, case=spec.id, level=rule.level, status=Status.ERROR, reason=why)
-            yield {"event": "result", "result": result.as_json()}
+        benches = [Bench(Path(scratch), rules, timeout, echo) for _ in range(min(jobs, len(groups)))]
+        yield from spread(list(groups.values()), serve, benches)

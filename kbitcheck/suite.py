@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -65,13 +66,15 @@ class CaseSpec:
 QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
     # Untied, grouped-query, RMSNorm, the plain path in both quantizations; nested state, half-precision packed storage.
     ("tiny:llama", "nf4,double,storage=bf16", ("reentrant", "non-reentrant")),
-    ("tiny:llama", "int8", ("reentrant", "non-reentrant", "default", "off")),
-    # Tied, LayerNorm and biases; float32 compute, where a two per cent slip cannot hide in rounding.
-    ("tiny:gpt2", "nf4,compute=fp32", ("reentrant",)),
-    ("tiny:gpt2", "int8", ("non-reentrant",)),
+    ("tiny:llama", "int8", ("reentrant", "non-reentrant", "off")),
+    # Several towers: adapters in the one that reads pictures, whose input comes from a convolution.
+    ("tiny:llava", "fp4", ("reentrant",)),
     # Encoder-decoder, several readers of one tensor, fp16 weights beside fp32 ones.
     ("tiny:t5", "nf4,storage=fp16,compute=fp32", ("reentrant", "off")),
     ("tiny:t5", "int8", ("non-reentrant",)),
+    # Tied, LayerNorm and biases; float32 compute, where a two per cent slip cannot hide in rounding.
+    ("tiny:gpt2", "nf4,compute=fp32", ("reentrant",)),
+    ("tiny:gpt2", "int8", ("default",)),
 )
 
 RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
@@ -111,3 +114,12 @@ def cases(
         for mode in modes
     ]
     return list(dict.fromkeys(specs))
+
+
+def workers(specs: Sequence[CaseSpec]) -> int:
+    """How many workers run at once where nobody says: one a core for recipes, else one, which may need all the memory."""
+    recipes = all(spec.model.startswith("tiny:") for spec in specs)
+    if not recipes:
+        return 1
+    # A container may have fewer cores than the machine; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

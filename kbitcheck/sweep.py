@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import kbitcheck
 from kbitcheck import environment, implementations
+from kbitcheck.bench import Bench
 from kbitcheck.core import (
     EXIT_BROKEN_RULE,
     EXIT_CONFORMS,
@@ -36,7 +37,6 @@ from kbitcheck.core import (
 )
 from kbitcheck.process import Lost, WorkerProcess
 from kbitcheck.quantization import Quantization
-from kbitcheck.run import Bench
 from kbitcheck.suite import CaseSpec
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.bench import Bench
 from kbitcheck.core import Result, UsageError, rules
-from kbitcheck.run import Bench, settle
+from kbitcheck.run import settle
 from kbitcheck.suite import CaseSpec
 
 Outcome = dict[str, Any]

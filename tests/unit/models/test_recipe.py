@@ -122,7 +122,7 @@ def test_quick_recipes_own_a_float32_parameter_and_a_buffer() -> None:
 
 
 def test_float32_parameters_hold_what_half_precision_cannot() -> None:
-    for name in ("llama", "gpt2", "t5"):
+    for name in ("llama", "gpt2", "llava", "t5"):
         wide = [p for _, _, p in floating(load(name)) if p.dtype == torch.float32]
         assert all(not torch.equal(p, p.half().float()) and not torch.equal(p, p.bfloat16().float()) for p in wide)
 
@@ -135,7 +135,7 @@ def test_t5_keeps_wo_in_float32_and_opt_is_half() -> None:
 
 
 def test_blocks_are_not_all_full() -> None:
-    for name in ("llama", "gpt2", "t5"):
+    for name in ("llama", "gpt2", "llava", "t5"):
         layers: list[Any] = [m for m in load(name).modules() if isinstance(m, Linear4bit)]
         assert any(m.weight.quant_state.shape.numel() % m.weight.quant_state.blocksize for m in layers), name
 
