@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kbitcheck.facts import HeldFacts
 from kbitcheck.probes import step
-from kbitcheck.probes.live import tensors
+from kbitcheck.probes.live import only_new_garbage, tensors
 from kbitcheck.probes.snapshot import is_block, tower
 from kbitcheck.static.fake import Counted, World
 
@@ -129,6 +129,7 @@ class Step:
         step.clear_gradients(self.model)
         floor = live.now
         with (
+            only_new_garbage(),
             _checkpointing(self.model, reentrant),
             step.cache_off(self.model),
             warnings.catch_warnings(),
@@ -299,7 +300,8 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
-    found = next(tensors(*args), None) if args else kwargs.get("hidden_states")
+    named = kwargs.get("hidden_states", kwargs.get("hidden_state"))
+    found = next(tensors(*args), None) if args else named
     if found is None:
         raise NotImplementedError("a block that is called without hidden states")
     return found

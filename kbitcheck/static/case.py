@@ -39,9 +39,8 @@ class StaticCase:
         self.base: ModelFacts = snapshot.snapshot(self._model)
         self.remote_code = source.remote_code
         self._weights = forecast.of_weights(self._model, self.base, spec)
-        self.unfit_targets: Mapping[str, str] = targets.unfit(
-            self._model, adapter_probe.target_layers(self._model, spec.targets)
-        )
+        wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
+        self.unfit_targets: Mapping[str, str] = targets.unfit(self._model, wanted)
 
     def __getattr__(self, name: str) -> Any:
         raise NotApplicable(NEEDS_A_RUN)
