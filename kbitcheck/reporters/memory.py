@@ -54,6 +54,8 @@ def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     differ = len(set(optimizer.values())) > 1
     yield "adapters", f"{size(told['adapters'])}, AdamW {size(optimizer['adamw'])}{others if differ else ''}"
     yield from _steps(facts, told)
+    for note in told["notes"]:
+        yield "note", note
 
 
 def size(number: float) -> str:
@@ -94,8 +96,6 @@ def _steps(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[
     for line in _fits(told):
         yield heading, line
         heading = ""
-    for note in told["notes"]:
-        yield "note", note
 
 
 def _fits(told: Mapping[str, Any]) -> Iterator[str]:

@@ -25,8 +25,10 @@ BATCH, SEQ_LEN = 1, 2048
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
-def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, ...] = ()) -> ForecastFacts:
     """What the weights, adapters and optimizer take of a model on the meta device, whose snapshot is ``facts``.
+
+    ``notes`` is what is to be said of the weights themselves.
 
     Raises:
         UsageError: no quantized layer matches the targets. Where none is quantized at all there are no adapters.
@@ -46,6 +48,7 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
         device="cpu" if spec.device == "cpu" else "cuda",
         mode="non-reentrant" if spec.checkpointing == "default" else spec.checkpointing,
         memory=spec.memory,
+        notes=notes,
     )
 
 
@@ -84,7 +87,7 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         },
         longest={size: growth.longest(room, limit) for size, room in rooms.items()},
         rooms=names,
-        notes=run.notes,
+        notes=(*told.notes, *run.notes),
     )
 
 

@@ -104,7 +104,7 @@ def with_fields(tmp_path, **fields):
 def test_a_published_config_of_another_quantizer_is_told_of(tmp_path):
     folder = with_fields(tmp_path, quantization_config={"quant_method": "fp8"}, auto_map={"AutoConfig": "a.B"})
     case = opened(folder)
-    assert case.why == "no weights were read; its own fp8 quantization is not verified"
+    assert case.why == "no weights were read; its own fp8 quantization is not verified, sizes are those of nf4"
     assert case.weights.parameters == 134_515_008
     assert judge(rules()["KB908"], case).status is Status.FAIL
 
