@@ -8,7 +8,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig, modeling_gguf_pytorch_utils
 
@@ -36,7 +35,7 @@ def checkpoint(file: Path, options: loading.Options) -> Path:
     """
     with loading.quiet(), loading.told(options.name):
         known = _known(file)
-        model = loading.empty(getattr(transformers, known.architectures[0]), known)
+        model = loading.empty(loading.architecture(known), known)
         found = _read(file, return_tensors=True, model_to_load=model)["tensors"]
         dtype = getattr(torch, options.dtype)
         folder = temporary()
@@ -56,6 +55,7 @@ def _known(file: Path) -> PretrainedConfig:
 
 def _read(file: Path, **options: Any) -> dict[str, Any]:
     """What transformers reads, without its progress bar."""
-    module = modeling_gguf_pytorch_utils
+    module: Any = modeling_gguf_pytorch_utils
     with mock.patch.object(module, "tqdm", partial(module.tqdm, disable=True)):
-        return module.load_gguf_checkpoint(str(file), **options)
+        found: dict[str, Any] = module.load_gguf_checkpoint(str(file), **options)
+    return found

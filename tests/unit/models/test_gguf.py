@@ -6,6 +6,7 @@ import torch
 
 from kbitcheck.core import UsageError
 from kbitcheck.models import resolve
+from kbitcheck.models.config import Config
 from kbitcheck.quantization import Quantization
 
 gguf = pytest.importorskip("gguf")
@@ -61,7 +62,7 @@ def written(path, drawn=None):
 
 @pytest.mark.parametrize("in_a_directory", [True, False])
 def test_it_is_dequantized_and_then_quantized(tmp_path, in_a_directory):
-    drawn = {}
+    drawn: dict[str, np.ndarray] = {}
     file = written(tmp_path / "m.gguf", drawn)
     source = resolve(str(tmp_path if in_a_directory else file), static="if-too-large")
     assert source.notes == ("GGUF was dequantized to bfloat16 and then quantized anew: m.gguf",)
@@ -77,6 +78,7 @@ def test_it_is_dequantized_and_then_quantized(tmp_path, in_a_directory):
 
 def test_its_sizes_are_told_without_its_tensors(tmp_path):
     source = resolve(str(written(tmp_path / "m.gguf")), static="always")
+    assert isinstance(source, Config)
     assert (source.loadable, source.foreign) == (False, "gguf")
     model = source.meta(Quantization.parse("nf4"))
     assert model.config.intermediate_size == INNER
