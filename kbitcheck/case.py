@@ -117,7 +117,7 @@ class Base:
             raise NotApplicable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
-        told = forecast.of_weights(model, facts, spec)
+        told = forecast.of_weights(model, facts, spec, self.source.notes)
         return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
 
     @property

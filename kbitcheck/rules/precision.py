@@ -163,8 +163,9 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
     Fix: never rebuild or move packed parameters in preparation; a new ``Params4bit`` loses its state.
     Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         if new is None:
             continue  # KB207 tells
         for field, digest in old.state.items():
@@ -184,8 +185,9 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     Fix: leave quantized modules in place.
     Sources: specification KB207.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
         yield Observation(
             old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"
