@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,8 @@ from kbitcheck.models.source import Source
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from kbitcheck.quantization import Quantization
 
 PREFIX = "arch:"
 CAUSAL_LM = "causal-lm"
@@ -78,6 +80,12 @@ class Architecture(Source):
                 own if own in parts and own is not None else configured, decoder=self.task == CAUSAL_LM
             )
         return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
+
+    def meta(self, quant: Quantization) -> PreTrainedModel:
+        """The shrunk model on the meta device."""
+        from kbitcheck.static import meta
+
+        return meta.build(replace(self, config=self.fields()), quant)
 
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
