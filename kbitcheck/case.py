@@ -39,6 +39,7 @@ from kbitcheck.facts import (
 )
 from kbitcheck.models import Source, resolve
 from kbitcheck.models.given import Given
+from kbitcheck.models.inputs import kinds
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import digest, forwards, interleaving, layers, memory, snapshot, step, store, targets, twin
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call
@@ -709,6 +710,7 @@ class Case:
             + sum(_unique(self.base)),
             "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
+            "inputs": kinds(self._base.batch),
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes

@@ -90,10 +90,16 @@ class Architecture(Source):
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch: of text alone for a causal language model, whatever else it can read."""
+        """A training batch: pictures or sounds where the task is about them and their form is known, else text alone."""
         from kbitcheck.models.batch import draw
+        from kbitcheck.models.inputs import first_fitting
 
-        return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed, images=self.task != CAUSAL_LM)
+        shape = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
+        if self.task == CAUSAL_LM:
+            return draw(model, **shape, images=False)
+        return first_fitting(
+            model, **shape, pictures=self.task == "image-text-to-text", sounds=self.task == "speech-seq2seq"
+        )
 
 
 def named(name: str, *, dtype: str | None = None) -> Architecture:
