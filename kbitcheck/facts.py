@@ -453,6 +453,16 @@ class Facts(Protocol):
     @property
     def run(self) -> RunFacts: ...
     @property
+    def step_raised(self) -> str:
+        """What the training step of ``run`` raised, as ``Type: message``; empty where it ran."""
+        ...
+
+    @property
+    def unprepared(self) -> Facts:
+        """The same case of a base that transformers alone checkpoints and nothing prepares: a witness."""
+        ...
+
+    @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
     @property
     def single_gradients(self) -> Mapping[str, GradientFacts]:
