@@ -7,6 +7,7 @@ the steps that leave the model as it was share one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +39,7 @@ from kbitcheck.facts import (
 )
 from kbitcheck.models import Source, resolve
 from kbitcheck.models.given import Given
+from kbitcheck.models.inputs import kinds
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import digest, forwards, interleaving, layers, memory, snapshot, step, store, targets, twin
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call
@@ -117,7 +119,7 @@ class Base:
             raise NotApplicable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
-        told = forecast.of_weights(model, facts, spec)
+        told = forecast.of_weights(model, facts, spec, self.source.notes)
         return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
 
     @property
@@ -231,6 +233,17 @@ def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from None
     return Case(spec, implementation.function, Base(given, Quantization.parse(spec.quant), spec))
+
+
+def checkpointed_alone(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """No preparation: the base frozen, so that adapters alone train, and checkpointed as transformers does it."""
+    model.requires_grad_(False)
+    if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
+        step.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs))
+        model.enable_input_require_grads()
+    return model
 
 
 class Case:
@@ -379,6 +392,22 @@ class Case:
     @property
     def run(self) -> RunFacts:
         return self._checkpointed[0]
+
+    @cached_property
+    def step_raised(self) -> str:
+        _ = self._ready
+        try:
+            _ = self.run
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return ""
+
+    @cached_property
+    def unprepared(self) -> Case:
+        mode = self.checkpointing
+        if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
+            mode = "reentrant" if any(c["use_reentrant"] == "True" for c in self.run.checkpoints) else "non-reentrant"
+        return Case(dataclasses.replace(self.spec, checkpointing=mode), checkpointed_alone, self._base)
 
     @property
     def _twins(self) -> twin.Twins:
@@ -699,6 +728,7 @@ class Case:
             + sum(_unique(self.base)),
             "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
+            "inputs": kinds(self._base.batch),
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes

@@ -340,7 +340,7 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldFacts:
-    """Bytes of activations: ``held`` between forward and backward, ``peak`` in the backward with adapters' gradients."""
+    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time."""
 
     held: int
     peak: int
@@ -351,9 +351,9 @@ class ForecastFacts:
     """What training will take, in bytes, predicted without weights.
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
-    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``) and
-    ``longest`` (one sequence, in tokens), all without padding, map memory sizes in bytes, named in ``rooms``, to what fits with 32-bit AdamW
-    under ``mode``.
+    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
+    other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
+    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``.
     ``missing`` is why no step was predicted.
     """
 
@@ -371,6 +371,7 @@ class ForecastFacts:
     logits: int = 0
     largest_batch: Mapping[int, int] = field(default_factory=dict)
     longest: Mapping[int, int] = field(default_factory=dict)
+    usual: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     rooms: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     missing: str = ""
@@ -403,6 +404,7 @@ class ForecastFacts:
         for name in ("largest_batch", "longest"):
             plain[name] = {str(size): number for size, number in plain[name].items()}
         rooms = {str(size): name for size, name in self.rooms.items()}
+        plain["usual"] = {str(at): {str(size): n for size, n in row.items()} for at, row in self.usual.items()}
         return {**plain, **sums, "gradients": self.adapters, "total": totals, "rooms": rooms}
 
     def total(self, mode: str) -> int | None:
@@ -450,6 +452,16 @@ class Facts(Protocol):
     def plain_run(self) -> RunFacts: ...
     @property
     def run(self) -> RunFacts: ...
+    @property
+    def step_raised(self) -> str:
+        """What the training step of ``run`` raised, as ``Type: message``; empty where it ran."""
+        ...
+
+    @property
+    def unprepared(self) -> Facts:
+        """The same case of a base that transformers alone checkpoints and nothing prepares: a witness."""
+        ...
+
     @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
     @property

@@ -1,45 +1,128 @@
-"""The kill matrix: which rules each fault breaks, as a page in Markdown."""
+"""The conformance matrix as text, Markdown, HTML or JSON. Columns that are alike in every row are told in a line instead."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
 
 from kbitcheck.core import rules
+from kbitcheck.matrix import Mark, Matrix, Row
 
-HEAD = """# Kill matrix
-
-Every fault that kbitcheck knows (`kbitcheck/sabotage/`), judged by every rule. Made by
-`kbitcheck selftest --matrix > docs/kill-matrix.md`, which ends with 1 if a fault is missed.
-
-A fault is a broken *model* (`m`: spoiled before or after a good preparation) or a broken *implementation* (`i`). In its row `#` is
-the rule that must catch it, `x` a rule that it breaks as well, and `!` after the level says that no other rule may.
-Read a column's heading downwards.
-"""
-
-
-def page(found: Sequence[Mapping[str, Any]]) -> str:
-    """The page of a selftest's events, rows in their order."""
-    codes = list(rules())
-    known = [event for event in found if event["kills"] is not None]
-    wide = max((len(event["fault"]) for event in found), default=0) + 8
-    digits = [code.removeprefix("KB") for code in codes]
-    lines = [" " * wide + "".join(digit[place] for digit in digits) for place in range(3)]
-    for event in known:
-        marks = (
-            "#" if c == event["code"] and c in event["kills"] else "x" if c in event["kills"] else "." for c in codes
-        )
-        lines.append(f"{name(event):{wide}}{''.join(marks)}")
-    killed = sum(event["code"] in event["kills"] for event in known)
-    unseen = [f"{event['code']} {event['fault']}: {event['told']}" for event in found if event["kills"] is None]
-    idle = [code for code in codes if not any(code in event["kills"] for event in known)]
-    tail = [f"{killed} of {len(known)} faults are caught by the rule that must."]
-    tail += [f"Not judged on the machine that made this page: {', '.join(unseen)}."] if unseen else []
-    tail += [f"Rules that caught nothing here: {', '.join(idle)}."] if idle else []
-    return "\n".join([HEAD, "```", *lines, "```", "", *tail, ""])
+PACKAGES = ("transformers", "torch", "bitsandbytes", "accelerate")
+SIGNS = {Mark.SKIPPED: "-", Mark.KEPT: ".", Mark.SHOULD: "should", Mark.MUST: "MUST", Mark.ERROR: "error"}
+WORDS = {
+    Mark.SKIPPED: "n/a",
+    Mark.KEPT: "kept",
+    Mark.SHOULD: "**SHOULD**",
+    Mark.MUST: "**MUST**",
+    Mark.ERROR: "**error**",
+}
 
 
-def name(event: Mapping[str, Any]) -> str:
-    """How a fault's row begins: code without the letters, level and name."""
-    mark = "!" if event["alone"] else " "
-    return f"{event['code'].removeprefix('KB')} {event['level'][0]}{mark} {event['fault']} "
+def render(matrix: Matrix, form: str) -> str:
+    """The table in one of the formats of ``kbitcheck.matrix.Format``."""
+    return {"text": _text, "json": _json, "markdown": _markdown, "html": _html}[form](matrix)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One line: what each row broke."""
+    return "; ".join(f"{row.subject.name}: {_told(row)}" for row in rows)
+
+
+def _told(row: Row) -> str:
+    if row.error:
+        return f"error: {row.error}"
+    parts = [
+        f"{mark.value}: {' '.join(codes)}" for mark in reversed(Mark) if (codes := _with(row, mark)) and mark in BAD
+    ]
+    kept = len(_with(row, Mark.KEPT))
+    return ", ".join([*parts, f"{kept} kept"]) + ("" if row.complete else ", interrupted")
+
+
+BAD = (Mark.SHOULD, Mark.MUST, Mark.ERROR)
+
+
+def _with(row: Row, mark: Mark) -> list[str]:
+    return sorted(code for code, found in row.marks.items() if found is mark)
+
+
+def columns(matrix: Matrix) -> tuple[list[str], dict[Mark, list[str]]]:
+    """The rules worth a column, and the rest: by mark, those that have it in every row."""
+    judged = [row for row in matrix.rows if row.marks]
+    told: list[str] = []
+    alike: dict[Mark, list[str]] = {}
+    for code in matrix.rules:
+        marks = {row.marks.get(code) for row in judged}
+        mark = marks.pop() if len(marks) == 1 else None
+        if mark in (Mark.KEPT, Mark.SKIPPED):
+            alike.setdefault(mark, []).append(code)
+        else:
+            told.append(code)
+    return told, alike
+
+
+def _json(matrix: Matrix) -> str:
+    return json.dumps(matrix.as_json(), indent=1) + "\n"
+
+
+def _cells(row: Row, codes: Sequence[str], words: dict[Mark, str]) -> list[str]:
+    versions = row.versions.get("transformers", "")
+    marks = [row.marks.get(code) for code in codes]
+    return [row.subject.name, versions, *("" if mark is None else words[mark] for mark in marks)]
+
+
+def _text(matrix: Matrix) -> str:
+    codes, alike = columns(matrix)
+    lines = [["", "transformers", *codes], *(_cells(row, codes, SIGNS) for row in matrix.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    notes = [f"{row.subject.name}: {row.error}" for row in matrix.rows if row.error]
+    return "\n".join([*table, "", *_alike(alike), *notes, _cases(matrix)]) + "\n"
+
+
+def _alike(alike: dict[Mark, list[str]]) -> Iterator[str]:
+    for mark, told in ((Mark.KEPT, "kept by every one"), (Mark.SKIPPED, "not applicable to these cases")):
+        if mark in alike:
+            yield f"{told}: {' '.join(alike[mark])}"
+
+
+def _cases(matrix: Matrix) -> str:
+    return f"cases: {' '.join(matrix.cases)}"
+
+
+def _stack(matrix: Matrix) -> str:
+    """What all rows ran on alike."""
+    found = [{row.versions.get(name, "") for row in matrix.rows if row.versions} for name in ("python", *PACKAGES[1:])]
+    names = ("python", *PACKAGES[1:])
+    return ", ".join(f"{name} {', '.join(sorted(v))}" for name, v in zip(names, found, strict=True) if any(v))
+
+
+def _markdown(matrix: Matrix) -> str:
+    codes, alike = columns(matrix)
+    head = ["implementation", "transformers", *codes]
+    lines = [f"`{matrix.command}`", "", f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.", ""]
+    lines += [_line(head), _line(["---"] * len(head)), *(_line(_cells(row, codes, WORDS)) for row in matrix.rows), ""]
+    known = rules()
+    lines += [f"* {code}: {known[code].requirement}" for code in codes if code in known]
+    lines += ["", *(f"{line[0].upper()}{line[1:]}." for line in _alike(alike))]
+    notes = [f"* `{row.subject.name}`: {_escaped(row.error)}" for row in matrix.rows if row.error]
+    return "\n".join([*lines, *(["", "Not judged:", "", *notes] if notes else [])]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _html(matrix: Matrix) -> str:
+    from kbitcheck.reporters.html import template
+
+    codes, alike = columns(matrix)
+    told = {code: rule.requirement for code, rule in rules().items()}
+    rows = [(row, _cells(row, codes, SIGNS)) for row in matrix.rows]
+    return template("matrix").render(
+        matrix=matrix, codes=codes, rows=rows, alike=list(_alike(alike)), rules=told, stack=_stack(matrix)
+    )

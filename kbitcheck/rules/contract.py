@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import Facts, ModelFacts
+from kbitcheck.rules.witness import blame
 
 DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs": "None"}
 
@@ -181,8 +182,10 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     """
     stale = facts.cost.stale
     yield Observation("after preparing", stale == 0, "0 bytes of old weights alive", f"{stale:,} bytes")
-    for text, survivors in (("a step", facts.memory.survivors), ("an evaluation", facts.left_by_evaluation)):
-        yield Observation(f"after {text}", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes")
+    survivors, left = facts.memory.survivors, facts.left_by_evaluation
+    blamed = blame(facts, survivors == 0, Party.MODEL, lambda bare: bare.memory.survivors > 0)
+    yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes", *blamed)
+    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes")
 
 
 @rule("KB509", "quiet", Level.SHOULD)
@@ -217,13 +220,21 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     party, witness = (
         (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
         if s.raised in base
-        else (Party.IMPLEMENTATION, "")
+        else blame(facts, not s.raised, Party.STACK, lambda bare: bare.store.raised == s.raised)
     )
     yield Observation("save and reload", not s.raised, "no error", s.raised or "none", party, witness)
     if s.logits is not None:
         # The same model in the same dtypes: only the order of a sum may differ.
         ok = s.logits.equal or s.logits.relative <= facts.compute_ulp
-        yield Observation("logits", ok, "the same", "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}")
+        blamed = blame(facts, ok, Party.STACK, _reloads_otherwise)
+        yield Observation(
+            "logits", ok, "the same", "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}", *blamed
+        )
+
+
+def _reloads_otherwise(facts: Facts) -> bool:
+    logits = facts.store.logits
+    return logits is not None and not logits.equal and logits.relative > facts.compute_ulp
 
 
 @rule("KB511", "config-kept", Level.SHOULD)

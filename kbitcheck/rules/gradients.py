@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
-from kbitcheck.facts import Distance, Facts, GradientFacts
+from kbitcheck.facts import Distance, Facts, GradientFacts, StepOutcome
+from kbitcheck.rules.witness import blame
 
 # Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
 YARDSTICKS = 4
@@ -209,7 +211,8 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
     """
     for outcome in facts.interleaved:
-        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs")
+        blamed = blame(facts, not outcome.raised, Party.MODEL, partial(_raises, outcome))
+        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs", *blamed)
         changed = ", ".join(outcome.changed[:4])
         yield Observation(
             f"{outcome.step}: quantized weights", not changed, "as before anything ran", changed or "the same"
@@ -218,6 +221,10 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
             yield Observation(f"{outcome.step}: hooks", False, "none added", f"{outcome.hooks_added} added")
         for seen in compared(outcome.gradients, exact=exactly(facts)):
             yield dataclasses.replace(seen, where=f"{outcome.step}: {seen.where}")
+
+
+def _raises(outcome: StepOutcome, facts: Facts) -> bool:
+    return any((o.step, o.raised) == (outcome.step, outcome.raised) for o in facts.interleaved)
 
 
 @rule("KB309", "loss-falls", Level.MUST)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import FLOATING, HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.rules.witness import blame
 
 NORM_KINDS = frozenset({"class", "name", "shape"})
 
@@ -163,8 +164,9 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
     Fix: never rebuild or move packed parameters in preparation; a new ``Params4bit`` loses its state.
     Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         if new is None:
             continue  # KB207 tells
         for field, digest in old.state.items():
@@ -184,8 +186,9 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     Fix: leave quantized modules in place.
     Sources: specification KB207.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
         yield Observation(
             old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"
@@ -251,7 +254,7 @@ def same_function(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB210", "runs-everywhere", Level.MUST)
 def runs_everywhere(facts: Facts) -> Iterable[Observation]:
-    """Forward is finite and raises nothing in train and eval, with and without a mask, with and without autocast.
+    """Forward is finite and raises nothing in train and eval, with and without a mask and autocast; a training step runs.
 
     Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
 
@@ -268,6 +271,9 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         if not ok and (f.base_raised or not f.base_finite):
             party, witness = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
         yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", party, witness)
+    raised = facts.step_raised
+    blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
+    yield Observation("training step", not raised, "no error", raised or "none", *blamed)
 
 
 @rule("KB211", "no-half-trainables", Level.MUST)
