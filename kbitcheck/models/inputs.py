@@ -55,6 +55,8 @@ def _forms(
         if hasattr(model, "get_image_features") and "input_ids" in accepted:
             for pixels in (_patches, _plain, _sized, _nested):
                 yield lambda m, pixels=pixels: _with_pictures(m, pixels, **shape)  # type: ignore[misc]
+        if "pixel_values" in accepted:
+            yield lambda m: _with_pictures_beside(m, **shape)
     if sounds:
         for key, last in (("input_features", True), ("input_features", False), ("input_values", None)):
             if key in accepted:
@@ -86,6 +88,17 @@ def _with_pictures(
     marks = (made["input_ids"] == image).long()
     made |= {key: marks for key in ("token_type_ids", "mm_token_type_ids") if key in accepted}
     return fit({**made, **read}, model)
+
+
+def _with_pictures_beside(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """A picture for each row, in no place of its text: what cross-attention reads, or what is put before the text."""
+    read = _plain(getattr(model.config, "encoder", model.config), Tokens(model, seed), batch)
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" in accepted:
+        return fit({**draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False), **read}, model)
+    tokens = Tokens(model, seed)
+    labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
+    return fit({**read, "labels": labels}, model)
 
 
 def _size(config: Any) -> tuple[int, int]:
