@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def first_fitting(
     raise failed or ValueError(f"{type(model).__name__} computes no finite loss")
 
 
-def kinds(batch: Batch) -> str:
+def kinds(batch: Mapping[str, Tensor]) -> str:
     """What a batch holds, in words: ``text``, ``text, pictures``, ``sounds``."""
     named = {"input_ids": "text", "pixel_values": "pictures", "input_features": "sounds", "input_values": "sounds"}
     return ", ".join(dict.fromkeys(word for key, word in named.items() if key in batch))
@@ -49,7 +49,7 @@ def _forms(
     model: PreTrainedModel, batch: int, seq_len: int, seed: int, pictures: bool, sounds: bool
 ) -> Iterator[Callable[[Any], Batch]]:
     accepted = inspect.signature(model.forward).parameters
-    shape: dict[str, int] = {"batch": batch, "seq_len": seq_len, "seed": seed}
+    shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "seed": seed}
     if pictures:
         yield lambda m: draw(m, **shape)
         if hasattr(model, "get_image_features") and "input_ids" in accepted:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.bench import Bench
 from kbitcheck.core import Result, Rule, Status, UsageError
 from kbitcheck.process import Lost, WorkerProcess
-from kbitcheck.run import Bench
 from kbitcheck.suite import CaseSpec
 from kbitcheck.sweep.rows import Row, row
 
