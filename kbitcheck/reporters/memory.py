@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-GPUS_SHOWN = 5
+GPUS_SHOWN = 6
 GIB = 1 << 30
 NOTHING = 100  # what takes less than this part of the smallest GPU needs no table of GPUs
 
@@ -54,6 +54,8 @@ def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     differ = len(set(optimizer.values())) > 1
     yield "adapters", f"{size(told['adapters'])}, AdamW {size(optimizer['adamw'])}{others if differ else ''}"
     yield from _steps(facts, told)
+    for note in told["notes"]:
+        yield "note", note
 
 
 def size(number: float) -> str:
@@ -90,22 +92,34 @@ def _steps(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[
         "in all",
         f"{size(told['total'][told['mode']])} with {told['mode']} checkpointing, by {told['device']} kernels",
     )
-    yield "fits", _fits(told)
-    for note in told["notes"]:
-        yield "note", note
+    heading = "fits"
+    for line in _fits(told):
+        yield heading, line
+        heading = ""
 
 
-def _fits(told: Mapping[str, Any]) -> str:
-    """The largest batch and length on the GPUs there are."""
+def _fits(told: Mapping[str, Any]) -> Iterator[str]:
+    """The largest batch of each usual length, and the longest sequence, on the GPUs there are: lines of a table."""
     smallest = min(told["rooms"], key=int)
     if told["memory"] is None and told["total"][told["mode"]] * NOTHING < int(smallest):
-        return f"any common GPU: this takes less than 1 % of the smallest, {told['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
-    fitting = [
-        f"{name} ({int(room) / GIB:.4g} GiB): {told['largest_batch'][room]:,} × {told['seq_len']} or 1 × {told['longest'][room]:,}"
-        for room, name in told["rooms"].items()
-        if told["largest_batch"][room]
-    ]
-    return "; ".join(fitting[:GPUS_SHOWN]) or "none of the common GPUs"
+        yield (
+            f"any common GPU: this takes less than 1 % of the smallest, {told['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
+        )
+        return
+    lengths = told.get("usual") or {str(told["seq_len"]): told["largest_batch"]}
+    given = str(told["memory"])
+    fitting = [room for room in told["rooms"] if told["longest"][room] or room == given]
+    if not fitting:
+        yield "none of the common GPUs"
+        return
+    yield (
+        f"{'GiB':>6}"
+        + "".join(f"{length:>7}" for length in lengths)
+        + "    alone  largest batch by tokens, or the longest alone"
+    )
+    for room in fitting[:GPUS_SHOWN]:
+        batches = "".join(f"{found[room]:>7,}" for found in lengths.values())
+        yield f"{int(room) / GIB:>6.4g}{batches}{told['longest'][room]:>9,}  {told['rooms'][room]}"
 
 
 def _measured(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -118,6 +118,8 @@ class Counted(Live):
         self.trace: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all that is asked
+            return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].dtype.is_floating_point else 0
         given = kwargs or {}

@@ -28,6 +28,12 @@ GPUS: Mapping[int, str] = {
 }
 
 
+def named(memory: int | None) -> dict[int, str]:
+    """Sizes by what has them, from small to large: the GPUs, and the size that was given."""
+    given = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}
+    return dict(sorted({**GPUS, **given}.items()))
+
+
 def parse(text: str) -> int:
     """The bytes that ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes mean.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+USUAL = (512, 2048, 4096)
 LARGEST = 1 << 30
 
 

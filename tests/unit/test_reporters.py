@@ -174,9 +174,13 @@ def test_what_is_the_same_in_all_cases_is_told_once_and_the_rest_beside_each_oth
     ("changes", "told"),
     [
         ({}, "fits     any common GPU: this takes less than 1 % of the smallest, T4 (16 GiB)"),
-        ({"memory": 16 << 30}, "fits     T4 (16 GiB): 9 × 24 or 1 × 512"),
-        ({"total": {"reentrant": 1 << 30}}, "fits     T4 (16 GiB): 9 × 24 or 1 × 512"),
-        ({"total": {"reentrant": 1 << 36}, "largest_batch": {str(16 << 30): 0}}, "fits     none of the common GPUs"),
+        ({"memory": 16 << 30}, "             16      9      512  T4"),
+        ({"total": {"reentrant": 1 << 30}}, "             16      9      512  T4"),
+        (
+            {"memory": 1, "usual": {"256": {str(16 << 30): 70}, "512": {str(16 << 30): 35}}},
+            "fits        GiB    256    512    alone  largest batch by tokens, or the longest alone",
+        ),
+        ({"total": {"reentrant": 1 << 36}, "longest": {str(16 << 30): 0}}, "fits     none of the common GPUs"),
     ],
 )
 def test_a_tiny_model_needs_no_table_of_gpus(changes: dict[str, Any], told: str) -> None:
