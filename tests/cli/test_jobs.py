@@ -20,7 +20,7 @@ def _told(text: str) -> dict[str, Any]:
     report = json.loads(text)
     report["facts"].pop("seconds")
     for result in report["results"]:
-        result.pop("seconds")
+        result.pop("seconds", None)
     return dict(report)
 
 
