@@ -56,7 +56,10 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
-    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm."""
+    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm.
+
+    ``numbers`` are the plain numbers that it keeps: an epsilon, a scale, a dropout rate.
+    """
 
     name: str
     cls: str
@@ -66,6 +69,7 @@ class ModuleFacts:
     norm: frozenset[str] = frozenset()
     block: bool = False
     tower: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,7 +340,7 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldFacts:
-    """Bytes of activations: ``held`` between forward and backward, ``peak`` in the backward with adapters' gradients."""
+    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time."""
 
     held: int
     peak: int
@@ -347,9 +351,9 @@ class ForecastFacts:
     """What training will take, in bytes, predicted without weights.
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
-    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``) and
-    ``longest`` (one sequence, in tokens), all without padding, map memory sizes in bytes, named in ``rooms``, to what fits with 32-bit AdamW
-    under ``mode``.
+    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
+    other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
+    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``.
     ``missing`` is why no step was predicted.
     """
 
@@ -367,6 +371,7 @@ class ForecastFacts:
     logits: int = 0
     largest_batch: Mapping[int, int] = field(default_factory=dict)
     longest: Mapping[int, int] = field(default_factory=dict)
+    usual: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     rooms: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     missing: str = ""
@@ -399,6 +404,7 @@ class ForecastFacts:
         for name in ("largest_batch", "longest"):
             plain[name] = {str(size): number for size, number in plain[name].items()}
         rooms = {str(size): name for size, name in self.rooms.items()}
+        plain["usual"] = {str(at): {str(size): n for size, n in row.items()} for at, row in self.usual.items()}
         return {**plain, **sums, "gradients": self.adapters, "total": totals, "rooms": rooms}
 
     def total(self, mode: str) -> int | None:
@@ -459,6 +465,11 @@ class Facts(Protocol):
     @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
     @property
+    def single_gradients(self) -> Mapping[str, GradientFacts]:
+        """Those of a step on one row without a mask."""
+        ...
+
+    @property
     def against_plain(self) -> Mapping[str, Distance]: ...
     @property
     def against_other_mode(self) -> Mapping[str, Distance]: ...
@@ -472,6 +483,11 @@ class Facts(Protocol):
     def cost(self) -> CostFacts: ...
     @property
     def forwards(self) -> Sequence[ForwardFacts]: ...
+    @property
+    def left_by_evaluation(self) -> int:
+        """Bytes that stay alive after a forward in eval mode."""
+        ...
+
     @property
     def function(self) -> FunctionFacts: ...
     @property

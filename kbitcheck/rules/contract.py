@@ -63,6 +63,9 @@ def returns_the_model(facts: Facts) -> Iterable[Observation]:
         return
     actual = "the same object" if call.same_object else f"another object ({call.returned})"
     yield Observation("returned object", call.same_object, f"the {facts.base.cls} it was given", actual)
+    for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
+        if not one.raised and not one.same_object:
+            yield Observation(text, False, f"the {facts.base.cls} it was given", f"another object ({one.returned})")
     yield Observation("class", call.class_kept, f"the very class {facts.base.cls}", facts.prepared.cls)
 
 
@@ -179,9 +182,10 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     """
     stale = facts.cost.stale
     yield Observation("after preparing", stale == 0, "0 bytes of old weights alive", f"{stale:,} bytes")
-    survivors = facts.memory.survivors
+    survivors, left = facts.memory.survivors, facts.left_by_evaluation
     blamed = blame(facts, survivors == 0, Party.MODEL, lambda bare: bare.memory.survivors > 0)
     yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes", *blamed)
+    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes")
 
 
 @rule("KB509", "quiet", Level.SHOULD)

@@ -82,6 +82,8 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
 def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     """Parameters that were fp32, fp64, integer, bool or float8, and every buffer, keep dtype, device and bits.
 
+    So does every plain number that a module keeps, such as an epsilon, a scale or a dropout rate.
+
     Why: scales, rotary tables and weights kept in fp32 on purpose break quietly when they are cast or recomputed.
     Symptom: garbage after long contexts; NaN in T5; a kernel that refuses its scales.
     Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
@@ -102,6 +104,17 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     for old, new in _pairs(facts):
         if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
             yield Observation(old.name, False, "the same bits", "other numbers")
+    yield from _numbers(facts)
+
+
+def _numbers(facts: Facts) -> Iterator[Observation]:
+    """One observation for each number that a module keeps and that is another."""
+    for module in facts.base.modules.values():
+        now = facts.prepared.modules.get(module.name)
+        if now is not None:
+            for key, number in module.numbers.items():
+                if now.numbers.get(key) != number:
+                    yield Observation(f"{module.name}.{key}", False, str(number), str(now.numbers.get(key)))
 
 
 def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
@@ -151,8 +164,9 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
     Fix: never rebuild or move packed parameters in preparation; a new ``Params4bit`` loses its state.
     Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         if new is None:
             continue  # KB207 tells
         for field, digest in old.state.items():
@@ -172,8 +186,9 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     Fix: leave quantized modules in place.
     Sources: specification KB207.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
         yield Observation(
             old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kbitcheck
-from kbitcheck import environment, implementations
+from kbitcheck import environment, implementations, requirement
 from kbitcheck.core import UsageError, rules
 from kbitcheck.quantization import Quantization
 from kbitcheck.suite import CaseSpec
@@ -44,6 +44,8 @@ def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[
     """
     implementation = options.prepare or implementations.default()
     implementations.validate(implementation)
+    if requirement.parse(implementation):
+        raise UsageError(f"--prepare {implementation}: a sweep is of the transformers that is installed here")
     environment.validate_device(options.device)
     quant = str(Quantization.parse(options.quant))
     common: dict[str, Any] = {"checkpointing": options.checkpointing, "profile": options.profile, "seed": options.seed}
