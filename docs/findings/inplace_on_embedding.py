@@ -5,7 +5,13 @@ import sys
 import torch
 from transformers import GitConfig, GitForCausalLM
 
-vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+vision = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+}
 config = GitConfig(
     vision_config={**vision, "patch_size": 8}, vocab_size=64, hidden_size=32, num_hidden_layers=1,
     num_attention_heads=2, intermediate_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
