@@ -286,6 +286,10 @@ class Case:
         return float(torch.finfo(self._base.compute).eps)
 
     @property
+    def half_ulp(self) -> float:
+        return float(torch.finfo(self._base.half).eps)
+
+    @property
     def remote_code(self) -> bool:
         config = getattr(self._base.pristine, "config", None)
         return self._base.source.remote_code or bool(getattr(config, "auto_map", None))
@@ -469,6 +473,8 @@ class Case:
         # bias in place to whatever dtype comes in.
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
         single = {k: v[:1] for k, v in self.batch.items()}
+        if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
+            del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
         fresh, fresh_adapters = self._attached_copy()
         mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._base.half)
         return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}

@@ -256,7 +256,8 @@ def judge(subject: Rule, facts: Facts) -> Result:
         if not examined:
             status, reason = Status.ERROR, "vacuous: the rule examined nothing"
     except NotApplicable as skip:
-        status, reason, failures = Status.SKIP, str(skip), []
+        # What was seen broken before stays broken.
+        status, reason = (Status.FAIL, "") if failures else (Status.SKIP, str(skip))
     except UsageError:
         raise
     except Exception as error:

@@ -250,7 +250,8 @@ class ForwardFacts:
     """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's.
 
     ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
-    ``base_step`` how far the base's own are in eval from what they are in train, without dropout.
+    ``base_step`` how far the base's own are in eval from what they are in train, without dropout; ``base_cast`` how far
+    they are under autocast from what they are without.
     """
 
     condition: str
@@ -261,6 +262,7 @@ class ForwardFacts:
     base_finite: bool = True
     apart: float | None = None
     base_step: float = 0.0
+    base_cast: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +282,7 @@ class StepOutcome:
     """One step of a program: what it raised, and which quantized layers hold other bits than before the program.
 
     ``gradients`` are a training step's beside those of a fresh model with the same adapters; empty for other steps.
+    ``checkpoints`` counts the calls of torch's checkpoint in both.
     """
 
     step: str
@@ -287,6 +290,7 @@ class StepOutcome:
     changed: tuple[str, ...]
     hooks_added: int
     gradients: Mapping[str, Distance]
+    checkpoints: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,6 +435,11 @@ class Facts(Protocol):
 
     @property
     def compute_ulp(self) -> float: ...
+    @property
+    def half_ulp(self) -> float:
+        """That of what autocast runs in."""
+        ...
+
     @property
     def base(self) -> ModelFacts: ...
     @property

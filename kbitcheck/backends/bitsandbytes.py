@@ -59,6 +59,7 @@ def state(module: torch.nn.Module) -> Mapping[str, Any]:
         settings = {n: getattr(state, n, None) for n in ("threshold", "has_fp16_weights")}
         return {"SCB": _scales(module), **settings}
     settings = {n: getattr(weight, n, None) for n in ("bnb_quantized", "quant_storage", "compress_statistics")}
+    settings["kept by the layer too"] = getattr(module, "quant_state", None) is not None
     return {**dict(_fields(weight.quant_state)), **settings}
 
 

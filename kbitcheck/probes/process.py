@@ -10,7 +10,7 @@ import pickle
 import random
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -64,6 +64,7 @@ def state() -> State:
         "logging": str(
             (logging.root.level, logging.root.manager.disable, [logging.getLogger(n).level for n in LIBRARIES])
         ),
+        "registries of transformers": _digest(repr(sorted(_registered())).encode()),
         "numpy errors": str(numpy.geterr()),
         "garbage collection": str((gc.isenabled(), gc.get_threshold())),
         "working directory": str(Path.cwd()),
@@ -130,6 +131,23 @@ def patched(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, tu
 
 def _library_modules() -> list[ModuleType]:
     return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
+
+
+REGISTRIES = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ACT2FN", "ROPE_INIT_FUNCTIONS")
+
+
+def _registered() -> Iterator[tuple[str, str, int]]:
+    """What transformers looks up by name at run time: registry, key and identity of each entry."""
+    for place in ("modeling_utils", "masking_utils", "activations", "modeling_rope_utils"):
+        for name in REGISTRIES:
+            registry = getattr(sys.modules.get(f"transformers.{place}"), name, None)
+            for mapping in (
+                registry,
+                getattr(registry, "_global_mapping", None),
+                getattr(registry, "_local_mapping", None),
+            ):
+                if isinstance(mapping, dict):
+                    yield from ((name, str(key), id(value)) for key, value in mapping.items())
 
 
 def _digest(data: bytes) -> str:

@@ -36,12 +36,19 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         layers={n: layer(n, m) for n, m in model.named_modules() if backends.is_quantized(m)},
         modules={n: _module(n, m, n in blocks) for n, m in model.named_modules()},
         config=_config(model),
-        state_keys=frozenset(model.state_dict()) if keys else frozenset(),
+        state_keys=_keys(model) if keys else frozenset(),
         input_hooks={n: len(m._forward_hooks) for n, m in model.named_modules() if m._forward_hooks},
         can_checkpoint=can_checkpoint(model),
         embeddings=tuple(_names(model, embeddings(model))),
         heads=tuple(_names(model, heads(model))),
     )
+
+
+def _keys(model: nn.Module) -> frozenset[str]:
+    try:
+        return frozenset(model.state_dict())
+    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
+        return frozenset({f"{type(error).__name__}: {error}"})
 
 
 def is_block(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kbitcheck.core import rules
@@ -43,3 +44,23 @@ def name(event: Mapping[str, Any]) -> str:
     """How a fault's row begins: code without the letters, level and name."""
     mark = "!" if event["alone"] else " "
     return f"{event['code'].removeprefix('KB')} {event['level'][0]}{mark} {event['fault']} "
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A page read back: the rules of its columns, and what each fault, as ``KB203 norm_nudged``, broke."""
+
+    codes: list[str]
+    kills: dict[str, set[str]]
+
+
+def read(text: str) -> Matrix:
+    """Inverse of ``page``, as far as its table goes."""
+    lines = text.split("```")[1].strip("\n").splitlines()
+    width = len(lines[0]) - len(lines[0].lstrip())
+    codes = ["KB" + "".join(digits) for digits in zip(*(line[width:] for line in lines[:3]), strict=True)]
+    kills = {}
+    for line in lines[3:]:
+        number, _, fault = line[:width].split()[:3]
+        kills[f"KB{number} {fault}"] = {c for c, mark in zip(codes, line[width:], strict=True) if mark != "."}
+    return Matrix(codes, kills)

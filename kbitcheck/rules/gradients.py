@@ -219,6 +219,9 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
         )
         if outcome.hooks_added:
             yield Observation(f"{outcome.step}: hooks", False, "none added", f"{outcome.hooks_added} added")
+        found, fresh = outcome.checkpoints
+        if found != fresh:
+            yield Observation(f"{outcome.step}: checkpoints", False, f"{fresh} as when fresh", str(found))
         for seen in compared(outcome.gradients, exact=exactly(facts)):
             yield dataclasses.replace(seen, where=f"{outcome.step}: {seen.where}")
 

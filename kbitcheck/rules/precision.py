@@ -236,10 +236,12 @@ def same_function(facts: Facts) -> Iterable[Observation]:
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
     rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
     for forward in facts.forwards:
-        if forward.apart is not None and not forward.autocast and not f.left_out:
+        if forward.apart is not None and not f.left_out:
             # The base and the prepared model are each this far from the twin; modes and masks change little of that.
             # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
-            far = 4 * (f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0))
+            # Autocast rounds both, each by about as much as the base shows.
+            far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
+            far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
             where = f"logits ({forward.condition})"
             ok = forward.apart <= far
             yield Observation(where, ok, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}")

@@ -76,6 +76,7 @@ def input_hook_works_once(model: Any) -> None:
     ran: list[int] = []
     for module in model.modules():
         module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
 
     def once(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if not ran and torch.is_grad_enabled():
@@ -217,7 +218,8 @@ def a_model_that_allocates_when_switched_on(model: Any) -> None:
 
 @breaks("KB402", checkpointing="off")
 def flags_switched_on_afterwards(model: Any) -> None:
-    model.transformer.h[0].gradient_checkpointing = True
+    for block in blocks(model)[1:]:
+        block.gradient_checkpointing = True
 
 
 @breaks("KB501")

@@ -80,7 +80,7 @@ def scales_norms_before_the_cast(
     freeze(model)
     for name, parameter in half(model):
         if "norm" in name:
-            parameter.data = parameter.data * (1 + 2.0**-9)
+            parameter.data = parameter.data * (1 + 2.0**-6)
     cast(model)
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
@@ -213,10 +213,8 @@ def runs_quantized_layers_without_a_graph(
 ) -> Any:
     freeze(model)
     cast(model)
-    for module in list(model.modules())[-4:]:
-        if backends.is_quantized(module):
-            inner = module.forward
-            module.forward = torch.no_grad()(inner)
+    for module in [m for m in model.modules() if backends.is_quantized(m)][1::4]:
+        module.forward = torch.no_grad()(module.forward)
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 

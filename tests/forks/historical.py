@@ -40,39 +40,34 @@ def behaviour(release: str) -> Behaviour:
     )
 
 
+def prepare(how: Behaviour, model: Any, checkpoint: bool, kwargs: dict[str, Any] | None) -> Any:
+    """Freezes, casts, hooks inputs and switches on, as far as the release knows how."""
+    quantized = getattr(model, "is_loaded_in_8bit", False) or (
+        how.four_bit and getattr(model, "is_loaded_in_4bit", False)
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for parameter in model.parameters():
+        packed = how.spares_packed and type(parameter).__name__ == "Params4bit"
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not packed:
+            parameter.data = parameter.data.to(torch.float32)
+    if quantized and checkpoint:
+        if kwargs is None or kwargs.get("use_reentrant", True):
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(*([kwargs or {}] if how.takes_kwargs else []))
+    return model
+
+
 def implementation(how: Behaviour) -> Callable[..., Any]:
     """A function that behaves so, with the signature of its time."""
 
-    def prepare(model: Any, checkpoint: bool, kwargs: dict[str, Any] | None) -> Any:
-        quantized = getattr(model, "is_loaded_in_8bit", False) or (
-            how.four_bit and getattr(model, "is_loaded_in_4bit", False)
-        )
-        for parameter in model.parameters():
-            parameter.requires_grad = False
-        for parameter in model.parameters():
-            packed = how.spares_packed and type(parameter).__name__ == "Params4bit"
-            if parameter.dtype in (torch.float16, torch.bfloat16) and not packed:
-                parameter.data = parameter.data.to(torch.float32)
-        if quantized and checkpoint:
-            if kwargs is None or kwargs.get("use_reentrant", True):
-                model.enable_input_require_grads()
-            if how.takes_kwargs:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or {})
-            else:
-                model.gradient_checkpointing_enable()
-        return model
-
-    if not how.takes_kwargs:
-
-        def before_kwargs(model: Any, use_gradient_checkpointing: bool = True) -> Any:
-            return prepare(model, use_gradient_checkpointing, None)
-
-        return before_kwargs
+    def before_kwargs(model: Any, use_gradient_checkpointing: bool = True) -> Any:
+        return prepare(how, model, use_gradient_checkpointing, None)
 
     def with_kwargs(
         model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
     ) -> Any:
-        return prepare(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        return prepare(how, model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
     def with_cache(
         model: Any,
@@ -85,4 +80,4 @@ def implementation(how: Behaviour) -> Callable[..., Any]:
             torch.cuda.empty_cache()
         return model
 
-    return with_cache if how.clears_cache else with_kwargs
+    return with_cache if how.clears_cache else with_kwargs if how.takes_kwargs else before_kwargs
