@@ -101,8 +101,7 @@ class World:
             stack.enter_context(_no_grouped_kernel())
             # It looks for sequences packed into one, which cannot be told of positions without numbers.
             if hasattr(masking_utils, "find_packed_sequence_indices"):
-                packed = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-                stack.enter_context(packed)
+                stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             if self.device == "cuda":
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
                 stack.enter_context(mock.patch.object(bitsandbytes, "matmul", _int8_product_on_cuda))
