@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ Found = TypeVar("Found")
 class Bench:
     """Examines cases of one implementation in a worker, and replaces a worker that a case has ruined.
 
-    ``path`` are directories from which the worker imports the implementation, ``environment`` variables it gets.
+    ``path`` are directories from which the worker imports the implementation, ``environment`` variables it gets,
+    and ``python`` the interpreter that runs it.
     """
 
     def __init__(
@@ -36,15 +38,16 @@ class Bench:
         *,
         path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        python: str = sys.executable,
     ) -> None:
         self._scratch, self._rules, self._timeout, self._echo = scratch, rules, timeout, echo
-        self._path, self._environment = path, environment
+        self._path, self._environment, self._python = path, environment, python
         self._worker: WorkerProcess | None = None
         self.loaded = False
         self._hopeless = ""
 
     def start(self) -> None:
-        self._worker = WorkerProcess(self._scratch, self._echo, self._environment)
+        self._worker = WorkerProcess(self._scratch, self._echo, self._environment, python=self._python)
         self.loaded = False
 
     def stop(self) -> None:
@@ -97,7 +100,7 @@ class Bench:
         for event in self._ask(request):
             if event["event"] == "result":
                 seen.add(event["result"]["rule"])
-                reason = event["result"]["reason"]
+                reason = event["result"].get("reason", "")
                 poisoned |= event["result"]["status"] == Status.ERROR and any(word in reason for word in POISON)
             elif event["event"] == "broken":
                 poisoned |= event["fatal"]

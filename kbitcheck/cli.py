@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from kbitcheck.core import (
     select,
 )
 from kbitcheck.door import fail, list_rules, say
-from kbitcheck.options import ImplOptions, ModelOptions, Output, Shared, SweepOptions, with_options
+from kbitcheck.options import ImplOptions, MatrixOptions, ModelOptions, Output, Shared, SweepOptions, with_options
 
 if TYPE_CHECKING:
     from kbitcheck.run import Blame
@@ -37,7 +38,9 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config."
-IMPL_HELP = "reference, peft, module:function or path/to/file.py:function."
+IMPL_HELP = (
+    "reference, peft, module:function, path/to/file.py:function, or REQUIREMENT::module:function (peft==0.13.2)."
+)
 
 
 def _version(asked: bool) -> None:
@@ -113,6 +116,7 @@ def fuzzed(impl: str, options: ImplOptions) -> int:
     environment.validate_device(options.device)
     for name in options.model:
         models.resolve(name)
+    install(impl)
     destination = Destination(options.output)
     chosen = select(options.codes, options.ignored)
     plan = fuzz.Plan(
@@ -179,6 +183,43 @@ def gate(
 
 @app.command()
 @with_options
+def matrix(
+    subjects: Annotated[list[str], typer.Argument(metavar="IMPL...", help=f"{IMPL_HELP} Or a TOML list of them.")],
+    options: MatrixOptions,
+) -> int:
+    """Which rules do several implementations or releases keep?"""
+    from kbitcheck import matrix
+    from kbitcheck.destination import Destination
+    from kbitcheck.reporters.matrix import render, verdict
+
+    chosen = matrix.subjects(subjects)
+    destination = Destination(options.output)
+    cases = impl_cases(chosen[0].implementation, options)
+    if options.in_process:
+        raise UsageError("a matrix cannot run --in-process: two preparations never share a process")
+
+    def judge(impl: str) -> Report:
+        return examine("impl", impl_cases(impl, options), options, blame="own")
+
+    rows: list[matrix.Row] = []
+    for number, subject in enumerate(chosen, 1):
+        rows.append(matrix.row(subject, judge))
+        say(f"{number}/{len(chosen)} {verdict(rows[-1:])}")
+        if not rows[-1].complete:
+            break
+    words = ["kbitcheck", *sys.argv[1:]]
+    table = matrix.Matrix(
+        tool=f"kbitcheck {kbitcheck.__version__}",
+        command=shlex.join(words),
+        cases=[spec.id for spec in cases],
+        rows=rows,
+    )
+    destination.write(render(table, options.format))
+    return table.exit_code
+
+
+@app.command()
+@with_options
 def diff(
     before: Annotated[str, typer.Argument(metavar="A.json")],
     after: Annotated[str, typer.Argument(metavar="B.json")],
@@ -206,30 +247,34 @@ def rules(code: Annotated[str, typer.Argument(metavar="CODE", help="A code or a 
 @app.command()
 def selftest(
     codes: Annotated[str, typer.Option("--select", metavar="CODES", help="Only these rules.")] = "",
+    matrix: Annotated[bool, typer.Option("--matrix", help="Every fault by every rule, as a page in Markdown.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the whole.")] = 3600.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the worker prints.")] = False,
 ) -> int:
     """Prove on this machine that every rule bites."""
     from kbitcheck.destination import Destination
     from kbitcheck.process import Lost
+    from kbitcheck.reporters.kill_matrix import page
     from kbitcheck.run import selftest
     from kbitcheck.signals import told_to_stop
 
     chosen = [rule.code for rule in select([c.strip() for c in codes.split(",") if c.strip()])]
     stdout = Destination("")
-    caught: list[bool] = []
+    found = []
+    run = selftest(chosen, matrix=matrix, timeout=timeout, echo=_echo if debug else None)
     try:
-        with (
-            told_to_stop(),
-            contextlib.closing(selftest(chosen, timeout=timeout, echo=_echo if debug else None)) as run,
-        ):
+        with told_to_stop(), contextlib.closing(run):
             for event in run:
                 if event["event"] == "sabotage":
                     word = {True: "caught", False: "MISSED", None: "untold"}[event["caught"]]
-                    stdout.write(f"{word}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}\n")
-                    caught += [] if event["caught"] is None else [event["caught"]]
+                    line = f"{word}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}"
+                    say(line) if matrix else stdout.write(line + "\n")
+                    found.append(event)
     except Lost as lost:
         return fail(f"the selftest broke: {lost}", EXIT_ERROR)
+    if matrix:
+        stdout.write(page(found))
+    caught = [event["caught"] for event in found if event["caught"] is not None]
     say(f"{sum(caught)} of {len(caught)} sabotages caught")
     return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE
 
@@ -372,6 +417,8 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
     from kbitcheck.worker import debug_to_stderr
 
     environment.validate_device(options.device)
+    if specs[0].static != "always":
+        install(specs[0].implementation, in_process=options.in_process)
     chosen = select(options.codes, options.ignored)
     # In process, what the subject prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
@@ -390,6 +437,23 @@ def examine(command: str, specs: Sequence[CaseSpec], options: Shared, *, blame: 
             on_event=advance,
             echo=_echo if options.debug else None,
         )
+
+
+def install(impl: str, *, in_process: bool = False) -> None:
+    """Build the environment of an implementation, where it is a requirement.
+
+    Raises:
+        UsageError: it cannot be built, or is to run in this process.
+    """
+    from kbitcheck import environments, requirement
+    from kbitcheck.signals import told_to_stop
+
+    if requirement.parse(impl) is None:
+        return
+    if in_process:
+        raise UsageError(f"{impl} cannot run --in-process: it has an environment of its own")
+    with told_to_stop():
+        environments.interpreter(impl, say)
 
 
 def _echo(text: str) -> None:

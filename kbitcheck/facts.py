@@ -56,7 +56,10 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
-    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm."""
+    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm.
+
+    ``numbers`` are the plain numbers that it keeps: an epsilon, a scale, a dropout rate.
+    """
 
     name: str
     cls: str
@@ -66,6 +69,7 @@ class ModuleFacts:
     norm: frozenset[str] = frozenset()
     block: bool = False
     tower: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,7 +453,22 @@ class Facts(Protocol):
     @property
     def run(self) -> RunFacts: ...
     @property
+    def step_raised(self) -> str:
+        """What the training step of ``run`` raised, as ``Type: message``; empty where it ran."""
+        ...
+
+    @property
+    def unprepared(self) -> Facts:
+        """The same case of a base that transformers alone checkpoints and nothing prepares: a witness."""
+        ...
+
+    @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
+    @property
+    def single_gradients(self) -> Mapping[str, GradientFacts]:
+        """Those of a step on one row without a mask."""
+        ...
+
     @property
     def against_plain(self) -> Mapping[str, Distance]: ...
     @property
@@ -464,6 +483,11 @@ class Facts(Protocol):
     def cost(self) -> CostFacts: ...
     @property
     def forwards(self) -> Sequence[ForwardFacts]: ...
+    @property
+    def left_by_evaluation(self) -> int:
+        """Bytes that stay alive after a forward in eval mode."""
+        ...
+
     @property
     def function(self) -> FunctionFacts: ...
     @property

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, setti
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 import kbitcheck
+from kbitcheck import environments
 from kbitcheck.bench import Bench
 from kbitcheck.core import EXIT_CONFORMS, EXIT_NOTHING, Report, Result, Rule, UsageError
 from kbitcheck.implementations import REFERENCE
@@ -95,7 +96,8 @@ class _Run:
         echo: Callable[[str], None] | None,
     ) -> None:
         self.plan, self.scratch, self.on_event = plan, scratch, on_event
-        self.bench = Bench(scratch, plan.rules, timeout, echo)
+        python = environments.interpreter(plan.implementation)
+        self.bench = Bench(scratch, plan.rules, timeout, echo, python=python)
         self.specs: dict[str, CaseSpec] = {}
         self.results: dict[str, tuple[Result, ...]] = {}
         self.unloadable: dict[str, str] = {}

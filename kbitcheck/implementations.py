@@ -1,4 +1,7 @@
-"""Names what is under test: ``reference``, ``peft``, ``module:function`` or ``path/to/file.py:function``."""
+"""Names what is under test: ``reference``, ``peft``, ``module:function`` or ``path/to/file.py:function``.
+
+After ``REQUIREMENT::`` a module or file is that of another environment: see ``kbitcheck.requirement``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kbitcheck import requirement
 from kbitcheck.core import UsageError
 
 REFERENCE = "reference"
@@ -23,9 +27,13 @@ ALIASES = {
     REFERENCE: "kbitcheck_reference:prepare_model_for_kbit_training",
     "peft": "peft:prepare_model_for_kbit_training",
 }
-FORMS = "reference, peft, module:function or path/to/file.py:function"
+FORMS = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function"
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+class Missing(UsageError):
+    """There is no such function, whatever else is installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +57,23 @@ def default() -> str:
 
 
 def validate(text: str) -> None:
-    """Check, without importing it, that ``text`` can name an implementation.
+    """Check, without importing or installing it, that ``text`` can name an implementation.
 
     Raises:
         UsageError: wrong syntax, or no such file or top-level module.
     """
+    wanted = requirement.parse(text)
     where, attribute = _split(text)
     if not where or not DOTTED.fullmatch(attribute):
         raise UsageError(f"implementation {text!r} names no function: write {FORMS}")
+    if wanted is not None:
+        wanted.validate()
     if _is_file(where):
         if not Path(where).is_file():
             raise UsageError(f"implementation {text!r}: no such file: {where}")
     elif not DOTTED.fullmatch(where):
         raise UsageError(f"implementation {text!r} is not one of {FORMS}")
-    else:
+    elif wanted is None:
         top = where.partition(".")[0]
         if top not in sys.modules and PathFinder.find_spec(top, [str(Path.cwd()), *sys.path]) is None:
             raise UsageError(f"implementation {text!r}: no module named {top!r} is installed or in this directory")
@@ -72,22 +83,26 @@ def load(text: str) -> Implementation:
     """Import the implementation. Run this only where the harness and its oracle are already imported.
 
     Raises:
-        UsageError: it cannot be imported, has no such attribute, or is not callable.
+        Missing: it has no such module or attribute, or that is not callable.
+        UsageError: it cannot be imported.
     """
     validate(text)
     where, attribute = _split(text)
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"implementation {text!r} cannot be imported: {_told(error)}") from error
+        gone = isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
+        raise (Missing if gone else UsageError)(
+            f"implementation {text!r} cannot be imported: {_told(error)}"
+        ) from error
     found: Any = module
     for name in attribute.split("."):
         try:
             found = getattr(found, name)
         except AttributeError:
-            raise UsageError(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
+            raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
     if not callable(found):
-        raise UsageError(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
+        raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
     return describe(found, name=text, version=_version(module))
 
 
@@ -119,7 +134,8 @@ def describe(function: Callable[..., Any], *, name: str = "", version: str = "")
 
 
 def _split(text: str) -> tuple[str, str]:
-    where, _, attribute = ALIASES.get(text, text).rpartition(":")
+    wanted = requirement.parse(text)
+    where, _, attribute = (ALIASES.get(text, text) if wanted is None else wanted.function).rpartition(":")
     return where, attribute
 
 
@@ -133,9 +149,14 @@ def _told(error: BaseException) -> str:
 
 
 def _import(name: str, text: str) -> ModuleType:
-    if text not in ALIASES:
+    wanted = requirement.parse(text)
+    if wanted is None and text not in ALIASES:
         _first_on_path(Path.cwd())
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
+    file = module.__file__ or ""
+    if wanted is not None and not Path(file).is_relative_to(sys.prefix):
+        raise ImportError(f"{name} is that of {file}; {wanted.text} has an environment of its own, in another process")
+    return module
 
 
 def _load_file(path: Path) -> ModuleType:

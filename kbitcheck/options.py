@@ -151,6 +151,18 @@ class ImplOptions(Shared):
 
 
 @dataclass(kw_only=True)
+class MatrixOptions(ImplOptions):
+    """What ``matrix`` takes: the options of ``impl``, and formats of its own."""
+
+    format: Annotated[str, typer.Option(metavar="text|json|markdown|html", help="How to render the table.")] = "text"
+
+    def __post_init__(self) -> None:
+        if self.format in ("junit", "sarif"):
+            raise UsageError(f"no such format of a matrix: {self.format!r}; use text, json, markdown or html")
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
 class SweepOptions:
     """What ``sweep`` takes."""
 

@@ -37,7 +37,7 @@ class Lost(Exception):
 class WorkerProcess:
     """A running worker. ``scratch`` becomes its TMPDIR; ``echo`` gets what it and its subject print.
 
-    ``environment`` holds variables that it gets beside this process's own.
+    ``environment`` holds variables that it gets beside this process's own; ``python`` is the interpreter that runs it.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class WorkerProcess:
         scratch: Path,
         echo: Callable[[str], None] | None = None,
         environment: Mapping[str, str] | None = None,
+        *,
+        python: str = sys.executable,
     ) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
@@ -55,7 +57,7 @@ class WorkerProcess:
         self._warm = False
         self._popen = subprocess.Popen(
             # -P: a torch.py in the working directory must not be imported in torch's place.
-            [sys.executable, "-P", "-m", "kbitcheck.worker", str(requests), str(replies)],
+            [python, "-P", "-m", "kbitcheck.worker", str(requests), str(replies)],
             pass_fds=(requests, replies),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

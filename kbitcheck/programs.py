@@ -17,5 +17,5 @@ STEPS: tuple[Step, ...] = get_args(Step)
 # What KB308 runs in each case; any other program is for the state machine and for replays.
 INTERLEAVED: tuple[Step, ...] = (
     "train", "evaluate", "infer", "generate", "train", "eval-mode", "copy", "prepare", "save", "update", "accumulate",
-    "checkpointing-off", "evaluate", "checkpointing-non-reentrant", "train",
+    "checkpointing-off", "evaluate", "move", "checkpointing-non-reentrant", "train",
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 import time
 import tomllib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kbitcheck
+from kbitcheck import environments
 from kbitcheck.bench import Bench, broken, spread
 from kbitcheck.core import Party, Report, Result, Rule, Status, UsageError
 from kbitcheck.implementations import REFERENCE, Implementation
@@ -137,9 +139,13 @@ def _in_process(
 
 
 def selftest(
-    codes: Sequence[str], *, timeout: float = TIMEOUT_SECONDS, echo: Callable[[str], None] | None = None
+    codes: Sequence[str],
+    *,
+    matrix: bool = False,
+    timeout: float = TIMEOUT_SECONDS,
+    echo: Callable[[str], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """Run the sabotages of these rules in a worker; yields a ``sabotage`` event for each.
+    """Run the sabotages of these rules in a worker, with ``matrix`` by all rules; yields a ``sabotage`` event for each.
 
     Raises:
         Lost: the worker ended, or one answer took longer than ``timeout`` seconds.
@@ -148,7 +154,7 @@ def selftest(
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
         worker = WorkerProcess(Path(scratch), echo)
         try:
-            for event in worker.ask({"do": "selftest", "codes": list(codes)}, timeout):
+            for event in worker.ask({"do": "selftest", "codes": list(codes), "matrix": matrix}, timeout):
                 if event["event"] == "usage":
                     raise UsageError(event["message"])
                 if event["event"] == "broken":
@@ -172,5 +178,7 @@ def _isolated(
             yield from bench.examine(spec)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        benches = [Bench(Path(scratch), rules, timeout, echo) for _ in range(min(jobs, len(groups)))]
+        called = bool(specs) and specs[0].static != "always"
+        python = environments.interpreter(specs[0].implementation) if called else sys.executable
+        benches = [Bench(Path(scratch), rules, timeout, echo, python=python) for _ in range(min(jobs, len(groups)))]
         yield from spread(list(groups.values()), serve, benches)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import kbitcheck
-from kbitcheck import environment, implementations
+from kbitcheck import environment, implementations, requirement
 from kbitcheck.bench import Bench
 from kbitcheck.core import (
     EXIT_BROKEN_RULE,
@@ -42,7 +42,8 @@ from kbitcheck.suite import CaseSpec
 if TYPE_CHECKING:
     from kbitcheck.options import SweepOptions
 
-RETURNS, LEARNS, CHANGED, SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB502", "KB309", "KB105", "KB903", "KB401", "KB403"
+RETURNS, RUNS, LEARNS, CHANGED = "KB502", "KB210", "KB309", "KB105"
+SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB903", "KB401", "KB403"
 LISTING_SECONDS = 300.0
 
 
@@ -152,18 +153,19 @@ class Table:
 def row(architecture: str, cls: str, model: str, results: Sequence[Result], facts: Mapping[str, Any]) -> Row:
     """The row of an architecture that was loaded."""
     by_rule = {r.rule: r for r in results}
-    raised = next((f.actual for f in _failures(by_rule, RETURNS) if f.actual.startswith("raised")), "")
+    raised = unprepared = next((f.actual for f in _failures(by_rule, RETURNS) if f.actual.startswith("raised")), "")
     total = facts.get("parameters")
     prepared = facts.get("bytes_prepared")
-    # Where preparation raised, rules about what comes after it have nothing to judge, and KB502 has told.
+    # Where preparation or a training step raised, rules about what comes after have nothing to judge, and one has told.
+    raised = raised or next((f.actual for f in _failures(by_rule, RUNS) if f.where == "training step"), "")
     errors = [r for r in results if r.status is Status.ERROR and not raised]
     return Row(
         architecture=architecture,
         cls=cls,
         model=model,
         loads=True,
-        prepares=None if RETURNS not in by_rule else not raised,
-        trains=_trains(by_rule),
+        prepares=None if RETURNS not in by_rule else not unprepared,
+        trains=False if raised and not unprepared else _trains(by_rule),
         checkpointing=_checkpointing(by_rule),
         quantized=facts["quantized"] / total if total else None,
         growth=prepared / (2 * total) if prepared and total else None,
@@ -354,6 +356,8 @@ def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[
     """
     implementation = options.prepare or implementations.default()
     implementations.validate(implementation)
+    if requirement.parse(implementation):
+        raise UsageError(f"--prepare {implementation}: a sweep is of the transformers that is installed here")
     environment.validate_device(options.device)
     quant = str(Quantization.parse(options.quant))
     common: dict[str, Any] = {"checkpointing": options.checkpointing, "profile": options.profile, "seed": options.seed}

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from kbitcheck.core import Rule, UsageError, judge, log, rules
-from kbitcheck.implementations import Implementation, load, unused
+from kbitcheck.implementations import Implementation, Missing, load, unused
 from kbitcheck.suite import CaseSpec
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class Server:
             for event in getattr(self, f"_{request['do']}")(request):
                 self._send(event)
         except UsageError as error:
-            self._send({"event": "usage", "message": str(error), "traceback": traceback.format_exc()})
+            missing = isinstance(error, Missing)
+            told = {"event": "usage", "message": str(error), "missing": missing, "traceback": traceback.format_exc()}
+            self._send(told)
         except BaseException as error:
             # A subject may raise SystemExit or KeyboardInterrupt; whatever it raises is the case's end, not the run's.
             # Memory and CUDA errors leave a process that is not to be trusted with the next case.
@@ -132,7 +134,7 @@ class Server:
     def _selftest(self, request: Event) -> Iterator[Event]:
         from kbitcheck import sabotage
 
-        for verdict in sabotage.run(request["codes"]):
+        for verdict in sabotage.run(request["codes"], matrix=request["matrix"]):
             yield {"event": "sabotage", **verdict.as_json()}
         yield {"event": "done"}
 

@@ -62,6 +62,12 @@ def state(module: torch.nn.Module) -> Mapping[str, Any]:
     return {**dict(_fields(weight.quant_state)), **settings}
 
 
+def scratch(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors that the layer's own kernels keep from one call to the next, as int8 keeps the outliers' columns."""
+    state = getattr(module, "state", None)
+    return [v for v in vars(state).values() if isinstance(v, torch.Tensor)] if state is not None else []
+
+
 def dequantized(module: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The weight as the layer's own kernels unpack it: (out, in), in ``dtype`` or the state's (float32 for int8)."""
     weight: Any = module.weight

@@ -160,6 +160,24 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     return found
 
 
+def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None) -> int:
+    """Bytes that a forward in eval mode leaves behind. The model ran before: its first makes what the stack keeps."""
+    model.eval()
+    # Operators that answer with a view of a weight make no storage.
+    live = Live()
+    live.tag = MODEL
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
+        live.add(tensor)
+    live.tag, floor = OUTSIDE, live.now
+    with only_new_garbage():
+        with torch.no_grad(), live, autocast or nullcontext():
+            model(**step.feed(model, batch))
+        gc.collect()
+    layers = (m for m in model.modules() if backends.is_quantized(m))
+    stack = {storage_id(t) for layer in layers for t in backends.scratch(layer)}
+    return live.now - floor - sum(size for key, (size, tag) in live.holds().items() if key in stack and not tag)
+
+
 def _states(model: nn.Module) -> Iterable[torch.Tensor]:
     """Tensors of the quantization states: the layers' own memory, though no parameter or buffer."""
     for module in model.modules():

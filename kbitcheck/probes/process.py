@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import logging
 import os
 import pickle
 import random
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -20,6 +23,12 @@ LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 OWN_BUSINESS = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
 
 State = Mapping[str, str]
+
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global") and isinstance(hooks, dict)
+]
 
 
 def state() -> State:
@@ -51,6 +60,15 @@ def state() -> State:
         ),
         "denormals flushed": str(float(torch.tensor(1e-40) * 0.5) == 0.0),
         "recursion limit": str(sys.getrecursionlimit()),
+        "hooks on every module": str(sum(len(hooks) for hooks in _GLOBAL_HOOKS)),
+        "logging": str(
+            (logging.root.level, logging.root.manager.disable, [logging.getLogger(n).level for n in LIBRARIES])
+        ),
+        "numpy errors": str(numpy.geterr()),
+        "garbage collection": str((gc.isenabled(), gc.get_threshold())),
+        "working directory": str(Path.cwd()),
+        "import path": _digest(repr(sys.path).encode()),
+        "oneDNN": str((torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled)),
     }
 
 

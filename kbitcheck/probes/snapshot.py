@@ -160,6 +160,7 @@ def _module(name: str, module: nn.Module, block: bool) -> ModuleFacts:
         norm=norm_evidence(name, module),
         block=block,
         tower=tower(name) if block else "",
+        numbers={k: v for k, v in vars(module).items() if type(v) in (int, float) and not k.startswith("_")},
     )
 
 
@@ -183,8 +184,15 @@ def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
+    """The configuration, the one that generates, and the attention chosen, which ``to_dict`` leaves out."""
     config: Any = getattr(model, "config", None)
-    plain: Mapping[str, Any] = _plain(config.to_dict()) if hasattr(config, "to_dict") else {}
+    if not hasattr(config, "to_dict"):
+        return {}
+    more = {"attention": getattr(config, "_attn_implementation", None)}
+    generates: Any = getattr(model, "generation_config", None)
+    if hasattr(generates, "to_dict"):
+        more["generation"] = generates.to_dict()
+    plain: Mapping[str, Any] = _plain({**config.to_dict(), **more})
     return plain
 
 

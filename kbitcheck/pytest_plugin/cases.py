@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kbitcheck import environments
 from kbitcheck.bench import Bench
 from kbitcheck.core import Result, UsageError, rules
 from kbitcheck.run import settle
@@ -124,7 +126,11 @@ class Cases:
         if self._bench is None or self._subject != spec.implementation:
             self.close()
             self._subject, self._loaded = spec.implementation, {}
-            self._bench = Bench(self._scratch, (), self._timeout, path=self._path, environment=self._environment)
+            python = environments.interpreter(spec.implementation)
+            # What pytest imports from would come before what the subject brings.
+            path = self._path if python == sys.executable else ()
+            environment = self._environment
+            self._bench = Bench(self._scratch, (), self._timeout, path=path, environment=environment, python=python)
         return self._bench
 
     @contextmanager

@@ -21,7 +21,7 @@ CSS = {INK: "currentColor", **{stand_in: f"var(--series-{n})" for n, stand_in in
 BARS = 8  # models in the first chart
 LAYERS = 60  # points in the last
 WIDTH = 8.0  # inches, of 72 CSS pixels
-LABEL = 22  # characters of a tick's label
+LABEL = 28  # characters of a tick's label
 # As kbitcheck.summary names them; those that a chart has no colour for are its rest.
 GROUPS = (
     "quantized", "embeddings", "head", "norms", "experts", "routers", "attention", "mlp", "vision", "audio", "other", "buffers",
@@ -75,13 +75,13 @@ def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[s
         axes.set_yticks(places, [name for name, _ in bars])
         axes.set_xlabel(unit)
         _plain(axes, grid="x")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(SERIES), frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
 
     few = f" The {BARS} of {len(found)} that grow most." if len(found) > BARS else ""
     return Chart(
         title="Where the bytes are",
         caption=f"Parameters and buffers as loaded and after preparing.{few}",
-        svg=_svg("bytes", draw, 1.1 + 0.34 * len(bars)),
+        svg=_svg("bytes", draw, 1.3 + 0.34 * len(bars)),
         columns=("model", *groups, "all"),
         rows=tuple(
             (name, *(f"{counts.get(g, 0):,}" for g in groups), f"{sum(counts.values()):,}") for name, counts in bars
@@ -184,7 +184,7 @@ def _named(axes: Axes, names: Sequence[str]) -> None:
     every = -(-len(names) // 20)
     places = list(range(0, len(names), every))
     prefix = _common([n.split(".") for n in names])
-    labels = [".".join(names[p].split(".")[prefix:]) for p in places]
+    labels = [re.sub(r"(^|\.)(block|layers?|h)\.(?=\d)", r"\1", ".".join(names[p].split(".")[prefix:])) for p in places]
     labels = [label if len(label) <= LABEL else "…" + label[1 - LABEL :] for label in labels]
     steep = max(map(len, labels)) > 6
     axes.set_xticks(places, labels, rotation=40 if steep else 0, ha="right" if steep else "center")

@@ -44,7 +44,7 @@ def render(report: Report) -> str:
         rule = None if variants[0].error else known.get(variants[0].rules[0])
         families.setdefault(rule.family if rule else "", []).append(_finding(report, variants, rule))
     tally = Tally(report)
-    return _template().render(
+    return template("report").render(
         report=report,
         good=report.exit_code == 0,
         verdict=tally.line(),
@@ -62,7 +62,8 @@ def _place(family: str) -> int:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page's template, by its file's name."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -73,7 +74,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["prose"] = _prose
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(f"{name}.html.jinja")
 
 
 def _prose(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import FLOATING, HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.rules.witness import blame
 
 NORM_KINDS = frozenset({"class", "name", "shape"})
 
@@ -81,6 +82,8 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
 def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     """Parameters that were fp32, fp64, integer, bool or float8, and every buffer, keep dtype, device and bits.
 
+    So does every plain number that a module keeps, such as an epsilon, a scale or a dropout rate.
+
     Why: scales, rotary tables and weights kept in fp32 on purpose break quietly when they are cast or recomputed.
     Symptom: garbage after long contexts; NaN in T5; a kernel that refuses its scales.
     Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
@@ -101,6 +104,17 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     for old, new in _pairs(facts):
         if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
             yield Observation(old.name, False, "the same bits", "other numbers")
+    yield from _numbers(facts)
+
+
+def _numbers(facts: Facts) -> Iterator[Observation]:
+    """One observation for each number that a module keeps and that is another."""
+    for module in facts.base.modules.values():
+        now = facts.prepared.modules.get(module.name)
+        if now is not None:
+            for key, number in module.numbers.items():
+                if now.numbers.get(key) != number:
+                    yield Observation(f"{module.name}.{key}", False, str(number), str(now.numbers.get(key)))
 
 
 def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
@@ -240,7 +254,7 @@ def same_function(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB210", "runs-everywhere", Level.MUST)
 def runs_everywhere(facts: Facts) -> Iterable[Observation]:
-    """Forward is finite and raises nothing in train and eval, with and without a mask, with and without autocast.
+    """Forward is finite and raises nothing in train and eval, with and without a mask and autocast; a training step runs.
 
     Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
 
@@ -257,6 +271,9 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         if not ok and (f.base_raised or not f.base_finite):
             party, witness = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
         yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", party, witness)
+    raised = facts.step_raised
+    blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
+    yield Observation("training step", not raised, "no error", raised or "none", *blamed)
 
 
 @rule("KB211", "no-half-trainables", Level.MUST)
