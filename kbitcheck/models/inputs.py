@@ -78,7 +78,9 @@ def _with_pictures(
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, list | tuple) else [features]
     count = sum(part.numel() // part.shape[-1] for part in parts) // batch
-    image = next(v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None)
+    image = next(
+        v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
+    )
     made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
     made["input_ids"][:, 1 : 1 + count] = image
     if made["labels"].shape == made["input_ids"].shape:
@@ -131,7 +133,9 @@ def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
 def _with_sounds(model: Any, key: str, bins_first: bool | None, *, batch: int, seq_len: int, seed: int) -> Batch:
     """Mel bins by frames, frames by mel bins, or a plain wave; the labels are text."""
     config, tokens = model.config, Tokens(model, seed)
-    encoder = next((c for k in ("encoder_config", "audio_config") if (c := getattr(config, k, None)) is not None), config)
+    encoder = next(
+        (c for k in ("encoder_config", "audio_config") if (c := getattr(config, k, None)) is not None), config
+    )
     bins = next(
         (v for k in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim") for c in (encoder, config)
          if isinstance(v := getattr(c, k, None), int)), 80,
