@@ -18,11 +18,12 @@ MOST_OF_A_BLOCK = 3  # what is passed is handed on, with a place of its own in t
 def test_deeper_models_cost_hardly_more(mode, monkeypatch):
     asked = []
     dispatch = fake.Counted.__torch_dispatch__
-    monkeypatch.setattr(
-        fake.Counted,
-        "__torch_dispatch__",
-        lambda self, func, *rest: (asked.append(func), dispatch(self, func, *rest))[1],
-    )
+
+    def counted(self, func, *rest):
+        asked.append(func)
+        return dispatch(self, func, *rest)
+
+    monkeypatch.setattr(fake.Counted, "__torch_dispatch__", counted)
     counts = []
     for depth in (4, 24):
         found = resolve("tiny:llama")
