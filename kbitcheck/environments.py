@@ -116,8 +116,9 @@ def _build(wanted: Requirement, folder: Path) -> Environment:
             try:
                 _furnish(wanted, draft, asked)
             except Refused as error:
-                if isinstance(error, Conflict) and not refused:
-                    todo.insert(0, "")
+                if isinstance(error, Conflict):
+                    # Its own requirements decide: whichever they allow, or none.
+                    todo = [""] if asked else []
                 refused.append(f"transformers {asked or 'of its own choice'}: {error}")
                 continue
             transformers = asked or _chosen(draft)
@@ -158,7 +159,7 @@ def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
         return _succeed(wanted, [*uses, wanted.pip, *beside])
     if importlib.util.find_spec("pip") is None:
         raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
-    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
+    options = ["--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
     uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
     if wanted.project and not _version(wanted.project):
         return _succeed(wanted, [*uses, wanted.pip, *beside])

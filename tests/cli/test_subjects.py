@@ -130,7 +130,8 @@ WRONG = [
     ("nobodys-package-at-all==1.0::a:b", "cannot be installed: "),
     ("nobodys-package-at-all==1.0", "write nobodys-package-at-all==1.0::module:function"),
     ("what is this::a:b", "is no requirement"),
-    ("{needs}::fork_prep:prepare", "torch"),
+    ("{needs}::fork_prep:prepare", "fork-prep 1.0 depends on torch<1"),
+    ("{elder}::fork_prep:prepare", "fork-prep 1.0 depends on transformers<4"),
 ]
 
 
@@ -138,7 +139,8 @@ WRONG = [
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(elsewhere: Elsewhere, name: str, told: str) -> None:
     given = wheel(elsewhere.cwd.parent / "w")
     needs = wheel(elsewhere.cwd.parent / "n", needs="torch<1")
-    run = elsewhere("impl", name.format(wheel=given, needs=needs), *ONE)
+    elder = wheel(elsewhere.cwd.parent / "e", needs="transformers<4")
+    run = elsewhere("impl", name.format(wheel=given, needs=needs, elder=elder), *ONE)
     lines = [line for line in run.stderr.splitlines() if not line.startswith("installing ")]
     assert (run.returncode, len(lines), run.stdout) == (4, 1, ""), run.stderr
     assert told in lines[0]
