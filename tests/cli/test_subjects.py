@@ -234,7 +234,10 @@ def test_a_matrix_has_a_row_for_each(shop: Shop) -> None:
     assert rude["marks"] == {**kept, "KB201": "broken SHOULD"}
     assert good["marks"] == kept
     assert worse["marks"] == {**kept, "KB103": "broken MUST", "KB201": "broken SHOULD"}
-    assert worse["broken"] == {"KB103": ["tiny:llama-nf4-off"], "KB201": ["tiny:llama-nf4-off"]}
+    assert worse["broken"] == {
+        "KB103": {"tiny:llama-nf4-off": "prepare: expected the model, found None"},
+        "KB201": {"tiny:llama-nf4-off": "prepare.please: expected please, found nothing"},
+    }
     assert ["no_such_module_anywhere" in broken[0]["error"], "no attribute" in broken[1]["error"]] == [True, True]
     assert (table["cases"], table["exit_code"]) == (["tiny:llama-nf4-off"], 3)
     told = [shop("matrix", *names, *ONE, "--format", form).stdout for form in ("text", "markdown", "html")]
