@@ -37,7 +37,6 @@ OLDER_TRANSFORMERS = ("4.57.6", "4.56.2")
 LOAD_SECONDS = 300.0  # importing two stacks with a cold cache
 LAYOUT = 1  # of what is in an environment; a new number makes new ones
 TOLD = "kbitcheck.json"
-PARENT = "zzz_kbitcheck.pth"  # the last of its directory's
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ def _furnish(wanted: Requirement, draft: Path, transformers: str) -> None:
         UsageError: not at all.
     """
     venv.create(draft, with_pip=False, clear=True)
-    (_packages(draft) / PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
+    (_packages(draft) / requirement.PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
     pins = draft / "constraints.txt"
     held = {name: _version(name) for name in PINNED}
     lines = [f"{name}=={version}" for name, version in held.items() if version]
