@@ -22,6 +22,7 @@ from kbitcheck.core import (
     Status,
     UsageError,
 )
+from kbitcheck.gate import evidence
 
 Format = Literal["text", "json", "markdown", "html"]
 
@@ -48,12 +49,12 @@ class Subject:
 class Row:
     """What came of an implementation: ``marks`` by rule, or ``error`` in one line where it could not be run at all.
 
-    ``versions`` are those of the stack it ran on; ``broken`` has, by rule, the cases that broke it out of all.
+    ``versions`` are those of the stack it ran on; ``broken`` tells, by rule, what was seen in each case that has the mark.
     """
 
     subject: Subject
     marks: Mapping[str, Mark]
-    broken: Mapping[str, Sequence[str]]
+    broken: Mapping[str, Mapping[str, str]]
     versions: Mapping[str, str]
     error: str = ""
     complete: bool = True
@@ -123,7 +124,7 @@ def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
         by_rule.setdefault(result.rule, []).append(result)
     marks = {code: max((_mark(r, report) for r in found), key=list(Mark).index) for code, found in by_rule.items()}
     broken = {
-        code: [r.case for r in found if _mark(r, report) is marks[code]]
+        code: {r.case: evidence(r) for r in found if _mark(r, report) is marks[code]}
         for code, found in by_rule.items()
         if marks[code] not in (Mark.KEPT, Mark.SKIPPED)
     }
