@@ -104,7 +104,7 @@ def zero_gradients_left_on_the_base(model: Any) -> None:
     norm.grad = torch.zeros_like(norm)
 
 
-@breaks("KB508", alone=True)
+@breaks("KB508")
 def evaluations_hoarded(model: Any) -> None:
     kept: list[torch.Tensor] = []
 
@@ -185,9 +185,9 @@ def _enabling(before: Any) -> dict[str, Any]:
     """Both names under which transformers switches checkpointing on, with something done first."""
 
     def named(name: str) -> Any:
-        def enable(self: Any, gradient_checkpointing_kwargs: Any = None, *args: Any, **kwargs: Any) -> Any:
-            before(self, gradient_checkpointing_kwargs)
-            return getattr(super(type(self), self), name)(gradient_checkpointing_kwargs, *args, **kwargs)
+        def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
+            before(self, next(iter((*args, *kwargs.values())), None))
+            return getattr(super(type(self), self), name)(*args, **kwargs)
 
         return enable
 

@@ -289,7 +289,7 @@ def rewrites_the_configuration(
 ) -> Any:
     freeze(model)
     cast(model)
-    model.config._attn_implementation = "eager"
+    model.config._attn_implementation = "sdpa"
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
