@@ -112,8 +112,20 @@ def _stack(matrix: Matrix) -> str:
 def _markdown(matrix: Matrix) -> str:
     codes, alike = columns(matrix)
     head = ["implementation", "transformers", *codes]
-    lines = [f"`{matrix.command}`", "", f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.", ""]
-    lines += [_line(head), _line(["---"] * len(head)), *(_line(_cells(row, codes, WORDS)) for row in matrix.rows), ""]
+    lines = [
+        "# Conformance matrix",
+        "",
+        f"`{matrix.command}`",
+        "",
+        f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.",
+        "",
+    ]
+    lines += [
+        _line(head),
+        _line(["---"] * len(head)),
+        *(_line(_cells(row, codes, WORDS)) for row in matrix.rows if row.marks),
+        "",
+    ]
     known = rules()
     lines += [f"* {code}: {known[code].requirement}" for code in codes if code in known]
     lines += ["", *(f"{line[0].upper()}{line[1:]}." for line in _alike(alike))]
