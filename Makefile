@@ -42,6 +42,8 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/sizes.py
+	$(BIN)/python benchmarks/predict.py
 
 # Needs a CUDA device; elsewhere the tests are skipped, and the rows say that they were not measured.
 gpu: $(STAMP)

@@ -149,7 +149,9 @@ def _steps(
 def _step(wrapped: Any, fed: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, device: str) -> int:
     """One training step; returns the bytes of cuBLAS's workspaces, which torch's allocator counts."""
     with step.cache_off(wrapped):
-        wrapped(**step.feed(wrapped, fed)).loss.backward()
+        output = wrapped(**step.feed(wrapped, fed))
+        output.loss.backward()
+    del output  # held till here, logits and all, as a plain loop does
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if not device.startswith("cuda"):

@@ -402,6 +402,8 @@ class Case:
         _ = self._ready
         try:
             _ = self.run
+        except NotApplicable:  # no forward runs, which has been told
+            return ""
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return ""

@@ -194,7 +194,7 @@ def matrix(
 
     chosen = matrix.subjects(subjects)
     destination = Destination(options.output)
-    cases = impl_cases(chosen[0].implementation, options)
+    cases = impl_cases("", options)
     if options.in_process:
         raise UsageError("a matrix cannot run --in-process: two preparations never share a process")
 

@@ -37,7 +37,6 @@ OLDER_TRANSFORMERS = ("4.57.6", "4.56.2")
 LOAD_SECONDS = 300.0  # importing two stacks with a cold cache
 LAYOUT = 1  # of what is in an environment; a new number makes new ones
 TOLD = "kbitcheck.json"
-PARENT = "zzz_kbitcheck.pth"  # the last of its directory's
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +98,29 @@ class Refused(Exception):
     """The subject does not go with this transformers; another may do."""
 
 
+class Conflict(Refused):
+    """It says itself that it does not, and so which one does."""
+
+
 def _build(wanted: Requirement, folder: Path) -> Environment:
     """Build beside the place and move there when all is done: an environment is whole, or is not there."""
     draft = folder.with_suffix(".draft")
     for old in (draft, folder):
         shutil.rmtree(old, ignore_errors=True)
     refused: list[str] = []
+    todo = _candidates()
     try:
-        for transformers in _candidates():
+        while todo:
+            asked = todo.pop(0)
             try:
-                _furnish(wanted, draft, transformers)
+                _furnish(wanted, draft, asked)
             except Refused as error:
-                refused.append(f"transformers {transformers}: {error}")
+                if isinstance(error, Conflict):
+                    # Its own requirements decide: whichever they allow, or none.
+                    todo = [""] if asked else []
+                refused.append(f"transformers {asked or 'of its own choice'}: {error}")
                 continue
+            transformers = asked or _chosen(draft)
             told = {"requirement": wanted.text, "function": wanted.function, "transformers": transformers}
             (draft / TOLD).write_text(json.dumps({**told, "refused": refused}, indent=1) + "\n", encoding="utf-8")
             draft.rename(folder)
@@ -129,10 +138,11 @@ def _furnish(wanted: Requirement, draft: Path, transformers: str) -> None:
         UsageError: not at all.
     """
     venv.create(draft, with_pip=False, clear=True)
-    (_packages(draft) / PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
+    (_packages(draft) / requirement.PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
     pins = draft / "constraints.txt"
     held = {name: _version(name) for name in PINNED}
-    pins.write_text("".join(f"{name}=={version}\n" for name, version in held.items() if version), encoding="utf-8")
+    lines = [f"{name}=={version}" for name, version in held.items() if version]
+    pins.write_text("\n".join([*lines, f"transformers>={OLDER_TRANSFORMERS[-1]}", ""]), encoding="utf-8")
     _install(wanted, draft, [f"transformers=={transformers}"] if transformers else [])
     _load(wanted, draft)
 
@@ -148,7 +158,7 @@ def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
         return _succeed(wanted, [*uses, wanted.pip, *beside])
     if importlib.util.find_spec("pip") is None:
         raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
-    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
+    options = ["--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
     uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
     if wanted.project and not _version(wanted.project):
         return _succeed(wanted, [*uses, wanted.pip, *beside])
@@ -164,7 +174,7 @@ def _succeed(wanted: Requirement, words: Sequence[str]) -> None:
     """Run an installer.
 
     Raises:
-        Refused: transformers is in the way.
+        Conflict: transformers is in the way.
         UsageError: it fails for another reason.
     """
     code, printed = _run(words)
@@ -172,7 +182,7 @@ def _succeed(wanted: Requirement, words: Sequence[str]) -> None:
         return
     told = _complaint(printed) or f"the installer ended with {code}"
     if "transformers" in told and not any(f"constraint) {name}" in told for name in PINNED):
-        raise Refused(told)
+        raise Conflict(told)
     raise UsageError(f"{wanted.text} cannot be installed: {told}")
 
 
@@ -225,9 +235,14 @@ def _load(wanted: Requirement, draft: Path) -> None:
 
 
 def _candidates() -> list[str]:
-    """The transformers to try, newest first; an empty one where none is installed here, and none is named to pip."""
-    own = _version("transformers")
-    return list(dict.fromkeys([own, *OLDER_TRANSFORMERS]))
+    """The transformers to try, newest first."""
+    return list(dict.fromkeys([_version("transformers"), *OLDER_TRANSFORMERS]))
+
+
+def _chosen(folder: Path) -> str:
+    """The transformers that an environment brings, or sees."""
+    own = metadata.distributions(name="transformers", path=[str(_packages(folder))])
+    return next((found.version for found in own), _version("transformers"))
 
 
 def parents() -> list[str]:

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -149,14 +150,15 @@ def _told(error: BaseException) -> str:
 
 
 def _import(name: str, text: str) -> ModuleType:
-    wanted = requirement.parse(text)
-    if wanted is None and text not in ALIASES:
+    if (wanted := requirement.parse(text)) is not None:
+        # Before PYTHONPATH, which may hold another state of the same package.
+        packages = sysconfig.get_path("purelib")
+        if not Path(packages, requirement.PARENT).exists():
+            raise ImportError(f"{wanted.text} has an environment of its own, and cannot be loaded in this process")
+        sys.path.insert(0, packages)
+    elif text not in ALIASES:
         _first_on_path(Path.cwd())
-    module = importlib.import_module(name)
-    file = module.__file__ or ""
-    if wanted is not None and not Path(file).is_relative_to(sys.prefix):
-        raise ImportError(f"{name} is that of {file}; {wanted.text} has an environment of its own, in another process")
-    return module
+    return importlib.import_module(name)
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -22,6 +22,7 @@ from kbitcheck.core import (
     Status,
     UsageError,
 )
+from kbitcheck.gate import evidence
 
 Format = Literal["text", "json", "markdown", "html"]
 
@@ -38,22 +39,23 @@ class Mark(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A row to be: what to call it, and the implementation."""
+    """A row to be: what to call it, and the implementation, or why it is left out."""
 
     name: str
     implementation: str
+    left_out: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """What came of an implementation: ``marks`` by rule, or ``error`` in one line where it could not be run at all.
 
-    ``versions`` are those of the stack it ran on; ``broken`` has, by rule, the cases that broke it out of all.
+    ``versions`` are those of the stack it ran on; ``broken`` tells, by rule, what was seen in each case that has the mark.
     """
 
     subject: Subject
     marks: Mapping[str, Mark]
-    broken: Mapping[str, Sequence[str]]
+    broken: Mapping[str, Mapping[str, str]]
     versions: Mapping[str, str]
     error: str = ""
     complete: bool = True
@@ -83,7 +85,7 @@ class Matrix:
         marks = [mark for row in self.rows for mark in row.marks.values()]
         if not all(row.complete for row in self.rows):
             return EXIT_INTERRUPTED
-        if Mark.ERROR in marks or any(row.error for row in self.rows):
+        if Mark.ERROR in marks or any(row.error and not row.subject.left_out for row in self.rows):
             return EXIT_ERROR
         if not set(marks) - {Mark.SKIPPED}:
             return EXIT_NOTHING
@@ -97,13 +99,16 @@ class Matrix:
 def subjects(names: Iterable[str]) -> list[Subject]:
     """The subjects that a command line names; what ends in ``.toml`` is a list of them.
 
-    A list is ``[[subject]]`` tables with an ``implementation``, and a ``name`` if it is to be called otherwise.
+    A list is ``[[subject]]`` tables with an ``implementation``, and a ``name`` if it is to be called otherwise; one that
+    is only to be told has ``left_out``, the reason why, instead.
 
     Raises:
         UsageError: a list is wrong, or an implementation cannot be one; nothing is installed to find out.
     """
     found = [one for name in names for one in (_listed(name) if name.endswith(".toml") else [Subject(name, name)])]
     for one in found:
+        if one.left_out:
+            continue
         implementations.validate(one.implementation)
     if not found:
         raise UsageError("a matrix wants at least one implementation, or a TOML file that lists them")
@@ -114,6 +119,8 @@ def subjects(names: Iterable[str]) -> list[Subject]:
 
 def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
     """Judge a subject; one that cannot be installed or loaded is a row with the error."""
+    if subject.left_out:
+        return Row(subject, {}, {}, {}, error=f"left out: {subject.left_out}")
     try:
         report = judge(subject.implementation)
     except UsageError as error:
@@ -123,7 +130,7 @@ def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
         by_rule.setdefault(result.rule, []).append(result)
     marks = {code: max((_mark(r, report) for r in found), key=list(Mark).index) for code, found in by_rule.items()}
     broken = {
-        code: [r.case for r in found if _mark(r, report) is marks[code]]
+        code: {r.case: evidence(r) for r in found if _mark(r, report) is marks[code]}
         for code, found in by_rule.items()
         if marks[code] not in (Mark.KEPT, Mark.SKIPPED)
     }
@@ -153,9 +160,10 @@ def _listed(name: str) -> list[Subject]:
         raise UsageError(f"{name} wants [[subject]] tables and nothing else")
     found = []
     for table in tables:
-        if set(table) - {"name", "implementation"} or not all(isinstance(v, str) for v in table.values()):
+        if set(table) - {"name", "implementation", "left_out"} or not all(isinstance(v, str) for v in table.values()):
             raise UsageError(f"{name}: a [[subject]] has an implementation and a name, both texts")
-        if not table.get("implementation"):
-            raise UsageError(f"{name}: a [[subject]] has no implementation")
-        found.append(Subject(table.get("name") or table["implementation"], table["implementation"]))
+        given, why = table.get("implementation", ""), table.get("left_out", "")
+        if bool(given) == bool(why) or not (given or table.get("name")):
+            raise UsageError(f"{name}: a [[subject]] has an implementation, or a name and why it is left_out")
+        found.append(Subject(table.get("name") or given, given, why))
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from kbitcheck.core import UsageError
 
 SEPARATOR = "::"
+PARENT = "zzz_kbitcheck.pth"  # the last of its directory's; every environment has it
 # What a release is asked for where nothing else is named.
 FUNCTIONS = {
     "peft": "peft:prepare_model_for_kbit_training",

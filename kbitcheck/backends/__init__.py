@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kbitcheck.backends import bitsandbytes
 from kbitcheck.backends.bitsandbytes import (
+    bare,
     compute_dtype,
     dequantized,
     is_packed,
@@ -16,6 +17,7 @@ from kbitcheck.backends.bitsandbytes import (
 )
 
 __all__ = [
+    "bare",
     "bitsandbytes",
     "compute_dtype",
     "dequantized",

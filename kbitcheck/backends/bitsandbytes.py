@@ -69,6 +69,15 @@ def scratch(module: torch.nn.Module) -> list[torch.Tensor]:
     return [v for v in vars(state).values() if isinstance(v, torch.Tensor)] if state is not None else []
 
 
+def bare(module: torch.nn.Module) -> torch.nn.Module:
+    """The library's own layer on the same weight and state: no subclass, no hook, no forward of the instance's."""
+    layer = copy.copy(module)
+    layer.__class__ = next(c for c in type(module).__mro__ if c.__module__.startswith(f"{NAME}."))
+    vars(layer).pop("forward", None)
+    vars(layer).update({name: empty for name, empty in vars(torch.nn.Module()).items() if name.endswith("_hooks")})
+    return layer
+
+
 def dequantized(module: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The weight as the layer's own kernels unpack it: (out, in), in ``dtype`` or the state's (float32 for int8)."""
     weight: Any = module.weight

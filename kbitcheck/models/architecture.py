@@ -94,7 +94,7 @@ class Architecture(Source):
         from kbitcheck.models.batch import draw
         from kbitcheck.models.inputs import first_fitting
 
-        shape = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
+        shape: dict[str, Any] = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
         if self.task == CAUSAL_LM:
             return draw(model, **shape, images=False)
         return first_fitting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def first_fitting(
     raise failed or ValueError(f"{type(model).__name__} computes no finite loss")
 
 
-def kinds(batch: Batch) -> str:
+def kinds(batch: Mapping[str, Tensor]) -> str:
     """What a batch holds, in words: ``text``, ``text, pictures``, ``sounds``."""
     named = {"input_ids": "text", "pixel_values": "pictures", "input_features": "sounds", "input_values": "sounds"}
     return ", ".join(dict.fromkeys(word for key, word in named.items() if key in batch))
@@ -49,12 +49,14 @@ def _forms(
     model: PreTrainedModel, batch: int, seq_len: int, seed: int, pictures: bool, sounds: bool
 ) -> Iterator[Callable[[Any], Batch]]:
     accepted = inspect.signature(model.forward).parameters
-    shape: dict[str, int] = {"batch": batch, "seq_len": seq_len, "seed": seed}
+    shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "seed": seed}
     if pictures:
         yield lambda m: draw(m, **shape)
         if hasattr(model, "get_image_features") and "input_ids" in accepted:
             for pixels in (_patches, _plain, _sized, _nested):
                 yield lambda m, pixels=pixels: _with_pictures(m, pixels, **shape)  # type: ignore[misc]
+        if "pixel_values" in accepted:
+            yield lambda m: _with_pictures_beside(m, **shape)
     if sounds:
         for key, last in (("input_features", True), ("input_features", False), ("input_values", None)):
             if key in accepted:
@@ -78,7 +80,9 @@ def _with_pictures(
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, list | tuple) else [features]
     count = sum(part.numel() // part.shape[-1] for part in parts) // batch
-    image = next(v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None)
+    image = next(
+        v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
+    )
     made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
     made["input_ids"][:, 1 : 1 + count] = image
     if made["labels"].shape == made["input_ids"].shape:
@@ -86,6 +90,17 @@ def _with_pictures(
     marks = (made["input_ids"] == image).long()
     made |= {key: marks for key in ("token_type_ids", "mm_token_type_ids") if key in accepted}
     return fit({**made, **read}, model)
+
+
+def _with_pictures_beside(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """A picture for each row, in no place of its text: what cross-attention reads, or what is put before the text."""
+    read = _plain(getattr(model.config, "encoder", model.config), Tokens(model, seed), batch)
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" in accepted:
+        return fit({**draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False), **read}, model)
+    tokens = Tokens(model, seed)
+    labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
+    return fit({**read, "labels": labels}, model)
 
 
 def _size(config: Any) -> tuple[int, int]:
@@ -131,7 +146,9 @@ def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
 def _with_sounds(model: Any, key: str, bins_first: bool | None, *, batch: int, seq_len: int, seed: int) -> Batch:
     """Mel bins by frames, frames by mel bins, or a plain wave; the labels are text."""
     config, tokens = model.config, Tokens(model, seed)
-    encoder = next((c for k in ("encoder_config", "audio_config") if (c := getattr(config, k, None)) is not None), config)
+    encoder = next(
+        (c for k in ("encoder_config", "audio_config") if (c := getattr(config, k, None)) is not None), config
+    )
     bins = next(
         (v for k in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim") for c in (encoder, config)
          if isinstance(v := getattr(c, k, None), int)), 80,

@@ -211,7 +211,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
     for name, (module, shape, dtype) in shapes.items():
         key = (type(module), backends.shape(module), shape, dtype)
         if key not in by_shape:
-            by_shape[key] = bare_layer_keeps(module, shape, dtype)
+            by_shape[key] = bare_layer_keeps(backends.bare(module), shape, dtype)
         if by_shape[key]:
             found[name] = by_shape[key]
     return found

@@ -76,8 +76,20 @@ def _text(matrix: Matrix) -> str:
     lines = [["", "transformers", *codes], *(_cells(row, codes, SIGNS) for row in matrix.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    notes = [f"{row.subject.name}: {row.error}" for row in matrix.rows if row.error]
+    notes = [f"{name}: {told}" for row in matrix.rows for name, told in _unjudged(row)]
     return "\n".join([*table, "", *_alike(alike), *notes, _cases(matrix)]) + "\n"
+
+
+def _unjudged(row: Row) -> Iterator[tuple[str, str]]:
+    """Why a row, or some of its cells, could not be judged; a reason that many rules share once."""
+    if row.error:
+        yield row.subject.name, row.error
+    reasons: dict[str, list[str]] = {}
+    for code in _with(row, Mark.ERROR):
+        for told in dict.fromkeys(row.broken[code].values()):
+            reasons.setdefault(told, []).append(code)
+    for told, codes in reasons.items():
+        yield row.subject.name, f"{' '.join(codes)}: {told}"
 
 
 def _alike(alike: dict[Mark, list[str]]) -> Iterator[str]:
@@ -100,12 +112,24 @@ def _stack(matrix: Matrix) -> str:
 def _markdown(matrix: Matrix) -> str:
     codes, alike = columns(matrix)
     head = ["implementation", "transformers", *codes]
-    lines = [f"`{matrix.command}`", "", f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.", ""]
-    lines += [_line(head), _line(["---"] * len(head)), *(_line(_cells(row, codes, WORDS)) for row in matrix.rows), ""]
+    lines = [
+        "# Conformance matrix",
+        "",
+        f"`{matrix.command}`",
+        "",
+        f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.",
+        "",
+    ]
+    lines += [
+        _line(head),
+        _line(["---"] * len(head)),
+        *(_line(_cells(row, codes, WORDS)) for row in matrix.rows if row.marks),
+        "",
+    ]
     known = rules()
     lines += [f"* {code}: {known[code].requirement}" for code in codes if code in known]
     lines += ["", *(f"{line[0].upper()}{line[1:]}." for line in _alike(alike))]
-    notes = [f"* `{row.subject.name}`: {_escaped(row.error)}" for row in matrix.rows if row.error]
+    notes = [f"* `{name}`: {_escaped(told)}" for row in matrix.rows for name, told in _unjudged(row)]
     return "\n".join([*lines, *(["", "Not judged:", "", *notes] if notes else [])]) + "\n"
 
 
@@ -122,7 +146,14 @@ def _html(matrix: Matrix) -> str:
 
     codes, alike = columns(matrix)
     told = {code: rule.requirement for code, rule in rules().items()}
-    rows = [(row, _cells(row, codes, SIGNS)) for row in matrix.rows]
+    rows = [_cells(row, codes, SIGNS) for row in matrix.rows]
+    unjudged = [told for row in matrix.rows for told in _unjudged(row)]
     return template("matrix").render(
-        matrix=matrix, codes=codes, rows=rows, alike=list(_alike(alike)), rules=told, stack=_stack(matrix)
+        matrix=matrix,
+        codes=codes,
+        rows=rows,
+        alike=list(_alike(alike)),
+        rules=told,
+        stack=_stack(matrix),
+        unjudged=unjudged,
     )

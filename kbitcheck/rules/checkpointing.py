@@ -81,7 +81,11 @@ def blocks_recompute(facts: Facts) -> Iterable[Observation]:
             ran = (block.computed, block.recomputed)
             blamed = blame(facts, ok, Party.STACK, partial(_ran_so, name, ran))
             yield Observation(
-                name, ok, f"computed {wanted} times", f"{block.computed} + {block.recomputed} in backward{plainly}", *blamed
+                name,
+                ok,
+                f"computed {wanted} times",
+                f"{block.computed} + {block.recomputed} in backward{plainly}",
+                *blamed,
             )
 
 

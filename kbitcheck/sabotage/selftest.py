@@ -67,7 +67,8 @@ def try_fault(fault: Fault, bases: dict[tuple[str, str], Base], *, matrix: bool 
     told = result.reason or (
         f"{result.failures[0].where}: {result.failures[0].actual}" if result.failures else "passed"
     )
-    caught, kills = result.status is Status.FAIL, None
+    # A fault that is blamed on the stack or the model is not counted against whoever made it: it got away.
+    caught, kills = result.status is Status.FAIL and (result.own or fault.spoil is not None), None
     if matrix:
         others = (judge(rule, case) for rule in rules().values() if rule.code != fault.code)
         broken = {r.rule for r in others if r.status is Status.FAIL and r.own} | ({fault.code} if caught else set())

@@ -21,6 +21,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from kbitcheck import backends
 from kbitcheck.probes.live import Live
@@ -98,6 +99,9 @@ class World:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
             stack.enter_context(_no_grouped_kernel())
+            # It looks for sequences packed into one, which cannot be told of positions without numbers.
+            if hasattr(masking_utils, "find_packed_sequence_indices"):
+                stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             if self.device == "cuda":
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
                 stack.enter_context(mock.patch.object(bitsandbytes, "matmul", _int8_product_on_cuda))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.cli.conftest import Door
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
 SOURCE = "def prepare(model):\n    return model\nprepare.please = True\n__version__ = '1'\n"
+WHEEL = "fork_prep-1.0-py3-none-any.whl"
 BAD = "def prepare(model):\n    pass\n"
 
 
@@ -57,6 +59,38 @@ def elsewhere(door: Door) -> Elsewhere:
     return Elsewhere(door.cwd, door.scratch)
 
 
+@dataclass(frozen=True)
+class Shop(Elsewhere):
+    """Where building is not what is tested: ``good`` and ``bad`` are wheels, built once for all tests."""
+
+    shelf: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.shelf / "cache"
+
+    @property
+    def good(self) -> str:
+        return f"{self.shelf / 'good' / WHEEL}::fork_prep:prepare"
+
+    @property
+    def bad(self) -> str:
+        return f"{self.shelf / 'bad' / WHEEL}::fork_prep:prepare"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shelf = tmp_path_factory.mktemp("shelf")
+    wheel(shelf / "good")
+    wheel(shelf / "bad", BAD)
+    return shelf
+
+
+@pytest.fixture
+def shop(door: Door, shelf: Path) -> Shop:
+    return Shop(door.cwd, door.scratch, shelf)
+
+
 def test_it_is_installed_once_and_judged(elsewhere: Elsewhere) -> None:
     name = f"{wheel(elsewhere.cwd.parent / 'w')}::fork_prep:prepare"
     first = elsewhere("impl", name, *ONE, "--format", "json")
@@ -83,12 +117,6 @@ def test_a_changed_wheel_is_another_subject(elsewhere: Elsewhere) -> None:
     assert len(elsewhere.built()) == 2
 
 
-def test_the_subject_stands_before_what_is_in_the_working_directory(elsewhere: Elsewhere) -> None:
-    path = wheel(elsewhere.cwd.parent / "w")
-    (elsewhere.cwd / "fork_prep.py").write_text(BAD)
-    assert elsewhere("impl", f"{path}::fork_prep:prepare", *ONE).returncode == 0
-
-
 WRONG = [
     ("{wheel}::fork_prep:nothing", "fork_prep has no attribute 'nothing'"),
     ("{wheel}::no_such_module:prepare", "No module named 'no_such_module'"),
@@ -102,7 +130,8 @@ WRONG = [
     ("nobodys-package-at-all==1.0::a:b", "cannot be installed: "),
     ("nobodys-package-at-all==1.0", "write nobodys-package-at-all==1.0::module:function"),
     ("what is this::a:b", "is no requirement"),
-    ("{needs}::fork_prep:prepare", "torch"),
+    ("{needs}::fork_prep:prepare", "fork-prep 1.0 depends on torch<1"),
+    ("{elder}::fork_prep:prepare", "fork-prep 1.0 depends on transformers<4"),
 ]
 
 
@@ -110,7 +139,8 @@ WRONG = [
 def test_what_cannot_be_had_is_one_line_and_leaves_nothing(elsewhere: Elsewhere, name: str, told: str) -> None:
     given = wheel(elsewhere.cwd.parent / "w")
     needs = wheel(elsewhere.cwd.parent / "n", needs="torch<1")
-    run = elsewhere("impl", name.format(wheel=given, needs=needs), *ONE)
+    elder = wheel(elsewhere.cwd.parent / "e", needs="transformers<4")
+    run = elsewhere("impl", name.format(wheel=given, needs=needs, elder=elder), *ONE)
     lines = [line for line in run.stderr.splitlines() if not line.startswith("installing ")]
     assert (run.returncode, len(lines), run.stdout) == (4, 1, ""), run.stderr
     assert told in lines[0]
@@ -152,37 +182,95 @@ def test_two_at_once_build_it_once(elsewhere: Elsewhere) -> None:
     assert (elsewhere.cwd / "loads").read_text() == "..."  # one build, two runs
 
 
-@pytest.mark.parametrize("against", ["good.py:prepare", "{wheel}::fork_prep:prepare"])
-def test_the_gate_compares_it(elsewhere: Elsewhere, against: str) -> None:
-    good = wheel(elsewhere.cwd.parent / "w")
-    bad = wheel(elsewhere.cwd.parent / "v", BAD, version="2.0")
-    against = against.format(wheel=good)
-    better = elsewhere("gate", f"{good}::fork_prep:prepare", "--against", against, *ONE)
+@pytest.mark.parametrize("other", ["installed", "fork"])
+def test_the_gate_compares_it(shop: Shop, other: str) -> None:
+    against = shop.good if other == "fork" else "good.py:prepare"
+    better = shop("gate", shop.good, "--against", against, *ONE)
     assert better.returncode == 0, better.stdout + better.stderr
-    worse = elsewhere("gate", f"{bad}::fork_prep:prepare", "--against", against, *ONE)
+    worse = shop("gate", shop.bad, "--against", against, *ONE)
     assert (worse.returncode, "✗ regressed KB103" in worse.stdout) == (1, True)
-    ledger = ("gate", f"{good}::fork_prep:prepare", "--ledger", "ledger.toml", *ONE)
-    assert elsewhere(*ledger, "--accept").returncode == 0
-    assert elsewhere(*ledger).returncode == 0
 
 
-def test_a_model_is_prepared_by_it_and_what_is_drawn_too(elsewhere: Elsewhere) -> None:
-    bad = f"{wheel(elsewhere.cwd.parent / 'w', BAD)}::fork_prep:prepare"
-    run = elsewhere("model", "tiny:llama", "--prepare", bad)
-    assert (run.returncode, f"--prepare {bad}" in run.stdout) == (1, True), run.stderr
-    drawn = elsewhere("impl", bad, "--fuzz", "3", "--model", "tiny:llama")
+def test_a_ledger_is_kept_of_it(shop: Shop) -> None:
+    ledger = ("gate", shop.good, "--ledger", "ledger.toml", *ONE)
+    assert shop(*ledger, "--accept").returncode == 0
+    again = shop(*ledger)
+    assert (again.returncode, "nothing changed" in again.stderr) == (0, True), again.stderr
+
+
+def test_a_model_is_prepared_by_it_and_what_is_drawn_too(shop: Shop) -> None:
+    run = shop("model", "tiny:llama", "--prepare", shop.bad)
+    assert (run.returncode, f"--prepare {shop.bad}" in run.stdout) == (1, True), run.stderr
+    drawn = shop("impl", shop.bad, "--fuzz", "3", "--model", "tiny:llama")
     assert (drawn.returncode, "KB103 returns" in drawn.stdout) == (1, True), drawn.stderr
-    inside = elsewhere("impl", bad, "--in-process", *ONE)
+    inside = shop("impl", shop.bad, "--in-process", *ONE)
     assert (inside.returncode, inside.stderr.count("\n")) == (4, 1)
     assert "environment of its own" in inside.stderr
 
 
-def test_an_adapter_file_may_stand_between(elsewhere: Elsewhere) -> None:
+def test_an_adapter_file_may_stand_between(shop: Shop) -> None:
     """A file of the user's, imported beside what was installed."""
-    path = wheel(elsewhere.cwd.parent / "w")
-    (elsewhere.cwd / "adapter.py").write_text("import fork_prep\nprepare = fork_prep.prepare\n")
-    run = elsewhere("impl", f"{path}::adapter.py:prepare", *ONE)
+    (shop.cwd / "adapter.py").write_text("import fork_prep\nprepare = fork_prep.prepare\n")
+    run = shop("impl", f"{shop.good.partition('::')[0]}::adapter.py:prepare", *ONE)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_subject_stands_before_what_is_in_the_working_directory(shop: Shop) -> None:
+    (shop.cwd / "fork_prep.py").write_text(BAD)
+    assert shop("impl", shop.good, *ONE).returncode == 0
+
+
+def test_a_matrix_has_a_row_for_each(shop: Shop) -> None:
+    """Those that cannot be had are rows too; the table is the same in every format."""
+    gone = f"{shop.good.partition('::')[0]}::fork_prep:nothing"
+    (shop.cwd / "list.toml").write_text(f'[[subject]]\nname = "worse"\nimplementation = "{shop.bad}"\n')
+    names = ("rude.py:prepare", shop.good, "list.toml", "import_error.py:prepare", gone)
+    ran = shop("matrix", *names, *ONE, "--format", "json", "--output", "m.json")
+    assert (ran.returncode, ran.stdout) == (3, ""), ran.stderr
+    table = json.loads((shop.cwd / "m.json").read_text())
+    assert [row["subject"]["name"] for row in table["rows"]] == ["rude.py:prepare", shop.good, "worse", *names[3:]]
+    kept = {"KB101": "kept", "KB102": "skipped", "KB103": "kept", "KB201": "kept", "KB901": "kept"}
+    rude, good, worse, *broken = table["rows"]
+    assert rude["marks"] == {**kept, "KB201": "broken SHOULD"}
+    assert good["marks"] == kept
+    assert worse["marks"] == {**kept, "KB103": "broken MUST", "KB201": "broken SHOULD"}
+    assert worse["broken"] == {
+        "KB103": {"tiny:llama-nf4-off": "prepare: expected the model, found None"},
+        "KB201": {"tiny:llama-nf4-off": "prepare.please: expected please, found nothing"},
+    }
+    assert ["no_such_module_anywhere" in broken[0]["error"], "no attribute" in broken[1]["error"]] == [True, True]
+    assert (table["cases"], table["exit_code"]) == (["tiny:llama-nf4-off"], 3)
+    told = [shop("matrix", *names, *ONE, "--format", form).stdout for form in ("text", "markdown", "html")]
+    for text in told:
+        assert all(word in text for word in ("KB103", "MUST", "worse", "no_such_module_anywhere", "KB101"))
+        assert "KB201" in text
+    assert "| worse | 5" in told[1] or "| worse |" in told[1]
+
+
+MATRIX = [
+    (("good.py:prepare",), 0),
+    (("good.py:prepare", "--select", "KB102"), 5),
+    (("nothing.py:prepare",), 1),
+    (("leaves.py:prepare",), 3),
+    ((), 4),
+    (("good.py:prepare", "good.py:prepare"), 4),
+    (("good.py:prepare", "--in-process"), 4),
+    (("good.py:prepare", "--format", "sarif"), 4),
+    (("none.toml",), 4),
+    (("bad.toml",), 4),
+    (("odd.toml",), 4),
+    (("empty.toml",), 4),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code"), MATRIX, ids=[" ".join(a) or "nothing" for a, _ in MATRIX])
+def test_how_a_matrix_ends(door: Door, arguments: tuple[str, ...], code: int) -> None:
+    (door.cwd / "bad.toml").write_text("a = [")
+    (door.cwd / "odd.toml").write_text('[[subject]]\nname = "no implementation"\n')
+    (door.cwd / "empty.toml").write_text("")
+    ran = door("matrix", *arguments, *ONE)
+    assert (ran.returncode, bool(ran.stdout)) == (code, code != 4), ran.stderr
+    assert code != 4 or ran.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("form", ["directory", "branch"])
@@ -209,7 +297,7 @@ def test_a_checkout_is_installed_as_it_is_now(elsewhere: Elsewhere, form: str) -
         for words in (("init", "-q", "-b", "trunk"), ("add", "-A"), ("commit", "-qm", "one")):
             subprocess.run([*git, *words], cwd=tree, check=True)
         name = f"git+file://{tree}@trunk"
-    os.symlink("/usr/bin/git", elsewhere.cwd / "git")
+    (elsewhere.cwd / "git").symlink_to("/usr/bin/git")
     assert elsewhere("impl", f"{name}::fork_prep.inner:prepare", *ONE).returncode == 0
     (tree / "fork_prep.txt").write_text(BAD)
     if form == "branch":

@@ -142,7 +142,16 @@ def test_the_actions_script_ends_with_the_commands_code(tmp_path: Path) -> None:
         env={**os.environ, **places, **environment, "PATH": f"{stub.parent}:{os.environ['PATH']}"},
         check=True,
     )
-    assert "exit-code=3\n" in (tmp_path / "GITHUB_OUTPUT").read_text()
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "GITHUB_OUTPUT").read_text().splitlines())
+    assert outputs == {
+        "exit-code": "3",
+        "report": f"{tmp_path}/kbitcheck.json",
+        "sarif": f"{tmp_path}/kbitcheck.sarif",
+    }
+    # hashFiles() sees nothing outside the workspace, so steps pass paths on as outputs.
+    assert "hashFiles(format" not in (ROOT / "action.yml").read_text()
+    used = set(re.findall(r"steps\.run\.outputs\.([\w-]+)", (ROOT / "action.yml").read_text()))
+    assert used <= set(outputs)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].startswith("gate a:b --ledger l.toml --ignore KB505=two words --format json")
     assert [" ".join(c.split()[2:4]) for c in calls[1:]] == ["", "--format markdown", "--format sarif"]
