@@ -73,7 +73,7 @@ def casts_norms_alone(
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB203", model="tiny:llama", alone=True)
+@implements("KB203", model="tiny:llama")
 def scales_norms_before_the_cast(
     model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
 ) -> Any:
