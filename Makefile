@@ -12,7 +12,7 @@ OLDEST_STAMP = $(OLDEST)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format cov bench fuzz clean
+.PHONY: demo test test-oldest lint format cov docs bench gpu fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
@@ -37,8 +37,18 @@ cov: $(STAMP)
 	$(BIN)/python -m pytest -n auto --cov --cov-report=
 	$(BIN)/coverage report
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/sizes.py
+	$(BIN)/python benchmarks/predict.py
+
+# Needs a CUDA device; elsewhere the tests are skipped, and the rows say that they were not measured.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -n 0 -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 FUZZ ?= 600
 FUZZ_SEED ?= $(shell date +%j)

@@ -1,4 +1,6 @@
-"""What the static audit costs, and how far its predictions are from real steps: writes ``benchmarks/predicted.json``.
+"""What the static audit costs, and how far its predictions are from real steps.
+
+Writes ``benchmarks/predicted.json``, and a plot of it, ``benchmarks/predicted.svg``.
 
 Each configuration is audited in a process of its own, through the command line, imports included; its CPU seconds and
 peak memory are of all its processes. The grid compares predicted activations with the storages of real CPU steps.
@@ -7,6 +9,7 @@ peak memory are of all its processes. The grid compares predicted activations wi
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import resource
@@ -18,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parent / "fixtures" / "configs").glob("*.json"))
+DEPTHS = (2, 8)  # of a Llama, beside each family's own
 FAMILIES = ("llama", "gpt2", "t5", "mixtral", "llava", "qwen3", "gemma", "opt", "bert", "whisper")
 SHAPES = ((1, 16), (2, 64))
 QUANTS = ("nf4", "int8")
@@ -56,19 +60,28 @@ def grid() -> list[dict[str, Any]]:
     from kbitcheck.probes import adapters, memory, step
     from kbitcheck.probes.snapshot import snapshot
     from kbitcheck.quantization import Quantization
-    from kbitcheck.static import forecast
+    from kbitcheck.static import forecast, weights
     from kbitcheck.suite import CaseSpec
 
     torch.set_num_threads(1)
     rows = []
-    for family in FAMILIES:
+    sources: dict[str, Any] = {family: resolve(f"tiny:{family}") for family in FAMILIES}
+    llama = sources["llama"]
+    for depth in DEPTHS:
+        config = {**llama.config, "num_hidden_layers": depth}
+        sources[f"llama, {depth} blocks"] = dataclasses.replace(llama, config=config, unread={})
+    for family, source in sources.items():
         for quant in QUANTS:
-            source, wanted = resolve(f"tiny:{family}"), Quantization.parse(quant)
+            wanted = Quantization.parse(quant)
             base = source.load(wanted)
+            real_weights = sum(g.parameters for g in weights.groups(base, snapshot(base)).values())
+            stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in weights.tensors(base)}
             for mode in ("reentrant", "non-reentrant"):
                 spec = CaseSpec(model=source.name, quant=quant, implementation="reference", checkpointing=mode)  # type: ignore[arg-type]
                 empty = source.meta(wanted)
-                run = forecast.Training(source, empty, snapshot(empty), spec, device="cpu")
+                facts = snapshot(empty)
+                told = forecast.of_weights(empty, facts, spec)
+                run = forecast.Training(source, empty, facts, spec, device="cpu")
                 model: Any = copy.deepcopy(base)
                 prepare_model_for_kbit_training(model, True, {"use_reentrant": mode == "reentrant"})
                 targets = adapters.target_layers(model, spec.targets)
@@ -86,11 +99,33 @@ def grid() -> list[dict[str, Any]]:
                     }
                     rows.append(
                         {"family": family, "quant": quant, "mode": mode, "batch": batch, "seq_len": length}
+                        | {"parameters": {"predicted": told.parameters, "measured": real_weights}}
+                        | {"bytes": {"predicted": told.loaded, "measured": sum(stored.values())}}
                         | {name: {"predicted": p, "measured": m} for name, (p, m) in pairs.items()}
                         | {"worst_percent": round(max(abs(p / m - 1) for p, m in pairs.values()) * 100, 3)}
                     )
                     print(family, quant, mode, batch, length, rows[-1]["worst_percent"], flush=True)
     return rows
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw predicted against measured bytes of every step."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "predicted"  # equal numbers, equal bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    for name in ("plain", "plain_peak", "held", "peak"):
+        axes.loglog(
+            [r[name]["measured"] for r in rows], [r[name]["predicted"] for r in rows], ".", label=name.replace("_", " ")
+        )
+    ends = [min(r["held"]["measured"] for r in rows), max(r["plain_peak"]["measured"] for r in rows)]
+    axes.plot(ends, ends, color="grey", linewidth=0.5)
+    axes.set(xlabel="bytes measured", ylabel="bytes predicted", title="Activations of real steps on a CPU")
+    axes.legend()
+    figure.savefig(HERE / "predicted.svg", metadata={"Date": None})
 
 
 def main() -> int:
@@ -102,10 +137,14 @@ def main() -> int:
         print(row["config"], f"{row['parameters']:,}", row["cpu_seconds"], "s", row["peak_rss_gib"], "GiB", flush=True)
     rows = grid()
     versions = {p: metadata.version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")}
-    told = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "not measured"}
+    told = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "see gpu.json"}
     (HERE / "predicted.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    plot(rows)
     over = [r["config"] for r in configs if r["cpu_seconds"] > LIMITS["seconds"] or r["peak_rss_gib"] > LIMITS["gib"]]
-    far = sum(r["worst_percent"] > 2 for r in rows)
+    exact = ("parameters", "bytes")
+    far = sum(
+        r["worst_percent"] > 2 or any(r[name]["predicted"] != r[name]["measured"] for name in exact) for r in rows
+    )
     print(
         f"{len(over)} of {len(configs)} configurations over the limits; {far} of {len(rows)} steps off by more than 2 %"
     )

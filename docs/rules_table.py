@@ -15,7 +15,7 @@ def table() -> str:
     """One line a rule: code, name, level and the first sentence of the requirement."""
     lines = ["| code | name | level | requirement |", "|---|---|---|---|"]
     for rule in rules().values():
-        requirement = rule.requirement.split(". ")[0].removesuffix(".").replace("``", "`").replace("|", "\\|")
+        requirement = rule.requirement.split(". ")[0].removesuffix(".").replace("|", "\\|")
         lines.append(f"| {rule.code} | {rule.name} | {rule.level.value} | {requirement} |")
     return "\n".join(lines)
 

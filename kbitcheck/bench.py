@@ -100,7 +100,7 @@ class Bench:
         for event in self._ask(request):
             if event["event"] == "result":
                 seen.add(event["result"]["rule"])
-                reason = event["result"]["reason"]
+                reason = event["result"].get("reason", "")
                 poisoned |= event["result"]["status"] == Status.ERROR and any(word in reason for word in POISON)
             elif event["event"] == "broken":
                 poisoned |= event["fatal"]

@@ -7,6 +7,7 @@ the steps that leave the model as it was share one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +39,7 @@ from kbitcheck.facts import (
 )
 from kbitcheck.models import Source, resolve
 from kbitcheck.models.given import Given
+from kbitcheck.models.inputs import kinds
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import digest, forwards, interleaving, layers, memory, snapshot, step, store, targets, twin
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call
@@ -89,6 +91,11 @@ class Base:
         """A fresh base."""
         return copy.deepcopy(self.pristine)
 
+    @property
+    def single(self) -> step.Batch:
+        """The batch's first row alone, without a mask."""
+        return {k: v[:1] for k, v in self.batch.items() if k != "attention_mask"}
+
     @cached_property
     def compute(self) -> torch.dtype:
         """The dtype quantized layers compute in: float32 where they follow prepared (float32) inputs, as int8 does."""
@@ -112,7 +119,7 @@ class Base:
             raise NotApplicable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
-        told = forecast.of_weights(model, facts, spec)
+        told = forecast.of_weights(model, facts, spec, self.source.notes)
         return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
 
     @property
@@ -146,12 +153,15 @@ class Base:
         autocast = self.autocast(profile) if profile else None
         return targets.routed(model, lambda: twin.forward_logits(model, self.batch, autocast() if autocast else None))
 
-    def autocast(self, profile: str) -> Callable[[], AbstractContextManager[Any]] | None:
-        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast."""
+    def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
+        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast.
+
+        Autocast keeps the weights that it casts until its end (``caching``): they are no activations.
+        """
         if profile != "qlora":
             return None
         device = next(iter(self.batch.values())).device.type
-        return lambda: torch.autocast(device, dtype=self.half)
+        return lambda: torch.autocast(device, dtype=self.half, cache_enabled=caching)
 
     def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
         """The spec's adapters on the base's target layers, with the same numbers each time."""
@@ -161,25 +171,18 @@ class Base:
         autocast = self.autocast(spec.profile)
         exact_model, exact_adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
         adapter_probe.recast(exact_adapters, torch.float64)
-        _, exact = step.train_step(exact_model, self.batch, exact_adapters, seed=spec.seed, watch=False)
         rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
-        _, rounded = step.train_step(
-            rounded_model, self.batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
-        )
-        ulp = float(torch.finfo(torch.float32).eps)
+
+        def pair(batch: step.Batch) -> twin.Pair:
+            _, exact = step.train_step(exact_model, batch, exact_adapters, seed=spec.seed, watch=False)
+            _, rounded = step.train_step(
+                rounded_model, batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
+            )
+            return twin.Pair(exact=exact, rounded=rounded)
+
+        whole, single = pair(self.batch), pair(self.single)
         rate, losses = twin.smooth_training(exact_model, self.batch, exact_adapters, seed=spec.seed)
-        return twin.Twins(
-            exact=exact,
-            rounded=rounded,
-            yardsticks={n: max(step.distance(g, exact[n]), ulp) for n, g in rounded.items() if live(exact[n])},
-            losses=losses,
-            learning_rate=rate,
-        )
-
-
-def live(gradient: torch.Tensor | None) -> bool:
-    """Whether an adapter's gradient is there and not zero."""
-    return gradient is not None and bool(gradient.any())
+        return twin.Twins(whole=whole, single=single, losses=losses, learning_rate=rate)
 
 
 _bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
@@ -235,6 +238,17 @@ def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
     return Case(spec, implementation.function, Base(given, Quantization.parse(spec.quant), spec))
 
 
+def checkpointed_alone(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """No preparation: the base frozen, so that adapters alone train, and checkpointed as transformers does it."""
+    model.requires_grad_(False)
+    if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
+        step.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs))
+        model.enable_input_require_grads()
+    return model
+
+
 class Case:
     """Facts of one case, as ``kbitcheck.facts.Facts`` describes them."""
 
@@ -275,6 +289,10 @@ class Case:
         return float(torch.finfo(self._base.compute).eps)
 
     @property
+    def half_ulp(self) -> float:
+        return float(torch.finfo(self._base.half).eps)
+
+    @property
     def remote_code(self) -> bool:
         config = getattr(self._base.pristine, "config", None)
         return self._base.source.remote_code or bool(getattr(config, "auto_map", None))
@@ -291,7 +309,19 @@ class Case:
             raise Unavailable(f"preparation raised {facts.raised}")
         return returned if isinstance(returned, nn.Module) else model
 
+    def _needs_to_run(self) -> None:
+        """What is left to judge of a prepared model that cannot run at all where its base can.
+
+        Raises:
+            NotApplicable: it cannot, which is KB210's to tell.
+        """
+        mixed = self.profile == "qlora"
+        for f in self.forwards:
+            if f.raised and not f.base_raised and f.autocast is mixed and f.condition.startswith("train"):
+                raise NotApplicable(f"the prepared model does not run (KB210): {f.raised}")
+
     def _attached_copy(self, **wanted: Any) -> Attached:
+        self._needs_to_run()
         return self._base.attach(self._prepared_copy(**wanted), self.spec)
 
     def _autocast(self) -> AbstractContextManager[Any] | None:
@@ -353,6 +383,7 @@ class Case:
     @property
     def _ready(self) -> Attached:
         """The wrapped model, after it was looked at."""
+        self._needs_to_run()
         _ = self.wrapped
         return self._attached
 
@@ -369,26 +400,40 @@ class Case:
     def run(self) -> RunFacts:
         return self._checkpointed[0]
 
+    @cached_property
+    def step_raised(self) -> str:
+        _ = self._ready
+        try:
+            _ = self.run
+        except NotApplicable:  # no forward runs, which has been told
+            return ""
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return ""
+
+    @cached_property
+    def unprepared(self) -> Case:
+        mode = self.checkpointing
+        if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
+            mode = "reentrant" if any(c["use_reentrant"] == "True" for c in self.run.checkpoints) else "non-reentrant"
+        return Case(dataclasses.replace(self.spec, checkpointing=mode), checkpointed_alone, self._base)
+
     @property
     def _twins(self) -> twin.Twins:
         return self._base.twins(self.spec)
 
     @cached_property
     def gradients(self) -> Mapping[str, GradientFacts]:
-        twins, (_, found) = self._twins, self._checkpointed
-        return {
-            name: GradientFacts(
-                live=live(twins.exact[name]),
-                norm=None if gradient is None else float(gradient.norm()),
-                finite=gradient is not None and bool(torch.isfinite(gradient).all()),
-                twin_norm=_norm(twins.exact[name]),
-                error=step.distance(gradient, twins.exact[name]),
-                noise=twins.yardsticks.get(name, 0.0),
-                yardstick=max(twins.yardsticks.get(name, 0.0), twins.median_yardstick),
-                bitwise=_same(gradient, twins.rounded[name]),
-            )
-            for name, gradient in found.items()
-        }
+        return self._twins.whole.beside(self._checkpointed[1])
+
+    @cached_property
+    def single_gradients(self) -> Mapping[str, GradientFacts]:
+        """Those of a step on one row without a mask."""
+        model, adapters = self._ready
+        _, found = step.train_step(
+            model, self._base.single, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
+        )
+        return self._twins.single.beside(found)
 
     @cached_property
     def against_plain(self) -> Mapping[str, Distance]:
@@ -396,7 +441,8 @@ class Case:
 
     @property
     def _yardsticks(self) -> Mapping[str, float]:
-        return {n: max(y, self._twins.median_yardstick) for n, y in self._twins.yardsticks.items()}
+        whole = self._twins.whole
+        return {n: max(y, whole.median_yardstick) for n, y in whole.yardsticks.items()}
 
     @cached_property
     def against_other_mode(self) -> Mapping[str, Distance]:
@@ -430,6 +476,8 @@ class Case:
         # bias in place to whatever dtype comes in.
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
         single = {k: v[:1] for k, v in self.batch.items()}
+        if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
+            del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
         fresh, fresh_adapters = self._attached_copy()
         mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._base.half)
         return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
@@ -439,7 +487,11 @@ class Case:
         model, adapters = self._ready
         _ = self._checkpointed  # the first step of a model makes what it keeps for good
         return memory.activations(
-            model, self.batch, adapters, seed=self.spec.seed, autocast=self._base.autocast(self.profile)
+            model,
+            self.batch,
+            adapters,
+            seed=self.spec.seed,
+            autocast=self._base.autocast(self.profile, caching=False),
         )
 
     @cached_property
@@ -518,13 +570,22 @@ class Case:
         return forwards.generate(self._training[0], self.batch)
 
     @cached_property
+    def _used_up(self) -> tuple[nn.Module, Sequence[forwards.Forward]]:
+        """A copy that ran under every condition."""
+        model = self._prepared_copy()
+        return model, forwards.everywhere(model, self.batch, self._base.half)
+
+    @cached_property
     def forwards(self) -> Sequence[ForwardFacts]:
-        return forwards.compare(
-            forwards.everywhere(self._prepared_copy(), self.batch, self._base.half), self._base.forwards
-        )
+        return forwards.compare(self._used_up[1], self._base.forwards)
+
+    @cached_property
+    def left_by_evaluation(self) -> int:
+        return memory.left_by_evaluation(self._used_up[0], self.batch, self._autocast())
 
     @cached_property
     def function(self) -> FunctionFacts:
+        self._needs_to_run()
         known = self._base.function(self.profile)
         found, routes = self._base.logits(self._prepared_copy(), self.profile)
         target = known.exact.logits
@@ -622,6 +683,7 @@ class Case:
     @cached_property
     def honoured(self) -> tuple[Mapping[str, str], RunFacts, CallFacts]:
         """Checkpointing arguments that are not torch's defaults, and what reached torch when they were asked for."""
+        self._needs_to_run()
         asked: dict[str, Any] = {"preserve_rng_state": False}
         if self.checkpointing != "default":
             asked["use_reentrant"] = self.checkpointing == "reentrant"
@@ -681,15 +743,16 @@ class Case:
             + sum(_unique(self.base)),
             "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
+            "inputs": kinds(self._base.batch),
         }
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
-        if "forecast" in self.__dict__ and self.forecast.activations:
-            facts["forecast"] = self.forecast.as_json()
             facts["bytes_by_group"] = {
                 "loaded": summary.by_group(self.base),
                 "prepared": summary.by_group(self.prepared),
             }
+        if "forecast" in self.__dict__ and self.forecast.activations:
+            facts["forecast"] = self.forecast.as_json()
         if "gradients" in self.__dict__:
             dead = sum(not g.live for g in self.gradients.values())
             facts |= {"adapters": len(self.gradients), "dead_adapters": dead}
@@ -711,11 +774,3 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def _norm(gradient: torch.Tensor | None) -> float:
-    return 0.0 if gradient is None else float(gradient.norm())
-
-
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)

@@ -247,30 +247,34 @@ def rules(code: Annotated[str, typer.Argument(metavar="CODE", help="A code or a 
 @app.command()
 def selftest(
     codes: Annotated[str, typer.Option("--select", metavar="CODES", help="Only these rules.")] = "",
+    matrix: Annotated[bool, typer.Option("--matrix", help="Every fault by every rule, as a page in Markdown.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the whole.")] = 3600.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the worker prints.")] = False,
 ) -> int:
     """Prove on this machine that every rule bites."""
     from kbitcheck.destination import Destination
     from kbitcheck.process import Lost
+    from kbitcheck.reporters.kill_matrix import page
     from kbitcheck.run import selftest
     from kbitcheck.signals import told_to_stop
 
     chosen = [rule.code for rule in select([c.strip() for c in codes.split(",") if c.strip()])]
     stdout = Destination("")
-    caught: list[bool] = []
+    found = []
+    run = selftest(chosen, matrix=matrix, timeout=timeout, echo=_echo if debug else None)
     try:
-        with (
-            told_to_stop(),
-            contextlib.closing(selftest(chosen, timeout=timeout, echo=_echo if debug else None)) as run,
-        ):
+        with told_to_stop(), contextlib.closing(run):
             for event in run:
                 if event["event"] == "sabotage":
                     word = {True: "caught", False: "MISSED", None: "untold"}[event["caught"]]
-                    stdout.write(f"{word}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}\n")
-                    caught += [] if event["caught"] is None else [event["caught"]]
+                    line = f"{word}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}"
+                    say(line) if matrix else stdout.write(line + "\n")
+                    found.append(event)
     except Lost as lost:
         return fail(f"the selftest broke: {lost}", EXIT_ERROR)
+    if matrix:
+        stdout.write(page(found))
+    caught = [event["caught"] for event in found if event["caught"] is not None]
     say(f"{sum(caught)} of {len(caught)} sabotages caught")
     return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE
 

@@ -56,7 +56,10 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
-    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm."""
+    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm.
+
+    ``numbers`` are the plain numbers that it keeps: an epsilon, a scale, a dropout rate.
+    """
 
     name: str
     cls: str
@@ -66,6 +69,7 @@ class ModuleFacts:
     norm: frozenset[str] = frozenset()
     block: bool = False
     tower: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +250,8 @@ class ForwardFacts:
     """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's.
 
     ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
-    ``base_step`` how far the base's own are in eval from what they are in train, without dropout.
+    ``base_step`` how far the base's own are in eval from what they are in train, without dropout; ``base_cast`` how far
+    they are under autocast from what they are without.
     """
 
     condition: str
@@ -257,6 +262,7 @@ class ForwardFacts:
     base_finite: bool = True
     apart: float | None = None
     base_step: float = 0.0
+    base_cast: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +282,7 @@ class StepOutcome:
     """One step of a program: what it raised, and which quantized layers hold other bits than before the program.
 
     ``gradients`` are a training step's beside those of a fresh model with the same adapters; empty for other steps.
+    ``checkpoints`` counts the calls of torch's checkpoint in both.
     """
 
     step: str
@@ -283,6 +290,7 @@ class StepOutcome:
     changed: tuple[str, ...]
     hooks_added: int
     gradients: Mapping[str, Distance]
+    checkpoints: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,7 +344,7 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldFacts:
-    """Bytes of activations: ``held`` between forward and backward, ``peak`` in the backward with adapters' gradients."""
+    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time."""
 
     held: int
     peak: int
@@ -347,9 +355,9 @@ class ForecastFacts:
     """What training will take, in bytes, predicted without weights.
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
-    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``) and
-    ``longest`` (one sequence, in tokens), all without padding, map memory sizes in bytes, named in ``rooms``, to what fits with 32-bit AdamW
-    under ``mode``.
+    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
+    other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
+    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``.
     ``missing`` is why no step was predicted.
     """
 
@@ -367,6 +375,7 @@ class ForecastFacts:
     logits: int = 0
     largest_batch: Mapping[int, int] = field(default_factory=dict)
     longest: Mapping[int, int] = field(default_factory=dict)
+    usual: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     rooms: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     missing: str = ""
@@ -399,6 +408,7 @@ class ForecastFacts:
         for name in ("largest_batch", "longest"):
             plain[name] = {str(size): number for size, number in plain[name].items()}
         rooms = {str(size): name for size, name in self.rooms.items()}
+        plain["usual"] = {str(at): {str(size): n for size, n in row.items()} for at, row in self.usual.items()}
         return {**plain, **sums, "gradients": self.adapters, "total": totals, "rooms": rooms}
 
     def total(self, mode: str) -> int | None:
@@ -426,6 +436,11 @@ class Facts(Protocol):
     @property
     def compute_ulp(self) -> float: ...
     @property
+    def half_ulp(self) -> float:
+        """That of what autocast runs in."""
+        ...
+
+    @property
     def base(self) -> ModelFacts: ...
     @property
     def call(self) -> CallFacts: ...
@@ -447,7 +462,22 @@ class Facts(Protocol):
     @property
     def run(self) -> RunFacts: ...
     @property
+    def step_raised(self) -> str:
+        """What the training step of ``run`` raised, as ``Type: message``; empty where it ran."""
+        ...
+
+    @property
+    def unprepared(self) -> Facts:
+        """The same case of a base that transformers alone checkpoints and nothing prepares: a witness."""
+        ...
+
+    @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
+    @property
+    def single_gradients(self) -> Mapping[str, GradientFacts]:
+        """Those of a step on one row without a mask."""
+        ...
+
     @property
     def against_plain(self) -> Mapping[str, Distance]: ...
     @property
@@ -462,6 +492,11 @@ class Facts(Protocol):
     def cost(self) -> CostFacts: ...
     @property
     def forwards(self) -> Sequence[ForwardFacts]: ...
+    @property
+    def left_by_evaluation(self) -> int:
+        """Bytes that stay alive after a forward in eval mode."""
+        ...
+
     @property
     def function(self) -> FunctionFacts: ...
     @property

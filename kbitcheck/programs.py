@@ -16,6 +16,6 @@ STEPS: tuple[Step, ...] = get_args(Step)
 
 # What KB308 runs in each case; any other program is for the state machine and for replays.
 INTERLEAVED: tuple[Step, ...] = (
-    "train", "evaluate", "infer", "generate", "train", "eval-mode", "copy", "prepare", "save", "update", "accumulate",
-    "checkpointing-off", "evaluate", "checkpointing-non-reentrant", "train",
+    "train", "evaluate", "infer", "generate", "eval-mode", "copy", "train", "prepare", "save", "update", "accumulate",
+    "checkpointing-off", "evaluate", "move", "checkpointing-non-reentrant", "train",
 )  # fmt: skip

@@ -139,9 +139,13 @@ def _in_process(
 
 
 def selftest(
-    codes: Sequence[str], *, timeout: float = TIMEOUT_SECONDS, echo: Callable[[str], None] | None = None
+    codes: Sequence[str],
+    *,
+    matrix: bool = False,
+    timeout: float = TIMEOUT_SECONDS,
+    echo: Callable[[str], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """Run the sabotages of these rules in a worker; yields a ``sabotage`` event for each.
+    """Run the sabotages of these rules in a worker, with ``matrix`` by all rules; yields a ``sabotage`` event for each.
 
     Raises:
         Lost: the worker ended, or one answer took longer than ``timeout`` seconds.
@@ -150,7 +154,7 @@ def selftest(
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
         worker = WorkerProcess(Path(scratch), echo)
         try:
-            for event in worker.ask({"do": "selftest", "codes": list(codes)}, timeout):
+            for event in worker.ask({"do": "selftest", "codes": list(codes), "matrix": matrix}, timeout):
                 if event["event"] == "usage":
                     raise UsageError(event["message"])
                 if event["event"] == "broken":

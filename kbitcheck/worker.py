@@ -134,7 +134,7 @@ class Server:
     def _selftest(self, request: Event) -> Iterator[Event]:
         from kbitcheck import sabotage
 
-        for verdict in sabotage.run(request["codes"]):
+        for verdict in sabotage.run(request["codes"], matrix=request["matrix"]):
             yield {"event": "sabotage", **verdict.as_json()}
         yield {"event": "done"}
 

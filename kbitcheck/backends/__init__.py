@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from kbitcheck.backends import bitsandbytes
 from kbitcheck.backends.bitsandbytes import (
+    bare,
     compute_dtype,
     dequantized,
     is_packed,
     is_quantized,
     kind,
+    scratch,
     shape,
     state,
     state_dtype,
 )
 
 __all__ = [
+    "bare",
     "bitsandbytes",
     "compute_dtype",
     "dequantized",
     "is_packed",
     "is_quantized",
     "kind",
+    "scratch",
     "shape",
     "state",
     "state_dtype",

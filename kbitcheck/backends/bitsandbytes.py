@@ -59,7 +59,23 @@ def state(module: torch.nn.Module) -> Mapping[str, Any]:
         settings = {n: getattr(state, n, None) for n in ("threshold", "has_fp16_weights")}
         return {"SCB": _scales(module), **settings}
     settings = {n: getattr(weight, n, None) for n in ("bnb_quantized", "quant_storage", "compress_statistics")}
+    settings["kept by the layer too"] = getattr(module, "quant_state", None) is not None
     return {**dict(_fields(weight.quant_state)), **settings}
+
+
+def scratch(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Tensors that the layer's own kernels keep from one call to the next, as int8 keeps the outliers' columns."""
+    state = getattr(module, "state", None)
+    return [v for v in vars(state).values() if isinstance(v, torch.Tensor)] if state is not None else []
+
+
+def bare(module: torch.nn.Module) -> torch.nn.Module:
+    """The library's own layer on the same weight and state: no subclass, no hook, no forward of the instance's."""
+    layer = copy.copy(module)
+    layer.__class__ = next(c for c in type(module).__mro__ if c.__module__.startswith(f"{NAME}."))
+    vars(layer).pop("forward", None)
+    vars(layer).update({name: empty for name, empty in vars(torch.nn.Module()).items() if name.endswith("_hooks")})
+    return layer
 
 
 def dequantized(module: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:

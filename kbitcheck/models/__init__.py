@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kbitcheck.core import UsageError
-from kbitcheck.models import architecture, checkpoint, config, hub, local, recipe
+from kbitcheck.models import architecture, checkpoint, config, gguf, hub, local, recipe
 from kbitcheck.models.source import Source, asked_dtype
 from kbitcheck.suite import Static
 
 __all__ = ["Source", "resolve"]
 
-FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json, or a hub id (org/name)"
+FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json, a .gguf file, or a hub id (org/name)"
 
 
 def resolve(
@@ -52,7 +52,9 @@ def resolve(
     if model and path.exists():
         found = _at(path, name=model, random_weights=random_weights, static=static, **options)
     elif hub.ID.fullmatch(model) and path.suffix not in (".toml", ".json"):
-        found = hub.read(model, random_weights=random_weights, static=static == "always", **options)
+        found = hub.read(
+            model, random_weights=random_weights, static=static == "always", predicted=static != "never", **options
+        )
     else:
         raise UsageError(f"no such model {model!r}{_hint(model)}; a model is {FORMS}")
     if found.remote_code and not trust_remote_code and found.loadable:
@@ -63,6 +65,9 @@ def resolve(
 
 def _at(path: Path, *, name: str, random_weights: bool, static: Static, **options: Any) -> Source:
     made: dict[str, Any] = {"name": name, "random_weights": random_weights, "static": static != "never", **options}
+    quantized = gguf.found(path, name) if path.is_file() or not (path / checkpoint.CONFIG).exists() else None
+    if quantized is not None:
+        return gguf.read(quantized, **{**made, "static": static == "always"})
     if path.is_file() and path.suffix == ".json":
         return config.read(checkpoint.read_config(path, name), **made)
     if path.is_file():
@@ -70,7 +75,7 @@ def _at(path: Path, *, name: str, random_weights: bool, static: Static, **option
     if not (path / checkpoint.CONFIG).exists():
         raise UsageError(f"{name} {_what_it_is(path)}")
     fields = checkpoint.read_config(path / checkpoint.CONFIG, name)
-    if random_weights or static == "always":
+    if random_weights or static == "always" or (static != "never" and config.foreign(fields)):
         return config.read(fields, **made)
     files = checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
     return local.read(path, files, fields, name=name, **options) if files else config.read(fields, **made)
@@ -79,8 +84,6 @@ def _at(path: Path, *, name: str, random_weights: bool, static: Static, **option
 def _what_it_is(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return "holds an adapter: give the base model that it was trained on"
-    if any(folder.glob("*.gguf")):
-        return "holds GGUF files, which cannot be combined with bitsandbytes: give the unquantized model"
     if not any(folder.iterdir()):
         return "is an empty directory"
     return f"is no model: it has no {checkpoint.CONFIG}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,8 @@ from kbitcheck.models.source import Source
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from kbitcheck.quantization import Quantization
 
 PREFIX = "arch:"
 CAUSAL_LM = "causal-lm"
@@ -79,13 +81,25 @@ class Architecture(Source):
             )
         return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
 
+    def meta(self, quant: Quantization) -> PreTrainedModel:
+        """The shrunk model on the meta device."""
+        from kbitcheck.static import meta
+
+        return meta.build(replace(self, config=self.fields()), quant)
+
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch: of text alone for a causal language model, whatever else it can read."""
+        """A training batch: pictures or sounds where the task is about them and their form is known, else text alone."""
         from kbitcheck.models.batch import draw
+        from kbitcheck.models.inputs import first_fitting
 
-        return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed, images=self.task != CAUSAL_LM)
+        shape: dict[str, Any] = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
+        if self.task == CAUSAL_LM:
+            return draw(model, **shape, images=False)
+        return first_fitting(
+            model, **shape, pictures=self.task == "image-text-to-text", sounds=self.task == "speech-seq2seq"
+        )
 
 
 def named(name: str, *, dtype: str | None = None) -> Architecture:

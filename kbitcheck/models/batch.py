@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kbitcheck.core import UsageError
 
 IGNORED = -100
+UNICODE = 0x110000
 
 
 def draw(
@@ -22,6 +23,7 @@ def draw(
     seq_len: int,
     seed: int,
     images: bool = True,
+    labels: int | None = None,
     lengths: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
@@ -29,7 +31,7 @@ def draw(
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
     or more is padded on the right, with a mask of zeros and labels of -100; ``lengths`` says otherwise how many tokens
     of ``seq_len`` each row has. A classifier's labels have shape (batch,);
-    an encoder-decoder's have half the length. Image tokens come on top of ``seq_len``.
+    an encoder-decoder's have half the length, or ``labels``. Image tokens come on top of ``seq_len``.
     ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
     the dtype of the model as it is now: see ``fit``. Without ``images`` a model that reads text gets text alone. The global
     generator is not used.
@@ -38,13 +40,13 @@ def draw(
         UsageError: the model takes inputs of a kind that is not known here.
     """
     accepted = inspect.signature(model.forward).parameters
-    drawn = _Tokens(model, seed, [length / seq_len for length in lengths])
+    drawn = Tokens(model, seed, [length / seq_len for length in lengths])
     if images and "pixel_values" in accepted and "input_ids" in accepted:
         made = _image_text(model, drawn, batch, seq_len)
     elif model.main_input_name == "input_features":
         made = _speech(model, drawn, batch, seq_len)
     elif "input_ids" in accepted:
-        made = _text(model, drawn, batch, seq_len)
+        made = _text(model, drawn, batch, seq_len, labels)
     else:
         raise UsageError(f"{type(model).__name__} takes {model.main_input_name}: no batch can be made for it")
     return fit({k: v for k, v in made.items() if k in accepted}, model)
@@ -56,20 +58,24 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     A speech encoder does not cast its input: what fits the loaded model does not fit the prepared one. Values are drawn
     so that float16, bfloat16 and wider hold the same numbers.
     """
-    device = next(cast(Any, model.get_input_embeddings()).parameters()).device
+    try:
+        embeddings: Any = model.get_input_embeddings()
+    except NotImplementedError:  # one that has several
+        embeddings = model
+    device = next(embeddings.parameters() if isinstance(embeddings, torch.nn.Module) else model.parameters()).device
     kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
     dtype = next((k.dtype for k in kernels), model.dtype)
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 
 
-class _Tokens:
+class Tokens:
     """Draws tokens that are not special, and features, from a generator of its own."""
 
     def __init__(self, model: PreTrainedModel, seed: int, shares: Sequence[float] = ()) -> None:
         text = model.config.get_text_config()
         self.generator = torch.Generator().manual_seed(seed)
         self.shares = shares
-        self.vocab = int(text.vocab_size)
+        self.vocab = int(getattr(text, "vocab_size", UNICODE))  # some read code points
         special: set[int] = set()
         for config in (model.config, text):
             for key, value in config.to_dict().items():
@@ -95,16 +101,20 @@ class _Tokens:
         return mask
 
 
-def _text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+def _text(
+    model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int, length: int | None = None
+) -> dict[str, Tensor]:
     config, mask = model.config, tokens.mask(batch, seq_len)
     ids = tokens.ids(batch, seq_len).where(mask.bool(), tokens.pad)
     name = type(model).__name__
     if "SequenceClassification" in name:
         labels = _classes(config, tokens, batch)
+        if config.is_encoder_decoder and isinstance(config.eos_token_id, int):  # whose state is what is classified
+            ids[torch.arange(batch), mask.sum(1) - 1] = config.eos_token_id
     elif "MaskedLM" in name:
         labels = ids.where(mask.bool() & (torch.arange(seq_len) % 3 == 0), IGNORED)
     elif config.is_encoder_decoder:
-        length = max(4, seq_len // 2)
+        length = length or max(4, seq_len // 2)
         labels = tokens.ids(batch, length).where(tokens.mask(batch, length).bool(), IGNORED)
     else:
         labels = ids.where(mask.bool(), IGNORED)
@@ -115,7 +125,7 @@ def _text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> 
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _classes(config: Any, tokens: _Tokens, batch: int) -> Tensor:
+def _classes(config: Any, tokens: Tokens, batch: int) -> Tensor:
     if config.num_labels == 1:
         return tokens.features(batch)
     if config.problem_type == "multi_label_classification":
@@ -123,14 +133,14 @@ def _classes(config: Any, tokens: _Tokens, batch: int) -> Tensor:
     return torch.arange(batch) % int(config.num_labels)
 
 
-def _speech(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+def _speech(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
     config: Any = model.config
     frames = 2 * config.max_source_positions
     labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
     return {"input_features": tokens.features(batch, config.num_mel_bins, frames), "labels": labels}
 
 
-def _image_text(model: PreTrainedModel, tokens: _Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
     config: Any = model.config
     vision, image = config.vision_config, getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)

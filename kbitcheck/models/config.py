@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from kbitcheck.models.drawing import Plan
 
+BITSANDBYTES = "bitsandbytes"
 NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
 
 
@@ -70,10 +71,9 @@ def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: 
         UsageError: the user did not ask for random weights, or they would need code from the model's repository.
     """
     if static and not random_weights:
-        method = str((config.get("quantization_config") or {}).get("quant_method", "bitsandbytes"))
-        if method == "bitsandbytes":
-            return Config(name=name, config=config, drawn=False, **options)
-        return Config(name=name, config=_plain(config), drawn=False, foreign=method, **options)
+        method = foreign(config)
+        own = _plain(config) if method else config
+        return Config(name=name, config=own, drawn=False, foreign=method, **options)
     if not random_weights:
         raise UsageError(NO_WEIGHTS.format(name=name))
     if config.get("auto_map"):
@@ -82,5 +82,14 @@ def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: 
     return Config(name=name, config=_plain(config), **options)
 
 
+def foreign(config: Mapping[str, Any]) -> str:
+    """The quantizer, other than bitsandbytes, that a configuration's weights were saved with; empty where none."""
+    # Compressed-tensors had a key of its own.
+    described = config.get("quantization_config") or config.get("compression_config") or {}
+    unnamed = "compressed-tensors" if "config_groups" in described else BITSANDBYTES
+    method = str(described.get("quant_method", unnamed))
+    return "" if method == BITSANDBYTES else method
+
+
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}

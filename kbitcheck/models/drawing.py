@@ -60,7 +60,7 @@ def checkpoint(plan: Plan) -> Path:
         with loading.quiet(), loading.told(plan.name):
             model = loading.empty(loading.architecture(config), config)
             fill(model, plan)
-            found = _folders[plan.key] = _temporary()
+            found = _folders[plan.key] = temporary()
             model.save_pretrained(found)
     return found
 
@@ -182,7 +182,7 @@ def _adds_one(norm: nn.Module) -> bool:
     return bool(output.any())
 
 
-def _temporary() -> Path:
+def temporary() -> Path:
     folder, process = Path(tempfile.mkdtemp(prefix="kbitcheck-")), os.getpid()
 
     def remove() -> None:

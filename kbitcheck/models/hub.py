@@ -40,15 +40,17 @@ class Hub(Source):
         return _fetched(self.name, self.revision, self.trust_remote_code, self.allow_pickle)
 
 
-def read(name: str, *, random_weights: bool, static: bool = False, **options: Any) -> Source:
+def read(name: str, *, random_weights: bool, static: bool = False, predicted: bool = False, **options: Any) -> Source:
     """The source for a hub id, once its configuration is here; ``random_weights`` and ``static`` fetch nothing else.
+
+    ``predicted`` says that sizes will do where the weights were quantized by something other than bitsandbytes.
 
     Raises:
         UsageError: there is no such model or revision, or there is no network and it is not cached.
     """
     fields = _config(_fetch(name, ("*.json",), options["revision"]), name)
-    if random_weights or static:
-        return config.read(fields, name=name, random_weights=random_weights, static=static, **options)
+    if random_weights or static or (predicted and config.foreign(fields)):
+        return config.read(fields, name=name, random_weights=random_weights, static=True, **options)
     return Hub(name=name, config=fields, **options)
 
 

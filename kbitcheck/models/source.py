@@ -56,6 +56,11 @@ class Source(ABC):
         return bool(self.config.get("auto_map"))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report has to say of the weights themselves."""
+        return ()
+
+    @property
     def quant(self) -> str | None:
         """The quantization the checkpoint already has, in the text form of ``Quantization``; None where it has none."""
         described = self.config.get("quantization_config")

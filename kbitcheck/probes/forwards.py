@@ -48,13 +48,13 @@ def run(
     model.train(training)
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
-        with torch.no_grad(), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
+        with torch.set_grad_enabled(training), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
             output = model(**inputs)
     except Exception as error:
         return False, f"{type(error).__name__}: {error}".splitlines()[0], None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
-    return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), "", output.logits
+    return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), "", output.logits.detach()
 
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[Forward]:
@@ -67,6 +67,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
 
 def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
     """The prepared model's forwards beside the unprepared base's."""
+    uncast = {b.condition.replace("no autocast", "autocast"): b.logits for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.logits for bare in base if "train" in bare.condition}
     return [
         ForwardFacts(
@@ -77,6 +78,7 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
             base_raised=bare.raised,
             base_finite=bare.finite,
             apart=_apart(mine.logits, bare.logits) if mine.finite and bare.finite else None,
+            base_cast=(_apart(bare.logits, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
             base_step=(_apart(bare.logits, trained.get(bare.condition)) or 0.0) if bare.finite else 0.0,
         )
         for mine, bare in zip(found, base, strict=True)

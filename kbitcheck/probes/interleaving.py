@@ -59,8 +59,9 @@ class Session:
     adapters: dict[str, nn.Parameter] = field(default_factory=dict)
     settings: _Settings = field(default_factory=_Settings)
     _packed: Mapping[str, str] = field(default_factory=dict)
-    _fresh: dict[tuple[Any, ...], step.Gradients] = field(default_factory=dict)
+    _fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)
+    _calls: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.model, self.adapters = self.subject.make()
@@ -83,6 +84,7 @@ class Session:
             changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
             hooks_added=max(0, _hooks(self.model) - hooks) if repeated else 0,
             gradients=distances,
+            checkpoints=self._calls if distances else (0, 0),
         )
 
     def _act(self, name: Step) -> Mapping[str, Distance] | None:
@@ -104,8 +106,9 @@ class Session:
         return {k: v[:rows] if rows else v for k, v in self.subject.batch.items()}
 
     def _train(self, name: str, times: int = 1) -> Mapping[str, Distance]:
-        found = self._gradients(self.model, self.adapters, times)
-        fresh = self._fresh_gradients(times)
+        found, calls = self._gradients(self.model, self.adapters, times)
+        fresh, fresh_calls = self._fresh_gradients(times)
+        self._calls = (calls, fresh_calls)
         # A fresh model's names may come from another copy of the wrapper, in the same order.
         return {
             n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
@@ -118,24 +121,26 @@ class Session:
     def _update(self, name: str) -> None:
         optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-3, weight_decay=0.1)
         for parameter, gradient in zip(
-            self.adapters.values(), self._gradients(self.model, self.adapters, 1).values(), strict=True
+            self.adapters.values(), self._gradients(self.model, self.adapters, 1)[0].values(), strict=True
         ):
             parameter.grad = gradient
         optimizer.step()
         step.clear_gradients(self.model)
 
-    def _gradients(self, model: Any, adapters: Mapping[str, nn.Parameter], times: int) -> step.Gradients:
-        """Gradients of ``times`` steps, added up as gradient accumulation does."""
+    def _gradients(self, model: Any, adapters: Mapping[str, nn.Parameter], times: int) -> tuple[step.Gradients, int]:
+        """Gradients of ``times`` steps, added up as gradient accumulation does, and how often torch's checkpoint was called."""
         total: step.Gradients = {}
+        calls = 0
         for turn in range(times):
             with step.dropout_raised(model, 0.0):
-                _, found = step.train_step(
+                run, found = step.train_step(
                     model, self.batch, adapters, seed=self.subject.seed + turn, autocast=self._autocast(), watch=False
                 )
             total = {n: _sum(total.get(n), g) for n, g in found.items()}
-        return total
+            calls += len(run.checkpoints)
+        return total, calls
 
-    def _fresh_gradients(self, times: int) -> step.Gradients:
+    def _fresh_gradients(self, times: int) -> tuple[step.Gradients, int]:
         s = self.settings
         drawn = tuple(digest.bits(p) for p in self.adapters.values())
         biases = {n: m.bias for n, m in _quantized(self.model, self.subject.layers) if m.bias is not None}

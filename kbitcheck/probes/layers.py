@@ -162,8 +162,10 @@ def backwards(
         with step.checkpointing_off(model), autocast or nullcontext():
             model.train()
             output = model(**step.feed(model, batch))
-        if output.loss.requires_grad:
-            output.loss.backward()
+        # Without labels the caller has a loss of its own; a square keeps every logit's gradient apart.
+        loss = output.loss if output.loss is not None else own_loss(output.logits)
+        if loss.requires_grad:
+            loss.backward()
     finally:
         for probe in probes.values():
             for handle in probe.handles:
@@ -175,6 +177,11 @@ def backwards(
             known = base_name(name, weights)
             found[name] = _judge(probe, modules[name], weights[known], misread.get(known, 0.0), half)
     return found
+
+
+def own_loss(logits: torch.Tensor) -> torch.Tensor:
+    """A loss of one's own on logits: half their mean square."""
+    return logits.float().square().mean() / 2
 
 
 def base_name(name: str, known: Any) -> str:

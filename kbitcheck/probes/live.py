@@ -7,8 +7,10 @@ checkpointing), and they do not see what a non-reentrant recompute brings back.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +69,19 @@ class Live(TorchDispatchMode):
                 if isinstance(item, torch.Tensor):
                     self.add(item)
         return out
+
+
+@contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Collections look at what was made since alone: walking torch's and transformers' own objects takes longest."""
+    if gc.get_freeze_count():  # the caller's; unfreezing would undo it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def tensors(*items: Any) -> Iterator[torch.Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.facts import CostFacts, MemoryFacts
 from kbitcheck.probes import step
-from kbitcheck.probes.live import Live, storage_id, tensors
+from kbitcheck.probes.live import Live, only_new_garbage, storage_id, tensors
 from kbitcheck.probes.snapshot import is_block
 
 MODEL, OUTSIDE = "model", ""
@@ -47,7 +47,7 @@ def activations(
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> MemoryFacts:
     """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
-    with _only_new_garbage():
+    with only_new_garbage():
         with step.checkpointing_off(model):
             plain = _measure(model, batch, seed, autocast)
         checkpointed = _measure(model, batch, seed, autocast)
@@ -148,7 +148,6 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
             boundaries.remove()
             found.held = live.now - floor
             found.entries["end"] = live.now
-            live.peak = live.now
             if output.loss.requires_grad:
                 output.loss.backward()
             found.peak = live.peak - floor
@@ -161,17 +160,22 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     return found
 
 
-@contextmanager
-def _only_new_garbage() -> Iterator[None]:
-    """Collections look at what was made since alone: walking torch's and transformers' own objects takes longest."""
-    if gc.get_freeze_count():  # the caller's; unfreezing would undo it
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None) -> int:
+    """Bytes that a forward in eval mode leaves behind. The model ran before: its first makes what the stack keeps."""
+    model.eval()
+    # Operators that answer with a view of a weight make no storage.
+    live = Live()
+    live.tag = MODEL
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
+        live.add(tensor)
+    live.tag, floor = OUTSIDE, live.now
+    with only_new_garbage():
+        with torch.no_grad(), live, autocast or nullcontext():
+            model(**step.feed(model, batch))
+        gc.collect()
+    layers = (m for m in model.modules() if backends.is_quantized(m))
+    stack = {storage_id(t) for layer in layers for t in backends.scratch(layer)}
+    return live.now - floor - sum(size for key, (size, tag) in live.holds().items() if key in stack and not tag)
 
 
 def _states(model: nn.Module) -> Iterable[torch.Tensor]:
@@ -207,7 +211,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
     for name, (module, shape, dtype) in shapes.items():
         key = (type(module), backends.shape(module), shape, dtype)
         if key not in by_shape:
-            by_shape[key] = bare_layer_keeps(module, shape, dtype)
+            by_shape[key] = bare_layer_keeps(backends.bare(module), shape, dtype)
         if by_shape[key]:
             found[name] = by_shape[key]
     return found
@@ -241,7 +245,7 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         live.add(tensor)
     del existing
     before = live.now
-    with _only_new_garbage(), live:
+    with only_new_garbage(), live:
         prepare(model)
         gc.collect()
         peak = live.peak

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import logging
 import os
 import pickle
 import random
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -20,6 +23,12 @@ LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 OWN_BUSINESS = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
 
 State = Mapping[str, str]
+
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global") and isinstance(hooks, dict)
+]
 
 
 def state() -> State:
@@ -51,6 +60,16 @@ def state() -> State:
         ),
         "denormals flushed": str(float(torch.tensor(1e-40) * 0.5) == 0.0),
         "recursion limit": str(sys.getrecursionlimit()),
+        "hooks on every module": str(sum(len(hooks) for hooks in _GLOBAL_HOOKS)),
+        "logging": str(
+            (logging.root.level, logging.root.manager.disable, [logging.getLogger(n).level for n in LIBRARIES])
+        ),
+        "registries of transformers": _digest(repr(sorted(_registered())).encode()),
+        "numpy errors": str(numpy.geterr()),
+        "garbage collection": str((gc.isenabled(), gc.get_threshold())),
+        "working directory": str(Path.cwd()),
+        "import path": _digest(repr(sys.path).encode()),
+        "oneDNN": str((torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled)),
     }
 
 
@@ -112,6 +131,23 @@ def patched(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, tu
 
 def _library_modules() -> list[ModuleType]:
     return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
+
+
+REGISTRIES = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ACT2FN", "ROPE_INIT_FUNCTIONS")
+
+
+def _registered() -> Iterator[tuple[str, str, int]]:
+    """What transformers looks up by name at run time: registry, key and identity of each entry."""
+    for place in ("modeling_utils", "masking_utils", "activations", "modeling_rope_utils"):
+        for name in REGISTRIES:
+            registry = getattr(sys.modules.get(f"transformers.{place}"), name, None)
+            for mapping in (
+                registry,
+                getattr(registry, "_global_mapping", None),
+                getattr(registry, "_local_mapping", None),
+            ):
+                if isinstance(mapping, dict):
+                    yield from ((name, str(key), id(value)) for key, value in mapping.items())
 
 
 def _digest(data: bytes) -> str:

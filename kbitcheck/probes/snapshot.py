@@ -36,12 +36,19 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         layers={n: layer(n, m) for n, m in model.named_modules() if backends.is_quantized(m)},
         modules={n: _module(n, m, n in blocks) for n, m in model.named_modules()},
         config=_config(model),
-        state_keys=frozenset(model.state_dict()) if keys else frozenset(),
+        state_keys=_keys(model) if keys else frozenset(),
         input_hooks={n: len(m._forward_hooks) for n, m in model.named_modules() if m._forward_hooks},
         can_checkpoint=can_checkpoint(model),
         embeddings=tuple(_names(model, embeddings(model))),
         heads=tuple(_names(model, heads(model))),
     )
+
+
+def _keys(model: nn.Module) -> frozenset[str]:
+    try:
+        return frozenset(model.state_dict())
+    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
+        return frozenset({f"{type(error).__name__}: {error}"})
 
 
 def is_block(module: nn.Module) -> bool:
@@ -160,6 +167,7 @@ def _module(name: str, module: nn.Module, block: bool) -> ModuleFacts:
         norm=norm_evidence(name, module),
         block=block,
         tower=tower(name) if block else "",
+        numbers={k: v for k, v in vars(module).items() if type(v) in (int, float) and not k.startswith("_")},
     )
 
 
@@ -183,8 +191,15 @@ def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
 
 
 def _config(model: nn.Module) -> Mapping[str, Any]:
+    """The configuration, the one that generates, and the attention chosen, which ``to_dict`` leaves out."""
     config: Any = getattr(model, "config", None)
-    plain: Mapping[str, Any] = _plain(config.to_dict()) if hasattr(config, "to_dict") else {}
+    if not hasattr(config, "to_dict"):
+        return {}
+    more = {"attention": getattr(config, "_attn_implementation", None)}
+    generates: Any = getattr(model, "generation_config", None)
+    if hasattr(generates, "to_dict"):
+        more["generation"] = generates.to_dict()
+    plain: Mapping[str, Any] = _plain({**config.to_dict(), **more})
     return plain
 
 

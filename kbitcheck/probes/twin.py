@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from kbitcheck import backends
+from kbitcheck.facts import GradientFacts
 from kbitcheck.probes import step
 from kbitcheck.probes.layers import Read, Weights
 from kbitcheck.probes.snapshot import norm_evidence
@@ -130,24 +132,54 @@ def _replaced(model: nn.Module, build: Callable[[str, Any], nn.Module]) -> nn.Mo
     return copy.deepcopy(model, instead)
 
 
-@dataclass(frozen=True, slots=True)
-class Twins:
-    """What the twins of one base gave: gradients and their yardsticks, and losses while training.
-
-    ``exact`` are the float64 twin's gradients and ``rounded`` those of the twin in the preparation's own dtypes;
-    ``yardsticks`` is how far the second is from the first, relative, by adapter, never below one ulp.
-    """
+@dataclass(frozen=True)
+class Pair:
+    """Gradients of one batch: ``exact`` of the float64 twin, ``rounded`` of the twin in the preparation's own dtypes."""
 
     exact: step.Gradients
     rounded: step.Gradients
-    yardsticks: Mapping[str, float]
-    losses: tuple[float, ...]
-    learning_rate: float
+
+    @cached_property
+    def yardsticks(self) -> Mapping[str, float]:
+        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp."""
+        ulp = float(torch.finfo(torch.float32).eps)
+        return {n: max(step.distance(g, self.exact[n]), ulp) for n, g in self.rounded.items() if live(self.exact[n])}
 
     @property
     def median_yardstick(self) -> float:
         """The median over adapters with a gradient."""
         return median(self.yardsticks.values()) if self.yardsticks else 0.0
+
+    def beside(self, found: step.Gradients) -> dict[str, GradientFacts]:
+        """Each gradient found, beside its counterpart."""
+        return {
+            name: GradientFacts(
+                live=live(self.exact[name]),
+                norm=None if gradient is None else float(gradient.norm()),
+                finite=gradient is not None and bool(torch.isfinite(gradient).all()),
+                twin_norm=0.0 if (exact := self.exact[name]) is None else float(exact.norm()),
+                error=step.distance(gradient, exact),
+                noise=self.yardsticks.get(name, 0.0),
+                yardstick=max(self.yardsticks.get(name, 0.0), self.median_yardstick),
+                bitwise=gradient is not None and step.equal(gradient, self.rounded[name]),
+            )
+            for name, gradient in found.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """What the twins of one base gave: gradients of the whole batch and of one row without a mask, and losses."""
+
+    whole: Pair
+    single: Pair
+    losses: tuple[float, ...]
+    learning_rate: float
+
+
+def live(gradient: torch.Tensor | None) -> bool:
+    """Whether an adapter's gradient is there and not zero."""
+    return gradient is not None and bool(gradient.any())
 
 
 def logits_of(output: Any) -> torch.Tensor:

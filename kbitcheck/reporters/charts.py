@@ -21,7 +21,11 @@ CSS = {INK: "currentColor", **{stand_in: f"var(--series-{n})" for n, stand_in in
 BARS = 8  # models in the first chart
 LAYERS = 60  # points in the last
 WIDTH = 8.0  # inches, of 72 CSS pixels
-GROUPS = ("quantized", "embeddings", "head", "norms", "experts", "other", "buffers")
+LABEL = 28  # characters of a tick's label
+# As kbitcheck.summary names them; those that a chart has no colour for are its rest.
+GROUPS = (
+    "quantized", "embeddings", "head", "norms", "experts", "routers", "attention", "mlp", "vision", "audio", "other", "buffers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,8 @@ def charts(report: Report) -> list[Chart]:
     """The charts that the report's facts allow."""
     cases: Mapping[str, Mapping[str, Any]] = report.facts.get("cases", {})
     specs: Mapping[str, Mapping[str, Any]] = report.subject.get("cases", {})
-    drawn = (_bytes(cases, specs), _activations(cases), _gradients(cases))
+    checkpointed = {c: f for c, f in cases.items() if specs.get(c, {}).get("checkpointing") != "off"}
+    drawn = (_bytes(cases, specs), _activations(checkpointed or cases), _gradients(cases))
     return [chart for chart in drawn if chart is not None]
 
 
@@ -53,32 +58,47 @@ def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[s
         return None
     by_growth = sorted(found, key=lambda name: -_grown(found[name]))[:BARS]
     bars = [(f"{name}, {stage}", found[name][stage]) for name in by_growth for stage in ("loaded", "prepared")]
-    groups = [g for g in GROUPS if any(counts.get(g) for _, counts in bars)]
+    groups = sorted({g for _, counts in bars for g in counts if counts[g]}, key=_place)
+    named, rest = _coloured(groups, bars)
     unit, scale = _unit(max(sum(counts.values()) for _, counts in bars))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         places = [-(i + i // 2 * 0.6) for i in range(len(bars))]
         left = [0.0] * len(bars)
-        for group in groups:
-            widths = [counts.get(group, 0) / scale for _, counts in bars]
-            axes.barh(places, widths, 0.85, left=left, color=SERIES[GROUPS.index(group)], label=group)
+        for color, members in zip(SERIES, [*([g] for g in named), rest], strict=False):
+            widths = [sum(counts.get(g, 0) for g in members) / scale for _, counts in bars]
+            label = members[0] if members != rest else "the rest"
+            if members:
+                axes.barh(places, widths, 0.85, left=left, color=color, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(places, [name for name, _ in bars])
         axes.set_xlabel(unit)
         _plain(axes, grid="x")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
 
-    rest = f" The {BARS} of {len(found)} that grow most." if len(found) > BARS else ""
+    few = f" The {BARS} of {len(found)} that grow most." if len(found) > BARS else ""
     return Chart(
         title="Where the bytes are",
-        caption=f"Parameters and buffers as loaded and after preparing.{rest}",
-        svg=_svg("bytes", draw, 1.1 + 0.34 * len(bars)),
+        caption=f"Parameters and buffers as loaded and after preparing.{few}",
+        svg=_svg("bytes", draw, 1.3 + 0.34 * len(bars)),
         columns=("model", *groups, "all"),
         rows=tuple(
             (name, *(f"{counts.get(g, 0):,}" for g in groups), f"{sum(counts.values()):,}") for name, counts in bars
         ),
     )
+
+
+def _place(group: str) -> tuple[int, str]:
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
+
+
+def _coloured(groups: Sequence[str], bars: Sequence[tuple[str, Mapping[str, int]]]) -> tuple[list[str], list[str]]:
+    """The groups that get a colour of their own, in their order, and those that share the last one."""
+    if len(groups) <= len(SERIES):
+        return list(groups), []
+    largest = sorted(groups, key=lambda g: -max(counts.get(g, 0) for _, counts in bars))[: len(SERIES) - 1]
+    return [g for g in groups if g in largest], [g for g in groups if g not in largest]
 
 
 def _grown(groups: Mapping[str, Mapping[str, int]]) -> float:
@@ -153,7 +173,7 @@ def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     return Chart(
         title="Gradient error by layer",
         caption=f"{case}: adapters' gradients against the float64 twin's, each layer's worst, and KB304's bound.{few}{rest}",
-        svg=_svg("gradients", draw, 3.0),
+        svg=_svg("gradients", draw, 3.6),
         columns=("layer", "relative error", "bound"),
         rows=tuple((name, f"{error:.3g}", f"{bound:.3g}") for name, error, bound in rows),
     )
@@ -164,7 +184,8 @@ def _named(axes: Axes, names: Sequence[str]) -> None:
     every = -(-len(names) // 20)
     places = list(range(0, len(names), every))
     prefix = _common([n.split(".") for n in names])
-    labels = [".".join(names[p].split(".")[prefix:]) for p in places]
+    labels = [re.sub(r"(^|\.)(block|layers?|h)\.(?=\d)", r"\1", ".".join(names[p].split(".")[prefix:])) for p in places]
+    labels = [label if len(label) <= LABEL else "…" + label[1 - LABEL :] for label in labels]
     steep = max(map(len, labels)) > 6
     axes.set_xticks(places, labels, rotation=40 if steep else 0, ha="right" if steep else "center")
 

@@ -64,6 +64,15 @@ def findings(report: Report) -> list[Finding]:
     return sorted(found, key=lambda f: (not f.counted, not f.error, LEVELS.index(f.level), f.rules))
 
 
+def by_rule(found: Sequence[Finding]) -> list[list[Finding]]:
+    """Neighbours that are of one rule and weigh the same, together; what could not be judged stays by itself."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for number, finding in enumerate(found):
+        key = (number,) if finding.error else (finding.rules, finding.counted, finding.level)
+        groups.setdefault(key, []).append(finding)
+    return list(groups.values())
+
+
 def _reason(result: Result) -> str:
     return f"a known finding: {result.finding}" if result.finding else result.reason
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.core import Party, Report, Status, rules
+from kbitcheck.core import Party, Report, Rule, Status, rules
 from kbitcheck.reporters.again import command
 from kbitcheck.reporters.charts import charts
 from kbitcheck.reporters.evidence import clipped, whose_it_is
-from kbitcheck.reporters.findings import Finding, deviations, findings
+from kbitcheck.reporters.findings import Finding, by_rule, deviations, findings
 from kbitcheck.reporters.tally import Tally, kind
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 DEVIATIONS = 5
 PLACES = 12
-SIGNATURES = 4  # findings of one rule that are shown in full
+SIGNATURES = 4  # ways in which one rule failed that are shown
 FAMILIES = {
     "freezing": "Freezing",
     "precision": "Precision and storage",
@@ -36,18 +38,11 @@ def render(report: Report) -> str:
     """A whole page. Findings are grouped by family, worst first; what passed is in the table of all results."""
     known = rules()
     families: dict[str, list[dict[str, Any]]] = {}
-    shown: dict[tuple[str, ...], int] = {}
-    hidden = 0
-    for finding in findings(report):
-        if report.gate is not None and not finding.counted:
+    for variants in by_rule(findings(report)):
+        if report.gate is not None and not variants[0].counted:
             continue
-        shown[finding.rules] = shown.get(finding.rules, 0) + 1
-        if shown[finding.rules] > SIGNATURES:
-            hidden += 1
-            continue
-        rule = known.get(finding.rules[0])
-        family = "" if finding.error or rule is None else rule.family
-        families.setdefault(family, []).append(_finding(report, finding))
+        rule = None if variants[0].error else known.get(variants[0].rules[0])
+        families.setdefault(rule.family if rule else "", []).append(_finding(report, variants, rule))
     tally = Tally(report)
     return template("report").render(
         report=report,
@@ -55,7 +50,6 @@ def render(report: Report) -> str:
         verdict=tally.line(),
         breaches=_breaches(report),
         families=[(FAMILIES.get(f, f), families[f]) for f in sorted(families, key=_place)],
-        hidden=hidden,
         charts=charts(report),
         table=_table(report),
         marks=MARKS,
@@ -79,20 +73,39 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["prose"] = _prose
     return environment.get_template(f"{name}.html.jinja")
 
 
-def _finding(report: Report, finding: Finding) -> dict[str, Any]:
-    known = rules()
-    rule = known.get(finding.rules[0]) if not finding.error else None
+def _prose(text: str) -> str:
+    """What stands between backticks as code; all else in it stays text."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  (escaped before)
+
+
+def _finding(report: Report, variants: Sequence[Finding], rule: Rule | None) -> dict[str, Any]:
+    first = variants[0]
+    parties = dict.fromkeys(whose_it_is(report, d.party) for v in variants for d in deviations(v.failures))
+    return {
+        "counted": first.counted or first.error,
+        "codes": ", ".join(first.rules[:6]) + (", …" if len(first.rules) > 6 else ""),
+        "name": rule.name if rule else "could not be judged" if first.error else "",
+        "level": "ERROR" if first.error else first.level.value,
+        "whose": " and ".join(parties),
+        "requirement": rule.requirement if rule else "",
+        "variants": [_variant(report, variant) for variant in variants[:SIGNATURES]],
+        "rest": sum(len(v.cases) for v in variants[SIGNATURES:]),
+        "symptom": rule.section("Symptom") if rule else "",
+        "fix": rule.section("Fix") if rule else "",
+        "cases": len({case for v in variants for case in v.cases}),
+        "again": command(report, first.cases[0], first.rules[0]),
+    }
+
+
+def _variant(report: Report, finding: Finding) -> dict[str, Any]:
     found = deviations(finding.failures)
     return {
-        "counted": finding.counted or finding.error,
-        "codes": ", ".join(finding.rules[:6]) + (", …" if len(finding.rules) > 6 else ""),
-        "name": rule.name if rule else "could not be judged" if finding.error else "",
-        "level": "ERROR" if finding.error else finding.level.value,
-        "whose": " and ".join(dict.fromkeys(whose_it_is(report, d.party) for d in found)),
-        "requirement": rule.requirement if rule else "",
         "reason": clipped(finding.reason),
         "deviations": [
             {
@@ -107,10 +120,7 @@ def _finding(report: Report, finding: Finding) -> dict[str, Any]:
             for d in found[:DEVIATIONS]
         ],
         "rest": max(len(found) - DEVIATIONS, 0),
-        "symptom": rule.section("Symptom") if rule else "",
-        "fix": rule.section("Fix") if rule else "",
         "cases": finding.cases,
-        "again": command(report, finding.cases[0], finding.rules[0]),
     }
 
 

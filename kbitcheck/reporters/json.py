@@ -11,8 +11,12 @@ def render(report: Report) -> str:
     """One JSON object with a line for each part and each result, in ASCII, so that any terminal and encoding takes it."""
     parts = []
     for key, value in report.as_json().items():
-        text = json.dumps(value)
+        text = _compact(value)
         if key == "results" and value:
-            text = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+            text = "[\n" + ",\n".join(f"    {_compact(row)}" for row in value) + "\n  ]"
         parts.append(f"  {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kbitcheck.core import Report, rules
 from kbitcheck.reporters.again import command
 from kbitcheck.reporters.evidence import clipped, whose_it_is
-from kbitcheck.reporters.findings import Finding, deviations, findings
+from kbitcheck.reporters.findings import Finding, by_rule, deviations, findings
 from kbitcheck.reporters.tally import Tally
 
 LIMIT = 65_536  # characters in a comment; in UTF-8 at most a quarter of a step summary's 1 MiB
@@ -16,6 +16,7 @@ RESERVED = 200
 DEVIATIONS = 3
 PLACES = 8
 CASES = 12
+SIGNATURES = 4  # ways in which one rule failed
 SPECIAL = re.compile(r"([\\*_{}\[\]()#+!~])")
 
 
@@ -36,9 +37,9 @@ def _parts(report: Report) -> Iterator[str]:
     yield f"### {prose(Tally(report).line())}\n\n"
     yield f"{code(report.tool)} on {code(who or '?')}, {len({r.case for r in report.results})} cases.\n\n"
     yield from _changes(report)
-    for finding in findings(report):
-        if report.gate is None or finding.counted:
-            yield _finding(report, finding)
+    for variants in by_rule(findings(report)):
+        if report.gate is None or variants[0].counted:
+            yield _finding(report, variants)
     rows = "".join(
         f"| {cell(prose(str(k)))} | {cell(code(str(v)))} |\n" for k, v in report.environment.items() if v != ""
     )
@@ -61,37 +62,47 @@ def _changes(report: Report) -> Iterator[str]:
     yield "\n"
 
 
-def _finding(report: Report, finding: Finding) -> str:
-    known = rules()
-    rule = known.get(finding.rules[0])
-    mark = "✗" if finding.counted or finding.error else "!"
-    codes = ", ".join(finding.rules[:4]) + (", …" if len(finding.rules) > 4 else "")
-    name = rule.name if rule and len(finding.rules) == 1 else ""
-    found = deviations(finding.failures)
-    whose = " and ".join(dict.fromkeys(whose_it_is(report, d.party) for d in found)) or "not judged"
-    title = f"{mark} <b>{codes}</b> {html(name)} ({finding.level}, {html(whose)}), {len(finding.cases)} case(s)"
-    body = [f"In {_cases(finding.cases)}."]
-    if rule is not None and not finding.error:
-        body.insert(0, prose(rule.requirement))
-    for seen in found[:DEVIATIONS]:
-        rest = len(seen.where) - PLACES
-        places = ", ".join(map(code, seen.where[:PLACES])) + (f", and {rest} more" if rest > 0 else "")
-        witness = f" ({prose(whose_it_is(report, seen.party))}: {code(seen.witness)})" if seen.witness else ""
-        body.append(f"- {places}: expected {code(seen.expected)}, found {code(seen.actual)}{witness}")
-    if len(found) > DEVIATIONS:
-        body.append(f"- and {len(found) - DEVIATIONS} more")
-    if finding.reason:
-        body.append(code(finding.reason))
-    if rule is not None and not finding.error:
+def _finding(report: Report, variants: Sequence[Finding]) -> str:
+    first = variants[0]
+    rule = None if first.error else rules().get(first.rules[0])
+    mark = "✗" if first.counted or first.error else "!"
+    codes = ", ".join(first.rules[:4]) + (", …" if len(first.rules) > 4 else "")
+    parties = dict.fromkeys(whose_it_is(report, d.party) for v in variants for d in deviations(v.failures))
+    whose = " and ".join(parties) or "not judged"
+    number = len({case for v in variants for case in v.cases})
+    title = (
+        f"{mark} <b>{codes}</b> {html(rule.name if rule else '')} ({first.level}, {html(whose)}), "
+        f"{number} {'case' if number == 1 else 'cases'}"
+    )
+    body = [prose(rule.requirement)] if rule else []
+    for variant in variants[:SIGNATURES]:
+        body += _variant(report, variant)
+    if rest := sum(len(v.cases) for v in variants[SIGNATURES:]):
+        body.append(f"Otherwise in {rest} more {'case' if rest == 1 else 'cases'}.")
+    if rule is not None:
         body += [
             f"**{heading}**: {prose(text)}"
             for heading, text in (("You will see", rule.section("Symptom")), ("Do", rule.section("Fix")))
             if text
         ]
-    if again := command(report, finding.cases[0], finding.rules[0]):
+    if again := command(report, first.cases[0], first.rules[0]):
         body.append(f"Again: {code(again, whole=True)}")
-    opened = " open" if finding.counted else ""
+    opened = " open" if first.counted else ""
     return f"<details{opened}><summary>{title}</summary>\n\n" + "\n\n".join(body) + "\n\n</details>\n\n"
+
+
+def _variant(report: Report, finding: Finding) -> Iterator[str]:
+    found = deviations(finding.failures)
+    yield f"In {_cases(finding.cases)}:"
+    for seen in found[:DEVIATIONS]:
+        rest = len(seen.where) - PLACES
+        places = ", ".join(map(code, seen.where[:PLACES])) + (f", and {rest} more" if rest > 0 else "")
+        witness = f" ({prose(whose_it_is(report, seen.party))}: {code(seen.witness)})" if seen.witness else ""
+        yield f"- {places}: expected {code(seen.expected)}, found {code(seen.actual)}{witness}"
+    if len(found) > DEVIATIONS:
+        yield f"- and {len(found) - DEVIATIONS} more"
+    if finding.reason:
+        yield code(finding.reason)
 
 
 def _cases(cases: tuple[str, ...]) -> str:

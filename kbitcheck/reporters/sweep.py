@@ -9,7 +9,7 @@ from kbitcheck.core import Level, Party
 from kbitcheck.sweep import Finding, Row, Table
 
 COLUMNS = (
-    "architecture", "loads", "prepares", "trains", "quantized", "after/bf16", "checkpointing", "dead adapters", "findings",
+    "architecture", "inputs", "loads", "prepares", "trains", "quantized", "after/bf16", "checkpointing", "dead adapters", "findings",
 )  # fmt: skip
 FORMATS = ("text", "json", "markdown")
 
@@ -38,6 +38,7 @@ def cells(row: Row) -> tuple[str, ...]:
     dead = "" if row.adapters is None else f"{row.dead_adapters} of {row.adapters}" if row.dead_adapters else "none"
     return (
         row.architecture,
+        row.inputs,
         _mark(row.loads),
         _mark(row.prepares),
         _mark(row.trains),

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kbitcheck.core import Party, Report, Rule, Status, rules
 from kbitcheck.gate import Breach
 from kbitcheck.reporters.again import command
-from kbitcheck.reporters.findings import Deviation, Finding, deviations, findings
-from kbitcheck.reporters.memory import scaled, table
+from kbitcheck.reporters.findings import Deviation, Finding, by_rule, deviations, findings
+from kbitcheck.reporters.memory import rows, scaled
 from kbitcheck.reporters.tally import Tally
 
 Line = tuple[str, str]  # text and rich style
 
 SHOWN = 3  # deviations of one finding, unless verbose
 PLACES = 8  # grouped names of one deviation, unless verbose
-SIGNATURES = 3  # findings of one rule, unless verbose
+SIGNATURES = 3  # ways in which one rule failed, unless verbose
+CASES = 4  # in which it failed so, unless verbose
 INDENT = "    "
 
 
@@ -40,7 +42,7 @@ def render(report: Report, *, width: int, color: bool = False, verbose: bool = F
 def findings_only(report: Report, *, width: int) -> str:
     """The report's findings without its head and foot, as the message of a failing test."""
     page = _Page(report, width, verbose=False)
-    return "\n\n".join("\n".join(text for text, _ in _printable(page.finding(f))) for f in findings(report))
+    return "\n\n".join("\n".join(text for text, _ in _printable(page.finding(v))) for v in by_rule(findings(report)))
 
 
 def _printable(lines: Iterable[Line]) -> list[Line]:
@@ -63,20 +65,11 @@ class _Page:
         style = "bold green" if self._report.exit_code == 0 else "bold red"
         yield self._ends(Tally(self._report).line(), _seconds(self._report.facts.get("seconds"))), style
         yield from self._changes()
-        shown: dict[tuple[str, ...], int] = {}
-        left_out: dict[tuple[str, ...], list[str]] = {}
-        for finding in findings(self._report):
-            if self._report.gate is not None and not finding.counted and not self._verbose:
+        for variants in by_rule(findings(self._report)):
+            if self._report.gate is not None and not variants[0].counted and not self._verbose:
                 continue  # accepted
-            shown[finding.rules] = shown.get(finding.rules, 0) + 1
-            if shown[finding.rules] > SIGNATURES and not self._verbose:
-                left_out.setdefault(finding.rules, []).extend(finding.cases)
-                continue
             yield "", ""
-            yield from self.finding(finding)
-        for codes, cases in left_out.items():
-            yield "", ""
-            yield from self._wrapped(f"{codes[0]} failed otherwise in {len(cases)} more cases (-v lists them).", "dim")
+            yield from self.finding(variants)
         if self._verbose:
             yield from self._passed_and_skipped()
         yield from self._foot()
@@ -111,27 +104,35 @@ class _Page:
         for note in self._report.gate["notes"]:
             yield f"  {note}", "dim"
 
-    def finding(self, finding: Finding) -> Iterator[Line]:
-        style = "bold red" if finding.counted or finding.error else "bold yellow"
-        mark = "✗" if finding.counted or finding.error else "!"
-        if finding.error:
-            title = f"{mark} {_codes(finding.rules, self._known)} could not be judged"
-            yield self._ends(title, "ERROR"), style
-            yield from self._wrapped(finding.reason, "", INDENT)
+    def finding(self, variants: Sequence[Finding]) -> Iterator[Line]:
+        """One broken rule, or what could not be judged; ``variants`` are its failures, which differ between cases."""
+        first = variants[0]
+        style = "bold red" if first.counted or first.error else "bold yellow"
+        mark = "✗" if first.counted or first.error else "!"
+        rule = None if first.error else self._known.get(first.rules[0])
+        if first.error:
+            yield self._ends(f"{mark} {_codes(first.rules, self._known)} could not be judged", "ERROR"), style
         else:
-            rule = self._known.get(finding.rules[0])
-            parties = dict.fromkeys(d.party for d in deviations(finding.failures))
-            title = f"{mark} {finding.rules[0]} {rule.name if rule else ''}".rstrip()
-            yield self._ends(f"{title}  ({finding.level.value})", " and ".join(map(self._whose, parties))), style
-            yield from self._told(finding, rule)
-        if len(self._cases) > 1:
-            yield from self._wrapped(f"In: {self._in(finding.cases)}", "dim", INDENT)
-        if again := command(self._report, finding.cases[0], finding.rules[0]):
-            yield f"{INDENT}Again: {again}", "cyan"
-
-    def _told(self, finding: Finding, rule: Rule | None) -> Iterator[Line]:
+            parties = dict.fromkeys(d.party for f in variants for d in deviations(f.failures))
+            title = f"{mark} {first.rules[0]} {rule.name if rule else ''}".rstrip()
+            yield self._ends(f"{title}  ({first.level.value})", " and ".join(map(self._whose, parties))), style
         if rule is not None:
             yield from self._wrapped(rule.requirement, "", INDENT)
+        shown = variants if self._verbose else variants[:SIGNATURES]
+        for variant in shown:
+            yield from self._variant(variant)
+        if rest := sum(len(v.cases) for v in variants[len(shown) :]):
+            yield f"{INDENT}… and otherwise in {rest} more {'case' if rest == 1 else 'cases'} (-v lists them)", "dim"
+        if rule is not None:
+            for title, heading in (("You will see", "Symptom"), ("Do", "Fix")):
+                if text := rule.section(heading):
+                    yield from self._wrapped(f"{title}: {text}", "", INDENT)
+        if again := command(self._report, first.cases[0], first.rules[0]):
+            yield f"{INDENT}Again: {again}", "cyan"
+
+    def _variant(self, finding: Finding) -> Iterator[Line]:
+        if len(self._cases) > 1:
+            yield from self._wrapped(f"In {self._in(finding.cases)}:", "dim", INDENT)
         found = deviations(finding.failures)
         shown = found if self._verbose else found[:SHOWN]
         for deviation in shown:
@@ -140,16 +141,12 @@ class _Page:
             yield f"{INDENT}… and {rest} more (-v lists them)", "dim"
         if finding.reason:
             yield from self._wrapped(finding.reason, "", INDENT)
-        if rule is not None:
-            for title, heading in (("You will see", "Symptom"), ("Do", "Fix")):
-                if text := rule.section(heading):
-                    yield from self._wrapped(f"{title}: {text}", "", INDENT)
 
     def _deviation(self, deviation: Deviation) -> Iterator[Line]:
         where = deviation.where if self._verbose else deviation.where[:PLACES]
         rest = len(deviation.where) - len(where)
         places = ", ".join(where) + (f", and {rest} more (-v lists them)" if rest else "")
-        yield from self._wrapped(f"- {places}", "bold", INDENT)
+        yield from self._wrapped(places, "bold", INDENT + "- ", hanging=INDENT + "  ")
         yield from self._wrapped(f"expected {deviation.expected}; found {deviation.actual}", "", INDENT + "  ")
         if deviation.witness:
             whose = self._whose(deviation.party)
@@ -158,7 +155,8 @@ class _Page:
     def _in(self, cases: tuple[str, ...]) -> str:
         if set(cases) == set(self._cases):
             return f"all {len(cases)} cases"
-        return ", ".join(cases)
+        rest = 0 if self._verbose else len(cases) - CASES
+        return ", ".join(cases[:CASES] if rest > 0 else cases) + (f", and {rest} more" if rest > 0 else "")
 
     def _passed_and_skipped(self) -> Iterator[Line]:
         several = len(self._cases) > 1
@@ -174,18 +172,21 @@ class _Page:
                 yield from self._wrapped(f"{result.rule} {name}{place}: {tail}", "dim", "  ")
 
     def _foot(self) -> Iterator[Line]:
-        notes = [f"ignored  {c}: {why}" for c, why in self._report.subject.get("ignored", {}).items()]
+        notes = [("ignored", "", f"{c}: {why}") for c, why in self._report.subject.get("ignored", {}).items()]
         if self._report.subject.get("command") in ("model", "audit"):
-            facts = self._report.facts.get("cases", {})
-            for case, found in facts.items():
-                of = f"  [{case}]" if len(facts) > 1 else ""
-                notes += [f"{heading:9}{text}{of}" for heading, text in table(found)]
-        if not self._report.complete:
-            notes.append("This report is not complete: the run was interrupted.")
-        if notes:
+            notes += rows(self._report.facts.get("cases", {}), self._report.subject.get("cases", {}))
+        wide = max((len(of) for _, of, _ in notes), default=0)
+        beside = f"{{:{wide}}}  " if 0 < wide < self._width // 4 else "{}: "
+        if notes or not self._report.complete:
             yield "", ""
-        for note in notes:
-            yield from self._wrapped(note, "", hanging=" " * 9)
+        for heading, of, text in notes:
+            indent = f"{heading:9}" + (beside.format(of) if of else "")
+            if of and beside == "{}: ":
+                yield from self._wrapped(indent + text, "", hanging=" " * 9)
+            else:
+                yield from self._wrapped(text, "", indent, hanging=" " * len(indent))
+        if not self._report.complete:
+            yield from self._wrapped("This report is not complete: the run was interrupted.", "")
 
     def _whose(self, party: Party) -> str:
         if party is not Party.IMPLEMENTATION:
@@ -196,16 +197,16 @@ class _Page:
         gap = self._width - len(left) - len(right)
         return f"{left}{' ' * gap}{right}" if right and gap > 1 else f"{left}  {right}".rstrip()
 
-    def _wrapped(self, text: str, style: str, indent: str = "", hanging: str = "") -> Iterable[Line]:
+    def _wrapped(self, text: str, style: str, indent: str = "", hanging: str | None = None) -> Iterable[Line]:
         folded = textwrap.wrap(
-            text,
+            re.sub(r"(\d) ([kMGT]i?B|B)\b", "\\1\N{NO-BREAK SPACE}\\2", text),
             self._width,
             initial_indent=indent,
-            subsequent_indent=indent + hanging + ("  " if text.startswith("- ") else ""),
+            subsequent_indent=indent if hanging is None else hanging,
             break_long_words=False,
             break_on_hyphens=False,
         )
-        return [(line, style) for line in folded]
+        return [(line.replace("\N{NO-BREAK SPACE}", " "), style) for line in folded]
 
 
 def _named(model: str, facts: Mapping[str, Any]) -> str:

@@ -200,11 +200,13 @@ def fits(facts: Facts) -> Iterable[Observation]:
     )  # fmt: skip
     if told.memory is not None:
         total = told.total(told.mode)
-        if total is None:
-            raise NotApplicable(f"no training step could be predicted: {told.missing}")
+        if total is None:  # without a step, what stays through training is still known
+            what, total, fitting = "weights, adapters and optimizer", told.resident, f"no step: {told.missing}"
+        else:
+            what = f"{told.batch} x {told.seq_len} tokens"
+            fitting = f"largest batch that fits: {told.largest_batch[told.memory]:,}"
         yield Observation(
-            f"{told.batch} x {told.seq_len} tokens", total <= told.memory, f"at most {told.memory:,} bytes",
-            f"{total:,} bytes; largest batch that fits: {told.largest_batch[told.memory]:,}",
+            what, total <= told.memory, f"at most {told.memory:,} bytes", f"{total:,} bytes; {fitting}",
             Party.MODEL, f"predicted, {told.mode} checkpointing",
         )  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import Facts
 from kbitcheck.rules.gradients import needs_checkpointing
+from kbitcheck.rules.witness import blame
 
 ## KB401-KB404: asked for and done
 
@@ -76,9 +78,20 @@ def blocks_recompute(facts: Facts) -> Iterable[Observation]:
             wanted = 2 * plain.computed - plain.without_grad
             ok = total == wanted and block.computed == plain.computed and plain.recomputed == 0
             plainly = f" (plain run: {plain.computed} + {plain.recomputed})" if plain.recomputed else ""
+            ran = (block.computed, block.recomputed)
+            blamed = blame(facts, ok, Party.STACK, partial(_ran_so, name, ran))
             yield Observation(
-                name, ok, f"computed {wanted} times", f"{block.computed} + {block.recomputed} in backward{plainly}"
+                name,
+                ok,
+                f"computed {wanted} times",
+                f"{block.computed} + {block.recomputed} in backward{plainly}",
+                *blamed,
             )
+
+
+def _ran_so(name: str, ran: tuple[int, int], facts: Facts) -> bool:
+    block = facts.run.blocks[name]
+    return (block.computed, block.recomputed) == ran
 
 
 @rule("KB404", "kwargs-honoured", Level.MUST)
@@ -206,7 +219,9 @@ def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
     yield Observation("training forward", not held, "no cache", "a cache is held" if held else "none")
     if facts.generator:
         g = facts.generates
-        yield Observation("generate", g.finite and not g.raised, "works after training", g.raised or "works")
+        ok = g.finite and not g.raised
+        blamed = blame(facts, ok, Party.MODEL, lambda bare: bare.generates.raised == g.raised)
+        yield Observation("generate", ok, "works after training", g.raised or "works", *blamed)
 
 
 @rule("KB409", "train-eval-untouched", Level.MUST)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import Facts, ModelFacts
+from kbitcheck.rules.witness import blame
 
 DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs": "None"}
 
@@ -62,6 +63,9 @@ def returns_the_model(facts: Facts) -> Iterable[Observation]:
         return
     actual = "the same object" if call.same_object else f"another object ({call.returned})"
     yield Observation("returned object", call.same_object, f"the {facts.base.cls} it was given", actual)
+    for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
+        if not one.raised and not one.same_object:
+            yield Observation(text, False, f"the {facts.base.cls} it was given", f"another object ({one.returned})")
     yield Observation("class", call.class_kept, f"the very class {facts.base.cls}", facts.prepared.cls)
 
 
@@ -178,8 +182,10 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     """
     stale = facts.cost.stale
     yield Observation("after preparing", stale == 0, "0 bytes of old weights alive", f"{stale:,} bytes")
-    survivors = facts.memory.survivors
-    yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes")
+    survivors, left = facts.memory.survivors, facts.left_by_evaluation
+    blamed = blame(facts, survivors == 0, Party.MODEL, lambda bare: bare.memory.survivors > 0)
+    yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes", *blamed)
+    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes")
 
 
 @rule("KB509", "quiet", Level.SHOULD)
@@ -214,13 +220,21 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     party, witness = (
         (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
         if s.raised in base
-        else (Party.IMPLEMENTATION, "")
+        else blame(facts, not s.raised, Party.STACK, lambda bare: bare.store.raised == s.raised)
     )
     yield Observation("save and reload", not s.raised, "no error", s.raised or "none", party, witness)
     if s.logits is not None:
         # The same model in the same dtypes: only the order of a sum may differ.
         ok = s.logits.equal or s.logits.relative <= facts.compute_ulp
-        yield Observation("logits", ok, "the same", "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}")
+        blamed = blame(facts, ok, Party.STACK, _reloads_otherwise)
+        yield Observation(
+            "logits", ok, "the same", "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}", *blamed
+        )
+
+
+def _reloads_otherwise(facts: Facts) -> bool:
+    logits = facts.store.logits
+    return logits is not None and not logits.equal and logits.relative > facts.compute_ulp
 
 
 @rule("KB511", "config-kept", Level.SHOULD)

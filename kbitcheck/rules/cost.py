@@ -55,6 +55,9 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
     yield Observation(
         "parameters and buffers", after.nbytes <= bound, f"at most {bound:,} bytes", f"{after.nbytes:,} bytes"
     )
+    # A small parameter may be a view of a large storage.
+    grown, c = demanded + facts.cost.before, facts.cost
+    yield Observation("storages", c.after <= grown, f"at most {grown:,} bytes", f"{c.after:,} bytes")
 
 
 def _cast(tensor: TensorFacts, facts: Facts) -> bool:

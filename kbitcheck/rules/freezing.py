@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from kbitcheck.core import Level, Observation, rule
 from kbitcheck.facts import Facts, TensorFacts
+from kbitcheck.rules.gradients import live_gradients
 
 ## KB101-KB102: flags
 
@@ -58,7 +59,7 @@ def no_base_grad(facts: Facts) -> Iterable[Observation]:
     Fix: freeze every base parameter; never call ``requires_grad_`` on an embedding's weight to make inputs need grad.
     Sources: specification KB103; peft#80.
     """
-    held = set(facts.run.base_grads)
+    held = {*facts.run.base_grads, *(n for n, p in facts.wrapped.parameters.items() if p.has_grad)}
     for p in facts.wrapped.parameters.values():
         if not p.adapter:
             yield Observation(p.name, p.name not in held, "no gradient", "a gradient" if p.name in held else "none")
@@ -112,8 +113,7 @@ def adapters_do_change(facts: Facts) -> Iterable[Observation]:
     Fix: leave parameter objects in place; change ``.data``, never rebind modules after adapters are attached.
     Sources: ai-toolkit#1054, peft troubleshooting "Training runs but the model does not improve".
     """
-    live = [n for n, g in facts.gradients.items() if g.live]
-    for name in live:
+    for name in live_gradients(facts):
         changed = name in facts.training.changed
         yield Observation(name, changed, "changed by training", "changed" if changed else "unchanged")
 

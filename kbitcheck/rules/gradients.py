@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
-from kbitcheck.facts import Distance, Facts
+from kbitcheck.facts import Distance, Facts, GradientFacts, StepOutcome
+from kbitcheck.rules.witness import blame
 
 # Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
 YARDSTICKS = 4
@@ -31,6 +33,18 @@ def needs_checkpointing(facts: Facts) -> None:
         raise NotApplicable(f"{facts.base.cls} does not support checkpointing")
 
 
+def live_gradients(facts: Facts) -> dict[str, GradientFacts]:
+    """Gradients of the adapters that get one in the float twin.
+
+    Raises:
+        NotApplicable: none does, as where dropout left nothing of the only block.
+    """
+    live = {n: g for n, g in facts.gradients.items() if g.live}
+    if not live:
+        raise NotApplicable("no adapter is live even in the float twin")
+    return live
+
+
 @rule("KB301", "inputs-require-grad", Level.MUST)
 def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
     """Under reentrant checkpointing the input of the first block of every tower with adapters requires grad.
@@ -45,7 +59,7 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
     needs_checkpointing(facts)
     if not reentrant(facts):
         raise NotApplicable("checkpointing is not reentrant here, so inputs need not require grad")
-    adapted = [n for n, g in facts.gradients.items() if g.live]
+    adapted = list(live_gradients(facts))
     first: dict[str, str] = {}
     for block in facts.run.blocks.values():
         first.setdefault(block.tower, block.name)
@@ -67,10 +81,7 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     Fix: see KB301 and KB303; under reentrant checkpointing pass hidden states positionally.
     Sources: peft#2880, trl#835, ai-toolkit#1054, transformers#41993.
     """
-    live = {n: g for n, g in facts.gradients.items() if g.live}
-    if not live:
-        raise NotApplicable("no adapter is live even in the float twin")
-    for name, g in live.items():
+    for name, g in live_gradients(facts).items():
         actual = "no gradient" if g.norm is None else f"norm {g.norm:.3g}" if g.finite else "not finite"
         yield Observation(name, g.norm is not None and g.finite and g.norm > 0, "finite and non-zero", actual)
 
@@ -87,6 +98,7 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     Fix: use a kernel that has a backward; never detach a frozen layer's input or run it under ``no_grad``.
     Sources: transformers#46736, GPTQModel#1435, AutoAWQ#324, bitsandbytes#2034.
     """
+    live_gradients(facts)
     for name, layer in facts.layer_backwards.items():
         within = name.partition(" (")[0].removesuffix(".base_layer") + "."
         adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]
@@ -114,14 +126,17 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
 
     The yardstick of an adapter is how far the twin in the preparation's own dtypes is from the float64 twin, or the
     median over all adapters if that is larger. Left out are adapters whose gradient is noise: four yardsticks of theirs
-    are as long as the gradient itself, so no comparison could tell it from zero.
+    are as long as the gradient itself, so no comparison could tell it from zero. The whole batch is judged, and one row
+    of it without a mask.
 
     Why: only a comparison with an independent computation shows a gradient that is there, finite and wrong.
     Symptom: training that works and ends worse than the same run elsewhere.
     Fix: compare the layers that KB303 names, then what happens between them.
     Sources: bitsandbytes#2034, unsloth-zoo#482.
     """
-    judged = {n: g for n, g in facts.gradients.items() if g.live and (g.bitwise or YARDSTICKS * g.noise < 1)}
+    single = {f"{n} (one row, no mask)": g for n, g in facts.single_gradients.items()}
+    all_runs = {**facts.gradients, **single}
+    judged = {n: g for n, g in all_runs.items() if g.live and (g.bitwise or YARDSTICKS * g.noise < 1)}
     if not judged:
         raise NotApplicable("rounding alone moves every gradient by as much as it is long")
     for name, g in judged.items():
@@ -196,15 +211,23 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
     """
     for outcome in facts.interleaved:
-        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs")
+        blamed = blame(facts, not outcome.raised, Party.MODEL, partial(_raises, outcome))
+        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs", *blamed)
         changed = ", ".join(outcome.changed[:4])
         yield Observation(
             f"{outcome.step}: quantized weights", not changed, "as before anything ran", changed or "the same"
         )
         if outcome.hooks_added:
             yield Observation(f"{outcome.step}: hooks", False, "none added", f"{outcome.hooks_added} added")
+        found, fresh = outcome.checkpoints
+        if found != fresh:
+            yield Observation(f"{outcome.step}: checkpoints", False, f"{fresh} as when fresh", str(found))
         for seen in compared(outcome.gradients, exact=exactly(facts)):
             yield dataclasses.replace(seen, where=f"{outcome.step}: {seen.where}")
+
+
+def _raises(outcome: StepOutcome, facts: Facts) -> bool:
+    return any((o.step, o.raised) == (outcome.step, outcome.raised) for o in facts.interleaved)
 
 
 @rule("KB309", "loss-falls", Level.MUST)

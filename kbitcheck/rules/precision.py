@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import FLOATING, HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.rules.witness import blame
 
 NORM_KINDS = frozenset({"class", "name", "shape"})
 
@@ -81,6 +82,8 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
 def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     """Parameters that were fp32, fp64, integer, bool or float8, and every buffer, keep dtype, device and bits.
 
+    So does every plain number that a module keeps, such as an epsilon, a scale or a dropout rate.
+
     Why: scales, rotary tables and weights kept in fp32 on purpose break quietly when they are cast or recomputed.
     Symptom: garbage after long contexts; NaN in T5; a kernel that refuses its scales.
     Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
@@ -101,6 +104,17 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     for old, new in _pairs(facts):
         if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
             yield Observation(old.name, False, "the same bits", "other numbers")
+    yield from _numbers(facts)
+
+
+def _numbers(facts: Facts) -> Iterator[Observation]:
+    """One observation for each number that a module keeps and that is another."""
+    for module in facts.base.modules.values():
+        now = facts.prepared.modules.get(module.name)
+        if now is not None:
+            for key, number in module.numbers.items():
+                if now.numbers.get(key) != number:
+                    yield Observation(f"{module.name}.{key}", False, str(number), str(now.numbers.get(key)))
 
 
 def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
@@ -150,8 +164,9 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
     Fix: never rebuild or move packed parameters in preparation; a new ``Params4bit`` loses its state.
     Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         if new is None:
             continue  # KB207 tells
         for field, digest in old.state.items():
@@ -171,8 +186,9 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     Fix: leave quantized modules in place.
     Sources: specification KB207.
     """
+    prepared = facts.prepared.layers
     for old in facts.base.layers.values():
-        new = facts.prepared.layers.get(old.name)
+        new = prepared.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
         yield Observation(
             old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"
@@ -220,10 +236,12 @@ def same_function(facts: Facts) -> Iterable[Observation]:
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
     rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
     for forward in facts.forwards:
-        if forward.apart is not None and not forward.autocast and not f.left_out:
+        if forward.apart is not None and not f.left_out:
             # The base and the prepared model are each this far from the twin; modes and masks change little of that.
             # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
-            far = 4 * (f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0))
+            # Autocast rounds both, each by about as much as the base shows.
+            far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
+            far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
             where = f"logits ({forward.condition})"
             ok = forward.apart <= far
             yield Observation(where, ok, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}")
@@ -238,7 +256,7 @@ def same_function(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB210", "runs-everywhere", Level.MUST)
 def runs_everywhere(facts: Facts) -> Iterable[Observation]:
-    """Forward is finite and raises nothing in train and eval, with and without a mask, with and without autocast.
+    """Forward is finite and raises nothing in train and eval, with and without a mask and autocast; a training step runs.
 
     Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
 
@@ -255,6 +273,9 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         if not ok and (f.base_raised or not f.base_finite):
             party, witness = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
         yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", party, witness)
+    raised = facts.step_raised
+    blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
+    yield Observation("training step", not raised, "no error", raised or "none", *blamed)
 
 
 @rule("KB211", "no-half-trainables", Level.MUST)

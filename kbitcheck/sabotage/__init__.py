@@ -4,7 +4,17 @@ A fault breaks a prepared model (``breaks``), wraps an implementation (``wraps``
 (``spoils``, for the rules that tell facts about models).
 """
 
-from kbitcheck.sabotage import audit, checkpointing, contract, cost, freezing, gradients, precision
+from kbitcheck.sabotage import (
+    audit,
+    checkpointing,
+    contract,
+    cost,
+    freezing,
+    gradients,
+    hidden,
+    implementations,
+    precision,
+)
 from kbitcheck.sabotage.fault import Fault, faults
 from kbitcheck.sabotage.selftest import Verdict, run
 
@@ -18,6 +28,8 @@ __all__ = [
     "faults",
     "freezing",
     "gradients",
+    "hidden",
+    "implementations",
     "precision",
     "run",
 ]

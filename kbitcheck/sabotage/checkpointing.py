@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kbitcheck import backends
 from kbitcheck.probes.snapshot import is_block
 from kbitcheck.sabotage.fault import Prepare, breaks, wraps
 
@@ -78,6 +79,28 @@ def one_checkpoint_round_the_whole_stack(model: Any) -> None:
         return inner(*args, **kwargs)
 
     stack.forward = forward
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a copy of its input where no checkpoint can drop it, as bitsandbytes' int8 functions keep theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x.clone()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+@breaks("KB405", quant="int8", checkpointing="non-reentrant")
+def more_kept_than_the_stack_keeps(model: Any) -> None:
+    for module in model.modules():
+        if backends.is_quantized(module):
+            module.register_forward_pre_hook(
+                lambda module, args: (_Kept.apply(args[0]), *args[1:]) if torch.is_grad_enabled() else None
+            )
 
 
 @breaks("KB406")

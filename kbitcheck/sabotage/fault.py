@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps as keeping_signature
-from typing import Any
+from typing import Any, Literal
 
 from kbitcheck_reference import prepare_model_for_kbit_training
 
@@ -16,17 +16,21 @@ Prepare = Callable[..., Any]
 class Fault:
     """One way to be wrong. ``prepare`` is the broken implementation, ``spoil`` what is done to the base before.
 
-    ``code`` is the rule that must catch it, on the case given; ``accelerator`` says that no CPU can show it.
+    ``code`` is the rule that must catch it, on the case given; ``alone`` says that no other may; ``accelerator`` that no
+    CPU can show it. ``level`` is what is broken: a ``model`` after or before a good preparation, or the
+    ``implementation``.
     """
 
     code: str
     name: str
+    level: Literal["model", "implementation"] = "implementation"
     model: str = "tiny:gpt2"
     quant: str = "nf4"
     checkpointing: str = "reentrant"
     prepare: Prepare = prepare_model_for_kbit_training
     spoil: Callable[[Any], None] | None = None
     accelerator: bool = False
+    alone: bool = False
 
 
 _faults: list[Fault] = []
@@ -48,7 +52,7 @@ def breaks(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable
             damage(model)
             return model
 
-        _faults.append(Fault(code=code, name=damage.__name__, prepare=broken, **case))
+        _faults.append(Fault(code=code, name=damage.__name__, level="model", prepare=broken, **case))
         return damage
 
     return register
@@ -68,8 +72,18 @@ def spoils(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable
     """Register a function that spoils the base before anything looks at it."""
 
     def register(spoil: Callable[[Any], None]) -> Callable[[Any], None]:
-        _faults.append(Fault(code=code, name=spoil.__name__, spoil=spoil, **case))
+        _faults.append(Fault(code=code, name=spoil.__name__, level="model", spoil=spoil, **case))
         return spoil
+
+    return register
+
+
+def implements(code: str, **case: Any) -> Callable[[Prepare], Prepare]:
+    """Register a broken implementation that owes the reference nothing."""
+
+    def register(prepare: Prepare) -> Prepare:
+        _faults.append(Fault(code=code, name=prepare.__name__, prepare=prepare, **case))
+        return prepare
 
     return register
 

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kbitcheck.facts import HeldFacts
 from kbitcheck.probes import step
-from kbitcheck.probes.live import Live, tensors
+from kbitcheck.probes.live import only_new_garbage, tensors
 from kbitcheck.probes.snapshot import is_block, tower
 from kbitcheck.static.fake import Counted, World
 
@@ -115,11 +115,13 @@ class Step:
         model.train()
         self._own = list(world.tensors)
         self.logits = 0
+        self.places: list[int] = []
 
     def measure(self, batch: Mapping[str, Tensor], *, reentrant: bool | None) -> HeldFacts:
         """A step on a batch (of any device) under reentrant or non-reentrant checkpointing; None: without.
 
-        ``logits`` is afterwards what the logits took, in bytes.
+        ``logits`` is afterwards what the logits took, in bytes, and ``places`` what was alive when each storage was
+        made: as many numbers for any other batch that takes the same way.
         """
         fed = {name: self.world.tensor(t) for name, t in batch.items()}
         live = Counted([*self._own, *fed.values()])
@@ -127,6 +129,7 @@ class Step:
         step.clear_gradients(self.model)
         floor = live.now
         with (
+            only_new_garbage(),
             _checkpointing(self.model, reentrant),
             step.cache_off(self.model),
             warnings.catch_warnings(),
@@ -144,25 +147,26 @@ class Step:
             self.logits = output.logits.nbytes
             if output.loss.requires_grad:
                 output.loss.backward()
-            peak = watch.peak - floor
+            self.places = [alive - floor for alive in watch.places()]
         del output
         step.clear_gradients(self.model)
-        return HeldFacts(held=held, peak=peak)
+        return HeldFacts(held=held, peak=max(self.places))
 
 
 @dataclass(slots=True)
 class _Ran:
-    """What one block took: ``grown`` is added from its entry to the next; the others are of its backward.
+    """What one block took. ``grown`` is added from its entry to the next, ``left`` when the backward has gone on.
 
-    ``rise`` is the highest above what was alive when the backward came to it, ``left`` what is alive more, or less,
-    when it went on.
+    ``climbs`` and ``rises`` are what was alive meanwhile, storage by storage, above what was alive when the forward, and
+    the backward, came to it.
     """
 
     arguments: Signature = ()
     entered: int = 0
     grown: int = 0
+    climbs: list[int] = field(default_factory=list)
     returned: int = 0
-    rise: int = 0
+    rises: list[int] = field(default_factory=list)
     left: int = 0
     rest: tuple[Any, ...] | None = None
 
@@ -171,19 +175,21 @@ class _Watch:
     """Hooks that follow a step from block to block and back. Bytes throughout.
 
     What is alive is only part of a step: blocks that were passed hold as much as those they are like, until the
-    backward comes back to them, and leave adapters' gradients then. ``missing`` is what they hold in between.
+    backward comes back to them, and leave adapters' gradients then. ``missing`` is what those that were passed by now
+    hold in between.
     """
 
-    def __init__(self, model: nn.Module, live: Live) -> None:
+    def __init__(self, model: nn.Module, live: Counted) -> None:
         self._model, self._live = model, live
         self._ran: dict[nn.Module, _Ran] = {}
         self._standing: set[nn.Module] = set()
         self._open: _Ran | None = None
-        self._passed: list[nn.Module] = []
+        self.missing = 0
+        self._forward: list[int] = []
         self._backward = False
         self._now: _Ran | None = None
         self._back: list[nn.Module] = []
-        self._tops: list[tuple[int, int]] = []  # the highest between two marks, and how many were passed on the way
+        self._between: list[tuple[list[int], int]] = []  # alive between two marks, and how many were passed till then
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._handles: list[Any] = []
 
@@ -205,28 +211,24 @@ class _Watch:
                 module.watch = None
         self._ran.clear()
 
-    @property
-    def missing(self) -> int:
-        """What the blocks that were passed hold between forward and backward."""
-        return sum(self._ran[like].grown for like in self._passed)
-
-    @property
-    def peak(self) -> int:
-        """The highest that the whole step comes to in its backward."""
+    def places(self) -> list[int]:
+        """What is alive when each storage of the whole step is made."""
         self._mark(None)
         missing = self.missing
         offsets = [missing]
         for like in self._back:
             missing += self._ran[like].left
             offsets.append(missing)
-        tops = [top + offsets[passed] for top, passed in self._tops]
-        entries = [now + offsets[i] + self._ran[like].rise for i, (now, like) in enumerate(self._entries)]
-        return max(*tops, *entries, 0)
+        found = [*self._forward, *(now + offsets[passed] for alive, passed in self._between for now in alive)]
+        for i, (now, like) in enumerate(self._entries):
+            found += [now + offsets[i] + rise for rise in self._ran[like].rises]
+        return found
 
     def turn(self) -> None:
         """The forward is over."""
+        self._close()
         self._backward = True
-        self._live.peak = self._live.now
+        self._live.trace = [self._live.now]
 
     def passed(self, like: nn.Module, args: Any, kwargs: Any) -> Any:
         """One block handed on: its input, in the form in which the block it is like returned."""
@@ -234,7 +236,8 @@ class _Watch:
         self._close()
         if ran.arguments != _arguments(args, kwargs):
             raise NotImplementedError(f"a {type(like).__name__} is called in another way than one that is like it")
-        self._passed.append(like)
+        self._forward += [self._live.now + self.missing + climb for climb in ran.climbs]
+        self.missing += ran.grown
         hidden = _hidden(args, kwargs)
         if hidden.requires_grad:
             hidden = hidden.view_as(hidden)  # the same storage, with a place of its own in the graph
@@ -257,18 +260,22 @@ class _Watch:
             first.register_hook(lambda gradient: self._mark(ran))
 
     def _close(self) -> None:
+        alive, self._live.trace = self._live.trace, []
+        self._forward += [now + self.missing for now in alive]
         if self._open is not None:
             self._open.grown = self._live.now - self._open.entered
+            self._open.climbs = [now - self._open.entered for now in alive]
             self._open = None
 
     def _mark(self, ran: _Ran | None) -> None:
-        """The backward comes to a block: what was highest since the last mark belongs to what came before."""
-        self._tops.append((self._live.peak, len(self._back)))
+        """The backward comes to a block: what was alive since the last mark belongs to what came before."""
+        alive = self._live.trace
+        self._between.append((alive, len(self._back)))
         if self._now is not None:
-            self._now.rise = self._live.peak - self._now.returned
+            self._now.rises = [now - self._now.returned for now in alive]
             self._now.left = self._live.now - self._now.returned
         self._now = ran
-        self._live.peak = self._live.now
+        self._live.trace = [self._live.now]
         if ran is not None:
             ran.returned = self._live.now
 
@@ -293,7 +300,8 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
-    found = next(tensors(*args), None) if args else kwargs.get("hidden_states")
+    named = kwargs.get("hidden_states", kwargs.get("hidden_state"))
+    found = next(tensors(*args), None) if args else named
     if found is None:
         raise NotImplementedError("a block that is called without hidden states")
     return found

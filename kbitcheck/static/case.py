@@ -29,7 +29,8 @@ class StaticCase:
     def __init__(self, spec: CaseSpec, source: Source, why: str = "no weights were read") -> None:
         self.spec = spec
         foreign = getattr(source, "foreign", "")
-        self.why = f"{why}; its own {foreign} quantization is not verified" if foreign else why
+        own = f"; its own {foreign} quantization is not verified, sizes are those of {spec.quant}" if foreign else ""
+        self.why = why + own
         self.case = spec.id
         self.profile = spec.profile
         self.freezes = spec.freezes
@@ -38,10 +39,9 @@ class StaticCase:
         self._model: Any = source.meta(Quantization.parse(spec.quant))
         self.base: ModelFacts = snapshot.snapshot(self._model)
         self.remote_code = source.remote_code
-        self._weights = forecast.of_weights(self._model, self.base, spec)
-        self.unfit_targets: Mapping[str, str] = targets.unfit(
-            self._model, adapter_probe.target_layers(self._model, spec.targets)
-        )
+        self._weights = forecast.of_weights(self._model, self.base, spec, source.notes)
+        wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
+        self.unfit_targets: Mapping[str, str] = targets.unfit(self._model, wanted)
 
     def __getattr__(self, name: str) -> Any:
         raise NotApplicable(NEEDS_A_RUN)

@@ -21,6 +21,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from kbitcheck import backends
 from kbitcheck.probes.live import Live
@@ -98,6 +99,9 @@ class World:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
             stack.enter_context(_no_grouped_kernel())
+            # It looks for sequences packed into one, which cannot be told of positions without numbers.
+            if hasattr(masking_utils, "find_packed_sequence_indices"):
+                stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             if self.device == "cuda":
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
                 stack.enter_context(mock.patch.object(bitsandbytes, "matmul", _int8_product_on_cuda))
@@ -108,14 +112,18 @@ class World:
 class Counted(Live):
     """Counts storages, and answers what operators ask of numbers as if tokens were spread evenly over experts.
 
-    A look at one number answers zero (or False), and no feature is an outlier to int8.
+    A look at one number answers zero (or False), and no feature is an outlier to int8. ``trace`` is what was alive
+    after each operator that makes a storage.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__(existing)
         self._readers, self._taken = 1, 0
+        self.trace: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all that is asked
+            return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].dtype.is_floating_point else 0
         given = kwargs or {}
@@ -125,7 +133,11 @@ class Counted(Live):
             args, given = args[:1], {}  # without a threshold: no feature is an outlier
         elif func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
             func, args, given = _without_outliers(*args)
-        return super().__torch_dispatch__(func, types, args, given)
+        before = self.now
+        out = super().__torch_dispatch__(func, types, args, given)
+        if self.now > before:
+            self.trace.append(self.now)
+        return out
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,10 +1,9 @@
-"""What fits: how a step's peak grows with batch and length, and the memory of common GPUs. No torch here."""
+"""Sizes of memory: as users write them, as GPUs are sold, as optimizers fill them. No torch here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from kbitcheck.core import UsageError
 
@@ -29,6 +28,12 @@ GPUS: Mapping[int, str] = {
 }
 
 
+def named(memory: int | None) -> dict[int, str]:
+    """Sizes by what has them, from small to large: the GPUs, and the size that was given."""
+    given = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}
+    return dict(sorted({**GPUS, **given}.items()))
+
+
 def parse(text: str) -> int:
     """The bytes that ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes mean.
 
@@ -42,54 +47,6 @@ def parse(text: str) -> int:
     if size < 1:
         raise UsageError(f"--memory wants a size such as 24GiB, 80GB or 512MiB, not {text!r}")
     return size
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Bytes of a step by batch and length: ``fixed + batch * (first + second * length + third * length**2)``.
-
-    Every tensor of a step is of one of these sizes; ``first`` is what each sequence has beside its tokens (images).
-    Where a larger step peaks in another place the real peak bends upwards: what is said to fit far from the shapes that
-    were measured is then a little too large.
-    """
-
-    fixed: float
-    first: float
-    second: float
-    third: float
-
-    @classmethod
-    def through(cls, length: int, peaks: Mapping[tuple[int, int], int]) -> Growth:
-        """The growth through peaks by (batch, length): (1, full), (2, full), (1, twice), and (1, half) for images."""
-        fixed = 2 * peaks[1, length] - peaks[2, length]
-        slopes = {n: peaks[1, n] - fixed for n in (length, 2 * length)}
-        half = length // 2
-        if (1, half) in peaks:
-            slopes[half] = peaks[1, half] - fixed
-        else:
-            slopes[0] = 0
-        (x0, y0), (x1, y1), (x2, y2) = sorted(slopes.items())
-        rise = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-        third = (rise[1] - rise[0]) / (x2 - x0)
-        second = rise[0] - third * (x0 + x1)
-        return cls(fixed, y0 - second * x0 - third * x0**2, second, third)
-
-    def peak(self, batch: int, length: int) -> float:
-        """Bytes of one step."""
-        return self.fixed + batch * (self.first + self.second * length + self.third * length**2)
-
-    def largest_batch(self, length: int, room: int) -> int:
-        """The most sequences of this length whose step takes at most ``room`` bytes; 0 where not one does."""
-        each = self.peak(1, length) - self.fixed
-        return max(int((room - self.fixed) // each), 0) if each > 0 else 0
-
-    def longest(self, room: int, limit: int) -> int:
-        """The longest single sequence, of at most ``limit`` tokens, whose step takes at most ``room`` bytes."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.peak(1, middle) <= room else (low, middle - 1)
-        return low
 
 
 def optimizers(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -18,21 +18,30 @@ from kbitcheck.rules.precision import norm_parameters
 from kbitcheck.static import fits, weights
 from kbitcheck.static.activations import Step, thin
 from kbitcheck.static.fake import HALF, World
+from kbitcheck.static.growth import USUAL, Growth, shapes
 from kbitcheck.suite import CaseSpec
 
 BATCH, SEQ_LEN = 1, 2048
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
-def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+def default_mode(implementation: str) -> str:
+    """The mode where none is named: PEFT passes none on, and torch's is reentrant (docs/findings/peft_implicit_reentrant.py)."""
+    return "reentrant" if implementation == "peft" else "non-reentrant"
+
+
+def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, ...] = ()) -> ForecastFacts:
     """What the weights, adapters and optimizer take of a model on the meta device, whose snapshot is ``facts``.
 
+    ``notes`` is what is to be said of the weights themselves.
+
     Raises:
-        UsageError: no layer is quantized that an adapter could be put on.
+        UsageError: no quantized layer matches the targets. Where none is quantized at all there are no adapters.
     """
+    targets = adapter_probe.target_layers(model, spec.targets) if facts.layers else []
     sizes = {
         f"{name}.{end}": spec.rank * width
-        for name in adapter_probe.target_layers(model, spec.targets)
+        for name in targets
         for end, width in (("A", facts.layers[name].in_features), ("B", facts.layers[name].out_features))
     }
     return ForecastFacts(
@@ -42,8 +51,9 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
         adapters=4 * sum(sizes.values()),
         optimizer=fits.optimizers(sizes),
         device="cpu" if spec.device == "cpu" else "cuda",
-        mode="non-reentrant" if spec.checkpointing == "default" else spec.checkpointing,
+        mode=default_mode(spec.implementation) if spec.checkpointing == "default" else spec.checkpointing,
         memory=spec.memory,
+        notes=notes,
     )
 
 
@@ -54,19 +64,18 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
     then why no step is.
     """
     limit = _limit(model)
+    if not facts.layers:
+        return dataclasses.replace(told, missing="no layer is quantized, so that there are no adapters to train")
     try:
         run = Training(source, model, facts, spec, device=told.device)
         batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
         mode = told.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
         logits = run.logits
-        shapes = ((1, length), (2, length), (1, 2 * length), *([(1, max(length // 2, 1))] if run.sees else []))
-        known = {(1, length): steps[mode].peak} if batch == 1 else {}
-        peaks = {shape: known.get(shape) or run.step(*shape, mode, padded=False).peak for shape in shapes}
-        growth = fits.Growth.through(length, peaks)
+        growth = run.growth(min(length, limit // 2), mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
-    names = {told.memory: "given", **fits.GPUS} if told.memory else fits.GPUS
+    names = fits.named(told.memory)
     rooms = {size: size - told.resident for size in names}
     return dataclasses.replace(
         told,
@@ -76,9 +85,14 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         activations=steps,
         logits=logits,
         largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
+        usual={
+            usual: {size: growth.largest_batch(usual, room) for size, room in rooms.items()}
+            for usual in USUAL
+            if usual <= limit
+        },
         longest={size: growth.longest(room, limit) for size, room in rooms.items()},
         rooms=names,
-        notes=run.notes,
+        notes=(*told.notes, *run.notes),
     )
 
 
@@ -93,7 +107,6 @@ class Training:
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
-        self.sees = False  # whether its sequences bring more than tokens
         self._unprepared = model
         targets = adapter_probe.target_layers(model, spec.targets)
         thin(model)
@@ -119,6 +132,14 @@ class Training:
         """
         return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
 
+    def growth(self, length: int, mode: str) -> Growth:
+        """How steps without padding grow under a mode, from steps round a length."""
+        return Growth.through(length, {shape: self._places(*shape, mode) for shape in shapes(length)})
+
+    def _places(self, batch: int, length: int, mode: str) -> list[int]:
+        self.step(batch, length, mode, padded=False)
+        return self._step.places
+
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         try:
             made = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
@@ -128,7 +149,6 @@ class Training:
             self.notes = (f"activations of text alone: {error}",)
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
             made = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-        self.sees = any(t.is_floating_point() for t in made.values())
         if not padded:  # a mask of ones, which models leave out when they see that it is one
             made.pop("attention_mask", None)
         return made
@@ -151,5 +171,6 @@ class Training:
 
 def _limit(model: Any) -> int:
     """The most tokens that the model's own configuration allows."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else 1 << 20
+    text = model.config.get_text_config()
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return min((n for n in stated if isinstance(n, int) and n > 0), default=1 << 20)

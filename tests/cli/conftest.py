@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,3 +83,9 @@ def door(tmp_path: Path) -> Door:
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def heed() -> None:
+    """Undo what a shell does to background jobs: they ignore SIGINT, and hand that on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 from kbitcheck.core import Report, Status
+from kbitcheck.reporters.charts import charts
 from tests.cli.conftest import Door
 
 
 def test_the_command_audits_a_real_quantized_model(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    arguments = ["model", "tiny:llama", "--prepare", "reference", "--quant", "nf4", "--select", "KB101,KB201,KB501"]
+    codes = ("KB101", "KB201", "KB304", "KB405", "KB501")
+    arguments = ["model", "tiny:llama", "--prepare", "reference", "--quant", "nf4", "--select", ",".join(codes)]
     ran = subprocess.run(
         [sys.executable, "-m", "kbitcheck", *arguments, "--format", "json", "--device", "cpu"],
         cwd=tmp_path,
@@ -28,11 +30,16 @@ def test_the_command_audits_a_real_quantized_model(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     report = Report.from_json(json.loads(ran.stdout))
-    assert [(r.rule, r.status) for r in report] == [(c, Status.PASS) for c in ("KB101", "KB201", "KB501")]
+    assert [(r.rule, r.status) for r in report] == [(c, Status.PASS) for c in codes]
     assert all(r.examined for r in report)
     assert report.environment["torch"].startswith("2.")
     assert report.environment["cpu_capability"]
     assert report.facts["cases"]["tiny:llama-nf4-default"]["model_class"] == "LlamaForCausalLM"
+    assert [c.title for c in charts(report)] == [
+        "Where the bytes are",
+        "Activation bytes by block",
+        "Gradient error by layer",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Door
+from tests.cli.conftest import Door, heed
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
 
@@ -50,6 +52,37 @@ def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
     assert [p for p in door.left() if not p.endswith("ledger.toml")] == []
 
 
+RULE = '"KB901"]'
+CASE = '"tiny:llama-nf4-off",\n]\n\n[skipped]'
+BREACHES = [
+    # What is done to a ledger that rude.py keeps; who is run; what comes of it.
+    ("new", '["KB102"]', '["KB102", "KB103"]', "nothing", "KB103 returns [tiny:llama-nf4-off]: did not apply"),
+    ("expired", 'reason = "known"', 'reason = "known"\nexpires = 2020-01-31', "rude", "accepted until 2020-01-31"),
+    ("unknown", RULE, f'"KB899", {RULE}', "rude", "there is no rule KB899"),
+    ("unknown", CASE, f'"tiny:lama-nf4-off", {CASE}', "rude", "there is no recipe tiny:lama"),
+]
+
+
+@pytest.mark.parametrize(("kind", "old", "new", "subject", "told"), BREACHES, ids=[f"{b[0]}-{b[4]}" for b in BREACHES])
+def test_each_breach_is_named(door: Door, kind: str, old: str, new: str, subject: str, told: str) -> None:
+    """The others are in the story above. ``--accept`` takes each away, and then there is nothing left to tell."""
+    ledger = door.cwd / "l.toml"
+    command = ("--ledger", "l.toml", *ONE)
+    door("gate", "rude.py:prepare", "--accept", *command)
+    explained(ledger)
+    text = ledger.read_text()
+    assert text.count(old) == 1, text
+    ledger.write_text(text.replace(old, new))
+    ran = door("gate", f"{subject}.py:prepare", *command)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert f"✗ {kind} " in ran.stdout
+    assert told in ran.stdout
+    assert f"1 {kind}" in ran.stderr
+    if kind == "unknown":
+        assert door("gate", f"{subject}.py:prepare", "--accept", *command).returncode == 0
+        assert ledger.read_text() == text
+
+
 WRONG = [
     ((), "say what to compare with"),
     (("--ledger", "a.toml", "--against", "good.py:prepare"), "say what to compare with"),
@@ -88,15 +121,18 @@ def test_a_run_that_broke_is_accepted_only_with_a_reason_and_one_that_checked_no
 
 
 def test_an_interrupted_run_leaves_the_ledger_alone(door: Door) -> None:
-    import signal
-    import time
-
+    (door.cwd / "hangs.py").write_text(
+        "import time\ndef prepare(model):\n    open('here', 'w').close()\n    time.sleep(600)\n"
+    )
     door("gate", "rude.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
     before = (door.cwd / "l.toml").read_bytes()
-    process = door.start("gate", "hangs.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    arguments = ("gate", "hangs.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    with door.start(*arguments, preexec_fn=heed) as process:
+        deadline = time.monotonic() + 30
+        while not (door.cwd / "here").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "l.toml is not written" in err
     assert (door.cwd / "l.toml").read_bytes() == before

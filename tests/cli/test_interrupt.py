@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kbitcheck.core import Report
-from tests.cli.conftest import Door
+from tests.cli.conftest import Door, heed
 
 ARGUMENTS = ("impl", "{}.py:prepare", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
 
@@ -29,19 +29,13 @@ def _workers(scratch: Path) -> list[int]:
     return found
 
 
-def _heed() -> None:
-    """Undo what a shell does to background jobs: they ignore SIGINT, and hand that on."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signals) -> None:
     (door.cwd / "hangs.py").write_text(
         "import time\ndef prepare(model):\n    open('here', 'w').close()\n    time.sleep(600)\n"
     )
     arguments = (ARGUMENTS[0], "hangs.py:prepare", *ARGUMENTS[2:])
-    with door.start(*arguments, "--format", "json", "--timeout", "60", preexec_fn=_heed) as process:
+    with door.start(*arguments, "--format", "json", "--timeout", "60", preexec_fn=heed) as process:
         deadline = time.monotonic() + 30
         while not (door.cwd / "here").exists() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Door
-from tests.cli.test_interrupt import _heed, _workers
+from tests.cli.conftest import Door, heed
+from tests.cli.test_interrupt import _workers
 
 MODELS = ("--model", "tiny:llama", "--model", "tiny:gpt2", "--checkpointing", "off")
 
@@ -20,7 +20,7 @@ def _told(text: str) -> dict[str, Any]:
     report = json.loads(text)
     report["facts"].pop("seconds")
     for result in report["results"]:
-        result.pop("seconds")
+        result.pop("seconds", None)
     return dict(report)
 
 
@@ -46,9 +46,7 @@ def test_wrong_usage_in_one_worker_ends_all(door: Door) -> None:
 def test_an_interrupt_ends_every_worker(door: Door) -> None:
     source = "import os, time\ndef prepare(model):\n    open(f'here{os.getpid()}', 'w').close()\n    time.sleep(600)\n"
     (door.cwd / "hangs.py").write_text(source)
-    with door.start(
-        "impl", "hangs.py:prepare", *MODELS, "--jobs", "2", "--format", "json", preexec_fn=_heed
-    ) as process:
+    with door.start("impl", "hangs.py:prepare", *MODELS, "--jobs", "2", "--format", "json", preexec_fn=heed) as process:
         deadline = time.monotonic() + 60
         while len(list(door.cwd.glob("here*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -10,8 +10,8 @@ import pytest
 
 from kbitcheck.core import Level, Observation, Party, Result, Status
 from kbitcheck.sweep import row
-from tests.cli.conftest import Door
-from tests.cli.test_interrupt import _heed, _workers
+from tests.cli.conftest import Door, heed
+from tests.cli.test_interrupt import _workers
 
 SOUND = ("--select", "llama", "--select", "gpt2", "--select", "opt")
 
@@ -93,7 +93,7 @@ def test_an_interrupted_sweep_keeps_its_rows(door: Door) -> None:
         "prepare.please = True\n"
     )
     arguments = ("sweep", "--prepare", "slow.py:prepare", "--output", "t.json", "--format", "json", *SOUND)
-    with door.start(*arguments, preexec_fn=_heed) as process:
+    with door.start(*arguments, preexec_fn=heed) as process:
         deadline = time.monotonic() + 30
         while not (door.cwd / "second").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -63,10 +65,33 @@ def test_a_one_line_regression_turns_the_ci_red(tmp_path: Path) -> None:
     [
         ("vendor.github-actions", ROOT / "action.yml"),
         ("vendor.github-workflows", EXAMPLE / ".github" / "workflows" / "ci.yml"),
+        ("vendor.github-workflows", ROOT / ".github" / "workflows" / "ci.yml"),
+        ("custom.github-workflows-require-timeout", ROOT / ".github" / "workflows" / "ci.yml"),
     ],
-    ids=["action", "workflow"],
+    ids=["action", "the example's workflow", "workflow", "its time limits"],
 )
 def test_action_and_workflow_keep_their_schemas(schema: str, path: Path) -> None:
+    keeps(schema, path)
+
+
+def test_the_recipes_of_the_docs_keep_their_schemas(tmp_path: Path) -> None:
+    """A list of steps is put into a job, and jobs into a workflow."""
+    page = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+    github, comment, gitlab = (
+        yaml.safe_load(textwrap.dedent(b)) for b in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    )
+    job = {"runs-on": "ubuntu-latest", "steps": comment}
+    workflow = {"on": "push", "jobs": {**github["jobs"], "comment": job}}
+    for schema, recipe in (("vendor.github-workflows", workflow), ("vendor.gitlab-ci", gitlab)):
+        (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+        keeps(schema, tmp_path / "recipe.yml")
+    known = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+    (given,) = [s["with"] for s in github["jobs"]["kbitcheck"]["steps"] if "kbitcheck" in s["uses"]]
+    assert set(given) <= set(known["inputs"])
+    assert f"outputs.{next(iter(set(known['outputs']) - {'exit-code'}))}" in comment[0]["run"]
+
+
+def keeps(schema: str, path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(path)],
         capture_output=True,
@@ -74,6 +99,26 @@ def test_action_and_workflow_keep_their_schemas(schema: str, path: Path) -> None
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_broken_action_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "action.yml").write_text((ROOT / "action.yml").read_text().replace("using: composite", "using: shell"))
+    with pytest.raises(AssertionError):
+        keeps("vendor.github-actions", tmp_path / "action.yml")
+
+
+def test_what_is_committed_is_checked_as_it_is_linted() -> None:
+    """Each hook runs what ``make lint`` runs."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = {hook["id"]: hook["entry"].split() for repo in config["repos"] for hook in repo["hooks"]}
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert lint is not None
+    linters = [line.replace("$(BIN)/", "").split() for line in lint[1].splitlines()]
+    for tool, *arguments in linters:
+        words = [tool, *arguments[:1]] if tool == "ruff" else [tool]
+        assert any(entry[0].endswith(f"/{tool}") and entry[1 : len(words)] == words[1:] for entry in hooks.values()), (
+            words
+        )
 
 
 def test_the_actions_script_ends_with_the_commands_code(tmp_path: Path) -> None:
@@ -97,7 +142,16 @@ def test_the_actions_script_ends_with_the_commands_code(tmp_path: Path) -> None:
         env={**os.environ, **places, **environment, "PATH": f"{stub.parent}:{os.environ['PATH']}"},
         check=True,
     )
-    assert "exit-code=3\n" in (tmp_path / "GITHUB_OUTPUT").read_text()
+    outputs = dict(line.split("=", 1) for line in (tmp_path / "GITHUB_OUTPUT").read_text().splitlines())
+    assert outputs == {
+        "exit-code": "3",
+        "report": f"{tmp_path}/kbitcheck.json",
+        "sarif": f"{tmp_path}/kbitcheck.sarif",
+    }
+    # hashFiles() sees nothing outside the workspace, so steps pass paths on as outputs.
+    assert "hashFiles(format" not in (ROOT / "action.yml").read_text()
+    used = set(re.findall(r"steps\.run\.outputs\.([\w-]+)", (ROOT / "action.yml").read_text()))
+    assert used <= set(outputs)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].startswith("gate a:b --ledger l.toml --ignore KB505=two words --format json")
     assert [" ".join(c.split()[2:4]) for c in calls[1:]] == ["", "--format markdown", "--format sarif"]

@@ -20,7 +20,7 @@ TORCH_FREE = [
     "suite.py",
     "quantization.py",
     "run.py",
-    "sweep.py",
+    "sweep",
     "strategies.py",
     "fuzz.py",
     "programs.py",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from kbitcheck.pytest_plugin import devices
+from tests.plugin.conftest import TWO, Run
+
+pytest_plugins = ["pytester"]
 
 LISTED = "GPU 0: NVIDIA A (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-2)\nGPU 1: NVIDIA B (UUID: GPU-3)\n"
 
@@ -53,3 +57,18 @@ def test_each_worker_takes_its_own(worker: str, device: str, seen: str) -> None:
 )
 def test_what_the_user_chose_is_left(worker: str, device: str, known: list[str]) -> None:
     assert devices.own(worker, device, known) == {}
+
+
+SEEN = "import os\ndef prepare(model):\n    open('seen', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\n    return model\n"
+
+
+@pytest.mark.parametrize(("workers", "alone"), [("-n2", True), ("-n0", False)])
+def test_the_implementation_sees_its_workers_device(
+    run: Run, subjects: Path, monkeypatch: pytest.MonkeyPatch, workers: str, alone: bool
+) -> None:
+    (subjects / "seen.py").write_text(SEEN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert run("--kbit-impl=seen.py:prepare", *TWO, workers).ret == 0
+    seen = set((subjects / "seen").read_text().split())
+    assert seen
+    assert seen <= ({"4", "7"} if alone else {"4,7"})

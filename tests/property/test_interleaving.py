@@ -78,13 +78,43 @@ def test_any_order_of_steps_leaves_training_as_it_was(implementation, quant, bas
     )
 
 
+SMALL = """
+architecture = "GPT2LMHeadModel"
+dtype = "bf16"
+seq_len = 6
+
+[config]
+model_type = "gpt2"
+vocab_size = 24
+n_positions = 16
+n_embd = 32
+n_inner = 32
+n_layer = 2
+n_head = 2
+attn_pdrop = 0.0
+embd_pdrop = 0.0
+resid_pdrop = 0.0
+bos_token_id = 1
+eos_token_id = 2
+pad_token_id = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model that takes a step in milliseconds, as a search needs hundreds."""
+    file = tmp_path_factory.mktemp("recipes") / "small.toml"
+    file.write_text(SMALL)
+    return str(file)
+
+
 def smallest(subject, examples):
     """The shortest program found that breaks something, or None."""
     found = []
 
     @seed(0)
     @settings(max_examples=examples, report_multiple_bugs=False, **QUIET)
-    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=40))
+    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=12))
     def search(program):
         session = Session(subject)
         for name in program:
@@ -97,18 +127,18 @@ def smallest(subject, examples):
     return found[-1]
 
 
-def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases):
+def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases, small):
     fault = next(f for f in faults() if f.name == "third_step_in_a_row_forgets")
-    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare).interleaving, 60)
+    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare, model=small).interleaving, 60)
     assert len(program) == 3
     assert set(program[:2]) <= {"evaluate", "generate", "infer"}
     assert program[2] in ("train", "accumulate")
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16: bitsandbytes repacks nothing here")
-def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bases):
+def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bases, small):
     """Told nothing but to take steps, on a model that loads as a user's does."""
-    subject = case_of("reference", "nf4", bases).interleaving
+    subject = case_of("reference", "nf4", bases, model=small).interleaving
     make = subject.make
 
     def as_users_load():

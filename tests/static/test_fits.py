@@ -1,11 +1,10 @@
-"""Sizes, growth and optimizers."""
+"""Sizes and optimizers."""
 
 import pytest
 import torch
 
 from kbitcheck.core import UsageError
 from kbitcheck.static import fits
-from kbitcheck.static.fits import Growth
 
 
 @pytest.mark.parametrize(
@@ -20,25 +19,6 @@ def test_memory_is_read_with_units(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="24GiB"):
         fits.parse(text)
-
-
-@pytest.mark.parametrize("first", [0, 50])
-def test_growth_goes_through_what_was_measured(first):
-    true = Growth(1000, first, 7, 0.25)
-    shapes = ((1, 128), (2, 128), (1, 256), *([(1, 64)] if first else []))
-    found = Growth.through(128, {shape: round(true.peak(*shape)) for shape in shapes})
-    assert found.peak(3, 100) == pytest.approx(true.peak(3, 100))
-
-
-def test_the_largest_that_fits_is_the_largest():
-    growth = Growth(1000, 50, 7, 0.25)
-    room = 60_000
-    batch = growth.largest_batch(128, room)
-    assert growth.peak(batch, 128) <= room < growth.peak(batch + 1, 128)
-    length = growth.longest(room, 10_000)
-    assert growth.peak(1, length) <= room < growth.peak(1, length + 1)
-    assert growth.longest(room, 100) == 100
-    assert growth.largest_batch(128, 500) == growth.longest(500, 100) == 0
 
 
 SIZES = {"small": 4095, "edge": 4096, "odd": 5000, "large": 100_000}

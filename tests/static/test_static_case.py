@@ -9,11 +9,7 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from kbitcheck.case import Case, open_case
 from kbitcheck.core import Status, UsageError, judge, rules
 from kbitcheck.implementations import describe
-from kbitcheck.models import resolve
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
 from kbitcheck.static import case as static_case
-from kbitcheck.static import fits, forecast
 from kbitcheck.static.case import NEEDS_A_RUN, StaticCase
 from kbitcheck.suite import CaseSpec
 
@@ -57,15 +53,23 @@ def test_the_forecast_adds_up(mixtral):
     assert json.loads(json.dumps(mixtral.summary()))["forecast"]["parameters"] == 46_702_792_704
 
 
-def test_growth_foretells_other_shapes():
-    spec = CaseSpec(model="tiny:qwen3", quant="nf4", implementation="none", device="cpu")
-    source = resolve(spec.model)
-    model = source.meta(Quantization.parse("nf4"))
-    run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
-    peaks = {shape: run.step(*shape, "reentrant", padded=False).peak for shape in ((1, 24), (2, 24), (1, 48))}
-    growth = fits.Growth.through(24, peaks)
-    for shape in ((7, 24), (3, 100)):
-        assert growth.peak(*shape) == pytest.approx(run.step(*shape, "reentrant", padded=False).peak, rel=0.02)
+def test_a_model_of_which_nothing_is_quantized_is_told_of(tmp_path):
+    # Falcon's layers are a class of their own, which transformers does not replace.
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 320}
+    config = {"model_type": "falcon", "architectures": ["FalconForCausalLM"], **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    case = opened(tmp_path, memory=1000)
+    results = {code: judge(rule, case) for code, rule in rules().items()}
+    assert {c for c, r in results.items() if r.status is Status.FAIL} == {"KB901", "KB902", "KB906"}
+    assert not [c for c, r in results.items() if r.status is Status.ERROR]
+    assert "no step: no layer is quantized" in results["KB906"].failures[0].actual
+
+
+def test_steps_are_no_longer_than_the_model_allows(tmp_path):
+    sizes = {"max_position_embeddings": 64, "num_hidden_layers": 2}
+    told = opened(with_fields(tmp_path, **sizes)).forecast
+    assert (told.seq_len, told.longest[16 << 30], told.missing, told.usual) == (64, 64, "", {})
+    assert told.largest_batch[16 << 30] > 0
 
 
 def test_a_full_audit_predicts_what_it_finds():
@@ -100,7 +104,7 @@ def with_fields(tmp_path, **fields):
 def test_a_published_config_of_another_quantizer_is_told_of(tmp_path):
     folder = with_fields(tmp_path, quantization_config={"quant_method": "fp8"}, auto_map={"AutoConfig": "a.B"})
     case = opened(folder)
-    assert case.why == "no weights were read; its own fp8 quantization is not verified"
+    assert case.why == "no weights were read; its own fp8 quantization is not verified, sizes are those of nf4"
     assert case.weights.parameters == 134_515_008
     assert judge(rules()["KB908"], case).status is Status.FAIL
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -126,9 +127,8 @@ def test_exit_codes(results: tuple[Result, ...], changes: dict[str, Any], code: 
 
 
 words = st.text(max_size=20)
-observations = st.builds(
-    Observation, words, st.booleans(), words, words, st.sampled_from(Party), st.text(min_size=1, max_size=9)
-)
+few = st.sampled_from(["a", "b"])  # so that neighbours agree now and then
+observations = st.builds(Observation, words, st.booleans(), few, few, st.sampled_from(Party), few, st.just("") | words)
 results_ = st.builds(
     Result,
     rule=st.sampled_from(["KB101", "KB999"]),
@@ -138,7 +138,9 @@ results_ = st.builds(
     attributed_to=st.none() | st.sampled_from(Party),
     examined=st.integers(0),
     reason=words,
-    failures=st.lists(observations, max_size=3).map(tuple),
+    failures=st.lists(observations, max_size=5).map(tuple),
+    notes=st.lists(words, max_size=2).map(tuple),
+    finding=words,
     seconds=st.floats(0, 1e6),
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
@@ -167,6 +169,21 @@ def test_a_report_survives_json(report: Report) -> None:
     assert back == report
     assert list(back) == list(report.results)
     assert json.dumps(back.as_json()) == text
+
+
+def test_what_passed_takes_no_more_than_it_has_to_say_and_like_failures_share_an_entry() -> None:
+    passed = Result(rule="KB101", case="c", level=Level.MUST, status=Status.PASS, examined=3)
+    assert passed.as_json() == {"rule": "KB101", "case": "c", "level": "MUST", "status": "PASS", "examined": 3}
+    alike = [dataclasses.replace(OWN, where=where) for where in "xyz"]
+    told = dataclasses.replace(passed, failures=(*alike, STACK, OWN)).as_json()["failures"]
+    assert [entry["where"] for entry in told] == [["x", "y", "z"], ["c"], ["b"]]
+    assert told[0] == {"where": ["x", "y", "z"], "expected": "1", "actual": "2"}
+
+
+def test_an_entry_with_one_place_and_all_its_fields_is_read_as_well() -> None:
+    whole = {"attributed_to": None, "reason": "", "notes": [], "finding": "", "failures": [dataclasses.asdict(STACK)]}
+    data = {"rule": "KB101", "case": "c", "level": "MUST", "status": "FAIL", **whole}
+    assert Result.from_json(data).failures == (STACK,)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -60,9 +61,10 @@ def large() -> Report:
         for j, code in enumerate(codes):
             seen = [
                 Observation(
-                    f"model.layers.{n}.self_attn.q_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} bytes"
+                    f"model.layers.{n}.self_attn.{proj}_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} B"
                 )
                 for n in range(6)
+                for proj in "qkvo"
             ]
             status = (
                 FAIL
@@ -73,7 +75,7 @@ def large() -> Report:
                 if (i + j) % 97 == 0
                 else Status.PASS
             )
-            results.append(result(code, spec.id, status, *(seen if status is FAIL else ())))
+            results.append(result(code, spec.id, status, *(seen if status is FAIL else ()), seconds=0.012345))
     facts = {
         "bytes_by_group": {"loaded": {"quantized": 9, "norms": 2}, "prepared": {"quantized": 9, "norms": 4}},
         "activations": 100,
@@ -245,10 +247,19 @@ def test_markdown_fits_a_comment_and_says_what_is_left_out() -> None:
 def test_markdown_says_verdict_findings_and_what_to_do() -> None:
     text = markdown.render(MIXED)
     assert text.startswith("### ✗ could not be judged: 1 rule broken")
-    assert "<b>KB505</b> one-hook-and-removable (MUST, fork:prepare's), 1 case(s)" in text
+    assert "<b>KB505</b> one-hook-and-removable (MUST, fork:prepare's), 1 case<" in text
     assert "expected `float32`, found `float16`" in text
     assert "**Do**: " in text
     assert "Again: `kbitcheck impl fork:prepare" in text
+
+
+def test_markdown_tells_a_rule_once_with_all_the_ways_it_fails() -> None:
+    other = dataclasses.replace(OWN, actual="bfloat16")
+    text = markdown.render(report(result("KB505", NF4, FAIL), result("KB505", INT8, FAIL, other)))
+    assert text.count("<b>KB505</b>") == text.count("**Do**") == 1
+    assert sorted(re.findall(r"found `(\w+)`", text)) == ["bfloat16", "float16"]
+    assert text.count("\nIn `tiny:llama-") == 2
+    assert "2 cases</summary>" in text
 
 
 def test_markdown_lets_no_evidence_be_markup() -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kbitcheck import gate
 from kbitcheck.acceptance import accept
-from kbitcheck.core import Status
+from kbitcheck.core import Report, Status
 from kbitcheck.ledger import Ledger
-from kbitcheck.reporters import html
-from tests.ledger.reports import NF4, report, result
+from kbitcheck.reporters import charts, html
+from tests.ledger.reports import INT8, NF4, OWN, SPECS, report, result
 from tests.unit.test_formats import LARGE, MIXED, nasty
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -116,6 +118,45 @@ def test_charts_follow_the_page_and_have_their_numbers_beside_them() -> None:
     assert "var(--series-0)" in text
     assert not re.search("#0102[0-9a-f]{2}", text)
     assert "The numbers: Gradient error by layer" in text
+
+
+def drawn(groups: dict[str, dict[str, int]]) -> Report:
+    return report(facts={"cases": {SPECS[0].id: {"bytes_by_group": groups}}})
+
+
+def test_no_group_of_bytes_is_lost_from_the_chart() -> None:
+    """There are more groups than colours: the smallest share the last one."""
+    sizes = {f"g{n}": 10**n for n in range(10)} | {"quantized": 7}
+    (chart,) = charts.charts(drawn({"loaded": sizes, "prepared": sizes}))
+    assert [c for c in chart.columns[1:-1] if c != "quantized"] == [f"g{n}" for n in range(10)]
+    assert chart.rows[0][-1] == f"{sum(sizes.values()):,}"
+    assert [chart.svg.count(f">{label}<") for label in ("g9", "g4", "g3", "the rest")] == [1, 1, 0, 1]
+    few = {"quantized": 7, "new": 5}
+    (chart,) = charts.charts(drawn({"loaded": few, "prepared": few}))
+    assert (">new<" in chart.svg, "the rest" in chart.svg) == (True, False)
+
+
+def test_activations_are_those_of_a_case_that_checkpoints() -> None:
+    def facts(held: int) -> dict[str, Any]:
+        blocks = {"blocks": ["h.0"], "plain": [100], "checkpointed": [held]}
+        return {"activations_by_block": blocks, "activations": 100, "checkpointed": held}
+
+    specs = {mode: dataclasses.replace(SPECS[0], checkpointing=mode) for mode in ("off", "reentrant")}
+    cases = {"off": facts(100), "reentrant": facts(10)}
+    subject = {"cases": {mode: spec.as_json() for mode, spec in specs.items()}}
+    (chart,) = charts.charts(report(subject=subject, facts={"cases": cases}))
+    assert chart.caption.startswith("reentrant: ")
+    (alone,) = charts.charts(report(subject=subject, facts={"cases": {"off": facts(100)}}))
+    assert alone.caption.startswith("off: ")
+
+
+def test_a_rule_that_fails_in_several_ways_is_one_finding() -> None:
+    other = dataclasses.replace(OWN, actual="bfloat16")
+    page = html.render(report(result("KB505", NF4, Status.FAIL), result("KB505", INT8, Status.FAIL, other)))
+    assert page.count("KB505</strong>") == 1
+    assert page.count('<span class="soft">found</span> bfloat16') == page.count("found</span> float16") == 1
+    assert "<code>disable_input_require_grads()</code>" in page
+    assert "2 cases</span>" in page
 
 
 def test_without_matplotlib_the_numbers_remain(monkeypatch) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kbitcheck.core import Level, Observation, Party, Report, Result, Status
 from kbitcheck.reporters import pages, render, verdict
+from kbitcheck.reporters import text as page
 from kbitcheck.reporters.names import grouped
 from kbitcheck.suite import CaseSpec
 
@@ -115,8 +116,81 @@ def test_one_failure_in_several_cases_is_told_once() -> None:
     found = report(*(failed("KB201", s.id, OWN) for s in specs[:2]), failed("KB201", specs[2].id, STACK), specs=specs)
     text = render(found, "text")
     assert text.count("found float16") == 2
-    assert "In: tiny:llama-nf4-default, tiny:llama-nf4-off\n" in text
+    assert "In tiny:llama-nf4-default, tiny:llama-nf4-off:\n" in text
     assert verdict(found) == "✗ does not conform: 1 rule broken, 0 kept"
+
+
+def test_a_rule_that_fails_in_several_ways_is_told_once_with_each() -> None:
+    specs = tuple(spec(model=f"m{i}") for i in range(8))
+    other = Observation("lm_head", False, "float32", "bfloat16")
+    found = report(*(failed("KB201", s.id, OWN if i < 6 else other) for i, s in enumerate(specs)), specs=specs)
+    text = render(found, "text")
+    assert text.count("✗ KB201") == text.count("You will see: ") == text.count("Again: ") == 1
+    first = "m0-nf4-default, m1-nf4-default, m2-nf4-default, m3-nf4-default, and 2 more"
+    assert re.search(
+        rf"In {first}:\n    - model.norm\n.*\n    In m6-nf4-default, m7-nf4-default:\n    - lm_head\n", text
+    )
+    assert "m5-nf4-default" in render(found, "text", verbose=True)
+
+
+def test_a_long_name_stays_beside_its_dash_and_a_unit_beside_its_number() -> None:
+    name = "model.layers." + "x" * 80
+    sizes = Observation(name, False, "at most 12 MB " * 40, "1 GB")
+    text = page.render(report(failed("KB405", CASE, sizes)), width=80)
+    assert f"\n    - {name}\n" in text
+    assert not [line for line in text.splitlines() if re.match(r" *(MB|GB)\b", line)]
+    assert "12 MB" in text
+
+
+FORECAST = {
+    "groups": {"mlp": {"packed": 900, "state": 0, "unquantized": 0, "buffers": 0, "upcast": {"peft": 100}}},
+    "profile": "peft", "loaded": 900, "upcast": 100, "adapters": 50, "batch": 2, "seq_len": 24, "logits": 10,
+    "optimizer": {"adamw": 100, "adamw-8bit": 100, "paged-adamw": 100}, "device": "cpu", "mode": "reentrant",
+    "activations": {"off": {"held": 80, "peak": 90}}, "total": {"reentrant": 2000}, "memory": None, "missing": "",
+    "notes": (), "rooms": {str(16 << 30): "T4"}, "largest_batch": {str(16 << 30): 9}, "longest": {str(16 << 30): 512},
+}  # fmt: skip
+
+
+def costs(*forecasts: dict[str, Any]) -> list[str]:
+    """The lines on memory of a report on as many cases."""
+    specs = tuple(spec(quant=quant) for quant in ("nf4", "int8")[: len(forecasts)])
+    cases = {s.id: {"forecast": f} for s, f in zip(specs, forecasts, strict=True)}
+    found = report(specs=specs, subject={"command": "model"}, facts={"cases": cases})
+    return render(found, "text").splitlines()[4:]
+
+
+def test_what_is_the_same_in_all_cases_is_told_once_and_the_rest_beside_each_other() -> None:
+    (one,) = [line for line in costs(FORECAST) if line.startswith("weights")]
+    assert one == "weights  900 B as loaded (mlp 900 B)"
+    lines = costs(FORECAST, {**FORECAST, "loaded": 70_000})
+    assert "weights  nf4   900 B as loaded (mlp 900 B)" in lines
+    assert "         int8  70 kB as loaded (mlp 900 B)" in lines
+    assert sum(line.startswith("upcast") for line in lines) == 1
+    assert "adapters 50 B, AdamW 100 B" in lines
+    assert not [line for line in lines if "tiny:llama" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "fits     any common GPU: this takes less than 1 % of the smallest, T4 (16 GiB)"),
+        ({"memory": 16 << 30}, "             16      9      512  T4"),
+        ({"total": {"reentrant": 1 << 30}}, "             16      9      512  T4"),
+        (
+            {"memory": 1, "usual": {"256": {str(16 << 30): 70}, "512": {str(16 << 30): 35}}},
+            "fits        GiB    256    512    alone  largest batch by tokens, or the longest alone",
+        ),
+        ({"total": {"reentrant": 1 << 36}, "longest": {str(16 << 30): 0}}, "fits     none of the common GPUs"),
+    ],
+)
+def test_a_tiny_model_needs_no_table_of_gpus(changes: dict[str, Any], told: str) -> None:
+    assert told in costs({**FORECAST, **changes})
+
+
+def test_optimizers_that_keep_less_are_told() -> None:
+    optimizer = {"adamw": 100, "adamw-8bit": 30, "paged-adamw": 0}
+    told = "adapters 50 B, AdamW 100 B (8-bit 30 B, paged 0 B on the device)"
+    assert told in costs({**FORECAST, "optimizer": optimizer})
 
 
 def test_one_cause_of_many_errors_is_told_once() -> None:
@@ -135,7 +209,7 @@ def test_long_findings_are_cut_unless_verbose() -> None:
     found = report(*(failed("KB201", s.id, *many[: 4 + i]) for i, s in enumerate(specs)), specs=specs)
     brief, whole = (render(found, "text", verbose=v) for v in (False, True))
     assert "… and 1 more (-v lists them)" in brief
-    assert "KB201 failed otherwise in 3 more cases" in brief
+    assert "… and otherwise in 3 more cases (-v lists them)" in brief
     assert "(-v lists" not in whole
     assert whole.count("found found 8") == 1
 
@@ -199,6 +273,7 @@ def test_every_rule_has_a_page() -> None:
     listed = pages.index(list(rules().values()))
     for code, rule in rules().items():
         assert f"  {code}  " in listed
-        page = pages.page(rule)
-        assert page.startswith(f"{code} {rule.name} (")
-        assert rule.requirement.split()[0] in page
+        told = pages.page(rule)
+        assert told.startswith(f"{code} {rule.name} (")
+        assert rule.requirement.split()[0] in told
+        assert "``" not in told

@@ -45,7 +45,6 @@ def test_what_is_no_model_is_told(model: str, told: str) -> None:
         ({}, "is an empty directory"),
         ({"notes.txt": ""}, r"is no model: it has no config\.json"),
         ({"adapter_config.json": "{}"}, "holds an adapter"),
-        ({"m.gguf": ""}, "holds GGUF files"),
         ({"config.json": ""}, "cannot be read as JSON"),
         ({"config.json": "{}"}, "states no model_type"),
         ({"config.json": '{"model_type": "llama"}'}, "has no weights; give --random-weights"),

@@ -1,0 +1,207 @@
+"""Predicted against allocated, at full size with random weights: writes ``benchmarks/gpu.json``; run it by ``make gpu``.
+
+Nothing is downloaded. Without a CUDA device every row still tells its prediction, and that it was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from kbitcheck_reference import prepare_model_for_kbit_training
+
+from kbitcheck.models import Source, resolve
+from kbitcheck.probes import adapters, step
+from kbitcheck.probes.live import Live
+from kbitcheck.probes.snapshot import snapshot
+from kbitcheck.quantization import Quantization
+from kbitcheck.static import forecast, weights
+from kbitcheck.suite import CaseSpec
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "fixtures" / "configs"
+RESULTS = HERE / "gpu.json"
+MODES = ("off", "reentrant", "non-reentrant")
+NOT_MEASURED = "not measured"
+TIMED_STEPS = 3
+CLOSE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One model whose steps are measured. ``shapes`` are batches and lengths."""
+
+    model: str
+    quant: str
+    shapes: tuple[tuple[int, int], ...]
+    rank: int = 16
+
+
+PLANS = (
+    Plan(str(CONFIGS / "tinyllama-1.1b.json"), "nf4", ((1, 2048), (4, 1024))),
+    Plan(str(CONFIGS / "llama-2-7b.json"), "nf4", ((1, 2048), (4, 1024))),
+    Plan(str(CONFIGS / "llama-2-7b.json"), "int8", ((1, 2048), (4, 1024))),
+)
+
+
+class Meter:
+    """Bytes allocated on a device, of which ``existing`` tensors were there before; storages where it is a CPU."""
+
+    def __init__(self, device: str, *existing: torch.Tensor) -> None:
+        self._live = None if device.startswith("cuda") else Live(existing)
+
+    def __enter__(self) -> Meter:
+        if self._live is None:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*raised)
+
+    @property
+    def now(self) -> int:
+        """Bytes that are allocated."""
+        return torch.cuda.memory_allocated() if self._live is None else self._live.now
+
+    @property
+    def peak(self) -> int:
+        """The most that was, since it was entered."""
+        return torch.cuda.max_memory_allocated() if self._live is None else self._live.peak
+
+
+def predicted(source: Source, plan: Plan, device: str) -> dict[str, Any]:
+    """What the static audit tells: sizes, and the peak of each step by mode and shape."""
+    spec = CaseSpec(
+        model=plan.model,
+        quant=plan.quant,
+        implementation="reference",
+        rank=plan.rank,
+        adapters="reference",
+        device=device,
+    )
+    empty = source.meta(Quantization.parse(plan.quant))
+    facts = snapshot(empty)
+    told = forecast.of_weights(empty, facts, spec)
+    run = forecast.Training(source, empty, facts, spec, device=told.device)
+    steps = {
+        f"{mode} {batch} x {length}": told.resident
+        + max(run.step(batch, length, mode, padded=False).peak, told.adapters)
+        for mode in MODES
+        for batch, length in plan.shapes
+    }
+    largest = max(t.nbytes for t in facts.parameters.values())
+    return {
+        "parameters": told.parameters, "loaded": told.loaded, "upcast": told.upcast, "resident": told.resident,
+        "largest": largest, "steps": steps,
+    }  # fmt: skip
+
+
+def measured(source: Source, plan: Plan, device: str) -> dict[str, Any]:
+    """The same of a real model on a device, with what preparing took and the seconds of each step."""
+    with Meter(device) as loading:
+        model: Any = source.load(Quantization.parse(plan.quant), device)
+    found: dict[str, Any] = {"loaded": loading.now, "loading_peak": loading.peak}
+    with Meter(device, *weights.tensors(model)) as preparing:
+        prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
+    found |= {"prepared": preparing.now, "preparing_peak": preparing.peak}
+    if device.startswith("cuda"):
+        found["cache_after_preparing"] = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    targets = adapters.target_layers(model, "all-linear")
+    wrapped, owned = adapters.attach(model, targets, library="reference", rank=plan.rank, seed=0)
+    optimizer = torch.optim.AdamW(owned.values(), lr=1e-5)
+    wrapped.train()
+    found["steps"] = dict(_steps(source, plan, model, wrapped, optimizer, device))
+    return found
+
+
+def _steps(
+    source: Source, plan: Plan, model: Any, wrapped: Any, optimizer: torch.optim.Optimizer, device: str
+) -> Iterator[tuple[str, dict[str, float]]]:
+    for mode in MODES:
+        _switch(model, mode)
+        for batch, length in plan.shapes:
+            fed = source.batch(model, batch=batch, seq_len=length)
+            fed.pop("attention_mask", None)  # nothing is padded
+            workspace = _step(wrapped, fed, optimizer, device)  # warms up
+            states = (t for s in optimizer.state.values() for t in s.values() if t.dim())
+            seconds = []
+            with Meter(device, *weights.tensors(model), *states) as meter:
+                for _ in range(TIMED_STEPS):
+                    start = time.perf_counter()
+                    _step(wrapped, fed, optimizer, device)
+                    seconds.append(time.perf_counter() - start)
+            took = {"peak": meter.peak - workspace, "workspace": workspace, "seconds": statistics.median(seconds)}
+            yield f"{mode} {batch} x {length}", took
+
+
+def _step(wrapped: Any, fed: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, device: str) -> int:
+    """One training step; returns the bytes of cuBLAS's workspaces, which torch's allocator counts."""
+    with step.cache_off(wrapped):
+        output = wrapped(**step.feed(wrapped, fed))
+        output.loss.backward()
+    del output  # held till here, logits and all, as a plain loop does
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not device.startswith("cuda"):
+        return 0
+    torch.cuda.synchronize()
+    with_them = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return with_them - torch.cuda.memory_allocated()
+
+
+def _switch(model: Any, mode: str) -> None:
+    if mode == "off":
+        step.quietly(model.gradient_checkpointing_disable)
+    else:
+        kwargs = {"use_reentrant": mode == "reentrant"}
+        step.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs))
+
+
+def row(plan: Plan, device: str) -> dict[str, Any]:
+    """A plan, its predictions and what was measured on the device, if it is there."""
+    source = resolve(plan.model, random_weights=True)
+    there = not device.startswith("cuda") or torch.cuda.is_available()
+    told: dict[str, Any] = {
+        "model": Path(plan.model).stem, "quant": plan.quant, "rank": plan.rank,
+        "predicted": predicted(source, plan, device), "measured": NOT_MEASURED,
+    }  # fmt: skip
+    if there:
+        told["measured"] = found = measured(source, plan, device)
+        apart = (found["steps"][name]["peak"] / peak - 1 for name, peak in told["predicted"]["steps"].items())
+        told["worst_percent"] = round(100 * max(map(abs, apart)), 2)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    return told
+
+
+def main() -> int:
+    """Measure, write, and say whether the predictions hold."""
+    have = torch.cuda.is_available()
+    rows = []
+    for plan in PLANS:
+        rows.append(row(plan, "cuda"))
+        print(rows[-1]["model"], plan.quant, rows[-1].get("worst_percent", NOT_MEASURED), flush=True)
+    told = {
+        "device": torch.cuda.get_device_name() if have else NOT_MEASURED,
+        "versions": {p: version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")},
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return int(any(r.get("worst_percent", 0) > 100 * CLOSE for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

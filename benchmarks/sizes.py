@@ -1,0 +1,76 @@
+"""What a full audit costs by the size of the model, and how fast rules and sweeps are: writes ``benchmarks/sizes.json``.
+
+Full audits are compared with the bare script on the same drawn weights, the two taking turns. A model whose full audit
+the machine has no room for is audited from its configuration alone, and its row says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench import HERE, KBITCHECK, PACKAGES, measure, medians, processor, take_turns
+
+CONFIGS = HERE.parent / "fixtures" / "configs"
+SIZES = {"tiny": None, "135M": CONFIGS / "smollm-135m.json", "1.1B": CONFIGS / "tinyllama-1.1b.json"}
+SWEPT = ("llama", "gpt2", "opt", "mixtral")
+
+
+def by_size(name: str, config: Path | None) -> dict[str, Any]:
+    """The audit of one model against the bare script: ratios of seconds and of peak memory."""
+    from kbitcheck.models import resolve
+
+    model = "tiny:llama" if config is None else str(config)
+    folder = str(resolve(model, random_weights=config is not None).checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        given = ["--random-weights"] if config else []
+        audit = [KBITCHECK, "model", model, "--quant", "nf4", *given, "--format", "json", "--output", str(report)]
+        bare = [sys.executable, str(HERE / "bare.py"), folder]
+        runs = take_turns({"bare": bare, "audit": audit}, 1 if name == "1.1B" else 3, sample=True)
+        told = json.loads(report.read_text(encoding="utf-8"))
+    found = medians(runs)
+    judged = [r for r in told["results"] if r["status"] in ("pass", "fail")]
+    (facts,) = told["facts"]["cases"].values()
+    return {
+        "model": name,
+        "audit": facts.get("static", "full"),
+        "rules": len(judged),
+        "rules_per_second": round(len(judged) / found["audit"]["seconds"], 2),
+        "seconds_to_bare": round(found["audit"]["seconds"] / found["bare"]["seconds"], 2),
+        "memory_to_bare": round(found["audit"]["mib"] / found["bare"]["mib"], 2),
+        "medians": found,
+    }
+
+
+def sweep_rate() -> dict[str, Any]:
+    """Architectures a minute on one core, imports of the first included."""
+    with tempfile.TemporaryDirectory() as scratch:
+        chosen = [word for name in SWEPT for word in ("--select", name)]
+        out = str(Path(scratch) / "table.json")
+        command = [KBITCHECK, "sweep", *chosen, "--jobs", "1", "--format", "json", "--output", out]
+        took = measure(command, {}, sample=False)
+    return {"architectures": len(SWEPT), "per_minute": round(60 * len(SWEPT) / took.seconds, 1)}
+
+
+def main() -> int:
+    """Measure and write."""
+    rows = [by_size(name, config) for name, config in SIZES.items()]
+    told = {
+        "environment": {"cpu": processor(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}},
+        "audits": rows,
+        "sweep": sweep_rate(),
+    }
+    (HERE / "sizes.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print(row["model"], row["audit"], row["seconds_to_bare"], row["memory_to_bare"], row["rules_per_second"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What an architecture can be fed: the first of several forms of batch that it really runs on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kbitcheck.models.batch import IGNORED, Tokens, draw, fit
+
+Batch = dict[str, Tensor]
+FRAMES, SAMPLES = 64, 1600
+
+
+def first_fitting(
+    model: PreTrainedModel, *, batch: int, seq_len: int, seed: int, pictures: bool, sounds: bool
+) -> Batch:
+    """A batch that a copy of ``model`` computes a loss from; text alone is the last resort. ``model`` is not run.
+
+    Raises:
+        Exception: none of the forms fits; this is what the first one raised.
+    """
+    failed: Exception | None = None
+    for make in _forms(model, batch, seq_len, seed, pictures, sounds):
+        try:
+            # Drawing may ask the model how many tokens a picture makes: of a copy, and what ran once is not used again.
+            made = make(copy.deepcopy(model))
+            with torch.no_grad():
+                loss = copy.deepcopy(model).train()(**made).loss
+            if loss is not None and bool(torch.isfinite(loss)):
+                return made
+        except Exception as error:
+            failed = failed or error
+    raise failed or ValueError(f"{type(model).__name__} computes no finite loss")
+
+
+def kinds(batch: Mapping[str, Tensor]) -> str:
+    """What a batch holds, in words: ``text``, ``text, pictures``, ``sounds``."""
+    named = {"input_ids": "text", "pixel_values": "pictures", "input_features": "sounds", "input_values": "sounds"}
+    return ", ".join(dict.fromkeys(word for key, word in named.items() if key in batch))
+
+
+def _forms(
+    model: PreTrainedModel, batch: int, seq_len: int, seed: int, pictures: bool, sounds: bool
+) -> Iterator[Callable[[Any], Batch]]:
+    accepted = inspect.signature(model.forward).parameters
+    shape: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "seed": seed}
+    if pictures:
+        yield lambda m: draw(m, **shape)
+        if hasattr(model, "get_image_features") and "input_ids" in accepted:
+            for pixels in (_patches, _plain, _sized, _nested):
+                yield lambda m, pixels=pixels: _with_pictures(m, pixels, **shape)  # type: ignore[misc]
+        if "pixel_values" in accepted:
+            yield lambda m: _with_pictures_beside(m, **shape)
+    if sounds:
+        for key, last in (("input_features", True), ("input_features", False), ("input_values", None)):
+            if key in accepted:
+                yield lambda m, key=key, last=last: _with_sounds(m, key, last, **shape)  # type: ignore[misc]
+    yield lambda m: draw(m, **shape, images=False)
+    yield lambda m: draw(m, **shape, images=False, labels=seq_len)
+
+
+# Pictures
+
+
+def _with_pictures(
+    model: Any, pixels: Callable[[Any, Tokens, int], Batch], *, batch: int, seq_len: int, seed: int
+) -> Batch:
+    """Text in which as many tokens stand for the picture as the model itself makes of it."""
+    tokens = Tokens(model, seed)
+    accepted = inspect.signature(model.forward).parameters
+    read = pixels(model.config, tokens, batch)
+    with torch.no_grad():
+        features = model.eval().get_image_features(**fit(read, model))
+    features = getattr(features, "pooler_output", features)
+    parts = features if isinstance(features, list | tuple) else [features]
+    count = sum(part.numel() // part.shape[-1] for part in parts) // batch
+    image = next(
+        v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
+    )
+    made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
+    made["input_ids"][:, 1 : 1 + count] = image
+    if made["labels"].shape == made["input_ids"].shape:
+        made["labels"][:, 1 : 1 + count] = IGNORED
+    marks = (made["input_ids"] == image).long()
+    made |= {key: marks for key in ("token_type_ids", "mm_token_type_ids") if key in accepted}
+    return fit({**made, **read}, model)
+
+
+def _with_pictures_beside(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """A picture for each row, in no place of its text: what cross-attention reads, or what is put before the text."""
+    read = _plain(getattr(model.config, "encoder", model.config), Tokens(model, seed), batch)
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" in accepted:
+        return fit({**draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False), **read}, model)
+    tokens = Tokens(model, seed)
+    labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
+    return fit({**read, "labels": labels}, model)
+
+
+def _size(config: Any) -> tuple[int, int]:
+    """Channels and width of a picture of a few patches."""
+    vision = getattr(config, "vision_config", config)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", 8)
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    size = size[0] if isinstance(size, list | tuple) else size
+    channels = getattr(vision, "num_channels", getattr(vision, "in_channels", 3))
+    return int(channels), int(size or 4 * patch)
+
+
+def _plain(config: Any, tokens: Tokens, batch: int) -> Batch:
+    channels, size = _size(config)
+    return {"pixel_values": tokens.features(batch, channels, size, size)}
+
+
+def _sized(config: Any, tokens: Tokens, batch: int) -> Batch:
+    made = _plain(config, tokens, batch)
+    return {**made, "image_sizes": torch.tensor([made["pixel_values"].shape[-2:]] * batch)}
+
+
+def _nested(config: Any, tokens: Tokens, batch: int) -> Batch:
+    """A list of pictures for each row, of one."""
+    return {"pixel_values": _plain(config, tokens, batch)["pixel_values"].unsqueeze(1)}
+
+
+def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
+    """Patches in a row, with the grid that they come from, as Qwen-VL and its kin read pictures."""
+    vision = config.vision_config
+    channels, _ = _size(config)
+    side = 2 * getattr(vision, "spatial_merge_size", getattr(config, "spatial_merge_size", 1))
+    width = channels * vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1)
+    return {
+        "pixel_values": tokens.features(batch * side * side, width),
+        "image_grid_thw": torch.tensor([[1, side, side]] * batch),
+    }
+
+
+# Sounds
+
+
+def _with_sounds(model: Any, key: str, bins_first: bool | None, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """Mel bins by frames, frames by mel bins, or a plain wave; the labels are text."""
+    config, tokens = model.config, Tokens(model, seed)
+    encoder = next(
+        (c for k in ("encoder_config", "audio_config") if (c := getattr(config, k, None)) is not None), config
+    )
+    bins = next(
+        (v for k in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim") for c in (encoder, config)
+         if isinstance(v := getattr(c, k, None), int)), 80,
+    )  # fmt: skip
+    positions = getattr(encoder, "max_source_positions", None)
+    frames = 2 * positions if bins_first and isinstance(positions, int) else FRAMES
+    shape = (SAMPLES,) if bins_first is None else (bins, frames) if bins_first else (frames, bins)
+    labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
+    return fit({key: tokens.features(batch, *shape), "labels": labels}, model)

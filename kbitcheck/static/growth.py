@@ -1,0 +1,75 @@
+"""How a step's peak grows with batch and length, and the largest step that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+USUAL = (512, 2048, 4096)
+LARGEST = 1 << 30
+
+
+class Growth:
+    """The peak of a step by batch and length.
+
+    Args:
+        places: one row for each storage that a step makes: what is alive then, as coefficients of ``TERMS``. Float64.
+
+    Every tensor of a step is of a size in these terms: masks and positions have no batch, scores a square of the length,
+    images no length. The peak is where most is alive, which is another place for other shapes.
+    """
+
+    TERMS = ("1", "length", "length^2", "batch", "batch length", "batch length^2")
+
+    def __init__(self, places: Tensor) -> None:
+        self.places = places
+
+    @classmethod
+    def through(cls, length: int, measured: Mapping[tuple[int, int], Sequence[int]]) -> Growth:
+        """Through what was alive at each place, by (batch, length), for the six ``shapes(length)``.
+
+        Where shapes make different numbers of storages their highest places alone are compared.
+        """
+        wanted = shapes(length)
+        rows = [measured[shape] for shape in wanted]
+        if len({len(row) for row in rows}) > 1:
+            rows = [[max(row)] for row in rows]
+        # Lengths are scaled to one: powers of thousands would spend the digits of a float64.
+        system = torch.stack([_terms(batch, at / length) for batch, at in wanted])
+        scale = torch.tensor([1, length, length**2] * 2, dtype=torch.float64)
+        return cls(torch.linalg.solve(system, torch.tensor(rows, dtype=torch.float64)).T / scale)
+
+    def peak(self, batch: int, length: int) -> float:
+        """Bytes of one step."""
+        return float((self.places @ _terms(batch, length)).max())
+
+    def largest_batch(self, length: int, room: int) -> int:
+        """The most sequences of this length whose step takes at most ``room`` bytes; 0 where not one does."""
+        return _most(lambda batch: self.peak(batch, length) <= room, LARGEST)
+
+    def longest(self, room: int, limit: int) -> int:
+        """The longest single sequence, of at most ``limit`` tokens, whose step takes at most ``room`` bytes."""
+        return _most(lambda length: self.peak(1, length) <= room, limit)
+
+
+def shapes(length: int) -> tuple[tuple[int, int], ...]:
+    """The shapes, (batch, length), that have to be measured to know the growth round a length.
+
+    A single sequence takes other operators: what needs copying for several is a view for one.
+    """
+    return tuple((batch, at) for batch in (2, 3) for at in (max(length // 2, 1), length, 2 * length))
+
+
+def _terms(batch: int, length: float) -> Tensor:
+    alone = torch.tensor([1, length, length**2], dtype=torch.float64)
+    return torch.cat([alone, batch * alone])
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,26 @@
+"""What a function is found guilty of, in one case."""
+
+from __future__ import annotations
+
+from kbitcheck.case import Base, Case
+from kbitcheck.core import Level, Status, judge, rules
+from kbitcheck.models import resolve
+from kbitcheck.quantization import Quantization
+from kbitcheck.suite import CaseSpec
+
+# What reads flags, dtypes and bytes alone, and takes no step.
+STRUCTURE = ("KB101", "KB102", "KB201", "KB202", "KB203", "KB204", "KB205", "KB206", "KB207", "KB208")
+
+
+def broken(prepare, bases, *, model, quant, checkpointing, codes=None, levels=(Level.MUST, Level.SHOULD), **options):
+    """Codes of the rules of these levels that the function itself breaks, or that could not be judged."""
+    spec = CaseSpec(model=model, quant=quant, implementation="given", checkpointing=checkpointing, **options)
+    key = (model, quant)
+    if key not in bases:
+        bases[key] = Base(resolve(model), Quantization.parse(quant), spec)
+    case = Case(spec, prepare, bases[key])
+    results = [judge(rule, case) for rule in rules().values() if codes is None or rule.code in codes]
+    case.close()
+    return {
+        r.rule for r in results if r.status is Status.ERROR or (r.status is Status.FAIL and r.own and r.level in levels)
+    }

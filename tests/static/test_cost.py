@@ -1,0 +1,39 @@
+"""What a prediction costs, in operators: seconds would depend on the machine."""
+
+import dataclasses
+
+import pytest
+
+from kbitcheck.models import resolve
+from kbitcheck.models.recipe import Recipe
+from kbitcheck.probes.snapshot import snapshot
+from kbitcheck.quantization import Quantization
+from kbitcheck.static import fake, forecast
+from kbitcheck.suite import CaseSpec
+
+MOST_OF_A_BLOCK = 3  # what is passed is handed on, with a place of its own in the graph, and may be cast
+
+
+@pytest.mark.parametrize("mode", ["off", "non-reentrant"])
+def test_deeper_models_cost_hardly_more(mode, monkeypatch):
+    asked = []
+    dispatch = fake.Counted.__torch_dispatch__
+
+    def counted(self, func, *rest):
+        asked.append(func)
+        return dispatch(self, func, *rest)
+
+    monkeypatch.setattr(fake.Counted, "__torch_dispatch__", counted)
+    counts = []
+    for depth in (4, 24):
+        found = resolve("tiny:llama")
+        assert isinstance(found, Recipe)
+        source = dataclasses.replace(found, unread={}, config={**found.config, "num_hidden_layers": depth})
+        spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="cpu")
+        model = source.meta(Quantization.parse("nf4"))
+        run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
+        run.step(2, 40, mode)
+        asked.clear()
+        run.step(2, 40, mode)
+        counts.append(sum(f.namespace == "aten" for f in asked))
+    assert counts[1] - counts[0] <= MOST_OF_A_BLOCK * 20 < counts[0] / 4

@@ -1,0 +1,156 @@
+"""The docs site's generated pages, and what keeps the site to itself. ``make docs`` builds it whole."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from kbitcheck.core import rules
+from kbitcheck.reporters import render
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[dict[str, ModuleType]]:
+    """The modules in ``docs/site``, imported as MkDocs does."""
+    sys.path.insert(0, str(DOCS / "site"))
+    yield {"rules": import_module("rule_pages"), "others": import_module("other_pages")}
+    sys.path.remove(str(DOCS / "site"))
+
+
+@pytest.fixture(scope="module")
+def rule_pages(site: dict[str, ModuleType]) -> dict[str, str]:
+    return dict(site["rules"].pages())
+
+
+def test_every_rule_has_a_page_with_all_its_parts(rule_pages: dict[str, str]) -> None:
+    assert set(rule_pages) == {"rules/index.md", *(f"rules/{code}.md" for code in rules())}
+    for code, rule in rules().items():
+        page = rule_pages[f"rules/{code}.md"]
+        assert page.startswith(f"# {code} {rule.name}\n")
+        assert f"[{code}]({code}.md)" in rule_pages["rules/index.md"]
+        headings = re.findall(r"^## (.*)", page, re.MULTILINE)
+        assert headings == ["Why", "You will see", "What to do", "What fails", "Sources", "Run it"], code
+        assert re.search(rf'^@(breaks|wraps|spoils)\("{code}"', page, re.MULTILINE)
+        assert page.count("```") % 2 == 0
+        assert "``" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+
+
+def test_a_sabotage_brings_what_it_needs(site: dict[str, ModuleType]) -> None:
+    found = {e.name: e for examples in site["rules"].examples().values() for e in examples}
+    scaled = found["gradient_scaled_in_one_layer"]
+    assert scaled.source.startswith("class _Scaled(")
+    assert scaled.case == {"model": "tiny:llama", "quant": "int8", "checkpointing": "reentrant"}
+    assert found["a_copy_returned"].how == "wraps"
+
+
+def test_a_rule_without_a_sabotage_stops_the_build(
+    site: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site["rules"], "SABOTAGE", tmp_path)
+    with pytest.raises(LookupError, match="KB101 has no sabotage"):
+        dict(site["rules"].pages())
+
+
+def test_sources_are_linked_and_nothing_else_is_markup(site: dict[str, ModuleType]) -> None:
+    linked = site["rules"].linked("peft#80, Soup#797, docs/findings/bias_recast.py.")
+    assert linked == (
+        "[peft#80](https://github.com/huggingface/peft/issues/80), Soup#797, [bias_recast](../findings.md#bias_recast)."
+    )
+    assert site["rules"].prose("a ``b_c`` d_e <f> [g]") == r"a `b_c` d\_e \<f\> \[g\]"
+
+
+def test_the_findings_are_the_readmes(site: dict[str, ModuleType]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = site["others"].findings(readme)
+    for script in (DOCS / "findings").glob("*.py"):
+        assert page.count(f"{{ #{script.stem} }}") == 1
+    with pytest.raises(ValueError, match="not every script"):
+        site["others"].findings(readme.replace("| [`peft_two_hooks.py`]", "| [peft_two_hooks.py]"))
+
+
+def test_the_saved_report_is_of_todays_rules_and_shown_where_it_is_asked_for(site: dict[str, ModuleType]) -> None:
+    sample, shown = site["others"].sample(), site["others"].SHOWN
+    assert {r.rule for r in sample} <= set(rules())
+    assert sample.exit_code == 1
+    assert "✗ KB201 norms-fp32" in site["others"].filled(shown)
+    assert len(render(sample, "html")) > 10_000
+    assert [page.name for page in DOCS.glob("*.md") if shown in page.read_text(encoding="utf-8")] == ["report.md"]
+    text = (DOCS / "report.md").read_text(encoding="utf-8")
+    (spec,) = sample.subject["cases"].values()
+    for word in (spec["implementation"], spec["model"], spec["quant"], spec["checkpointing"]):
+        assert word in re.findall(r"^\$ kbitcheck .*", text, re.MULTILINE)[0]
+
+
+def test_pages_show_the_source_of_rules(site: dict[str, ModuleType]) -> None:
+    page = site["others"].filled((DOCS / "writing-a-rule.md").read_text(encoding="utf-8"))
+    assert '@rule("KB409", "train-eval-untouched"' in page
+    assert '@breaks("KB409")' in page
+    assert "<!--" not in page
+    with pytest.raises(KeyError):
+        site["others"].filled("<!-- source of rule KB999 -->")
+
+
+def targets(nav: Any) -> Iterator[str]:
+    for entry in nav if isinstance(nav, list) else [nav]:
+        if isinstance(entry, dict):
+            yield from targets(next(iter(entry.values())))
+        elif isinstance(entry, list):
+            yield from targets(entry)
+        else:
+            yield entry
+
+
+def test_every_page_is_in_the_menu_and_every_entry_is_a_page() -> None:
+    listed = set(targets(CONFIG["nav"]))
+    written = {page.name for page in DOCS.glob("*.md")} | {"examples/fork/README.md"}
+    assert listed - {"rules/index.md", "findings.md"} == written
+
+
+def test_the_site_is_strict_and_fetches_no_font() -> None:
+    assert (CONFIG["strict"], CONFIG["theme"]["font"]) == ("true", "false")
+
+
+@pytest.mark.parametrize(
+    ("page", "refused"),
+    [
+        ('<script src="https://a.example/x.js"></script>', True),
+        ("<script async src=//a.example/x.js></script>", True),
+        ('<link rel="stylesheet" href="https://a.example/x.css">', True),
+        ("<style>a { background: url(https://a.example/x.png) }</style>", True),
+        ('<style>@import "//a.example/x.css";</style>', True),
+        ('<img alt="x" src="http://a.example/x.png">', True),
+        ('<a href="https://a.example/">x</a>', False),
+        ('<link rel="canonical" href="https://a.example/">', False),
+        ('<script src="assets/x.js"></script><img src="x.png">', False),
+    ],
+)
+def test_a_page_that_loads_from_elsewhere_is_refused(tmp_path: Path, page: str, refused: bool) -> None:
+    mkdocs = pytest.importorskip("mkdocs.exceptions", reason="needs the extra `docs`")
+    sys.path.insert(0, str(DOCS / "site"))
+    try:
+        hooks = import_module("hooks")
+    finally:
+        sys.path.remove(str(DOCS / "site"))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "page.html").write_text(page)
+
+    class Config:
+        site_dir = str(tmp_path)
+
+    if refused:
+        with pytest.raises(mkdocs.PluginError, match=r"below/page\.html loads from elsewhere"):
+            hooks.on_post_build(Config)
+    else:
+        hooks.on_post_build(Config)
