@@ -153,12 +153,15 @@ class Base:
         autocast = self.autocast(profile) if profile else None
         return targets.routed(model, lambda: twin.forward_logits(model, self.batch, autocast() if autocast else None))
 
-    def autocast(self, profile: str) -> Callable[[], AbstractContextManager[Any]] | None:
-        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast."""
+    def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
+        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast.
+
+        Autocast keeps the weights that it casts until its end (``caching``): they are no activations.
+        """
         if profile != "qlora":
             return None
         device = next(iter(self.batch.values())).device.type
-        return lambda: torch.autocast(device, dtype=self.half)
+        return lambda: torch.autocast(device, dtype=self.half, cache_enabled=caching)
 
     def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
         """The spec's adapters on the base's target layers, with the same numbers each time."""
@@ -484,7 +487,11 @@ class Case:
         model, adapters = self._ready
         _ = self._checkpointed  # the first step of a model makes what it keeps for good
         return memory.activations(
-            model, self.batch, adapters, seed=self.spec.seed, autocast=self._base.autocast(self.profile)
+            model,
+            self.batch,
+            adapters,
+            seed=self.spec.seed,
+            autocast=self._base.autocast(self.profile, caching=False),
         )
 
     @cached_property

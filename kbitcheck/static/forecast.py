@@ -25,6 +25,11 @@ BATCH, SEQ_LEN = 1, 2048
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
+def default_mode(implementation: str) -> str:
+    """The mode where none is named: PEFT passes none on, and torch's is reentrant (docs/findings/peft_implicit_reentrant.py)."""
+    return "reentrant" if implementation == "peft" else "non-reentrant"
+
+
 def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, ...] = ()) -> ForecastFacts:
     """What the weights, adapters and optimizer take of a model on the meta device, whose snapshot is ``facts``.
 
@@ -46,7 +51,7 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
         adapters=4 * sum(sizes.values()),
         optimizer=fits.optimizers(sizes),
         device="cpu" if spec.device == "cpu" else "cuda",
-        mode="non-reentrant" if spec.checkpointing == "default" else spec.checkpointing,
+        mode=default_mode(spec.implementation) if spec.checkpointing == "default" else spec.checkpointing,
         memory=spec.memory,
         notes=notes,
     )
