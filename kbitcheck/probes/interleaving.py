@@ -127,16 +127,27 @@ class Session:
         optimizer.step()
         step.clear_gradients(self.model)
 
-    def _gradients(self, model: Any, adapters: Mapping[str, nn.Parameter], times: int) -> tuple[step.Gradients, int]:
-        """Gradients of ``times`` steps, added up as gradient accumulation does, and how often torch's checkpoint was called."""
+    def _gradients(
+        self, model: Any, adapters: Mapping[str, nn.Parameter], times: int, *, apart: bool = False
+    ) -> tuple[step.Gradients, int]:
+        """Gradients accumulated over ``times`` steps, and how often torch's checkpoint was called.
+
+        ``apart``: each step's by itself, added up afterwards, so that what spoils accumulation does not spoil both sides.
+        """
         total: step.Gradients = {}
         calls = 0
         for turn in range(times):
             with step.dropout_raised(model, 0.0):
                 run, found = step.train_step(
-                    model, self.batch, adapters, seed=self.subject.seed + turn, autocast=self._autocast(), watch=False
+                    model,
+                    self.batch,
+                    adapters,
+                    seed=self.subject.seed + turn,
+                    autocast=self._autocast(),
+                    watch=False,
+                    gathered=None if apart else total,
                 )
-            total = {n: _sum(total.get(n), g) for n, g in found.items()}
+            total = {n: _sum(total.get(n), g) for n, g in found.items()} if apart else found
             calls += len(run.checkpoints)
         return total, calls
 
@@ -156,7 +167,7 @@ class Session:
                     module.bias.data = biases[name].data.clone()
             if s.checkpointing:
                 switch(model, s.checkpointing)
-            self._fresh[key] = self._gradients(model, adapters, times)
+            self._fresh[key] = self._gradients(model, adapters, times, apart=True)
         return self._fresh[key]
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -282,9 +282,15 @@ def train_step(
     seed: int = 0,
     autocast: AbstractContextManager[Any] | None = None,
     watch: bool = True,
+    gathered: Gradients | None = None,
 ) -> tuple[RunFacts, Gradients]:
-    """One forward and backward in train mode; the facts, and the adapters' gradients (copies). Leaves no gradient."""
+    """One forward and backward in train mode; the facts, and the adapters' gradients (copies). Leaves no gradient.
+
+    ``gathered`` are gradients of earlier steps that this one adds to, as in gradient accumulation.
+    """
     clear_gradients(model)
+    for name, gradient in (gathered or {}).items():
+        adapters[name].grad = gradient
     model.train()
     watcher = Watch(model) if watch else None
     device = str(next(iter(batch.values())).device)

@@ -231,3 +231,15 @@ def a_model_that_cannot_be_left_off(model: Any) -> None:
 @breaks("KB502", alone=True)
 def a_class_swapped(model: Any) -> None:
     _subclass(model)
+
+
+@breaks("KB308")
+def accumulation_forgets(model: Any) -> None:
+    """Each training forward drops the gradients that the steps before have gathered."""
+
+    def forget(module: nn.Module, args: Any) -> None:
+        if module.training:
+            for parameter in module.parameters():
+                parameter.grad = None
+
+    model.register_forward_pre_hook(forget)
