@@ -743,8 +743,9 @@ class Case:
             + sum(_unique(self.base)),
             "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
             "bytes_loaded": self.base.nbytes,
-            "inputs": kinds(self._base.batch),
         }
+        if "_base" in self.__dict__:  # where nothing ran on a live model, nothing was fed to it
+            facts["inputs"] = kinds(self._base.batch)
         if "prepared" in self.__dict__:
             facts["bytes_prepared"] = self.prepared.nbytes
             facts["bytes_by_group"] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 
-def run(codes: Sequence[str]) -> Iterator[SimpleNamespace]:
+def run(codes: Sequence[str], *, matrix: bool = False) -> Iterator[SimpleNamespace]:
     for code in codes:
         if code == "KB201":
             os._exit(9)
