@@ -77,7 +77,8 @@ class _Page:
     def _header(self) -> str:
         subject, environment = self._report.subject, self._report.environment
         implementation = subject.get("implementation", {})
-        by = " ".join(filter(None, [implementation.get("name", "?"), implementation.get("version", "")]))
+        name, version = implementation.get("name", "?"), implementation.get("version", "")
+        by = name if version in name else f"{name} {version}"  # a requirement names its own version
         specs = [subject["cases"][case] for case in self._cases] if "cases" in subject else []
         facts = self._report.facts.get("cases", {})
         models = dict.fromkeys(

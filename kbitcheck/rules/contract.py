@@ -116,17 +116,17 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
         before = facts.base.modules[name].hooks if name in facts.base.modules else ()
         added = len(module.hooks) - len(before)
         if added or name in facts.prepared.embeddings:
-            yield Observation(name, added <= 1, "at most one new hook", f"{added} new hooks")
+            yield Observation(name or module.cls, added <= 1, "at most one new hook", f"{added} new hooks")
     off = facts.switched_off
     for name, module in off.modules.items():
         before = facts.base.modules[name].hooks if name in facts.base.modules else ()
         if name in hooked and (len(module.hooks) != len(before) or name in facts.prepared.embeddings):
             left = len(module.hooks) - len(before)
-            yield Observation(f"{name} after disabling", left <= 0, "no hook left", f"{left} left")
+            yield Observation(f"{name or module.cls} after disabling", left <= 0, "no hook left", f"{left} left")
         if module.checkpointing is not None:
             was = facts.base.modules[name].checkpointing if name in facts.base.modules else None
             yield Observation(
-                f"{name} after switching off",
+                f"{name or module.cls} after switching off",
                 module.checkpointing == was,
                 f"flag {was}",
                 f"flag {module.checkpointing}",
