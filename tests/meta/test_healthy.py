@@ -78,7 +78,7 @@ def test_unusual_implementations_keep_every_must(name, quant, checkpointing, bas
 
 CELLS = [
     *[(f"tiny:{recipe}", quant, "non-reentrant") for recipe in RECIPES for quant in ("nf4", "int8")],
-    *[(f"tiny:{recipe}", "fp4", "reentrant") for recipe in ("llava", "whisper", "t5", "llama")],
+    *[(f"tiny:{recipe}", "fp4", "reentrant") for recipe in ("llava", "llama")],
     ("tiny:llama", "nf4,double,storage=bf16", "default"),
     ("tiny:gpt2", "nf4,storage=fp32,compute=fp16", "reentrant"),
     ("tiny:mixtral", "nf4", "off"),

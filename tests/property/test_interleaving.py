@@ -114,7 +114,7 @@ def smallest(subject, examples):
 
     @seed(0)
     @settings(max_examples=examples, report_multiple_bugs=False, **QUIET)
-    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=12))
+    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=8))
     def search(program):
         session = Session(subject)
         for name in program:
