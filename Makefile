@@ -12,13 +12,16 @@ OLDEST_STAMP = $(OLDEST)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format cov docs bench gpu fuzz clean
+.PHONY: demo test test-slow test-oldest lint format cov docs bench gpu fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n auto
@@ -34,7 +37,7 @@ format: $(STAMP)
 
 cov: $(STAMP)
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n auto --cov --cov-report=
+	$(BIN)/python -m pytest -n auto -m "slow or not slow" --cov --cov-report=
 	$(BIN)/coverage report
 
 docs: $(STAMP)

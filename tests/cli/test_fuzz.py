@@ -89,6 +89,7 @@ def test_what_failed_is_kept_and_tried_first(failing):
     assert json.loads(run.stdout)["subject"]["fuzz"]["recipe"] == report["subject"]["fuzz"]["recipe"]
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_cases_and_what_is_named_is_kept(tmp_path):
     options = ("--fuzz", "3", "--select", "KB101", "--quant", "int8", "--checkpointing", "off", "--format", "json")
     runs = [kbitcheck("impl", "reference", *options, "--seed", seed, cwd=tmp_path) for seed in ("1", "1", "2")]
@@ -99,13 +100,14 @@ def test_a_seed_draws_the_same_cases_and_what_is_named_is_kept(tmp_path):
     assert json.loads(runs[0].stdout)["subject"]["fuzz"]["unloadable"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "peft"])
 def test_nothing_healthy_is_flagged(implementation, tmp_path):
     if implementation == "peft":
         pytest.importorskip("peft")
-    run = kbitcheck("impl", implementation, "--fuzz", "5", "--seed", "3", cwd=tmp_path)
+    run = kbitcheck("impl", implementation, "--fuzz", "12", "--seed", "3", cwd=tmp_path)
     assert run.returncode == EXIT_CONFORMS, run.stdout
-    assert "5 cases drawn, seed 3" in run.stdout
+    assert "12 cases drawn, seed 3" in run.stdout
 
 
 def test_hypothesis_is_not_imported_unless_something_is_drawn():

@@ -106,6 +106,7 @@ def test_it_is_installed_once_and_judged(elsewhere: Elsewhere) -> None:
     assert elsewhere.left() == []
 
 
+@pytest.mark.slow
 def test_a_changed_wheel_is_another_subject(elsewhere: Elsewhere) -> None:
     """A file keeps its name when it is built again; what is judged is what is in it now."""
     path = wheel(elsewhere.cwd.parent / "w")
@@ -148,6 +149,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(elsewhere: Elsewhere,
     assert elsewhere.left() == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_leaves_nothing_and_the_next_one_builds(elsewhere: Elsewhere) -> None:
     """Killed outright, not even Python tidies up: what stays must not be taken for an environment."""
     slow = (
@@ -171,6 +173,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_builds(elsewhere: 
     assert [name.endswith(".draft") for name in elsewhere.built()] == [False]
 
 
+@pytest.mark.slow
 def test_two_at_once_build_it_once(elsewhere: Elsewhere) -> None:
     counts = "open('loads', 'a').write('.')\n" + SOURCE
     name = f"{wheel(elsewhere.cwd.parent / 'w', counts)}::fork_prep:prepare"
@@ -182,6 +185,7 @@ def test_two_at_once_build_it_once(elsewhere: Elsewhere) -> None:
     assert (elsewhere.cwd / "loads").read_text() == "..."  # one build, two runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["installed", "fork"])
 def test_the_gate_compares_it(shop: Shop, other: str) -> None:
     against = shop.good if other == "fork" else "good.py:prepare"
@@ -220,6 +224,7 @@ def test_the_subject_stands_before_what_is_in_the_working_directory(shop: Shop) 
     assert shop("impl", shop.good, *ONE).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_matrix_has_a_row_for_each(shop: Shop) -> None:
     """Those that cannot be had are rows too; the table is the same in every format."""
     gone = f"{shop.good.partition('::')[0]}::fork_prep:nothing"
@@ -273,6 +278,7 @@ def test_how_a_matrix_ends(door: Door, arguments: tuple[str, ...], code: int) ->
     assert code != 4 or ran.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["directory", "branch"])
 def test_a_checkout_is_installed_as_it_is_now(elsewhere: Elsewhere, form: str) -> None:
     """Building from source wants a build backend, here one that is in the tree."""

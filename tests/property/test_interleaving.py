@@ -114,7 +114,7 @@ def smallest(subject, examples):
 
     @seed(0)
     @settings(max_examples=examples, report_multiple_bugs=False, **QUIET)
-    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=8))
+    @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=12))
     def search(program):
         session = Session(subject)
         for name in program:
@@ -127,6 +127,7 @@ def smallest(subject, examples):
     return found[-1]
 
 
+@pytest.mark.slow
 def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases, small):
     fault = next(f for f in faults() if f.name == "third_step_in_a_row_forgets")
     program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare, model=small).interleaving, 60)
@@ -135,6 +136,7 @@ def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases, small
     assert program[2] in ("train", "accumulate")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16: bitsandbytes repacks nothing here")
 def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bases, small):
     """Told nothing but to take steps, on a model that loads as a user's does."""
