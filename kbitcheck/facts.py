@@ -357,7 +357,8 @@ class ForecastFacts:
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
     of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
     other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
-    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``.
+    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``; they are empty where the step takes less than
+    1 % of any and no memory was given.
     ``missing`` is why no step was predicted.
     """
 

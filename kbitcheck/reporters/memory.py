@@ -8,7 +8,6 @@ from typing import Any
 
 GPUS_SHOWN = 6
 GIB = 1 << 30
-NOTHING = 100  # what takes less than this part of the smallest GPU needs no table of GPUs
 
 
 def rows(
@@ -101,7 +100,7 @@ def _steps(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[
 def _fits(told: Mapping[str, Any]) -> Iterator[str]:
     """The largest batch of each usual length, and the longest sequence, on the GPUs there are: lines of a table."""
     smallest = min(told["rooms"], key=int)
-    if told["memory"] is None and told["total"][told["mode"]] * NOTHING < int(smallest):
+    if not told["longest"]:  # nobody would ask
         yield (
             f"any common GPU: this takes less than 1 % of the smallest, {told['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
         )

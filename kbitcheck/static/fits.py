@@ -28,6 +28,11 @@ GPUS: Mapping[int, str] = {
 }
 
 
+def anywhere(nbytes: int, memory: int | None) -> bool:
+    """Whether this takes so little of the smallest GPU, and no memory was given, that how much more fits is no question."""
+    return memory is None and nbytes * 100 < min(GPUS)
+
+
 def named(memory: int | None) -> dict[int, str]:
     """Sizes by what has them, from small to large: the GPUs, and the size that was given."""
     given = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}

@@ -71,19 +71,25 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
         mode = told.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
-        logits = run.logits
-        growth = run.growth(min(length, limit // 2), mode)
+        taken = told.resident + max(steps[mode].peak, told.adapters)
+        growth = None if fits.anywhere(taken, told.memory) else run.growth(min(length, limit // 2), mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
-    names = fits.named(told.memory)
-    rooms = {size: size - told.resident for size in names}
-    return dataclasses.replace(
+    told = dataclasses.replace(
         told,
         batch=batch,
         seq_len=length,
         mode=mode,
         activations=steps,
-        logits=logits,
+        logits=run.logits,
+        rooms=fits.named(told.memory),
+        notes=(*told.notes, *run.notes),
+    )
+    if growth is None:
+        return told
+    rooms = {size: size - told.resident for size in told.rooms}
+    return dataclasses.replace(
+        told,
         largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
         usual={
             usual: {size: growth.largest_batch(usual, room) for size, room in rooms.items()}
@@ -91,8 +97,6 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
             if usual <= limit
         },
         longest={size: growth.longest(room, limit) for size, room in rooms.items()},
-        rooms=names,
-        notes=(*told.notes, *run.notes),
     )
 
 
