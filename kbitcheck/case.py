@@ -471,7 +471,7 @@ class Case:
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         model, adapters = self._ready
         known = (self._base.weights, self._base.misread)
-        found = layers.backwards(model, self.batch, adapters, *known, self._autocast())
+        found = layers.backwards(model, self.batch, adapters, *known, self._autocast(), extremes=True)
         # Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
         # bias in place to whatever dtype comes in.
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)

@@ -198,7 +198,8 @@ class LayerBackward:
     ``excess`` is the largest elementwise error over its bound (1 is the limit); ``gain`` is the least-squares factor
     between the gradient found and the one expected, and ``gain_bound`` how far from 1 rounding can move it. ``misread``
     is how far the backend's own kernel unpacks the weight from what its format says, relative, where that is more than
-    rounding: the layer is then judged by the kernel's weight.
+    rounding: the layer is then judged by the kernel's weight. ``bent`` is how far a gradient thousands of times as large
+    comes out from as many times as large, relative, and ``overflows`` whether one that is not finite stays so.
     """
 
     reached: bool
@@ -207,6 +208,9 @@ class LayerBackward:
     gain: float = 1.0
     gain_bound: float = 0.0
     misread: float = 0.0
+    bent: float = 0.0
+    bent_bound: float = 0.0
+    overflows: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

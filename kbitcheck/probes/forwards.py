@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from kbitcheck.facts import ForwardFacts
 from kbitcheck.probes import step
@@ -26,24 +29,43 @@ class Forward:
     logits: torch.Tensor | None
 
 
-def conditions(batch: step.Batch) -> list[tuple[str, bool, bool, bool]]:
-    """(text, training, with mask, autocast) for each condition; without a mask in the batch, those without alone."""
-    masked = (True, False) if "attention_mask" in batch else (False,)
-    return [
-        (f"{'train' if training else 'eval'}, {'with' if mask else 'no'} mask, {'autocast' if auto else 'no autocast'}",
-         training, mask, auto)
+GENERATING = "eval, token by token, no autocast"
+TOKENS = 3
+
+
+def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
+    """(text, what is fed, training, autocast) for each condition; of those with a mask only what the batch has."""
+    fed = {"no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
+    if "attention_mask" in batch:
+        fed = {"with mask": dict(batch), **fed}
+    found = [
+        (f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}", inputs, training, auto)
         for training in (True, False)
-        for mask in masked
+        for mask, inputs in fed.items()
         for auto in (True, False)
-    ]  # fmt: skip
+    ]
+    if not bool(batch.get("attention_mask", torch.ones(1)).all()):
+        found.append(("eval, left padding, no autocast", left_padded(batch), False, False))
+    return found
+
+
+def left_padded(batch: step.Batch) -> step.Batch:
+    """The batch with each row's padding in front, as for generation, where the mask says that it is behind."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    padding = (mask == 0).sum(dim=-1).tolist()
+    return {
+        k: torch.stack([row.roll(n) for row, n in zip(v, padding, strict=True)]) if v.shape == mask.shape else v
+        for k, v in batch.items()
+    }
 
 
 def run(
-    model: nn.Module, batch: step.Batch, *, training: bool, mask: bool, autocast: torch.dtype | None
+    model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None
 ) -> tuple[bool, str, torch.Tensor | None]:
     """Whether every output of one forward is finite, what it raised ("" if nothing), and its logits. No dropout."""
-    fed = step.feed(model, batch)
-    inputs = fed if mask else {k: v for k, v in fed.items() if k != "attention_mask"}
+    inputs = step.feed(model, batch)
     device = next(iter(batch.values())).device.type
     model.train(training)
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
@@ -59,10 +81,49 @@ def run(
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[Forward]:
     """A forward under every condition. The model is used up: eval mode may repack weights."""
-    return [
-        Forward(text, auto, *run(model, batch, training=training, mask=mask, autocast=autocast if auto else None))
-        for text, training, mask, auto in conditions(batch)
+    found = [
+        Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
+        for text, inputs, training, auto in conditions(batch)
     ]
+    can = getattr(model, "can_generate", None)
+    return [*found, Forward(GENERATING, False, *generated(model, batch))] if can and can() else found
+
+
+class _Forced(LogitsProcessor):  # type: ignore[misc]
+    """Has every model take the same tokens: which is likeliest hangs on rounding."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        self._tokens = list(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -math.inf)
+        forced[:, self._tokens.pop(0)] = 0
+        return forced
+
+
+def generated(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | None]:
+    """As ``run``, of a few tokens with a cache: (rows, steps, vocabulary)."""
+    model.eval()
+    fed = step.feed(model, left_padded(batch))
+    inputs = {k: v for k, v in fed.items() if k not in ("labels", "decoder_input_ids")}
+    end = model.generation_config.eos_token_id
+    plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
+    try:
+        with torch.no_grad():
+            told = model.generate(
+                **inputs,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        logits = torch.stack(list(told.logits), dim=1)
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}".splitlines()[0], None
+    return bool(torch.isfinite(logits).all()), "", logits
 
 
 def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,9 @@ _dequantized = oracle.dequantized_weight
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
 # than all its arithmetic, and keeping those of a large one eight bytes a weight.
 KEPT_BYTES = 256 << 20
+
+# What gradients are multiplied by: a power of two, which rounds nothing, and no more than fp16 holds of their products.
+LARGE = 4096.0
 
 Read = Callable[[], torch.Tensor]
 
@@ -150,8 +154,10 @@ def backwards(
     misread: Mapping[str, float],
     autocast: AbstractContextManager[Any] | None = None,
     half: torch.dtype | None = None,
+    *,
+    extremes: bool = False,
 ) -> dict[str, LayerBackward]:
-    """Run one plain step and judge every quantized layer that took part.
+    """Run one plain step and judge every quantized layer that took part, with ``extremes`` on other gradients too.
 
     ``weights`` and ``misread`` are those of ``originals``, read before anything ran; a layer is matched by the end of
     its name, as PEFT wraps models and layers. ``half`` is the dtype that an autocast round the step rounds to.
@@ -175,8 +181,36 @@ def backwards(
     for name, probe in probes.items():
         if probe.ran:
             known = base_name(name, weights)
-            found[name] = _judge(probe, modules[name], weights[known], misread.get(known, 0.0), half)
+            judged = _judge(probe, modules[name], weights[known], misread.get(known, 0.0), half)
+            found[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
     return found
+
+
+def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What the layer makes of gradients far larger than a step's: a gradient scaler multiplies by thousands, and lowers
+    its factor when it sees one that is not finite.
+    """
+    rows, columns = backends.shape(module)
+    device = module.weight.device
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(2, columns, generator=draw).to(device, dtype or torch.float32).requires_grad_(True)
+    y = module(x)
+    dy = (torch.rand(2, rows, generator=draw) - 0.5).to(device, y.dtype) / 64
+    far = LARGE * dy
+    far[1, 0] = math.inf
+    if not y.requires_grad:
+        return {}
+    (small,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    (large,) = torch.autograd.grad(y, x, far)
+    size = small[0].double().norm().clamp(min=1e-300)
+    gap = (large[0].double() / LARGE - small[0].double()).norm() / size
+    limits = max(map(torch.finfo, (small.dtype, backends.compute_dtype(module) or small.dtype)), key=lambda f: f.eps)
+    return {
+        "bent": float(gap.nan_to_num(nan=math.inf)),
+        # Beside the dtype's own rounding, what it cannot hold of the smallest numbers.
+        "bent_bound": limits.eps + float(limits.tiny * limits.eps * columns**0.5 / size),
+        "overflows": not bool(torch.isfinite(large[1]).all()),
+    }
 
 
 def own_loss(logits: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,14 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
             right = layer.excess <= 1 and abs(layer.gain - 1) <= layer.gain_bound
             actual = f"error {layer.excess:.3g} times its bound, gain {layer.gain:.5f} (may be off by {layer.gain_bound:.1e})"
             yield Observation(name, right, "dL/dy @ W", actual)
+            if layer.bent > layer.bent_bound:
+                yield Observation(
+                    f"{name} (a large gradient)", False, "as many times as large", f"off by {layer.bent:.2g}"
+                )
+            if not layer.overflows:
+                yield Observation(
+                    f"{name} (an infinite gradient)", False, "not finite, as a gradient scaler needs it", "finite"
+                )
             if layer.misread:
                 yield Observation(
                     f"{name} (unpacked by the stack)", False, "the weight that the packed bytes stand for", f"off by {layer.misread:.1%}",

@@ -235,12 +235,13 @@ def same_function(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("rounding moved the experts of every token")
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
     rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
+    base_step = max((forward.base_step for forward in facts.forwards), default=0.0)
     for forward in facts.forwards:
         if forward.apart is not None and not f.left_out:
             # The base and the prepared model are each this far from the twin; modes and masks change little of that.
             # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
             # Autocast rounds both, each by about as much as the base shows.
-            far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
+            far = f.base_error + max(f.twin_error, f.ulp) + (base_step if rounds_inputs else 0)
             far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
             where = f"logits ({forward.condition})"
             ok = forward.apart <= far

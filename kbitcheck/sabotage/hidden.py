@@ -169,6 +169,43 @@ def last_layer_dequantized(model: Any) -> None:
     setattr(model.get_submodule(parent), child, plain)
 
 
+class _Clamped(torch.autograd.Function):
+    """The identity; its gradient is made finite and small."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.nan_to_num().clamp(-1, 1)
+
+
+@breaks("KB303")
+def large_gradients_clamped(model: Any) -> None:
+    """No step of a tiny model has one as large."""
+    layer = quantized(model)[2]
+    layer.register_forward_pre_hook(lambda module, args: (_Clamped.apply(args[0]), *args[1:]))
+
+
+@breaks("KB209")
+def decodes_wrongly(model: Any) -> None:
+    """With a cache, where one token comes in at a time, alone."""
+    norm = model.transformer.ln_f
+    norm.register_forward_hook(lambda module, args, output: output.flip(-1) if output.shape[1] == 1 else output)
+
+
+@breaks("KB209")
+def padding_in_front_is_read(model: Any) -> None:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask[:, 0].all():
+            kwargs = {**kwargs, "attention_mask": None}
+        return args, kwargs
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+
+
 @breaks("KB303", quant="int8")
 def cut_in_one_int8_layer(model: Any) -> None:
     layer = quantized(model)[1]
