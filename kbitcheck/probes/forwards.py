@@ -35,7 +35,7 @@ TOKENS = 3
 
 def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
     """(text, what is fed, training, autocast) for each condition; of those with a mask only what the batch has."""
-    fed = {"no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
+    fed: dict[str, step.Batch] = {"no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
     if "attention_mask" in batch:
         fed = {"with mask": dict(batch), **fed}
     found = [
@@ -89,7 +89,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
     return [*found, Forward(GENERATING, False, *generated(model, batch))] if can and can() else found
 
 
-class _Forced(LogitsProcessor):  # type: ignore[misc]
+class _Forced(LogitsProcessor):
     """Has every model take the same tokens: which is likeliest hangs on rounding."""
 
     def __init__(self, tokens: Iterable[int]) -> None:

@@ -191,7 +191,7 @@ def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     its factor when it sees one that is not finite.
     """
     rows, columns = backends.shape(module)
-    device = module.weight.device
+    device = next(module.parameters()).device
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(2, columns, generator=draw).to(device, dtype or torch.float32).requires_grad_(True)
     y = module(x)
