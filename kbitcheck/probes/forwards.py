@@ -20,16 +20,19 @@ from kbitcheck.probes.live import tensors
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: whether every output was finite, what it raised ("" if nothing), its logits."""
+    """One forward: whether every output was finite, what it raised ("" if nothing), its logits.
+
+    Not every model can do what is ``optional``: where the base cannot, nothing is judged.
+    """
 
     condition: str
     autocast: bool
     finite: bool
     raised: str
     logits: torch.Tensor | None
+    optional: bool = False
 
 
-GENERATING = "eval, token by token, no autocast"
 TOKENS = 3
 
 
@@ -85,8 +88,31 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
         Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
         for text, inputs, training, auto in conditions(batch)
     ]
+    if "input_ids" in batch:
+        text = "train, embeddings in place of ids, no autocast"
+        found.append(Forward(text, False, *embedded(model, batch), optional=True))
     can = getattr(model, "can_generate", None)
-    return [*found, Forward(GENERATING, False, *generated(model, batch))] if can and can() else found
+    if can and can():
+        found.append(Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True))
+    return found
+
+
+def embedded(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | None]:
+    """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
+    inputs = step.feed(model, batch)
+    device = inputs["input_ids"].device.type
+    model.train()
+    try:
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
+        with step.seeded(0, device), step.dropout_raised(model, 0.0):
+            output = model(**inputs, inputs_embeds=embeddings)
+            output.loss.backward()
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}".splitlines()[0], None
+    finally:
+        step.clear_gradients(model)
+    raised = "" if embeddings.grad is not None else "no gradient comes back to the embeddings"
+    return bool(torch.isfinite(output.logits).all()), raised, output.logits.detach()
 
 
 class _Forced(LogitsProcessor):
@@ -143,6 +169,7 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
             base_step=(_apart(bare.logits, trained.get(bare.condition)) or 0.0) if bare.finite else 0.0,
         )
         for mine, bare in zip(found, base, strict=True)
+        if not (bare.optional and (bare.raised or not bare.finite))
     ]
 
 

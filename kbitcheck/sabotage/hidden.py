@@ -195,6 +195,15 @@ def decodes_wrongly(model: Any) -> None:
     norm.register_forward_hook(lambda module, args, output: output.flip(-1) if output.shape[1] == 1 else output)
 
 
+@breaks("KB210")
+def embeddings_of_ones_own_get_no_gradient(model: Any) -> None:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = kwargs.get("inputs_embeds")
+        return args, kwargs if given is None else {**kwargs, "inputs_embeds": given.detach()}
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+
+
 @breaks("KB209")
 def padding_in_front_is_read(model: Any) -> None:
     def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
