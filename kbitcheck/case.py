@@ -412,6 +412,16 @@ class Case:
         return ""
 
     @cached_property
+    def other_mode_raised(self) -> str:
+        try:
+            _ = self.against_other_mode
+        except (NotApplicable, Unavailable):
+            return ""
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return ""
+
+    @cached_property
     def unprepared(self) -> Case:
         mode = self.checkpointing
         if mode == "default" and not self.step_raised:  # torch's default and transformers' differ

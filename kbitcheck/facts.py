@@ -472,6 +472,11 @@ class Facts(Protocol):
         ...
 
     @property
+    def other_mode_raised(self) -> str:
+        """What a training step raised after the checkpointing mode was switched; empty if nothing."""
+        ...
+
+    @property
     def unprepared(self) -> Facts:
         """The same case of a base that transformers alone checkpoints and nothing prepares: a witness."""
         ...

@@ -98,7 +98,7 @@ class Drawn:
 def fill(model: PreTrainedModel, plan: Plan) -> None:
     """Give every tensor that a model on the meta device saves numbers, in the dtype that loading will keep it in."""
     model.config.dtype = getattr(torch, plan.dtype)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, draw in tensors(model, plan).items():
         owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
         old = getattr(owner, leaf)
@@ -114,7 +114,7 @@ def tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Callable[[], Tensor
         *(getattr(model, "_keep_in_fp32_modules", None) or () if dtype is torch.float16 else ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, Callable[[], Tensor]] = {}
     # A tied tensor has several names, and tying may prefer the one that was not drawn.
     for name, parameter in model.named_parameters(remove_duplicate=False):

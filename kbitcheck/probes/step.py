@@ -206,24 +206,16 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
     before = [m.__dict__.get("_gradient_checkpointing_func") for m in on]
 
     def checkpoint(function: Any, *args: Any) -> Any:
+        floating = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if floating and not any(t.requires_grad for t in args if isinstance(t, torch.Tensor)):
+            floating[0].requires_grad_(True)
         return CHECKPOINT(function, *args, use_reentrant=use_reentrant)
 
-    def ask(module: nn.Module, args: Any) -> None:
-        for tensor in args:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
-                tensor.requires_grad_(True)
-                return
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                return
-
-    handles = [m.register_forward_pre_hook(ask) for m in model.modules() if is_block(m)]
     for module in on:
         module._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module, function in zip(on, before, strict=True):
             if function is None:
                 del module._gradient_checkpointing_func

@@ -176,6 +176,8 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
         party, witness = Party.IMPLEMENTATION, ""
         if 0 < over <= stack:
             party, witness = Party.STACK, f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
+        elif over > 0:
+            party, witness = blame(facts, False, Party.STACK, lambda bare, n=name: bare.memory.steps.get(n, 0) >= m.steps[n])  # type: ignore[misc]
         yield Observation(
             name, over <= 0, f"adds at most {m.step_allowed[name]:,} bytes", f"{m.steps[name]:,} bytes", party, witness
         )

@@ -190,7 +190,17 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
     needs_checkpointing(facts)
     if not facts.run.checkpoints:
         raise NotApplicable("no block was checkpointed, so there is no mode to switch")
+    raised = facts.other_mode_raised
+    if raised:
+        blamed = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
+        yield Observation("training step in the other mode", False, "no error", raised, *blamed)
+        return
     yield from compared(facts.against_other_mode, exact=exactly(facts))
+
+
+def _agrees(facts: Facts) -> bool:
+    same = not facts.other_mode_raised and compared(facts.against_other_mode, exact=exactly(facts))
+    return bool(same) and all(o.ok for o in same)
 
 
 @rule("KB307", "dropout-replayed", Level.MUST)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kbitcheck import backends
 from kbitcheck.sabotage.checkpointing import blocks
@@ -237,7 +238,8 @@ def _enabling(before: Any) -> dict[str, Any]:
 
         return enable
 
-    return {n: named(n) for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable")}
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers 4 knows the second alone
+    return {n: named(n) for n in names if hasattr(PreTrainedModel, n)}
 
 
 @spoils("KB507")

@@ -128,7 +128,9 @@ def _tower_entries(module: nn.Module, container: nn.Module | None = None) -> Ite
             return
     first = next(filter(_is_block, module.children()), None)
     if first is not None:
-        yield first if _hooks_run_outside(first) else container or module
+        entry = first if _hooks_run_outside(first) else container or module
+        if entry is first or not getattr(entry, "_requires_grad", False):  # as of audio models: it sees to it itself
+            yield entry
     for child in module.children():
         if not _is_block(child):
             yield from _tower_entries(child, container)
