@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,10 @@ settings.load_profile("kbitcheck")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("transformers5"):
+            if version("transformers") < "5":
+                item.add_marker(pytest.mark.skip(reason=f"transformers 4: {mark.args[0]}"))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch

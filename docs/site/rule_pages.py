@@ -17,6 +17,7 @@ SABOTAGE = Path(kbitcheck.__file__).parent / "sabotage"
 HOWS = {
     "breaks": "Done to a model that the reference prepared",
     "wraps": "Done to the reference, which then prepares",
+    "implements": "An implementation of its own",
     "spoils": "Done to the model before it is looked at",
 }
 # Where a source such as peft#2880 is to be read. What is not here stays text.
@@ -145,7 +146,7 @@ def linked(text: str) -> str:
 def examples() -> dict[str, list[Example]]:
     """Every sabotage by the code of its rule."""
     found: dict[str, list[Example]] = {}
-    for path in sorted(SABOTAGE.glob("*.py")):
+    for path in sorted(SABOTAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         for node in tree.body:

@@ -34,6 +34,7 @@ class Forward:
 
 
 TOKENS = 3
+EMBEDDED = "train, embeddings in place of ids, no autocast"
 
 
 def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
@@ -89,8 +90,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
         for text, inputs, training, auto in conditions(batch)
     ]
     if "input_ids" in batch:
-        text = "train, embeddings in place of ids, no autocast"
-        found.append(Forward(text, False, *embedded(model, batch), optional=True))
+        found.append(Forward(EMBEDDED, False, *embedded(model, batch), optional=True))
     can = getattr(model, "can_generate", None)
     if can and can():
         found.append(Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True))

@@ -1,7 +1,7 @@
 """Faults, each registered under the rule that must catch it, and the self-test that runs them all.
 
-A fault breaks a prepared model (``breaks``), wraps an implementation (``wraps``), or is a property of the model itself
-(``spoils``, for the rules that tell facts about models).
+A fault of a *model* breaks a prepared one (``breaks``) or is there before (``spoils``); one of an *implementation* wraps a
+good one (``wraps``) or is one of its own (``implements``). Every rule has both, or a reason in ``WITHOUT``.
 """
 
 from kbitcheck.sabotage import (
@@ -14,11 +14,13 @@ from kbitcheck.sabotage import (
     hidden,
     implementations,
     precision,
+    switches,
 )
-from kbitcheck.sabotage.fault import Fault, faults
+from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 from kbitcheck.sabotage.selftest import Verdict, run
 
 __all__ = [
+    "WITHOUT",
     "Fault",
     "Verdict",
     "audit",
@@ -32,4 +34,5 @@ __all__ = [
     "implementations",
     "precision",
     "run",
+    "switches",
 ]

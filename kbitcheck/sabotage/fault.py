@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps as keeping_signature
 from typing import Any, Literal
@@ -10,6 +10,13 @@ from typing import Any, Literal
 from kbitcheck_reference import prepare_model_for_kbit_training
 
 Prepare = Callable[..., Any]
+FaultLevel = Literal["model", "implementation"]
+
+# Why rules whose codes begin so have no fault of a level; every other rule has one of each.
+WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
+    ("KB602", "model"): "the cache is the process's: what a model's switch leaves there is emptied afterwards",
+    ("KB9", "implementation"): "a fact about the model, whoever prepares it",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +30,7 @@ class Fault:
 
     code: str
     name: str
-    level: Literal["model", "implementation"] = "implementation"
+    level: FaultLevel = "implementation"
     model: str = "tiny:gpt2"
     quant: str = "nf4"
     checkpointing: str = "reentrant"
@@ -69,7 +76,7 @@ def wraps(code: str, **case: Any) -> Callable[[Callable[[Prepare], Prepare]], Ca
 
 
 def spoils(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register a function that spoils the base before anything looks at it."""
+    """Register a function that spoils the base before anything looks at it; the reference prepares, or ``prepare``."""
 
     def register(spoil: Callable[[Any], None]) -> Callable[[Any], None]:
         _faults.append(Fault(code=code, name=spoil.__name__, level="model", spoil=spoil, **case))

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from kbitcheck import backends
 from kbitcheck.sabotage.checkpointing import blocks
-from kbitcheck.sabotage.fault import Prepare, around, breaks, spoils, wraps
+from kbitcheck.sabotage.fault import Prepare, around, breaks, wraps
 from kbitcheck.sabotage.gradients import _Scaled
 from kbitcheck.sabotage.precision import quantized
+from kbitcheck.sabotage.switches import subclass
 
 EXACT = {"model": "tiny:gpt2", "quant": "nf4,compute=fp32"}
 
@@ -222,48 +222,6 @@ def cut_in_one_int8_layer(model: Any) -> None:
     layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
 
 
-def _subclass(model: Any, **methods: Any) -> None:
-    """Give a model a class of the same name with other methods."""
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-
-
-def _enabling(before: Any) -> dict[str, Any]:
-    """Both names under which transformers switches checkpointing on, with something done first."""
-
-    def named(name: str) -> Any:
-        def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
-            before(self, next(iter((*args, *kwargs.values())), None))
-            return getattr(super(type(self), self), name)(*args, **kwargs)
-
-        return enable
-
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers 4 knows the second alone
-    return {n: named(n) for n in names if hasattr(PreTrainedModel, n)}
-
-
-@spoils("KB507")
-def a_model_that_draws_when_switched_on(model: Any) -> None:
-    _subclass(model, **_enabling(lambda self, kwargs: torch.rand(1)))
-
-
-@spoils("KB509")
-def a_model_that_warns_when_switched_on(model: Any) -> None:
-    import warnings
-
-    _subclass(model, **_enabling(lambda self, kwargs: warnings.warn("switching on", FutureWarning, stacklevel=2)))
-
-
-@spoils("KB404")
-def a_model_that_drops_the_arguments(model: Any) -> None:
-    _subclass(model, **_enabling(lambda self, kwargs: kwargs.pop("preserve_rng_state", None) if kwargs else None))
-
-
-@spoils("KB601")
-def a_model_that_allocates_when_switched_on(model: Any) -> None:
-    _subclass(model, **_enabling(lambda self, kwargs: torch.zeros(1 << 20)))
-
-
 @breaks("KB402", checkpointing="off")
 def flags_switched_on_afterwards(model: Any) -> None:
     for block in blocks(model)[1:]:
@@ -278,7 +236,7 @@ def a_model_that_cannot_be_left_off(model: Any) -> None:
 
 @breaks("KB502", alone=True)
 def a_class_swapped(model: Any) -> None:
-    _subclass(model)
+    subclass(model)
 
 
 @breaks("KB308")

@@ -1,5 +1,7 @@
 """Other projects' preparations are right under the profile that they promise, and wrong under another."""
 
+from importlib.metadata import version
+
 import pytest
 
 from kbitcheck.core import Level
@@ -52,6 +54,8 @@ def test_right_under_one_profile_and_wrong_under_another(
         codes=None if every_rule else STRUCTURE,
         levels=(Level.MUST,),
     )
+    if version("transformers") < "5":  # which reloads the cast weights as they were
+        expected = expected - {"KB510"}
     assert found == expected
 
 

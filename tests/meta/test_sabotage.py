@@ -1,15 +1,65 @@
-"""Every rule bites: each registered fault is caught by its own rule, and no rule is without a fault."""
+"""Every rule bites: each registered fault is caught by its own rule, and no rule is without a fault on each level."""
+
+from typing import get_args
 
 import pytest
 import torch
 
-from kbitcheck.core import rules
-from kbitcheck.sabotage import Fault, faults
-from kbitcheck.sabotage.selftest import Verdict, run, try_fault
+from kbitcheck.core import Status, judge, rules
+from kbitcheck.sabotage import WITHOUT, Fault, faults, implementations
+from kbitcheck.sabotage.fault import FaultLevel
+from kbitcheck.sabotage.implementations.steps import cast, freeze, switch_on
+from kbitcheck.sabotage.selftest import Verdict, case_of, run, try_fault
 
 
-def test_every_rule_has_a_fault():
-    assert set(rules()) == {fault.code for fault in faults()}
+def lacking(found):
+    """Rules and levels that have neither a fault nor a reason to have none, or that have both."""
+    have = {(fault.code, fault.level) for fault in found}
+    return [
+        f"{code} {level}"
+        for code in rules()
+        for level in get_args(FaultLevel)
+        if ((code, level) in have) == any(code.startswith(prefix) and level == lacked for prefix, lacked in WITHOUT)
+    ]
+
+
+def test_every_rule_has_a_fault_on_each_level_or_a_reason():
+    assert lacking(faults()) == []
+
+
+def test_a_lacking_level_and_a_needless_reason_are_seen():
+    assert lacking([f for f in faults() if (f.code, f.level) != ("KB103", "implementation")]) == [
+        "KB103 implementation"
+    ]
+    assert lacking([*faults(), Fault(code="KB905", name="needless")]) == ["KB905 implementation"]
+
+
+def test_every_reason_is_of_a_rule():
+    assert [c for c, _ in WITHOUT if not any(code.startswith(c) for code in rules())] == []
+
+
+def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+    """The steps of which the implementations are made, and nothing wrong."""
+    freeze(model)
+    cast(model)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
+OWN = [fault for fault in faults() if fault.prepare.__module__.startswith(implementations.__name__)]
+
+
+@pytest.mark.parametrize(
+    ("model", "quant", "checkpointing"), sorted({(f.model, f.quant, f.checkpointing) for f in OWN})
+)
+def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quant, checkpointing, bases):
+    fault = Fault(
+        code="KB101", name="innocent", prepare=innocent, model=model, quant=quant, checkpointing=checkpointing
+    )
+    case = case_of(fault, bases)
+    codes = {f.code for f in OWN if (f.model, f.quant, f.checkpointing) == (model, quant, checkpointing)}
+    judged = [judge(rules()[code], case) for code in sorted(codes)]
+    case.close()
+    assert [(r.rule, r.reason, r.failures[:1]) for r in judged if r.status is not Status.PASS] == []
 
 
 def test_fault_names_are_distinct():

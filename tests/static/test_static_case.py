@@ -27,6 +27,7 @@ def mixtral():
     return opened(CONFIGS / "mixtral-8x7b.json", memory=24 << 30, seq_len=64, device="auto")
 
 
+@pytest.mark.transformers5("Mixtral's experts, and Falcon's layers, are quantized")
 def test_only_what_needs_no_run_is_judged(mixtral):
     results = {code: judge(rule, mixtral) for code, rule in rules().items()}
     assert {c for c, r in results.items() if r.status in (Status.PASS, Status.FAIL)} == JUDGED
@@ -53,6 +54,7 @@ def test_the_forecast_adds_up(mixtral):
     assert json.loads(json.dumps(mixtral.summary()))["forecast"]["parameters"] == 46_702_792_704
 
 
+@pytest.mark.transformers5("Mixtral's experts, and Falcon's layers, are quantized")
 def test_a_model_of_which_nothing_is_quantized_is_told_of(tmp_path):
     # Falcon's layers are a class of their own, which transformers does not replace.
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 320}

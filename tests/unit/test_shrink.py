@@ -110,7 +110,7 @@ KINDS = (
     ("causal-lm", "deepseek_v3"),
     ("causal-lm", "mamba"),
     ("causal-lm", "mamba2"),
-    ("causal-lm", "jamba"),
+    pytest.param("causal-lm", "jamba", marks=pytest.mark.transformers5("asks for CUDA kernels")),
     ("causal-lm", "qwen3_next"),
     ("causal-lm", "gpt_oss"),
     ("causal-lm", "llama4"),
@@ -151,6 +151,7 @@ def test_a_class_for_text_alone_takes_the_text_configuration() -> None:
     assert source.fields()["model_type"] == "llama4_text"
 
 
+@pytest.mark.transformers5("configurations always have the field")
 def test_decoders_decode() -> None:
     source = resolve("arch:bert")
     assert isinstance(source, Architecture)

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import random
 import warnings
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -160,6 +161,7 @@ def test_one_hook_an_embedding_and_none_after_disable(load: Load, arch: str, ree
     model.disable_input_require_grads()
 
 
+@pytest.mark.transformers5("hooks of a block run inside its checkpoint")
 @pytest.mark.parametrize(("arch", "towers"), [("llama", 1), ("t5", 2), ("whisper", 2), ("wav2vec2", 2), ("vit", 1)])
 def test_every_tower_gets_inputs_that_require_grad(load: Load, batch: Any, arch: str, towers: int) -> None:
     model = prepare(load(arch), True, {"use_reentrant": True}).train()
@@ -206,6 +208,8 @@ def test_hooks_do_nothing_without_grad(load: Load, batch: Any) -> None:
 def test_checkpointing_changes_no_gradient(
     load: Load, gradients: Gradients, arch: str, quantization: str, reentrant: bool
 ) -> None:
+    if arch == "whisper" and reentrant and version("transformers") < "5":
+        pytest.skip("the encoder's states go to the decoder's blocks by keyword, past a reentrant checkpoint")
     model = lora.attach(prepare(load(arch, quantization), True, {"use_reentrant": reentrant}))
     lora.draw_up(model, seed=1)
     got = gradients(model, arch)
