@@ -199,8 +199,7 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
 
 
 def _agrees(facts: Facts) -> bool:
-    same = not facts.other_mode_raised and compared(facts.against_other_mode, exact=exactly(facts))
-    return bool(same) and all(o.ok for o in same)
+    return not facts.other_mode_raised and all(o.ok for o in compared(facts.against_other_mode, exact=exactly(facts)))
 
 
 @rule("KB307", "dropout-replayed", Level.MUST)

@@ -1,5 +1,6 @@
 """Every rule bites: each registered fault is caught by its own rule, and no rule is without a fault on each level."""
 
+from importlib.metadata import version
 from typing import get_args
 
 import pytest
@@ -57,6 +58,8 @@ def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quan
     )
     case = case_of(fault, bases)
     codes = {f.code for f in OWN if (f.model, f.quant, f.checkpointing) == (model, quant, checkpointing)}
+    if version("transformers") < "5" and model == "tiny:llava":
+        codes.discard("KB302")  # the plain steps hook the text's embedding, as that transformers does
     judged = [judge(rules()[code], case) for code in sorted(codes)]
     case.close()
     assert [(r.rule, r.reason, r.failures[:1]) for r in judged if r.status is not Status.PASS] == []

@@ -169,7 +169,9 @@ def alive():
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
-@pytest.mark.parametrize("quant", ["nf4", pytest.param("int8", marks=pytest.mark.transformers5("refuses to move an 8-bit model"))])
+@pytest.mark.parametrize(
+    "quant", ["nf4", pytest.param("int8", marks=pytest.mark.transformers5("refuses to move an 8-bit model"))]
+)
 def test_memory_returns(quant, bases):
     """Rounds of steps leave as many tensors as the round before; one that is hoarded would be counted."""
     session = Session(case_of("reference", quant, bases).interleaving)

@@ -43,7 +43,10 @@ def test_the_largest_that_fits_is_the_largest():
     assert growth.largest_batch(128, 500) == growth.longest(500, 100) == 0
 
 
-@pytest.mark.parametrize(("recipe", "mode"), [("qwen3", "reentrant"), pytest.param("llava", "off", marks=pytest.mark.transformers5("looks at numbers where it merges pictures"))])
+LOOKS = pytest.mark.transformers5("looks at numbers where it merges pictures")
+
+
+@pytest.mark.parametrize(("recipe", "mode"), [("qwen3", "reentrant"), pytest.param("llava", "off", marks=LOOKS)])
 def test_growth_foretells_other_shapes(recipe, mode):
     spec = CaseSpec(model=f"tiny:{recipe}", quant="nf4", implementation="none", device="cpu")
     source = resolve(spec.model)

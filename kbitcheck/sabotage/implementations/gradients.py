@@ -55,9 +55,10 @@ def runs_quantized_layers_without_a_graph(
 def sends_gradients_between_blocks_in_bfloat16(
     model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
 ) -> Any:
-    def narrow(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient.bfloat16().to(gradient.dtype))
+    def narrow(module: nn.Module, args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
+        if states.requires_grad:
+            states.register_hook(lambda gradient: gradient.bfloat16().to(gradient.dtype))
 
     freeze(model)
     cast(model)
