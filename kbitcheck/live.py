@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import kbitcheck
-from kbitcheck.core import Report, Result
+from kbitcheck.core import Report, Result, UsageError
 from kbitcheck.core import select as chosen
-from kbitcheck.worker import examine
+from kbitcheck.worker import LARGE_BYTES, examine
+
+
+@contextmanager
+def as_a_worker() -> Iterator[Callable[[int], None]]:
+    """What a worker process sets for itself, for a while: one thread till ``fit`` is told of a large model, no compiler.
+
+    The probes' own warnings are kept off the screen; rules hear warnings all the same.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield lambda nbytes: torch.set_num_threads(threads if nbytes > LARGE_BYTES else 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def audit(
@@ -35,10 +55,14 @@ def audit(
         if isinstance(prepare, str)
         else implementations.describe(prepare)
     )
+    if not callable(getattr(model, "parameters", None)):
+        raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
     start = time.perf_counter()
-    case = open_live(model, implementation=subject, **options)
-    told = environment.describe(str(next(model.parameters()).device), case.spec.seed)
-    events = list(examine(case, rules))
+    with as_a_worker() as fit:
+        case = open_live(model, implementation=subject, **options)
+        fit(case.base.nbytes)
+        told = environment.describe(str(next(model.parameters()).device), case.spec.seed)
+        events = list(examine(case, rules))
     return Report(
         tool=f"kbitcheck {kbitcheck.__version__}",
         environment=told,

@@ -117,6 +117,7 @@ def _in_process(
     from kbitcheck import environment
     from kbitcheck.case import open_case
     from kbitcheck.implementations import load, unused
+    from kbitcheck.live import as_a_worker
 
     device = environment.resolve_device(specs[0].device)
     static = specs[0].static == "always"
@@ -124,18 +125,20 @@ def _in_process(
     told = environment.describe(device, specs[0].seed)
     yield {"event": "loaded", "implementation": subject.as_json(), "environment": told}
     for spec in specs:
-        seen: set[str] = set()
         yield {"event": "case", "case": spec.id}
+        events: list[Event] = []
         try:
             placed = spec if spec.static == "always" else dataclasses.replace(spec, device=device)
-            for event in examine(open_case(placed, subject), rules):
-                if event["event"] == "result":
-                    seen.add(event["result"]["rule"])
-                yield event
+            with as_a_worker() as fit:
+                case = open_case(placed, subject)
+                fit(case.base.nbytes)
+                events.extend(examine(case, rules))
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
-            yield from broken(spec, rules, seen, cause(error))
+            seen = {event["result"]["rule"] for event in events if event["event"] == "result"}
+            events += broken(spec, rules, seen, cause(error))
+        yield from events
 
 
 def selftest(

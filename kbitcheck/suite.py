@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from kbitcheck.core import UsageError
 from kbitcheck.quantization import Quantization
 
 Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
@@ -100,6 +101,9 @@ def cases(
     Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
     quantizations or modes crosses the suite's models with them.
     """
+    for name, given in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
+        if isinstance(given, str):
+            raise UsageError(f"{name} is a list, of one: [{given!r}]")
     if models or quants:
         cells = [
             (model, quant, checkpointing or ("reentrant", "non-reentrant", "off"))

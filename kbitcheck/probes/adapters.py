@@ -36,7 +36,10 @@ def target_layers(model: nn.Module, targets: str) -> list[str]:
     ]
     if targets != ALL_LINEAR:
         wanted = tuple(t.strip() for t in targets.split(",") if t.strip())
-        quantized = [n for n in quantized if any(n == t or n.endswith("." + t) for t in wanted)]
+        matching = {t: [n for n in quantized if n == t or n.endswith("." + t)] for t in wanted}
+        for target in (t for t, names in matching.items() if not names and any(matching.values())):
+            raise UsageError(f"no quantized layer matches the adapter target {target!r}")
+        quantized = [n for n in quantized if any(n in names for names in matching.values())]
     if not quantized:
         raise UsageError(f"no quantized layer matches the adapter targets {targets!r}")
     return quantized

@@ -37,7 +37,7 @@ class Tally:
         model = self._report.subject.get("command") in ("model", "audit")
         static = any("static" in facts for facts in self._report.facts.get("cases", {}).values())
         return {
-            EXIT_CONFORMS: "✓ nothing speaks against it" if static else "✓ ready" if model else "✓ conforms",
+            EXIT_CONFORMS: "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms",
             EXIT_BROKEN_RULE: "✗ not ready" if model else "✗ does not conform",
             EXIT_ERROR: "✗ could not be judged",
             EXIT_INTERRUPTED: "✗ interrupted",

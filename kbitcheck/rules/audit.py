@@ -105,8 +105,8 @@ def upcast_cost(facts: Facts) -> Iterable[Observation]:
     """The bytes that upcasting adds, by group; flagged where the prepared model is larger than the half-precision one.
 
     Why: upcasting embeddings, head or experts to fp32 can cost more than quantizing the rest saved.
-    Symptom: 81 GB with preparation, 63 GB without, 73 GB unquantized.
-    Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back.
+    Symptom: more memory prepared than unquantized: of one mixture of experts, 81 GB against 73 GB.
+    Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back; what is not quantized stays so.
     Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
     """
     base, widened = facts.base, facts.widened

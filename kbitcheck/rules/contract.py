@@ -45,6 +45,8 @@ def signature(facts: Facts) -> Iterable[Observation]:
     )
     for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
         refused = bool(one.raised) and (facts.base.can_checkpoint or text == "prepare(model, False)")
+        # What every call raises is no matter of how it is called.
+        refused = refused and (one.raised != facts.call.raised or one.raised.startswith("TypeError"))
         yield Observation(text, not refused, "accepted", f"raised {one.raised}" if refused else "accepted")
 
 

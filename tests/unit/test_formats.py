@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -106,7 +107,8 @@ def test_a_large_report_renders_in_a_second_and_two_megabytes(form: str) -> None
     assert len(LARGE.results) >= 5_000
     start = time.process_time()
     text = render(LARGE, form)
-    assert time.process_time() - start < 1.0 + (1.0 if form == "html" else 0.0)  # importing matplotlib, once
+    if sys.gettrace() is None:  # coverage traces each line
+        assert time.process_time() - start < 1.0 + (1.0 if form == "html" else 0.0)  # importing matplotlib, once
     assert 5_000 < len(text.encode()) < 2_000_000
 
 
