@@ -49,14 +49,14 @@ def audit(
     from kbitcheck import environment, implementations
     from kbitcheck.case import open_live
 
+    if not callable(getattr(model, "parameters", None)):
+        raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
     rules = chosen(select, ignore)
     subject = (
         implementations.load(prepare or implementations.default())
         if isinstance(prepare, str)
         else implementations.describe(prepare)
     )
-    if not callable(getattr(model, "parameters", None)):
-        raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
     start = time.perf_counter()
     with as_a_worker() as fit:
         case = open_live(model, implementation=subject, **options)

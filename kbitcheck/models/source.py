@@ -75,7 +75,8 @@ class Source(ABC):
         from kbitcheck.models import loading
 
         self._same_quantization(quant)
-        return loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
+        model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
+        return self._with_known_skips(model, quant)
 
     def meta(self, quant: Quantization) -> PreTrainedModel:
         """The model that ``load`` gives, on the meta device: no weights are read or made.
@@ -86,7 +87,8 @@ class Source(ABC):
         from kbitcheck.static import meta
 
         self._same_quantization(quant)
-        return meta.build(self, Quantization.parse(self.quant) if self.quant else self._complete(quant))
+        model = meta.build(self, Quantization.parse(self.quant) if self.quant else self._complete(quant))
+        return self._with_known_skips(model, quant)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
         """A quantized model of this kind as ``save_pretrained`` left it in ``folder``.
@@ -108,6 +110,13 @@ class Source(ABC):
 
     def _complete(self, quant: Quantization) -> Quantization:
         return quant
+
+    def _with_known_skips(self, model: PreTrainedModel, quant: Quantization) -> PreTrainedModel:
+        names = [f".{name}." for name, _ in model.named_modules()]
+        for skipped in quant.skip:
+            if not any(f".{skipped}." in name for name in names):
+                raise UsageError(f"skip={skipped}: {self.name} has no module of this name")
+        return model
 
     def _options(self, device: str) -> Options:
         from kbitcheck.models.loading import Options

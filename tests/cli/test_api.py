@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -50,6 +51,21 @@ def test_checking_an_implementation(door: Door, prepare: str, in_process: bool, 
     assert (report["subject"]["in_process"], report["exit_code"]) == (in_process, code)
     assert [r["case"] for r in report["results"]] == ["tiny:llama-nf4-off"] * 5
     assert door.left() == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("kbitcheck.audit('a name')", "not a model: 'a name'"),
+        (
+            "kbitcheck.check_implementation('good.py:prepare', models='tiny:llama')",
+            "models is a list, of one: ['tiny:llama']",
+        ),
+    ],
+)
+def test_what_is_no_model_and_no_list_is_wrong_usage(door: Door, expression: str, told: str) -> None:
+    with pytest.raises(AssertionError, match=f"UsageError: {re.escape(told)}"):
+        called(door, expression)
 
 
 @pytest.mark.parametrize("prepare", ["'rude.py:prepare'", "lambda model: model"])

@@ -32,10 +32,16 @@ def test_naming_modules_to_skip_keeps_the_automatic_ones(quant: str) -> None:
     assert plain_linears(resolve("tiny:llama").load(wanted)) == {"lm_head", *wanted.skip}
 
 
+def test_what_is_skipped_has_to_be_there() -> None:
+    with pytest.raises(UsageError, match="skip=lm_haed: tiny:llama has no module of this name"):
+        resolve("tiny:llama").load(Quantization.parse("nf4,skip=lm_haed"))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "opt"])
 def test_tied_heads_are_skipped_automatically_too(name: str) -> None:
     source = resolve(f"tiny:{name}")
-    skipped: Any = source.load(Quantization.parse("nf4,skip=nothing"))
+    norm = next(n for n, m in source.load(NF4).named_modules() if "norm" in type(m).__name__.lower())
+    skipped: Any = source.load(Quantization.parse(f"nf4,skip={norm}"))  # which is not quantized in any case
     assert plain_linears(skipped) == plain_linears(source.load(NF4))
     assert skipped.get_output_embeddings().weight is skipped.get_input_embeddings().weight
 
