@@ -69,7 +69,7 @@ QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
     ("tiny:llama", "nf4,double,storage=bf16", ("non-reentrant",)),
     ("tiny:llama", "int8", ("reentrant", "off")),
     # Several towers: adapters in the one that reads pictures, whose input comes from a convolution.
-    ("tiny:llava", "fp4", ("reentrant",)),
+    ("tiny:llava", "fp4,compute=fp32", ("reentrant",)),
     # Encoder-decoder, several readers of one tensor, fp16 weights beside fp32 ones.
     ("tiny:t5", "nf4,storage=fp16,compute=fp32", ("reentrant",)),
     ("tiny:t5", "int8", ("non-reentrant",)),
