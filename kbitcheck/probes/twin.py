@@ -106,13 +106,18 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         if compute is None or unpacked is None:
             # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
             return TwinLinear(shape, weights.reader(lambda: backends.dequantized(module)), bias, None, device)
+
+        def unpack() -> torch.Tensor:
+            # As the kernel unpacks: scales that are themselves quantized round once more than the format says.
+            return backends.dequantized(module, torch.float32)
+
         return TwinLinear(
             shape,
-            weights.reader(lambda: weights[name].to(compute)),
+            weights.reader(lambda: unpack().to(compute)),
             None if bias is None else bias.to(compute),
             compute,
             device,
-            backward_read=None if unpacked == compute else weights.reader(lambda: weights[name].to(unpacked)),
+            backward_read=None if unpacked == compute else weights.reader(lambda: unpack().to(unpacked)),
         )
 
     twin = _replaced(base, plain)
