@@ -59,6 +59,7 @@ def failing(tmp_path_factory):
     return folder, json.loads(run.stdout)
 
 
+@pytest.mark.slow
 def test_the_smallest_failure_is_told_as_a_recipe(failing):
     _, report = failing
     recipe = tomllib.loads(report["subject"]["fuzz"]["recipe"])
@@ -68,6 +69,7 @@ def test_the_smallest_failure_is_told_as_a_recipe(failing):
     assert len({r["case"] for r in report["results"]}) == 1
 
 
+@pytest.mark.slow
 def test_its_command_runs_it_again(failing):
     folder, report = failing
     found = report["subject"]["fuzz"]
@@ -79,6 +81,7 @@ def test_its_command_runs_it_again(failing):
     assert "KB101" in again.stdout
 
 
+@pytest.mark.slow
 def test_what_failed_is_kept_and_tried_first(failing):
     folder, report = failing
     assert (folder / ".hypothesis").is_dir()

@@ -33,6 +33,7 @@ def test_the_fork_is_a_dozen_lines_and_its_readme_shows_the_command() -> None:
     assert "$ kbitcheck " + shlex.join(ci_command()) in (EXAMPLE / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_one_line_regression_turns_the_ci_red(tmp_path: Path) -> None:
     fork = shutil.copytree(EXAMPLE, tmp_path / "fork", ignore=shutil.ignore_patterns("__pycache__"))
     ledger = (fork / "kbitcheck-ledger.toml").read_bytes()

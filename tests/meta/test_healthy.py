@@ -77,8 +77,9 @@ def test_unusual_implementations_keep_every_must(name, quant, checkpointing, bas
     assert found == {}
 
 
+LARGER = ("llava", "t5", "whisper")  # several towers take several times as long
 CELLS = [
-    *[(f"tiny:{recipe}", "nf4", "non-reentrant") for recipe in RECIPES],
+    *[(f"tiny:{recipe}", "nf4", "non-reentrant") for recipe in RECIPES if recipe not in LARGER],
     *[(f"tiny:{recipe}", "int8", "non-reentrant") for recipe in ("llama", "opt", "t5")],
     ("tiny:llama", "fp4", "reentrant"),
     ("tiny:llama", "nf4,double,storage=bf16", "default"),
@@ -96,6 +97,7 @@ def test_the_reference_keeps_everything(model, quant, checkpointing, bases):
 
 
 MORE = [
+    *[(f"tiny:{recipe}", "nf4", "non-reentrant") for recipe in LARGER],
     *[(f"tiny:{recipe}", "int8", "non-reentrant") for recipe in RECIPES if recipe not in ("llama", "opt", "t5")],
     *[(f"tiny:{recipe}", "fp4", "reentrant") for recipe in ("llava", "whisper", "t5")],
 ]
@@ -104,7 +106,7 @@ MORE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "quant", "checkpointing"), MORE)
 def test_the_reference_keeps_everything_elsewhere_too(model, quant, checkpointing, bases):
-    assert broken(reference, bases, model=model, quant=quant, checkpointing=checkpointing) == {}
+    test_the_reference_keeps_everything(model, quant, checkpointing, bases)
 
 
 @pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4"), ("tiny:gpt2", "int8")])

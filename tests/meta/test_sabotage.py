@@ -49,6 +49,7 @@ def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwar
 OWN = [fault for fault in faults() if fault.prepare.__module__.startswith(implementations.__name__)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "quant", "checkpointing"), sorted({(f.model, f.quant, f.checkpointing) for f in OWN})
 )

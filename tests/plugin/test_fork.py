@@ -48,6 +48,7 @@ def test_it_is_prepared(model):
 OPTIONS = ("--kbit-impl=fork:prepare", "--kbit-model=tiny:gpt2", "--kbit-quant=nf4", "--kbit-checkpointing=reentrant")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "broken"), [("", set()), ("    oracle.freeze_base(model)\n", {"KB101"})])
 def test_a_package_with_a_fork(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, line: str, broken: set[str]
