@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kbitcheck import backends, summary
-from kbitcheck.core import NotApplicable, UsageError
+from kbitcheck.core import NotApplicable, UsageError, cause
 from kbitcheck.facts import (
     HALF,
     CallFacts,
@@ -410,7 +410,7 @@ class Case:
         except NotApplicable:  # no forward runs, which has been told
             return ""
         except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return cause(error)
         return ""
 
     @cached_property
@@ -420,7 +420,7 @@ class Case:
         except (NotApplicable, Unavailable):
             return ""
         except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return cause(error)
         return ""
 
     @cached_property

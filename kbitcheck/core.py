@@ -21,6 +21,12 @@ log = logging.getLogger("kbitcheck")
 CODE = re.compile(r"KB\d{3}")
 
 
+def cause(error: BaseException) -> str:
+    """An exception on one line."""
+    message = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
+
+
 class Level(StrEnum):
     """How binding a requirement is: breaking a MUST is non-conformance, a SHOULD counts under ``--strict``, INFO is told."""
 
@@ -262,7 +268,7 @@ def judge(subject: Rule, facts: Facts) -> Result:
         raise
     except Exception as error:
         log.debug("%s on %s", subject.code, facts.case, exc_info=True)
-        status, reason = Status.ERROR, f"{type(error).__name__}: {error}".splitlines()[0]
+        status, reason = Status.ERROR, cause(error)
     parties = {f.party for f in failures}
     blamed = next((p for p in Party if p in parties), None)
     return Result(

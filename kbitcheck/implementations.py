@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from kbitcheck import requirement
-from kbitcheck.core import UsageError
+from kbitcheck.core import UsageError, cause
 
 REFERENCE = "reference"
 ALIASES = {
@@ -94,7 +94,7 @@ def load(text: str) -> Implementation:
     except (Exception, SystemExit) as error:
         gone = isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
         raise (Missing if gone else UsageError)(
-            f"implementation {text!r} cannot be imported: {_told(error)}"
+            f"implementation {text!r} cannot be imported: {cause(error)}"
         ) from error
     found: Any = module
     for name in attribute.split("."):
@@ -142,11 +142,6 @@ def _split(text: str) -> tuple[str, str]:
 
 def _is_file(where: str) -> bool:
     return where.endswith(".py") or "/" in where
-
-
-def _told(error: BaseException) -> str:
-    message = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
 
 
 def _import(name: str, text: str) -> ModuleType:

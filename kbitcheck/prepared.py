@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import kbitcheck
 from kbitcheck import environment
 from kbitcheck.case import Attached, Base, Case
-from kbitcheck.core import NotApplicable, Report, Result, Status, UsageError, judge
+from kbitcheck.core import NotApplicable, Report, Result, Status, UsageError, cause, judge
 from kbitcheck.core import select as chosen
 from kbitcheck.facts import ModelFacts, RunFacts
 from kbitcheck.models.batch import draw
@@ -198,7 +198,7 @@ class Present(Base):
         try:
             return super().twins(spec)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            told = cause(error)
             raise NotApplicable(f"the float64 twin of this model cannot be computed ({told})") from None
 
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import kbitcheck
 from kbitcheck import environments
 from kbitcheck.bench import Bench, broken, spread
-from kbitcheck.core import Party, Report, Result, Rule, Status, UsageError
+from kbitcheck.core import Party, Report, Result, Rule, Status, UsageError, cause
 from kbitcheck.implementations import REFERENCE, Implementation
 from kbitcheck.process import Lost, WorkerProcess
 from kbitcheck.suite import CaseSpec
-from kbitcheck.worker import Event, cause, examine
+from kbitcheck.worker import Event, examine
 
 TIMEOUT_SECONDS = 600.0
 

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from kbitcheck.core import Rule, UsageError, judge, log, rules
+from kbitcheck.core import Rule, UsageError, cause, judge, log, rules
 from kbitcheck.implementations import Implementation, Missing, load, unused
 from kbitcheck.suite import CaseSpec
 
@@ -43,12 +43,6 @@ def examine(case: Case | StaticCase, selected: Sequence[Rule]) -> Iterator[Event
         for rule in selected:
             yield {"event": "result", "result": judge(rule, case).as_json()}
         yield {"event": "facts", "case": case.case, "facts": case.summary()}
-
-
-def cause(error: BaseException) -> str:
-    """An exception on one line."""
-    message = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
 
 
 def debug_to_stderr() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from kbitcheck.core import cause
 from kbitcheck.facts import ForwardFacts
 from kbitcheck.probes import step
 from kbitcheck.probes.live import tensors
@@ -42,15 +43,12 @@ def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
     fed: dict[str, step.Batch] = {"no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
     if "attention_mask" in batch:
         fed = {"with mask": dict(batch), **fed}
-    found = [
+    return [
         (f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}", inputs, training, auto)
         for training in (True, False)
         for mask, inputs in fed.items()
         for auto in (True, False)
     ]
-    if not bool(batch.get("attention_mask", torch.ones(1)).all()):
-        found.append(("eval, left padding, no autocast", left_padded(batch), False, False))
-    return found
 
 
 def left_padded(batch: step.Batch) -> step.Batch:
@@ -77,7 +75,7 @@ def run(
         with torch.set_grad_enabled(training), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
             output = model(**inputs)
     except Exception as error:
-        return False, f"{type(error).__name__}: {error}".splitlines()[0], None
+        return False, cause(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
     return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), "", output.logits.detach()
@@ -89,6 +87,9 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
         Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
         for text, inputs, training, auto in conditions(batch)
     ]
+    if not bool(batch.get("attention_mask", torch.ones(1)).all()):
+        padded = run(model, left_padded(batch), training=False, autocast=None)
+        found.append(Forward("eval, left padding, no autocast", False, *padded, optional=True))
     if "input_ids" in batch:
         found.append(Forward(EMBEDDED, False, *embedded(model, batch), optional=True))
     can = getattr(model, "can_generate", None)
@@ -108,7 +109,7 @@ def embedded(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | N
             output = model(**inputs, inputs_embeds=embeddings)
             output.loss.backward()
     except Exception as error:
-        return False, f"{type(error).__name__}: {error}".splitlines()[0], None
+        return False, cause(error), None
     finally:
         step.clear_gradients(model)
     raised = "" if embeddings.grad is not None else "no gradient comes back to the embeddings"
@@ -148,7 +149,7 @@ def generated(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | 
             )
         logits = torch.stack(list(told.logits), dim=1)
     except Exception as error:
-        return False, f"{type(error).__name__}: {error}".splitlines()[0], None
+        return False, cause(error), None
     return bool(torch.isfinite(logits).all()), "", logits
 
 
@@ -156,6 +157,9 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
     """The prepared model's forwards beside the unprepared base's."""
     uncast = {b.condition.replace("no autocast", "autocast"): b.logits for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.logits for bare in base if "train" in bare.condition}
+    steps = {b.condition: _apart(b.logits, trained.get(b.condition)) or 0.0 for b in base if b.finite}
+    # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
+    farthest = max(steps.values(), default=0.0)
     return [
         ForwardFacts(
             condition=mine.condition,
@@ -166,7 +170,7 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
             base_finite=bare.finite,
             apart=_apart(mine.logits, bare.logits) if mine.finite and bare.finite else None,
             base_cast=(_apart(bare.logits, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
-            base_step=(_apart(bare.logits, trained.get(bare.condition)) or 0.0) if bare.finite else 0.0,
+            base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
         )
         for mine, bare in zip(found, base, strict=True)
         if not (bare.optional and (bare.raised or not bare.finite))
@@ -189,5 +193,5 @@ def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
             tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
         finite = tokens.numel() > 0
     except Exception as error:
-        raised = f"{type(error).__name__}: {error}".splitlines()[0]
+        raised = cause(error)
     return ForwardFacts(condition="generate", autocast=False, finite=finite, raised=raised)

@@ -15,6 +15,7 @@ from kbitcheck_reference import lora
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.core import cause
 from kbitcheck.facts import Distance, StepOutcome
 from kbitcheck.probes import digest, step
 from kbitcheck.probes.forwards import generate
@@ -73,7 +74,7 @@ class Session:
         try:
             distances = dict(self._act(name) or {})
         except Exception as error:
-            raised = f"{type(error).__name__}: {error}".splitlines()[0]
+            raised = cause(error)
         now = fingerprints(self.model, self.subject.layers)
         # transformers hooks some models for good in their first forward.
         repeated = name in self._names and not name.startswith(HOOKING)

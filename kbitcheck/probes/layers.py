@@ -199,7 +199,7 @@ def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     far = LARGE * dy
     far[1, 0] = math.inf
     if not y.requires_grad:
-        return {}
+        return {"bent": math.inf}
     (small,) = torch.autograd.grad(y, x, dy, retain_graph=True)
     (large,) = torch.autograd.grad(y, x, far)
     size = small[0].double().norm().clamp(min=1e-300)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kbitcheck.core import cause
 from kbitcheck.facts import Distance, StoreFacts
 from kbitcheck.probes import step, twin
 
@@ -39,7 +40,7 @@ def round_trip(
             first = twin.forward_logits(here, batch, autocast() if autocast else None)
             second = twin.forward_logits(there, batch, autocast() if autocast else None)
         except Exception as error:
-            raised = f"{type(error).__name__}: {error}".splitlines()[0]
+            raised = cause(error)
             return StoreFacts(missing=missing, unexpected=unexpected, raised=raised, logits=None)
     return StoreFacts(
         missing=missing,

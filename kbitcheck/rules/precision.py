@@ -235,13 +235,12 @@ def same_function(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("rounding moved the experts of every token")
     bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
     rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
-    base_step = max((forward.base_step for forward in facts.forwards), default=0.0)
     for forward in facts.forwards:
         if forward.apart is not None and not f.left_out:
             # The base and the prepared model are each this far from the twin; modes and masks change little of that.
             # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
             # Autocast rounds both, each by about as much as the base shows.
-            far = f.base_error + max(f.twin_error, f.ulp) + (base_step if rounds_inputs else 0)
+            far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
             far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
             where = f"logits ({forward.condition})"
             ok = forward.apart <= far
@@ -259,7 +258,8 @@ def same_function(facts: Facts) -> Iterable[Observation]:
 def runs_everywhere(facts: Facts) -> Iterable[Observation]:
     """Forward is finite and raises nothing in train and eval, with and without a mask and autocast; a training step runs.
 
-    Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
+    Where the unprepared base can, padding in front, embeddings in place of ids (which get a gradient) and tokens one by one
+    with a cache are fed too. Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
 
     Why: mixed dtypes work in training under autocast and fail in ``generate``, evaluation and callbacks.
     Symptom: "expected mat1 and mat2 to have the same dtype, but got: float != c10::BFloat16".

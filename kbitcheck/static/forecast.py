@@ -10,7 +10,7 @@ import torch
 from kbitcheck_reference import prepare, upcast
 from torch import Tensor, nn
 
-from kbitcheck.core import UsageError
+from kbitcheck.core import UsageError, cause
 from kbitcheck.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.models import Source
 from kbitcheck.probes import adapters as adapter_probe
@@ -74,7 +74,7 @@ def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFact
         taken = told.resident + max(steps[mode].peak, told.adapters)
         growth = None if fits.anywhere(taken, told.memory) else run.growth(min(length, limit // 2), mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return dataclasses.replace(told, missing=f"{type(error).__name__}: {error}".splitlines()[0])
+        return dataclasses.replace(told, missing=cause(error))
     told = dataclasses.replace(
         told,
         batch=batch,

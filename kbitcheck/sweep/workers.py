@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitcheck.bench import Bench
-from kbitcheck.core import Result, Rule, Status, UsageError
+from kbitcheck.core import Result, Rule, Status, UsageError, cause
 from kbitcheck.process import Lost, WorkerProcess
 from kbitcheck.suite import CaseSpec
 from kbitcheck.sweep.rows import Row, row
@@ -76,7 +76,7 @@ def examine(
                         done.put(error)
                         return
                     except Exception as error:
-                        done.put(_lost(name, classes[name], spec(name), f"{type(error).__name__}: {error}"))
+                        done.put(_lost(name, classes[name], spec(name), cause(error)))
 
         threads = [threading.Thread(target=serve, args=(bench,), daemon=True) for bench in benches]
         try:
