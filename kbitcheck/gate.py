@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 
 KINDS = tuple(Kind)
-TODO = {
+REMEDIES = {
     Kind.REGRESSED: "fix it, or accept it with --accept and a reason",
     Kind.NEW: "fix it, or accept it with --accept and a reason",
     Kind.LOST: "run it again, or drop it with --accept",
@@ -189,7 +189,7 @@ def named(codes: Sequence[str]) -> str:
     return ", ".join(codes) if len(codes) < 5 else f"{len(codes)} rules ({codes[0]} to {codes[-1]})"
 
 
-def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = TODO) -> list[Breach]:
+def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = REMEDIES) -> list[Breach]:
     """The same change of several cells told once, worst first: cases of one rule, then rules of the same cases."""
     by_rule: dict[tuple[str, Change], list[str]] = {}
     for (rule, case), change in changes:

@@ -1,18 +1,28 @@
-"""Shared by all tests: no network, no time limits on property tests, GPU tests only where there is a GPU."""
+"""Shared by all tests: no network, one thread, no compiler, no time limits, GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 
 import os
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As kbitcheck's own worker: on tiny models threads wait for each other, and compiling takes longer than running.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # Two shared cores are slow now and then.
 settings.register_profile("kbitcheck", deadline=None)
 settings.load_profile("kbitcheck")
+
+
+@pytest.fixture(scope="session")
+def bases() -> dict[Any, Any]:
+    """Bases by model and quantization, shared by the cases of a test process."""
+    return {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

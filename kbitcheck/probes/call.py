@@ -62,7 +62,7 @@ def call(
     everything = libraries and not _libraries_compared
     if everything:
         _libraries_compared = True
-        classes |= process.library_classes()
+        classes |= process.classes_of_libraries()
     attributes = process.attributes(classes, functions=everything)
     raised, returned = "", None
     with warnings.catch_warnings(record=True) as heard:

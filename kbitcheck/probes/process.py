@@ -80,7 +80,7 @@ def classes_of(model: torch.nn.Module) -> set[type]:
     return {c for t in lines for c in t.__mro__ if c is not object} | ({type(config)} if config is not None else set())
 
 
-def library_classes() -> set[type]:
+def classes_of_libraries() -> set[type]:
     """Every class defined in a loaded module of the libraries that training rests on."""
     found = set()
     for module in _library_modules():

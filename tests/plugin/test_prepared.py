@@ -23,7 +23,6 @@ STATIC = ("KB101", "KB102", "KB2")
 
 @pytest.fixture(scope="module", params=["nf4,double", "int8"])
 def loaded(request: pytest.FixtureRequest) -> Any:
-    torch.set_num_threads(1)
     return resolve("tiny:llama").load(Quantization.parse(request.param), "cpu")
 
 

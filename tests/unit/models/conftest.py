@@ -1,9 +1,8 @@
-"""No network, one thread (two helpers on a shared core cost tens of times what they save), and checkpoints to break."""
+"""Checkpoints to break."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +10,7 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 Llama = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import transformers
 from transformers import BitsAndBytesConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -82,16 +82,6 @@ _QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def _cheap_kernels() -> Iterator[None]:
-    """Compile nothing (bitsandbytes' dequantization of odd shapes takes half a minute), and share no threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
