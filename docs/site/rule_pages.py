@@ -18,6 +18,7 @@ HOWS = {
     "breaks": "Done to a model that the reference prepared",
     "wraps": "Done to the reference, which then prepares",
     "implements": "An implementation of its own",
+    "adds": "Done by an implementation of its own, besides freezing, casting and switching on",
     "spoils": "Done to the model before it is looked at",
 }
 # Where a source such as peft#2880 is to be read. What is not here stays text.

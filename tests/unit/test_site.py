@@ -54,7 +54,8 @@ def test_a_sabotage_brings_what_it_needs(site: dict[str, ModuleType]) -> None:
     assert scaled.case == {"model": "tiny:llama", "quant": "int8", "checkpointing": "reentrant"}
     assert found["a_copy_returned"].how == "wraps"
     assert found["wraps_the_head"].source.startswith("class _CastOutputToFloat(")
-    assert found["wraps_the_head"].how == "implements"
+    assert found["wraps_the_head"].how == "adds"
+    assert found["casts_norms_alone"].how == "implements"
 
 
 def test_a_rule_without_a_sabotage_stops_the_build(

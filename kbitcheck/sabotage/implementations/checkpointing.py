@@ -11,20 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from kbitcheck import backends
 from kbitcheck.sabotage.checkpointing import blocks
 from kbitcheck.sabotage.fault import implements
-from kbitcheck.sabotage.implementations.steps import cast, freeze, switch_on
+from kbitcheck.sabotage.implementations.steps import adds, cast, freeze, switch_on
 
 
-@implements("KB401", model="tiny:t5")
-def checkpoints_the_decoder_alone(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+@adds("KB401", last=True, model="tiny:t5")
+def checkpoints_the_decoder_alone(model: Any) -> None:
     for module in model.encoder.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
-    return model
 
 
 @implements("KB402", checkpointing="off")
@@ -36,16 +30,10 @@ def checkpoints_whatever_is_asked(
     return switch_on(model, True, gradient_checkpointing_kwargs)
 
 
-@implements("KB403")
-def leaves_out_the_last_block(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+@adds("KB403", last=True)
+def leaves_out_the_last_block(model: Any) -> None:
     """It would be recomputed at once."""
-    freeze(model)
-    cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
     blocks(model)[-1]._gradient_checkpointing_func = lambda function, *args: function(*args)
-    return model
 
 
 @implements("KB404", checkpointing="non-reentrant")
@@ -59,19 +47,14 @@ def reentrant_whatever_is_asked(
     )
 
 
-@implements("KB405")
-def collects_inputs_to_initialise_adapters(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+@adds("KB405")
+def collects_inputs_to_initialise_adapters(model: Any) -> None:
     def collect(module: nn.Module, args: Any) -> None:
         module.calibration = args[0].detach()
 
-    freeze(model)
-    cast(model)
     for module in model.modules():
         if backends.is_quantized(module):
             module.register_forward_pre_hook(collect)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 def _offloading(function: Any, *args: Any) -> Any:
@@ -80,16 +63,10 @@ def _offloading(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=True)
 
 
-@implements("KB406")
-def keeps_what_it_offloads(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+@adds("KB406", last=True)
+def keeps_what_it_offloads(model: Any) -> None:
     for block in blocks(model):
         block._gradient_checkpointing_func = _offloading
-    return model
 
 
 @implements("KB407", checkpointing="default")
@@ -104,10 +81,8 @@ def an_empty_dictionary_for_none(
     return model
 
 
-@implements("KB408")
-def takes_the_arguments_that_trainers_pass(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+@adds("KB408")
+def takes_the_arguments_that_trainers_pass(model: Any) -> None:
     inner = model.forward
 
     def forward(
@@ -115,16 +90,9 @@ def takes_the_arguments_that_trainers_pass(
     ) -> Any:
         return inner(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels)
 
-    freeze(model)
-    cast(model)
     model.forward = forward
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB409")
-def readies_the_model_for_training(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs).train()
+@adds("KB409", last=True)
+def readies_the_model_for_training(model: Any) -> None:
+    model.train()

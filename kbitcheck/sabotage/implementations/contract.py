@@ -8,18 +8,12 @@ import torch
 from torch import nn
 
 from kbitcheck.sabotage.fault import implements
-from kbitcheck.sabotage.implementations.steps import cast, freeze, half, switch_on
+from kbitcheck.sabotage.implementations.steps import adds, cast, freeze, half, switch_on
 
 
-@implements("KB504")
-def hooks_again_with_every_call(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+@adds("KB504", last=True)
+def hooks_again_with_every_call(model: Any) -> None:
     model.enable_input_require_grads()
-    return model
 
 
 @implements("KB505")
@@ -41,36 +35,21 @@ class _CastOutputToFloat(nn.Sequential):
         return super().forward(x).float()
 
 
-@implements("KB510")
-def wraps_the_head(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+@adds("KB510")
+def wraps_the_head(model: Any) -> None:
     """As PEFT 0.2 did."""
-    freeze(model)
-    cast(model)
     model.lm_head = _CastOutputToFloat(model.lm_head)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB511")
-def rewrites_the_configuration(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB511")
+def rewrites_the_configuration(model: Any) -> None:
     model.config._attn_implementation = "sdpa"
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB512")
-def draws_the_embedding_of_the_padding(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB512")
+def draws_the_embedding_of_the_padding(model: Any) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[-1].normal_(std=0.02)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 @implements("KB603")

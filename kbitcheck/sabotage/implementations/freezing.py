@@ -9,7 +9,7 @@ from torch import nn
 
 from kbitcheck.sabotage.fault import implements
 from kbitcheck.sabotage.freezing import refuse_freezing
-from kbitcheck.sabotage.implementations.steps import cast, freeze, switch_on
+from kbitcheck.sabotage.implementations.steps import adds, cast, freeze, switch_on
 
 
 @implements("KB101")
@@ -51,25 +51,18 @@ def asks_the_weight_where_the_output_should(
     return model
 
 
-@implements("KB104")
-def rounds_the_base_as_it_will_be_merged(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+@adds("KB104")
+def rounds_the_base_as_it_will_be_merged(model: Any) -> None:
     def narrow(module: nn.Module, args: Any) -> None:
         for parameter in module.parameters():
             if parameter.dtype == torch.float32 and not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16().float()
 
-    freeze(model)
-    cast(model)
     model.register_forward_pre_hook(narrow)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB105")
-def rebinds_the_adapters_it_casts(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+@adds("KB105")
+def rebinds_the_adapters_it_casts(model: Any) -> None:
     """In the first forward, when an optimizer holds them already."""
 
     def widen(module: nn.Module, args: Any) -> None:
@@ -78,7 +71,4 @@ def rebinds_the_adapters_it_casts(
                 if parameter.requires_grad:
                     setattr(inner, name, nn.Parameter(parameter.detach().float()))
 
-    freeze(model)
-    cast(model)
     model.register_forward_pre_hook(widen)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)

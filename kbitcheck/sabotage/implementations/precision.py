@@ -10,7 +10,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.sabotage.fault import implements
 from kbitcheck.sabotage.freezing import refuse_freezing
-from kbitcheck.sabotage.implementations.steps import HALF, cast, freeze, half, switch_on
+from kbitcheck.sabotage.implementations.steps import HALF, adds, cast, freeze, half, switch_on
 
 
 @implements("KB201")
@@ -70,17 +70,12 @@ def casts_packed_weights_too(
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB206", quant="nf4,double")
-def flattens_nested_scales(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB206", quant="nf4,double")
+def flattens_nested_scales(model: Any) -> None:
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             state.absmax, state.state2, state.offset = state.absmax.float() / 255, None, None
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 @implements("KB207")
@@ -112,44 +107,24 @@ def rebinds_what_it_casts(
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB209", quant="nf4,compute=fp32")
-def runs_norms_in_bfloat16(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB209", quant="nf4,compute=fp32")
+def runs_norms_in_bfloat16(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda module, args, output: output.bfloat16().float())
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB210", model="tiny:llama")
-def casts_the_head_back(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB210", model="tiny:llama")
+def casts_the_head_back(model: Any) -> None:
     model.lm_head.to(torch.bfloat16)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB211")
-def trains_positions_in_float16(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB211")
+def trains_positions_in_float16(model: Any) -> None:
     positions = model.transformer.wpe.half()
     refuse_freezing(positions.weight)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-@implements("KB212")
-def offloads_positions(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    freeze(model)
-    cast(model)
+@adds("KB212")
+def offloads_positions(model: Any) -> None:
     model.transformer.wpe.to("meta")
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)

@@ -1,13 +1,14 @@
-"""What every implementation does: freeze, cast, switch on."""
+"""What every implementation does: freeze, cast, switch on; and those that do one thing besides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from kbitcheck import backends
+from kbitcheck.sabotage.fault import implements
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -39,3 +40,26 @@ def switch_on(model: Any, asked: bool, kwargs: Any) -> Any:
         if not getattr(model, "_require_grads_hooks", None):
             model.enable_input_require_grads()
     return model
+
+
+def adds(code: str, *, last: bool = False, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Register an implementation that does this to the model besides: before it switches on, or ``last`` of all."""
+
+    def register(do: Callable[[Any], None]) -> Callable[[Any], None]:
+        def prepare(
+            model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+        ) -> Any:
+            freeze(model)
+            cast(model)
+            if not last:
+                do(model)
+            switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+            if last:
+                do(model)
+            return model
+
+        prepare.__name__, prepare.__module__ = do.__name__, do.__module__
+        implements(code, **case)(prepare)
+        return do
+
+    return register
