@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 import kbitcheck
 from kbitcheck import environment
-from kbitcheck.case import Attached, Base, Case
+from kbitcheck.base import Attached, Base
+from kbitcheck.case import Case
 from kbitcheck.core import NotApplicable, Report, Result, Status, UsageError, cause, judge
 from kbitcheck.core import select as chosen
 from kbitcheck.facts import ModelFacts, RunFacts

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from kbitcheck.case import Base, Case
+from kbitcheck.base import Base
+from kbitcheck.case import Case
 from kbitcheck.core import Status, judge, rules
 from kbitcheck.models import resolve
 from kbitcheck.quantization import Quantization

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kbitcheck.case import Base, Case
+from kbitcheck.base import Base
+from kbitcheck.case import Case
 from kbitcheck.core import Level, Status, judge, rules
 from kbitcheck.models import resolve
 from kbitcheck.quantization import Quantization

@@ -7,7 +7,8 @@ import pytest
 import torch
 from kbitcheck_reference import prepare_model_for_kbit_training as reference
 
-from kbitcheck.case import Base, Case
+from kbitcheck.base import Base
+from kbitcheck.case import Case
 from kbitcheck.core import Level, Party, Status, judge, rules
 from kbitcheck.models import resolve
 from kbitcheck.quantization import Quantization

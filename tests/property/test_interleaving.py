@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from kbitcheck.case import Base, Case
+from kbitcheck.base import Base
+from kbitcheck.case import Case
 from kbitcheck.implementations import load
 from kbitcheck.models import resolve
 from kbitcheck.probes.interleaving import Session

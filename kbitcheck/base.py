@@ -1,0 +1,177 @@
+"""A base: one model, quantized one way, and what is derived from it alone: twins, original weights, forwards, targets."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core import NotApplicable
+from kbitcheck.facts import (
+    ForecastFacts,
+)
+from kbitcheck.models import Source, resolve
+from kbitcheck.models.given import Given
+from kbitcheck.probes import adapters as adapter_probe
+from kbitcheck.probes import forwards, layers, snapshot, step, targets, twin
+from kbitcheck.quantization import Quantization
+from kbitcheck.static import forecast
+from kbitcheck.suite import CaseSpec, Profile
+
+Attached = tuple[nn.Module, dict[str, nn.Parameter]]
+
+
+class Function(NamedTuple):
+    """Logits of a base: in float64, of the base as it is, and of the twin in the preparation's own dtypes."""
+
+    exact: targets.Routed
+    original: targets.Routed
+    rounded: targets.Routed
+
+
+class Base:
+    """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
+
+    def __init__(
+        self, source: Source | Given, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
+    ) -> None:
+        self.source = source
+        self.quant = quant
+        self.pristine: Any = source.load(quant, spec.device)
+        if spoil is not None:
+            spoil(self.pristine)
+        self.facts = snapshot.snapshot(self.pristine)
+        self.batch: step.Batch = source.batch(self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
+        self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
+        self.weights, self.misread = layers.originals(self.pristine)
+        self._functions: dict[str, Function] = {}
+        self._twins: dict[tuple[str, ...], twin.Twins] = {}
+
+    def copy(self) -> Any:
+        """A fresh base."""
+        return copy.deepcopy(self.pristine)
+
+    @property
+    def single(self) -> step.Batch:
+        """The batch's first row alone, without a mask."""
+        return {k: v[:1] for k, v in self.batch.items() if k != "attention_mask"}
+
+    @cached_property
+    def compute(self) -> torch.dtype:
+        """The dtype quantized layers compute in: float32 where they follow prepared (float32) inputs, as int8 does."""
+        dtypes = {backends.compute_dtype(m) for m in self.pristine.modules() if backends.is_quantized(m)}
+        return next((d for d in dtypes if d is not None), torch.float32)
+
+    def twins(self, spec: CaseSpec) -> twin.Twins:
+        """Twins under the spec's profile and adapters, computed once."""
+        key = (spec.profile, spec.adapters, str(spec.rank), str(spec.seed))
+        if key not in self._twins:
+            self._twins[key] = self._compute_twins(spec)
+        return self._twins[key]
+
+    def forecast(self, spec: CaseSpec) -> ForecastFacts:
+        """What the model takes as its configuration tells it; of the training steps only for ``kbitcheck model``.
+
+        Raises:
+            NotApplicable: there is no configuration to tell from.
+        """
+        if not isinstance(self.source, Source):
+            raise NotApplicable("a live model: there is nothing to predict it from")
+        model = self.source.meta(self.quant)
+        facts = snapshot.snapshot(model)
+        told = forecast.of_weights(model, facts, spec, self.source.notes)
+        return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
+
+    @property
+    def half(self) -> torch.dtype:
+        """What autocast runs in: the compute dtype where it is half, else bfloat16."""
+        return self.compute if self.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+    @cached_property
+    def forwards(self) -> Sequence[forwards.Forward]:
+        """The unprepared base under every condition."""
+        return forwards.everywhere(self.copy(), self.batch, self.half)
+
+    @cached_property
+    def generator(self) -> bool:
+        """Whether the unprepared base generates: of some shapes transformers itself cannot make the cache."""
+        can = getattr(self.pristine, "can_generate", None)
+        return bool(can and can()) and not forwards.generate(self.copy(), self.batch).raised
+
+    def function(self, profile: Profile) -> Function:
+        """What a prepared model's logits are measured against, computed once a profile."""
+        if profile not in self._functions:
+            exact = twin.float64(self.pristine, self.weights)
+            rounded = twin.same_dtype(self.pristine, self.weights, profile)
+            self._functions[profile] = Function(
+                exact=self.logits(exact), original=self.logits(self.copy()), rounded=self.logits(rounded, profile)
+            )
+        return self._functions[profile]
+
+    def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
+        """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
+        autocast = self.autocast(profile) if profile else None
+        return targets.routed(model, lambda: twin.forward_logits(model, self.batch, autocast() if autocast else None))
+
+    def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
+        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast.
+
+        Autocast keeps the weights that it casts until its end (``caching``): they are no activations.
+        """
+        if profile != "qlora":
+            return None
+        device = next(iter(self.batch.values())).device.type
+        return lambda: torch.autocast(device, dtype=self.half, cache_enabled=caching)
+
+    def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
+        """The spec's adapters on the base's target layers, with the same numbers each time."""
+        return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
+
+    def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
+        autocast = self.autocast(spec.profile)
+        exact_model, exact_adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
+        adapter_probe.recast(exact_adapters, torch.float64)
+        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
+
+        def pair(batch: step.Batch) -> twin.Pair:
+            _, exact = step.train_step(exact_model, batch, exact_adapters, seed=spec.seed, watch=False)
+            _, rounded = step.train_step(
+                rounded_model, batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
+            )
+            return twin.Pair(exact=exact, rounded=rounded)
+
+        whole, single = pair(self.batch), pair(self.single)
+        rate, losses = twin.smooth_training(exact_model, self.batch, exact_adapters, seed=spec.seed)
+        return twin.Twins(whole=whole, single=single, losses=losses, learning_rate=rate)
+
+
+_bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
+
+
+def base_of(spec: CaseSpec) -> Base:
+    """The spec's base; the last few are kept, as cases come grouped by model and quantization."""
+    key = (
+        spec.model, spec.quant, spec.device, spec.batch, spec.seq_len, spec.seed, spec.targets, spec.random_weights,
+        spec.dtype, spec.revision,
+    )  # fmt: skip
+    if key not in _bases:
+        while len(_bases) > 1:
+            _bases.popitem(last=False)
+        source = resolve(
+            spec.model,
+            random_weights=spec.random_weights,
+            dtype=spec.dtype,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            allow_pickle=spec.allow_pickle,
+        )
+        _bases[key] = Base(source, Quantization.parse(spec.quant), spec)
+    _bases.move_to_end(key)
+    return _bases[key]
