@@ -176,16 +176,9 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
         party, witness = Party.IMPLEMENTATION, ""
         if 0 < over <= stack:
             party, witness = Party.STACK, f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
-        elif over > 0:
-            party, witness = blame(facts, False, Party.STACK, partial(_adds_more, name))
         yield Observation(
             name, over <= 0, f"adds at most {m.step_allowed[name]:,} bytes", f"{m.steps[name]:,} bytes", party, witness
         )
-
-
-def _adds_more(name: str, facts: Facts) -> bool:
-    m = facts.memory
-    return name in m.steps and m.steps[name] > m.step_allowed[name]
 
 
 def _crosses_towers(name: str, facts: Facts) -> bool:
