@@ -35,6 +35,7 @@ class Forward:
 
 
 TOKENS = 3
+EMBEDDED = "train, embeddings in place of ids, no autocast"
 
 
 def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
@@ -90,9 +91,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
         padded = run(model, left_padded(batch), training=False, autocast=None)
         found.append(Forward("eval, left padding, no autocast", False, *padded, optional=True))
     if "input_ids" in batch:
-        found.append(
-            Forward("train, embeddings in place of ids, no autocast", False, *embedded(model, batch), optional=True)
-        )
+        found.append(Forward(EMBEDDED, False, *embedded(model, batch), optional=True))
     can = getattr(model, "can_generate", None)
     if can and can():
         found.append(Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True))
