@@ -11,6 +11,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 NAME = "bitsandbytes"
+# Devices whose int8 layers train on unpacked weights, and inputs as they are (``bitsandbytes.matmul``).
+UNROUNDED = ("cpu", "xpu")
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
@@ -89,6 +91,23 @@ def dequantized(module: torch.nn.Module, dtype: torch.dtype | None = None) -> to
     scales = _scales(module)
     rows: torch.Tensor = weight.data.to(torch.float32) * (scales.to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)
     return rows
+
+
+def rounded_input(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer computes with in training instead of its input: int8 on an accelerator rounds that to int8 too.
+
+    Each row by its largest value, and columns with an outlier not at all (LLM.int8, Dettmers et al. 2022, section 3);
+    everything passes through fp16 first. On a CPU bitsandbytes' training kernel leaves inputs as they are.
+    """
+    if not isinstance(module.weight, Int8Params) or x.device.type in UNROUNDED:
+        return x
+    half = x.to(torch.float16).float()
+    threshold = float(state(module)["threshold"] or 0.0)
+    outlier = half.abs() >= threshold if threshold else torch.zeros_like(half, dtype=torch.bool)
+    scale = half.masked_fill(outlier, 0).abs().amax(dim=-1, keepdim=True) / 127
+    rounded = half.div(scale).nan_to_num(0).round() * scale
+    columns = outlier.flatten(0, -2).any(dim=0)
+    return torch.where(columns, x, rounded.to(x.dtype))
 
 
 def _fields(quant_state: Any, prefix: str = "") -> list[tuple[str, Any]]:

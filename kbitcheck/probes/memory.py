@@ -52,11 +52,10 @@ def activations(
             plain = _measure(model, batch, seed, autocast)
         checkpointed = _measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
-    # Checkpointing keeps the generators' state for each block (preserve_rng_state).
-    random_state = torch.get_rng_state().nbytes * len(blocks)
-    allowed = plain.outside + plain.crossing + random_state
+    random_state = _random_state(model)
+    allowed = plain.outside + plain.crossing + random_state * len(blocks)
     increments = _increments(checkpointed.entries)
-    step_allowed = {n: b + torch.get_rng_state().nbytes for n, b in plain.added.items()}
+    step_allowed = {n: b + random_state for n, b in plain.added.items()}
     over = checkpointed.held > allowed or any(increments[n] > step_allowed.get(n, 0) for n in increments)
     kept = _kept_by_stack(model, batch, autocast) if over else {}
     return MemoryFacts(
@@ -73,6 +72,12 @@ def activations(
         survivors=checkpointed.survivors,
         plain_steps=_increments(plain.entries),
     )
+
+
+def _random_state(model: nn.Module) -> int:
+    """Bytes of the generators' states that checkpointing keeps for each block (preserve_rng_state)."""
+    on_cuda = next(model.parameters()).is_cuda
+    return torch.get_rng_state().nbytes + (torch.cuda.get_rng_state().nbytes if on_cuda else 0)
 
 
 def _increments(entries: Mapping[str, int]) -> dict[str, int]:
@@ -156,7 +161,7 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     del output
     step.clear_gradients(model)
     gc.collect()
-    found.survivors = live.now - floor
+    found.survivors = live.now - floor - _scratch(model, live)
     return found
 
 
@@ -173,9 +178,14 @@ def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: AbstractCo
         with torch.no_grad(), live, autocast or nullcontext():
             model(**step.feed(model, batch))
         gc.collect()
+    return live.now - floor - _scratch(model, live)
+
+
+def _scratch(model: nn.Module, live: Live) -> int:
+    """Bytes alive that the quantized layers' own kernels keep from one call to the next, but their weights."""
     layers = (m for m in model.modules() if backends.is_quantized(m))
-    stack = {storage_id(t) for layer in layers for t in backends.scratch(layer)}
-    return live.now - floor - sum(size for key, (size, tag) in live.holds().items() if key in stack and not tag)
+    kept = {storage_id(t) for layer in layers for t in backends.scratch(layer)}
+    return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != MODEL)
 
 
 def _states(model: nn.Module) -> Iterable[torch.Tensor]:
@@ -245,15 +255,27 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         live.add(tensor)
     del existing
     before = live.now
+    if next(model.parameters()).is_cuda:
+        torch.cuda.empty_cache()  # what was cached before is not the implementation's
+    unused = _unused(model)
     with only_new_garbage(), live:
         prepare(model)
         gc.collect()
         peak = live.peak
     current = {storage_id(t) for t in (*model.parameters(), *model.buffers(), *_states(model))}
     stale = sum(size for key, (size, _) in live.holds().items() if key not in current)
-    reserved = None
-    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
-        reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return CostFacts(
-        before=before, after=live.now - stale, peak=peak, largest=largest, stale=stale, reserved_unused=reserved
+        before=before,
+        after=live.now - stale,
+        peak=peak,
+        largest=largest,
+        stale=stale,
+        reserved_unused=None if unused is None else (_unused(model) or 0) - unused,
     )
+
+
+def _unused(model: nn.Module) -> int | None:
+    """Bytes that the allocator of the model's device holds in reserve; None on a CPU, whose allocator keeps none."""
+    if not next(model.parameters()).is_cuda:
+        return None
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

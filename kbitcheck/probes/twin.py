@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -29,17 +29,27 @@ WEIGHT_DECAY = 0.1
 EPSILON = 1e-3
 
 
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """What a kernel that does not round its input makes of it."""
+    return x
+
+
 class _Product(torch.autograd.Function):
     """``x @ weight.T + bias``; forward and backward each read the weight anew, so that no graph holds it."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Read, backward_weight: Read, bias: torch.Tensor | None) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Read, backward_weight: Read, bias: torch.Tensor | None, rounded: Round
+    ) -> Any:
         ctx.weight = backward_weight
-        return linear(x, weight(), bias)
+        return linear(rounded(x), weight(), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient @ ctx.weight(), None, None, None
+        return gradient @ ctx.weight(), None, None, None, None
 
 
 class TwinLinear(nn.Linear):
@@ -47,7 +57,8 @@ class TwinLinear(nn.Linear):
 
     ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to whatever dtype comes in). bitsandbytes'
     4-bit backward unpacks the weight to the quantization state's dtype first and its forward does not;
-    ``backward_read`` is that rounding, where it differs. ``weight`` itself has the shape and dtype but no numbers.
+    ``backward_read`` is that rounding, where it differs. ``rounded`` is what the kernel makes of its input first; the
+    gradient passes it by. ``weight`` itself has the shape and dtype but no numbers.
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class TwinLinear(nn.Linear):
         compute: torch.dtype | None,
         device: torch.device,
         backward_read: Read | None = None,
+        rounded: Round = as_it_is,
     ) -> None:
         super().__init__(shape[1], shape[0], bias=False, device="meta")
         # One number, seen everywhere: NaN, should a model compute with the weight behind the layer's back.
@@ -66,7 +78,7 @@ class TwinLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self.compute = compute
-        self._read, self._backward_read = read, backward_read or read
+        self._read, self._backward_read, self._rounded = read, backward_read or read, rounded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = self.compute or x.dtype
@@ -77,6 +89,7 @@ class TwinLinear(nn.Linear):
                 lambda: self._read().to(compute),
                 lambda: self._backward_read().to(compute),
                 None if own is None else own.to(compute),
+                self._rounded,
             )
         return product.to(x.dtype)
 
@@ -105,7 +118,9 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         bias = None if module.bias is None else module.bias.detach().clone()
         if compute is None or unpacked is None:
             # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
-            return TwinLinear(shape, weights.reader(lambda: backends.dequantized(module)), bias, None, device)
+            unpacked_rows = weights.reader(lambda: backends.dequantized(module))
+            rounded = partial(backends.rounded_input, module)
+            return TwinLinear(shape, unpacked_rows, bias, None, device, rounded=rounded)
 
         def unpack() -> torch.Tensor:
             # As the kernel unpacks: scales that are themselves quantized round once more than the format says.

@@ -3,10 +3,13 @@
 import functools
 from importlib.metadata import version
 
+import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitLt
 from kbitcheck_reference import prepare_model_for_kbit_training as reference
 
+import kbitcheck
 from kbitcheck.base import Base
 from kbitcheck.case import Case
 from kbitcheck.core import Level, Party, Status, judge, rules
@@ -108,6 +111,21 @@ MORE = [
 @pytest.mark.parametrize(("model", "quant", "checkpointing"), MORE)
 def test_the_reference_keeps_everything_elsewhere_too(model, quant, checkpointing, bases):
     test_the_reference_keeps_everything(model, quant, checkpointing, bases)
+
+
+@pytest.mark.parametrize("model", ["tiny:gpt2", "tiny:llama"])
+def test_the_reference_keeps_everything_where_int8_layers_round_their_inputs(model, monkeypatch):
+    """As they do on every accelerator; bitsandbytes' own kernel for those, run on a CPU."""
+
+    def matmul(A, B, out=None, state=None, threshold=0.0, bias=None):
+        state.threshold = threshold or state.threshold
+        return MatMul8bitLt.apply(A, B, out, bias, state)
+
+    case = {"model": model, "quant": "int8", "checkpointing": "reentrant"}
+    monkeypatch.setattr(bitsandbytes, "matmul", matmul)
+    assert {"KB209", "KB304"} <= set(broken(reference, {}, **case))  # told from a CPU's arithmetic by the yardstick
+    monkeypatch.setattr(kbitcheck.backends.bitsandbytes, "UNROUNDED", ())
+    assert broken(reference, {}, **case) == {}
 
 
 @pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4"), ("tiny:gpt2", "int8")])

@@ -1,5 +1,6 @@
 """Linear4bit and Linear8bitLt alone: forward, dL/dx, codebook and quantization error against float64, by derived bounds."""
 
+import math
 from typing import Any
 
 import kbitcheck_reference as oracle
@@ -128,3 +129,29 @@ def test_int8_quantization_is_off_by_at_most_half_a_step(sizes, seed):
     rows = weight.half().double()  # bitsandbytes quantizes what it first rounds to fp16
     bound = rows.abs().amax(1, keepdim=True) / 127 * (0.5 + 2.0**-10)
     assert bool(((unpacked - rows).abs() <= bound).all())
+
+
+@FEW
+@given(features, st.sampled_from(sorted(DTYPES)), st.sampled_from([0.0, 3.0]), st.integers(0, 99))
+def test_the_yardstick_rounds_inputs_as_int8_kernels_of_accelerators_do(sizes, dtype, threshold, seed):
+    inner, outer = sizes
+    assume(inner > 1)  # torch.mm of int8 is wrong on a CPU for one column (torch 2.13, ``_int_mm``)
+    layer = Linear8bitLt(inner, outer, bias=False, has_fp16_weights=False, threshold=threshold)
+    layer.load_state_dict({"weight": normal(seed, outer, inner)})
+    layer.to("cpu").requires_grad_(False)
+    x = (2 * normal(seed + 1, 5, inner)).to(DTYPES[dtype])
+    layer.train(False)  # where the kernel is the same on a CPU
+    found = layer(x).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.bitsandbytes, "UNROUNDED", ())
+        rounded = backends.rounded_input(layer, x).double()
+    weight = oracle.dequantized_weight(layer)
+    spread = rounded.abs() @ weight.abs().T
+    # A value half-way between two integers may go either way: by one step of its row's scale.
+    half = x.to(torch.float16).double()
+    step = half.masked_fill(half.abs() >= (threshold or math.inf), 0).abs().amax(dim=-1, keepdim=True) / 127
+    middle = ((half / step) % 1 - 0.5).abs() < 1e-3
+    either = (middle * step) @ weight.abs().T
+    # What bitsandbytes' CPU kernel writes for 1 / 127**2 is off by 2e-5 of it.
+    bound = (4 * torch.finfo(DTYPES[dtype]).eps + 2e-5) * spread + either + 2.0**-14
+    assert bool(((found - rounded @ weight.T).abs() <= bound).all())
