@@ -58,7 +58,10 @@ PLANS = (
 
 
 class Meter:
-    """Bytes allocated on a device, of which ``existing`` tensors were there before; storages where it is a CPU."""
+    """Bytes on a device, of which ``existing`` tensors were there before; storages where it is a CPU.
+
+    CUDA's allocator counts what was asked of it, and what it gave, which may be up to a mebibyte more for a large tensor.
+    """
 
     def __init__(self, device: str, *existing: torch.Tensor) -> None:
         self._live = None if device.startswith("cuda") else Live(existing)
@@ -76,14 +79,28 @@ class Meter:
             self._live.__exit__(*raised)
 
     @property
-    def now(self) -> int:
-        """Bytes that are allocated."""
-        return torch.cuda.memory_allocated() if self._live is None else self._live.now
+    def asked(self) -> int:
+        """Bytes asked for and still in use."""
+        return _told("requested_bytes.all.current") if self._live is None else self._live.now
+
+    @property
+    def most_asked(self) -> int:
+        """The most that was in use, since it was entered."""
+        return _told("requested_bytes.all.peak") if self._live is None else self._live.peak
 
     @property
     def peak(self) -> int:
-        """The most that was, since it was entered."""
-        return torch.cuda.max_memory_allocated() if self._live is None else self._live.peak
+        """The most that was given."""
+        return _told("allocated_bytes.all.peak") if self._live is None else self._live.peak
+
+
+def _told(name: str) -> int:
+    return int(torch.cuda.memory_stats()[name])
+
+
+def _unused(device: str) -> int:
+    """Bytes that the allocator holds in reserve."""
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device.startswith("cuda") else 0
 
 
 def predicted(source: Source, plan: Plan, device: str) -> dict[str, Any]:
@@ -120,12 +137,17 @@ def measured(source: Source, plan: Plan, device: str) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
             module.state.threshold = NO_OUTLIERS
-    found: dict[str, Any] = {"loaded": loading.now, "loading_peak": loading.peak}
+    found: dict[str, Any] = {"loaded": loading.asked, "loading_peak": loading.most_asked}
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    unused = _unused(device)
     with Meter(device, *weights.tensors(model)) as preparing:
         prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
-    found |= {"prepared": preparing.now, "preparing_peak": preparing.peak}
-    if device.startswith("cuda"):
-        found["cache_after_preparing"] = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    found |= {
+        "prepared": preparing.asked,
+        "preparing_peak": preparing.most_asked,
+        "cache_left": _unused(device) - unused,
+    }
     targets = adapters.target_layers(model, "all-linear")
     wrapped, owned = adapters.attach(model, targets, library="reference", rank=plan.rank, seed=0)
     optimizer = torch.optim.AdamW(owned.values(), lr=1e-5)

@@ -153,7 +153,7 @@ class RunFacts:
     """One training forward and backward. ``grads`` maps adapter names to their gradients' digests (None: no gradient).
 
     ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``order`` is the order in
-    which blocks were recomputed.
+    which blocks were recomputed; ``inexact`` are blocks that checkpointed round otherwise.
     """
 
     loss: float
@@ -164,7 +164,7 @@ class RunFacts:
     checkpoints: tuple[Mapping[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     cache_held: bool | None = None
-    shared_inputs: tuple[str, ...] = ()
+    inexact: tuple[str, ...] = ()
     base_grads: tuple[str, ...] = ()
 
 

@@ -59,6 +59,7 @@ class Watch:
         self.order: list[str] = []
         self.blocks = {name: _Block() for name, module in model.named_modules() if is_block(module)}
         self.readers: dict[int, set[str]] = {}
+        self.turned: set[str] = set()
         self._kept: list[torch.Tensor] = []
         self._handles: list[Any] = []
         for name in self.blocks:
@@ -87,6 +88,8 @@ class Watch:
                 if tensor.requires_grad:
                     self._kept.append(tensor)
                     self.readers.setdefault(id(tensor), set()).add(name)
+                    if not tensor.is_contiguous():
+                        self.turned.add(name)
 
         return hook
 
@@ -132,9 +135,14 @@ class Watch:
         }
 
     @property
-    def shared(self) -> tuple[str, ...]:
-        """Blocks that read a tensor with a gradient that another block reads too."""
-        return tuple(sorted({name for names in self.readers.values() if len(names) > 1 for name in names}))
+    def inexact(self) -> tuple[str, ...]:
+        """Blocks whose inputs' gradients round otherwise when they are checkpointed.
+
+        Those of a tensor that another block reads too are added up in another order. Those of a tensor whose rows are
+        not contiguous take its layout (it is a leaf then), and kernels pick their order by layout.
+        """
+        shared = (name for names in self.readers.values() if len(names) > 1 for name in names)
+        return tuple(sorted({*shared, *self.turned}))
 
 
 @contextmanager
@@ -317,7 +325,7 @@ def train_step(
         checkpoints=tuple(calls),
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
         cache_held=cache is not None and any(True for _ in _cached(cache)),
-        shared_inputs=watcher.shared if watcher else (),
+        inexact=watcher.inexact if watcher else (),
         base_grads=tuple(base),
     )
     return facts, grads

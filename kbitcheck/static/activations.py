@@ -124,7 +124,7 @@ class Step:
         made: as many numbers for any other batch that takes the same way.
         """
         fed = {name: self.world.tensor(t) for name, t in batch.items()}
-        live = Counted([*self._own, *fed.values()])
+        live = Counted([*self._own, *fed.values()], self.world.device)
         watch = _Watch(self.model, live)
         step.clear_gradients(self.model)
         floor = live.now

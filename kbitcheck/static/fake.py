@@ -113,11 +113,12 @@ class Counted(Live):
     """Counts storages, and answers what operators ask of numbers as if tokens were spread evenly over experts.
 
     A look at one number answers zero (or False), and no feature is an outlier to int8. ``trace`` is what was alive
-    after each operator that makes a storage.
+    after each operator that makes a storage, on ``device``.
     """
 
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+    def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu") -> None:
         super().__init__(existing)
+        self._device = device
         self._readers, self._taken = 1, 0
         self.trace: list[int] = []
 
@@ -137,6 +138,9 @@ class Counted(Live):
         out = super().__torch_dispatch__(func, types, args, given)
         if self.now > before:
             self.trace.append(self.now)
+        if func is torch.ops.aten._softmax_backward_data.default and self._device == "cuda":
+            # The kernel multiplies its arguments first (torch: aten/src/ATen/native/cuda/SoftMax.cu).
+            self.trace.append(self.now + out.nbytes)
         return out
 
     @classmethod

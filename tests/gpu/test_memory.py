@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
-ALLOCATION = 512  # the allocator's smallest step
+SEGMENT = 20 << 20  # what the allocator takes for tensors from 1 to 10 MiB at once, and may not fill
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,10 @@ def test_steps_peak_where_they_were_predicted_to(bench, rows, model, quant):
 def test_preparing_takes_what_it_adds_and_gives_back_what_it_frees(rows, model, quant):
     row = rows(model, quant)
     told, found = row["predicted"], row["measured"]
-    tensors = 3 * 400  # a scale, a code and a weight of each layer, and norms, each rounded up
-    assert found["loaded"] == pytest.approx(told["loaded"], abs=tensors * ALLOCATION)
-    assert found["prepared"] - found["loaded"] == pytest.approx(told["upcast"], abs=tensors * ALLOCATION)
-    assert found["preparing_peak"] <= found["loaded"] + told["upcast"] + told["largest"] + tensors * ALLOCATION
-    assert found["cache_after_preparing"] < told["largest"]
+    assert found["loaded"] == told["loaded"]
+    assert found["prepared"] == told["loaded"] + told["upcast"]
+    assert found["preparing_peak"] <= found["prepared"] + told["largest"]
+    assert found["cache_left"] < SEGMENT
 
 
 @pytest.mark.gpu

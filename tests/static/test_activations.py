@@ -14,7 +14,7 @@ from kbitcheck.probes.snapshot import snapshot
 from kbitcheck.quantization import Quantization
 from kbitcheck.static import forecast
 from kbitcheck.static.activations import Passed, signature, thin
-from kbitcheck.static.fake import World, attention_on_cuda
+from kbitcheck.static.fake import Counted, World, attention_on_cuda
 from kbitcheck.suite import CaseSpec
 
 CLOSE = 0.02
@@ -107,6 +107,19 @@ def test_flash_attention_keeps_no_scores():
         kept[dtype, mask] = max(torch.Size(s).numel() for s in saved)
     assert kept[torch.bfloat16, False] == kept[torch.float32, False] == 2 * 4 * 256 * 64
     assert kept[torch.bfloat16, True] == 2 * 4 * 256 * 256
+
+
+def test_the_backward_of_softmax_takes_its_scores_once_more_on_cuda():
+    peaks = {}
+    for device in ("cpu", "cuda"):
+        world = World(device)
+        with world.mode:
+            scores = torch.empty(4, 256, 256, requires_grad=True)
+            live = Counted([scores], device)
+            with live:
+                scores.softmax(-1).backward(torch.empty_like(scores))
+        peaks[device] = max(live.trace)
+    assert peaks["cuda"] - peaks["cpu"] == scores.nbytes
 
 
 class Block(nn.Module):
