@@ -40,16 +40,22 @@ class Verdict:
 
 def run(codes: Sequence[str] = (), *, matrix: bool = False) -> Iterator[Verdict]:
     """Try every fault of the rules whose codes start with any of ``codes`` (all by default), ``matrix``: by all rules."""
-    bases: dict[tuple[str, str], Base] = {}
+    bases: dict[tuple[str, str, str], Base] = {}
     for fault in faults():
         if not codes or fault.code.startswith(tuple(c.upper() for c in codes)):
             yield try_fault(fault, bases, matrix=matrix)
 
 
-def case_of(fault: Fault, bases: dict[tuple[str, str], Base]) -> Case:
+def case_of(fault: Fault, bases: dict[tuple[str, str, str], Base]) -> Case:
     """The fault's case, with the broken implementation or the spoiled base."""
-    spec = CaseSpec(model=fault.model, quant=fault.quant, implementation=fault.name, checkpointing=fault.checkpointing)  # type: ignore[arg-type]
-    key = (fault.model, fault.quant)
+    spec = CaseSpec(
+        model=fault.model,
+        quant=fault.quant,
+        implementation=fault.name,
+        checkpointing=fault.checkpointing,  # type: ignore[arg-type]
+        device="cuda" if fault.accelerator else "cpu",
+    )
+    key = (fault.model, fault.quant, spec.device)
     if fault.spoil is not None:
         base = Base(resolve(fault.model), Quantization.parse(fault.quant), spec, spoil=fault.spoil)
     else:
@@ -59,7 +65,7 @@ def case_of(fault: Fault, bases: dict[tuple[str, str], Base]) -> Case:
     return Case(spec, fault.prepare, base)
 
 
-def try_fault(fault: Fault, bases: dict[tuple[str, str], Base], *, matrix: bool = False) -> Verdict:
+def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Base], *, matrix: bool = False) -> Verdict:
     """Judge one fault by its own rule, with ``matrix`` by all others too."""
     if fault.accelerator and not torch.cuda.is_available():
         return Verdict(fault.code, fault.name, "", None, "needs an accelerator", fault.level, fault.alone)

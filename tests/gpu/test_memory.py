@@ -1,45 +1,47 @@
-"""What the allocator says of predictions, at full size; and on a CPU that the measurement itself works."""
+"""What a GPU's allocator said of predictions, at full size (``make gpu``); and on a CPU that the measurement itself works."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
+from kbitcheck.models import resolve
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "fixtures" / "configs"
 SEGMENT = 20 << 20  # what the allocator takes for tensors from 1 to 10 MiB at once, and may not fill
+MEASURED = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())["rows"]
+
+of_each_row = pytest.mark.parametrize("row", MEASURED, ids=[f"{r['model']}-{r['quant']}" for r in MEASURED])
 
 
-@pytest.fixture(scope="module")
-def rows(bench):
-    """A row of measurements by model and quantization, each made once."""
-    made = {}
-
-    def row(model, quant):
-        if (model, quant) not in made:
-            (plan,) = (p for p in bench.PLANS if Path(p.model).stem == model and p.quant == quant)
-            made[model, quant] = bench.row(plan, "cuda")
-        return made[model, quant]
-
-    return row
+@pytest.mark.transformers5("what a model keeps in a step is predicted exactly for transformers 5 alone")
+@of_each_row
+def test_steps_are_still_predicted_to_peak_where_they_did(bench, row):
+    (plan,) = (p for p in bench.PLANS if (Path(p.model).stem, p.quant) == (row["model"], row["quant"]))
+    told = bench.predicted(resolve(plan.model, random_weights=True), plan, "cuda")
+    assert {n: s["peak"] for n, s in row["measured"]["steps"].items()} == pytest.approx(told["steps"], rel=bench.CLOSE)
+    assert (told["loaded"], told["upcast"]) == (row["predicted"]["loaded"], row["predicted"]["upcast"])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("model", "quant"), [("tinyllama-1.1b", "nf4"), ("llama-2-7b", "nf4"), ("llama-2-7b", "int8")])
-def test_steps_peak_where_they_were_predicted_to(bench, rows, model, quant):
-    row = rows(model, quant)
-    for name, peak in row["predicted"]["steps"].items():
-        assert row["measured"]["steps"][name]["peak"] == pytest.approx(peak, rel=bench.CLOSE), name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("model", "quant"), [("tinyllama-1.1b", "nf4"), ("llama-2-7b", "nf4"), ("llama-2-7b", "int8")])
-def test_preparing_takes_what_it_adds_and_gives_back_what_it_frees(rows, model, quant):
-    row = rows(model, quant)
+@of_each_row
+def test_preparing_took_what_it_adds_and_gave_back_what_it_freed(row):
     told, found = row["predicted"], row["measured"]
     assert found["loaded"] == told["loaded"]
     assert found["prepared"] == told["loaded"] + told["upcast"]
     assert found["preparing_peak"] <= found["prepared"] + told["largest"]
     assert found["cache_left"] < SEGMENT
+
+
+@of_each_row
+def test_checkpointing_saved_memory_and_cost_time(row):
+    steps = row["measured"]["steps"]
+    for name in steps:
+        mode, _, shape = name.partition(" ")
+        if mode != "off":
+            plain = steps[f"off {shape}"]
+            assert steps[name]["peak"] < plain["peak"]
+            assert steps[name]["seconds"] > plain["seconds"]
 
 
 @pytest.mark.gpu
