@@ -23,6 +23,7 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from kbitcheck.models import Source, resolve
 from kbitcheck.probes import adapters, step
 from kbitcheck.probes.live import Live
+from kbitcheck.probes.memory import returnable
 from kbitcheck.probes.snapshot import snapshot
 from kbitcheck.quantization import Quantization
 from kbitcheck.static import forecast, weights
@@ -98,11 +99,6 @@ def _told(name: str) -> int:
     return int(torch.cuda.memory_stats()[name])
 
 
-def _unused(device: str) -> int:
-    """Bytes that the allocator holds in reserve."""
-    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device.startswith("cuda") else 0
-
-
 def predicted(source: Source, plan: Plan, device: str) -> dict[str, Any]:
     """What the static audit tells: sizes, and the peak of each step by mode and shape."""
     spec = CaseSpec(
@@ -140,14 +136,11 @@ def measured(source: Source, plan: Plan, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"loaded": loading.asked, "loading_peak": loading.most_asked}
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-    unused = _unused(device)
     with Meter(device, *weights.tensors(model)) as preparing:
         prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
-    found |= {
-        "prepared": preparing.asked,
-        "preparing_peak": preparing.most_asked,
-        "cache_left": _unused(device) - unused,
-    }
+    found |= {"prepared": preparing.asked, "preparing_peak": preparing.most_asked}
+    if device.startswith("cuda"):
+        found["cached_after_preparing"] = returnable()
     targets = adapters.target_layers(model, "all-linear")
     wrapped, owned = adapters.attach(model, targets, library="reference", rank=plan.rank, seed=0)
     optimizer = torch.optim.AdamW(owned.values(), lr=1e-5)

@@ -239,14 +239,17 @@ class MemoryFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostFacts:
-    """Bytes while preparing, parameters and buffers included, counted as storages alive."""
+    """Bytes while preparing, parameters and buffers included, counted as storages alive.
+
+    ``cached`` is what emptying the accelerator's cache gave back afterwards; None on a CPU.
+    """
 
     before: int
     after: int
     peak: int
     largest: int
     stale: int
-    reserved_unused: int | None = None
+    cached: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -257,7 +257,6 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
     before = live.now
     if next(model.parameters()).is_cuda:
         torch.cuda.empty_cache()  # what was cached before is not the implementation's
-    unused = _unused(model)
     with only_new_garbage(), live:
         prepare(model)
         gc.collect()
@@ -270,12 +269,15 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         peak=peak,
         largest=largest,
         stale=stale,
-        reserved_unused=None if unused is None else (_unused(model) or 0) - unused,
+        cached=returnable() if next(model.parameters()).is_cuda else None,
     )
 
 
-def _unused(model: nn.Module) -> int | None:
-    """Bytes that the allocator of the model's device holds in reserve; None on a CPU, whose allocator keeps none."""
-    if not next(model.parameters()).is_cuda:
-        return None
-    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+def returnable() -> int:
+    """Bytes that emptying the cache of CUDA's allocator gives back; the cache is empty afterwards.
+
+    Holes in segments that live tensors share are not among them: nobody could give those back.
+    """
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    return reserved - torch.cuda.memory_reserved()

@@ -34,10 +34,12 @@ def cache_returned(facts: Facts) -> Iterable[Observation]:
     Fix: empty the allocator's cache once after casting.
     Sources: peft#3265, peft#3293.
     """
-    unused = facts.cost.reserved_unused
-    if unused is None:
+    cached = facts.cost.cached
+    if cached is None:
         raise NotApplicable("no accelerator: the CPU allocator keeps no cache")
-    yield Observation("reserved and unused", unused < LARGE_BLOCK, f"below {LARGE_BLOCK:,} bytes", f"{unused:,} bytes")
+    yield Observation(
+        "the allocator's cache", cached < LARGE_BLOCK, f"below {LARGE_BLOCK:,} bytes", f"{cached:,} bytes"
+    )
 
 
 @rule("KB603", "upcast-only-what-is-promised", Level.MUST)
