@@ -1,6 +1,6 @@
-"""Predicted against allocated, at full size with random weights: writes ``benchmarks/gpu.json``; run it by ``make gpu``.
+"""Predicted against allocated, at full size with random weights: writes ``benchmarks/gpu.json`` and a plot, ``gpu.svg``.
 
-Nothing is downloaded. Without a CUDA device every row still tells its prediction, and that it was not measured.
+Run it by ``make gpu``. Nothing is downloaded. Without a CUDA device it tells the predictions, and writes nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ CLOSE = 0.05
 # Drawn activations have an outlier in almost every column, a trained model's in about one of a thousand (LLM.int8,
 # Dettmers et al. 2022, section 4). Predictions are for none.
 NO_OUTLIERS = 1e4
+CONFORMANCE = (("reference", "nf4"), ("reference", "nf4,double", "fp4"), ("reference", "int8"), ("peft",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +213,54 @@ def row(plan: Plan, device: str) -> dict[str, Any]:
     return told
 
 
+def conformance() -> Iterator[dict[str, Any]]:
+    """How implementations fare under all rules on the device's kernels."""
+    for implementation, *quants in CONFORMANCE:
+        command = ["impl", implementation, *(word for q in quants for word in ("--quant", q)), "--device", "cuda"]
+        with tempfile.TemporaryDirectory() as scratch:
+            output = ["--format", "json", "--output", f"{scratch}/report.json"]
+            ran = subprocess.run([sys.executable, "-m", "kbitcheck", *command, *output], check=False)
+            report = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
+        broken = {
+            r["rule"]: r["failures"][0].get("party", "implementation")
+            for r in report["results"]
+            if r["status"] == "FAIL"
+        }
+        yield {
+            "command": " ".join(["kbitcheck", *command]), "exit_code": ran.returncode, "cases": len(report["facts"]["cases"]),
+            "summary": report["summary"], "broken": broken,
+        }  # fmt: skip
+
+
+def plot(told: Mapping[str, Any]) -> None:
+    """Draw every step's peak, predicted and measured, and what its checkpointing costs in time."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update(
+        {"svg.hashsalt": "gpu", "svg.fonttype": "none"}
+    )  # equal numbers, equal bytes; letters as letters
+    from matplotlib import pyplot
+
+    steps = [(r, name) for r in told["rows"] for name in r["predicted"]["steps"]]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(steps) + 1), layout="constrained")
+    for place, (r, name) in enumerate(steps):
+        measured = r["measured"]["steps"]
+        peak, predicted = measured[name]["peak"] / 2**30, r["predicted"]["steps"][name] / 2**30
+        slower = measured[name]["seconds"] / measured["off " + name.partition(" ")[2]]["seconds"]
+        axes.barh(place, peak, color="tab:blue", label="measured" if place == 0 else None)
+        axes.plot([predicted] * 2, [place - 0.4, place + 0.4], color="black", label="predicted" if place == 0 else None)
+        told_beside = f"{peak:.2f} GiB, time × {slower:.2f}"
+        axes.annotate(told_beside, (peak, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(steps)), [f"{r['model']} {r['quant']}, {name}" for r, name in steps], fontsize=8)
+    axes.set(xlabel="GiB at the peak of a step", title=f"Training steps on one {told['device']}")
+    axes.set(xlim=(0, 1.4 * axes.get_xlim()[1]), ylim=(len(steps) - 0.4, -0.6))
+    axes.legend(loc="lower right")
+    figure.savefig(HERE / "gpu.svg", metadata={"Date": None})
+
+
 def main() -> int:
     """Measure, write, and say whether the predictions hold."""
-    have = torch.cuda.is_available()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 tells of each cast
     rows = []
     for plan in PLANS:
@@ -220,13 +268,18 @@ def main() -> int:
         rows.append(row(plan, "cuda"))
         rows[-1]["took_seconds"] = round(time.perf_counter() - start)
         print(rows[-1]["model"], plan.quant, rows[-1].get("worst_percent", NOT_MEASURED), flush=True)
-    told = {
-        "device": torch.cuda.get_device_name() if have else NOT_MEASURED,
+    if not torch.cuda.is_available():
+        return 0
+    told: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")},
         "rows": rows,
+        "conformance": list(conformance()),
     }
     RESULTS.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    return int(any(r.get("worst_percent", 0) > 100 * CLOSE for r in rows))
+    plot(told)
+    far = any(r["worst_percent"] > 100 * CLOSE for r in rows)
+    return int(far or any(c["exit_code"] for c in told["conformance"]))
 
 
 if __name__ == "__main__":
