@@ -13,23 +13,26 @@ CHUNK = 1 << 22
 def bits(tensor: torch.Tensor) -> str:
     """Digest of a tensor's bytes in logical order."""
     flat = tensor.detach().reshape(-1).contiguous()
-    if flat.device.type == "meta":
-        return "meta"
-    digest = hashlib.blake2b(digest_size=12)
-    for chunk in flat.view(torch.uint8).split(CHUNK) if flat.numel() else ():
-        digest.update(chunk.cpu().numpy().data)
-    return digest.hexdigest()
+    return _digest(flat.view(torch.uint8) if flat.numel() else flat, torch.uint8)
 
 
 def value(tensor: torch.Tensor) -> str:
-    """Digest of a floating tensor's numbers as float64: the same before and after an exact cast."""
+    """Digest of a floating tensor's numbers: the same before and after an exact cast."""
     flat = tensor.detach().reshape(-1)
+    return _digest(flat, torch.float64 if flat.dtype is torch.float64 and not _narrow(flat) else torch.float32)
+
+
+def _narrow(flat: torch.Tensor) -> bool:
+    return all(bool((chunk.float() == chunk).all()) for chunk in flat.split(CHUNK) if not chunk.is_meta)
+
+
+def _digest(flat: torch.Tensor, dtype: torch.dtype) -> str:
     if flat.device.type == "meta":
         return "meta"
-    digest = hashlib.blake2b(digest_size=12)
+    digest = hashlib.sha1(usedforsecurity=False)  # processors have instructions for it
     for chunk in flat.split(CHUNK) if flat.numel() else ():
-        digest.update(chunk.to(torch.float64).cpu().numpy().data)
-    return digest.hexdigest()
+        digest.update(chunk.to(dtype).cpu().numpy().data)
+    return digest.hexdigest()[:24]
 
 
 def of(field: Any) -> str:

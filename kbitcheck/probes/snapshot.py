@@ -96,6 +96,7 @@ def heads(model: nn.Module) -> list[nn.Module]:
 def layer(name: str, module: nn.Module) -> LayerFacts:
     """One quantized layer, with a digest of each field of its state and of its unpacked weight."""
     rows, columns = backends.shape(module)
+    state = {k: digest.of(v) for k, v in backends.state(module).items()}
     return LayerFacts(
         name=name,
         cls=type(module).__name__,
@@ -103,16 +104,23 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         in_features=columns,
         out_features=rows,
         compute=str(backends.compute_dtype(module)).removeprefix("torch."),
-        state={k: digest.of(v) for k, v in backends.state(module).items()},
-        dequantized=_unpacked(module),
+        state=state,
+        dequantized=_unpacked(module, state),
     )
 
 
-def _unpacked(module: nn.Module) -> str:
-    try:
-        return digest.value(backends.dequantized(module))
-    except Exception as error:  # a layer whose state was broken is a fact, not a crash
-        return f"{type(error).__name__}: {error}"
+_known: dict[object, str] = {}
+
+
+def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
+    weight: Any = module.weight
+    key = (digest.of(weight), *state.items())  # all that unpacking goes by
+    if key not in _known:
+        try:
+            _known[key] = digest.value(backends.dequantized(module))
+        except Exception as error:  # a layer whose state was broken is a fact, not a crash
+            return f"{type(error).__name__}: {error}"
+    return _known[key]
 
 
 def _names(model: nn.Module, wanted: list[nn.Module]) -> Iterator[str]:
