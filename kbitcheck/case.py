@@ -40,7 +40,7 @@ from kbitcheck.models.given import Given
 from kbitcheck.models.inputs import kinds
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import digest, forwards, interleaving, layers, memory, snapshot, step, store, targets, twin
-from kbitcheck.probes.call import SECOND, THIRD, arguments, call
+from kbitcheck.probes.call import SECOND, THIRD, arguments, call, place
 from kbitcheck.programs import INTERLEAVED
 from kbitcheck.quantization import Quantization
 from kbitcheck.static.case import StaticCase, static_case
@@ -152,7 +152,7 @@ class Case:
         model = self._base.copy()
         returned, facts = call(self.prepare, model, **(wanted or self.wanted))
         if facts.raised:
-            raise Unavailable(f"preparation raised {facts.raised}")
+            raise Unavailable(f"preparation raised {facts.raised} ({facts.raised_at})")
         return returned if isinstance(returned, nn.Module) else model
 
     def _needs_to_run(self) -> None:
@@ -204,7 +204,7 @@ class Case:
     def _model(self) -> Any:
         model, facts, _ = self._called
         if facts.raised:
-            raise Unavailable(f"preparation raised {facts.raised}")
+            raise Unavailable(f"preparation raised {facts.raised} ({facts.raised_at})")
         return model
 
     @cached_property
@@ -472,7 +472,7 @@ class Case:
             try:
                 returned = self.prepare(model, **arguments(self.prepare, self.wanted))
             except Exception as error:
-                raise Unavailable(f"preparation raised {type(error).__name__}: {error}") from error
+                raise Unavailable(f"preparation raised {type(error).__name__}: {error} ({place(error)})") from error
             kept.append(returned if isinstance(returned, nn.Module) else model)
 
         cost = memory.cost(prepare, model)

@@ -109,7 +109,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFacts:
-    """One call of an implementation. ``raised`` is ``Type: message`` or empty.
+    """One call of an implementation. ``raised`` is ``Type: message`` or empty, ``raised_at`` the file and line.
 
     ``class_kept`` is whether the model is of the very class it was, ``checkpoints`` whether any block's flag is on after
     the call, ``modes_changed`` the modules whose train or eval mode is another. ``process`` maps what changed in the
@@ -118,6 +118,7 @@ class CallFacts:
     """
 
     raised: str = ""
+    raised_at: str = ""
     same_object: bool = True
     returned: str = ""
     warnings: tuple[str, ...] = ()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -43,6 +45,12 @@ def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in parameters}
 
 
+def place(error: BaseException) -> str:
+    """The file and line that an exception comes from."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
 def call(
     prepare: Prepare,
     model: nn.Module,
@@ -64,7 +72,7 @@ def call(
         _libraries_compared = True
         classes |= process.classes_of_libraries()
     attributes = process.attributes(classes, functions=everything)
-    raised, returned = "", None
+    raised, raised_at, returned = "", "", None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         modes = {name: module.training for name, module in model.named_modules()}
@@ -75,6 +83,7 @@ def call(
             returned = prepare(model, *positional, **kwargs)
         except Exception as error:
             raised = f"{type(error).__name__}: {error}"
+            raised_at = place(error)
         seconds = time.perf_counter() - start
         after = process.state()
     changed = {
@@ -83,6 +92,7 @@ def call(
     }
     return returned, CallFacts(
         raised=raised,
+        raised_at=raised_at,
         same_object=returned is model,
         returned=type(returned).__name__,
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),

@@ -40,7 +40,7 @@ class Deviation:
 
 
 def findings(report: Report) -> list[Finding]:
-    """Failures and errors, worst first: what counts, then errors, then what is told."""
+    """Failures and errors, worst first: what could not be judged (and why), then what counts, then what is told."""
     groups: dict[tuple[object, ...], list[Result]] = {}
     for result in report.results:
         if result.status is Status.FAIL:
@@ -61,7 +61,7 @@ def findings(report: Report) -> list[Finding]:
         )
         for group in groups.values()
     ]
-    return sorted(found, key=lambda f: (not f.counted, not f.error, LEVELS.index(f.level), f.rules))
+    return sorted(found, key=lambda f: (not f.error, not f.counted, LEVELS.index(f.level), f.rules))
 
 
 def by_rule(found: Sequence[Finding]) -> list[list[Finding]]:

@@ -32,7 +32,8 @@ def _workers(scratch: Path) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signals) -> None:
     (door.cwd / "hangs.py").write_text(
-        "import time\ndef prepare(model):\n    open('here', 'w').close()\n    time.sleep(600)\n"
+        # Time for the parent to read the results there are.
+        "import time\ndef prepare(model):\n    time.sleep(1)\n    open('here', 'w').close()\n    time.sleep(600)\n"
     )
     arguments = (ARGUMENTS[0], "hangs.py:prepare", *ARGUMENTS[2:])
     with door.start(*arguments, "--format", "json", "--timeout", "60", preexec_fn=heed) as process:
