@@ -309,6 +309,12 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] | None = None
 
+    def __str__(self) -> str:
+        """The report as the command line prints it."""
+        from kbitcheck.reporters import render
+
+        return render(self, "text")
+
     def counts(self, result: Result) -> bool:
         """Whether a result makes the run non-conforming; in a gate, whether it is a breach."""
         if self.gate is not None:

@@ -276,3 +276,9 @@ def test_every_rule_has_a_page() -> None:
         assert told.startswith(f"{code} {rule.name} (")
         assert rule.requirement.split()[0] in told
         assert "``" not in told
+
+
+def test_a_report_prints_as_on_the_command_line() -> None:
+    found = report(failed("KB201", CASE, OWN))
+    assert str(found) == render(found, "text")
+    assert "KB201" in str(found)
