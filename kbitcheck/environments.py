@@ -32,10 +32,12 @@ from kbitcheck.requirement import Requirement
 VARIABLE = "KBITCHECK_CACHE"
 SHARED = ("torch", "bitsandbytes", "kbitcheck", "kbitcheck_reference")
 PINNED = ("torch", "bitsandbytes")
+# Built for one torch each, of which an index may hold another build than the torch that is here.
+TIED_TO_TORCH = ("torchvision", "torchaudio", "xformers")
 # Tried in this order after the transformers that is installed: the last release of each line that kbitcheck runs on.
 OLDER_TRANSFORMERS = ("4.57.6", "4.56.2")
 LOAD_SECONDS = 300.0  # importing two stacks with a cold cache
-LAYOUT = 1  # of what is in an environment; a new number makes new ones
+LAYOUT = 2  # of what is in an environment; a new number makes new ones
 TOLD = "kbitcheck.json"
 
 
@@ -153,7 +155,8 @@ def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
     if uv := shutil.which("uv"):
         # uv does not see what is on the path, only what is in the environment.
         spared = draft / "overrides.txt"
-        spared.write_text("".join(f"{name}; python_version < '3'\n" for name in PINNED), encoding="utf-8")
+        names = (*PINNED, *TIED_TO_TORCH)
+        spared.write_text("".join(f"{name}; python_version < '3'\n" for name in names), encoding="utf-8")
         uses = [uv, "pip", "install", "--quiet", "--python", str(python), "--overrides", str(spared), *held]
         return _succeed(wanted, [*uses, wanted.pip, *beside])
     if importlib.util.find_spec("pip") is None:
