@@ -81,7 +81,8 @@ class Tokens:
             for key, value in config.to_dict().items():
                 if key.endswith(("token_id", "token_index")):
                     special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
-        self.pad = next((p for p in (text.pad_token_id, text.eos_token_id, 0) if isinstance(p, int)), 0)
+        ends = (getattr(text, f"{end}_token_id", None) for end in ("pad", "eos"))
+        self.pad = next((token for token in ends if isinstance(token, int)), 0)
         self.plain = torch.tensor([token for token in range(min(self.vocab, 50_000)) if token not in special])
 
     def ids(self, batch: int, seq_len: int) -> Tensor:

@@ -53,7 +53,7 @@ def _forms(
     if pictures:
         yield lambda m: draw(m, **shape)
         if hasattr(model, "get_image_features") and "input_ids" in accepted:
-            for pixels in (_patches, _plain, _sized, _nested):
+            for pixels in (_patches, _plain, _sized, _nested, _tiled):
                 yield lambda m, pixels=pixels: _with_pictures(m, pixels, **shape)  # type: ignore[misc]
         if "pixel_values" in accepted:
             yield lambda m: _with_pictures_beside(m, **shape)
@@ -126,6 +126,13 @@ def _sized(config: Any, tokens: Tokens, batch: int) -> Batch:
 def _nested(config: Any, tokens: Tokens, batch: int) -> Batch:
     """A list of pictures for each row, of one."""
     return {"pixel_values": _plain(config, tokens, batch)["pixel_values"].unsqueeze(1)}
+
+
+def _tiled(config: Any, tokens: Tokens, batch: int) -> Batch:
+    """Of each picture the whole and one tile, with its size, as LLaVA-NeXT reads them."""
+    made = _sized(config, tokens, 2 * batch)
+    pixels = made["pixel_values"]
+    return {"pixel_values": pixels.view(batch, 2, *pixels.shape[1:]), "image_sizes": made["image_sizes"][:batch]}
 
 
 def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:

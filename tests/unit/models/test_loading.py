@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,3 +252,22 @@ def test_a_lost_checkpoint_is_drawn_again(tmp_path: Path) -> None:
     source = resolve("tiny:bert")
     shutil.rmtree(source.checkpoint)
     assert json.loads((source.checkpoint / "config.json").read_text())["model_type"] == "bert"
+
+
+PEAK = """
+import resource, sys
+from kbitcheck.models import resolve
+from kbitcheck.quantization import Quantization
+model = resolve(sys.argv[1], random_weights=True).load(Quantization())
+print(model.num_parameters(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.transformers5("before, weights are read from files alone, so that all are drawn first")
+def test_a_model_of_1_1b_parameters_is_never_there_in_half_precision() -> None:
+    config = Path(__file__).parents[3] / "fixtures" / "configs" / "tinyllama-1.1b.json"
+    ran = subprocess.run([sys.executable, "-c", PEAK, str(config)], capture_output=True, text=True, check=True)
+    parameters, peak = map(int, ran.stdout.split())
+    assert parameters == 1_100_048_384
+    assert peak < 2 * parameters  # bytes; interpreter, torch and transformers included

@@ -1,0 +1,66 @@
+"""Every form of input is tried on the model itself, and the first it computes a finite loss from is taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kbitcheck.models import inputs, resolve
+from kbitcheck.quantization import Quantization
+
+NF4 = Quantization()
+SHAPE: dict[str, int] = {"batch": 2, "seq_len": 8, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "sounds", "fed"),
+    [
+        ("arch:image-text-to-text/qwen2_vl", True, False, "text, pictures"),  # patches in a row
+        ("arch:image-text-to-text/llava_next", True, False, "text, pictures"),  # a list of pictures for each row
+        ("arch:image-text-to-text/vision-encoder-decoder", True, False, "pictures"),  # no text but the labels
+        ("tiny:whisper", False, True, "sounds"),  # mel bins by frames
+        ("arch:speech-seq2seq/speech_to_text", False, True, "sounds"),  # frames by mel bins
+        ("tiny:llama", False, False, "text"),
+        ("tiny:llama", True, True, "text"),  # nothing to see or hear with
+    ],
+)
+def test_a_model_is_fed_what_it_takes(name: str, pictures: bool, sounds: bool, fed: str) -> None:
+    model = resolve(name).load(NF4)
+    before = [p.data_ptr() for p in model.parameters()]
+    batch = inputs.first_fitting(model, **SHAPE, pictures=pictures, sounds=sounds)
+    assert inputs.kinds(batch) == fed
+    assert [p.data_ptr() for p in model.parameters()] == before
+    assert not model.training
+    assert bool(torch.isfinite(model.train()(**batch).loss))
+
+
+class Fed(nn.Module):
+    """Computes the loss that it is told to, or raises."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+        self.config = SimpleNamespace()
+
+    def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
+        if isinstance(self.loss, Exception):
+            raise self.loss
+        return SimpleNamespace(loss=self.loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (ValueError("not so"), "not so"),
+        (torch.tensor(torch.nan), "Fed computes no finite loss"),
+        (None, "Fed computes no finite loss"),
+    ],
+)
+def test_a_model_that_takes_nothing_says_why(monkeypatch: pytest.MonkeyPatch, loss: Any, said: str) -> None:
+    monkeypatch.setattr(inputs, "draw", lambda model, **_: {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+    with pytest.raises(ValueError, match=said):
+        inputs.first_fitting(Fed(loss), **SHAPE, pictures=False, sounds=False)  # type: ignore[arg-type]
