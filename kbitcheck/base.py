@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +118,8 @@ class Base:
     def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
         autocast = self.autocast(profile) if profile else None
-        return targets.routed(model, lambda: twin.forward_logits(model, self.batch, autocast() if autocast else None))
+        run = partial(twin.forward_logits, model, self.batch, autocast() if autocast else None)
+        return targets.Routed(*targets.routed(model, run))
 
     def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
         """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast.

@@ -15,13 +15,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from kbitcheck.core import cause
 from kbitcheck.facts import ForwardFacts
-from kbitcheck.probes import step
+from kbitcheck.probes import step, targets
 from kbitcheck.probes.live import tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: whether every output was finite, what it raised ("" if nothing), its logits.
+    """One forward: whether every output was finite, what it raised ("" if nothing), its logits, with routers' choices.
 
     Not every model can do what is ``optional``: where the base cannot, nothing is judged.
     """
@@ -30,7 +30,7 @@ class Forward:
     autocast: bool
     finite: bool
     raised: str
-    logits: torch.Tensor | None
+    made: targets.Routed | None
     optional: bool = False
 
 
@@ -63,9 +63,10 @@ def left_padded(batch: step.Batch) -> step.Batch:
     }
 
 
-def run(
-    model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None
-) -> tuple[bool, str, torch.Tensor | None]:
+Ran = tuple[bool, str, targets.Routed | None]
+
+
+def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
     """Whether every output of one forward is finite, what it raised ("" if nothing), and its logits. No dropout."""
     inputs = step.feed(model, batch)
     device = next(iter(batch.values())).device.type
@@ -73,12 +74,13 @@ def run(
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
         with torch.set_grad_enabled(training), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
-            output = model(**inputs)
+            output, routes = targets.routed(model, lambda: model(**inputs))
     except Exception as error:
         return False, cause(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
-    return bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2]), "", output.logits.detach()
+    finite = bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2])
+    return finite, "", targets.Routed(output.logits.detach(), routes)
 
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[Forward]:
@@ -98,7 +100,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> li
     return found
 
 
-def embedded(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | None]:
+def embedded(model: Any, batch: step.Batch) -> Ran:
     """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
     inputs = step.feed(model, batch)
     device = inputs["input_ids"].device.type
@@ -106,14 +108,14 @@ def embedded(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | N
     try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
         with step.seeded(0, device), step.dropout_raised(model, 0.0):
-            output = model(**inputs, inputs_embeds=embeddings)
+            output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
             output.loss.backward()
     except Exception as error:
         return False, cause(error), None
     finally:
         step.clear_gradients(model)
     raised = "" if embeddings.grad is not None else "no gradient comes back to the embeddings"
-    return bool(torch.isfinite(output.logits).all()), raised, output.logits.detach()
+    return bool(torch.isfinite(output.logits).all()), raised, targets.Routed(output.logits.detach(), routes)
 
 
 class _Forced(LogitsProcessor):
@@ -128,7 +130,7 @@ class _Forced(LogitsProcessor):
         return forced
 
 
-def generated(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | None]:
+def generated(model: Any, batch: step.Batch) -> Ran:
     """As ``run``, of a few tokens with a cache: (rows, steps, vocabulary)."""
     model.eval()
     fed = step.feed(model, left_padded(batch))
@@ -137,27 +139,30 @@ def generated(model: Any, batch: step.Batch) -> tuple[bool, str, torch.Tensor | 
     plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
     try:
         with torch.no_grad():
-            told = model.generate(
-                **inputs,
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
-                output_logits=True,
-                return_dict_in_generate=True,
+            told, routes = targets.routed(
+                model,
+                lambda: model.generate(
+                    **inputs,
+                    max_new_tokens=TOKENS,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ),
             )
         logits = torch.stack(list(told.logits), dim=1)
     except Exception as error:
         return False, cause(error), None
-    return bool(torch.isfinite(logits).all()), "", logits
+    return bool(torch.isfinite(logits).all()), "", targets.Routed(logits, routes)
 
 
 def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
     """The prepared model's forwards beside the unprepared base's."""
-    uncast = {b.condition.replace("no autocast", "autocast"): b.logits for b in base if not b.autocast}
-    trained = {bare.condition.replace("train", "eval"): bare.logits for bare in base if "train" in bare.condition}
-    steps = {b.condition: _apart(b.logits, trained.get(b.condition)) or 0.0 for b in base if b.finite}
+    uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
+    trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}
+    steps = {b.condition: _apart(b.made, trained.get(b.condition)) or 0.0 for b in base if b.finite}
     # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
     farthest = max(steps.values(), default=0.0)
     return [
@@ -168,8 +173,8 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
             raised=mine.raised,
             base_raised=bare.raised,
             base_finite=bare.finite,
-            apart=_apart(mine.logits, bare.logits) if mine.finite and bare.finite else None,
-            base_cast=(_apart(bare.logits, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
+            apart=_apart(mine.made, bare.made) if mine.finite and bare.finite else None,
+            base_cast=(_apart(bare.made, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
             base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
         )
         for mine, bare in zip(found, base, strict=True)
@@ -177,10 +182,17 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
     ]
 
 
-def _apart(found: torch.Tensor | None, base: torch.Tensor | None) -> float | None:
+def _apart(found: targets.Routed | None, base: targets.Routed | None) -> float | None:
+    """How far logits are from others, relative, over the tokens whose experts are the same; None where none are."""
     if found is None or base is None:
         return None
-    return float((found.double() - base.double()).norm() / base.double().norm())
+    ours, theirs = found.logits.double(), base.logits.double()
+    if any(not torch.equal(a, b) for a, b in zip(found.routes, base.routes, strict=True)):
+        if any(route.shape[0] != theirs.shape[:-1].numel() for route in base.routes):
+            return None
+        keep = targets.unmoved(theirs, base.routes, found.routes)
+        ours, theirs = ours[keep], theirs[keep]
+    return float((ours - theirs).norm() / theirs.norm()) if theirs.numel() else None
 
 
 def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:

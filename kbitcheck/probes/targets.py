@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from kbitcheck.probes.live import tensors
+
+T = TypeVar("T")
 
 ROUTER = re.compile(r"(router|topk|gate)$|router", re.IGNORECASE)
 STATE_SPACE = re.compile(r"mamba|ssm", re.IGNORECASE)
@@ -53,8 +55,8 @@ class Routed(NamedTuple):
     routes: list[torch.Tensor]
 
 
-def routed(model: nn.Module, run: Callable[[], torch.Tensor]) -> Routed:
-    """Run something that gives logits and watch the model's routers."""
+def routed(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[torch.Tensor]]:
+    """What something gives, and the choices of the model's routers meanwhile."""
     chosen: list[torch.Tensor] = []
     k = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2
 
@@ -68,7 +70,7 @@ def routed(model: nn.Module, run: Callable[[], torch.Tensor]) -> Routed:
 
     handles = [m.register_forward_hook(hook) for m in routers(model).values()]
     try:
-        return Routed(run(), chosen)
+        return run(), chosen
     finally:
         for handle in handles:
             handle.remove()
