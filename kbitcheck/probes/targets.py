@@ -61,7 +61,8 @@ def routed(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[torch.Tensor
     k = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        scores = [t for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
+        # Detached: what a checkpointed block saves for its backward must not depend on who watches.
+        scores = [t.detach() for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
         if scores:
             widest = max(scores, key=lambda t: t.shape[-1])
             flat = widest.reshape(-1, widest.shape[-1])
