@@ -618,6 +618,8 @@ class Case:
             shape = tuple(next(iter(self.batch.values())).shape[:2])
             facts |= {"activations": self.memory.plain, "checkpointed": self.memory.held, "batch": list(shape)}
             facts["activations_by_block"] = summary.by_block(self.memory)
+        if "_training" in self.__dict__:
+            facts |= {"losses": list(self.training.losses), "twin_losses": list(self.training.twin_losses)}
         return facts
 
 

@@ -40,6 +40,7 @@ def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     told = facts.get("forecast")
     if told is None:
         yield from _measured(facts)
+        yield from _trained(facts)
         return
     largest = sorted(told["groups"].items(), key=lambda g: -_nbytes(g[1]))
     parts = ", ".join(f"{name} {size(_nbytes(g))}" for name, g in largest[:3] if _nbytes(g))
@@ -53,6 +54,7 @@ def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     differ = len(set(optimizer.values())) > 1
     yield "adapters", f"{size(told['adapters'])}, AdamW {size(optimizer['adamw'])}{others if differ else ''}"
     yield from _steps(facts, told)
+    yield from _trained(facts)
     for note in told["notes"]:
         yield "note", note
 
@@ -95,6 +97,17 @@ def _steps(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[
     for line in _fits(told):
         yield heading, line
         heading = ""
+
+
+def _trained(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "losses" in facts:
+        first, *_, last = facts["losses"]
+        steps = len(facts["losses"]) - 1
+        twin = facts["twin_losses"][-1]
+        yield (
+            "trained",
+            f"{steps} steps on one batch: loss {first:.4g} to {last:.4g} (the float64 twin's to {twin:.4g})",
+        )
 
 
 def _fits(told: Mapping[str, Any]) -> Iterator[str]:

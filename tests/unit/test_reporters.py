@@ -282,3 +282,11 @@ def test_a_report_prints_as_on_the_command_line() -> None:
     found = report(failed("KB201", CASE, OWN))
     assert str(found) == render(found, "text")
     assert "KB201" in str(found)
+
+
+def test_the_first_steps_of_training_are_told_beside_the_twins() -> None:
+    losses = {"losses": [6.25, 6.0, 5.5], "twin_losses": [6.25, 6.0, 5.45]}
+    told = "trained  2 steps on one batch: loss 6.25 to 5.5 (the float64 twin's to 5.45)"
+    for facts in ({"forecast": FORECAST, **losses}, losses):
+        found = report(specs=(spec(),), subject={"command": "model"}, facts={"cases": {spec().id: facts}})
+        assert told in render(found, "text").splitlines()
