@@ -1,4 +1,6 @@
-"""What a full audit costs by the size of the model, and how fast rules and sweeps are: writes ``benchmarks/sizes.json``.
+"""What a full audit costs by the size of the model, and how fast rules and sweeps are.
+
+Writes ``benchmarks/sizes.json`` and a plot, ``benchmarks/sizes.svg``.
 
 Full audits are compared with the bare script on the same drawn weights, the two taking turns. A model whose full audit
 the machine has no room for is audited from its configuration alone, and its row says so.
@@ -32,7 +34,7 @@ def by_size(name: str, config: Path | None) -> dict[str, Any]:
         given = ["--random-weights"] if config else []
         audit = [KBITCHECK, "model", model, "--quant", "nf4", *given, "--format", "json", "--output", str(report)]
         bare = [sys.executable, str(HERE / "bare.py"), folder]
-        runs = take_turns({"bare": bare, "audit": audit}, 1 if name == "1.1B" else 3, sample=True)
+        runs = take_turns({"bare": bare, "audit": audit}, 3 if config is None else 1, sample=True)
         told = json.loads(report.read_text(encoding="utf-8"))
     found = medians(runs)
     judged = [r for r in told["results"] if r["status"] in ("pass", "fail")]
@@ -58,6 +60,27 @@ def sweep_rate() -> dict[str, Any]:
     return {"architectures": len(SWEPT), "per_minute": round(60 * len(SWEPT) / took.seconds, 1)}
 
 
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw the seconds of the audit and of the bare script beside each other, by model."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "sizes", "svg.fonttype": "none"})  # equal numbers, equal bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for offset, name in ((-0.2, "bare"), (0.2, "audit")):
+        bars = axes.bar(
+            [i + offset for i in range(len(rows))], [r["medians"][name]["seconds"] for r in rows], 0.4, label=name
+        )
+        axes.bar_label(bars, fmt="%.3g s", fontsize=8)
+    ticks = [f"{r['model']} ({r['audit']})\n{r['rules']} rules, × {r['seconds_to_bare']}" for r in rows]
+    axes.set_xticks(range(len(rows)), ticks)
+    axes.set(yscale="log", ylabel="seconds", title="An audit by all rules against one bare training step")
+    axes.legend()
+    figure.savefig(HERE / "sizes.svg", metadata={"Date": None})
+
+
 def main() -> int:
     """Measure and write."""
     rows = [by_size(name, config) for name, config in SIZES.items()]
@@ -67,6 +90,7 @@ def main() -> int:
         "sweep": sweep_rate(),
     }
     (HERE / "sizes.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    plot(rows)
     for row in rows:
         print(row["model"], row["audit"], row["seconds_to_bare"], row["memory_to_bare"], row["rules_per_second"])
     return 0
