@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kbitcheck import backends
-from kbitcheck.core import NotApplicable
+from kbitcheck.core import NotApplicable, cause
 from kbitcheck.facts import (
     ForecastFacts,
 )
@@ -53,6 +53,7 @@ class Base:
         self.weights, self.misread = layers.originals(self.pristine)
         self._functions: dict[str, Function] = {}
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
+        self._no_twin = ""
 
     def copy(self) -> Any:
         """A fresh base."""
@@ -73,8 +74,26 @@ class Base:
         """Twins under the spec's profile and adapters, computed once."""
         key = (spec.profile, spec.adapters, str(spec.rank), str(spec.seed))
         if key not in self._twins:
-            self._twins[key] = self._compute_twins(spec)
+            with self._in_float64():
+                self._twins[key] = self._compute_twins(spec)
         return self._twins[key]
+
+    @contextmanager
+    def _in_float64(self) -> Iterator[None]:
+        """Runs the twin in float64, for which some models' own code is not made: tried once.
+
+        Raises:
+            NotApplicable: it does not run.
+        """
+        if not self._no_twin:
+            try:
+                yield
+                return
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                self._no_twin = f"the float64 twin of this model does not run: {cause(error)}"
+        raise NotApplicable(self._no_twin)
 
     def forecast(self, spec: CaseSpec) -> ForecastFacts:
         """What the model takes as its configuration tells it; of the training steps only for ``kbitcheck model``.
@@ -108,10 +127,11 @@ class Base:
     def function(self, profile: Profile) -> Function:
         """What a prepared model's logits are measured against, computed once a profile."""
         if profile not in self._functions:
-            exact = twin.float64(self.pristine, self.weights)
+            with self._in_float64():
+                exact = self.logits(twin.float64(self.pristine, self.weights))
             rounded = twin.same_dtype(self.pristine, self.weights, profile)
             self._functions[profile] = Function(
-                exact=self.logits(exact), original=self.logits(self.copy()), rounded=self.logits(rounded, profile)
+                exact=exact, original=self.logits(self.copy()), rounded=self.logits(rounded, profile)
             )
         return self._functions[profile]
 

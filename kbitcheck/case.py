@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -270,8 +270,10 @@ class Case:
     @cached_property
     def unprepared(self) -> Case:
         mode = self.checkpointing
-        if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
-            mode = "reentrant" if any(c["use_reentrant"] == "True" for c in self.run.checkpoints) else "non-reentrant"
+        with suppress(NotApplicable, Unavailable):  # it may not run at all
+            if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
+                reentrant = any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
+                mode = "reentrant" if reentrant else "non-reentrant"
         return Case(dataclasses.replace(self.spec, checkpointing=mode), checkpointed_alone, self._base)
 
     @property

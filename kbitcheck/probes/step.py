@@ -60,6 +60,7 @@ class Watch:
         self.blocks = {name: _Block() for name, module in model.named_modules() if is_block(module)}
         self.readers: dict[int, set[str]] = {}
         self.turned: set[str] = set()
+        self.entered: Counter[str] = Counter()
         self._kept: list[torch.Tensor] = []
         self._handles: list[Any] = []
         for name in self.blocks:
@@ -82,6 +83,7 @@ class Watch:
             block = self.blocks[name]
             floating = [t for t in tensors(args, kwargs) if t.is_floating_point()]
             block.without_grad += not torch.is_grad_enabled()
+            self.entered[name] += torch.is_grad_enabled()
             if floating:  # a block may run several times in a step, some of them without gradients
                 block.input_requires_grad = bool(block.input_requires_grad) or floating[0].requires_grad
             for tensor in floating:
@@ -136,13 +138,14 @@ class Watch:
 
     @property
     def inexact(self) -> tuple[str, ...]:
-        """Blocks whose inputs' gradients round otherwise when they are checkpointed.
+        """Blocks whose gradients round otherwise when they are checkpointed, or gathered.
 
-        Those of a tensor that another block reads too are added up in another order. Those of a tensor whose rows are
-        not contiguous take its layout (it is a leaf then), and kernels pick their order by layout.
+        Those of an input that another block reads too are added up in another order, and so are those of a block that
+        runs several times. Those of an input whose rows are not contiguous take its layout (it is a leaf then), and
+        kernels pick their order by layout.
         """
         shared = (name for names in self.readers.values() if len(names) > 1 for name in names)
-        return tuple(sorted({*shared, *self.turned}))
+        return tuple(sorted({*shared, *self.turned, *(name for name, times in self.entered.items() if times > 1)}))
 
 
 @contextmanager

@@ -187,7 +187,8 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     survivors, left = facts.memory.survivors, facts.left_by_evaluation
     blamed = blame(facts, survivors == 0, Party.MODEL, lambda bare: bare.memory.survivors > 0)
     yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes", *blamed)
-    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes")
+    blamed = blame(facts, left == 0, Party.MODEL, lambda bare: bare.left_by_evaluation > 0)
+    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes", *blamed)
 
 
 @rule("KB509", "quiet", Level.SHOULD)

@@ -260,7 +260,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     """
     t = facts.training
     reached, wanted = t.losses[0] - t.losses[-1], t.twin_losses[0] - t.twin_losses[-1]
-    if wanted <= 0:
+    if not wanted > 0:  # or NaN
         raise NotApplicable(
             f"the float twin does not learn this batch either (loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f})"
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
-from kbitcheck.facts import FLOATING, HALF, Facts, ModelFacts, TensorFacts
+from kbitcheck.facts import FLOATING, HALF, Facts, ForwardFacts, ModelFacts, TensorFacts
 from kbitcheck.rules.witness import blame
 
 NORM_KINDS = frozenset({"class", "name", "shape"})
@@ -270,13 +271,20 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         if facts.profile == "qlora" and not f.autocast:
             continue
         ok = f.finite and not f.raised
-        party, witness = Party.IMPLEMENTATION, ""
         if not ok and (f.base_raised or not f.base_finite):
-            party, witness = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
-        yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", party, witness)
+            blamed = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
+        else:
+            # Whose inputs require grad, which some models cannot bear.
+            blamed = blame(facts, ok, Party.MODEL, partial(_fails_so, f))
+        yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", *blamed)
     raised = facts.step_raised
     blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
     yield Observation("training step", not raised, "no error", raised or "none", *blamed)
+
+
+def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:
+    told = (forward.condition, forward.raised, forward.finite)
+    return any((f.condition, f.raised, f.finite) == told for f in facts.forwards)
 
 
 @rule("KB211", "no-half-trainables", Level.MUST)
