@@ -39,6 +39,8 @@ class Function(NamedTuple):
 class Base:
     """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
 
+    _no_twin = ""  # why there is none
+
     def __init__(
         self, source: Source | Given, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
     ) -> None:
@@ -53,7 +55,6 @@ class Base:
         self.weights, self.misread = layers.originals(self.pristine)
         self._functions: dict[str, Function] = {}
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
-        self._no_twin = ""
 
     def copy(self) -> Any:
         """A fresh base."""
