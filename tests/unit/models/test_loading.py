@@ -265,9 +265,10 @@ print(model.num_parameters(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 @pytest.mark.slow
 @pytest.mark.transformers5("before, weights are read from files alone, so that all are drawn first")
-def test_a_model_of_1_1b_parameters_is_never_there_in_half_precision() -> None:
+def test_a_model_of_1_1b_float32_parameters_is_never_there_unquantized() -> None:
     config = Path(__file__).parents[3] / "fixtures" / "configs" / "tinyllama-1.1b.json"
     ran = subprocess.run([sys.executable, "-c", PEAK, str(config)], capture_output=True, text=True, check=True)
     parameters, peak = map(int, ran.stdout.split())
     assert parameters == 1_100_048_384
-    assert peak < 2 * parameters  # bytes; interpreter, torch and transformers included
+    # Interpreter, torch and transformers included, and the tensors that transformers loads at a time.
+    assert peak < 4 << 30 < 4 * parameters
