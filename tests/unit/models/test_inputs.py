@@ -16,12 +16,16 @@ NF4 = Quantization()
 SHAPE: dict[str, int] = {"batch": 2, "seq_len": 8, "seed": 0}
 
 
+def since_5(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.transformers5("transformers 4 shrinks or feeds it otherwise"))
+
+
 @pytest.mark.parametrize(
     ("name", "pictures", "sounds", "fed"),
     [
-        ("arch:image-text-to-text/qwen2_vl", True, False, "text, pictures"),  # patches in a row
+        since_5("arch:image-text-to-text/qwen2_vl", True, False, "text, pictures"),  # patches in a row
         ("arch:image-text-to-text/llava_next", True, False, "text, pictures"),  # a list of pictures for each row
-        ("arch:image-text-to-text/vision-encoder-decoder", True, False, "pictures"),  # no text but the labels
+        since_5("arch:image-text-to-text/vision-encoder-decoder", True, False, "pictures"),  # no text but the labels
         ("tiny:whisper", False, True, "sounds"),  # mel bins by frames
         ("arch:speech-seq2seq/speech_to_text", False, True, "sounds"),  # frames by mel bins
         ("tiny:llama", False, False, "text"),
