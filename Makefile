@@ -53,7 +53,7 @@ gpu: $(STAMP)
 	$(BIN)/python -m pytest -n 0 -m gpu tests/gpu
 	$(BIN)/python benchmarks/gpu.py
 
-FUZZ ?= 600
+FUZZ ?= 400
 FUZZ_SEED ?= $(shell date +%j)
 
 fuzz: $(STAMP)
