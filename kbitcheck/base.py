@@ -14,10 +14,8 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core import NotApplicable, cause
-from kbitcheck.facts import (
-    ForecastFacts,
-)
-from kbitcheck.models import Source, resolve
+from kbitcheck.facts import ForecastFacts
+from kbitcheck.models import Source, source_of
 from kbitcheck.models.given import Given
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import forwards, layers, snapshot, step, targets, twin
@@ -83,6 +81,8 @@ class Base:
     def _in_float64(self) -> Iterator[None]:
         """Runs the twin in float64, for which some models' own code is not made: tried once.
 
+        torch tells of that by a ``RuntimeError``; anything else is an error of the twin, and stays one.
+
         Raises:
             NotApplicable: it does not run.
         """
@@ -90,9 +90,9 @@ class Base:
             try:
                 yield
                 return
-            except (MemoryError, torch.OutOfMemoryError):
+            except torch.OutOfMemoryError:
                 raise
-            except Exception as error:
+            except RuntimeError as error:
                 self._no_twin = f"the float64 twin of this model does not run: {cause(error)}"
         raise NotApplicable(self._no_twin)
 
@@ -186,14 +186,6 @@ def base_of(spec: CaseSpec) -> Base:
     if key not in _bases:
         while len(_bases) > 1:
             _bases.popitem(last=False)
-        source = resolve(
-            spec.model,
-            random_weights=spec.random_weights,
-            dtype=spec.dtype,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            allow_pickle=spec.allow_pickle,
-        )
-        _bases[key] = Base(source, Quantization.parse(spec.quant), spec)
+        _bases[key] = Base(source_of(spec), Quantization.parse(spec.quant), spec)
     _bases.move_to_end(key)
     return _bases[key]

@@ -9,11 +9,24 @@ from typing import Any
 from kbitcheck.core import UsageError
 from kbitcheck.models import architecture, checkpoint, config, gguf, hub, local, recipe
 from kbitcheck.models.source import Source, asked_dtype
-from kbitcheck.suite import Static
+from kbitcheck.suite import CaseSpec, Static
 
-__all__ = ["Source", "resolve"]
+__all__ = ["Source", "resolve", "source_of"]
 
 FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json, a .gguf file, or a hub id (org/name)"
+
+
+def source_of(spec: CaseSpec, *, static: Static = "never") -> Source:
+    """The source that a case names, under all its options; ``static`` and errors as of ``resolve``."""
+    return resolve(
+        spec.model,
+        static=static,
+        random_weights=spec.random_weights,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+    )
 
 
 def resolve(

@@ -10,7 +10,7 @@ import torch
 
 from kbitcheck.core import NotApplicable
 from kbitcheck.facts import HALF, ForecastFacts, ModelFacts
-from kbitcheck.models import Source, resolve
+from kbitcheck.models import Source, source_of
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import snapshot, targets
 from kbitcheck.quantization import Quantization
@@ -119,13 +119,5 @@ def static_case(spec: CaseSpec) -> StaticCase | None:
     """
     if spec.static == "never":
         return None
-    source = resolve(
-        spec.model,
-        static=spec.static,
-        random_weights=spec.random_weights,
-        dtype=spec.dtype,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        allow_pickle=spec.allow_pickle,
-    )
+    source = source_of(spec, static=spec.static)
     return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec)

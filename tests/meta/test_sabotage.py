@@ -86,7 +86,7 @@ def test_a_fault_that_is_none_is_not_caught(bases):
 
 def test_an_accelerators_fault_is_told_apart_on_a_cpu():
     if torch.cuda.is_available():
-        pytest.skip("there is an accelerator here")
+        pytest.skip("there is an accelerator here, so the fault is tried instead of being told apart")
     (verdict,) = run(["KB602"])
     assert verdict.caught is None
     assert verdict.as_json()["told"] == "needs an accelerator"
