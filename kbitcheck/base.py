@@ -117,7 +117,7 @@ class Base:
     @cached_property
     def forwards(self) -> Sequence[forwards.Forward]:
         """The unprepared base under every condition."""
-        return forwards.everywhere(self.copy(), self.batch, self.half)
+        return list(forwards.everywhere(self.copy(), self.batch, self.half))
 
     @cached_property
     def generator(self) -> bool:
@@ -158,19 +158,17 @@ class Base:
 
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
         autocast = self.autocast(spec.profile)
-        exact_model, exact_adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
-        adapter_probe.recast(exact_adapters, torch.float64)
-        rounded_model, rounded_adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
-
-        def pair(batch: step.Batch) -> twin.Pair:
-            _, exact = step.train_step(exact_model, batch, exact_adapters, seed=spec.seed, watch=False)
-            _, rounded = step.train_step(
-                rounded_model, batch, rounded_adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()
-            )
-            return twin.Pair(exact=exact, rounded=rounded)
-
-        whole, single = pair(self.batch), pair(self.single)
-        rate, losses = twin.smooth_training(exact_model, self.batch, exact_adapters, seed=spec.seed)
+        batches = (self.batch, self.single)
+        model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
+        rounded = [
+            step.train_step(model, b, adapters, seed=spec.seed, watch=False, autocast=autocast and autocast())[1]
+            for b in batches
+        ]
+        model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
+        adapter_probe.recast(adapters, torch.float64)
+        exact = [step.train_step(model, b, adapters, seed=spec.seed, watch=False)[1] for b in batches]
+        whole, single = map(twin.Pair, exact, rounded)
+        rate, losses = twin.smooth_training(model, self.batch, adapters, seed=spec.seed)
         return twin.Twins(whole=whole, single=single, losses=losses, learning_rate=rate)
 
 

@@ -364,29 +364,30 @@ class Case:
     # Fresh copies
 
     @cached_property
-    def _training(self) -> tuple[nn.Module, TrainingFacts, ModelFacts]:
+    def _training(self) -> tuple[TrainingFacts, ModelFacts, ForwardFacts]:
+        twins = self._twins
         model, adapters = self._attached_copy()
         before = snapshot.fingerprints(adapters)
         losses = twin.train(
             model,
             self.batch,
             adapters,
-            learning_rate=self._twins.learning_rate,
+            learning_rate=twins.learning_rate,
             autocast=self._base.autocast(self.profile),
             seed=self.spec.seed,
         )
         after = snapshot.fingerprints(adapters)
         changed = frozenset(n for n in before if before[n] != after[n])
-        facts = TrainingFacts(losses=losses, twin_losses=self._twins.losses, changed=changed)
-        return model, facts, snapshot.snapshot(model, adapters)
+        facts = TrainingFacts(losses=losses, twin_losses=twins.losses, changed=changed)
+        return facts, snapshot.snapshot(model, adapters), forwards.generate(model, self.batch)
 
     @property
     def training(self) -> TrainingFacts:
-        return self._training[1]
+        return self._training[0]
 
     @property
     def trained(self) -> ModelFacts:
-        return self._training[2]
+        return self._training[1]
 
     @property
     def generator(self) -> bool:
@@ -423,23 +424,18 @@ class Case:
             seed=self.spec.seed,
         )
 
-    @cached_property
+    @property
     def generates(self) -> ForwardFacts:
-        return forwards.generate(self._training[0], self.batch)
-
-    @cached_property
-    def _used_up(self) -> tuple[nn.Module, Sequence[forwards.Forward]]:
-        """A copy that ran under every condition."""
-        model = self._prepared_copy()
-        return model, forwards.everywhere(model, self.batch, self._base.half)
+        return self._training[2]
 
     @cached_property
     def forwards(self) -> Sequence[ForwardFacts]:
-        return forwards.compare(self._used_up[1], self._base.forwards)
+        known = self._base.forwards
+        return forwards.compare(forwards.everywhere(self._prepared_copy(), self.batch, self._base.half), known)
 
     @cached_property
     def left_by_evaluation(self) -> int:
-        return memory.left_by_evaluation(self._used_up[0], self.batch, self._autocast())
+        return memory.left_by_evaluation(self._prepared_copy(), self.batch, self._base.autocast(self.profile))
 
     @cached_property
     def function(self) -> FunctionFacts:

@@ -25,6 +25,7 @@ QUIET = {
     "BITSANDBYTES_NOWELCOME": "1",
     "PYTHONUNBUFFERED": "1",  # or last words are lost
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other process
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),  # glibc returns a large tensor's memory when it is freed, not some day
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
 }
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
@@ -83,21 +83,18 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
     return finite, "", targets.Routed(output.logits.detach(), routes)
 
 
-def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> list[Forward]:
-    """A forward under every condition. The model is used up: eval mode may repack weights."""
-    found = [
-        Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
-        for text, inputs, training, auto in conditions(batch)
-    ]
+def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
+    """A forward under every condition, each run when asked for. The model is used up: eval mode may repack weights."""
+    for text, inputs, training, auto in conditions(batch):
+        yield Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
     if not bool(batch.get("attention_mask", torch.ones(1)).all()):
         padded = run(model, left_padded(batch), training=False, autocast=None)
-        found.append(Forward("eval, left padding, no autocast", False, *padded, optional=True))
+        yield Forward("eval, left padding, no autocast", False, *padded, optional=True)
     if "input_ids" in batch:
-        found.append(Forward(EMBEDDED, False, *embedded(model, batch), optional=True))
+        yield Forward(EMBEDDED, False, *embedded(model, batch), optional=True)
     can = getattr(model, "can_generate", None)
     if can and can():
-        found.append(Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True))
-    return found
+        yield Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True)
 
 
 def embedded(model: Any, batch: step.Batch) -> Ran:
@@ -158,7 +155,7 @@ def generated(model: Any, batch: step.Batch) -> Ran:
     return bool(torch.isfinite(logits).all()), "", targets.Routed(logits, routes)
 
 
-def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
+def compare(found: Iterable[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
     """The prepared model's forwards beside the unprepared base's."""
     uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}

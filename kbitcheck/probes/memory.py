@@ -165,9 +165,17 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     return found
 
 
-def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None) -> int:
-    """Bytes that a forward in eval mode leaves behind. The model ran before: its first makes what the stack keeps."""
+def left_by_evaluation(
+    model: nn.Module, batch: step.Batch, autocast: Callable[[], AbstractContextManager[Any]] | None
+) -> int:
+    """Bytes that a forward in eval mode leaves behind, after a first one, which makes what the stack keeps."""
     model.eval()
+
+    def run() -> None:
+        with torch.no_grad(), autocast() if autocast else nullcontext():
+            model(**step.feed(model, batch))
+
+    run()
     # Operators that answer with a view of a weight make no storage.
     live = Live()
     live.tag = MODEL
@@ -175,8 +183,8 @@ def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: AbstractCo
         live.add(tensor)
     live.tag, floor = OUTSIDE, live.now
     with only_new_garbage():
-        with torch.no_grad(), live, autocast or nullcontext():
-            model(**step.feed(model, batch))
+        with live:
+            run()
         gc.collect()
     return live.now - floor - _scratch(model, live)
 

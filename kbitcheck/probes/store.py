@@ -30,15 +30,20 @@ def round_trip(
     """
     keys = frozenset(prepared.state_dict())
     missing, unexpected = tuple(sorted(base_keys - keys)), tuple(sorted(keys - base_keys))
+
+    def logits(model: nn.Module) -> torch.Tensor:
+        return twin.forward_logits(model, batch, autocast() if autocast else None)
+
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
         try:
             prepared.save_pretrained(folder)
-            again = reload(folder)
-            here, adapters = attach(prepared)
-            there, fresh = attach(again)
-            _carry_over(adapters, fresh, folder)
-            first = twin.forward_logits(here, batch, autocast() if autocast else None)
-            second = twin.forward_logits(there, batch, autocast() if autocast else None)
+            model, adapters = attach(prepared)
+            file = _saved(adapters, folder)
+            first = logits(model)
+            del prepared, model, adapters  # no more than one of them is there at a time
+            model, adapters = attach(reload(folder))
+            _load(adapters, file)
+            second = logits(model)
         except Exception as error:
             raised = cause(error)
             return StoreFacts(missing=missing, unexpected=unexpected, raised=raised, logits=None)
@@ -50,12 +55,19 @@ def round_trip(
     )
 
 
-def _carry_over(saved: Mapping[str, nn.Parameter], fresh: Mapping[str, nn.Parameter], folder: str) -> None:
-    """Adapters to a file and back into the other model, whose own were blanked."""
-    from safetensors.torch import load_file, save_file
+def _saved(adapters: Mapping[str, nn.Parameter], folder: str) -> str:
+    """The file that the adapters were written to."""
+    from safetensors.torch import save_file
 
     path = f"{folder}/kbitcheck-adapters.safetensors"
-    save_file({n: p.detach().clone().contiguous() for n, p in saved.items()}, path)
-    loaded = load_file(path)
-    for name, parameter in fresh.items():
+    save_file({n: p.detach().clone().contiguous() for n, p in adapters.items()}, path)
+    return path
+
+
+def _load(adapters: Mapping[str, nn.Parameter], file: str) -> None:
+    """Back from a file into another model's adapters, whose own numbers are blanked."""
+    from safetensors.torch import load_file
+
+    loaded = load_file(file)
+    for name, parameter in adapters.items():
         parameter.data = torch.zeros_like(parameter).copy_(loaded[name])

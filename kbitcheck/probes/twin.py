@@ -20,6 +20,7 @@ from kbitcheck.facts import GradientFacts
 from kbitcheck.probes import step
 from kbitcheck.probes.layers import Read, Weights
 from kbitcheck.probes.snapshot import norm_evidence
+from kbitcheck.probes.widened import Widened
 
 STEPS = 4
 LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
@@ -27,6 +28,8 @@ WEIGHT_DECAY = 0.1
 # Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
 # gradient is rounding noise from walking at random.
 EPSILON = 1e-3
+# A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
+LARGE_BYTES = 16 << 20
 
 
 Round = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +105,7 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
         read = weights.reader(lambda: weights[name])
         return TwinLinear(backends.shape(module), read, bias, torch.float64, module.weight.device)
 
-    twin: Any = _replaced(base, plain)
+    twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
     if hasattr(twin, "set_experts_implementation"):
         twin.set_experts_implementation("eager")  # the grouped product knows no float64
     doubled: nn.Module = twin.double()
@@ -135,20 +138,39 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
             backward_read=None if unpacked == compute else weights.reader(lambda: unpack().to(unpacked)),
         )
 
-    twin = _replaced(base, plain)
+    def wide(name: str, module: nn.Module) -> torch.dtype | None:
+        if profile == "peft" or (profile == "qlora" and norm_evidence(name, module)):
+            return torch.float32
+        return None
+
+    twin = _replaced(base, plain, wide)
     for name, module in twin.named_modules():
-        if isinstance(module, TwinLinear) or profile == "frozen-half":
-            continue
-        if profile == "peft" or norm_evidence(name, module):
+        if not isinstance(module, TwinLinear) and wide(name, module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
     return twin
 
 
-def _replaced(model: nn.Module, build: Callable[[str, Any], nn.Module]) -> nn.Module:
-    """A copy of a model with its quantized layers replaced, of which nothing packed is copied."""
-    instead = {id(m): build(n, m) for n, m in model.named_modules() if backends.is_quantized(m)}
+def _replaced(
+    model: nn.Module,
+    build: Callable[[str, Any], nn.Module],
+    wide: Callable[[str, nn.Module], torch.dtype | None],
+) -> nn.Module:
+    """A copy of a model with its quantized layers replaced, of which nothing packed and no large parameter is copied.
+
+    ``wide`` says in which dtype a module's parameters will compute: large ones are read from ``model`` in that.
+    """
+    instead: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if backends.is_quantized(module):
+            instead[id(module)] = build(name, module)
+        elif dtype := wide(name, module):
+            for parameter in module.parameters(recurse=False):
+                narrower = parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize
+                if narrower and parameter.numel() * dtype.itemsize > LARGE_BYTES:
+                    widened = Widened(parameter.detach(), dtype)
+                    instead[id(parameter)] = nn.Parameter(widened, requires_grad=False)
     return copy.deepcopy(model, instead)
 
 

@@ -58,7 +58,7 @@ def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
         count: how many codes to return; an odd count leaves the last low nibble unused.
 
     Returns:
-        Codes 0 to 15, int64, shape ``(count,)``.
+        Codes 0 to 15, int32, shape ``(count,)``.
 
     Raises:
         ValueError: the storage holds fewer than ``count`` codes.
@@ -67,7 +67,7 @@ def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
     if 2 * raw.numel() < count:
         message = f"{raw.numel()} bytes hold {2 * raw.numel()} codes of 4 bits, fewer than the {count} wanted"
         raise ValueError(message)
-    return torch.stack([raw >> 4, raw & 0xF], dim=1).reshape(-1)[:count].long()
+    return torch.stack([raw >> 4, raw & 0xF], dim=1).reshape(-1)[:count].int()
 
 
 def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
@@ -88,8 +88,10 @@ def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> 
     if absmax.numel() < blocks:
         message = f"{values.numel()} values in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}"
         raise ValueError(message)
-    scales = absmax.detach().reshape(-1).double().repeat_interleave(blocksize)
-    return values * scales[: values.numel()]
+    scales = absmax.detach().reshape(-1)[:blocks].double()
+    if values.numel() == blocks * blocksize:
+        return (values.reshape(blocks, blocksize) * scales.unsqueeze(1)).reshape(-1)
+    return values * scales.repeat_interleave(blocksize)[: values.numel()]
 
 
 def dequantize_blockwise4(

@@ -1,0 +1,64 @@
+"""A parameter that computes in a wider dtype than it is stored in, so that a float twin holds no second copy of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+# What only says otherwise which elements are meant, or in what order.
+VIEWS = frozenset({
+    aten.alias.default, aten.detach.default, aten.expand.default, aten.permute.default, aten.select.int,
+    aten.slice.Tensor, aten.split.Tensor, aten.squeeze.dim, aten.t.default, aten.transpose.int, aten.unbind.int,
+    aten.unsqueeze.default, aten.view.default,
+})  # fmt: skip
+PIECE = 1 << 20  # elements of a matrix that are widened at once for a product
+# What picks elements, before they are widened.
+PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index.Tensor})
+
+
+class Widened(torch.Tensor):
+    """A frozen tensor that reads as ``dtype``; its numbers are those of ``narrow``, widened whenever they are used.
+
+    Widening is exact, so what is computed from it is what a widened copy would give: bitwise, but for products with
+    matrices in float64, which are widened and multiplied piece by piece.
+    """
+
+    narrow: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, narrow: torch.Tensor, dtype: torch.dtype) -> Widened:
+        made: Widened = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, narrow.shape, strides=narrow.stride(), dtype=dtype, device=narrow.device
+        )
+        made.narrow = narrow
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = next(a for a in args if isinstance(a, torch.Tensor))
+        if func in VIEWS:
+            dtype = first.dtype
+            narrow = func(first.narrow, *args[1:], **kwargs)
+            return tree_map_only(torch.Tensor, lambda t: cls(t, dtype), narrow)
+        if func in PICKS and isinstance(first, cls):
+            return func(first.narrow, *args[1:], **kwargs).to(first.dtype)
+        if func is aten.mm.default and isinstance(args[1], cls) and args[1].dtype == torch.float64:
+            return _product(args[0], args[1].narrow)
+        args, kwargs = tree_map_only(cls, lambda t: t.narrow.to(t.dtype), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _product(x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """``x @ narrow.double()``, without that matrix as a whole; ``x`` is (n, rows) in float64."""
+    rows, columns = narrow.shape
+    size = max(1, PIECE // min(rows, columns))
+    if columns > rows:
+        return torch.cat([x @ piece.double() for piece in narrow.split(size, dim=1)], dim=1)
+    total = x.new_zeros(x.shape[0], columns)
+    for part, piece in zip(x.split(size, dim=1), narrow.split(size), strict=True):
+        total.addmm_(part, piece.double())
+    return total
