@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,12 @@ def _sees(model: PreTrainedModel, made: Batch) -> bool:
     pixels = [key for key in made if key in PIXELS]
     if not pixels:
         return True
+    others = {key: made[key].clone() for key in pixels}
+    for other in others.values():
+        other[..., 2:].neg_()  # the first two may be a patch's row and column
     with torch.no_grad():
-        one, other = (
-            copy.deepcopy(model).eval()(**batch).logits
-            for batch in (made, {**made, **{key: made[key].flip(-1).neg() for key in pixels}})
-        )
-    return not torch.equal(one, other)
+        one, two = (copy.deepcopy(model).eval()(**batch).logits for batch in (made, {**made, **others}))
+    return not torch.equal(one, two)
 
 
 def kinds(batch: Mapping[str, Tensor]) -> str:
@@ -98,11 +98,7 @@ def _with_pictures(
     read = _taken(layout(model.config, tokens, batch), accepted)
     with torch.no_grad():
         features = _reader(model.eval())(**fit(read, model))  # type: ignore[misc]
-    for name in ("pooler_output", "last_hidden_state"):
-        if getattr(features, name, None) is not None:
-            features = getattr(features, name)
-    parts = features if isinstance(features, list | tuple) else [features]
-    count = sum(part.numel() // part.shape[-1] for part in parts) // batch
+    count = sum(part.numel() // part.shape[-1] for part in _parts(features)) // batch
     made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
     made["input_ids"][:, 1 : 1 + count] = _image_token(model.config)
     if made["labels"].shape == made["input_ids"].shape:
@@ -111,6 +107,16 @@ def _with_pictures(
     marks[:, 1 : 1 + count] = 1
     made |= {key: marks for key in MARKS if key in accepted}
     return fit({**made, **read}, model)
+
+
+def _parts(features: Any) -> Sequence[Tensor]:
+    """What pictures became, whatever holds it: one tensor, or one for each picture."""
+    found = getattr(features, "pooler_output", None)
+    if found is None and (layers := getattr(features, "deepstack_features", None)):
+        found = layers[0][1]  # for each layer that reads them; the same number in all
+    if found is None:
+        found = getattr(features, "last_hidden_state", features)
+    return found if isinstance(found, list | tuple) else [found]
 
 
 def _reader(model: Any) -> Callable[..., Any] | None:
@@ -249,7 +255,13 @@ def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
     merges = (
         getattr(part, name, None)
         for part in (vision, config)
-        for name in ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "pooling_kernel_size")
+        for name in (
+            "spatial_merge_size",
+            "merge_size",
+            "merge_kernel_size",
+            "downsample_factor",
+            "pooling_kernel_size",
+        )
     )
     merge = _number(next((m for m in merges if m is not None), 1))
     frames = getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1))
@@ -304,6 +316,9 @@ def _rows(config: Any, tokens: Tokens, batch: int) -> Batch:
         "image_position_ids": places.expand(batch, -1, -1),
         "spatial_shapes": torch.tensor([[side, side]] * batch),
         "pixel_attention_mask": torch.ones(batch, side * side, dtype=torch.int64),
+        # Two neighbours become one token.
+        "image_token_pooling": torch.arange(batch * side * side).view(-1, 2),
+        "image_grids": torch.tensor([[side, side // 2, 0, 0]] * batch),
     }
 
 

@@ -70,10 +70,12 @@ NO_DEPTH = re.compile(
     r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
 )
 PERIOD = re.compile(r".*_(period|interval|pattern|step|every_n_layers)")
-OFFSET = re.compile(r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers|insert_layer_id")
+OFFSET = re.compile(
+    r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers|insert_layer_id"
+)
 KEY_VALUE_HEADS = re.compile(r".*(key_value|kv|key)_heads|num_query_groups")
 QUERY_HEADS = re.compile(r".*(attention|query|value|n|num)_heads?")
-TOKEN = re.compile(r"(?!num_).*(token_ids?|token_index|_tokens)|(unk|mask)_index")
+TOKEN = re.compile(r"(?!num_).*(token_ids?|token_index|_tokens|patch_id)|im_.*_id|(unk|mask)_index")
 
 # What a default configuration leaves open and some models of the same library then trip over.
 OPEN = {
@@ -88,6 +90,7 @@ OPEN = {
     "eos_token_id": 2,
 }
 NEEDED = ("pad_token_id", "eos_token_id")
+SKIP = "skip"  # in families.toml no field, but the modules that quantizing has to leave alone
 
 
 def tiny(cls: type[PretrainedConfig], *, decoder: bool = False) -> Fields:
@@ -111,6 +114,7 @@ class _Shrinker:
         told: Mapping[str, Any] | None = None,
     ) -> Fields:
         told = {**families().get(cls.model_type, {}), **(told or {})}
+        told.pop(SKIP, None)
         default = default or cls()
         # A part that the default leaves open is of the type that families.toml tells.
         given = {name: _part(told.get(name)) if v is None else v for name, v in _values(default).items()}
@@ -138,6 +142,8 @@ class _Shrinker:
         if TOKEN.fullmatch(name):
             return self._token(value)
         if isinstance(value, list | tuple):
+            if _are_indices(value, layers):
+                return [v for v in value if v < depth] or [depth - 1]
             # What is inside an entry is no list with an entry for each layer.
             return _cut([self._field(name, v, given, 0, depth) for v in value], name, layers, depth)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -197,9 +203,7 @@ def _kinds(values: Sequence[Any]) -> list[Any]:
 
 
 def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]:
-    """A list with an entry for each layer, or of layers' indices, for fewer layers; any other list as it is."""
-    if _are_indices(values, layers):
-        return [v for v in values if v < depth] or [depth - 1]
+    """A list with an entry for each layer, for fewer layers; any other list as it is."""
     if len(values) != layers or layers <= depth:
         return list(values)
     kinds = _kinds(values)[:depth]
