@@ -73,10 +73,10 @@ def _forms(
     if pictures:
         if "pixel_values" in accepted:
             yield lambda m: draw(m, **shape)
-        for layout in (_patches, _plain, _nested, _tiles, _tiled, _squares, _row_of_squares, _strip, _blocks, _rows):
+        for layout in WITHIN_TEXT:
             if _reader(model) and "input_ids" in accepted:
                 yield lambda m, layout=layout: _with_pictures(m, layout, **shape)  # type: ignore[misc]
-        for layout in (_plain, _nested, _tiles_in_one, _flattened):
+        for layout in BESIDE_TEXT:
             for labels in (None, seq_len):
                 yield lambda m, layout=layout, labels=labels: _with_pictures_beside(m, layout, labels, **shape)  # type: ignore[misc]
     if sounds:
@@ -307,6 +307,13 @@ def _blocks(config: Any, tokens: Tokens, batch: int) -> Batch:
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 2]] * batch)}
 
 
+def _cubes(config: Any, tokens: Tokens, batch: int) -> Batch:
+    """Patches in a row, each with its moments, colours last."""
+    vision = _vision(config)
+    moments, patch = getattr(vision, "temporal_patch_size", 1), _number(vision.patch_size)
+    return {"pixel_values": tokens.features(batch * 4, moments, patch, patch, _channels(vision))}
+
+
 def _rows(config: Any, tokens: Tokens, batch: int) -> Batch:
     """For each picture its patches in a row, with the place of each, padded to one length: here none is."""
     side, width, _ = _grid(config, batch)
@@ -328,6 +335,13 @@ def _flattened(config: Any, tokens: Tokens, batch: int) -> Batch:
     width = getattr(vision, "patch_embed_hidden_size", None) or _channels(vision) * _number(vision.patch_size) ** 2
     places = torch.cartesian_prod(torch.arange(1.0, 3.0), torch.arange(1.0, 3.0)).expand(batch, -1, -1)
     return {"flattened_patches": torch.cat([places, tokens.features(batch, 4, width)], dim=-1)}
+
+
+# Where several would do, the first is what the model's own processor makes.
+WITHIN_TEXT = (
+    _patches, _plain, _nested, _tiles, _tiled, _squares, _row_of_squares, _strip, _blocks, _cubes, _rows,
+)  # fmt: skip
+BESIDE_TEXT = (_plain, _nested, _tiles_in_one, _flattened)
 
 
 # Sounds

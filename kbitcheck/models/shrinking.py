@@ -227,7 +227,7 @@ def _values(config: PretrainedConfig) -> Fields:
 
 def _part(told: Any) -> PretrainedConfig | None:
     kind = told.get("model_type") if isinstance(told, Mapping) else None
-    return CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
+    return None if kind is None else CONFIG_MAPPING[kind]()
 
 
 def _parameters(cls: type[PretrainedConfig]) -> frozenset[str]:
