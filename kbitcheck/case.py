@@ -36,6 +36,7 @@ from kbitcheck.facts import (
     TrainingFacts,
     Unavailable,
 )
+from kbitcheck.models.batch import first_rows
 from kbitcheck.models.given import Given
 from kbitcheck.models.inputs import kinds
 from kbitcheck.probes import adapters as adapter_probe
@@ -333,7 +334,7 @@ class Case:
         # Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
         # bias in place to whatever dtype comes in.
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
-        single = {k: v[:1] for k, v in self.batch.items()}
+        single = first_rows(self.batch, 1)
         if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
         fresh, fresh_adapters = self._attached_copy()
