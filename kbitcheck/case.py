@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kbitcheck import backends, summary
-from kbitcheck.base import Attached, Base, base_of
+from kbitcheck.base import Attached, Base, Function, base_of
 from kbitcheck.core import NotApplicable, UsageError, cause
 from kbitcheck.facts import (
     HALF,
@@ -445,8 +445,15 @@ class Case:
     @cached_property
     def function(self) -> FunctionFacts:
         self._needs_to_run()
-        known = self._base.function(self.profile)
-        found, routes = self._base.logits(self._prepared_copy(), self.profile)
+        return self._measured(self._base.function(self.profile), self._base.logits(self._prepared_copy(), self.profile))
+
+    @cached_property
+    def function_as_loaded(self) -> FunctionFacts:
+        known = self._base.function("frozen-half")
+        return self._measured(known, known.original)
+
+    def _measured(self, known: Function, routed: targets.Routed) -> FunctionFacts:
+        found, routes = routed.logits, routed.routes
         target = known.exact.logits
         keep = targets.unmoved(target, known.exact.routes, routes, known.original.routes, known.rounded.routes)
         return FunctionFacts(
