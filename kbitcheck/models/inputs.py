@@ -288,11 +288,6 @@ def _squares(config: Any, tokens: Tokens, batch: int) -> Batch:
     return {"pixel_values": tokens.features(batch * side * side, _channels(vision), patch, patch), **told}
 
 
-def _row_of_squares(config: Any, tokens: Tokens, batch: int) -> Batch:
-    made = _squares(config, tokens, batch)
-    return {**made, "pixel_values": made["pixel_values"].unsqueeze(0)}
-
-
 def _strip(config: Any, tokens: Tokens, batch: int) -> Batch:
     """All patches of all pictures beside each other in one low picture, as MiniCPM-V reads them."""
     made = _squares(config, tokens, batch)
@@ -339,7 +334,7 @@ def _flattened(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 # Where several would do, the first is what the model's own processor makes.
 WITHIN_TEXT = (
-    _patches, _plain, _nested, _tiles, _tiled, _squares, _row_of_squares, _strip, _blocks, _cubes, _rows,
+    _patches, _plain, _nested, _tiles, _tiled, _strip, _squares, _blocks, _cubes, _rows,
 )  # fmt: skip
 BESIDE_TEXT = (_plain, _nested, _tiles_in_one, _flattened)
 
