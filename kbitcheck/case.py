@@ -19,6 +19,7 @@ from kbitcheck import backends, summary
 from kbitcheck.base import Attached, Base, Function, base_of
 from kbitcheck.core import NotApplicable, UsageError, cause
 from kbitcheck.facts import (
+    CANNOT_RUN,
     HALF,
     CallFacts,
     CostFacts,
@@ -167,7 +168,7 @@ class Case:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             fed = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
             if f.raised and not f.base_raised and f.autocast is mixed and fed:
-                raise NotApplicable(f"the prepared model does not run (KB210): {f.raised}")
+                raise NotApplicable(f"{CANNOT_RUN}{f.raised}")
 
     def _attached_copy(self, **wanted: Any) -> Attached:
         self._needs_to_run()
@@ -537,9 +538,12 @@ class Case:
         library = "peft" if self.spec.adapters == "peft" or targets.peft_installed() else "reference"
         # PEFT refuses some targets, which is KB905's to tell.
         fit = [name for name in self._base.targets if name not in self.unfit_targets]
-        model, adapters = adapter_probe.attach(
-            self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
-        )
+        try:
+            model, adapters = adapter_probe.attach(
+                self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+            )
+        except NotImplementedError as error:  # of some classes the embedding is not to be had
+            raise NotApplicable(f"{library} cannot put adapters on this model: {cause(error)}") from error
         before = frozenset(n for n, p in adapters.items() if p.requires_grad)
         returned, facts = call(self.prepare, model, **self.wanted)
         after = returned if isinstance(returned, nn.Module) else model

@@ -29,7 +29,7 @@ class Float(nn.Module):
 
 
 def test_a_wrapped_layer_tells_its_sizes() -> None:
-    model = lora.attach(Float(), targets=["fc", "conv"])
+    model: Any = lora.attach(Float(), targets=["fc", "conv"])
     assert (model.fc.in_features, model.fc.out_features) == (6, 5)
     assert (model.conv.in_features, model.conv.out_features) == (5, 4)
 
