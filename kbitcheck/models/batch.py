@@ -74,7 +74,7 @@ def first_rows(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
     Pictures may come as patches, several for each row, in the first dimension or, where that holds all pictures, in the
     longest one.
     """
-    total = len(next(batch[key] for key in ("input_ids", "labels") if key in batch))
+    total = len(next((batch[key] for key in ("input_ids", "labels") if key in batch), next(iter(batch.values()))))
     if rows >= total:
         return dict(batch)
 
