@@ -332,7 +332,7 @@ def _flattened(config: Any, tokens: Tokens, batch: int) -> Batch:
     return {"flattened_patches": torch.cat([places, tokens.features(batch, 4, width)], dim=-1)}
 
 
-# Where several would do, the first is what the model's own processor makes.
+# The first that fits is taken: a strip before squares, of which MiniCPM-V would read the first alone.
 WITHIN_TEXT = (
     _patches, _plain, _nested, _tiles, _tiled, _strip, _squares, _blocks, _cubes, _rows,
 )  # fmt: skip
