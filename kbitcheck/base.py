@@ -16,6 +16,7 @@ from kbitcheck import backends
 from kbitcheck.core import NotApplicable, cause
 from kbitcheck.facts import ForecastFacts
 from kbitcheck.models import Source, source_of
+from kbitcheck.models.batch import first_rows
 from kbitcheck.models.given import Given
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import forwards, layers, snapshot, step, targets, twin
@@ -61,7 +62,7 @@ class Base:
     @property
     def single(self) -> step.Batch:
         """The batch's first row alone, without a mask."""
-        return {k: v[:1] for k, v in self.batch.items() if k != "attention_mask"}
+        return {k: v for k, v in first_rows(self.batch, 1).items() if k != "attention_mask"}
 
     @cached_property
     def compute(self) -> torch.dtype:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from kbitcheck import backends, summary
-from kbitcheck.base import Attached, Base, base_of
+from kbitcheck.base import Attached, Base, Function, base_of
 from kbitcheck.core import NotApplicable, UsageError, cause
 from kbitcheck.facts import (
+    CANNOT_RUN,
     HALF,
     CallFacts,
     CostFacts,
@@ -36,6 +37,7 @@ from kbitcheck.facts import (
     TrainingFacts,
     Unavailable,
 )
+from kbitcheck.models.batch import first_rows
 from kbitcheck.models.given import Given
 from kbitcheck.models.inputs import kinds
 from kbitcheck.probes import adapters as adapter_probe
@@ -166,7 +168,7 @@ class Case:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             fed = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
             if f.raised and not f.base_raised and f.autocast is mixed and fed:
-                raise NotApplicable(f"the prepared model does not run (KB210): {f.raised}")
+                raise NotApplicable(f"{CANNOT_RUN}{f.raised}")
 
     def _attached_copy(self, **wanted: Any) -> Attached:
         self._needs_to_run()
@@ -333,7 +335,7 @@ class Case:
         # Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
         # bias in place to whatever dtype comes in.
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
-        single = {k: v[:1] for k, v in self.batch.items()}
+        single = first_rows(self.batch, 1)
         if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
         fresh, fresh_adapters = self._attached_copy()
@@ -440,8 +442,15 @@ class Case:
     @cached_property
     def function(self) -> FunctionFacts:
         self._needs_to_run()
-        known = self._base.function(self.profile)
-        found, routes = self._base.logits(self._prepared_copy(), self.profile)
+        return self._measured(self._base.function(self.profile), self._base.logits(self._prepared_copy(), self.profile))
+
+    @cached_property
+    def function_as_loaded(self) -> FunctionFacts:
+        known = self._base.function("frozen-half")
+        return self._measured(known, known.original)
+
+    def _measured(self, known: Function, routed: targets.Routed) -> FunctionFacts:
+        found, routes = routed.logits, routed.routes
         target = known.exact.logits
         keep = targets.unmoved(target, known.exact.routes, routes, known.original.routes, known.rounded.routes)
         return FunctionFacts(
@@ -525,9 +534,12 @@ class Case:
         library = "peft" if self.spec.adapters == "peft" or targets.peft_installed() else "reference"
         # PEFT refuses some targets, which is KB905's to tell.
         fit = [name for name in self._base.targets if name not in self.unfit_targets]
-        model, adapters = adapter_probe.attach(
-            self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
-        )
+        try:
+            model, adapters = adapter_probe.attach(
+                self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+            )
+        except NotImplementedError as error:  # of some classes the embedding is not to be had
+            raise NotApplicable(f"{library} cannot put adapters on this model: {cause(error)}") from error
         before = frozenset(n for n, p in adapters.items() if p.requires_grad)
         returned, facts = call(self.prepare, model, **self.wanted)
         after = returned if isinstance(returned, nn.Module) else model

@@ -17,6 +17,9 @@ class Unavailable(Exception):
     """A fact that this case cannot give, with the reason; a rule that reads it becomes an ERROR."""
 
 
+CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFacts:
     """One parameter or buffer. ``storage`` numbers the memory it lives in: equal numbers share it.
@@ -513,6 +516,11 @@ class Facts(Protocol):
 
     @property
     def function(self) -> FunctionFacts: ...
+    @property
+    def function_as_loaded(self) -> FunctionFacts:
+        """As ``function``, of the unprepared base, by the yardstick of the dtypes that it was loaded in."""
+        ...
+
     @property
     def training(self) -> TrainingFacts: ...
     @property

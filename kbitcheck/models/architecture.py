@@ -87,6 +87,12 @@ class Architecture(Source):
 
         return meta.build(replace(self, config=self.fields()), quant)
 
+    def _complete(self, quant: Quantization) -> Quantization:
+        from kbitcheck.models import shrinking
+
+        skip = shrinking.families().get(self.model_type, {}).get(shrinking.SKIP, ())
+        return replace(quant, skip=tuple(dict.fromkeys((*skip, *quant.skip))))
+
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,23 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
     dtype = next((k.dtype for k in kernels), model.dtype)
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+def first_rows(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """A batch of the first ``rows`` rows of another, each with its pictures.
+
+    Pictures may come as patches, several for each row, in the first dimension or, where that holds all pictures, in the
+    longest one.
+    """
+    total = len(next((batch[key] for key in ("input_ids", "labels") if key in batch), next(iter(batch.values()))))
+    if rows >= total:
+        return dict(batch)
+
+    def cut(tensor: Tensor) -> Tensor:
+        dim = 0 if len(tensor) % total == 0 else tensor.shape.index(max(tensor.shape))
+        return tensor.narrow(dim, 0, tensor.shape[dim] * rows // total)
+
+    return {key: cut(value) for key, value in batch.items()}
 
 
 class Tokens:

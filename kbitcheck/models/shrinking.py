@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 Fields = dict[str, Any]
 
@@ -49,29 +50,39 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r"(.*_)?n?_?groups", 2),
     (r"mamba_d_ssm", 128),
     # Pictures and sounds
-    (r"image_size", 16),
+    (r"image_size|image_grid_pinpoints", 16),
     (r"patch_size", 8),
+    (r"mm_tokens_per_image", 4),  # as many as the picture has patches
     (r"num_mel_bins|.*mel_bins|input_feat_per_channel", 16),
     # Widths
     (r"hidden_size_per_layer_input", 16),
-    (r".*(intermediate|inner|ffn|feed_?forward|d_ff|dff|dim_ff|_mid_).*|d_inner", 128),
-    (r".*(hidden|embed|embedding|emb|proj|out)_?(size|dim|width|channels?).*|(d|dim)_?model|n_embd|dim|lru_width", 64),
-    (r".*conv_(dim|channels|out_channels|hidden_size)|.*(in|out)_dim|.*_out_channel|input_size", 64),
+    (r".*(intermediate|inner|ffn|feed_?forward|d_ff|dff|dim_ff|mlp_dim|_mid_).*|d_inner", 128),
+    (r".*(hidden|embed|embedding|emb|proj|projection|out|output)_?(size|dim|width|channels?).*", 64),
+    (r"(d|dim)_?model|n_embd|dim|lru_width|.*conv_(dim|channels|out_channels|hidden_size)", 64),
+    (r".*(in|out)_dim|.*_out_channel|(.*_)?input_(size|dim)|.*conv_in_channels|downsample_channels", 64),
+    (r"latent_query_num|num_query_tokens|.*n(um)?_latents", 4),
+    # What a picture is turned into by an autoencoder
+    (r"base_channels|latent_channels", 32),
+    (r"codebook_size|num_embeddings", 64),
 )
 DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depth|.*_depth")
 NO_DEPTH = re.compile(
     r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
 )
 PERIOD = re.compile(r".*_(period|interval|pattern|step|every_n_layers)")
-OFFSET = re.compile(r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers")
+OFFSET = re.compile(
+    r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers|insert_layer_id"
+)
 KEY_VALUE_HEADS = re.compile(r".*(key_value|kv|key)_heads|num_query_groups")
 QUERY_HEADS = re.compile(r".*(attention|query|value|n|num)_heads?")
-TOKEN = re.compile(r".*(token_ids?|token_index|_tokens)|(unk|mask)_index")
+TOKEN = re.compile(r"(?!num_).*(token_ids?|token_index|_tokens|patch_id)|im_.*_id|(unk|mask)_index")
 
 # What a default configuration leaves open and some models of the same library then trip over.
 OPEN = {
     "head_dim": 16,
     "num_key_value_heads": HEADS,
+    "image_token_id": VOCABULARY - 32,
+    "image_token_index": VOCABULARY - 32,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -79,6 +90,7 @@ OPEN = {
     "eos_token_id": 2,
 }
 NEEDED = ("pad_token_id", "eos_token_id")
+SKIP = "skip"  # in families.toml no field, but the modules that quantizing has to leave alone
 
 
 def tiny(cls: type[PretrainedConfig], *, decoder: bool = False) -> Fields:
@@ -102,9 +114,12 @@ class _Shrinker:
         told: Mapping[str, Any] | None = None,
     ) -> Fields:
         told = {**families().get(cls.model_type, {}), **(told or {})}
+        told.pop(SKIP, None)
         default = default or cls()
-        given = _values(default)
+        # A part that the default leaves open is of the type that families.toml tells.
+        given = {name: _part(told.get(name)) if v is None else v for name, v in _values(default).items()}
         fixed = {k: v for k, v in told.items() if not isinstance(given.get(k), PretrainedConfig)}
+        own = _values(cls())  # a part's default within the whole need not be the default of its class
         layers, depth = _layers(given), _depth(given)
         found: Fields = {}
         for name, value in given.items():
@@ -113,7 +128,7 @@ class _Shrinker:
                 found[name] = {"model_type": value.model_type, **part}
             elif name not in told:
                 new = self._field(name, value, given, layers, depth)
-                if new != value:
+                if new != value or value != own[name]:
                     found[name] = new
         if "vocab_size" in given:
             found |= {k: OPEN[k] for k in NEEDED if given.get(k) is None}
@@ -127,7 +142,10 @@ class _Shrinker:
         if TOKEN.fullmatch(name):
             return self._token(value)
         if isinstance(value, list | tuple):
-            return _cut([self._field(name, v, given, layers, depth) for v in value], name, layers, depth)
+            if _are_indices(value, layers):
+                return [v for v in value if v < depth] or [depth - 1]
+            # What is inside an entry is no list with an entry for each layer.
+            return _cut([self._field(name, v, given, 0, depth) for v in value], name, layers, depth)
         if not isinstance(value, int) or isinstance(value, bool):
             return value
         if _is_depth(name):
@@ -162,7 +180,7 @@ def _depth(given: Fields) -> int:
     """Blocks enough for each kind of layer to come twice."""
     layers = _layers(given)
     lists = [v for v in given.values() if isinstance(v, list | tuple) and v]
-    kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not _are_indices(v)]
+    kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not _are_indices(v, layers)]
     kinds += [
         len(v) for k, v in given.items() if k.endswith("types") and isinstance(v, list | tuple) and len(v) < layers
     ]
@@ -185,9 +203,7 @@ def _kinds(values: Sequence[Any]) -> list[Any]:
 
 
 def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]:
-    """A list with an entry for each layer, or of layers' indices, for fewer layers; any other list as it is."""
-    if _are_indices(values):
-        return [v for v in values if v < depth]
+    """A list with an entry for each layer, for fewer layers; any other list as it is."""
     if len(values) != layers or layers <= depth:
         return list(values)
     kinds = _kinds(values)[:depth]
@@ -197,9 +213,9 @@ def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]
     return (kinds * depth)[:depth]
 
 
-def _are_indices(values: Sequence[Any]) -> bool:
+def _are_indices(values: Sequence[Any], layers: int) -> bool:
     plain = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    return plain and len(values) > 1 and list(values) == sorted(set(values))
+    return plain and len(values) > 1 and list(values) == sorted(set(values)) and values[-1] < layers
 
 
 def _values(config: PretrainedConfig) -> Fields:
@@ -207,6 +223,11 @@ def _values(config: PretrainedConfig) -> Fields:
     stored = vars(config)  # attributes refuse to be read where layers have values of their own
     names = {name: config.attribute_map.get(name, name) for name in sorted(_parameters(type(config)))}
     return {name: stored.get(inner, stored.get(name)) for name, inner in names.items()}
+
+
+def _part(told: Any) -> PretrainedConfig | None:
+    kind = told.get("model_type") if isinstance(told, Mapping) else None
+    return None if kind is None else CONFIG_MAPPING[kind]()
 
 
 def _parameters(cls: type[PretrainedConfig]) -> frozenset[str]:

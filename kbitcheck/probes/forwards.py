@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from kbitcheck.core import cause
 from kbitcheck.facts import ForwardFacts
+from kbitcheck.models.batch import first_rows
 from kbitcheck.probes import step, targets
 from kbitcheck.probes.live import tensors
 
@@ -195,7 +196,8 @@ def _apart(found: targets.Routed | None, base: targets.Routed | None) -> float |
 def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
     """A short greedy generation after training, in eval mode; the model is used up."""
     model.eval()
-    inputs = {k: v[:1] for k, v in step.feed(model, batch).items() if k not in ("labels", "decoder_input_ids")}
+    first = first_rows(step.feed(model, batch), 1)
+    inputs = {k: v for k, v in first.items() if k not in ("labels", "decoder_input_ids")}
     raised, finite = "", False
     try:
         with torch.no_grad():

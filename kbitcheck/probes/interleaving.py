@@ -17,6 +17,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core import cause
 from kbitcheck.facts import Distance, StepOutcome
+from kbitcheck.models.batch import first_rows
 from kbitcheck.probes import digest, step
 from kbitcheck.probes.forwards import generate
 from kbitcheck.probes.layers import base_name
@@ -104,7 +105,7 @@ class Session:
     def batch(self) -> step.Batch:
         """The batch as the settings cut it."""
         rows = self.settings.rows
-        return {k: v[:rows] if rows else v for k, v in self.subject.batch.items()}
+        return first_rows(self.subject.batch, rows) if rows else dict(self.subject.batch)
 
     def _train(self, name: str, times: int = 1) -> Mapping[str, Distance]:
         found, calls = self._gradients(self.model, self.adapters, times)

@@ -61,6 +61,9 @@ class Watch:
         self.readers: dict[int, set[str]] = {}
         self.turned: set[str] = set()
         self.entered: Counter[str] = Counter()
+        self.branching: set[str] = set()
+        self._inputs: list[tuple[str, Any, int]] = []
+        self._last: dict[str, int] = {}
         self._kept: list[torch.Tensor] = []
         self._handles: list[Any] = []
         for name in self.blocks:
@@ -75,6 +78,24 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._kept.clear()
+        self._inputs.clear()
+
+    def follow(self, loss: torch.Tensor) -> None:
+        """See which blocks' inputs something after the block reads too: taps on hidden states, for one."""
+        readers: dict[tuple[Any, int], list[int]] = {}
+        seen, todo = {loss.grad_fn}, [loss.grad_fn]
+        while todo:
+            node: Any = todo.pop()
+            for source, number in node.next_functions if node is not None else ():
+                readers.setdefault((source, number), []).append(node._sequence_nr())
+                if source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+        for name, source, number in self._inputs:
+            # Nodes are numbered as they are made: what a block makes comes before the end of its output.
+            inside = [nr <= self._last.get(name, -1) for nr in readers.get((source, number), ())]
+            if any(inside) and not all(inside):
+                self.branching.add(name)
 
     def _entered(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -88,6 +109,8 @@ class Watch:
                 block.input_requires_grad = bool(block.input_requires_grad) or floating[0].requires_grad
             for tensor in floating:
                 if tensor.requires_grad:
+                    if tensor.grad_fn is not None:
+                        self._inputs.append((name, tensor.grad_fn, tensor.output_nr))
                     self._kept.append(tensor)
                     self.readers.setdefault(id(tensor), set()).add(name)
                     if not tensor.is_contiguous():
@@ -101,6 +124,8 @@ class Watch:
                 self.blocks[name].on_path = True
 
             for tensor in tensors(output):
+                if tensor.grad_fn is not None and self.phase == "forward":
+                    self._last[name] = max(self._last.get(name, -1), tensor.grad_fn._sequence_nr())
                 if tensor.requires_grad:
                     tensor.register_hook(reached)
 
@@ -140,12 +165,16 @@ class Watch:
     def inexact(self) -> tuple[str, ...]:
         """Blocks whose gradients round otherwise when they are checkpointed, or gathered.
 
-        Those of an input that another block reads too are added up in another order, and so are those of a block that
+        Those of an input that is read elsewhere too are added up in another order, and so are those of a block that
         runs several times. Those of an input whose rows are not contiguous take its layout (it is a leaf then), and
         kernels pick their order by layout.
         """
         shared = (name for names in self.readers.values() if len(names) > 1 for name in names)
-        return tuple(sorted({*shared, *self.turned, *(name for name, times in self.entered.items() if times > 1)}))
+        return tuple(
+            sorted(
+                {*shared, *self.branching, *self.turned, *(name for name, times in self.entered.items() if times > 1)}
+            )
+        )
 
 
 @contextmanager
@@ -308,6 +337,7 @@ def train_step(
                 output = model(**feed(model, batch))
             loss = output.loss
             if watcher:
+                watcher.follow(loss)
                 watcher.phase = "backward"
             if loss.requires_grad:
                 loss.backward()

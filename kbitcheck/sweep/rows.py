@@ -17,6 +17,7 @@ from kbitcheck.core import (
     Result,
     Status,
 )
+from kbitcheck.facts import CANNOT_RUN
 
 RETURNS, RUNS, LEARNS, CHANGED = "KB502", "KB210", "KB309", "KB105"
 SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB903", "KB401", "KB403"
@@ -134,6 +135,7 @@ def row(architecture: str, cls: str, model: str, results: Sequence[Result], fact
     prepared = facts.get("bytes_prepared")
     # Where preparation or a training step raised, rules about what comes after have nothing to judge, and one has told.
     raised = raised or next((f.actual for f in _failures(by_rule, RUNS) if f.where == "training step"), "")
+    raised = raised or next((r.reason.removeprefix(CANNOT_RUN) for r in results if r.reason.startswith(CANNOT_RUN)), "")
     errors = [r for r in results if r.status is Status.ERROR and not raised]
     return Row(
         architecture=architecture,

@@ -34,6 +34,7 @@ class LoraLinear(nn.Module):
         size_in, size_out = _sizes(base_layer)
         device = next(base_layer.parameters()).device
         self.base_layer = base_layer
+        self.in_features, self.out_features = size_in, size_out  # some models ask a layer how wide it is
         self.dropout = nn.Dropout(dropout)
         bound = size_in**-0.5  # Kaiming uniform with a = sqrt(5), as nn.Linear draws its weight
         down = torch.empty(rank, size_in).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))

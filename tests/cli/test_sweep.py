@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from kbitcheck.core import Level, Observation, Party, Result, Status
+from kbitcheck.facts import CANNOT_RUN
 from kbitcheck.sweep import row
 from tests.cli.conftest import Door, heed
 from tests.cli.test_interrupt import _workers
@@ -140,3 +142,11 @@ def test_what_preparation_raised_is_told_once() -> None:
     assert found.reason == "ValueError: no"
     assert not found.broken
     assert found.nonconforming
+
+
+def test_a_model_that_cannot_run_trains_not_and_says_why() -> None:
+    stopped = replace(_result("KB309", Status.SKIP), reason=f"{CANNOT_RUN}RuntimeError: in place")
+    found = row("n", "C", "m", [stopped], {"parameters": 1, "quantized": 0})
+    assert found.trains is False
+    assert found.reason == "RuntimeError: in place"
+    assert not found.broken

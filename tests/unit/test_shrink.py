@@ -16,6 +16,7 @@ from kbitcheck.core import UsageError
 from kbitcheck.models import resolve
 from kbitcheck.models.architecture import Architecture, listed
 from kbitcheck.models.shrinking import VOCABULARY, families, tiny
+from kbitcheck.quantization import Quantization
 
 SMALL = 1_000_000
 
@@ -40,6 +41,10 @@ class Plain(PretrainedConfig):  # type: ignore[misc, unused-ignore]
         layer_types: list[str] | None = None,
         no_rope: tuple[int, ...] = (1, 1, 1, 0) * 8,
         attn_idxs: tuple[int, ...] = (1, 3, 30),
+        cross_layers: tuple[int, ...] = (7, 15, 23, 31),
+        stages: tuple[int, ...] = (96, 192, 384),
+        pinpoints: tuple[tuple[int, int], ...] = ((1, 2), (2, 1)),
+        num_image_tokens: int = 576,
         stop_token_ids: tuple[int, ...] = (7, 49_999),
         image_token_id: int = 49_998,
         tie_word_embeddings: bool = False,
@@ -77,6 +82,16 @@ def test_each_kind_of_layer_comes_twice(plain: dict[str, Any]) -> None:
     assert plain["no_rope"] == [1, 0, 1, 0]
     assert plain["num_layers"] == 4
     assert plain["attn_idxs"] == [1, 3]
+
+
+def test_of_layers_that_are_all_cut_off_the_last_is_kept(plain: dict[str, Any]) -> None:
+    assert plain["cross_layers"] == [3]
+
+
+def test_a_list_of_other_numbers_is_left_alone(plain: dict[str, Any]) -> None:
+    assert plain["stages"] == [96, 192, 384]
+    assert plain["pinpoints"] == [[1, 2], [2, 1]]
+    assert "num_image_tokens" not in plain
 
 
 def test_special_tokens_move_into_the_vocabulary_together(plain: dict[str, Any]) -> None:
@@ -149,6 +164,34 @@ def test_a_class_for_text_alone_takes_the_text_configuration() -> None:
     source = resolve("arch:llama4")
     assert isinstance(source, Architecture)
     assert source.fields()["model_type"] == "llama4_text"
+
+
+def test_a_parts_default_is_told_where_its_class_has_another() -> None:
+    if "paligemma" not in listed("image-text-to-text"):
+        pytest.skip("this transformers has no PaliGemma")
+    source = resolve("arch:image-text-to-text/paligemma")
+    assert isinstance(source, Architecture)
+    assert source.fields()["text_config"]["num_key_value_heads"] == 1
+
+
+@pytest.mark.transformers5("the part is new")
+def test_a_part_that_is_left_open_comes_as_families_tell() -> None:
+    if "gemma4" not in listed("image-text-to-text"):
+        pytest.skip("this transformers has no Gemma 4")
+    source = resolve("arch:image-text-to-text/gemma4")
+    assert isinstance(source, Architecture)
+    vision = source.fields()["vision_config"]
+    assert vision["model_type"] == "gemma4_vision"
+    assert vision["num_hidden_layers"] == 2
+
+
+@pytest.mark.transformers5("the family is new")
+def test_what_no_packed_weight_can_stand_is_left_unquantized() -> None:
+    if "lfm2_vl" not in listed("image-text-to-text"):
+        pytest.skip("this transformers has no LFM2-VL")
+    model = resolve("arch:image-text-to-text/lfm2_vl").load(Quantization())
+    kept = [type(m).__name__ for name, m in model.named_modules() if name.endswith("patch_embedding")]
+    assert kept == ["Linear"]
 
 
 @pytest.mark.transformers5("configurations always have the field")

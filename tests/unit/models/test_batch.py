@@ -9,7 +9,7 @@ import torch
 
 from kbitcheck.core import UsageError
 from kbitcheck.models import recipe, resolve
-from kbitcheck.models.batch import IGNORED, draw, fit
+from kbitcheck.models.batch import IGNORED, draw, first_rows, fit
 from kbitcheck.quantization import Quantization
 
 NF4 = Quantization()
@@ -48,6 +48,20 @@ def test_sizes_are_the_recipes_or_the_callers() -> None:
     made = source.batch(model, batch=1, seq_len=7)
     assert made["input_ids"].shape == (1, 7)
     assert made["attention_mask"].all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [((4, 5), (2, 5)), ((16, 5), (8, 5)), ((1, 16, 3), (1, 8, 3)), ((1, 3, 2, 64), (1, 3, 2, 32))],
+    ids=["rows", "patches", "patches of all pictures", "a strip"],
+)
+def test_the_first_rows_come_with_their_pictures(shape: tuple[int, ...], first: tuple[int, ...]) -> None:
+    batch = {"input_ids": torch.zeros(4, 7), "pixel_values": torch.arange(torch.Size(shape).numel()).view(shape)}
+    made = first_rows(batch, 2)
+    assert made["input_ids"].shape == (2, 7)
+    assert made["pixel_values"].shape == first
+    assert made["pixel_values"].flatten()[0] == 0
+    assert first_rows(batch, 9).keys() == batch.keys()
 
 
 def test_image_tokens_match_the_patches() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from kbitcheck.models import inputs, resolve
+from kbitcheck.models.architecture import listed
+from kbitcheck.models.batch import first_rows
 from kbitcheck.quantization import Quantization
 
 NF4 = Quantization()
@@ -40,6 +42,55 @@ def test_a_model_is_fed_what_it_takes(name: str, pictures: bool, sounds: bool, f
     assert [p.data_ptr() for p in model.parameters()] == before
     assert not model.training
     assert bool(torch.isfinite(model.train()(**batch).loss))
+
+
+# A family for each form that pictures come in.
+LAYOUTS = {
+    "qwen2_vl": (32, 384),
+    "blip": (2, 3, 16, 16),
+    "idefics3": (2, 1, 3, 16, 16),
+    "llava_next": (2, 2, 3, 16, 16),
+    "kimi_k25": (32, 3, 8, 8),
+    "minicpmv4_6": (1, 3, 8, 256),
+    "inkling2": (8, 16, 16, 3),
+    "inkling_mm_model": (8, 2, 2, 2, 3),
+    "gemma4": (2, 36, 192),
+    "mllama": (2, 1, 4, 3, 16, 16),
+}
+
+
+@pytest.mark.transformers5("the families are of transformers 5")
+@pytest.mark.parametrize(("kind", "shape"), LAYOUTS.items(), ids=list(LAYOUTS))
+def test_pictures_come_in_the_form_the_model_reads_and_a_row_keeps_its_own(kind: str, shape: tuple[int, ...]) -> None:
+    if kind not in listed("image-text-to-text"):
+        pytest.skip(f"this transformers has no {kind}")
+    source = resolve(f"arch:image-text-to-text/{kind}")
+    model = source.load(NF4)
+    batch = source.batch(model)
+    assert tuple(batch["pixel_values"].shape) == shape
+    with torch.no_grad():
+        whole, first = (model(**fed).logits.float() for fed in (batch, first_rows(batch, 1)))
+        batch["pixel_values"] = -batch["pixel_values"]
+        other = model(**batch).logits.float()
+    assert torch.allclose(whole[:1], first, atol=0.05 * float(whole.std()))
+    assert not torch.equal(whole, other)
+
+
+def test_pictures_that_are_not_read_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blind(nn.Module):
+        config = SimpleNamespace(vision_config=SimpleNamespace(image_size=8, patch_size=4))
+        base_model = None
+
+        def forward(self, input_ids: Any = None, pixel_values: Any = None, labels: Any = None) -> Any:
+            return SimpleNamespace(loss=torch.tensor(1.0), logits=torch.ones(2, 8, 4))
+
+    def text(model: Any, *, images: bool = True, **_: Any) -> Any:
+        ids = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
+        return {**ids, "pixel_values": torch.ones(2, 3, 8, 8)} if images else ids
+
+    monkeypatch.setattr(inputs, "draw", text)
+    made = inputs.first_fitting(Blind(), **SHAPE, pictures=True, sounds=False)  # type: ignore[arg-type]
+    assert inputs.kinds(made) == "text"
 
 
 class Fed(nn.Module):

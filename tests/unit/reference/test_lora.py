@@ -28,6 +28,12 @@ class Float(nn.Module):
         return result
 
 
+def test_a_wrapped_layer_tells_its_sizes() -> None:
+    model: Any = lora.attach(Float(), targets=["fc", "conv"])
+    assert (model.fc.in_features, model.fc.out_features) == (6, 5)
+    assert (model.conv.in_features, model.conv.out_features) == (5, 4)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_wraps_every_quantized_layer_and_freezes_the_rest(load: Any, quantization: str) -> None:
     model = load("llama", quantization)
