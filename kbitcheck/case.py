@@ -336,6 +336,8 @@ class Case:
         single = {k: v[:1] for k, v in self.batch.items()}
         if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
+        if any(f.raised and f.autocast and f.condition.startswith("train") for f in self.forwards):  # KB210's to tell
+            return found
         fresh, fresh_adapters = self._attached_copy()
         mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._base.half)
         return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
@@ -435,7 +437,10 @@ class Case:
 
     @cached_property
     def forwards(self) -> Sequence[ForwardFacts]:
-        return forwards.compare(self._used_up[1], self._base.forwards)
+        def wide() -> Sequence[forwards.Forward]:
+            return forwards.everywhere(self._base.wide(), self.batch, self._base.half)
+
+        return forwards.compare(self._used_up[1], self._base.forwards, wide)
 
     @cached_property
     def left_by_evaluation(self) -> int:

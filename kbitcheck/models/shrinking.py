@@ -31,6 +31,7 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r"max_.*(length|len)|max_(position_embeddings|.*positions)|(n|num)_position(_embedding)?s|n_ctx", 128),
     (r"context_length|model_max_length", 128),
     (r".*window(_size|_len.*)?|.*chunk_(size|length)|(index_)?block_size|original_max_position_embeddings", 16),
+    (r"chunk_.*_context", 4),
     # Attention
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r".*head_?dim|.*d_head|dim_head|d_kv|kv_channels|attention_head_size", 16),
@@ -58,7 +59,7 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r".*(hidden|embed|embedding|emb|proj|out)_?(size|dim|width|channels?).*|(d|dim)_?model|n_embd|dim|lru_width", 64),
     (r".*conv_(dim|channels|out_channels|hidden_size)|.*(in|out)_dim|.*_out_channel|input_size", 64),
 )
-DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depth|.*_depth")
+DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depths?|.*_depth|num_self_attends_per_block")
 NO_DEPTH = re.compile(
     r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
 )
@@ -102,8 +103,9 @@ class _Shrinker:
         told: Mapping[str, Any] | None = None,
     ) -> Fields:
         told = {**families().get(cls.model_type, {}), **(told or {})}
-        default = default or cls()
-        given = _values(default)
+        plain = cls()
+        default = default or plain
+        given, left_out = _values(default), _values(plain)
         fixed = {k: v for k, v in told.items() if not isinstance(given.get(k), PretrainedConfig)}
         layers, depth = _layers(given), _depth(given)
         found: Fields = {}
@@ -113,7 +115,7 @@ class _Shrinker:
                 found[name] = {"model_type": value.model_type, **part}
             elif name not in told:
                 new = self._field(name, value, given, layers, depth)
-                if new != value:
+                if new != left_out[name]:  # a part's value may not be its class's default, which is what leaving it out gives
                     found[name] = new
         if "vocab_size" in given:
             found |= {k: OPEN[k] for k in NEEDED if given.get(k) is None}

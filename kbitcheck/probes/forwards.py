@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
@@ -158,8 +158,12 @@ def generated(model: Any, batch: step.Batch) -> Ran:
     return bool(torch.isfinite(logits).all()), "", targets.Routed(logits, routes)
 
 
-def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
-    """The prepared model's forwards beside the unprepared base's."""
+def compare(
+    found: Sequence[Forward], base: Sequence[Forward], wide: Callable[[], Sequence[Forward]]
+) -> list[ForwardFacts]:
+    """The prepared model's forwards beside the unprepared base's; ``wide`` runs the float32 model's, where they tell."""
+    ours_alone = any(mine.raised and not bare.raised and not bare.optional for mine, bare in zip(found, base, strict=True))
+    wide_raised = {f.condition: f.raised for f in wide()} if ours_alone else {}
     uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}
     steps = {b.condition: _apart(b.made, trained.get(b.condition)) or 0.0 for b in base if b.finite}
@@ -176,6 +180,7 @@ def compare(found: Sequence[Forward], base: Sequence[Forward]) -> list[ForwardFa
             apart=_apart(mine.made, bare.made) if mine.finite and bare.finite else None,
             base_cast=(_apart(bare.made, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
             base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
+            wide_raised=wide_raised.get(mine.condition, ""),
         )
         for mine, bare in zip(found, base, strict=True)
         if not (bare.optional and (bare.raised or not bare.finite))

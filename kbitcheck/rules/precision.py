@@ -273,6 +273,8 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         ok = f.finite and not f.raised
         if not ok and (f.base_raised or not f.base_finite):
             blamed = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
+        elif f.raised and f.wide_raised == f.raised:
+            blamed = Party.MODEL, "the same model in float32, not quantized at all, does the same"
         else:
             # Whose inputs require grad, which some models cannot bear.
             blamed = blame(facts, ok, Party.MODEL, partial(_fails_so, f))
