@@ -121,7 +121,8 @@ class Base:
 
     def wide(self) -> nn.Module:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
-        return twin.same_dtype(self.pristine, self.weights, "peft").float()
+        # Not its own ``float``, which refuses where layers were quantized.
+        return nn.Module.float(twin.same_dtype(self.pristine, self.weights, "peft"))
 
     @cached_property
     def generator(self) -> bool:
