@@ -488,6 +488,11 @@ class Facts(Protocol):
         ...
 
     @property
+    def bare(self) -> Facts:
+        """The same case of a base that is cast as the profile promises, and not prepared or checkpointed: a witness."""
+        ...
+
+    @property
     def gradients(self) -> Mapping[str, GradientFacts]: ...
     @property
     def single_gradients(self) -> Mapping[str, GradientFacts]:

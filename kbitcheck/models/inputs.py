@@ -160,12 +160,13 @@ def _with_sounds_in_text(model: Any, sound: Sound, *, batch: int, seq_len: int, 
 
     A model without such a token adds the two up: its text is as long as its sound.
     """
-    accepted = inspect.signature(model.forward).parameters
-    hears = next(m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features"))
+    hears: Any = next(m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features"))
     asked = inspect.signature(hears.get_audio_features).parameters
     key, heard, length = sound(_encoder(model.config), Tokens(model, seed), batch)
     whole = torch.ones(batch, length, dtype=torch.int64)
-    read = fit({key: heard, **{mask: whole for mask in ("input_features_mask", "padding_mask") if mask in asked}}, model)
+    read = fit(
+        {key: heard, **{mask: whole for mask in ("input_features_mask", "padding_mask") if mask in asked}}, model
+    )
     with torch.no_grad():
         features = hears.eval().get_audio_features(**read)
     features = getattr(features, "pooler_output", features)
@@ -230,7 +231,13 @@ def _wave_of_a_channel(config: Any, tokens: Tokens, batch: int) -> tuple[str, Te
 def _with_decoder_inputs(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:
     """For an encoder-decoder that does not make its decoder's inputs from the labels."""
     ids = Tokens(model, seed + 1).ids(batch, seq_len)
-    return fit({**draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False, labels=seq_len), "decoder_input_ids": ids}, model)
+    return fit(
+        {
+            **draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False, labels=seq_len),
+            "decoder_input_ids": ids,
+        },
+        model,
+    )
 
 
 def _with_codebooks(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:

@@ -115,7 +115,9 @@ class _Shrinker:
                 found[name] = {"model_type": value.model_type, **part}
             elif name not in told:
                 new = self._field(name, value, given, layers, depth)
-                if new != left_out[name]:  # a part's value may not be its class's default, which is what leaving it out gives
+                if (
+                    new != left_out[name]
+                ):  # a part's value may not be its class's default, which is what leaving it out gives
                     found[name] = new
         if "vocab_size" in given:
             found |= {k: OPEN[k] for k in NEEDED if given.get(k) is None}

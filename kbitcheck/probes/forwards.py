@@ -162,7 +162,9 @@ def compare(
     found: Sequence[Forward], base: Sequence[Forward], wide: Callable[[], Sequence[Forward]]
 ) -> list[ForwardFacts]:
     """The prepared model's forwards beside the unprepared base's; ``wide`` runs the float32 model's, where they tell."""
-    ours_alone = any(mine.raised and not bare.raised and not bare.optional for mine, bare in zip(found, base, strict=True))
+    ours_alone = any(
+        mine.raised and not bare.raised and not bare.optional for mine, bare in zip(found, base, strict=True)
+    )
     wide_raised = {f.condition: f.raised for f in wide()} if ours_alone else {}
     uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}

@@ -37,8 +37,7 @@ def round_trip(
             here, adapters = attach(prepared)
             there, fresh = attach(again)
             _carry_over(adapters, fresh, folder)
-            first = twin.forward_logits(here, batch, autocast() if autocast else None)
-            second = twin.forward_logits(there, batch, autocast() if autocast else None)
+            first, second = (_logits(model, batch, autocast) for model in (here, there))
         except Exception as error:
             raised = cause(error)
             return StoreFacts(missing=missing, unexpected=unexpected, raised=raised, logits=None)
@@ -48,6 +47,12 @@ def round_trip(
         raised="",
         logits=Distance(equal=torch.equal(first, second), relative=step.distance(second, first)),
     )
+
+
+def _logits(model: nn.Module, batch: step.Batch, autocast: Any) -> torch.Tensor:
+    # From one seed, as some models draw noise in every forward.
+    with step.seeded(0, str(next(iter(batch.values())).device)):
+        return twin.forward_logits(model, batch, autocast() if autocast else None)
 
 
 def _carry_over(saved: Mapping[str, nn.Parameter], fresh: Mapping[str, nn.Parameter], folder: str) -> None:

@@ -136,14 +136,19 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         )
 
     twin = _replaced(base, plain)
-    for name, module in twin.named_modules():
-        if isinstance(module, TwinLinear) or profile == "frozen-half":
+    cast(twin, profile)
+    return twin
+
+
+def cast(model: nn.Module, profile: str) -> None:
+    """Cast, in place, what is not quantized as ``profile`` promises."""
+    for name, module in model.named_modules():
+        if isinstance(module, TwinLinear) or backends.is_quantized(module) or profile == "frozen-half":
             continue
         if profile == "peft" or norm_evidence(name, module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
-    return twin
 
 
 def _replaced(model: nn.Module, build: Callable[[str, Any], nn.Module]) -> nn.Module:

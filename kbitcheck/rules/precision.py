@@ -8,7 +8,7 @@ from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import FLOATING, HALF, Facts, ForwardFacts, ModelFacts, TensorFacts
-from kbitcheck.rules.witness import blame
+from kbitcheck.rules.witness import blame, unless_bare
 
 NORM_KINDS = frozenset({"class", "name", "shape"})
 
@@ -217,6 +217,7 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
 
 
 @rule("KB209", "same-function", Level.MUST)
+@unless_bare
 def same_function(facts: Facts) -> Iterable[Observation]:
     """The prepared model's logits are no further from the float64 twin's than the base's were, by the yardstick.
 
