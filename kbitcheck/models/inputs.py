@@ -58,13 +58,13 @@ def _forms(
         if "pixel_values" in accepted:
             yield lambda m: _with_pictures_beside(m, **shape)
     if sounds:
-        for put in (_with_sounds_in_text, _with_sounds_beside):
-            for sound in (_bins_by_frames, _frames_by_bins, _wave, _wave_of_a_channel):
-                yield lambda m, put=put, sound=sound: put(m, sound, **shape)  # type: ignore[misc]
+        yield from _forms_of_sounds(model, shape)
     yield lambda m: draw(m, **shape, images=False)
     yield lambda m: draw(m, **shape, images=False, labels=seq_len)
-    yield lambda m: _with_decoder_inputs(m, **shape)
-    yield lambda m: _with_codebooks(m, **shape)
+    if "decoder_input_ids" in accepted:
+        yield lambda m: _with_decoder_inputs(m, **shape)
+    if hasattr(model.config, "num_codebooks"):
+        yield lambda m: _with_codebooks(m, **shape)
 
 
 # Pictures
@@ -152,17 +152,32 @@ def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
 # Sounds
 
 
-Sound = Callable[[Any, Tokens, int], tuple[str, Tensor, int]]
+Sound = Callable[[Any, Tokens, int], tuple[Tensor, int]]
 
 
-def _with_sounds_in_text(model: Any, sound: Sound, *, batch: int, seq_len: int, seed: int) -> Batch:
+def _forms_of_sounds(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
+    accepted = inspect.signature(model.forward).parameters
+    hears = _hears(model)
+    asked = inspect.signature(hears.get_audio_features).parameters if hears and "input_ids" in accepted else {}
+    for put, taken in ((_with_sounds_in_text, asked), (_with_sounds_beside, accepted)):
+        for key, sound in SOUNDS:
+            if key in taken:
+                yield lambda m, put=put, key=key, sound=sound: put(m, key, sound, **shape)  # type: ignore[misc]
+
+
+def _hears(model: Any) -> Any:
+    """The part that makes features of sounds to put into a text, or None."""
+    return next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features")), None)
+
+
+def _with_sounds_in_text(model: Any, key: str, sound: Sound, *, batch: int, seq_len: int, seed: int) -> Batch:
     """Text in which as many tokens stand for the sound as the model itself makes of it.
 
     A model without such a token adds the two up: its text is as long as its sound.
     """
-    hears: Any = next(m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features"))
+    hears = _hears(model)
     asked = inspect.signature(hears.get_audio_features).parameters
-    key, heard, length = sound(_encoder(model.config), Tokens(model, seed), batch)
+    heard, length = sound(_encoder(model.config), Tokens(model, seed), batch)
     whole = torch.ones(batch, length, dtype=torch.int64)
     read = fit(
         {key: heard, **{mask: whole for mask in ("input_features_mask", "padding_mask") if mask in asked}}, model
@@ -179,10 +194,10 @@ def _with_sounds_in_text(model: Any, sound: Sound, *, batch: int, seq_len: int, 
     return {**made, **read}
 
 
-def _with_sounds_beside(model: Any, sound: Sound, *, batch: int, seq_len: int, seed: int) -> Batch:
+def _with_sounds_beside(model: Any, key: str, sound: Sound, *, batch: int, seq_len: int, seed: int) -> Batch:
     """Sounds that an encoder reads; the labels are text."""
     tokens = Tokens(model, seed)
-    key, heard, _ = sound(_encoder(model.config), tokens, batch)
+    heard, _ = sound(_encoder(model.config), tokens, batch)
     labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
     return fit({key: heard, "labels": labels}, model)
 
@@ -206,23 +221,31 @@ def _bins(config: Any) -> int:
     return next((v for name in names if isinstance(v := getattr(config, name, None), int)), 80)
 
 
-def _bins_by_frames(config: Any, tokens: Tokens, batch: int) -> tuple[str, Tensor, int]:
+def _bins_by_frames(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
     positions = getattr(config, "max_source_positions", None)
     windows = 2 * getattr(config, "n_window", FRAMES // 2)  # some read whole windows
     frames = 2 * positions if isinstance(positions, int) else windows
-    return "input_features", tokens.features(batch, _bins(config), frames), frames
+    return tokens.features(batch, _bins(config), frames), frames
 
 
-def _frames_by_bins(config: Any, tokens: Tokens, batch: int) -> tuple[str, Tensor, int]:
-    return "input_features", tokens.features(batch, FRAMES, _bins(config)), FRAMES
+def _frames_by_bins(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    return tokens.features(batch, FRAMES, _bins(config)), FRAMES
 
 
-def _wave(config: Any, tokens: Tokens, batch: int) -> tuple[str, Tensor, int]:
-    return "input_values", tokens.features(batch, SAMPLES), SAMPLES
+def _wave(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    return tokens.features(batch, SAMPLES), SAMPLES
 
 
-def _wave_of_a_channel(config: Any, tokens: Tokens, batch: int) -> tuple[str, Tensor, int]:
-    return "input_values", tokens.features(batch, 1, SAMPLES), SAMPLES
+def _wave_of_a_channel(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    return tokens.features(batch, 1, SAMPLES), SAMPLES
+
+
+SOUNDS: tuple[tuple[str, Sound], ...] = (
+    ("input_features", _bins_by_frames),
+    ("input_features", _frames_by_bins),
+    ("input_values", _wave),
+    ("input_values", _wave_of_a_channel),
+)
 
 
 # Text in other forms
