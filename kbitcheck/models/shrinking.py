@@ -63,6 +63,7 @@ DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depths?|.*_depth|num_sel
 NO_DEPTH = re.compile(
     r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
 )
+LAYER_KINDS = re.compile(r"layers?_(block_)?types?")
 PERIOD = re.compile(r".*_(period|interval|pattern|step|every_n_layers)")
 OFFSET = re.compile(r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers")
 KEY_VALUE_HEADS = re.compile(r".*(key_value|kv|key)_heads|num_query_groups")
@@ -157,9 +158,10 @@ def _is_depth(name: str) -> bool:
 
 
 def _layers(given: Fields) -> int:
-    return max(
-        (v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool)), default=0
-    )
+    depths = (v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool))
+    # Some count their layers by naming the kind of each.
+    named = (len(v) for k, v in given.items() if LAYER_KINDS.fullmatch(k) and isinstance(v, list | tuple))
+    return max(depths, default=0) or max(named, default=0)
 
 
 def _depth(given: Fields) -> int:

@@ -36,7 +36,7 @@ def test_a_missing_gradient_is_zero_and_nothing_else(a: Any, b: Any, same: bool)
 @pytest.mark.parametrize(("off", "right"), [(0.0, True), (1e-36, False)])
 def test_gradients_that_die_out_may_vanish(off: float, right: bool) -> None:
     tiny = torch.finfo(torch.bfloat16).tiny
-    weight = torch.full((32, 4), 0.5)
+    weight = torch.full((32, 4), 0.5, dtype=torch.float64)
     dy = torch.full((1, 32), 1.5 * tiny)  # each product is below the smallest normal number: a kernel may drop them all
     probe: Any = SimpleNamespace(carried=True, entering=[dy], leaving=[torch.full((1, 4), off)], dtype=torch.float32)
     layer: Any = nn.Linear(1, 1)
