@@ -307,8 +307,10 @@ class Case:
 
     @property
     def _yardsticks(self) -> Mapping[str, float]:
-        whole = self._twins.whole
-        return {n: max(y, whole.median_yardstick) for n, y in whole.yardsticks.items()}
+        whole, single = self._twins.whole, self._twins.single
+        known = {**single.yardsticks, **whole.yardsticks}  # one row's where the whole batch's cannot be told
+        least = whole.median_yardstick or single.median_yardstick
+        return {n: max(known.get(n, 0.0), least) for n in whole.exact}
 
     @cached_property
     def against_other_mode(self) -> Mapping[str, Distance]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -166,9 +167,13 @@ class Pair:
 
     @cached_property
     def yardsticks(self) -> Mapping[str, float]:
-        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp."""
+        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp.
+
+        None for those where the float64 twin's is not finite, as some models' masks make it: no bound follows from it.
+        """
         ulp = float(torch.finfo(torch.float32).eps)
-        return {n: max(step.distance(g, self.exact[n]), ulp) for n, g in self.rounded.items() if live(self.exact[n])}
+        apart = {n: step.distance(g, self.exact[n]) for n, g in self.rounded.items() if live(self.exact[n])}
+        return {n: max(distance, ulp) for n, distance in apart.items() if math.isfinite(distance)}
 
     @property
     def median_yardstick(self) -> float:
@@ -184,7 +189,7 @@ class Pair:
                 finite=gradient is not None and bool(torch.isfinite(gradient).all()),
                 twin_norm=0.0 if (exact := self.exact[name]) is None else float(exact.norm()),
                 error=step.distance(gradient, exact),
-                noise=self.yardsticks.get(name, 0.0),
+                noise=self.yardsticks.get(name, math.inf if live(exact) else 0.0),
                 yardstick=max(self.yardsticks.get(name, 0.0), self.median_yardstick),
                 bitwise=gradient is not None and step.equal(gradient, self.rounded[name]),
             )

@@ -57,9 +57,10 @@ def test_the_reference_keeps_what_can_be_kept(name: str, code: str) -> None:
 
 
 @pytest.mark.transformers5("findings of this transformers")
-@pytest.mark.parametrize("code", ["KB302", "KB305", "KB307"])
-def test_no_bound_follows_from_a_twin_that_is_not_finite(code: str) -> None:
-    spec = CaseSpec(model="arch:seq2seq-lm/led", quant="nf4", implementation="reference", checkpointing="reentrant")
-    result = judge(rules()[code], open_case(spec, implementations.load("reference")))
-    assert result.status is Status.SKIP
-    assert "twin of this model are not finite" in result.reason
+@pytest.mark.parametrize(("code", "status"), [("KB302", Status.PASS), ("KB305", Status.PASS), ("KB309", Status.SKIP)])
+def test_no_bound_follows_from_a_twin_that_is_not_finite(code: str, status: Status) -> None:
+    """Under a mask this model's own code makes NaN of float64."""
+    spec = CaseSpec(
+        model="arch:seq2seq-lm/prophetnet", quant="nf4", implementation="reference", checkpointing="reentrant"
+    )
+    assert judge(rules()[code], open_case(spec, implementations.load("reference"))).status is status
