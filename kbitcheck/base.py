@@ -120,6 +120,11 @@ class Base:
         """The unprepared base under every condition."""
         return list(forwards.everywhere(self.copy(), self.batch, self.half))
 
+    def wide(self) -> nn.Module:
+        """The model as it were had it never been quantized or in half precision: all of it float32."""
+        # Not its own ``float``, which refuses where layers were quantized.
+        return nn.Module.float(twin.same_dtype(self.pristine, self.weights, "peft"))
+
     @cached_property
     def generator(self) -> bool:
         """Whether the unprepared base generates: of some shapes transformers itself cannot make the cache."""
@@ -132,9 +137,11 @@ class Base:
             with self._in_float64():
                 exact = self.logits(twin.float64(self.pristine, self.weights))
             rounded = twin.same_dtype(self.pristine, self.weights, profile)
-            self._functions[profile] = Function(
-                exact=exact, original=self.logits(self.copy()), rounded=self.logits(rounded, profile)
-            )
+            try:
+                original = self.logits(self.copy())
+            except RuntimeError as error:
+                raise NotApplicable(f"the unprepared base does not run: {cause(error)}") from error
+            self._functions[profile] = Function(exact=exact, original=original, rounded=self.logits(rounded, profile))
         return self._functions[profile]
 
     def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:

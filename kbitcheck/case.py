@@ -7,7 +7,7 @@ the steps that leave the model as it was share one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any, Protocol
@@ -278,6 +278,14 @@ class Case:
                 mode = "reentrant" if reentrant else "non-reentrant"
         return Case(dataclasses.replace(self.spec, checkpointing=mode), checkpointed_alone, self._base)
 
+    @cached_property
+    def bare(self) -> Case:
+        def cast_alone(model: Any, use_gradient_checkpointing: bool = False) -> Any:
+            twin.cast(model.requires_grad_(False), self.profile)
+            return model
+
+        return Case(dataclasses.replace(self.spec, checkpointing="off"), cast_alone, self._base)
+
     @property
     def _twins(self) -> twin.Twins:
         return self._base.twins(self.spec)
@@ -301,8 +309,10 @@ class Case:
 
     @property
     def _yardsticks(self) -> Mapping[str, float]:
-        whole = self._twins.whole
-        return {n: max(y, whole.median_yardstick) for n, y in whole.yardsticks.items()}
+        whole, single = self._twins.whole, self._twins.single
+        known = {**single.yardsticks, **whole.yardsticks}  # one row's where the whole batch's cannot be told
+        least = whole.median_yardstick or single.median_yardstick
+        return {n: max(known.get(n, 0.0), least) for n in whole.exact}
 
     @cached_property
     def against_other_mode(self) -> Mapping[str, Distance]:
@@ -332,15 +342,37 @@ class Case:
         model, adapters = self._ready
         known = (self._base.weights, self._base.misread)
         found = layers.backwards(model, self.batch, adapters, *known, self._autocast(), extremes=True)
-        # Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
-        # bias in place to whatever dtype comes in.
+        if any(f.raised and f.autocast and f.condition.startswith("train") for f in self.forwards):  # KB210's to tell
+            return found
+        try:
+            mixed = self._mixed_backwards(self._attached_copy())
+        except RuntimeError:
+            if self._base_bears_autocast:
+                raise
+            return found
+        return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
+
+    def _mixed_backwards(self, attached: Attached) -> Mapping[str, LayerBackward]:
+        """Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
+        bias in place to whatever dtype comes in.
+        """
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
         single = first_rows(self.batch, 1)
         if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
-        fresh, fresh_adapters = self._attached_copy()
-        mixed = layers.backwards(fresh, single, fresh_adapters, *known, half, self._base.half)
-        return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
+        model, adapters = attached
+        known = (self._base.weights, self._base.misread)
+        return layers.backwards(model, single, adapters, *known, half, self._base.half)
+
+    @cached_property
+    def _base_bears_autocast(self) -> bool:
+        """Whether a step under autocast runs in half precision and in float32: some models' own code has a dtype in mind."""
+        try:
+            for model in (self._base.copy(), self._base.wide()):
+                self._mixed_backwards((model, {}))
+        except RuntimeError:
+            return False
+        return True
 
     @cached_property
     def memory(self) -> MemoryFacts:
@@ -432,8 +464,11 @@ class Case:
 
     @cached_property
     def forwards(self) -> Sequence[ForwardFacts]:
-        known = self._base.forwards
-        return forwards.compare(forwards.everywhere(self._prepared_copy(), self.batch, self._base.half), known)
+        def wide() -> Iterable[forwards.Forward]:
+            return forwards.everywhere(self._base.wide(), self.batch, self._base.half)
+
+        found = forwards.everywhere(self._prepared_copy(), self.batch, self._base.half)
+        return forwards.compare(found, self._base.forwards, wide)
 
     @cached_property
     def left_by_evaluation(self) -> int:

@@ -262,7 +262,8 @@ class ForwardFacts:
 
     ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
     ``base_step`` how far the base's own are in eval from what they are in train, without dropout; ``base_cast`` how far
-    they are under autocast from what they are without.
+    they are under autocast from what they are without. ``wide_raised`` is what the same model raises there where every
+    parameter and buffer is float32 and nothing is quantized; asked only where this one raised and the base did not.
     """
 
     condition: str
@@ -274,6 +275,7 @@ class ForwardFacts:
     apart: float | None = None
     base_step: float = 0.0
     base_cast: float = 0.0
+    wide_raised: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -486,6 +488,11 @@ class Facts(Protocol):
     @property
     def unprepared(self) -> Facts:
         """The same case of a base that transformers alone checkpoints and nothing prepares: a witness."""
+        ...
+
+    @property
+    def bare(self) -> Facts:
+        """The same case of a base that is cast as the profile promises, and not prepared or checkpointed: a witness."""
         ...
 
     @property

@@ -96,16 +96,24 @@ class Architecture(Source):
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch: pictures or sounds where the task is about them and their form is known, else text alone."""
-        from kbitcheck.models.batch import draw
+        """A training batch: pictures or sounds where the task is about them and their form is known, else text alone.
+
+        A model that runs on nothing, quantized or in half precision, gets what its plain float32 self runs on.
+        """
+        from kbitcheck.models.batch import draw, fit
         from kbitcheck.models.inputs import first_fitting
+        from kbitcheck.models.loading import load
 
         shape: dict[str, Any] = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
         if self.task == CAUSAL_LM:
             return draw(model, **shape, images=False)
-        return first_fitting(
-            model, **shape, pictures=self.task == "image-text-to-text", sounds=self.task == "speech-seq2seq"
-        )
+        shape["pictures"] = self.task == "image-text-to-text"
+        shape["sounds"] = self.task in ("speech-seq2seq", "seq2seq-lm")
+        try:
+            return first_fitting(model, **shape)
+        except Exception:
+            plain = load(self.checkpoint, None, replace(self._options("cpu"), dtype="float32"))
+            return fit(first_fitting(plain, **shape), model)
 
 
 def named(name: str, *, dtype: str | None = None) -> Architecture:

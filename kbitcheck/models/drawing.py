@@ -177,7 +177,13 @@ def _adds_one(norm: nn.Module) -> bool:
     try:
         with torch.no_grad():
             output = probe(torch.linspace(-1, 1, size)[None])
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # one that takes more than what it normalizes
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+    ):  # one that takes more than what it normalizes
         return False
     return bool(output.any())
 

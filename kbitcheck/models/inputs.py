@@ -80,11 +80,13 @@ def _forms(
             for labels in (None, seq_len):
                 yield lambda m, layout=layout, labels=labels: _with_pictures_beside(m, layout, labels, **shape)  # type: ignore[misc]
     if sounds:
-        for key, last in (("input_features", True), ("input_features", False), ("input_values", None)):
-            if key in accepted:
-                yield lambda m, key=key, last=last: _with_sounds(m, key, last, **shape)  # type: ignore[misc]
+        yield from _forms_of_sounds(model, shape)
     yield lambda m: draw(m, **shape, images=False)
     yield lambda m: draw(m, **shape, images=False, labels=seq_len)
+    if "decoder_input_ids" in accepted:
+        yield lambda m: _with_decoder_inputs(m, **shape)
+    if hasattr(model.config, "num_codebooks"):
+        yield lambda m: _with_codebooks(m, **shape)
 
 
 # Pictures: what text holds in their place
@@ -342,18 +344,119 @@ BESIDE_TEXT = (_plain, _nested, _tiles_in_one, _flattened)
 # Sounds
 
 
-def _with_sounds(model: Any, key: str, bins_first: bool | None, *, batch: int, seq_len: int, seed: int) -> Batch:
-    """Mel bins by frames, frames by mel bins, or a plain wave; the labels are text."""
-    config, tokens = model.config, Tokens(model, seed)
-    encoder = next(
-        (c for k in ("encoder_config", "audio_config") if (c := getattr(config, k, None)) is not None), config
+Sound = Callable[[Any, Tokens, int], tuple[Tensor, int]]
+
+
+def _forms_of_sounds(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
+    accepted = inspect.signature(model.forward).parameters
+    hears = _hears(model)
+    asked = inspect.signature(hears.get_audio_features).parameters if hears and "input_ids" in accepted else {}
+    for put, taken in ((_with_sounds_in_text, asked), (_with_sounds_beside, accepted)):
+        for key, sound in SOUNDS:
+            if key in taken:
+                yield lambda m, put=put, key=key, sound=sound: put(m, key, sound, **shape)  # type: ignore[misc]
+
+
+def _hears(model: Any) -> Any:
+    """The part that makes features of sounds to put into a text, or None."""
+    return next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features")), None)
+
+
+def _with_sounds_in_text(model: Any, key: str, sound: Sound, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """Text in which as many tokens stand for the sound as the model itself makes of it.
+
+    A model without such a token adds the two up: its text is as long as its sound.
+    """
+    hears = _hears(model)
+    asked = inspect.signature(hears.get_audio_features).parameters
+    heard, length = sound(_encoder(model.config), Tokens(model, seed), batch)
+    whole = torch.ones(batch, length, dtype=torch.int64)
+    read = fit(
+        {key: heard, **{mask: whole for mask in ("input_features_mask", "padding_mask") if mask in asked}}, model
     )
-    bins = next(
-        (v for k in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim") for c in (encoder, config)
-         if isinstance(v := getattr(c, k, None), int)), 80,
-    )  # fmt: skip
-    positions = getattr(encoder, "max_source_positions", None)
-    frames = 2 * positions if bins_first and isinstance(positions, int) else FRAMES
-    shape = (SAMPLES,) if bins_first is None else (bins, frames) if bins_first else (frames, bins)
+    with torch.no_grad():
+        features = hears.eval().get_audio_features(**read)
+    features = getattr(features, "pooler_output", features)
+    count = features.numel() // features.shape[-1] // batch
+    audio = getattr(model.config, "audio_token_id", None)
+    made = draw(model, batch=batch, seq_len=count + (seq_len if audio is not None else 0), seed=seed, images=False)
+    if audio is not None:
+        made["input_ids"][:, 1 : 1 + count] = audio
+        made["labels"][:, 1 : 1 + count] = IGNORED
+    return {**made, **read}
+
+
+def _with_sounds_beside(model: Any, key: str, sound: Sound, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """Sounds that an encoder reads; the labels are text."""
+    tokens = Tokens(model, seed)
+    heard, _ = sound(_encoder(model.config), tokens, batch)
     labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
-    return fit({key: tokens.features(batch, *shape), "labels": labels}, model)
+    return fit({key: heard, "labels": labels}, model)
+
+
+def _encoder(config: Any) -> Any:
+    """The configuration of what hears."""
+    parts = (getattr(config, name, None) for name in ("encoder_config", "audio_config", "encoder", "asr_config"))
+    part = next((part for part in parts if part is not None), None)
+    return config if part is None else _encoder(part)
+
+
+def _bins(config: Any) -> int:
+    names = (
+        "input_size",
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_size",
+        "input_dim",
+        "feature_projection_input_dim",
+    )
+    return next((v for name in names if isinstance(v := getattr(config, name, None), int)), 80)
+
+
+def _bins_by_frames(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    positions = getattr(config, "max_source_positions", None)
+    windows = 2 * getattr(config, "n_window", FRAMES // 2)  # some read whole windows
+    frames = 2 * positions if isinstance(positions, int) else windows
+    return tokens.features(batch, _bins(config), frames), frames
+
+
+def _frames_by_bins(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    return tokens.features(batch, FRAMES, _bins(config)), FRAMES
+
+
+def _wave(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    return tokens.features(batch, SAMPLES), SAMPLES
+
+
+def _wave_of_a_channel(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+    return tokens.features(batch, 1, SAMPLES), SAMPLES
+
+
+SOUNDS: tuple[tuple[str, Sound], ...] = (
+    ("input_features", _bins_by_frames),
+    ("input_features", _frames_by_bins),
+    ("input_values", _wave),
+    ("input_values", _wave_of_a_channel),
+)
+
+
+# Text in other forms
+
+
+def _with_decoder_inputs(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """For an encoder-decoder that does not make its decoder's inputs from the labels."""
+    ids = Tokens(model, seed + 1).ids(batch, seq_len)
+    return fit(
+        {
+            **draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False, labels=seq_len),
+            "decoder_input_ids": ids,
+        },
+        model,
+    )
+
+
+def _with_codebooks(model: Any, *, batch: int, seq_len: int, seed: int) -> Batch:
+    """At each place a token of text and one of each codebook of the sound; the labels are text."""
+    made = draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False)
+    heard = [Tokens(model, seed + 1 + book).ids(batch, seq_len) for book in range(model.config.num_codebooks)]
+    return {**made, "input_ids": torch.stack([made["input_ids"], *heard], dim=-1)}

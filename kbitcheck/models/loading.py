@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ AUTO = (
     "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification",
 )
+
+NOISE = re.compile(r".*layer_?drop|.*jitter.*|apply_spec_augment")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,7 @@ def _loaded(
     folder: Path | None, config: PretrainedConfig, quant: Quantization | None, options: Options, **more: Any
 ) -> PreTrainedModel:
     cls = architecture(config, trust_remote_code=options.trust_remote_code)
+    still(config)
     if options.attention:
         more["attn_implementation"] = options.attention
         if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
@@ -104,6 +108,19 @@ def _loaded(
                 f"{options.name}: not this model's weights: {_listed(fault.replace('_', ' '), info[fault])}"
             )
     return never_repacked(model)
+
+
+def still(config: PretrainedConfig) -> None:
+    """Switch off, in place and in every part, what is random beside dropout.
+
+    A layer that is skipped leaves its adapters without gradients, jitter of another dtype is other noise, and masks over
+    sounds come from numpy's generator: no step could be compared with another, or with the float64 twin's.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            still(value)
+        elif value and NOISE.fullmatch(name):
+            setattr(config, name, type(value)(0))
 
 
 def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:

@@ -32,6 +32,7 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r"max_.*(length|len)|max_(position_embeddings|.*positions)|(n|num)_position(_embedding)?s|n_ctx", 128),
     (r"context_length|model_max_length", 128),
     (r".*window(_size|_len.*)?|.*chunk_(size|length)|(index_)?block_size|original_max_position_embeddings", 16),
+    (r"chunk_.*_context", 4),
     # Attention
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r".*head_?dim|.*d_head|dim_head|d_kv|kv_channels|attention_head_size", 16),
@@ -65,10 +66,11 @@ CAPS: tuple[tuple[str, int], ...] = (
     (r"base_channels|latent_channels", 32),
     (r"codebook_size|num_embeddings", 64),
 )
-DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depth|.*_depth")
+DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depths?|.*_depth|num_self_attends_per_block")
 NO_DEPTH = re.compile(
     r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
 )
+LAYER_KINDS = re.compile(r"layers?_(block_)?types?")
 PERIOD = re.compile(r".*_(period|interval|pattern|step|every_n_layers)")
 OFFSET = re.compile(
     r".*_offset|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|num_nextn.*|num_mtp_layers|insert_layer_id"
@@ -115,11 +117,12 @@ class _Shrinker:
     ) -> Fields:
         told = {**families().get(cls.model_type, {}), **(told or {})}
         told.pop(SKIP, None)
-        default = default or cls()
+        plain = cls()
+        default = default or plain
         # A part that the default leaves open is of the type that families.toml tells.
         given = {name: _part(told.get(name)) if v is None else v for name, v in _values(default).items()}
         fixed = {k: v for k, v in told.items() if not isinstance(given.get(k), PretrainedConfig)}
-        own = _values(cls())  # a part's default within the whole need not be the default of its class
+        left_out = _values(plain)  # a part's default within the whole need not be the default of its class
         layers, depth = _layers(given), _depth(given)
         found: Fields = {}
         for name, value in given.items():
@@ -128,7 +131,7 @@ class _Shrinker:
                 found[name] = {"model_type": value.model_type, **part}
             elif name not in told:
                 new = self._field(name, value, given, layers, depth)
-                if new != value or value != own[name]:
+                if new != left_out.get(name):
                     found[name] = new
         if "vocab_size" in given:
             found |= {k: OPEN[k] for k in NEEDED if given.get(k) is None}
@@ -171,9 +174,10 @@ def _is_depth(name: str) -> bool:
 
 
 def _layers(given: Fields) -> int:
-    return max(
-        (v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool)), default=0
-    )
+    depths = (v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool))
+    # Some count their layers by naming the kind of each.
+    named = (len(v) for k, v in given.items() if LAYER_KINDS.fullmatch(k) and isinstance(v, list | tuple))
+    return max(depths, default=0) or max(named, default=0)
 
 
 def _depth(given: Fields) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -156,14 +156,19 @@ def generated(model: Any, batch: step.Batch) -> Ran:
     return bool(torch.isfinite(logits).all()), "", targets.Routed(logits, routes)
 
 
-def compare(found: Iterable[Forward], base: Sequence[Forward]) -> list[ForwardFacts]:
-    """The prepared model's forwards beside the unprepared base's."""
+def compare(
+    found: Iterable[Forward], base: Sequence[Forward], wide: Callable[[], Iterable[Forward]]
+) -> list[ForwardFacts]:
+    """The prepared model's forwards beside the unprepared base's; ``wide`` runs the float32 model's, where they tell.
+
+    ``found`` is read one by one, so that no more than one of its logits need be there.
+    """
     uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}
     steps = {b.condition: _apart(b.made, trained.get(b.condition)) or 0.0 for b in base if b.finite}
     # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
     farthest = max(steps.values(), default=0.0)
-    return [
+    compared = [
         ForwardFacts(
             condition=mine.condition,
             autocast=mine.autocast,
@@ -178,6 +183,10 @@ def compare(found: Iterable[Forward], base: Sequence[Forward]) -> list[ForwardFa
         for mine, bare in zip(found, base, strict=True)
         if not (bare.optional and (bare.raised or not bare.finite))
     ]
+    if any(f.raised and not f.base_raised for f in compared):
+        raised = {f.condition: f.raised for f in wide()}
+        compared = [replace(f, wide_raised=raised.get(f.condition, "")) for f in compared]
+    return compared
 
 
 def _apart(found: targets.Routed | None, base: targets.Routed | None) -> float | None:

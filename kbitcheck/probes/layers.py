@@ -246,11 +246,13 @@ def _judge(
     )
     accumulation = weight.shape[0] * 2.0**-24
     rounded = weight.to(unpacked).to(compute).double()
+    # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
+    vanished = torch.finfo(compute).tiny * (weight.shape[0] + weight.abs().sum(0))
     for dy, dx in zip(probe.entering, probe.leaving, strict=True):
         flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
         found = dx.reshape(-1, dx.shape[-1]).double()
         spread = flat.abs() @ weight.abs()
-        bound = (3 * ulp + accumulation) * spread + torch.finfo(compute).tiny
+        bound = (3 * ulp + accumulation) * spread + vanished
         excess = ((found - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
         worst = max(worst, float(excess.max()) if found.numel() else 0.0)
         # The gain is taken against operands rounded as the kernel rounds them: only the result's own rounding is left.

@@ -32,7 +32,9 @@ def round_trip(
     missing, unexpected = tuple(sorted(base_keys - keys)), tuple(sorted(keys - base_keys))
 
     def logits(model: nn.Module) -> torch.Tensor:
-        return twin.forward_logits(model, batch, autocast() if autocast else None)
+        # From one seed, as some models draw noise in every forward.
+        with step.seeded(0, str(next(iter(batch.values())).device)):
+            return twin.forward_logits(model, batch, autocast() if autocast else None)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -138,18 +139,25 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
             backward_read=None if unpacked == compute else weights.reader(lambda: unpack().to(unpacked)),
         )
 
-    def wide(name: str, module: nn.Module) -> torch.dtype | None:
-        if profile == "peft" or (profile == "qlora" and norm_evidence(name, module)):
-            return torch.float32
-        return None
+    twin = _replaced(base, plain, partial(promised, profile))
+    cast(twin, profile)
+    return twin
 
-    twin = _replaced(base, plain, wide)
-    for name, module in twin.named_modules():
-        if not isinstance(module, TwinLinear) and wide(name, module):
+
+def promised(profile: str, name: str, module: nn.Module) -> torch.dtype | None:
+    """The dtype that ``profile`` promises of a module's half-precision parameters; None where it promises nothing."""
+    wide = profile == "peft" or (profile == "qlora" and norm_evidence(name, module))
+    return torch.float32 if wide else None
+
+
+def cast(model: nn.Module, profile: str) -> None:
+    """Cast, in place, what is not quantized as ``profile`` promises."""
+    for name, module in model.named_modules():
+        packed = isinstance(module, TwinLinear) or backends.is_quantized(module)
+        if not packed and promised(profile, name, module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
-    return twin
 
 
 def _replaced(
@@ -183,9 +191,13 @@ class Pair:
 
     @cached_property
     def yardsticks(self) -> Mapping[str, float]:
-        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp."""
+        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp.
+
+        None for those where the float64 twin's is not finite, as some models' masks make it: no bound follows from it.
+        """
         ulp = float(torch.finfo(torch.float32).eps)
-        return {n: max(step.distance(g, self.exact[n]), ulp) for n, g in self.rounded.items() if live(self.exact[n])}
+        apart = {n: step.distance(g, self.exact[n]) for n, g in self.rounded.items() if live(self.exact[n])}
+        return {n: max(distance, ulp) for n, distance in apart.items() if math.isfinite(distance)}
 
     @property
     def median_yardstick(self) -> float:
@@ -201,7 +213,7 @@ class Pair:
                 finite=gradient is not None and bool(torch.isfinite(gradient).all()),
                 twin_norm=0.0 if (exact := self.exact[name]) is None else float(exact.norm()),
                 error=step.distance(gradient, exact),
-                noise=self.yardsticks.get(name, 0.0),
+                noise=self.yardsticks.get(name, math.inf if live(exact) else 0.0),
                 yardstick=max(self.yardsticks.get(name, 0.0), self.median_yardstick),
                 bitwise=gradient is not None and step.equal(gradient, self.rounded[name]),
             )

@@ -20,45 +20,46 @@ PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index
 
 
 class Widened(torch.Tensor):
-    """A frozen tensor that reads as ``dtype``; its numbers are those of ``narrow``, widened whenever they are used.
+    """A frozen tensor that reads as ``dtype``; its numbers are those of ``stored``, widened whenever they are used.
 
     Widening is exact, so what is computed from it is what a widened copy would give: bitwise, but for products with
     matrices in float64, which are widened and multiplied piece by piece.
     """
 
-    narrow: torch.Tensor
+    stored: torch.Tensor
 
     @staticmethod
-    def __new__(cls, narrow: torch.Tensor, dtype: torch.dtype) -> Widened:
-        made: Widened = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, narrow.shape, strides=narrow.stride(), dtype=dtype, device=narrow.device
+    def __new__(cls, stored: torch.Tensor, dtype: torch.dtype) -> Widened:
+        made: Widened = torch.Tensor._make_wrapper_subclass(
+            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
         )
-        made.narrow = narrow
+        made.stored = stored
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        first = next(a for a in args if isinstance(a, torch.Tensor))
+        first: Any = args[0]
+        if isinstance(first, cls) and func._schema.is_mutable:
+            raise RuntimeError(f"{func} writes to a weight of the float twin")
         if func in VIEWS:
-            dtype = first.dtype
-            narrow = func(first.narrow, *args[1:], **kwargs)
-            return tree_map_only(torch.Tensor, lambda t: cls(t, dtype), narrow)
+            stored = func(first.stored, *args[1:], **kwargs)
+            return tree_map_only(torch.Tensor, lambda t: cls(t, first.dtype), stored)
         if func in PICKS and isinstance(first, cls):
-            return func(first.narrow, *args[1:], **kwargs).to(first.dtype)
+            return func(first.stored, *args[1:], **kwargs).to(first.dtype)
         if func is aten.mm.default and isinstance(args[1], cls) and args[1].dtype == torch.float64:
-            return _product(args[0], args[1].narrow)
-        args, kwargs = tree_map_only(cls, lambda t: t.narrow.to(t.dtype), (args, kwargs))
+            return _product(args[0], args[1].stored)
+        args, kwargs = tree_map_only(cls, lambda t: t.stored.to(t.dtype), (args, kwargs))
         return func(*args, **kwargs)
 
 
-def _product(x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-    """``x @ narrow.double()``, without that matrix as a whole; ``x`` is (n, rows) in float64."""
-    rows, columns = narrow.shape
+def _product(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """``x @ stored.double()``, without that matrix as a whole; ``x`` is (n, rows) in float64."""
+    rows, columns = stored.shape
     size = max(1, PIECE // min(rows, columns))
     if columns > rows:
-        return torch.cat([x @ piece.double() for piece in narrow.split(size, dim=1)], dim=1)
+        return torch.cat([x @ piece.double() for piece in stored.split(size, dim=1)], dim=1)
     total = x.new_zeros(x.shape[0], columns)
-    for part, piece in zip(x.split(size, dim=1), narrow.split(size), strict=True):
+    for part, piece in zip(x.split(size, dim=1), stored.split(size), strict=True):
         total.addmm_(part, piece.double())
     return total

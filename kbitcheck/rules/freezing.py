@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kbitcheck.core import Level, Observation, rule
 from kbitcheck.facts import Facts, TensorFacts
 from kbitcheck.rules.gradients import live_gradients
+from kbitcheck.rules.witness import unless_bare
 
 ## KB101-KB102: flags
 
@@ -105,6 +106,7 @@ def _difference(old: TensorFacts, new: TensorFacts) -> str:
 
 
 @rule("KB105", "adapters-do-change", Level.MUST)
+@unless_bare
 def adapters_do_change(facts: Facts) -> Iterable[Observation]:
     """After a few optimizer steps every live adapter changed.
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import Distance, Facts, GradientFacts, StepOutcome
-from kbitcheck.rules.witness import blame
+from kbitcheck.rules.witness import blame, unless_bare
 
 # Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
 YARDSTICKS = 4
@@ -70,6 +70,7 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
 
 
 @rule("KB302", "adapters-get-gradients", Level.MUST)
+@unless_bare
 def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     """Every live adapter gets a finite, non-zero gradient.
 
@@ -87,6 +88,7 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
 
 
 @rule("KB303", "layer-backward-exact", Level.MUST)
+@unless_bare
 def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     """Through each frozen quantized layer dL/dx equals dL/dy times the unpacked weight, to the compute dtype's rounding.
 
@@ -129,6 +131,7 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
 
 
 @rule("KB304", "gradients-match-oracle", Level.MUST)
+@unless_bare
 def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     """Adapter gradients equal those of the float64 twin with the same adapters, within four yardsticks.
 
@@ -195,13 +198,21 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
         blamed = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
         yield Observation("training step in the other mode", False, "no error", raised, *blamed)
         return
-    found = list(compared(facts.against_other_mode, exact=exactly(facts)))
-    blamed = Party.IMPLEMENTATION, ""
-    if not all(o.ok for o in found) and all(o.ok for o in compared(facts.against_plain, exact=exactly(facts))):
-        # Its own mode is right: the other one may be what the model cannot bear, as of states passed by keyword.
-        blamed = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
-    for seen in found:
-        yield seen if seen.ok else dataclasses.replace(seen, party=blamed[0], witness=blamed[1])
+    mendable = reentrant(facts) and _is_cut(facts)
+    for seen in compared(facts.against_other_mode, exact=exactly(facts)):
+        if seen.ok or mendable:
+            yield seen
+        else:
+            party, witness = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
+            yield dataclasses.replace(seen, party=party, witness=witness)
+
+
+def _is_cut(facts: Facts) -> bool:
+    """Whether a tower's inputs do not require grad, which a preparation can mend."""
+    try:
+        return any(not seen.ok for seen in inputs_require_grad(facts))
+    except NotApplicable:
+        return False
 
 
 def _agrees(facts: Facts) -> bool:
@@ -246,7 +257,15 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
         if found != fresh:
             yield Observation(f"{outcome.step}: checkpoints", False, f"{fresh} as when fresh", str(found))
         for seen in compared(outcome.gradients, exact=exactly(facts)):
-            yield dataclasses.replace(seen, where=f"{outcome.step}: {seen.where}")
+            alike = partial(_differs, outcome.step, seen.where)
+            party, witness = blame(facts, seen.ok, Party.MODEL, alike)
+            where = f"{outcome.step}: {seen.where}"
+            yield dataclasses.replace(seen, where=where, party=party, witness=witness)
+
+
+def _differs(step: str, name: str, facts: Facts) -> bool:
+    found = next((o.gradients for o in facts.interleaved if o.step == step), {})
+    return any(not seen.ok for seen in compared({k: v for k, v in found.items() if k == name}, exact=exactly(facts)))
 
 
 def _raises(outcome: StepOutcome, facts: Facts) -> bool:
@@ -254,6 +273,7 @@ def _raises(outcome: StepOutcome, facts: Facts) -> bool:
 
 
 @rule("KB309", "loss-falls", Level.MUST)
+@unless_bare
 def loss_falls(facts: Facts) -> Iterable[Observation]:
     """A few optimizer steps on one batch reduce its loss by at least half of what the float twin reaches.
 

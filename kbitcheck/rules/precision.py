@@ -8,7 +8,7 @@ from functools import partial
 
 from kbitcheck.core import Level, NotApplicable, Observation, Party, rule
 from kbitcheck.facts import FLOATING, HALF, Facts, ForwardFacts, ModelFacts, TensorFacts
-from kbitcheck.rules.witness import blame
+from kbitcheck.rules.witness import blame, unless_bare
 
 NORM_KINDS = frozenset({"class", "name", "shape"})
 
@@ -217,6 +217,7 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
 
 
 @rule("KB209", "same-function", Level.MUST)
+@unless_bare
 def same_function(facts: Facts) -> Iterable[Observation]:
     """The prepared model's logits are no further from the float64 twin's than the base's were, by the yardstick.
 
@@ -279,6 +280,8 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         ok = f.finite and not f.raised
         if not ok and (f.base_raised or not f.base_finite):
             blamed = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
+        elif f.raised and f.wide_raised == f.raised:
+            blamed = Party.MODEL, "the same model in float32, not quantized at all, does the same"
         else:
             # Whose inputs require grad, which some models cannot bear.
             blamed = blame(facts, ok, Party.MODEL, partial(_fails_so, f))

@@ -15,6 +15,7 @@ from kbitcheck.case import Case
 from kbitcheck.core import Level, Party, Status, judge, rules
 from kbitcheck.models import resolve
 from kbitcheck.quantization import Quantization
+from kbitcheck.rules.witness import BARE
 from kbitcheck.suite import RECIPES, CaseSpec
 
 
@@ -57,7 +58,10 @@ HEALTHY = {
 
 
 def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, Level.SHOULD), codes=(), **options):
-    """Rules of these levels that the case breaks by its own fault, or that could not be judged."""
+    """Rules of these levels that the case breaks by its own fault, or that could not be judged.
+
+    What a bare base fails alike counts too: in a healthy model that is a bound of ours that does not hold.
+    """
     spec = CaseSpec(model=model, quant=quant, implementation="given", checkpointing=checkpointing, **options)
     key = (model, quant)
     if key not in bases:
@@ -65,10 +69,11 @@ def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, L
     case = Case(spec, prepare, bases[key])
     results = [judge(rule, case) for rule in rules().values() if not codes or rule.code in codes]
     case.close()
+    own = {r.rule: [f for f in r.failures if f.party is Party.IMPLEMENTATION or f.witness == BARE] for r in results}
     return {
-        r.rule: r.reason or str(next(f for f in r.failures if f.party is Party.IMPLEMENTATION))
+        r.rule: r.reason or str(own[r.rule][0])
         for r in results
-        if r.status is Status.ERROR or (r.status is Status.FAIL and r.own and r.level in levels)
+        if r.status is Status.ERROR or (r.status is Status.FAIL and own[r.rule] and r.level in levels)
     }
 
 

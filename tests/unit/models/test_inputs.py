@@ -30,6 +30,13 @@ def since_5(*values: Any) -> Any:
         since_5("arch:image-text-to-text/vision-encoder-decoder", True, False, "pictures"),  # no text but the labels
         ("tiny:whisper", False, True, "sounds"),  # mel bins by frames
         ("arch:speech-seq2seq/speech_to_text", False, True, "sounds"),  # frames by mel bins
+        since_5("arch:speech-seq2seq/moonshine", False, True, "sounds"),  # a wave
+        since_5("arch:speech-seq2seq/voxtral", False, True, "text, sounds"),  # tokens that stand for a sound
+        since_5("arch:speech-seq2seq/vibevoice_asr", False, True, "text, sounds"),  # a wave of one channel, in chunks
+        since_5("arch:speech-seq2seq/voxtral_realtime", False, True, "text, sounds"),  # added to a text as long
+        since_5("arch:speech-seq2seq/qwen3_asr", False, True, "text, sounds"),  # whole windows
+        since_5("arch:speech-seq2seq/kyutai_speech_to_text", False, True, "text"),  # a token of each codebook
+        since_5("arch:speech-seq2seq/dia", False, True, "text"),  # the decoder's inputs too
         ("tiny:llama", False, False, "text"),
         ("tiny:llama", True, True, "text"),  # nothing to see or hear with
     ],
@@ -119,3 +126,29 @@ def test_a_model_that_takes_nothing_says_why(monkeypatch: pytest.MonkeyPatch, lo
     monkeypatch.setattr(inputs, "draw", lambda model, **_: {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
     with pytest.raises(ValueError, match=said):
         inputs.first_fitting(Fed(loss), **SHAPE, pictures=False, sounds=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.transformers5("transformers 4 loads it otherwise")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arch:masked-lm/fnet",  # the Fourier transform knows no bfloat16
+        "arch:masked-lm/mobilebert",  # its head reads a quantized layer's packed weight
+    ],
+)
+def test_what_runs_on_nothing_gets_what_its_float32_self_runs_on(name: str) -> None:
+    source = resolve(name)
+    model = source.load(NF4)
+    batch = source.batch(model, **SHAPE)
+    assert inputs.kinds(batch) == "text"
+    with pytest.raises(RuntimeError):
+        model.train()(**batch)
+
+
+@pytest.mark.transformers5("transformers 4 loads it otherwise")
+def test_noise_beside_dropout_is_off() -> None:
+    noisy = resolve("arch:speech-seq2seq/speecht5").load(NF4).config
+    assert (noisy.encoder_layerdrop, noisy.decoder_layerdrop, noisy.apply_spec_augment) == (0.0, 0.0, False)
+    assert noisy.hidden_dropout > 0
+    parts = resolve("arch:speech-seq2seq/speech-encoder-decoder").load(NF4).config
+    assert (parts.encoder.layerdrop, parts.encoder.apply_spec_augment) == (0.0, False)

@@ -1,0 +1,67 @@
+"""What two steps are compared by."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kbitcheck.probes import layers, step, store
+
+ZERO, ONE = torch.zeros(2), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (None, None, True),
+        (None, ZERO, True),  # what the loss does not hang on gets either, as checkpointing has it
+        (ZERO, None, True),
+        (None, ONE, False),
+        (ONE, None, False),
+        (ONE, ONE.clone(), True),
+        (ONE, ONE.double(), False),
+    ],
+)
+def test_a_missing_gradient_is_zero_and_nothing_else(a: Any, b: Any, same: bool) -> None:
+    assert step.equal(a, b) is same
+    if a is None or b is None:
+        assert step.distance(a, b) == (0.0 if same else math.inf)
+
+
+@pytest.mark.parametrize(("off", "right"), [(0.0, True), (1e-36, False)])
+def test_gradients_that_die_out_may_vanish(off: float, right: bool) -> None:
+    tiny = torch.finfo(torch.bfloat16).tiny
+    weight = torch.full((32, 4), 0.5, dtype=torch.float64)
+    dy = torch.full((1, 32), 1.5 * tiny)  # each product is below the smallest normal number: a kernel may drop them all
+    probe: Any = SimpleNamespace(carried=True, entering=[dy], leaving=[torch.full((1, 4), off)], dtype=torch.float32)
+    layer: Any = nn.Linear(1, 1)
+    found = layers._judge(probe, layer, weight, 0.0, torch.bfloat16)
+    assert (found.excess <= 1) is right
+
+
+class Noisy(nn.Module):
+    """Draws noise in every forward, and saves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=x * self.weight + torch.randn(2))
+
+    def save_pretrained(self, folder: str) -> None:
+        pass
+
+
+def test_noise_that_a_model_draws_is_no_difference_after_reloading() -> None:
+    def attach(model: Any) -> Any:
+        return model, {"weight": model.weight}
+
+    facts = store.round_trip(Noisy(), frozenset({"weight"}), lambda folder: Noisy(), attach, {"x": torch.ones(1, 2)})
+    assert facts.logits is not None
+    assert facts.logits.equal
