@@ -95,7 +95,12 @@ class Bench:
             self._hopeless = f"{spec.implementation} could not be loaded: {lost}"
 
     def _case(self, spec: CaseSpec, rules: Sequence[Rule], seen: set[str]) -> Iterator[Event]:
-        request = {"do": "case", "spec": spec.as_json(), "rules": [rule.code for rule in rules]}
+        request = {
+            "do": "case",
+            "spec": spec.as_json(),
+            "rules": [rule.code for rule in rules],
+            "seconds": self._timeout,
+        }
         poisoned = False
         for event in self._ask(request):
             if event["event"] == "result":

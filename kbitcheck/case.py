@@ -7,6 +7,7 @@ the steps that leave the model as it was share one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from kbitcheck import backends, summary
-from kbitcheck.base import Attached, Base, Function, base_of
+from kbitcheck.base import Attached, Base, base_of
 from kbitcheck.core import NotApplicable, UsageError, cause
 from kbitcheck.facts import (
     CANNOT_RUN,
@@ -58,15 +59,15 @@ class Prepares(Protocol):
     def function(self) -> Callable[..., Any]: ...
 
 
-def open_case(spec: CaseSpec, implementation: Prepares) -> Case | StaticCase:
+def open_case(spec: CaseSpec, implementation: Prepares, *, seconds: float = math.inf) -> Case | StaticCase:
     """The case of a spec; nothing is prepared or run before a fact is read.
 
-    Where the spec says so, or the model is too large for this machine, it is a case that reads no weights.
+    Where the spec says so, or the model is too large for this machine or for ``seconds``, it reads no weights.
 
     Raises:
         UsageError: the model cannot be loaded as asked.
     """
-    return static_case(spec) or Case(spec, implementation.function, base_of(spec))
+    return static_case(spec, seconds) or Case(spec, implementation.function, base_of(spec))
 
 
 def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
@@ -477,15 +478,8 @@ class Case:
     @cached_property
     def function(self) -> FunctionFacts:
         self._needs_to_run()
-        return self._measured(self._base.function(self.profile), self._base.logits(self._prepared_copy(), self.profile))
-
-    @cached_property
-    def function_as_loaded(self) -> FunctionFacts:
-        known = self._base.function("frozen-half")
-        return self._measured(known, known.original)
-
-    def _measured(self, known: Function, routed: targets.Routed) -> FunctionFacts:
-        found, routes = routed.logits, routed.routes
+        known = self._base.function(self.profile)
+        found, routes = self._base.logits(self._prepared_copy(), self.profile)
         target = known.exact.logits
         keep = targets.unmoved(target, known.exact.routes, routes, known.original.routes, known.rounded.routes)
         return FunctionFacts(

@@ -114,7 +114,7 @@ class Server:
         if spec.static != "always":  # which is about whatever device was named, here or elsewhere
             spec = dataclasses.replace(spec, device=self._device)
         known = rules()
-        case = open_case(spec, self._implementation)
+        case = open_case(spec, self._implementation, seconds=request["seconds"])
         torch.set_num_threads(self._threads if case.base.nbytes > LARGE_BYTES else 1)
         yield from examine(case, [known[code] for code in request["rules"]])
         yield {"event": "done"}

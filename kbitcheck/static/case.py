@@ -82,24 +82,35 @@ class StaticCase:
         }
 
 
-def too_large(source: Source, spec: CaseSpec) -> StaticCase | None:
-    """The static case of a model whose full audit the device has no room for; None where there is room."""
+def too_large(source: Source, spec: CaseSpec, seconds: float) -> StaticCase | None:
+    """The static case of a model whose full audit the device has no room or ``seconds`` no time for; else None."""
     case = StaticCase(spec, source)
     need, free = audit_bytes(case.weights), free_bytes(spec.device)
-    if need <= free:
+    took = audit_seconds(case.weights) if spec.device == "cpu" else 0.0
+    if need > free:
+        where = "memory" if spec.device == "cpu" else spec.device
+        case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
+    elif took > seconds:
+        case.why = (
+            f"a full audit takes about {took / 60:.0f} minutes on a CPU, which `--timeout {2 * took:.0f}` allows for"
+        )
+    else:
         return None
-    where = "memory" if spec.device == "cpu" else spec.device
-    case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
     return case
 
 
 def audit_bytes(told: ForecastFacts) -> int:
-    """About what a full audit takes at its peak: the model three times over, and its float64 twin with its weights.
+    """About what a full audit takes at its peak: the model four times over.
 
-    Bases are copied before they are prepared or run (``case.Base.copy``), one copy at a time beside the pristine one
-    and the one under audit; the twin holds eight bytes a parameter, and eight more while it is built.
+    Bases are copied before they are prepared or run (``Base.copy``): there are the pristine one, the one under audit,
+    and, where steps are interleaved, one that was used and a fresh one. Float twins read the pristine one's weights.
     """
-    return 3 * (told.loaded + told.upcast) + 16 * told.parameters
+    return 4 * (told.loaded + told.upcast)
+
+
+def audit_seconds(told: ForecastFacts) -> float:
+    """About what a full audit takes on a CPU: a second for a million parameters, as ``benchmarks/sizes.json`` has it."""
+    return told.parameters / 1e6
 
 
 def free_bytes(device: str) -> int:
@@ -111,8 +122,8 @@ def free_bytes(device: str) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def static_case(spec: CaseSpec) -> StaticCase | None:
-    """The static case that a spec asks for; None where it is to be audited in full.
+def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
+    """The static case that a spec asks for; None where it is to be audited in full, and ``seconds`` may suffice.
 
     Raises:
         UsageError: there is no such model, or transformers cannot build it.
@@ -120,4 +131,4 @@ def static_case(spec: CaseSpec) -> StaticCase | None:
     if spec.static == "never":
         return None
     source = source_of(spec, static=spec.static)
-    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec)
+    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)

@@ -94,6 +94,22 @@ def test_what_this_machine_has_no_room_for_is_static(monkeypatch):
     assert case.forecast.device == "cpu"
 
 
+def test_what_there_is_no_time_for_is_static(monkeypatch):
+    monkeypatch.setattr(static_case, "free_bytes", lambda device: 1 << 40)
+    spec = CaseSpec(
+        model=str(CONFIGS / "smollm-135m.json"),
+        quant="nf4",
+        implementation="peft",
+        random_weights=True,
+        device="cpu",
+        static="if-too-large",
+    )
+    case = static_case.static_case(spec, 60.0)
+    assert case is not None
+    assert case.why == "a full audit takes about 2 minutes on a CPU, which `--timeout 269` allows for"
+    assert static_case.static_case(spec, 600.0) is None
+
+
 def test_free_memory_is_some():
     assert 1 << 20 < static_case.free_bytes("cpu") < 1 << 50
 

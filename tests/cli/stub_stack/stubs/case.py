@@ -35,7 +35,7 @@ class Case:
         pass
 
 
-def open_case(spec: CaseSpec, implementation: Implementation) -> Case:
+def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float = 0) -> Case:
     if spec.model.rpartition("/")[2] == "late":
         raise UsageError("late: the weights are truncated")
     return Case(spec, implementation)
