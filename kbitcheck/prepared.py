@@ -254,6 +254,12 @@ class PresentCase(Case):
         return dataclasses.replace(found, base_grads=tuple(dict.fromkeys((*found.base_grads, *held))))
 
     @property
+    def unprepared(self) -> Case:
+        raise NotApplicable("the model before its preparation is not there to compare with")
+
+    bare = unprepared
+
+    @property
     def remote_code(self) -> bool:
         return Given(self._given).remote_code
 

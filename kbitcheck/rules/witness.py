@@ -43,15 +43,15 @@ def unless_bare(judge: Check) -> Check:
             if seen.ok or seen.party is not Party.IMPLEMENTATION:
                 yield seen
                 continue
-            broken = _broken(judge, facts.bare) if broken is None else broken
+            broken = _broken(judge, facts) if broken is None else broken
             alike = seen.where in broken
             yield dataclasses.replace(seen, party=Party.MODEL, witness=BARE) if alike else seen
 
     return judged
 
 
-def _broken(judge: Check, bare: Facts) -> frozenset[str]:
+def _broken(judge: Check, facts: Facts) -> frozenset[str]:
     try:
-        return frozenset(seen.where for seen in judge(bare) if not seen.ok)
+        return frozenset(seen.where for seen in judge(facts.bare) if not seen.ok)
     except (NotApplicable, Unavailable):
         return frozenset()

@@ -32,12 +32,12 @@ def case(plain: Any, other: Any, bare: Any = None) -> Any:
 @pytest.mark.parametrize(
     ("plain", "base", "party"),
     [
-        (SAME, CUT, Party.MODEL),  # its own mode is right, and the base bears the other no better
+        (SAME, CUT, Party.MODEL),  # the base bears the other mode no better
         (SAME, SAME, Party.IMPLEMENTATION),  # the base bears both
-        (CUT, CUT, Party.IMPLEMENTATION),  # its own mode is wrong
+        (CUT, CUT, Party.MODEL),  # that its own mode is wrong is KB305's to tell
     ],
 )
-def test_the_other_mode_is_the_models_where_the_own_is_right_and_the_base_fails_too(
+def test_the_other_mode_is_the_models_where_the_base_fails_too(
     monkeypatch: pytest.MonkeyPatch, plain: Any, base: Any, party: Party
 ) -> None:
     monkeypatch.setattr("kbitcheck.rules.gradients.needs_checkpointing", lambda facts: None)
