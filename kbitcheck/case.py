@@ -51,12 +51,14 @@ from kbitcheck.suite import CaseSpec
 
 
 class Prepares(Protocol):
-    """What a case needs of an implementation: a name and a callable."""
+    """What a case needs of an implementation: a name, a callable, and what its import replaced in the libraries."""
 
     @property
     def name(self) -> str: ...
     @property
     def function(self) -> Callable[..., Any]: ...
+    @property
+    def patches(self) -> Sequence[str]: ...
 
 
 def open_case(spec: CaseSpec, implementation: Prepares, *, seconds: float = math.inf) -> Case | StaticCase:
@@ -67,7 +69,9 @@ def open_case(spec: CaseSpec, implementation: Prepares, *, seconds: float = math
     Raises:
         UsageError: the model cannot be loaded as asked.
     """
-    return static_case(spec, seconds) or Case(spec, implementation.function, base_of(spec))
+    return static_case(spec, seconds) or Case(
+        spec, implementation.function, base_of(spec), patches=implementation.patches
+    )
 
 
 def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
@@ -84,7 +88,8 @@ def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
         )
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from None
-    return Case(spec, implementation.function, Base(given, Quantization.parse(spec.quant), spec))
+    base = Base(given, Quantization.parse(spec.quant), spec)
+    return Case(spec, implementation.function, base, patches=implementation.patches)
 
 
 def checkpointed_alone(
@@ -103,8 +108,9 @@ class Case:
 
     live = False
 
-    def __init__(self, spec: CaseSpec, prepare: Callable[..., Any], base: Base) -> None:
+    def __init__(self, spec: CaseSpec, prepare: Callable[..., Any], base: Base, *, patches: Sequence[str] = ()) -> None:
         self.spec = spec
+        self._patches = patches
         self.prepare = prepare
         self._base = base
         self.case = spec.id
@@ -270,8 +276,20 @@ class Case:
             return cause(error)
         return ""
 
+    def _needs_the_libraries(self) -> None:
+        """A witness proves nothing in libraries that the implementation changed, when it was imported or called.
+
+        Raises:
+            NotApplicable: it did.
+        """
+        if self._patches or any("." in name for name in self.call.process):
+            raise NotApplicable(
+                "the implementation patches the libraries, so that no base in this process is a witness"
+            )
+
     @cached_property
     def unprepared(self) -> Case:
+        self._needs_the_libraries()
         mode = self.checkpointing
         with suppress(NotApplicable, Unavailable):  # it may not run at all
             if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
@@ -281,6 +299,8 @@ class Case:
 
     @cached_property
     def bare(self) -> Case:
+        self._needs_the_libraries()
+
         def cast_alone(model: Any, use_gradient_checkpointing: bool = False) -> Any:
             twin.cast(model.requires_grad_(False), self.profile)
             return model

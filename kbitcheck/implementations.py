@@ -13,7 +13,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -39,13 +39,17 @@ class Missing(UsageError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """A preparation function and where it comes from. ``line`` is 0 where the source is not known."""
+    """A preparation function and where it comes from. ``line`` is 0 where the source is not known.
+
+    ``patches`` names what its import replaced in the libraries that training rests on.
+    """
 
     name: str
     function: Callable[..., Any]
     version: str = ""
     file: str = ""
     line: int = 0
+    patches: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the function itself."""
@@ -87,8 +91,11 @@ def load(text: str) -> Implementation:
         Missing: it has no such module or attribute, or that is not callable.
         UsageError: it cannot be imported.
     """
+    from kbitcheck.probes import process
+
     validate(text)
     where, attribute = _split(text)
+    before = process.libraries()
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
@@ -104,7 +111,8 @@ def load(text: str) -> Implementation:
             raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
     if not callable(found):
         raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
-    return describe(found, name=text, version=_version(module))
+    subject = describe(found, name=text, version=_version(module))
+    return replace(subject, patches=process.patched_since(before))
 
 
 def unused(text: str) -> Implementation:

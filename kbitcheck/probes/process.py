@@ -129,6 +129,16 @@ def patched(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, tu
     return found
 
 
+def libraries() -> dict[str, int]:
+    """Identity of every attribute of the libraries' classes, and of their functions."""
+    return attributes(classes_of_libraries(), functions=True)
+
+
+def patched_since(before: Mapping[str, int]) -> tuple[str, ...]:
+    """What of the ``libraries()`` was replaced or added to; what is gone was a name that a lazy module resolved."""
+    return tuple(name for name, (_, how) in patched(before, libraries()).items() if how != "removed")
+
+
 def _library_modules() -> list[ModuleType]:
     return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
 
