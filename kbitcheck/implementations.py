@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kbitcheck import requirement
+from kbitcheck import libraries, requirement
 from kbitcheck.core import UsageError, cause
 
 REFERENCE = "reference"
@@ -91,11 +91,9 @@ def load(text: str) -> Implementation:
         Missing: it has no such module or attribute, or that is not callable.
         UsageError: it cannot be imported.
     """
-    from kbitcheck.probes import process
-
     validate(text)
     where, attribute = _split(text)
-    before = process.libraries()
+    before = libraries.fingerprint()
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
@@ -112,7 +110,7 @@ def load(text: str) -> Implementation:
     if not callable(found):
         raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
     subject = describe(found, name=text, version=_version(module))
-    return replace(subject, patches=process.patched_since(before))
+    return replace(subject, patches=libraries.patched_since(before))
 
 
 def unused(text: str) -> Implementation:

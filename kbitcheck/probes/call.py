@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from kbitcheck.facts import CallFacts
+from kbitcheck.libraries import attributes, classes_of, classes_of_libraries, patched
 from kbitcheck.probes import process
 
 Prepare = Callable[..., Any]
@@ -66,12 +67,12 @@ def call(
     parameters, anything = signature(prepare)
     kwargs = arguments(prepare, wanted)
     given = copy.deepcopy(kwargs.get(THIRD))
-    classes = process.classes_of(model)
+    classes = classes_of(model)
     everything = libraries and not _libraries_compared
     if everything:
         _libraries_compared = True
-        classes |= process.classes_of_libraries()
-    attributes = process.attributes(classes, functions=everything)
+        classes |= classes_of_libraries()
+    original = attributes(classes, functions=everything)
     raised, raised_at, returned = "", "", None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -88,7 +89,7 @@ def call(
         after = process.state()
     changed = {
         **process.changed(before, after),
-        **process.patched(attributes, process.attributes(classes, functions=everything)),
+        **patched(original, attributes(classes, functions=everything)),
     }
     return returned, CallFacts(
         raised=raised,

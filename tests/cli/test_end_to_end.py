@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from kbitcheck.core import Report, Status
+from kbitcheck.core import Party, Report, Status
 from kbitcheck.reporters.charts import charts
 from tests.cli.conftest import Door
 
@@ -42,6 +42,38 @@ def test_the_command_audits_a_real_quantized_model(tmp_path: Path) -> None:
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())
+
+
+FORK = """
+import bitsandbytes.autograd._functions as functions
+from kbitcheck_reference import prepare_model_for_kbit_training as prepare
+
+whole = functions.MatMul4Bit.backward
+
+
+def backward(ctx, gradient):
+    first, *rest = whole(ctx, gradient)
+    return (first if first is None else 1.1 * first), *rest
+
+
+functions.MatMul4Bit.backward = staticmethod(backward)
+"""
+
+
+def test_what_an_import_breaks_in_the_libraries_is_not_the_models(tmp_path: Path) -> None:
+    """Each base in the process is broken alike, and so is no witness."""
+    (tmp_path / "fork.py").write_text(FORK)
+    asked = ["--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off", "--select", "KB303"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "kbitcheck", "impl", "fork.py:prepare", *asked, "--format", "json", "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1, ran.stderr
+    (result,) = Report.from_json(json.loads(ran.stdout))
+    assert {failure.party for failure in result.failures} == {Party.IMPLEMENTATION}
 
 
 def test_a_terminal_sees_a_bar_and_the_report_none_of_it(door: Door) -> None:
