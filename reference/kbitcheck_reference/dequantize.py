@@ -71,15 +71,15 @@ def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
-    """Multiply each block of ``blocksize`` consecutive values by its scale; the last block may be short.
+    """Multiply, in place, each block of ``blocksize`` consecutive values by its scale; the last block may be short.
 
     Args:
-        values: float64, shape ``(n,)``.
+        values: float64, shape ``(n,)``, contiguous.
         absmax: one scale a block, at least ``ceil(n / blocksize)`` elements, any shape.
         blocksize: elements a block.
 
     Returns:
-        float64, shape ``(n,)``.
+        ``values``.
 
     Raises:
         ValueError: there are fewer scales than blocks.
@@ -89,9 +89,10 @@ def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> 
         message = f"{values.numel()} values in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}"
         raise ValueError(message)
     scales = absmax.detach().reshape(-1)[:blocks].double()
-    if values.numel() == blocks * blocksize:
-        return (values.reshape(blocks, blocksize) * scales.unsqueeze(1)).reshape(-1)
-    return values * scales.repeat_interleave(blocksize)[: values.numel()]
+    whole = values.numel() // blocksize * blocksize
+    values[:whole].view(-1, blocksize).mul_(scales[: whole // blocksize].unsqueeze(1))
+    values[whole:].mul_(scales[whole // blocksize :])
+    return values
 
 
 def dequantize_blockwise4(
