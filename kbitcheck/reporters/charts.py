@@ -207,7 +207,7 @@ def _plain(axes: Axes, *, grid: Any) -> None:
     axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
     axes.grid(axis=grid, alpha=0.2, color=INK)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
 
 
 def _unit(largest: float) -> tuple[str, float]:
