@@ -15,6 +15,8 @@ from kbitcheck.core import UsageError
 IGNORED = -100
 UNICODE = 0x110000
 
+Batch = dict[str, Tensor]
+
 
 def draw(
     model: PreTrainedModel,
