@@ -169,9 +169,8 @@ def test_a_shrunk_architecture_runs_and_learns(task: str, kind: str) -> None:
     assert torch.isfinite(output.loss)
 
 
+@pytest.mark.transformers5("transformers 4 makes no such configuration without its parts")
 def test_a_part_keeps_what_is_not_its_classs_default() -> None:
-    if "encoder-decoder" not in listed("seq2seq-lm"):
-        pytest.skip("this transformers has no encoder-decoder")
     source = resolve("arch:seq2seq-lm/encoder-decoder")
     assert isinstance(source, Architecture)
     decoder = source.fields()["decoder"]
