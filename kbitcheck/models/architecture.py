@@ -111,7 +111,7 @@ class Architecture(Source):
         shape["sounds"] = self.task in ("speech-seq2seq", "seq2seq-lm")
         try:
             return first_fitting(model, **shape)
-        except Exception:
+        except Exception:  # the model's own code: it may raise anything, and does so again when it is judged
             plain = load(self.checkpoint, None, replace(self._options("cpu"), dtype="float32"))
             return fit(first_fitting(plain, **shape), model)
 

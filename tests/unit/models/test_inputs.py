@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from kbitcheck.models import inputs, resolve
-from kbitcheck.models.architecture import listed
 from kbitcheck.models.batch import first_rows
 from kbitcheck.quantization import Quantization
 
@@ -69,8 +68,6 @@ LAYOUTS = {
 @pytest.mark.transformers5("the families are of transformers 5")
 @pytest.mark.parametrize(("kind", "shape"), LAYOUTS.items(), ids=list(LAYOUTS))
 def test_pictures_come_in_the_form_the_model_reads_and_a_row_keeps_its_own(kind: str, shape: tuple[int, ...]) -> None:
-    if kind not in listed("image-text-to-text"):
-        pytest.skip(f"this transformers has no {kind}")
     source = resolve(f"arch:image-text-to-text/{kind}")
     model = source.load(NF4)
     batch = source.batch(model)
