@@ -139,6 +139,8 @@ class Base:
             rounded = twin.same_dtype(self.pristine, self.weights, profile)
             try:
                 original = self.logits(self.copy())
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise NotApplicable(f"the unprepared base does not run: {cause(error)}") from error
             self._functions[profile] = Function(exact=exact, original=original, rounded=self.logits(rounded, profile))

@@ -391,6 +391,8 @@ class Case:
         try:
             for model in (self._base.copy(), self._base.wide()):
                 self._mixed_backwards((model, {}))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             return False
         return True
