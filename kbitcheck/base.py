@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kbitcheck import backends
+from kbitcheck import backends, heap
 from kbitcheck.core import NotApplicable, cause
 from kbitcheck.facts import ForecastFacts
 from kbitcheck.models import Source, source_of
@@ -52,11 +52,23 @@ class Base:
         self.batch: step.Batch = source.batch(self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
         self.weights, self.misread = layers.originals(self.pristine)
+        self._forwards: Sequence[forwards.Forward] | None = None
         self._functions: dict[str, Function] = {}
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
 
+    @property
+    def large(self) -> bool:
+        """Whether what comes of a forward is made again when it is asked for again, so that nobody holds it."""
+        return self.facts.nbytes > heap.LARGE_BYTES
+
+    def _room(self) -> None:
+        """Before one more model is made."""
+        if self.large:
+            heap.give_back()
+
     def copy(self) -> Any:
         """A fresh base."""
+        self._room()
         return copy.deepcopy(self.pristine)
 
     @property
@@ -115,13 +127,19 @@ class Base:
         """What autocast runs in: the compute dtype where it is half, else bfloat16."""
         return self.compute if self.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
 
-    @cached_property
+    @property
     def forwards(self) -> Sequence[forwards.Forward]:
         """The unprepared base under every condition."""
-        return list(forwards.everywhere(self.copy(), self.batch, self.half))
+        if self._forwards is None:
+            found = list(forwards.everywhere(self.copy(), self.batch, self.half))
+            if self.large:
+                return found
+            self._forwards = found
+        return self._forwards
 
     def wide(self) -> nn.Module:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
+        self._room()
         # Not its own ``float``, which refuses where layers were quantized.
         return nn.Module.float(twin.same_dtype(self.pristine, self.weights, "peft"))
 
@@ -133,18 +151,21 @@ class Base:
 
     def function(self, profile: Profile) -> Function:
         """What a prepared model's logits are measured against, computed once a profile."""
-        if profile not in self._functions:
-            with self._in_float64():
-                exact = self.logits(twin.float64(self.pristine, self.weights))
-            rounded = twin.same_dtype(self.pristine, self.weights, profile)
-            try:
-                original = self.logits(self.copy())
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise NotApplicable(f"the unprepared base does not run: {cause(error)}") from error
-            self._functions[profile] = Function(exact=exact, original=original, rounded=self.logits(rounded, profile))
-        return self._functions[profile]
+        if profile in self._functions:
+            return self._functions[profile]
+        with self._in_float64():
+            exact = self.logits(twin.float64(self.pristine, self.weights))
+        rounded = self.logits(twin.same_dtype(self.pristine, self.weights, profile), profile)
+        try:
+            original = self.logits(self.copy())
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotApplicable(f"the unprepared base does not run: {cause(error)}") from error
+        found = Function(exact=exact, original=original, rounded=rounded)
+        if not self.large:
+            self._functions[profile] = found
+        return found
 
     def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""

@@ -11,7 +11,8 @@ from typing import Any
 import kbitcheck
 from kbitcheck.core import Report, Result, UsageError
 from kbitcheck.core import select as chosen
-from kbitcheck.worker import LARGE_BYTES, examine
+from kbitcheck.heap import LARGE_BYTES
+from kbitcheck.worker import examine
 
 
 @contextmanager

@@ -28,13 +28,13 @@ from kbitcheck.case import Case
 from kbitcheck.core import NotApplicable, Report, Result, Status, UsageError, cause, judge
 from kbitcheck.core import select as chosen
 from kbitcheck.facts import ModelFacts, RunFacts
+from kbitcheck.heap import LARGE_BYTES
 from kbitcheck.models.batch import draw
 from kbitcheck.models.given import Given
 from kbitcheck.models.loading import never_repacked, quiet
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import layers, snapshot, step, twin
 from kbitcheck.suite import CaseSpec, Checkpointing, Freezes, Profile
-from kbitcheck.worker import LARGE_BYTES
 
 # Rules whose facts a prepared model still shows, by itself or in a step of a copy.
 JUDGED = frozenset({

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from kbitcheck.core import Rule, UsageError, cause, judge, log, rules
+from kbitcheck.heap import LARGE_BYTES
 from kbitcheck.implementations import Implementation, Missing, load, unused
 from kbitcheck.suite import CaseSpec
 
@@ -33,8 +34,6 @@ Event = dict[str, Any]
 
 # What ends the answer to a request.
 LAST = frozenset({"ready", "loaded", "done", "usage", "broken"})
-
-LARGE_BYTES = 64 << 20
 
 
 def examine(case: Case | StaticCase, selected: Sequence[Rule]) -> Iterator[Event]:

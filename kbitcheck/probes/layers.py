@@ -33,6 +33,8 @@ KEPT_BYTES = 256 << 20
 LARGE = 4096.0
 
 Read = Callable[[], torch.Tensor]
+Empty = Callable[..., torch.Tensor]  # as ``torch.empty``
+Unpack = Callable[[Any, Empty], torch.Tensor]  # a layer's weight, in memory that the second one gives
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -47,6 +49,7 @@ class Weights(Mapping[str, torch.Tensor]):
         elements = [rows * columns for rows, columns in map(backends.shape, layers.values())]
         self._all_kept = 8 * sum(elements) <= KEPT_BYTES
         self._kept: dict[str, torch.Tensor] = {}
+        self._scratches: dict[torch.dtype, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._kept:
@@ -65,9 +68,33 @@ class Weights(Mapping[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._layers
 
-    def reader(self, make: Read) -> Read:
-        """``make`` as it is for a large model; for a small one, what makes it once."""
-        return cache(make) if self._all_kept else make
+    def reader(self, name: str, unpack: Unpack) -> Read:
+        """What gives the layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time,
+        in the same memory.
+        """
+        layer = self._layers[name]
+        if self._all_kept:
+            return cache(lambda: unpack(layer, torch.empty))
+        return lambda: unpack(layer, self._scratch)
+
+    def exact(self, name: str) -> Read:
+        """What gives ``self[name]``, as ``reader`` does."""
+        if self._all_kept or name in self._kernels:
+            return lambda: self[name]
+        return self.reader(name, _exact)
+
+    def _scratch(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory that was used before: the page faults of fresh memory take longer than unpacking into it."""
+        count = shape[0] * shape[1]
+        held = self._scratches.get(dtype)
+        if held is None or held.numel() < count:
+            held = self._scratches[dtype] = torch.empty(count, dtype=dtype, device=device)
+        return held[:count].view(shape)
+
+
+def _exact(layer: Any, empty: Empty) -> torch.Tensor:
+    out = empty(backends.shape(layer), dtype=torch.float64, device=layer.weight.device)
+    return _dequantized(layer, out)
 
 
 def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:

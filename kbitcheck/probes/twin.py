@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from kbitcheck import backends
 from kbitcheck.facts import GradientFacts
 from kbitcheck.probes import step
-from kbitcheck.probes.layers import Read, Weights
+from kbitcheck.probes.layers import Empty, Read, Weights
 from kbitcheck.probes.snapshot import norm_evidence
 from kbitcheck.probes.widened import Widened
 
@@ -103,8 +103,7 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
 
     def plain(name: str, module: Any) -> TwinLinear:
         bias = None if module.bias is None else module.bias.detach().double()
-        read = weights.reader(lambda: weights[name])
-        return TwinLinear(backends.shape(module), read, bias, torch.float64, module.weight.device)
+        return TwinLinear(backends.shape(module), weights.exact(name), bias, torch.float64, module.weight.device)
 
     twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
     if hasattr(twin, "set_experts_implementation"):
@@ -122,26 +121,28 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         bias = None if module.bias is None else module.bias.detach().clone()
         if compute is None or unpacked is None:
             # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
-            unpacked_rows = weights.reader(lambda: backends.dequantized(module))
             rounded = partial(backends.rounded_input, module)
-            return TwinLinear(shape, unpacked_rows, bias, None, device, rounded=rounded)
-
-        def unpack() -> torch.Tensor:
-            # As the kernel unpacks: scales that are themselves quantized round once more than the format says.
-            return backends.dequantized(module, torch.float32)
-
+            read = weights.reader(name, partial(_unpacked, dtype=torch.float32))
+            return TwinLinear(shape, read, bias, None, device, rounded=rounded)
+        other = None if unpacked == compute else weights.reader(name, partial(_unpacked, dtype=unpacked))
         return TwinLinear(
             shape,
-            weights.reader(lambda: unpack().to(compute)),
+            weights.reader(name, partial(_unpacked, dtype=compute)),
             None if bias is None else bias.to(compute),
             compute,
             device,
-            backward_read=None if unpacked == compute else weights.reader(lambda: unpack().to(unpacked)),
+            backward_read=other,
         )
 
     twin = _replaced(base, plain, partial(promised, profile))
     cast(twin, profile)
     return twin
+
+
+def _unpacked(layer: Any, empty: Empty, dtype: torch.dtype) -> torch.Tensor:
+    """As the kernel unpacks: scales that are themselves quantized round once more than the format says."""
+    wide = backends.dequantized(layer, torch.float32)  # which bitsandbytes cannot write to given memory on a CPU
+    return wide if dtype == wide.dtype else empty(wide.shape, dtype=dtype, device=wide.device).copy_(wide)
 
 
 def promised(profile: str, name: str, module: nn.Module) -> torch.dtype | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kbitcheck.base import Base, base_of
-from kbitcheck.probes import twin, widened
+from kbitcheck.probes import layers, twin, widened
 from kbitcheck.probes.widened import Widened
 from kbitcheck.suite import CaseSpec
 
@@ -63,18 +63,21 @@ def test_it_is_not_written_to() -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("quant", ["nf4", "fp4,double,compute=fp32", "int8"])
 @pytest.mark.parametrize("model", ["tiny:llama", "tiny:mixtral", "tiny:gpt2"])
-def test_twins_are_the_same_however_large_parameters_are_held(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embeddings, heads, experts and tied weights; the two twins' gradients and logits."""
-    spec = CaseSpec(model=model, quant="nf4", implementation="reference")
+def test_twins_are_the_same_however_weights_are_held(model: str, quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, heads, experts, tied and quantized weights; the two twins' gradients and logits."""
+    spec = CaseSpec(model=model, quant=quant, implementation="reference")
 
     def held(limit: int) -> tuple[twin.Twins, list[torch.Tensor]]:
         monkeypatch.setattr(twin, "LARGE_BYTES", limit)
+        monkeypatch.setattr(layers, "KEPT_BYTES", limit)
         kept = base_of(spec)
         base = Base(kept.source, kept.quant, spec)
         made = twin.float64(base.pristine, base.weights)
         assert any(isinstance(p.data, Widened) for p in made.parameters()) is (limit == 0)
         function = base.function("peft")
+        assert bool(base.weights._scratches) is (limit == 0)
         return base.twins(spec), [function.exact.logits, function.rounded.logits]
 
     (wide, logits), (widened_, also) = held(1 << 60), held(0)
