@@ -137,6 +137,17 @@ class Case(Copies):
         self._told = self._told or (facts, flags)
         return returned if isinstance(returned, nn.Module) else model
 
+    def _let_go(self) -> None:
+        """Drop the one object, where a large model's copies are coming and it would be one too many."""
+        if self._base.large:
+            self.__dict__.pop("_attached", None)
+            self.__dict__.pop("_object", None)
+
+    def _needs_to_run(self) -> None:
+        if "forwards" not in vars(self):
+            self._let_go()
+        super()._needs_to_run()
+
     @property
     def _called(self) -> tuple[CallFacts, Mapping[str, bool]]:
         if self._told is None:
@@ -372,9 +383,8 @@ class Case(Copies):
 
     @cached_property
     def interleaved(self) -> Sequence[StepOutcome]:
-        if "repeated_run" in vars(self):  # all has run on the one object, and two more are coming
-            self.__dict__.pop("_attached")
-            self.__dict__.pop("_object")
+        if "repeated_run" in vars(self):  # the last to need that it is the same one
+            self._let_go()
         session = interleaving.Session(self.interleaving)
         return [session.do(name) for name in INTERLEAVED]
 

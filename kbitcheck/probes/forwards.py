@@ -102,7 +102,7 @@ def embedded(model: Any, batch: step.Batch) -> Ran:
     """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
     inputs = step.feed(model, batch)
     device = inputs["input_ids"].device.type
-    model.train()
+    model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
     try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
         with step.seeded(0, device), step.dropout_raised(model, 0.0):

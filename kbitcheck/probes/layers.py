@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import kbitcheck_reference as oracle
@@ -77,11 +77,13 @@ class Weights(Mapping[str, torch.Tensor]):
             return cache(lambda: unpack(layer, torch.empty))
         return lambda: unpack(layer, self._scratch)
 
-    def exact(self, name: str) -> Read:
-        """What gives ``self[name]``, as ``reader`` does."""
+    def exact(self, name: str) -> torch.Tensor:
+        """``self[name]``, of a large model in memory that the next one is unpacked to as well."""
         if self._all_kept or name in self._kernels:
-            return lambda: self[name]
-        return self.reader(name, _exact)
+            return self[name]
+        layer: Any = self._layers[name]
+        out = self._scratch(backends.shape(layer), dtype=torch.float64, device=layer.weight.device)
+        return _dequantized(layer, out)
 
     def _scratch(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory that was used before: the page faults of fresh memory take longer than unpacking into it."""
@@ -90,11 +92,6 @@ class Weights(Mapping[str, torch.Tensor]):
         if held is None or held.numel() < count:
             held = self._scratches[dtype] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)
-
-
-def _exact(layer: Any, empty: Empty) -> torch.Tensor:
-    out = empty(backends.shape(layer), dtype=torch.float64, device=layer.weight.device)
-    return _dequantized(layer, out)
 
 
 def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
@@ -122,28 +119,34 @@ def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward hands the gradient to a list."""
+    """The identity; its backward hands the gradient to whoever caught it."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
-        ctx.seen = seen
+    def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        ctx.caught = caught
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.seen.append(gradient.detach())
+        ctx.caught(gradient.detach())
         return gradient, None
 
 
 class _Probe:
-    """Taps round one layer. Its hooks run outermost: before every other pre-hook and after every other hook."""
+    """Taps round one layer, whose backward is judged as it happens, so that no gradient is held for longer.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.entering: list[torch.Tensor] = []
-        self.leaving: list[torch.Tensor] = []
+    Its hooks run outermost: before every other pre-hook and after every other hook. ``weight`` gives the layer's, in
+    float64; ``half`` is the dtype that an autocast round the step rounds to.
+    """
+
+    def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None) -> None:
         self.ran = 0
-        self.carried = True
         self.dtype: torch.dtype | None = None
+        self._module, self._weight, self._half = module, weight, half
+        self._carried = True
+        self._entered = self._left = 0
+        self._waiting: list[torch.Tensor] = []
+        self._excess = self._products = self._squares = self._rounding = 0.0
         self._passed = False
         self.handles = (
             module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
@@ -160,24 +163,83 @@ class _Probe:
         self.dtype = x.dtype
         if not x.requires_grad:
             x = x.detach().requires_grad_(True)
-        tapped = _Tap.apply(x, self.leaving)
+        tapped = _Tap.apply(x, self._leaves)
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
 
     def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if self._passed:
             return output
         if not output.requires_grad:
-            self.carried = False
+            self._carried = False
             return output
-        tapped: torch.Tensor = _Tap.apply(output, self.entering)
+        tapped: torch.Tensor = _Tap.apply(output, self._enters)
         return tapped
+
+    def _enters(self, gradient: torch.Tensor) -> None:
+        self._entered += 1
+        self._waiting.append(gradient)
+
+    def _leaves(self, gradient: torch.Tensor) -> None:
+        self._left += 1
+        if self._waiting:
+            self._judge(self._waiting.pop(0), gradient)
+
+    @property
+    def _compute(self) -> torch.dtype:
+        return backends.compute_dtype(self._module) or self.dtype or torch.float32
+
+    @property
+    def _ulp(self) -> float:
+        unpacked = backends.state_dtype(self._module) or self._compute
+        dtypes = {self._compute, unpacked, self.dtype or self._compute, self._half or self._compute}
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def _accumulation(self) -> float:
+        return backends.shape(self._module)[0] * 2.0**-24
+
+    def _judge(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
+        weight, compute = self._weight(), self._compute
+        rounded = weight.to(backends.state_dtype(self._module) or compute).to(compute).double()
+        magnitudes = weight.abs()
+        # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
+        vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))
+        flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
+        found = dx.reshape(-1, dx.shape[-1]).double()
+        spread = flat.abs() @ magnitudes
+        bound = (3 * self._ulp + self._accumulation) * spread + vanished
+        excess = ((found - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
+        self._excess = max(self._excess, float(excess.max()) if found.numel() else 0.0)
+        # The gain is taken against operands rounded as the kernel rounds them: only the result's own rounding is left.
+        expected = flat @ rounded
+        self._products += float((found * expected).sum())
+        self._squares += float(expected.square().sum())
+        self._rounding += float((spread * expected.abs()).sum())
+
+    def told(self, misread: float) -> LayerBackward:
+        """What came of it; ``misread`` is the layer's."""
+        if not self._carried:
+            return LayerBackward(reached=True, carried=False)
+        if not self._entered:
+            return LayerBackward(reached=False, carried=True)
+        if self._left != self._entered:
+            return LayerBackward(reached=True, carried=False)
+        squares = self._squares
+        return LayerBackward(
+            reached=True,
+            carried=True,
+            excess=self._excess,
+            gain=self._products / squares if squares else 1.0,
+            misread=misread,
+            gain_bound=self._ulp + self._accumulation * self._rounding / squares if squares else 1.0,
+        )
 
 
 def backwards(
     model: nn.Module,
     batch: step.Batch,
     adapters: Mapping[str, nn.Parameter],
-    weights: Mapping[str, torch.Tensor],
+    weights: Weights,
     misread: Mapping[str, float],
     autocast: AbstractContextManager[Any] | None = None,
     half: torch.dtype | None = None,
@@ -190,7 +252,7 @@ def backwards(
     its name, as PEFT wraps models and layers. ``half`` is the dtype that an autocast round the step rounds to.
     """
     modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
-    probes = {name: _Probe(module) for name, module in modules.items()}
+    probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}
     try:
         with step.checkpointing_off(model), autocast or nullcontext():
             model.train()
@@ -207,8 +269,7 @@ def backwards(
     found = {}
     for name, probe in probes.items():
         if probe.ran:
-            known = base_name(name, weights)
-            judged = _judge(probe, modules[name], weights[known], misread.get(known, 0.0), half)
+            judged = probe.told(misread.get(base_name(name, weights), 0.0))
             found[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
     return found
 
@@ -251,48 +312,3 @@ def base_name(name: str, known: Any) -> str:
     while plain not in known and "." in plain:
         plain = plain.partition(".")[2]
     return plain if plain in known else name
-
-
-def _judge(
-    probe: _Probe, module: nn.Module, weight: torch.Tensor, misread: float, half: torch.dtype | None
-) -> LayerBackward:
-    if not probe.carried:
-        return LayerBackward(reached=True, carried=False)
-    if not probe.entering:
-        return LayerBackward(reached=False, carried=True)
-    if len(probe.leaving) != len(probe.entering):
-        return LayerBackward(reached=True, carried=False)
-    worst, products, squares, rounding = 0.0, 0.0, 0.0, 0.0
-    compute = backends.compute_dtype(module) or probe.dtype or torch.float32
-    unpacked = backends.state_dtype(module) or compute
-    ulp = max(
-        torch.finfo(compute).eps,
-        torch.finfo(unpacked).eps,
-        torch.finfo(probe.dtype or compute).eps,
-        torch.finfo(half or compute).eps,
-    )
-    accumulation = weight.shape[0] * 2.0**-24
-    rounded = weight.to(unpacked).to(compute).double()
-    # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
-    vanished = torch.finfo(compute).tiny * (weight.shape[0] + weight.abs().sum(0))
-    for dy, dx in zip(probe.entering, probe.leaving, strict=True):
-        flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
-        found = dx.reshape(-1, dx.shape[-1]).double()
-        spread = flat.abs() @ weight.abs()
-        bound = (3 * ulp + accumulation) * spread + vanished
-        excess = ((found - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
-        worst = max(worst, float(excess.max()) if found.numel() else 0.0)
-        # The gain is taken against operands rounded as the kernel rounds them: only the result's own rounding is left.
-        expected = flat @ rounded
-        products += float((found * expected).sum())
-        squares += float(expected.square().sum())
-        rounding += float((spread * expected.abs()).sum())
-    gain = products / squares if squares else 1.0
-    return LayerBackward(
-        reached=True,
-        carried=True,
-        excess=worst,
-        gain=gain,
-        misread=misread,
-        gain_bound=ulp + accumulation * rounding / squares if squares else 1.0,
-    )

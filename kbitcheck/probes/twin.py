@@ -103,7 +103,9 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
 
     def plain(name: str, module: Any) -> TwinLinear:
         bias = None if module.bias is None else module.bias.detach().double()
-        return TwinLinear(backends.shape(module), weights.exact(name), bias, torch.float64, module.weight.device)
+        return TwinLinear(
+            backends.shape(module), partial(weights.exact, name), bias, torch.float64, module.weight.device
+        )
 
     twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
     if hasattr(twin, "set_experts_implementation"):

@@ -38,10 +38,11 @@ def test_gradients_that_die_out_may_vanish(off: float, right: bool) -> None:
     tiny = torch.finfo(torch.bfloat16).tiny
     weight = torch.full((32, 4), 0.5, dtype=torch.float64)
     dy = torch.full((1, 32), 1.5 * tiny)  # each product is below the smallest normal number: a kernel may drop them all
-    probe: Any = SimpleNamespace(carried=True, entering=[dy], leaving=[torch.full((1, 4), off)], dtype=torch.float32)
-    layer: Any = nn.Linear(1, 1)
-    found = layers._judge(probe, layer, weight, 0.0, torch.bfloat16)
-    assert (found.excess <= 1) is right
+    probe = layers._Probe(nn.Linear(4, 32), lambda: weight, torch.bfloat16)
+    probe.dtype = torch.float32
+    probe._enters(dy)
+    probe._leaves(torch.full((1, 4), off))
+    assert (probe.told(misread=0.0).excess <= 1) is right
 
 
 class Noisy(nn.Module):
