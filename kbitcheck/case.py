@@ -138,15 +138,9 @@ class Case(Copies):
         return returned if isinstance(returned, nn.Module) else model
 
     def _let_go(self) -> None:
-        """Drop the one object, where a large model's copies are coming and it would be one too many."""
         if self._base.large:
             self.__dict__.pop("_attached", None)
             self.__dict__.pop("_object", None)
-
-    def _needs_to_run(self) -> None:
-        if "forwards" not in vars(self):
-            self._let_go()
-        super()._needs_to_run()
 
     @property
     def _called(self) -> tuple[CallFacts, Mapping[str, bool]]:
@@ -315,23 +309,23 @@ class Case(Copies):
         found = layers.backwards(model, self.batch, adapters, *known, self._autocast(), extremes=True)
         if any(f.raised and f.autocast and f.condition.startswith("train") for f in self.forwards):  # KB210's to tell
             return found
+        if any(p.quantized_bias for p in self.wrapped.parameters.values()):
+            del model, adapters
+            model, adapters = self._attached_copy()  # an int8 layer casts its bias in place to whatever dtype comes in
         try:
-            mixed = self._mixed_backwards(self._attached_copy())
+            mixed = self._mixed_backwards(model, adapters)
         except RuntimeError:
             if self._base_bears_autocast:
                 raise
             return found
         return {**found, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
 
-    def _mixed_backwards(self, attached: Attached) -> Mapping[str, LayerBackward]:
-        """Once more as trainers with mixed precision run it, and on a single row; on a copy, as an int8 layer casts its
-        bias in place to whatever dtype comes in.
-        """
+    def _mixed_backwards(self, model: nn.Module, adapters: Mapping[str, nn.Parameter]) -> Mapping[str, LayerBackward]:
+        """Once more as trainers with mixed precision run it, and on a single row."""
         half = torch.autocast(next(iter(self.batch.values())).device.type, dtype=self._base.half)
         single = first_rows(self.batch, 1)
         if not getattr(getattr(self._base.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as who computes a loss of their own; a decoder's inputs are made from labels
-        model, adapters = attached
         known = (self._base.weights, self._base.misread)
         return layers.backwards(model, single, adapters, *known, half, self._base.half)
 
@@ -339,8 +333,8 @@ class Case(Copies):
     def _base_bears_autocast(self) -> bool:
         """Whether a step under autocast runs in half precision and in float32: some models' own code has a dtype in mind."""
         try:
-            for model in (self._base.copy(), self._base.wide()):
-                self._mixed_backwards((model, {}))
+            for make in (self._base.copy, self._base.wide):
+                self._mixed_backwards(make(), {})
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -383,10 +377,7 @@ class Case(Copies):
 
     @cached_property
     def interleaved(self) -> Sequence[StepOutcome]:
-        if "repeated_run" in vars(self):  # the last to need that it is the same one
-            self._let_go()
-        session = interleaving.Session(self.interleaving)
-        return [session.do(name) for name in INTERLEAVED]
+        return interleaving.Session(self.interleaving).run(INTERLEAVED)
 
     @property
     def interleaving(self) -> interleaving.Subject:

@@ -68,13 +68,21 @@ class Copies:
 
     # The base and the call
 
+    def _let_go(self) -> None:
+        """Drop what else there is of a large model: more of it is coming."""
+
+    def _copy(self) -> Any:
+        """A fresh base."""
+        self._let_go()
+        return self._base.copy()
+
     def _prepared_copy(self, **wanted: Any) -> Any:
         """A fresh base, prepared by the subject.
 
         Raises:
             Unavailable: preparation raised.
         """
-        model = self._base.copy()
+        model = self._copy()
         returned, facts = call(self.prepare, model, **(wanted or self.wanted))
         if facts.raised:
             raise Unavailable(f"preparation raised {facts.raised} ({facts.raised_at})")
@@ -108,6 +116,7 @@ class Copies:
         def everywhere(model: nn.Module) -> Iterator[forwards.Forward]:
             return forwards.everywhere(model, self.batch, self._base.half)
 
+        self._let_go()
         known = self._base.forwards  # first, so that its copy of the base is gone
         return forwards.compare(everywhere(self._prepared_copy()), known, lambda: everywhere(self._base.wide()))
 
@@ -133,6 +142,7 @@ class Copies:
 
     @cached_property
     def _training(self) -> tuple[TrainingFacts, ModelFacts, ForwardFacts]:
+        self._let_go()
         twins = self._twins
         model, adapters = self._attached_copy()
         before = snapshot.fingerprints(adapters)
@@ -172,7 +182,7 @@ class Copies:
     @cached_property
     def _second_look(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
         """A copy prepared while its memory is watched, then prepared again."""
-        model = self._base.copy()
+        model = self._copy()
         for index, module in enumerate(model.modules()):
             module.training = index % 3 != 1
         kept: list[Any] = []
@@ -213,16 +223,16 @@ class Copies:
 
     @cached_property
     def default_call(self) -> CallFacts:
-        return call(self.prepare, self._base.copy())[1]
+        return call(self.prepare, self._copy())[1]
 
     @cached_property
     def positional_call(self) -> CallFacts:
-        return call(self.prepare, self._base.copy().train(), False)[1]
+        return call(self.prepare, self._copy().train(), False)[1]
 
     @cached_property
     def refused(self) -> tuple[CallFacts, ModelFacts, ModelFacts]:
         """The call on the same architecture with checkpointing unsupported, with the model before and after."""
-        model = self._base.copy()
+        model = self._copy()
         cls = type(model)
         model.__class__ = type(
             cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__}
@@ -239,7 +249,7 @@ class Copies:
         fit = [name for name in self._base.targets if name not in self.unfit_targets]
         try:
             model, adapters = adapter_probe.attach(
-                self._base.copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
+                self._copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
             )
         except NotImplementedError as error:  # of some classes the embedding is not to be had
             raise NotApplicable(f"{library} cannot put adapters on this model: {cause(error)}") from error
@@ -262,7 +272,7 @@ class Copies:
             asked["use_reentrant"] = self.checkpointing == "reentrant"
         if self.checkpointing == "non-reentrant":
             asked["determinism_check"] = "none"
-        model = self._base.copy()
+        model = self._copy()
         wanted: dict[str, Any] = {SECOND: True, THIRD: asked}
         returned, called = call(self.prepare, model, **wanted)
         if called.raised:

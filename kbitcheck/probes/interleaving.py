@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,13 +43,33 @@ class Subject:
     seed: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Settings:
     """What is switched on the model and round it; ``checkpointing`` is None where it was never switched."""
 
     checkpointing: str | None = None
     autocast: bool = False
     rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """A training step's gradients, and all that a fresh model needs to take the same one."""
+
+    gradients: step.Gradients
+    checkpoints: int
+    times: int
+    settings: _Settings
+    adapters: Sequence[torch.Tensor]
+    biases: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step that was taken; ``outcome`` is complete but for what a fresh model makes of it."""
+
+    outcome: StepOutcome
+    trained: _Trained | None
 
 
 @dataclass(slots=True)
@@ -63,74 +83,88 @@ class Session:
     _packed: Mapping[str, str] = field(default_factory=dict)
     _fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)
-    _calls: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.model, self.adapters = self.subject.make()
         self._packed = fingerprints(self.model, self.subject.layers)
 
+    def run(self, names: Sequence[Step]) -> list[StepOutcome]:
+        """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
+        taken = [self._take(name) for name in names]
+        self.model, self.adapters = None, {}
+        return [self._judge(one) for one in taken]
+
     def do(self, name: Step) -> StepOutcome:
         """Take one step; what it raises, and what it changed, is in the outcome."""
-        hooks, raised, distances = _hooks(self.model), "", {}
+        return self._judge(self._take(name))
+
+    def _take(self, name: Step) -> Taken:
+        hooks, raised, trained = _hooks(self.model), "", None
         try:
-            distances = dict(self._act(name) or {})
+            trained = self._act(name)
         except Exception as error:
             raised = cause(error)
         now = fingerprints(self.model, self.subject.layers)
         # transformers hooks some models for good in their first forward.
         repeated = name in self._names and not name.startswith(HOOKING)
         self._names.append(name)
-        return StepOutcome(
+        outcome = StepOutcome(
             step=f"{len(self._names)} {name}",
             raised=raised,
             changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
             hooks_added=max(0, _hooks(self.model) - hooks) if repeated else 0,
-            gradients=distances,
-            checkpoints=self._calls if distances else (0, 0),
+            gradients={},
+            checkpoints=(0, 0),
         )
+        return Taken(outcome, trained)
 
-    def _act(self, name: Step) -> Mapping[str, Distance] | None:
+    def _judge(self, taken: Taken) -> StepOutcome:
+        mine = taken.trained
+        if mine is None:
+            return taken.outcome
+        try:
+            fresh, calls = self._fresh_gradients(mine)
+        except Exception as error:
+            return replace(taken.outcome, raised=cause(error))
+        # A fresh model's names may come from another copy of the wrapper, in the same order.
+        gradients = {
+            n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
+            for (n, g), e in zip(mine.gradients.items(), fresh.values(), strict=True)
+        }
+        return replace(taken.outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
+
+    def _act(self, name: Step) -> _Trained | None:
         if name.startswith("autocast"):
-            self.settings.autocast = name == "autocast-on"
+            self.settings = replace(self.settings, autocast=name == "autocast-on")
         elif name == "train-mode":
             self.model.train()
         else:
-            action: Callable[[str], Mapping[str, Distance] | None] = getattr(self, "_" + name.partition("-")[0])
+            action: Callable[[str], _Trained | None] = getattr(self, "_" + name.partition("-")[0])
             return action(name)
         return None
 
     # Training
 
-    @property
-    def batch(self) -> step.Batch:
-        """The batch as the settings cut it."""
-        rows = self.settings.rows
-        return first_rows(self.subject.batch, rows) if rows else dict(self.subject.batch)
+    def _train(self, name: str, times: int = 1) -> _Trained:
+        adapters = [p.detach().clone() for p in self.adapters.values()]
+        layers = _quantized(self.model, self.subject.layers)
+        biases = {n: m.bias.detach().clone() for n, m in layers if m.bias is not None}
+        gradients, calls = self._gradients(self.model, self.adapters, self.settings, times)
+        return _Trained(gradients, calls, times, self.settings, adapters, biases)
 
-    def _train(self, name: str, times: int = 1) -> Mapping[str, Distance]:
-        found, calls = self._gradients(self.model, self.adapters, times)
-        fresh, fresh_calls = self._fresh_gradients(times)
-        self._calls = (calls, fresh_calls)
-        # A fresh model's names may come from another copy of the wrapper, in the same order.
-        return {
-            n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
-            for (n, g), e in zip(found.items(), fresh.values(), strict=True)
-        }
-
-    def _accumulate(self, name: str) -> Mapping[str, Distance]:
+    def _accumulate(self, name: str) -> _Trained:
         return self._train(name, times=2)
 
     def _update(self, name: str) -> None:
         optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-3, weight_decay=0.1)
-        for parameter, gradient in zip(
-            self.adapters.values(), self._gradients(self.model, self.adapters, 1)[0].values(), strict=True
-        ):
+        gradients, _ = self._gradients(self.model, self.adapters, self.settings, 1)
+        for parameter, gradient in zip(self.adapters.values(), gradients.values(), strict=True):
             parameter.grad = gradient
         optimizer.step()
         step.clear_gradients(self.model)
 
     def _gradients(
-        self, model: Any, adapters: Mapping[str, nn.Parameter], times: int, *, apart: bool = False
+        self, model: Any, adapters: Mapping[str, nn.Parameter], settings: _Settings, times: int, *, apart: bool = False
     ) -> tuple[step.Gradients, int]:
         """Gradients accumulated over ``times`` steps, and how often torch's checkpoint was called.
 
@@ -142,10 +176,10 @@ class Session:
             with step.dropout_raised(model, 0.0):
                 run, found = step.train_step(
                     model,
-                    self.batch,
+                    self._batch_of(settings),
                     adapters,
                     seed=self.subject.seed + turn,
-                    autocast=self._autocast(),
+                    autocast=self._autocast(settings),
                     watch=False,
                     gathered=None if apart else total,
                 )
@@ -153,47 +187,50 @@ class Session:
             calls += len(run.checkpoints)
         return total, calls
 
-    def _fresh_gradients(self, times: int) -> tuple[step.Gradients, int]:
-        s = self.settings
-        drawn = tuple(digest.bits(p) for p in self.adapters.values())
-        biases = {n: m.bias for n, m in _quantized(self.model, self.subject.layers) if m.bias is not None}
+    def _fresh_gradients(self, trained: _Trained) -> tuple[step.Gradients, int]:
+        settings, biases = trained.settings, trained.biases
+        drawn = tuple(map(digest.bits, trained.adapters))
         told = tuple(f"{b.dtype}{digest.bits(b)}" for b in biases.values())
-        key = (s.checkpointing, s.autocast, s.rows, times, drawn, told)
+        key = (settings, trained.times, drawn, told)
         if key not in self._fresh:
             model, adapters = self.subject.make()
-            for mine, other in zip(adapters.values(), self.adapters.values(), strict=True):
-                mine.data.copy_(other.data)
+            for mine, other in zip(adapters.values(), trained.adapters, strict=True):
+                mine.data.copy_(other)
             # A quantized layer's own bias is recast by bitsandbytes in its forward: KB104 tells, and this goes on from it.
             for name, module in _quantized(model, self.subject.layers):
                 if name in biases:
-                    module.bias.data = biases[name].data.clone()
-            if s.checkpointing:
-                switch(model, s.checkpointing)
-            self._fresh[key] = self._gradients(model, adapters, times, apart=True)
+                    module.bias.data = biases[name].clone()
+            if settings.checkpointing:
+                switch(model, settings.checkpointing)
+            self._fresh[key] = self._gradients(model, adapters, settings, trained.times, apart=True)
         return self._fresh[key]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _batch_of(self, settings: _Settings) -> step.Batch:
+        """The batch as the settings cut it."""
+        return first_rows(self.subject.batch, settings.rows) if settings.rows else dict(self.subject.batch)
+
+    def _autocast(self, settings: _Settings) -> AbstractContextManager[Any]:
         device = next(iter(self.subject.batch.values())).device.type
-        wanted = self.settings.autocast or self.subject.needs_autocast
+        wanted = settings.autocast or self.subject.needs_autocast
         return torch.autocast(device, dtype=self.subject.half) if wanted else nullcontext()
 
     # Looking
 
     def _evaluate(self, name: str) -> None:
         self.model.eval()
-        with torch.no_grad(), self._autocast():
-            self.model(**step.feed(self.model, self.batch))
+        with torch.no_grad(), self._autocast(self.settings):
+            self.model(**step.feed(self.model, self._batch_of(self.settings)))
 
     def _infer(self, name: str) -> None:
         self.model.eval()
-        with torch.inference_mode(), self._autocast():
-            self.model(**step.feed(self.model, self.batch))
+        with torch.inference_mode(), self._autocast(self.settings):
+            self.model(**step.feed(self.model, self._batch_of(self.settings)))
 
     def _generate(self, name: str) -> None:
         if not self.subject.generator:
             return
-        with self._autocast():
-            told = generate(self.model, self.batch)
+        with self._autocast(self.settings):
+            told = generate(self.model, self._batch_of(self.settings))
         if told.raised:
             raise RuntimeError(told.raised)
 
@@ -224,13 +261,13 @@ class Session:
     def _checkpointing(self, name: str) -> None:
         if getattr(self.model, "supports_gradient_checkpointing", False):
             switch(self.model, name)
-            self.settings.checkpointing = name
+            self.settings = replace(self.settings, checkpointing=name)
 
     def _eval(self, name: str) -> None:
         self.model.eval()
 
     def _batch(self, name: str) -> None:
-        self.settings.rows = 1 if name == "batch-one" else 0
+        self.settings = replace(self.settings, rows=1 if name == "batch-one" else 0)
 
     def _copy(self, name: str) -> None:
         names = list(self.adapters)
