@@ -4,7 +4,8 @@ Writes ``benchmarks/sizes.json`` and a plot, ``benchmarks/sizes.svg``.
 
 Full audits are compared with the bare script on the same drawn weights, lean as they are themselves (one thread, no
 compiler), the two taking turns. A model whose full audit the machine has no room for is audited from its configuration
-alone, and its row says so.
+alone, and its row says so. Given names of sizes, it measures those rows anew and keeps the others; each row says on
+which processor it was measured.
 """
 
 from __future__ import annotations
@@ -94,15 +95,22 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(HERE / "sizes.svg", metadata={"Date": None})
 
 
-def main() -> int:
-    """Measure and write."""
-    rows = [by_size(name, config) for name, config in SIZES.items()]
+def main(names: list[str]) -> int:
+    """Measure the sizes of these names, all if none is given, and write."""
+    if unknown := set(names) - set(SIZES):
+        raise SystemExit(f"no such size: {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
+    file = HERE / "sizes.json"
+    kept = {row["model"]: row for row in json.loads(file.read_text(encoding="utf-8"))["audits"]} if names else {}
+    rows = [
+        {"cpu": processor(), **by_size(name, config)} if not names or name in names else kept[name]
+        for name, config in SIZES.items()
+    ]
     told = {
         "environment": {"cpu": processor(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}},
         "audits": rows,
         "sweep": sweep_rate(),
     }
-    (HERE / "sizes.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     plot(rows)
     for row in rows:
         print(row["model"], row["audit"], row["seconds_to_bare"], row["memory_to_bare"], row["rules_per_second"])
@@ -110,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -39,6 +39,7 @@ class Base:
     """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
 
     _no_twin = ""  # why there is none
+    _forwards: Sequence[forwards.Forward] | None = None
 
     def __init__(
         self, source: Source | Given, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
@@ -52,7 +53,6 @@ class Base:
         self.batch: step.Batch = source.batch(self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
         self.weights, self.misread = layers.originals(self.pristine)
-        self._forwards: Sequence[forwards.Forward] | None = None
         self._functions: dict[str, Function] = {}
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
 

@@ -113,8 +113,10 @@ class Server:
         if spec.static != "always":  # which is about whatever device was named, here or elsewhere
             spec = dataclasses.replace(spec, device=self._device)
         known = rules()
+        torch.set_num_threads(self._threads)
         case = open_case(spec, self._implementation, seconds=request["seconds"])
-        torch.set_num_threads(self._threads if case.base.nbytes > LARGE_BYTES else 1)
+        if case.base.nbytes <= LARGE_BYTES:
+            torch.set_num_threads(1)
         yield from examine(case, [known[code] for code in request["rules"]])
         yield {"event": "done"}
 

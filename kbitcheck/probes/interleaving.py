@@ -14,7 +14,7 @@ import torch
 from kbitcheck_reference import lora
 from torch import nn
 
-from kbitcheck import backends
+from kbitcheck import backends, heap
 from kbitcheck.core import cause
 from kbitcheck.facts import Distance, StepOutcome
 from kbitcheck.models.batch import first_rows
@@ -272,6 +272,7 @@ class Session:
     def _copy(self, name: str) -> None:
         names = list(self.adapters)
         memo: dict[int, Any] = {}
+        heap.give_back()
         self.model = copy.deepcopy(self.model, memo)
         self.adapters = {n: memo[id(self.adapters[n])] for n in names}
 

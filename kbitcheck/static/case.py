@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from kbitcheck.core import NotApplicable
 from kbitcheck.facts import HALF, ForecastFacts, ModelFacts
+from kbitcheck.heap import LARGE_BYTES
 from kbitcheck.models import Source, source_of
 from kbitcheck.probes import adapters as adapter_probe
 from kbitcheck.probes import snapshot, targets
@@ -86,7 +89,8 @@ def too_large(source: Source, spec: CaseSpec, seconds: float) -> StaticCase | No
     """The static case of a model whose full audit the device has no room or ``seconds`` no time for; else None."""
     case = StaticCase(spec, source)
     need, free = audit_bytes(case.weights), free_bytes(spec.device)
-    took = audit_seconds(case.weights) if spec.device == "cpu" else 0.0
+    large = case.weights.loaded > LARGE_BYTES
+    took = audit_seconds(case.weights) if large and spec.device == "cpu" else 0.0
     if need > free:
         where = "memory" if spec.device == "cpu" else spec.device
         case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
@@ -100,17 +104,33 @@ def too_large(source: Source, spec: CaseSpec, seconds: float) -> StaticCase | No
 
 
 def audit_bytes(told: ForecastFacts) -> int:
-    """About what a full audit takes at its peak: the model four times over.
+    """About what a full audit takes at its peak: the model three times over.
 
-    Bases are copied before they are prepared or run (``Base.copy``): there are the pristine one, the one under audit,
-    and, where steps are interleaved, one that was used and a fresh one. Float twins read the pristine one's weights.
+    A base is copied before it is prepared or run (``Base.copy``), and copies come one at a time: there are the pristine
+    one, the one under audit, and the copy of it that KB308 makes. Float twins read the pristine one's weights.
     """
-    return 4 * (told.loaded + told.upcast)
+    return 3 * (told.loaded + told.upcast)
 
 
 def audit_seconds(told: ForecastFacts) -> float:
-    """About what a full audit takes on a CPU: a second for a million parameters, as ``benchmarks/sizes.json`` has it."""
-    return told.parameters / 1e6
+    """About what a full audit takes on this CPU.
+
+    Of a million parameters 0.8 s where products cost next to nothing (``benchmarks/sizes.json``, with AMX), and four
+    hundred times a half-precision product with them: 3.3 s where that takes 6 ms.
+    """
+    return told.parameters / 1e6 * (0.8 + 400 * product_seconds())
+
+
+@cache
+def product_seconds() -> float:
+    """What this CPU takes for a bfloat16 product of 48 tokens with a million weights: the least of a few times."""
+    x, weight = torch.ones(48, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        nn.functional.linear(x, weight)
+        took.append(time.perf_counter() - start)
+    return min(took)
 
 
 def free_bytes(device: str) -> int:

@@ -96,6 +96,7 @@ def test_what_this_machine_has_no_room_for_is_static(monkeypatch):
 
 def test_what_there_is_no_time_for_is_static(monkeypatch):
     monkeypatch.setattr(static_case, "free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(static_case, "product_seconds", lambda: 0.001)
     spec = CaseSpec(
         model=str(CONFIGS / "smollm-135m.json"),
         quant="nf4",
@@ -106,8 +107,14 @@ def test_what_there_is_no_time_for_is_static(monkeypatch):
     )
     case = static_case.static_case(spec, 60.0)
     assert case is not None
-    assert case.why == "a full audit takes about 2 minutes on a CPU, which `--timeout 269` allows for"
+    assert case.why == "a full audit takes about 3 minutes on a CPU, which `--timeout 323` allows for"
     assert static_case.static_case(spec, 600.0) is None
+    monkeypatch.setattr(static_case, "product_seconds", lambda: 0.02)
+    assert static_case.static_case(spec, 600.0) is not None
+
+
+def test_a_product_takes_some_time():
+    assert 1e-6 < static_case.product_seconds() < 10
 
 
 def test_free_memory_is_some():
