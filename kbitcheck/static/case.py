@@ -115,8 +115,8 @@ def audit_bytes(told: ForecastFacts) -> int:
 def audit_seconds(told: ForecastFacts) -> float:
     """About what a full audit takes on this CPU.
 
-    Of a million parameters 0.8 s where products cost next to nothing (``benchmarks/sizes.json``, with AMX), and four
-    hundred times a half-precision product with them: 3.3 s where that takes 6 ms.
+    0.8 s for a million parameters, as it took on the Xeon of ``benchmarks/sizes.json``, and what half-precision products
+    cost more elsewhere: on an EPYC, where one with a million weights takes 6 ms, it was 3.4 s.
     """
     return told.parameters / 1e6 * (0.8 + 400 * product_seconds())
 
