@@ -1,0 +1,37 @@
+"""A large model, whose copies come one at a time and whose weights are unpacked anew, is judged as a small one."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+
+from kbitcheck import heap
+from kbitcheck.base import base_of
+from kbitcheck.case import Case
+from kbitcheck.core import judge, rules
+from kbitcheck.implementations import load
+from kbitcheck.probes import layers, twin
+from kbitcheck.suite import CaseSpec
+
+
+@pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4,double"), ("tiny:gpt2", "int8")])
+def test_it_is_judged_the_same(model: str, quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With biases in quantized layers (gpt2) and without."""
+    spec = CaseSpec(model=model, quant=quant, implementation="reference", checkpointing="reentrant")
+
+    def judged() -> tuple[dict[str, str], int]:
+        kept = base_of(spec)
+        base = type(kept)(kept.source, kept.quant, spec)
+        case = Case(spec, load("reference").function, base)
+        copied = Mock(side_effect=base.copy)
+        monkeypatch.setattr(base, "copy", copied)
+        return {code: judge(rule, case).status.value for code, rule in rules().items()}, copied.call_count
+
+    small, copies = judged()
+    for module, limit in ((heap, "LARGE_BYTES"), (layers, "KEPT_BYTES"), (twin, "LARGE_BYTES")):
+        monkeypatch.setattr(module, limit, 0)
+    large, more = judged()
+    assert large == small
+    assert "ERROR" not in large.values()
+    assert more > copies  # the object that steps share was made anew
