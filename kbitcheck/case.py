@@ -30,15 +30,13 @@ from kbitcheck.facts import (
     MemoryFacts,
     ModelFacts,
     RunFacts,
-    StepOutcome,
     Unavailable,
 )
 from kbitcheck.models.batch import first_rows
 from kbitcheck.models.given import Given
 from kbitcheck.models.inputs import kinds
-from kbitcheck.probes import digest, interleaving, layers, memory, snapshot, step, twin
-from kbitcheck.probes.call import arguments, call
-from kbitcheck.programs import INTERLEAVED
+from kbitcheck.probes import digest, layers, memory, snapshot, step, twin
+from kbitcheck.probes.call import call
 from kbitcheck.quantization import Quantization
 from kbitcheck.static.case import StaticCase, static_case
 from kbitcheck.suite import CaseSpec
@@ -362,7 +360,7 @@ class Case(Copies):
             model, self.batch, adapters, seed=self.spec.seed, autocast=self._autocast(), watch=False
         )[0]
 
-    # Fresh copies
+    # What is told of them
 
     @cached_property
     def rounded_biases(self) -> Mapping[str, str]:
@@ -374,25 +372,6 @@ class Case(Copies):
             module = self._base.pristine.get_submodule(layers.base_name(name, known))
             found[f"{name}.bias"] = digest.bits(module.bias.to(backends.compute_dtype(module) or torch.float32))
         return found
-
-    @cached_property
-    def interleaved(self) -> Sequence[StepOutcome]:
-        return interleaving.Session(self.interleaving).run(INTERLEAVED)
-
-    @property
-    def interleaving(self) -> interleaving.Subject:
-        """What a session of steps in any order runs on."""
-        return interleaving.Subject(
-            make=self._attached_copy,
-            prepare=lambda model: self.prepare(model, **arguments(self.prepare, self.wanted)),
-            attach=lambda model: self._base.attach(model, self.spec),
-            batch=self.batch,
-            layers=tuple(self._base.weights),
-            half=self._base.half,
-            generator=self.generator,
-            needs_autocast=self._base.autocast(self.profile) is not None,
-            seed=self.spec.seed,
-        )
 
     @property
     def widened(self) -> Mapping[str, int]:

@@ -20,13 +20,15 @@ from kbitcheck.facts import (
     FunctionFacts,
     ModelFacts,
     RunFacts,
+    StepOutcome,
     StoreFacts,
     TrainingFacts,
     Unavailable,
 )
 from kbitcheck.probes import adapters as adapter_probe
-from kbitcheck.probes import forwards, memory, snapshot, step, store, targets, twin
+from kbitcheck.probes import forwards, interleaving, memory, snapshot, step, store, targets, twin
 from kbitcheck.probes.call import SECOND, THIRD, arguments, call, place
+from kbitcheck.programs import INTERLEAVED
 from kbitcheck.suite import CaseSpec
 
 
@@ -66,7 +68,7 @@ class Copies:
         make = self._base.autocast(self.profile)
         return make() if make else None
 
-    # The base and the call
+    # Copies
 
     def _let_go(self) -> None:
         """Drop what else there is of a large model: more of it is coming."""
@@ -76,14 +78,14 @@ class Copies:
         self._let_go()
         return self._base.copy()
 
-    def _prepared_copy(self, **wanted: Any) -> Any:
+    def _prepared_copy(self) -> Any:
         """A fresh base, prepared by the subject.
 
         Raises:
             Unavailable: preparation raised.
         """
         model = self._copy()
-        returned, facts = call(self.prepare, model, **(wanted or self.wanted))
+        returned, facts = call(self.prepare, model, **self.wanted)
         if facts.raised:
             raise Unavailable(f"preparation raised {facts.raised} ({facts.raised_at})")
         return returned if isinstance(returned, nn.Module) else model
@@ -101,9 +103,9 @@ class Copies:
             if f.raised and not f.base_raised and f.autocast is mixed and fed:
                 raise NotApplicable(f"{CANNOT_RUN}{f.raised}")
 
-    def _attached_copy(self, **wanted: Any) -> Attached:
+    def _attached_copy(self) -> Attached:
         self._needs_to_run()
-        return self._base.attach(self._prepared_copy(**wanted), self.spec)
+        return self._base.attach(self._prepared_copy(), self.spec)
 
     @property
     def _twins(self) -> twin.Twins:
@@ -174,6 +176,25 @@ class Copies:
     @property
     def generator(self) -> bool:
         return self._base.generator
+
+    @cached_property
+    def interleaved(self) -> Sequence[StepOutcome]:
+        return interleaving.Session(self.interleaving).run(INTERLEAVED)
+
+    @property
+    def interleaving(self) -> interleaving.Subject:
+        """What a session of steps in any order runs on."""
+        return interleaving.Subject(
+            make=self._attached_copy,
+            prepare=lambda model: self.prepare(model, **arguments(self.prepare, self.wanted)),
+            attach=lambda model: self._base.attach(model, self.spec),
+            batch=self.batch,
+            layers=tuple(self._base.weights),
+            half=self._base.half,
+            generator=self.generator,
+            needs_autocast=self._base.autocast(self.profile) is not None,
+            seed=self.spec.seed,
+        )
 
     @cached_property
     def cost(self) -> CostFacts:

@@ -222,7 +222,7 @@ class _Probe:
             return LayerBackward(reached=True, carried=False)
         if not self._entered:
             return LayerBackward(reached=False, carried=True)
-        if self._left != self._entered:
+        if self._left != self._entered or self._waiting:
             return LayerBackward(reached=True, carried=False)
         squares = self._squares
         return LayerBackward(
