@@ -148,7 +148,7 @@ def processor() -> str:
 
 def run() -> dict[str, Any]:
     """Measure everything."""
-    from kbitcheck.models import resolve
+    from kbitcheck.models.sources.resolve import resolve
 
     folder = str(resolve("tiny:llama").checkpoint)
     heavy = {

@@ -22,14 +22,15 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from kbitcheck_reference import prepare_model_for_kbit_training
 
-from kbitcheck.models import Source, resolve
-from kbitcheck.probes import adapters, step
-from kbitcheck.probes.live import Live
-from kbitcheck.probes.memory import returnable
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
-from kbitcheck.static import forecast, weights
-from kbitcheck.suite import CaseSpec
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.sources.resolve import Source, resolve
+from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.forecast import weights
+from kbitcheck.observe.probes import adapters, step
+from kbitcheck.observe.probes.live import Live
+from kbitcheck.observe.probes.memory import returnable
+from kbitcheck.observe.probes.snapshot import snapshot
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "fixtures" / "configs"

@@ -63,12 +63,13 @@ def grid() -> list[dict[str, Any]]:
     import torch
     from kbitcheck_reference import prepare_model_for_kbit_training
 
-    from kbitcheck.models import resolve
-    from kbitcheck.probes import adapters, memory, step
-    from kbitcheck.probes.snapshot import snapshot
-    from kbitcheck.quantization import Quantization
-    from kbitcheck.static import forecast, weights
-    from kbitcheck.suite import CaseSpec
+    from kbitcheck.backends.quantization import Quantization
+    from kbitcheck.core.cases import CaseSpec
+    from kbitcheck.models.sources.resolve import resolve
+    from kbitcheck.observe.forecast import predict as forecast
+    from kbitcheck.observe.forecast import weights
+    from kbitcheck.observe.probes import adapters, memory, step
+    from kbitcheck.observe.probes.snapshot import snapshot
 
     torch.set_num_threads(1)
     rows = []

@@ -27,7 +27,7 @@ SWEPT = ("llama", "gpt2", "opt", "mixtral")
 
 def by_size(name: str, config: Path | None) -> dict[str, Any]:
     """The audit of one model against the bare script: ratios of seconds and of peak memory."""
-    from kbitcheck.models import resolve
+    from kbitcheck.models.sources.resolve import resolve
 
     model = "tiny:llama" if config is None else str(config)
     folder = str(resolve(model, random_weights=config is not None).checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kbitcheck.core import rules
+from kbitcheck.core.rule import rules
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- rules:start -->", "<!-- rules:end -->"

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.core import NonConformance, Report, UsageError
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import NonConformance, Report
 
 if TYPE_CHECKING:
-    from kbitcheck.suite import Checkpointing, Freezes, Profile
+    from kbitcheck.core.cases import Checkpointing, Freezes, Profile
 
 __all__ = [
     "NonConformance",
@@ -39,12 +40,12 @@ def audit(
     """Audit a live quantized model in this process, as ``kbitcheck model`` audits a named one.
 
     ``prepare`` is the preparation to use (peft where it is installed, else the reference); ``ignore`` maps rule codes
-    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.suite.CaseSpec``.
+    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.core.cases.CaseSpec``.
 
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
-    from kbitcheck import live
+    from kbitcheck.run import in_process as live
 
     return live.audit(model, prepare, select=select, ignore=ignore or {}, strict=strict, options=options)
 
@@ -68,15 +69,15 @@ def check_implementation(
     A string names it (``peft``, ``module:function``, ``file.py:function``) and runs in ``jobs``
     worker processes (0: one a core where all models are recipes), with ``timeout`` seconds for each case; a callable
     runs in this process, without a time limit. ``options`` are those of
-    ``kbitcheck.suite.CaseSpec``.
+    ``kbitcheck.core.cases.CaseSpec``.
 
     Raises:
         UsageError: an option, rule, model or implementation is wrong.
     """
-    from kbitcheck import implementations
-    from kbitcheck.core import select as selected
-    from kbitcheck.run import run
-    from kbitcheck.suite import FULL, QUICK, cases, workers
+    from kbitcheck.core.rule import select as selected
+    from kbitcheck.run import subject as implementations
+    from kbitcheck.run.runner import run
+    from kbitcheck.run.suites import FULL, QUICK, cases, workers
 
     if isinstance(prepare, str):
         implementations.validate(prepare)
@@ -125,8 +126,8 @@ def assert_prepared(
         UsageError: an option or rule is wrong, or the model is not quantized.
     """
     __tracebackhide__ = True  # pytest shows the report, not this function
-    from kbitcheck import prepared
-    from kbitcheck.reporters import render
+    from kbitcheck.observe import prepared
+    from kbitcheck.report import render
 
     report = prepared.examine(
         model,

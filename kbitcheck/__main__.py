@@ -1,5 +1,5 @@
 """``python -m kbitcheck``."""
 
-from kbitcheck.door import main
+from kbitcheck.cli.main import main
 
 main()

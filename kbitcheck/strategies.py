@@ -13,9 +13,9 @@ from typing import Any, cast, get_args
 
 from hypothesis import strategies as st
 
-from kbitcheck.models import recipe as recipes_of
-from kbitcheck.quantization import KINDS, Compute, Kind, Quantization, Storage
-from kbitcheck.suite import CaseSpec, Checkpointing
+from kbitcheck.backends.quantization import KINDS, Compute, Kind, Quantization, Storage
+from kbitcheck.core.cases import CaseSpec, Checkpointing
+from kbitcheck.models.sources import recipe as recipes_of
 
 Data = dict[str, Any]
 Draw = Callable[[st.SearchStrategy[Any]], Any]

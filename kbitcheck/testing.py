@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck import assert_prepared
-from kbitcheck.core import UsageError
-from kbitcheck.core import select as chosen
-from kbitcheck.quantization import Quantization
-from kbitcheck.suite import FULL, QUICK, CaseSpec, Checkpointing, cases
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec, Checkpointing
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.rule import select as chosen
+from kbitcheck.run.suites import FULL, QUICK, cases
 
 if TYPE_CHECKING:
     import pytest
@@ -34,7 +35,7 @@ def case(
 ) -> CaseSpec:
     """One case for the fixture ``kbit_case``: a model, how it is quantized, who prepares it, how it is checkpointed.
 
-    ``options`` are the other fields of ``kbitcheck.suite.CaseSpec``.
+    ``options`` are the other fields of ``kbitcheck.core.cases.CaseSpec``.
 
     Raises:
         UsageError: an option is unknown, or the implementation cannot be imported by another process.

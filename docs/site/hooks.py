@@ -12,9 +12,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from kbitcheck.core import rules
-from kbitcheck.reporters import render
-from kbitcheck.reporters.html import FAMILIES
+from kbitcheck.core.rule import rules
+from kbitcheck.report import render
+from kbitcheck.report.html import FAMILIES
 
 RULES = "rules/index.md"  # the entry of the menu that the rules' pages take their places under
 # What a browser fetches by itself; a link that is followed by hand is none.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import rule_pages
 
-from kbitcheck.core import Report, rules
-from kbitcheck.reporters import text as terminal
+from kbitcheck.core.report import Report
+from kbitcheck.core.rule import rules
+from kbitcheck.report import text as terminal
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(__file__).with_name("sample.json")

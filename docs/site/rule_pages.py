@@ -10,8 +10,8 @@ from inspect import getdoc
 from pathlib import Path
 
 import kbitcheck
-from kbitcheck.core import Rule, rules
-from kbitcheck.reporters.html import FAMILIES
+from kbitcheck.core.rule import Rule, rules
+from kbitcheck.report.html import FAMILIES
 
 SABOTAGE = Path(kbitcheck.__file__).parent / "sabotage"
 HOWS = {

@@ -1,33 +1,11 @@
-"""Quantization backends, one file each: how to recognise a quantized layer and read what it holds."""
+"""Quantization backends: how to recognise a quantized layer and read what it holds. Importing this imports no torch."""
 
 from __future__ import annotations
 
-from kbitcheck.backends import bitsandbytes
-from kbitcheck.backends.bitsandbytes import (
-    bare,
-    compute_dtype,
-    dequantized,
-    is_packed,
-    is_quantized,
-    kind,
-    rounded_input,
-    scratch,
-    shape,
-    state,
-    state_dtype,
-)
+from typing import Any
 
-__all__ = [
-    "bare",
-    "bitsandbytes",
-    "compute_dtype",
-    "dequantized",
-    "is_packed",
-    "is_quantized",
-    "kind",
-    "rounded_input",
-    "scratch",
-    "shape",
-    "state",
-    "state_dtype",
-]
+
+def __getattr__(name: str) -> Any:
+    from kbitcheck.backends.bitsandbytes import layers
+
+    return getattr(layers, name)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kbitcheck.core import UsageError
+from kbitcheck.core.errors import UsageError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -15,7 +15,7 @@ from kbitcheck.pytest_plugin.controller import Controller
 from kbitcheck.pytest_plugin.runner import Runner
 
 if TYPE_CHECKING:
-    from kbitcheck.suite import CaseSpec
+    from kbitcheck.core.cases import CaseSpec
 
 __all__ = ["pytest_addoption", "pytest_configure", "pytest_generate_tests"]
 

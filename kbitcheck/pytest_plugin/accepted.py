@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from kbitcheck import gate
-from kbitcheck.core import Report, Status
-from kbitcheck.gate import Breach
-from kbitcheck.ledger import Cell, Ledger
+from kbitcheck.compare import gate
+from kbitcheck.compare.gate import Breach
+from kbitcheck.compare.ledger import Cell, Ledger
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Status
 
 
 @dataclass(frozen=True)

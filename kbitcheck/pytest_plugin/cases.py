@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kbitcheck import environments
-from kbitcheck.bench import Bench
-from kbitcheck.core import Result, UsageError, rules
-from kbitcheck.run import settle
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Result
+from kbitcheck.core.rule import rules
+from kbitcheck.run import virtualenvs as environments
+from kbitcheck.run.pool import Bench
+from kbitcheck.run.runner import settle
 
 Outcome = dict[str, Any]
 

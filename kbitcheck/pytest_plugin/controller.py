@@ -12,21 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import kbitcheck
-from kbitcheck.core import (
-    EXIT_BROKEN_RULE,
-    EXIT_ERROR,
-    EXIT_NOTHING,
-    EXIT_USAGE,
-    Report,
-    Result,
-    Status,
-    UsageError,
-    rules,
-)
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_ERROR, EXIT_NOTHING, EXIT_USAGE, Report
+from kbitcheck.core.result import Result, Status
+from kbitcheck.core.rule import rules
 from kbitcheck.pytest_plugin.runner import FOLDER, PLAN, Runner
 
 if TYPE_CHECKING:
-    from kbitcheck.suite import CaseSpec
+    from kbitcheck.core.cases import CaseSpec
 
 STOPPED = "not run: the test session stopped early"
 UNFINISHED = {pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR}
@@ -181,8 +174,8 @@ class Controller:
         settings = self._runner.settings
         if not settings.report:
             return
-        from kbitcheck.destination import Destination
-        from kbitcheck.reporters import render
+        from kbitcheck.cli.output_file import Destination
+        from kbitcheck.report import render
 
         for number, report in enumerate(self._reports, start=1):
             path = Path(settings.report)
@@ -193,7 +186,7 @@ class Controller:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self._usage and not self._reports:
             return
-        from kbitcheck.reporters import render, verdict
+        from kbitcheck.report import render, verdict
 
         terminalreporter.section("kbitcheck")
         if self._usage:
@@ -231,7 +224,7 @@ def assemble(
     complete: bool = True,
 ) -> Report:
     """A report as ``kbitcheck impl`` makes it, of results that were judged anywhere."""
-    from kbitcheck.implementations import REFERENCE
+    from kbitcheck.run.subject import REFERENCE
 
     names = {spec["implementation"] for spec in specs.values()}
     return Report(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kbitcheck.core import Rule
+from kbitcheck.core.rule import Rule
 
 if TYPE_CHECKING:
+    from kbitcheck.core.cases import CaseSpec
     from kbitcheck.pytest_plugin.runner import Runner
-    from kbitcheck.suite import CaseSpec
 
 
 def item_name(rule: Rule, spec: CaseSpec) -> str:

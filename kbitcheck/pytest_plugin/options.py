@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import pytest
 
-from kbitcheck.core import Rule, UsageError, select
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.rule import Rule, select
 
 if TYPE_CHECKING:
+    from kbitcheck.core.cases import CaseSpec, Checkpointing
     from kbitcheck.pytest_plugin.accepted import Accepted
-    from kbitcheck.suite import CaseSpec, Checkpointing
 
 # Name: metavar, default, whether it is repeatable, help.
 OPTIONS: dict[str, tuple[str, str, bool, str]] = {
@@ -154,11 +155,14 @@ class Settings:
         """
         if not self.implementation:
             return []
-        from kbitcheck import environment, implementations, suite
+        from kbitcheck.core import machine as environment
+        from kbitcheck.core.cases import Checkpointing, Profile
+        from kbitcheck.run import subject as implementations
+        from kbitcheck.run import suites as suite
 
         for option, given, known in (
-            ("profile", (self.profile,), get_args(suite.Profile)),
-            ("checkpointing", self.checkpointing, get_args(suite.Checkpointing)),
+            ("profile", (self.profile,), get_args(Profile)),
+            ("checkpointing", self.checkpointing, get_args(Checkpointing)),
             ("suite", (self.suite,), ("quick", "full")),
         ):
             for value in given:
@@ -185,8 +189,8 @@ class Settings:
         """
         if not self.ledger:
             return None
-        from kbitcheck import gate
-        from kbitcheck.ledger import Ledger, options_of
+        from kbitcheck.compare import gate
+        from kbitcheck.compare.ledger import Ledger, options_of
         from kbitcheck.pytest_plugin.accepted import Accepted
 
         if not self.specs:
@@ -203,12 +207,12 @@ class Settings:
         """
         _ = self.rules, self.timeout, self.specs, self.accepted
         if self.models:
-            from kbitcheck import models
+            from kbitcheck.models.sources import resolve as models
 
             for name in self.models:
                 models.resolve(name)
         if self.report:
-            from kbitcheck.destination import Destination
+            from kbitcheck.cli.output_file import Destination
 
             _ = self.form
             Destination(self.report, "--kbit-report")

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from kbitcheck.core import Report, Result, Status, UsageError, rules
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Result, Status
+from kbitcheck.core.rule import rules
 from kbitcheck.pytest_plugin.options import Settings, given
 
 if TYPE_CHECKING:
+    from kbitcheck.core.cases import CaseSpec
     from kbitcheck.pytest_plugin.cases import Cases, Outcome
-    from kbitcheck.suite import CaseSpec
 
 FOLDER = "kbit_folder"  # in xdist's workerinput
 PLAN = "plan.json"
@@ -209,8 +212,8 @@ def _cell(item: pytest.Item) -> Mapping[str, Any] | None:
 
 def fail(report: Report) -> NoReturn:
     """Fail a test with the report's own words, without a traceback."""
-    from kbitcheck.gate import Breach
-    from kbitcheck.reporters.text import findings_only
+    from kbitcheck.compare.gate import Breach
+    from kbitcheck.report.text import findings_only
 
     changes = [Breach.from_json(breach).line for breach in (report.gate or {"breaches": ()})["breaches"]]
     told = [*changes, findings_only(report, width=WIDTH)]

@@ -17,12 +17,10 @@ from kbitcheck.sabotage import (
     switches,
 )
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
-from kbitcheck.sabotage.selftest import Verdict, run
 
 __all__ = [
     "WITHOUT",
     "Fault",
-    "Verdict",
     "audit",
     "checkpointing",
     "contract",
@@ -33,6 +31,5 @@ __all__ = [
     "hidden",
     "implementations",
     "precision",
-    "run",
     "switches",
 ]

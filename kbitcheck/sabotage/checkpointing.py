@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kbitcheck import backends
-from kbitcheck.probes.snapshot import is_block
+from kbitcheck.observe.probes.snapshot import is_block
 from kbitcheck.sabotage.fault import Prepare, breaks, wraps
 
 

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from kbitcheck.core import Party, Report, Status
-from kbitcheck.reporters.charts import charts
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Party, Status
+from kbitcheck.report.parts.charts import charts
 from tests.cli.conftest import Door
 
 

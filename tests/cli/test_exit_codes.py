@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kbitcheck.core import Report, Status
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Status
 from tests.cli.conftest import Door
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")

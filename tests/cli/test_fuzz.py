@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 
-from kbitcheck.core import EXIT_BROKEN_RULE, EXIT_CONFORMS
+from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS
 
 NEVER_CASTS_WIDE_MODELS = """
 from kbitcheck_reference import prepare_model_for_kbit_training
@@ -114,12 +114,12 @@ def test_nothing_healthy_is_flagged(implementation, tmp_path):
 
 
 def test_hypothesis_is_not_imported_unless_something_is_drawn():
-    code = "import sys, kbitcheck.cli; print([m for m in ('hypothesis', 'torch') if m in sys.modules])"
+    code = "import sys, kbitcheck.cli.app; print([m for m in ('hypothesis', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_parent_of_a_fuzzing_run_imports_no_torch():
-    code = "import sys, kbitcheck.fuzz; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = "import sys, kbitcheck.run.fuzz; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

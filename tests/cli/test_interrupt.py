@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kbitcheck.core import Report
+from kbitcheck.core.report import Report
 from tests.cli.conftest import Door, heed
 
 ARGUMENTS = ("impl", "{}.py:prepare", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")

@@ -29,7 +29,7 @@ def imported(statement: str, arguments: tuple[str, ...] = ()) -> str:
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
 
 
-MAIN = "from kbitcheck.door import main; main()"
+MAIN = "from kbitcheck.cli.main import main; main()"
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
     report = {"schema": 1, "tool": "kbitcheck", "environment": {}, "subject": {}, "blame": "own", "strict": False}
     (tmp_path / "report.json").write_text(json.dumps({**report, "complete": True, "facts": {}, "results": []}))
     assert imported(MAIN, ("show", str(tmp_path / "report.json"))) == ""
-    assert imported("import kbitcheck.gate, kbitcheck.diff, kbitcheck.acceptance") == ""
-    assert imported("import kbitcheck, kbitcheck.run, kbitcheck.live, kbitcheck.worker") == ""
+    assert imported("import kbitcheck.compare.gate, kbitcheck.compare.diff, kbitcheck.compare.accept") == ""
+    assert imported("import kbitcheck, kbitcheck.run.runner, kbitcheck.run.in_process, kbitcheck.run.worker") == ""
 
 
 def test_the_probe_sees_what_is_heavy() -> None:

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from kbitcheck.core import Level, Observation, Party, Result, Status
-from kbitcheck.facts import CANNOT_RUN
-from kbitcheck.sweep import row
+from kbitcheck.core.facts import CANNOT_RUN
+from kbitcheck.core.result import Level, Observation, Party, Result, Status
+from kbitcheck.run.sweep import row
 from tests.cli.conftest import Door, heed
 from tests.cli.test_interrupt import _workers
 

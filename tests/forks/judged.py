@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from kbitcheck.base import Base
-from kbitcheck.case import Case
-from kbitcheck.core import Level, Status, judge, rules
-from kbitcheck.models import resolve
-from kbitcheck.quantization import Quantization
-from kbitcheck.suite import CaseSpec
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.result import Level, Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.case import Case
+from kbitcheck.observe.loaded import Base
 
 # What reads flags, dtypes and bytes alone, and takes no step.
 STRUCTURE = ("KB101", "KB102", "KB201", "KB202", "KB203", "KB204", "KB205", "KB206", "KB207", "KB208")

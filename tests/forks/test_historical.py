@@ -3,7 +3,8 @@
 import pytest
 from transformers import PreTrainedModel
 
-from kbitcheck.core import Level, rules
+from kbitcheck.core.result import Level
+from kbitcheck.core.rule import rules
 from tests.forks.historical import RELEASES, behaviour, implementation
 from tests.forks.judged import broken
 

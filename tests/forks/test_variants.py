@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import pytest
 
-from kbitcheck.core import Level
+from kbitcheck.core.result import Level
 from tests.forks import variants
 from tests.forks.judged import STRUCTURE, broken
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kbitcheck.models import resolve
-from kbitcheck.rules.cost import LARGE_BLOCK
+from kbitcheck.judge.cost import LARGE_BLOCK
+from kbitcheck.models.sources.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "fixtures" / "configs"

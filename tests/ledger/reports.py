@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kbitcheck.core import Level, Observation, Party, Report, Result, Status
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Observation, Party, Result, Status
 
 CODES = ("KB101", "KB201", "KB505")
 OWN = Observation("model.norm", False, "float32", "float16")

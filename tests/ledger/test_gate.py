@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from kbitcheck import acceptance, diff, gate
-from kbitcheck.core import Level, Party, Report, Status, UsageError
-from kbitcheck.gate import Kind
-from kbitcheck.ledger import Ledger
+from kbitcheck.compare import accept as acceptance
+from kbitcheck.compare import diff, gate
+from kbitcheck.compare.gate import Kind
+from kbitcheck.compare.ledger import Ledger
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Party, Status
 from tests.ledger.reports import INT8, NF4, OWN, STACK, report, result
 
 TODAY = date(2026, 6, 1)

@@ -7,9 +7,10 @@ from datetime import date
 
 import pytest
 
-from kbitcheck.acceptance import accept
-from kbitcheck.core import Party, Status, UsageError
-from kbitcheck.ledger import Ledger
+from kbitcheck.compare.accept import accept
+from kbitcheck.compare.ledger import Ledger
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Party, Status
 from tests.ledger.reports import CODES, INT8, NF4, STACK, report, result
 
 FAIL, SKIP = Status.FAIL, Status.SKIP

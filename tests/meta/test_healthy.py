@@ -9,14 +9,16 @@ import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from kbitcheck_reference import prepare_model_for_kbit_training as reference
 
-import kbitcheck
-from kbitcheck.base import Base
-from kbitcheck.case import Case
-from kbitcheck.core import Level, Party, Status, judge, rules
-from kbitcheck.models import resolve
-from kbitcheck.quantization import Quantization
-from kbitcheck.rules.witness import BARE
-from kbitcheck.suite import RECIPES, CaseSpec
+from kbitcheck.backends.bitsandbytes import layers as backend_layers
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.result import Level, Party, Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.judge.attribution import BARE
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.case import Case
+from kbitcheck.observe.loaded import Base
+from kbitcheck.run.suites import RECIPES
 
 
 def walks_modules(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, verbose=False, **ignored):
@@ -145,7 +147,7 @@ def test_the_reference_keeps_everything_where_int8_layers_round_their_inputs(mod
     monkeypatch.setattr(bitsandbytes, "matmul", matmul)
     told = ("KB209", "KB304")  # from a CPU's arithmetic, by the yardstick
     assert set(broken(reference, {}, **case, codes=told)) == set(told)
-    monkeypatch.setattr(kbitcheck.backends.bitsandbytes, "UNROUNDED", ())
+    monkeypatch.setattr(backend_layers, "UNROUNDED", ())
     assert broken(reference, {}, **case) == {}
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kbitcheck.core import rules
-from kbitcheck.reporters import kill_matrix
+from kbitcheck.core.rule import rules
+from kbitcheck.report.tables import kill_matrix
 from kbitcheck.sabotage import faults
 
 ROOT = Path(__file__).parents[2]

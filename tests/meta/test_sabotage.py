@@ -6,11 +6,12 @@ from typing import get_args
 import pytest
 import torch
 
-from kbitcheck.core import Status, judge, rules
+from kbitcheck.core.result import Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.run.selftest import Verdict, case_of, run, try_fault
 from kbitcheck.sabotage import WITHOUT, Fault, faults, implementations
 from kbitcheck.sabotage.fault import FaultLevel
 from kbitcheck.sabotage.implementations.steps import cast, freeze, switch_on
-from kbitcheck.sabotage.selftest import Verdict, case_of, run, try_fault
 
 
 def lacking(found):

@@ -20,8 +20,8 @@ HEAVY = (
     "peft",
     "typer",
     "rich",
-    "kbitcheck.run",
-    "kbitcheck.prepared",
+    "kbitcheck.run.runner",
+    "kbitcheck.observe.prepared",
 )
 
 CONFTEST = """

@@ -13,10 +13,12 @@ import torch
 from kbitcheck_reference import lora, prepare_model_for_kbit_training
 
 import kbitcheck
-from kbitcheck import prepared, testing
-from kbitcheck.core import Report, Status
-from kbitcheck.models import resolve
-from kbitcheck.quantization import Quantization
+from kbitcheck import testing
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Status
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe import prepared
 
 STATIC = ("KB101", "KB102", "KB2")
 

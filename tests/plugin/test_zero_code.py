@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kbitcheck import suite
+from kbitcheck.run import suites as suite
 from tests.plugin.conftest import ONE, TWO, Run, builds, untimed
 
 pytest_plugins = ["pytester"]

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from kbitcheck.base import Base
-from kbitcheck.case import Case
-from kbitcheck.implementations import load
-from kbitcheck.models import resolve
-from kbitcheck.probes.interleaving import Session
-from kbitcheck.programs import STEPS
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.case import Case
+from kbitcheck.observe.loaded import Base
+from kbitcheck.observe.probes.interleaving import Session
+from kbitcheck.observe.step_sequences import STEPS
+from kbitcheck.run.subject import load
 from kbitcheck.sabotage import faults
-from kbitcheck.suite import CaseSpec
 
 CELLS = [
     (implementation, quant)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from kbitcheck import strategies
-from kbitcheck.core import UsageError
-from kbitcheck.models import recipe as recipes_of
-from kbitcheck.quantization import KINDS, Quantization
+from kbitcheck.backends.quantization import KINDS, Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources import recipe as recipes_of
 from kbitcheck.strategies import Drawn
 
 

@@ -7,15 +7,15 @@ import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 
-from kbitcheck.models import resolve
-from kbitcheck.models.recipe import Recipe
-from kbitcheck.probes import adapters, memory, step
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
-from kbitcheck.static import forecast
-from kbitcheck.static.activations import Passed, signature, thin
-from kbitcheck.static.fake import Counted, World, attention_on_cuda
-from kbitcheck.suite import CaseSpec
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.sources.recipe import Recipe
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.forecast.activations import Passed, signature, thin
+from kbitcheck.observe.forecast.fake_tensors import Counted, World, attention_on_cuda
+from kbitcheck.observe.probes import adapters, memory, step
+from kbitcheck.observe.probes.snapshot import snapshot
 
 CLOSE = 0.02
 

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
-from kbitcheck.models import resolve
-from kbitcheck.models.recipe import Recipe
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
-from kbitcheck.static import fake, forecast
-from kbitcheck.suite import CaseSpec
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.sources.recipe import Recipe
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.forecast import fake_tensors as fake
+from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.probes.snapshot import snapshot
 
 MOST_OF_A_BLOCK = 3  # what is passed is handed on, with a place of its own in the graph, and may be cast
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kbitcheck.models import resolve
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
-from kbitcheck.static import forecast
-from kbitcheck.static.growth import Growth, shapes
-from kbitcheck.suite import CaseSpec
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.forecast.growth import Growth, shapes
+from kbitcheck.observe.probes.snapshot import snapshot
 
 # Highest at the first place for a few short sequences, at the second for many, at the third for long ones.
 PLACES = torch.tensor([[9000, 1, 0, 10, 5, 0], [0, 0, 0, 90, 9, 0], [0, 0, 2, 0, 0, 0.5]], dtype=torch.float64)

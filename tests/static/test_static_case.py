@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from kbitcheck_reference import prepare_model_for_kbit_training
 
-from kbitcheck.case import Case, open_case
-from kbitcheck.core import Status, UsageError, judge, rules
-from kbitcheck.implementations import describe
-from kbitcheck.static import case as static_case
-from kbitcheck.static.case import NEEDS_A_RUN, StaticCase
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.observe import static as static_case
+from kbitcheck.observe.case import Case, open_case
+from kbitcheck.observe.static import NEEDS_A_RUN, StaticCase
+from kbitcheck.run.subject import describe
 
 CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
 JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908"}

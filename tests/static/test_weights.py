@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kbitcheck.models import resolve
-from kbitcheck.probes.snapshot import snapshot
-from kbitcheck.quantization import Quantization
-from kbitcheck.static import weights
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.forecast import weights
+from kbitcheck.observe.probes.snapshot import snapshot
 
 CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
 

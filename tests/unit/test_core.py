@@ -12,24 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbitcheck.core import (
-    SCHEMA,
-    Level,
-    NonConformance,
-    NotApplicable,
-    Observation,
-    Party,
-    Report,
-    Result,
-    Rule,
-    Status,
-    UsageError,
-    judge,
-    rule,
-    rules,
-    select,
-)
-from kbitcheck.facts import Facts
+from kbitcheck.core.errors import NotApplicable, UsageError
+from kbitcheck.core.facts import Facts
+from kbitcheck.core.report import SCHEMA, NonConformance, Report
+from kbitcheck.core.result import Level, Observation, Party, Result, Status
+from kbitcheck.core.rule import Rule, judge, rule, rules, select
 
 GOOD = Observation("a", True, "1", "1")
 OWN = Observation("b", False, "1", "2")

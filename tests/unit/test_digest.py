@@ -2,7 +2,7 @@
 
 import torch
 
-from kbitcheck.probes import digest
+from kbitcheck.observe.probes import digest
 
 NUMBERS = torch.linspace(-3, 3, 1000)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from kbitcheck import door
-from kbitcheck.core import UsageError
-from kbitcheck.destination import Destination
+from kbitcheck.cli import main as door
+from kbitcheck.cli.output_file import Destination
+from kbitcheck.core.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_whatever_is_raised_is_one_line(
             return raised.exit_code  # what typer does with it outside its standalone mode
         raise raised
 
-    monkeypatch.setattr("kbitcheck.cli.app", app)
+    monkeypatch.setattr("kbitcheck.cli.app.app", app)
     assert door.door(["model", *["--debug"] * debug]) == code
     err = capfd.readouterr().err
     assert err.endswith(told)

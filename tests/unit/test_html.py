@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from kbitcheck import gate
-from kbitcheck.acceptance import accept
-from kbitcheck.core import Report, Status
-from kbitcheck.ledger import Ledger
-from kbitcheck.reporters import charts, html
+from kbitcheck.compare import gate
+from kbitcheck.compare.accept import accept
+from kbitcheck.compare.ledger import Ledger
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Status
+from kbitcheck.report import html
+from kbitcheck.report.parts import charts
 from tests.ledger.reports import INT8, NF4, OWN, SPECS, report, result
 from tests.unit.test_formats import LARGE, MIXED, nasty
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kbitcheck.core import UsageError
-from kbitcheck.implementations import describe, load, validate
+from kbitcheck.core.errors import UsageError
+from kbitcheck.run.subject import describe, load, validate
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_builtin_has_no_source() -> None:
 
 
 def test_the_packages_own_names() -> None:
-    from kbitcheck.implementations import default
+    from kbitcheck.run.subject import default
 
     assert default() == "peft"
     for name in ("reference", "peft"):

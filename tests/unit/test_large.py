@@ -6,13 +6,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from kbitcheck import heap
-from kbitcheck.base import base_of
-from kbitcheck.case import Case
-from kbitcheck.core import judge, rules
-from kbitcheck.implementations import load
-from kbitcheck.probes import layers, twin
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.observe import heap
+from kbitcheck.observe.case import Case
+from kbitcheck.observe.loaded import base_of
+from kbitcheck.observe.probes import layers
+from kbitcheck.observe.twin import twins as twin
+from kbitcheck.run.subject import load
 
 
 @pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4,double"), ("tiny:gpt2", "int8")])

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbitcheck.core import UsageError
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
 
 NAMES = st.lists(st.from_regex(r"[a-z_][a-z_.0-9]{0,9}", fullmatch=True), max_size=3, unique=True).map(tuple)
 FOUR_BIT = st.builds(
@@ -107,5 +107,7 @@ def test_foreign_checkpoints_are_refused(config: dict[str, Any], told: str) -> N
 
 
 def test_import_brings_no_torch() -> None:
-    code = "import sys, kbitcheck.quantization; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, kbitcheck.backends.quantization; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

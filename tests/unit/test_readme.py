@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kbitcheck.core import rules
-from kbitcheck.run import findings
+from kbitcheck.core.rule import rules
+from kbitcheck.run.runner import findings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

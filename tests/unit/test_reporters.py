@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbitcheck.core import Level, Observation, Party, Report, Result, Status
-from kbitcheck.reporters import pages, render, verdict
-from kbitcheck.reporters import text as page
-from kbitcheck.reporters.names import grouped
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Observation, Party, Result, Status
+from kbitcheck.report import render, verdict
+from kbitcheck.report import rule_page as pages
+from kbitcheck.report import text as page
+from kbitcheck.report.parts.names import grouped
 
 
 def spelled_out(text: str) -> set[str]:
@@ -267,7 +269,7 @@ def test_a_live_callable_has_no_command() -> None:
 
 
 def test_every_rule_has_a_page() -> None:
-    from kbitcheck.core import rules
+    from kbitcheck.core.rule import rules
 
     listed = pages.index(list(rules().values()))
     for code, rule in rules().items():

@@ -14,11 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from transformers import PretrainedConfig
 
-from kbitcheck.core import UsageError
-from kbitcheck.models import resolve
-from kbitcheck.models.architecture import Architecture, listed
-from kbitcheck.models.shrinking import VOCABULARY, families, tiny
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources.architecture import Architecture, listed
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.models.zoo.shrink import VOCABULARY, families, tiny
 
 SMALL = 1_000_000
 
@@ -161,7 +161,7 @@ KINDS = (
 def test_a_shrunk_architecture_runs_and_learns(task: str, kind: str) -> None:
     import torch
 
-    from kbitcheck.models import loading
+    from kbitcheck.models import load as loading
 
     needs(kind, listed(task))
     source = resolve(f"arch:{task}/{kind}")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kbitcheck.core import rules
-from kbitcheck.reporters import render
+from kbitcheck.core.rule import rules
+from kbitcheck.report import render
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbitcheck.probes import step
+from kbitcheck.observe.probes import step
 
 layers: Any = pytest.importorskip("transformers.modeling_layers", reason="this transformers has no such layer")
 

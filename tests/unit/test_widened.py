@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from kbitcheck.base import Base, base_of
-from kbitcheck.probes import layers, twin, widened
-from kbitcheck.probes.widened import Widened
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.observe.loaded import Base, base_of
+from kbitcheck.observe.probes import layers
+from kbitcheck.observe.twin import twins as twin
+from kbitcheck.observe.twin import wide_parameter as widened
+from kbitcheck.observe.twin.wide_parameter import Widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable

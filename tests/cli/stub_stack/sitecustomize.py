@@ -14,11 +14,11 @@ STUBS = Path(__file__).parent / "stubs"
 NAMES = (
     "torch",
     "kbitcheck_reference",
-    "kbitcheck.case",
-    "kbitcheck.rules",
-    "kbitcheck.models",
-    "kbitcheck.models.architecture",
-    "kbitcheck.sabotage",
+    "kbitcheck.observe.case",
+    "kbitcheck.judge",
+    "kbitcheck.models.sources.resolve",
+    "kbitcheck.models.sources.architecture",
+    "kbitcheck.run.selftest",
 )
 
 

@@ -16,7 +16,7 @@ Llama = Callable[..., Path]
 @pytest.fixture
 def llama(tmp_path: Path) -> Llama:
     """Makes a copy of the llama recipe's checkpoint, with fields of its configuration replaced (None drops one)."""
-    from kbitcheck.models import resolve
+    from kbitcheck.models.sources.resolve import resolve
 
     def make(**fields: Any) -> Path:
         folder = tmp_path / "llama"

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kbitcheck.core import UsageError
-from kbitcheck.models import recipe, resolve
-from kbitcheck.models.batch import IGNORED, draw, first_rows, fit
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.inputs.text import IGNORED, draw, first_rows, fit
+from kbitcheck.models.sources import recipe
+from kbitcheck.models.sources.resolve import resolve
 
 NF4 = Quantization()
 

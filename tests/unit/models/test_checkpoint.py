@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kbitcheck.core import UsageError
+from kbitcheck.core.errors import UsageError
 from kbitcheck.models import checkpoint
 
 HEADER: dict[str, Any] = {

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kbitcheck.core import UsageError
-from kbitcheck.models import resolve
-from kbitcheck.models.config import Config
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources.config import Config
+from kbitcheck.models.sources.resolve import resolve
 
 gguf = pytest.importorskip("gguf")
 
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_wrong_usage(tmp_path):
 
 
 def test_without_the_package_it_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("kbitcheck.models.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("kbitcheck.models.sources.gguf.find_spec", lambda name: None)
     (tmp_path / "m.gguf").touch()
     with pytest.raises(UsageError, match=r"kbitcheck\[gguf\]"):
         resolve(str(tmp_path / "m.gguf"))

@@ -10,9 +10,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from kbitcheck.core import UsageError
-from kbitcheck.models import hub, resolve
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources import hub
+from kbitcheck.models.sources.resolve import resolve
 
 NF4 = Quantization()
 SHA = "0123456789abcdef0123456789abcdef01234567"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kbitcheck.models import inputs, resolve
-from kbitcheck.models.batch import first_rows
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.models.inputs import choose as inputs
+from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.models.sources.resolve import resolve
 
 NF4 = Quantization()
 SHAPE: dict[str, int] = {"batch": 2, "seq_len": 8, "seed": 0}

@@ -16,9 +16,11 @@ import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 
-from kbitcheck.core import UsageError
-from kbitcheck.models import drawing, loading, resolve
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models import load as loading
+from kbitcheck.models import random_weights as drawing
+from kbitcheck.models.sources.resolve import resolve
 
 NF4 = Quantization()
 Llama = Any

@@ -15,10 +15,11 @@ import torch
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 
-from kbitcheck import suite
-from kbitcheck.core import UsageError
-from kbitcheck.models import recipe, resolve
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources import recipe
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.run import suites as suite
 
 RECIPES = recipe.names()
 NF4, INT8 = Quantization(), Quantization(kind="int8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbitcheck.probes import layers, step, store
+from kbitcheck.observe.probes import layers, step, store
 
 ZERO, ONE = torch.zeros(2), torch.ones(2)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kbitcheck.core import Party
-from kbitcheck.facts import Distance
-from kbitcheck.rules.gradients import reentrant_agrees
+from kbitcheck.core.facts import Distance
+from kbitcheck.core.result import Party
+from kbitcheck.judge.gradients import reentrant_agrees
 
 SAME = {"lora_A": Distance(equal=True, relative=0.0, yardstick=0.0)}
 CUT = {"lora_A": Distance(equal=False, relative=math.inf, yardstick=0.0)}
@@ -40,7 +40,7 @@ def case(plain: Any, other: Any, bare: Any = None) -> Any:
 def test_the_other_mode_is_the_models_where_the_base_fails_too(
     monkeypatch: pytest.MonkeyPatch, plain: Any, base: Any, party: Party
 ) -> None:
-    monkeypatch.setattr("kbitcheck.rules.gradients.needs_checkpointing", lambda facts: None)
+    monkeypatch.setattr("kbitcheck.judge.gradients.needs_checkpointing", lambda facts: None)
     (told,) = reentrant_agrees(case(plain, CUT, case(SAME, base)))
     assert not told.ok
     assert told.party is party

@@ -8,10 +8,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from kbitcheck import implementations
-from kbitcheck.case import open_case
-from kbitcheck.core import Party, Status, judge, rules
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.result import Party, Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.observe.case import open_case
+from kbitcheck.run import subject as implementations
 
 MODEL, IMPLEMENTATION = Party.MODEL, Party.IMPLEMENTATION
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kbitcheck.core import NotApplicable, Observation, Party
-from kbitcheck.facts import Unavailable
-from kbitcheck.rules.witness import blame, unless_bare
+from kbitcheck.core.errors import NotApplicable, Unavailable
+from kbitcheck.core.result import Observation, Party
+from kbitcheck.judge.attribution import blame, unless_bare
 
 OWN = (Party.IMPLEMENTATION, "")
 

@@ -6,9 +6,9 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from kbitcheck.core import UsageError
-from kbitcheck.implementations import Implementation
-from kbitcheck.suite import CaseSpec
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.run.subject import Implementation
 
 
 class Case:

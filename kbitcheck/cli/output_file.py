@@ -1,0 +1,90 @@
+"""Where a report is written: stdout, or a file that is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from kbitcheck.core.errors import UsageError
+
+
+class Destination:
+    """Stdout, or the file named by an option.
+
+    Raises:
+        UsageError: the file cannot be written; found out before anything is run.
+    """
+
+    def __init__(self, name: str, option: str = "--output") -> None:
+        # A link stays a link: what it points to is replaced.
+        self._path = Path(os.path.realpath(name)) if name else None
+        self._name = f"{option} {name}" if name else ""
+        if self._path is None:
+            return
+        if self._path.is_dir():
+            raise UsageError(f"cannot write {self._name}: it is a directory")
+        try:
+            if self._plain(self._path):
+                self._draft(self._path.parent).unlink()
+        except OSError as error:
+            raise UsageError(f"cannot write {self._name}: {error.strerror}") from None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a person reads it as it comes."""
+        return self._path is None and sys.stdout.isatty()
+
+    def write(self, text: str) -> None:
+        """Write the whole text.
+
+        Raises:
+            UsageError: it cannot be written after all: the disk is full, or the directory has gone.
+        """
+        try:
+            if self._path is None:
+                self._print(text)
+            elif self._plain(self._path):
+                self._replace(self._path, text)
+            else:
+                self._path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            where = self._name or "the report to stdout"
+            raise UsageError(f"cannot write {where}: {error.strerror}") from None
+
+    @staticmethod
+    def _print(text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            # Or the interpreter tries again when it ends, and complains.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # A reader that has gone (head, less) has what it wanted.
+            if not isinstance(error, BrokenPipeError):
+                raise
+
+    @staticmethod
+    def _plain(path: Path) -> bool:
+        return path.is_file() or not path.exists()
+
+    @staticmethod
+    def _draft(directory: Path) -> Path:
+        fd, draft = tempfile.mkstemp(prefix=".kbitcheck-", dir=directory)
+        os.close(fd)
+        return Path(draft)
+
+    def _replace(self, path: Path, text: str) -> None:
+        draft = self._draft(path.parent)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            mask = os.umask(0)
+            os.umask(mask)
+            draft.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
+            draft.replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                draft.unlink()
+            raise

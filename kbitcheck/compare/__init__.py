@@ -1,0 +1,1 @@
+"""Two runs or more: ledger, gate, diff, matrix."""

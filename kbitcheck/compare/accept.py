@@ -1,0 +1,156 @@
+"""Writes a ledger: what a run found becomes what is accepted, and what people wrote stays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.compare.ledger import ENVIRONMENT, SCHEMA, Cell, Entry, Ledger, options_of
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_NOTHING, Report
+from kbitcheck.core.result import Result, Status
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
+    from tomlkit.items import Array, Table
+
+# Comment lines right above an entry are about it.
+BLOCK = re.compile(r"^(?:#[^\n]*\n)*[ \t]*\[\[ *accepted *\]\]", re.MULTILINE)
+ABOUT = """\
+# What `kbitcheck gate {implementation}` accepts. `--accept` rewrites it, and keeps comments, reasons, issues and dates.
+# Each rule was judged on each case; what is listed neither as skipped nor as accepted passed.
+"""
+
+
+def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
+    """The text of a ledger that accepts ``report``; ``before`` is the text of the one it replaces, or empty.
+
+    An accepted cell keeps its entry. A new one gets an entry without a reason, which the gate complains of until a
+    person has written one; only a committed finding of kbitcheck's own brings its reason along. Where nothing changed
+    the text is the same.
+
+    Raises:
+        UsageError: the run was cut short, lacks cells or judged nothing, or ``before`` is no ledger.
+    """
+    import tomlkit
+
+    cases = sorted({r.case for r in report.results})
+    rules = sorted({r.rule for r in report.results})
+    found = {(r.rule, r.case): r for r in report.results}
+    if not report.complete or len(found) != len(cases) * len(rules):
+        raise UsageError(f"{name} is not written: the run is not complete")
+    if report.exit_code == EXIT_NOTHING:
+        raise UsageError(f"{name} is not written: nothing was checked")
+    implementation = report.subject.get("implementation", {}).get("name", "")
+    old = Ledger.parse(before, name=name) if before else Ledger(name=name, implementation=implementation)
+    starts = [m.start() for m in BLOCK.finditer(before)]
+    head = before[: starts[0]] if starts else before
+    document = tomlkit.parse(head or ABOUT.format(implementation=implementation))
+    _set(document, "schema", SCHEMA)
+    _set(document, "implementation", implementation)
+    _fill(document, "environment", {k: str(report.environment.get(k, "")) for k in ENVIRONMENT})
+    spec: Mapping[str, Any] = next(iter(report.subject.get("cases", {}).values()), {})
+    _fill(document, "options", options_of(spec))
+    _fill(document, "judged", {"rules": rules, "cases": cases})
+    skips = {
+        case: sorted(rule for rule, c in found if c == case and _is(found[rule, c], Status.SKIP)) for case in cases
+    }
+    _fill(document, "skipped", {case: codes for case, codes in skips.items() if codes})
+    blocks = [*_kept(before, starts, old, found), *_added(old, found)]
+    texts = [text.strip("\n") + "\n" for _, text in sorted(blocks, key=lambda b: b[0])]
+    return "\n".join([document.as_string().rstrip("\n") + "\n", *texts])
+
+
+def _is(result: Result, *statuses: Status) -> bool:
+    return result.status in statuses
+
+
+def _matches(entry: Entry, result: Result | None) -> bool:
+    return result is not None and result.status is entry.status and result.attributed_to is entry.whose
+
+
+def _kept(
+    before: str, starts: list[int], old: Ledger, found: Mapping[Cell, Result]
+) -> Iterable[tuple[tuple[str, ...], str]]:
+    """The blocks of the old ledger, less the cells that they no longer hold for."""
+    import tomlkit
+
+    for entry, start, end in zip(old.accepted, starts, [*starts[1:], len(before)][: len(starts)], strict=True):
+        cases = [case for case in entry.cases if _matches(entry, found.get((entry.rule, case)))]
+        text = before[start:end]
+        if len(cases) < len(entry.cases):
+            block = tomlkit.parse(text)
+            listed: Any = block["accepted"][0]["cases"]
+            for case in entry.cases:
+                if case not in cases:
+                    listed.remove(case)
+            text = block.as_string()
+        if cases:
+            yield (entry.rule, cases[0]), text
+
+
+def _added(old: Ledger, found: Mapping[Cell, Result]) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Blocks for what no entry holds yet, one for each rule, status, party and reason."""
+    held = {(e.rule, case) for e in old.accepted for case in e.cases if _matches(e, found.get((e.rule, case)))}
+    fresh = [r for cell, r in found.items() if cell not in held and _is(r, Status.FAIL, Status.ERROR)]
+
+    def key(result: Result) -> tuple[str, ...]:
+        whose = result.attributed_to.value if result.attributed_to else ""
+        return result.rule, result.status.value, whose, result.finding
+
+    for (rule, status, whose, why), group in groupby(sorted(fresh, key=lambda r: (key(r), r.case)), key):
+        cases = [r.case for r in group]
+        yield (rule, cases[0]), _block(rule, status, whose, why, cases)
+
+
+def _block(rule: str, status: str, whose: str, why: str, cases: list[str]) -> str:
+    import tomlkit
+
+    table = tomlkit.table()
+    for name, text in (("rule", rule), ("status", status), ("whose", whose), ("reason", why)):
+        if text or name == "reason":
+            table[name] = text
+    table["cases"] = _list(cases)
+    entries = tomlkit.aot()
+    entries.append(table)
+    document = tomlkit.document()
+    document["accepted"] = entries
+    return document.as_string()
+
+
+def _fill(document: TOMLDocument, name: str, wanted: Mapping[str, Any]) -> None:
+    """Make the table hold what is wanted, and leave alone what it holds already."""
+    import tomlkit
+
+    if not wanted and name not in document:
+        return
+    if name not in document:
+        document.add(tomlkit.nl())
+        document.add(name, tomlkit.table())
+    table: Table = document[name]
+    for key in [key for key in table if key not in wanted]:
+        del table[key]
+    for key, value in wanted.items():
+        _set(table, key, value)
+
+
+def _set(table: TOMLDocument | Table, key: str, value: Any) -> None:
+    if key not in table or table[key] != value:
+        table[key] = _list(value) if isinstance(value, list) else value
+
+
+def _list(texts: list[str]) -> Array:
+    """One line where it fits; codes a line for each family; else a text a line."""
+    import tomlkit
+
+    if len(texts) * 9 < 100 and all(len(text) < 6 for text in texts):
+        short = tomlkit.array()
+        short.extend(texts)
+        return short
+    codes = all(re.fullmatch(r"KB\d{3}", text) for text in texts)
+    lines = [list(g) for _, g in groupby(texts, key=lambda t: t[:3] if codes else t)]
+    rows = [", ".join(tomlkit.item(text).as_string() for text in line) for line in lines]
+    parsed: Array = tomlkit.parse("a = [\n" + "".join(f"    {row},\n" for row in rows) + "]\n")["a"]
+    return parsed

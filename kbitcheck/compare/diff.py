@@ -1,0 +1,63 @@
+"""Compares two reports, cell by cell: what got worse, better, or fails otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kbitcheck.compare.gate import Breach, Change, Kind, binding, evidence, merged
+from kbitcheck.compare.ledger import Cell
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Result, Status
+
+BAD = (Status.FAIL, Status.ERROR)
+
+
+def compare(before: Report, after: Report, *, names: tuple[str, str] = ("before", "after")) -> list[Breach]:
+    """What changed from one report to another, worst first; what got worse is counted.
+
+    ``names`` is what to call the two. That both could not judge a cell (ERROR) is counted too: nothing was compared.
+    """
+    then = {(r.rule, r.case): r for r in before.results}
+    now = {(r.rule, r.case): r for r in after.results}
+    changes = [
+        (cell, change)
+        for cell in dict.fromkeys([*then, *now])
+        for change in _changes(cell, then.get(cell), now.get(cell), after, names)
+    ]
+    return merged(changes, {})
+
+
+def _changes(
+    cell: Cell, then: Result | None, now: Result | None, after: Report, names: tuple[str, str]
+) -> Iterator[Change]:
+    a, b = names
+    if now is None:
+        yield Kind.LOST, f"{a}: {_told(then)}; {b}: did not run", True
+    elif then is None:
+        worse = now.status in BAD
+        yield Kind.NEW, f"{a}: did not run; {b}: {_told(now)}", worse and binding(after, now)
+    elif now.status in BAD and (then.status not in BAD or (now.status is Status.ERROR and then.status is Status.FAIL)):
+        yield Kind.REGRESSED, f"{a}: {_told(then)}; {b}: {_told(now)}", binding(after, now)
+    elif now.status is Status.ERROR:
+        yield Kind.CHANGED, f"{a} and {b}: {_told(now)}", True
+    elif now.status is Status.FAIL and then.status is Status.FAIL and set(now.failures) != set(then.failures):
+        more = {f.where for f in now.failures if f.party in _parties(now)} - {f.where for f in then.failures}
+        worse = bool(more) or (now.own and not then.own)
+        kind = Kind.REGRESSED if worse else Kind.CHANGED
+        yield kind, f"{a}: {_told(then)}; {b}: {_told(now)}", worse and binding(after, now)
+    elif then.status is Status.PASS and now.status is Status.SKIP:
+        yield Kind.LOST, f"{a}: PASS; {b}: {_told(now)}", True
+    elif then.status in BAD and now.status is not then.status:
+        yield Kind.FIXED, f"{a}: {_told(then)}; {b}: {_told(now)}", False
+
+
+def _told(result: Result | None) -> str:
+    if result is None:
+        return "did not run"
+    if result.status in BAD:
+        return f"{result.status}: {evidence(result)}"
+    return f"{result.status}: {result.reason}" if result.reason else str(result.status)
+
+
+def _parties(result: Result) -> set[object]:
+    return {f.party for f in result.failures}

@@ -1,0 +1,200 @@
+"""The ledger: what a maintainer has accepted, as a TOML file to commit and review.
+
+Every rule under ``judged`` was judged on every case there; what is listed neither as skipped nor as accepted passed.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Party, Status
+from kbitcheck.core.rule import CODE
+
+SCHEMA = 1
+ENVIRONMENT = ("python", "torch", "transformers", "bitsandbytes", "peft", "device")
+# What changes results without showing in a case's id; written down where it is not the default.
+OPTIONS = ("profile", "adapters", "freezes", "targets", "rank", "batch", "seq_len", "seed", "dtype", "random_weights")
+KEYS = ("schema", "implementation", "environment", "options", "judged", "skipped", "accepted")
+FIELDS = ("rule", "status", "whose", "reason", "issue", "expires", "cases")
+HEAD = re.compile(r"^[ \t]*\[\[ *accepted *\]\]", re.MULTILINE)
+
+Cell = tuple[str, str]  # rule and case
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Cells that are accepted although they are no plain pass, and why. ``line`` is where the entry starts (from 1).
+
+    ``whose`` is the party a failure belonged to (None for an ERROR); the entry holds through the day of ``expires``.
+    """
+
+    rule: str
+    status: Status
+    cases: tuple[str, ...]
+    reason: str = ""
+    whose: Party | None = None
+    issue: str = ""
+    expires: date | None = None
+    line: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """A ledger as read. ``skipped`` maps cases to the rules that did not apply."""
+
+    name: str
+    implementation: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    accepted: tuple[Entry, ...] = ()
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The ledger in a file.
+
+        Raises:
+            UsageError: there is no such file, or it is no ledger; the message says where.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError(f"no ledger {path}; `kbitcheck gate IMPL --ledger {path} --accept` makes it") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the ledger {path}: {getattr(error, 'strerror', error)}") from None
+        return cls.parse(text, name=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, name: str = "ledger") -> Self:
+        """The ledger in a text.
+
+        Raises:
+            UsageError: it is no ledger; the message says where.
+        """
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            message, _, at = str(error).partition(" (at ")
+            found = re.match(r"line (\d+)", at)
+            line = int(found[1]) if found else text.count("\n") + 1
+            raise UsageError(f"{name}:{line}: not TOML: {message}") from None
+        return cls(name=name, **_Reader(name, text).read(data))
+
+    @property
+    def expected(self) -> dict[Cell, Status]:
+        """What was accepted, by cell."""
+        cells = {(rule, case): Status.PASS for case in self.cases for rule in self.rules}
+        cells |= {(rule, case): Status.SKIP for case, rules in self.skipped.items() for rule in rules}
+        return cells | {(e.rule, case): e.status for e in self.accepted for case in e.cases}
+
+
+class _Reader:
+    """Checks the parts of a ledger; every complaint names the line."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._heads = [text.count("\n", 0, m.start()) + 1 for m in HEAD.finditer(text)]
+
+    def read(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        for key in data:
+            self._check(key in KEYS, key, f"unknown key {key!r}; known: {', '.join(KEYS)}")
+        self._check(data.get("schema") == SCHEMA, "schema", f"not a kbitcheck ledger of schema {SCHEMA}")
+        judged, skipped = self._table(data, "judged"), self._table(data, "skipped")
+        accepted = data.get("accepted", [])
+        self._check(
+            isinstance(accepted, list) and all(isinstance(e, dict) for e in accepted),
+            "accepted",
+            "accepted must be tables headed [[accepted]]",
+        )
+        entries = tuple(self._entry(e, line) for e, line in zip(accepted, self._lines(accepted), strict=True))
+        self._distinct(entries)
+        return {
+            "implementation": self._str(data.get("implementation", ""), "implementation"),
+            "environment": self._table(data, "environment"),
+            "options": self._table(data, "options"),
+            "rules": self._strings(judged.get("rules", []), "rules"),
+            "cases": self._strings(judged.get("cases", []), "cases"),
+            "skipped": {case: self._strings(rules, case) for case, rules in skipped.items()},
+            "accepted": entries,
+        }
+
+    def _entry(self, data: Mapping[str, Any], line: int) -> Entry:
+        for key in data:
+            self._check(key in FIELDS, line, f"unknown field {key!r}; known: {', '.join(FIELDS)}")
+        rule, status, cases = data.get("rule"), data.get("status"), data.get("cases")
+        self._check(
+            isinstance(rule, str) and CODE.fullmatch(rule), line, f"rule must be a code such as KB101: {rule!r}"
+        )
+        self._check(status in ("FAIL", "ERROR"), line, f"status must be FAIL or ERROR, not {status!r}")
+        self._check(bool(cases), line, "an entry needs its cases")
+        whose = data.get("whose")
+        self._check(whose is None or whose in tuple(Party), line, f"whose must be {', '.join(Party)}, not {whose!r}")
+        return Entry(
+            rule=str(rule),
+            status=Status(str(status)),
+            cases=self._strings(cases, line),
+            reason=self._str(data.get("reason", ""), line).strip(),
+            whose=None if whose is None else Party(whose),
+            issue=self._str(data.get("issue", ""), line),
+            expires=self._date(data.get("expires"), line),
+            line=line,
+        )
+
+    def _date(self, found: Any, line: int) -> date | None:
+        if isinstance(found, str):
+            try:
+                return date.fromisoformat(found) if found else None
+            except ValueError:
+                found = None, found
+        fits = found is None or (isinstance(found, date) and not isinstance(found, datetime))
+        self._check(fits, line, "expires must be a date such as 2030-12-31")
+        return found if isinstance(found, date) else None
+
+    def _distinct(self, entries: Iterable[Entry]) -> None:
+        seen: dict[Cell, int] = {}
+        for entry in entries:
+            for case in entry.cases:
+                first = seen.setdefault((entry.rule, case), entry.line)
+                self._check(first == entry.line, entry.line, f"{entry.rule} on {case} stands in line {first} already")
+
+    def _lines(self, entries: Sequence[Any]) -> Iterator[int]:
+        yield from self._heads if len(self._heads) == len(entries) else [1] * len(entries)
+
+    def _table(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
+        found = data.get(key, {})
+        self._check(isinstance(found, dict), key, f"{key} must be a table")
+        return dict(found)
+
+    def _strings(self, found: Any, where: str | int) -> tuple[str, ...]:
+        fits = isinstance(found, list) and all(isinstance(text, str) for text in found)
+        self._check(fits, where, "must be a list of strings")
+        return tuple(found)
+
+    def _str(self, found: Any, where: str | int) -> str:
+        self._check(isinstance(found, str), where, f"must be a string, not {found!r}")
+        return str(found)
+
+    def _check(self, fits: object, where: str | int, complaint: str) -> None:
+        """``where`` is a line, or a key to find the line of."""
+        if fits:
+            return
+        if isinstance(where, str):
+            found = re.search(rf"^[ \t]*\[*\"?{re.escape(where)}\"?\b", self._text, re.MULTILINE)
+            where = self._text.count("\n", 0, found.start()) + 1 if found else 1
+        raise UsageError(f"{self._name}:{where}: {complaint}")
+
+
+def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a case (``CaseSpec.as_json``) that a ledger writes down: those that are not the default."""
+    defaults = CaseSpec(model="", quant="", implementation="").as_json()
+    return {name: spec[name] for name in OPTIONS if name in spec and spec[name] != defaults[name]}

@@ -1,0 +1,160 @@
+"""The conformance matrix: several implementations on the same cases, a row each, a column for each rule."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from kbitcheck.compare.gate import evidence
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
+from kbitcheck.core.result import Level, Result, Status
+from kbitcheck.run import subject as implementations
+
+Format = Literal["text", "json", "markdown", "html"]
+
+
+class Mark(StrEnum):
+    """What became of a rule over all cases of an implementation; of several, the worst, which is the last here."""
+
+    SKIPPED = "skipped"
+    KEPT = "kept"
+    SHOULD = "broken SHOULD"
+    MUST = "broken MUST"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A row to be: what to call it, and the implementation, or why it is left out."""
+
+    name: str
+    implementation: str
+    left_out: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of an implementation: ``marks`` by rule, or ``error`` in one line where it could not be run at all.
+
+    ``versions`` are those of the stack it ran on; ``broken`` tells, by rule, what was seen in each case that has the mark.
+    """
+
+    subject: Subject
+    marks: Mapping[str, Mark]
+    broken: Mapping[str, Mapping[str, str]]
+    versions: Mapping[str, str]
+    error: str = ""
+    complete: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """The whole table; ``cases`` are the ids that every row was judged on."""
+
+    tool: str
+    command: str
+    cases: Sequence[str]
+    rows: Sequence[Row]
+
+    @property
+    def rules(self) -> list[str]:
+        """The columns: every rule that was judged, in the order of their codes."""
+        return sorted({code for row in self.rows for code in row.marks})
+
+    @property
+    def exit_code(self) -> int:
+        """2 where it was cut short, 3 where a row could not be run or judged, 1 where a MUST is broken, else 0."""
+        marks = [mark for row in self.rows for mark in row.marks.values()]
+        if not all(row.complete for row in self.rows):
+            return EXIT_INTERRUPTED
+        if Mark.ERROR in marks or any(row.error and not row.subject.left_out for row in self.rows):
+            return EXIT_ERROR
+        if not set(marks) - {Mark.SKIPPED}:
+            return EXIT_NOTHING
+        return EXIT_BROKEN_RULE if Mark.MUST in marks else EXIT_CONFORMS
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return {"schema": 1, **asdict(self), "rules": self.rules, "exit_code": self.exit_code}
+
+
+def subjects(names: Iterable[str]) -> list[Subject]:
+    """The subjects that a command line names; what ends in ``.toml`` is a list of them.
+
+    A list is ``[[subject]]`` tables with an ``implementation``, and a ``name`` if it is to be called otherwise; one that
+    is only to be told has ``left_out``, the reason why, instead.
+
+    Raises:
+        UsageError: a list is wrong, or an implementation cannot be one; nothing is installed to find out.
+    """
+    found = [one for name in names for one in (_listed(name) if name.endswith(".toml") else [Subject(name, name)])]
+    for one in found:
+        if one.left_out:
+            continue
+        implementations.validate(one.implementation)
+    if not found:
+        raise UsageError("a matrix wants at least one implementation, or a TOML file that lists them")
+    if len({one.name for one in found}) < len(found):
+        raise UsageError("a matrix wants each subject once: give one of the same name another")
+    return found
+
+
+def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
+    """Judge a subject; one that cannot be installed or loaded is a row with the error."""
+    if subject.left_out:
+        return Row(subject, {}, {}, {}, error=f"left out: {subject.left_out}")
+    try:
+        report = judge(subject.implementation)
+    except UsageError as error:
+        return Row(subject, {}, {}, {}, error=str(error))
+    by_rule: dict[str, list[Result]] = {}
+    for result in report.results:
+        by_rule.setdefault(result.rule, []).append(result)
+    marks = {code: max((_mark(r, report) for r in found), key=list(Mark).index) for code, found in by_rule.items()}
+    broken = {
+        code: {r.case: evidence(r) for r in found if _mark(r, report) is marks[code]}
+        for code, found in by_rule.items()
+        if marks[code] not in (Mark.KEPT, Mark.SKIPPED)
+    }
+    return Row(subject, marks, broken, dict(report.environment), complete=report.complete)
+
+
+def _mark(result: Result, report: Report) -> Mark:
+    """Only what is the implementation's own counts: the stack's and the models' faults are every row's."""
+    if result.status is Status.ERROR:
+        return Mark.ERROR
+    if result.status is Status.SKIP:
+        return Mark.SKIPPED
+    if result.status is Status.PASS or not result.own or result.finding:
+        return Mark.KEPT
+    return {Level.MUST: Mark.MUST, Level.SHOULD: Mark.SHOULD}.get(result.level, Mark.KEPT)
+
+
+def _listed(name: str) -> list[Subject]:
+    try:
+        listed = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} is not TOML: {str(error).splitlines()[0]}") from error
+    tables = listed.pop("subject", [])
+    if listed or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{name} wants [[subject]] tables and nothing else")
+    found = []
+    for table in tables:
+        if set(table) - {"name", "implementation", "left_out"} or not all(isinstance(v, str) for v in table.values()):
+            raise UsageError(f"{name}: a [[subject]] has an implementation and a name, both texts")
+        given, why = table.get("implementation", ""), table.get("left_out", "")
+        if bool(given) == bool(why) or not (given or table.get("name")):
+            raise UsageError(f"{name}: a [[subject]] has an implementation, or a name and why it is left_out")
+        found.append(Subject(table.get("name") or given, given, why))
+    return found

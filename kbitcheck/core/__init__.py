@@ -1,0 +1,1 @@
+"""Plain data: results, rules, reports, facts, cases. Standard library only."""

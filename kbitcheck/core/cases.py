@@ -1,0 +1,69 @@
+"""A case as plain data: a model, its quantization, who prepares it, and how it is checkpointed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
+
+
+Profile = Literal["peft", "qlora", "frozen-half"]
+
+
+Freezes = Literal["at-prepare", "at-attach"]
+
+
+Adapters = Literal["reference", "peft"]
+
+
+Static = Literal["never", "always", "if-too-large"]
+
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseSpec:
+    """One case: a model, how it is quantized, who prepares it, and how it is checkpointed. JSON-able.
+
+    ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
+    comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
+    audit reads no weights; ``memory`` is what training has to fit into, in bytes.
+    """
+
+    model: str
+    quant: str
+    implementation: str
+    checkpointing: Checkpointing = "default"
+    profile: Profile = "peft"
+    freezes: Freezes = "at-prepare"
+    adapters: Adapters = "reference"
+    targets: str = ALL_LINEAR
+    rank: int = 4
+    batch: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    random_weights: bool = False
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    static: Static = "never"
+    memory: int | None = None
+
+    @property
+    def id(self) -> str:
+        """Readable and unique within a run: ``tiny:llama-nf4-reentrant``."""
+        return f"{self.model}-{self.quant}-{self.checkpointing}"
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``."""
+        return cls(**data)

@@ -1,0 +1,128 @@
+"""A model at one stage, a call of an implementation, and a save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+HALF = frozenset({"float16", "bfloat16"})
+
+
+FLOATING = HALF | {"float32", "float64"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFacts:
+    """One parameter or buffer. ``storage`` numbers the memory it lives in: equal numbers share it.
+
+    ``value`` hashes the numbers as float64, whatever the dtype (None for packed weights and for what is not floating).
+    """
+
+    name: str
+    cls: str
+    dtype: str
+    shape: tuple[int, ...]
+    device: str
+    requires_grad: bool
+    storage: int
+    nbytes: int
+    bits: str
+    value: str | None = None
+    packed: bool = False
+    adapter: bool = False
+    quantized_bias: bool = False
+    has_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """One quantized layer, found by type and quantization state. ``state`` maps each field of the state to a digest."""
+
+    name: str
+    cls: str
+    kind: str
+    in_features: int
+    out_features: int
+    compute: str
+    state: Mapping[str, str]
+    dequantized: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleFacts:
+    """One module. ``checkpointing`` is its flag (None where it has none); ``norm`` is what makes it look like a norm.
+
+    ``numbers`` are the plain numbers that it keeps: an epsilon, a scale, a dropout rate.
+    """
+
+    name: str
+    cls: str
+    training: bool
+    checkpointing: bool | None
+    hooks: tuple[str, ...]
+    norm: frozenset[str] = frozenset()
+    block: bool = False
+    tower: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A model at one stage: loaded, prepared, wrapped or stepped."""
+
+    cls: str
+    parameters: Mapping[str, TensorFacts]
+    buffers: Mapping[str, TensorFacts]
+    layers: Mapping[str, LayerFacts]
+    modules: Mapping[str, ModuleFacts]
+    config: Mapping[str, Any]
+    state_keys: frozenset[str]
+    input_hooks: Mapping[str, int]
+    can_checkpoint: bool
+    embeddings: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> list[ModuleFacts]:
+        """The modules that transformers checkpoints one by one."""
+        return [m for m in self.modules.values() if m.block]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameters and buffers, each storage once."""
+        tensors = [*self.parameters.values(), *self.buffers.values()]
+        return sum({t.storage: t.nbytes for t in tensors}.values())
+
+    def ties(self) -> set[frozenset[str]]:
+        """Groups of parameter names that share memory."""
+        groups: dict[int, set[str]] = {}
+        for tensor in self.parameters.values():
+            groups.setdefault(tensor.storage, set()).add(tensor.name)
+        return {frozenset(g) for g in groups.values() if len(g) > 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFacts:
+    """One call of an implementation. ``raised`` is ``Type: message`` or empty, ``raised_at`` the file and line.
+
+    ``class_kept`` is whether the model is of the very class it was, ``checkpoints`` whether any block's flag is on after
+    the call, ``modes_changed`` the modules whose train or eval mode is another. ``process`` maps what changed in the
+    process (a seed, a default, a class attribute) to ``(before, after)``; ``parameters`` maps the signature's names to
+    the text of their defaults ("" where there is none).
+    """
+
+    raised: str = ""
+    raised_at: str = ""
+    same_object: bool = True
+    returned: str = ""
+    warnings: tuple[str, ...] = ()
+    kwargs_before: str = ""
+    kwargs_after: str = ""
+    class_kept: bool = True
+    checkpoints: bool = False
+    modes_changed: tuple[str, ...] = ()
+    process: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    parameters: Mapping[str, str] | None = None
+    accepts_any: bool = False
+    seconds: float = 0.0

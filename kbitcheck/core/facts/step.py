@@ -1,0 +1,158 @@
+"""Forwards and training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFacts:
+    """One block in one training step. ``computed`` and ``recomputed`` count runs of its inside before and in backward.
+
+    ``without_grad`` counts entries while gradients are off: the model's own doing in a plain run.
+    """
+
+    name: str
+    tower: str
+    computed: int
+    recomputed: int
+    on_path: bool
+    input_requires_grad: bool | None
+    without_grad: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """One training forward and backward. ``grads`` maps adapter names to their gradients' digests (None: no gradient).
+
+    ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``order`` is the order in
+    which blocks were recomputed; ``inexact`` are blocks that checkpointed round otherwise.
+    """
+
+    loss: float
+    loss_bits: str
+    grads: Mapping[str, str | None]
+    blocks: Mapping[str, BlockFacts] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    checkpoints: tuple[Mapping[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    cache_held: bool | None = None
+    inexact: tuple[str, ...] = ()
+    base_grads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far a tensor is from another: relative Frobenius norm, beside the bound's yardstick (same unit)."""
+
+    equal: bool
+    relative: float
+    yardstick: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientFacts:
+    """One adapter's gradient against the float64 twin's. ``live`` is the twin's word; norms are Frobenius norms."""
+
+    live: bool
+    norm: float | None
+    finite: bool
+    twin_norm: float
+    error: float
+    noise: float
+    yardstick: float
+    bitwise: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBackward:
+    """A quantized layer's own backward.
+
+    ``excess`` is the largest elementwise error over its bound (1 is the limit); ``gain`` is the least-squares factor
+    between the gradient found and the one expected, and ``gain_bound`` how far from 1 rounding can move it. ``misread``
+    is how far the backend's own kernel unpacks the weight from what its format says, relative, where that is more than
+    rounding: the layer is then judged by the kernel's weight. ``bent`` is how far a gradient thousands of times as large
+    comes out from as many times as large, relative, and ``overflows`` whether one that is not finite stays so.
+    """
+
+    reached: bool
+    carried: bool
+    excess: float = 0.0
+    gain: float = 1.0
+    gain_bound: float = 0.0
+    misread: float = 0.0
+    bent: float = 0.0
+    bent_bound: float = 0.0
+    overflows: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFacts:
+    """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's.
+
+    ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
+    ``base_step`` how far the base's own are in eval from what they are in train, without dropout; ``base_cast`` how far
+    they are under autocast from what they are without. ``wide_raised`` is what the same model raises there where every
+    parameter and buffer is float32 and nothing is quantized; asked only where this one raised and the base did not.
+    """
+
+    condition: str
+    autocast: bool
+    finite: bool
+    raised: str = ""
+    base_raised: str = ""
+    base_finite: bool = True
+    apart: float | None = None
+    base_step: float = 0.0
+    base_cast: float = 0.0
+    wide_raised: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionFacts:
+    """Logits before adapters, relative to the float64 twin's (root mean square of the difference over that of the twin)."""
+
+    base_error: float
+    error: float
+    twin_error: float
+    ulp: float
+    left_out: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """One step of a program: what it raised, and which quantized layers hold other bits than before the program.
+
+    ``gradients`` are a training step's beside those of a fresh model with the same adapters; empty for other steps.
+    ``checkpoints`` counts the calls of torch's checkpoint in both.
+    """
+
+    step: str
+    raised: str
+    changed: tuple[str, ...]
+    hooks_added: int
+    gradients: Mapping[str, Distance]
+    checkpoints: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFacts:
+    """A few AdamW steps with weight decay on one batch: losses before each step and after the last; what changed."""
+
+    losses: tuple[float, ...]
+    twin_losses: tuple[float, ...]
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFacts:
+    """Save and reload of the prepared model and of its adapters, neither of which ever ran."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    raised: str
+    logits: Distance | None

@@ -1,0 +1,130 @@
+"""A report: the results of one run, its verdict and its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Level, Result, Status
+from kbitcheck.core.rule import rules
+
+SCHEMA = 1
+
+
+EXIT_CONFORMS, EXIT_BROKEN_RULE, EXIT_INTERRUPTED, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING = range(6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything one run found, as plain data; its JSON form is what ``--format json`` prints and ``show`` reads.
+
+    ``subject`` says what was run (command, model or implementation, options); ``environment`` holds versions, device and
+    seed; ``blame`` is ``"any"`` where a failure counts whoever is at fault and ``"own"`` where only the
+    implementation's do. ``complete`` is False when the run was cut short. ``gate`` is what a comparison with a ledger or
+    another report found (``kbitcheck.compare.gate.judge``); then it decides, and no longer the rules alone.
+    """
+
+    tool: str
+    environment: Mapping[str, Any]
+    subject: Mapping[str, Any]
+    results: Sequence[Result]
+    blame: str
+    strict: bool = False
+    complete: bool = True
+    schema: int = SCHEMA
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        """The report as the command line prints it."""
+        from kbitcheck.report import render
+
+        return render(self, "text")
+
+    def counts(self, result: Result) -> bool:
+        """Whether a result makes the run non-conforming; in a gate, whether it is a breach."""
+        if self.gate is not None:
+            return any(
+                b["counted"] and result.rule in b["rules"] and result.case in b["cases"] for b in self.gate["breaches"]
+            )
+        if result.status is not Status.FAIL or result.level is Level.INFO or result.finding:
+            return False
+        if result.level is Level.SHOULD and not self.strict:
+            return False
+        return self.blame == "any" or result.own
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Number of results by what came of them; ``counted`` are the failures that decide the verdict."""
+        of = {status.value.lower(): 0 for status in Status}
+        for result in self.results:
+            of[result.status.value.lower()] += 1
+        return {**of, "counted": sum(map(self.counts, self.results))}
+
+    @property
+    def exit_code(self) -> int:
+        """0 conforms, 1 does not, 2 interrupted, 3 something broke, 5 nothing was checked."""
+        summary = self.summary
+        if not self.complete:
+            return EXIT_INTERRUPTED
+        if any(r.status is Status.ERROR and (self.gate is None or self.counts(r)) for r in self.results):
+            return EXIT_ERROR
+        if summary["counted"] or (self.gate is not None and any(b["counted"] for b in self.gate["breaches"])):
+            return EXIT_BROKEN_RULE
+        return EXIT_CONFORMS if summary["pass"] or summary["fail"] else EXIT_NOTHING
+
+    def raise_for_failures(self) -> None:
+        """Raise ``NonConformance`` unless the run conforms."""
+        if self.exit_code != EXIT_CONFORMS:
+            raise NonConformance(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return {
+            "schema": self.schema,
+            "tool": self.tool,
+            "environment": dict(self.environment),
+            "subject": dict(self.subject),
+            "blame": self.blame,
+            "strict": self.strict,
+            "complete": self.complete,
+            "summary": self.summary,
+            "exit_code": self.exit_code,
+            "gate": self.gate,
+            "facts": dict(self.facts),
+            "results": [r.as_json() for r in self.results],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Inverse of ``as_json``.
+
+        Raises:
+            UsageError: the data is no report of this schema.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            raise UsageError(f"not a kbitcheck report of schema {SCHEMA}")
+        try:
+            kept = {k: data[k] for k in ("tool", "environment", "subject", "blame", "strict", "complete", "facts")}
+            return cls(**kept, gate=data.get("gate"), results=tuple(map(Result.from_json, data["results"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"a damaged kbitcheck report ({type(error).__name__}: {error})") from None
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+
+class NonConformance(AssertionError):
+    """A report that does not conform; the message lists the rules that were broken, where none is given."""
+
+    def __init__(self, report: Report, message: str = "") -> None:
+        self.report = report
+        known = rules()
+        lines = [
+            f"{r.rule} {known[r.rule].name} [{r.case}]: {r.reason or r.failures[0].where + ': ' + r.failures[0].actual}"
+            for r in report.results
+            if r.status is Status.ERROR or report.counts(r)
+        ]
+        super().__init__(message or "\n".join(lines) or "nothing was checked")

@@ -1,0 +1,248 @@
+"""KB9xx: facts about the model that its user should know before training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from math import prod
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts, ModelFacts, TensorFacts
+from kbitcheck.core.result import Level, Observation, Party
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.precision import norm_parameters
+
+MOST = 0.5
+
+# The first that matches, so that a shared expert is an expert and a vision tower's attention is the tower's.
+PARTS = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in (
+        ("vision", r"(^|\.)(vision\w*|visual|image\w*|vit)\.|mm_projector|multi_modal_projector"),
+        ("audio", r"(^|\.)(audio\w*|speech\w*)\."),
+        ("routers", r"(^|\.)(router|gate)\.(\w+\.)*(weight|bias|e_score_correction_bias)$|router"),
+        ("experts", r"experts?(\.|_|$)"),
+        ("attention", r"attn|attention|(^|\.)(q_proj|k_proj|v_proj|o_proj)\."),
+        (
+            "mlp",
+            r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)",
+        ),
+    )
+)
+
+
+def group(tensor: TensorFacts, model: ModelFacts, norms: frozenset[str]) -> str:
+    """What a parameter is part of; ``norms`` are the names of the normalization layers' parameters.
+
+    Embeddings and head are told by the model, norms as KB201 tells them, the rest by the names of the modules above:
+    transformers has no other mark for them.
+    """
+    owner = tensor.name.rpartition(".")[0]
+    if owner in model.embeddings:
+        return "embeddings"
+    if owner in model.heads:
+        return "head"
+    if tensor.name in norms:
+        return "norms"
+    for name, pattern in PARTS:
+        if pattern.search(tensor.name):
+            return name
+    return "other"
+
+
+def buffers_name(name: str) -> str:
+    """The group of a buffer."""
+    return "vision" if PARTS[0][1].search(name) else "buffers"
+
+
+def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
+    """Unquantized parameters by group, each storage once."""
+    groups: dict[str, list[TensorFacts]] = {}
+    norms = norm_parameters(model)
+    for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
+        groups.setdefault(group(tensor, model, norms), []).append(tensor)
+    return groups
+
+
+@rule("KB901", "quantized-share", Level.SHOULD)
+def quantized_share(facts: Facts) -> Iterable[Observation]:
+    """Most weights are really quantized; the largest groups that are not are named.
+
+    Embeddings and head do not count: no backend quantizes them.
+
+    Why: bitsandbytes quantizes ``nn.Linear``; fused mixture-of-experts weights are 3-D parameters and stay as they are.
+    Symptom: a "4-bit" model almost as large as the original; out of memory in preparation.
+    Fix: use a checkpoint or loader that quantizes the experts, keep the layers out of preparation's upcast
+    (``--profile qlora``), or choose another model.
+    Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
+    """
+    packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
+    groups = {
+        g: sum(prod(t.shape) for t in ts)
+        for g, ts in unquantized(facts.base).items()
+        if g not in ("embeddings", "head")
+    }
+    total = packed + sum(groups.values())
+    share = packed / total if total else 0.0
+    largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
+    for tensor in _largest(facts.base) if share < MOST else ():
+        yield Observation(
+            tensor.name, False, "packed weights", f"{tensor.dtype}, {len(tensor.shape)}-D", Party.MODEL,
+            "its type: no linear layer",
+        )  # fmt: skip
+    yield Observation(
+        "weights", share >= MOST, "most weights quantized", f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
+        Party.MODEL, "counted on the unprepared base",
+    )  # fmt: skip
+
+
+def _largest(model: ModelFacts) -> list[TensorFacts]:
+    """The parameters of the largest group that could have been quantized."""
+    groups = [ts for g, ts in unquantized(model).items() if g not in ("embeddings", "head")]
+    return sorted(max(groups, key=lambda ts: sum(prod(t.shape) for t in ts), default=[]), key=lambda t: t.name)
+
+
+@rule("KB902", "upcast-cost", Level.SHOULD)
+def upcast_cost(facts: Facts) -> Iterable[Observation]:
+    """The bytes that upcasting adds, by group; flagged where the prepared model is larger than the half-precision one.
+
+    Why: upcasting embeddings, head or experts to fp32 can cost more than quantizing the rest saved.
+    Symptom: more memory prepared than unquantized: of one mixture of experts, 81 GB against 73 GB.
+    Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back; what is not quantized stays so.
+    Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
+    """
+    base, widened = facts.base, facts.widened
+    half = 2 * sum(layer.in_features * layer.out_features for layer in base.layers.values())
+    half += sum(t.nbytes for ts in unquantized(base).values() for t in ts)
+    added = {g: grown for g, ts in unquantized(base).items() if (grown := sum(widened.get(t.name, 0) for t in ts))}
+    prepared = base.nbytes + sum(added.values())
+    parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
+    actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
+    yield Observation(
+        "prepared model", prepared <= half, f"at most {half:,} bytes, the half-precision model's", actual,
+        Party.MODEL, "bytes that the profile demands, counted on the base",
+    )  # fmt: skip
+
+
+@rule("KB903", "checkpointing-supported", Level.SHOULD)
+def checkpointing_supported(facts: Facts) -> Iterable[Observation]:
+    """The architecture can checkpoint, and in which modules.
+
+    Why: where it cannot, activations decide what fits, and some preparations raise half-way.
+    Symptom: "does not support gradient checkpointing".
+    Fix: prepare with ``use_gradient_checkpointing=False``, a shorter sequence or a smaller batch.
+    Sources: llm-foundry#399, LLaMA-Factory#1550.
+    """
+    towers = ", ".join(f"{b} blocks of {t}" for t, b in _towers(facts.base).items())
+    ok = facts.base.can_checkpoint and bool(towers)
+    yield Observation(
+        facts.base.cls,
+        ok,
+        "supports checkpointing",
+        towers or "no block that does",
+        Party.MODEL,
+        "its class and blocks",
+    )
+
+
+def _towers(model: ModelFacts) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for block in model.blocks:
+        counts[block.tower] = counts.get(block.tower, 0) + 1
+    return counts
+
+
+@rule("KB904", "dead-adapters", Level.SHOULD)
+def dead_adapters(facts: Facts) -> Iterable[Observation]:
+    """Adapter targets that no gradient can reach, in the float twin with checkpointing off.
+
+    Why: they are stored, counted as trainable and never trained; every tool that asserts "all adapters have gradients"
+    trips over them.
+    Symptom: adapters that stay as drawn; "parameters that were not used in producing loss" under DDP.
+    Fix: leave these layers out of the adapter's targets.
+    Sources: the last vision layer of LLaVA; experts nobody routed to; unused cross-attention.
+    """
+    for name, g in facts.gradients.items():
+        yield Observation(
+            name, g.live, "reached by a gradient", "dead" if not g.live else "live", Party.MODEL, "the float64 twin"
+        )
+
+
+@rule("KB905", "unfit-targets", Level.SHOULD)
+def unfit_targets(facts: Facts) -> Iterable[Observation]:
+    """Adapter targets that the adapter library will refuse or must not wrap.
+
+    Why: an adapter on a router changes which experts run; one on a weight that its owner reads directly does nothing.
+    Symptom: "Target module is not supported"; a tuple where a tensor was expected.
+    Fix: name the targets, without these.
+    Sources: peft#1720, transformers mixture-of-experts routers, Mamba ``out_proj``.
+    """
+    yield Observation("targets", True, "fit", "looked at")
+    for name, reason in facts.unfit_targets.items():
+        yield Observation(name, False, "can take an adapter", reason, Party.MODEL, "its type")
+
+
+@rule("KB906", "fits", Level.INFO)
+def fits(facts: Facts) -> Iterable[Observation]:
+    """Training takes what its configuration predicts, and fits the memory given.
+
+    Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, at a
+    batch and length; and the largest batch that fits ``--memory``. The report's memory table shows them.
+
+    Why: one run out of memory costs more than asking first.
+    Symptom: "CUDA out of memory" in the first step, or in the first long batch.
+    Fix: a smaller batch or length, ``--checkpointing non-reentrant``, ``--profile qlora``, a paged optimizer.
+    Sources: bitsandbytes#1569, peft#816.
+    """
+    told = facts.forecast
+    predicted = told.loaded - sum(g.state for g in told.groups.values())
+    yield Observation(
+        "weights", predicted == facts.base.nbytes, f"{predicted:,} bytes as loaded", f"{facts.base.nbytes:,} bytes",
+        Party.MODEL, "its configuration",
+    )  # fmt: skip
+    if told.memory is not None:
+        total = told.total(told.mode)
+        if total is None:  # without a step, what stays through training is still known
+            what, total, fitting = "weights, adapters and optimizer", told.resident, f"no step: {told.missing}"
+        else:
+            what = f"{told.batch} x {told.seq_len} tokens"
+            fitting = f"largest batch that fits: {told.largest_batch[told.memory]:,}"
+        yield Observation(
+            what, total <= told.memory, f"at most {told.memory:,} bytes", f"{total:,} bytes; {fitting}",
+            Party.MODEL, f"predicted, {told.mode} checkpointing",
+        )  # fmt: skip
+
+
+@rule("KB907", "unknown-norms", Level.INFO)
+def unknown_norms(facts: Facts) -> Iterable[Observation]:
+    """Layers that look like norms by shape and are not known by class.
+
+    Why: what finds norms by class misses these; KB201 counts them as norms.
+    Symptom: a norm that stays in half precision.
+    Fix: none needed; look at them once.
+    Sources: unsloth-zoo#680.
+    """
+    looked = [m for m in facts.base.modules.values() if m.norm]
+    if not looked:
+        raise NotApplicable("nothing in the model looks like a norm")
+    for m in looked:
+        yield Observation(m.name, "class" in m.norm, "a known norm class", m.cls, Party.MODEL, "its shape")
+
+
+@rule("KB908", "remote-code", Level.INFO)
+def remote_code(facts: Facts) -> Iterable[Observation]:
+    """The model needs code from its repository; it is not run unless ``--trust-remote-code`` is given.
+
+    Why: it runs with your rights.
+    Symptom: "requires you to execute the configuration file in that repo".
+    Fix: read it, then pass ``--trust-remote-code`` with a pinned ``--revision``.
+    Sources: transformers documentation.
+    """
+    yield Observation(
+        "model code",
+        not facts.remote_code,
+        "part of transformers",
+        "from its repository",
+        Party.MODEL,
+        "auto_map in its config",
+    )

@@ -1,0 +1,245 @@
+"""KB4xx: gradient checkpointing that is asked for happens, saves memory, and changes nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts
+from kbitcheck.core.result import Level, Observation, Party
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.attribution import blame
+from kbitcheck.judge.gradients import needs_checkpointing
+
+## KB401-KB404: asked for and done
+
+
+@rule("KB401", "on-when-asked", Level.MUST)
+def on_when_asked(facts: Facts) -> Iterable[Observation]:
+    """Asked for, checkpointing is on in every block that supports it, in every tower.
+
+    Why: it is switched on by attributes of the model that some quantizers and wrappers do not have, and then it is
+    silently off.
+    Symptom: out of memory with checkpointing "on"; no message at all.
+    Fix: find quantized layers by type, and check the blocks' flags after enabling.
+    Sources: peft#760, peft#513, trl#728, transformers#26221, ms-swift#9945.
+    """
+    if facts.checkpointing == "off":
+        raise NotApplicable("checkpointing was not asked for")
+    if not facts.base.can_checkpoint:
+        why = f"{facts.base.cls} does not support checkpointing"
+        yield Observation(
+            facts.base.cls, False, "blocks that checkpoint", why, Party.MODEL, "its class says so: supports_gradient_checkpointing"
+        )  # fmt: skip
+        return
+    for block in facts.prepared.blocks:
+        yield Observation(
+            block.name, block.checkpointing is True, "checkpointing on", f"its flag is {block.checkpointing}"
+        )
+
+
+@rule("KB402", "off-when-not", Level.MUST)
+def off_when_not(facts: Facts) -> Iterable[Observation]:
+    """Not asked for, preparation turns no checkpointing on and no block recomputes.
+
+    Why: a default that overrides a configured "off" costs a third of the speed and breaks methods that cannot be
+    checkpointed.
+    Symptom: slower steps than configured; "PREFIX_TUNING does not work with gradient checkpointing".
+    Fix: obey ``use_gradient_checkpointing=False``.
+    Sources: Soup#797, unsloth-zoo#433, peft#869.
+    """
+    if facts.checkpointing != "off":
+        raise NotApplicable("checkpointing was asked for")
+    for m in facts.prepared.modules.values():
+        before = facts.base.modules.get(m.name)
+        if m.checkpointing is not None:
+            turned_on = m.checkpointing and not (before is not None and before.checkpointing)
+            yield Observation(
+                m.name or facts.prepared.cls, not turned_on, "its flag off", f"its flag is {m.checkpointing}"
+            )
+    for block in facts.run.blocks.values():
+        yield Observation(block.name, block.recomputed == 0, "no recompute", f"recomputed {block.recomputed} times")
+
+
+@rule("KB403", "blocks-recompute", Level.MUST)
+def blocks_recompute(facts: Facts) -> Iterable[Observation]:
+    """In a training step every block on a path to the loss computes exactly twice as often as in the plain run.
+
+    Why: a flag is no proof. A model left in eval never recomputes, and neither does a block whose forward goes round
+    the checkpoint.
+    Symptom: the memory of a run without checkpointing.
+    Fix: leave blocks in train mode; set the flag and the function on every block.
+    Sources: peft#120, alpaca_lora_4bit#128, unsloth-zoo#549.
+    """
+    needs_checkpointing(facts)
+    for name, block in facts.run.blocks.items():
+        plain = facts.plain_run.blocks[name]
+        if plain.on_path:
+            total = block.computed + block.recomputed
+            wanted = 2 * plain.computed - plain.without_grad
+            ok = total == wanted and block.computed == plain.computed and plain.recomputed == 0
+            plainly = f" (plain run: {plain.computed} + {plain.recomputed})" if plain.recomputed else ""
+            ran = (block.computed, block.recomputed)
+            blamed = blame(facts, ok, Party.STACK, partial(_ran_so, name, ran))
+            yield Observation(
+                name,
+                ok,
+                f"computed {wanted} times",
+                f"{block.computed} + {block.recomputed} in backward{plainly}",
+                *blamed,
+            )
+
+
+def _ran_so(name: str, ran: tuple[int, int], facts: Facts) -> bool:
+    block = facts.run.blocks[name]
+    return (block.computed, block.recomputed) == ran
+
+
+@rule("KB404", "kwargs-honoured", Level.MUST)
+def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
+    """``use_reentrant``, ``preserve_rng_state`` and the other arguments reach ``torch.utils.checkpoint``.
+
+    Why: the mode decides whether DDP or ZeRO-3 works; a dropped argument shows hours later.
+    Symptom: "Expected to mark a variable ready only once"; a warning that ``use_reentrant`` should be passed.
+    Fix: pass ``gradient_checkpointing_kwargs`` through unchanged.
+    Sources: transformers#28536, trl#480, axolotl#1021.
+    """
+    needs_checkpointing(facts)
+    asked, run, _ = facts.honoured
+    if not run.checkpoints:
+        yield Observation("torch.utils.checkpoint", False, "called", "never called")
+    for key, value in asked.items():
+        seen = sorted({c.get(key, "not passed") for c in run.checkpoints})
+        if seen:
+            yield Observation(f"{key}={value}", seen == [value], value, ", ".join(seen))
+    if facts.checkpointing in ("reentrant", "non-reentrant"):
+        mode = str(facts.checkpointing == "reentrant")
+        for used in sorted({c["use_reentrant"] for c in facts.run.checkpoints}):
+            yield Observation("use_reentrant in the case's own run", used == mode, mode, used)
+
+
+## KB405-KB406: memory
+
+
+@rule("KB405", "memory-saved", Level.MUST)
+def memory_saved(facts: Facts) -> Iterable[Observation]:
+    """Activation bytes held between forward and backward fall to what checkpointing allows.
+
+    Allowed are the blocks' tensor arguments and results, each once, what was made outside the blocks, and the saved
+    random states, all measured in the model's own plain run. In the backward blocks come back one at a time, last
+    first.
+
+    Why: this is what checkpointing is for; everything else about it can look right.
+    Symptom: out of memory, or no saving, with checkpointing on.
+    Fix: checkpoint each block by itself; keep no reference to activations.
+    Sources: axolotl#1021, accelerate#389, bitsandbytes#2005; int8 under non-reentrant: docs/findings/int8_keeps_inputs.py.
+    """
+    needs_checkpointing(facts)
+    m = facts.memory
+    # Nothing to save: blocks so small that what they make is what they hand on.
+    if m.blocks <= 0:
+        raise NotApplicable("the blocks hold nothing beyond their inputs and results, even without checkpointing")
+    over = m.held - m.allowed
+    party, witness = Party.IMPLEMENTATION, ""
+    if 0 < over <= m.stack:
+        party = Party.STACK
+        witness = f"bare quantized layers inside a non-reentrant checkpoint keep {m.stack:,} bytes of their inputs"
+    yield Observation(
+        "held between forward and backward", over <= 0, f"at most {m.allowed:,} bytes (plain: {m.plain:,})", f"{m.held:,} bytes", party, witness
+    )  # fmt: skip
+    for tower in dict.fromkeys(b.tower for b in facts.run.blocks.values()):
+        seen = [n for n in dict.fromkeys(facts.run.order) if facts.run.blocks[n].tower == tower]
+        forward = [n for n in facts.run.blocks if n in seen]
+        if len(seen) > 1:
+            ok = seen == forward[::-1]
+            yield Observation(f"backward of {tower}", ok, "blocks recomputed one at a time, last first", " ".join(seen))
+
+
+@rule("KB406", "memory-scales", Level.SHOULD)
+def memory_scales(facts: Facts) -> Iterable[Observation]:
+    """Each block adds about one block input to what is held, not one block's activations.
+
+    Why: depth then costs almost nothing, which is what makes long sequences fit.
+    Symptom: memory that grows with depth as if checkpointing were off for some blocks.
+    Fix: checkpoint each block by itself, and keep no reference to what it makes (KB405).
+    Sources: specification KB406.
+    """
+    needs_checkpointing(facts)
+    m = facts.memory
+    if not m.steps:
+        raise NotApplicable("a single block has no increments")
+    names = [n for n in m.steps if n in m.step_allowed and not _crosses_towers(n, facts)]
+    if not names:
+        raise NotApplicable("a single block in each tower has no increments")
+    for name in names:
+        over = m.steps[name] - m.step_allowed[name]
+        stack = m.step_stack.get(name, 0)
+        party, witness = Party.IMPLEMENTATION, ""
+        if 0 < over <= stack:
+            party, witness = Party.STACK, f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
+        yield Observation(
+            name, over <= 0, f"adds at most {m.step_allowed[name]:,} bytes", f"{m.steps[name]:,} bytes", party, witness
+        )
+
+
+def _crosses_towers(name: str, facts: Facts) -> bool:
+    """Whether the next entry is another tower's block, or the end: what lies between is not the block's."""
+    names = list(facts.memory.steps)
+    following = names[names.index(name) + 1] if names.index(name) + 1 < len(names) else None
+    return following is None or facts.run.blocks[following].tower != facts.run.blocks[name].tower
+
+
+## KB407-KB409: manners
+
+
+@rule("KB407", "reentrant-explicit", Level.SHOULD)
+def reentrant_explicit(facts: Facts) -> Iterable[Observation]:
+    """``use_reentrant`` is passed explicitly; nothing warns that it must be.
+
+    Why: an implicit mode is reentrant today, an error tomorrow, and not what transformers defaults to.
+    Symptom: "the use_reentrant parameter should be passed explicitly" on every run.
+    Fix: fill in ``use_reentrant`` where the caller gave none; ``{}`` is not ``None``.
+    Sources: transformers#28536, transformers#43203, axolotl#1021.
+    """
+    needs_checkpointing(facts)
+    heard = [w for w in facts.run.warnings if "use_reentrant" in w]
+    yield Observation("training step", not heard, "no warning about use_reentrant", heard[0] if heard else "none")
+
+
+@rule("KB408", "cache-off-in-training", Level.SHOULD)
+def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
+    """No key/value cache is held in a checkpointed training forward; ``generate`` works afterwards.
+
+    Why: a cache in training is memory for nothing, and breaks the recompute.
+    Symptom: "use_cache=True is incompatible with gradient checkpointing"; a CheckpointError.
+    Fix: leave it to transformers, or set ``use_cache`` for training and restore it.
+    Sources: transformers#34928, unsloth-zoo#715, trl#3891.
+    """
+    needs_checkpointing(facts)
+    held = facts.run.cache_held is True
+    yield Observation("training forward", not held, "no cache", "a cache is held" if held else "none")
+    if facts.generator:
+        g = facts.generates
+        ok = g.finite and not g.raised
+        blamed = blame(facts, ok, Party.MODEL, lambda bare: bare.generates.raised == g.raised)
+        yield Observation("generate", ok, "works after training", g.raised or "works", *blamed)
+
+
+@rule("KB409", "train-eval-untouched", Level.MUST)
+def train_eval_untouched(facts: Facts) -> Iterable[Observation]:
+    """Preparation changes no module's ``training`` flag.
+
+    Why: a model put into eval never recomputes and drops no dropout; one put into train samples with dropout.
+    Symptom: checkpointing that does nothing; noisy evaluation.
+    Fix: call neither ``train`` nor ``eval``.
+    Sources: peft#120, diffusers#1848.
+    """
+    for text, call in (("as loaded", facts.default_call), ("all in train", facts.positional_call)):
+        changed = call.modes_changed
+        yield Observation(f"a model {text}", not changed, "no mode changed", ", ".join(changed[:4]) or "none changed")
+    for name, flag in facts.training_flags.items():
+        now = facts.prepared.modules.get(name)
+        if now is not None:
+            expected, actual = ("train" if f else "eval" for f in (flag, now.training))
+            yield Observation(name or facts.prepared.cls, now.training is flag, expected, actual)

@@ -1,0 +1,309 @@
+"""KB5xx: what a caller may rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts, ModelFacts
+from kbitcheck.core.result import Level, Observation, Party
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.attribution import blame
+
+DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs": "None"}
+
+
+@rule("KB501", "signature", Level.MUST)
+def signature(facts: Facts) -> Iterable[Observation]:
+    """Callable as ``(model)``, ``(model, bool)`` and by the three names, with defaults ``True`` and ``None``.
+
+    Why: trainers call it in all these ways.
+    Symptom: "got an unexpected keyword argument 'gradient_checkpointing_kwargs'".
+    Fix: ``prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None)``; more keywords are fine.
+    Sources: peft#1036, peft#1583, MiniGPT-4#526.
+    """
+    call = facts.call
+    if call.parameters is not None:
+        for name, default in DEFAULTS.items():
+            found = call.parameters.get(name)
+            if found is None:
+                yield Observation(
+                    name,
+                    call.accepts_any,
+                    f"a parameter, default {default}",
+                    "any keyword" if call.accepts_any else "absent",
+                )
+            else:
+                yield Observation(name, found == default, f"default {default}", f"default {found or 'missing'}")
+        order = [n for n in call.parameters if n in DEFAULTS]
+        yield Observation(
+            "order of parameters", order in (list(DEFAULTS), order[:1], []), ", ".join(DEFAULTS), ", ".join(order)
+        )
+        first = next(iter(call.parameters), None)
+        yield Observation("first parameter", first == "model" or call.accepts_any, "model", first or "none")
+    off = facts.positional_call
+    yield Observation(
+        "prepare(model, False)", off.raised != "" or not off.checkpoints, "checkpointing stays off", "it is on"
+    )
+    for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
+        refused = bool(one.raised) and (facts.base.can_checkpoint or text == "prepare(model, False)")
+        # What every call raises is no matter of how it is called.
+        refused = refused and (one.raised != facts.call.raised or one.raised.startswith("TypeError"))
+        yield Observation(text, not refused, "accepted", f"raised {one.raised}" if refused else "accepted")
+
+
+@rule("KB502", "returns-the-model", Level.MUST)
+def returns_the_model(facts: Facts) -> Iterable[Observation]:
+    """Returns the very object it was given, of the same class.
+
+    Why: callers use either name afterwards; a copy leaves one of them unprepared.
+    Symptom: changes that "do not stick"; twice the memory.
+    Fix: change the model in place and return it.
+    Sources: specification KB502.
+    """
+    call = facts.call
+    if call.raised:
+        yield Observation("prepare(model, ...)", False, "returns", f"raised {call.raised}")
+        return
+    actual = "the same object" if call.same_object else f"another object ({call.returned})"
+    yield Observation("returned object", call.same_object, f"the {facts.base.cls} it was given", actual)
+    for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
+        if not one.raised and not one.same_object:
+            yield Observation(text, False, f"the {facts.base.cls} it was given", f"another object ({one.returned})")
+    yield Observation("class", call.class_kept, f"the very class {facts.base.cls}", facts.prepared.cls)
+
+
+@rule("KB503", "arguments-untouched", Level.MUST)
+def arguments_untouched(facts: Facts) -> Iterable[Observation]:
+    """The caller's ``gradient_checkpointing_kwargs`` is not changed.
+
+    Why: one dictionary is often shared by several calls and by the trainer.
+    Symptom: a second model that is prepared differently from the first.
+    Fix: copy before filling in defaults.
+    Sources: trl#3981, specification KB503.
+    """
+    calls = (
+        [facts.call, facts.honoured[2]] if facts.checkpointing != "off" and facts.base.can_checkpoint else [facts.call]
+    )
+    passed = [call for call in calls if not call.kwargs_before == "None" == call.kwargs_after]
+    if not passed:
+        raise NotApplicable("this case passes no kwargs")
+    for call in passed:
+        same = call.kwargs_before == call.kwargs_after
+        yield Observation("gradient_checkpointing_kwargs", same, call.kwargs_before, call.kwargs_after)
+
+
+@rule("KB504", "idempotent", Level.SHOULD)
+def idempotent(facts: Facts) -> Iterable[Observation]:
+    """A second preparation changes nothing: no flag, dtype, hook or byte.
+
+    Why: scripts and trainers both prepare.
+    Symptom: hooks that pile up; "'CastOutputToFloat' object has no attribute 'weight'".
+    Fix: look before each change.
+    Sources: peft#373, trl#3926.
+    """
+    yield from same_model(facts.repeated, facts.prepared_again, "after the first call", "after the second")
+
+
+@rule("KB505", "one-hook-and-removable", Level.SHOULD)
+def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
+    """At most one input-grad hook an embedding, none after ``disable_input_require_grads()``; switching off restores.
+
+    Why: ``enable_input_require_grads`` never removes an earlier hook, so whoever calls it twice leaves one behind for
+    good, and with it a graph in every evaluation.
+    Symptom: memory in evaluation; a model that cannot be pickled.
+    Fix: let transformers set the hook, or remove the earlier one first.
+    Sources: peft#2299; transformers ``enable_input_require_grads``.
+    """
+    hooked = {n: m for n, m in facts.prepared.modules.items() if n not in facts.prepared.heads}
+    for name, module in hooked.items():
+        before = facts.base.modules[name].hooks if name in facts.base.modules else ()
+        added = len(module.hooks) - len(before)
+        if added or name in facts.prepared.embeddings:
+            yield Observation(name or module.cls, added <= 1, "at most one new hook", f"{added} new hooks")
+    off = facts.switched_off
+    for name, module in off.modules.items():
+        before = facts.base.modules[name].hooks if name in facts.base.modules else ()
+        if name in hooked and (len(module.hooks) != len(before) or name in facts.prepared.embeddings):
+            left = len(module.hooks) - len(before)
+            yield Observation(f"{name or module.cls} after disabling", left <= 0, "no hook left", f"{left} left")
+        if module.checkpointing is not None:
+            was = facts.base.modules[name].checkpointing if name in facts.base.modules else None
+            yield Observation(
+                f"{name or module.cls} after switching off",
+                module.checkpointing == was,
+                f"flag {was}",
+                f"flag {module.checkpointing}",
+            )
+
+
+@rule("KB506", "all-or-nothing", Level.SHOULD)
+def all_or_nothing(facts: Facts) -> Iterable[Observation]:
+    """Where it raises (an architecture that cannot checkpoint), the model is as it was.
+
+    The message names the model class and the way out.
+
+    Why: a half-prepared model, frozen and in fp32, is what the next attempt starts from.
+    Symptom: "does not support gradient checkpointing", and afterwards out of memory without it.
+    Fix: check before the first change.
+    Sources: llm-foundry#399, LLaMA-Factory#1550, peft#1142.
+    """
+    call, before, after = facts.refused
+    if not call.raised:
+        told = bool(call.warnings)
+        on = any(b.checkpointing for b in after.blocks)
+        yield Observation("an architecture that cannot checkpoint", told or on, "an error or a warning", "silence")
+        return
+    yield from same_model(before, after, "before the call", "after it raised")
+    names = before.cls in call.raised
+    yield Observation("message", names, f"names {before.cls}", call.raised)
+    way = "use_gradient_checkpointing" in call.raised
+    yield Observation("message (way out)", way, "names use_gradient_checkpointing=False", call.raised)
+
+
+@rule("KB507", "no-global-effects", Level.MUST)
+def no_global_effects(facts: Facts) -> Iterable[Observation]:
+    """Default dtype, grad mode, random states, autocast, filters and the libraries' classes are as before.
+
+    Why: what is changed for one model is changed for every other in the process.
+    Symptom: results that depend on the order of imports; another seed, another dtype, a patched ``forward``.
+    Fix: change the model, nothing else; draw nothing.
+    Sources: unsloth-zoo#549, ms-swift ``torch.utils.checkpoint`` patch.
+    """
+    yield Observation("process", True, "unchanged", "looked at")
+    for name, (before, after) in facts.call.process.items():
+        yield Observation(name, False, before, after)
+
+
+@rule("KB508", "no-hoarding", Level.MUST)
+def no_hoarding(facts: Facts) -> Iterable[Observation]:
+    """No tensor outlives its use: old half-precision storages are freed, no activation survives a step.
+
+    Why: a kept copy of each upcast weight is half the model again; a kept activation is a leak a step.
+    Symptom: memory after preparation above the model's; memory that grows with the steps.
+    Fix: keep no list of old parameters or outputs; detach what must be kept.
+    Sources: bitsandbytes#2005, peft#3265.
+    """
+    stale = facts.cost.stale
+    yield Observation("after preparing", stale == 0, "0 bytes of old weights alive", f"{stale:,} bytes")
+    survivors, left = facts.memory.survivors, facts.left_by_evaluation
+    # What the base leaves in half precision a preparation may leave in fp32: twice the bytes, and no more.
+    blamed = blame(facts, survivors == 0, Party.MODEL, lambda bare: 2 * bare.memory.survivors >= survivors)
+    yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes", *blamed)
+    blamed = blame(facts, left == 0, Party.MODEL, lambda bare: 2 * bare.left_by_evaluation >= left)
+    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes", *blamed)
+
+
+@rule("KB509", "quiet", Level.SHOULD)
+def quiet(facts: Facts) -> Iterable[Observation]:
+    """No deprecation or user warning of its own on a supported stack.
+
+    Why: noise hides the warnings that matter.
+    Symptom: a FutureWarning on every preparation.
+    Fix: call the method that the installed transformers documents.
+    Sources: specification KB509; transformers ``gradient_checkpointing_enable``.
+    """
+    yield Observation("prepare", not facts.call.warnings, "no warning", "; ".join(facts.call.warnings) or "none")
+
+
+@rule("KB510", "saves-and-loads", Level.MUST)
+def saves_and_loads(facts: Facts) -> Iterable[Observation]:
+    """State-dict keys are unchanged; save and reload of model and adapters reproduces the logits.
+
+    Why: wrapped or renamed modules train well and cannot be loaded.
+    Symptom: "Some weights were not initialized"; another model after reloading.
+    Fix: wrap nothing; keep names.
+    Sources: peft#602, trl#4081.
+    """
+    s = facts.store
+    yield Observation(
+        "keys", not s.missing, "all the base's", f"missing: {', '.join(s.missing[:5])}" if s.missing else "all"
+    )
+    yield Observation(
+        "keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none"
+    )
+    base = {f.base_raised for f in facts.forwards if f.base_raised}
+    party, witness = (
+        (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
+        if s.raised in base
+        else blame(facts, not s.raised, Party.STACK, lambda bare: bare.store.raised == s.raised)
+    )
+    yield Observation("save and reload", not s.raised, "no error", s.raised or "none", party, witness)
+    if s.logits is not None:
+        # The same model in the same dtypes: only the order of a sum may differ.
+        ok = s.logits.equal or s.logits.relative <= facts.compute_ulp
+        blamed = blame(facts, ok, Party.STACK, _reloads_otherwise)
+        yield Observation(
+            "logits", ok, "the same", "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}", *blamed
+        )
+
+
+def _reloads_otherwise(facts: Facts) -> bool:
+    logits = facts.store.logits
+    return logits is not None and not logits.equal and logits.relative > facts.compute_ulp
+
+
+@rule("KB511", "config-kept", Level.SHOULD)
+def config_kept(facts: Facts) -> Iterable[Observation]:
+    """``model.config`` is as before, ``use_cache`` aside.
+
+    Why: the config is saved with the adapter and read by the next loader.
+    Symptom: a reloaded model in another dtype or with another attention.
+    Fix: write nothing to the config.
+    Sources: specification KB511.
+    """
+    before, after = dict(_leaves(facts.base.config)), dict(_leaves(facts.prepared.config))
+    if not before:
+        raise NotApplicable("the model has no config")
+    for key in sorted({*before, *after}):
+        if not key.endswith("use_cache"):
+            same = before.get(key) == after.get(key)
+            yield Observation(f"config.{key}", same, str(before.get(key, "absent")), str(after.get(key, "absent")))
+
+
+@rule("KB512", "deterministic", Level.MUST)
+def deterministic(facts: Facts) -> Iterable[Observation]:
+    """The same call on the same model gives the same state.
+
+    Why: a run that cannot be repeated cannot be debugged.
+    Symptom: two preparations, two losses.
+    Fix: draw nothing, and depend on nothing but the arguments.
+    Sources: specification KB512.
+    """
+    yield from same_model(facts.prepared, facts.repeated, "the first model", "the second")
+
+
+def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> Iterator[Observation]:
+    """One observation for each tensor, module, layer and key that two snapshots share or do not."""
+    tensors = ({**first.parameters, **first.buffers}, {**second.parameters, **second.buffers})
+    for name in sorted({*tensors[0], *tensors[1]}):
+        a, b = (t.get(name) for t in tensors)
+        kept = ("cls", "dtype", "shape", "device", "requires_grad", "bits")
+        differs = [k for k in kept if getattr(a, k, None) != getattr(b, k, None)]
+        yield Observation(
+            name, not differs, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same"
+        )
+    for name in sorted({*first.modules, *second.modules}):
+        m, n = first.modules.get(name), second.modules.get(name)
+        differs = [
+            k for k in ("cls", "training", "checkpointing", "hooks") if getattr(m, k, None) != getattr(n, k, None)
+        ]
+        yield Observation(
+            name or first.cls,
+            not differs,
+            f"as {one}",
+            f"{other}: {', '.join(differs)} differ" if differs else "the same",
+        )
+    for name in sorted({*first.layers, *second.layers}):
+        same = first.layers.get(name) == second.layers.get(name)
+        yield Observation(f"{name} (state)", same, f"as {one}", "the same" if same else f"{other}: it differs")
+    ties = first.ties() == second.ties()
+    yield Observation("ties", ties, f"as {one}", "the same" if ties else f"{other}: they differ")
+
+
+def _leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, config

@@ -1,0 +1,71 @@
+"""KB6xx: what preparing itself costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import HALF, Facts, TensorFacts
+from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.precision import norm_parameters
+
+LARGE_BLOCK = 20 << 20
+
+
+@rule("KB601", "peak-while-preparing", Level.SHOULD)
+def peak_while_preparing(facts: Facts) -> Iterable[Observation]:
+    """Peak memory while preparing is at most before, plus the bytes added by the upcast, plus the largest parameter.
+
+    Why: a model that fits and trains can still run out of memory while it is prepared.
+    Symptom: out of memory inside ``param.data.to(torch.float32)``.
+    Fix: cast one parameter at a time and drop each old storage at once.
+    Sources: bitsandbytes#1569, peft#1142.
+    """
+    c = facts.cost
+    bound = c.before + max(c.after - c.before, 0) + c.largest
+    yield Observation("peak", c.peak <= bound, f"at most {bound:,} bytes", f"{c.peak:,} bytes")
+
+
+@rule("KB602", "cache-returned", Level.SHOULD)
+def cache_returned(facts: Facts) -> Iterable[Observation]:
+    """After preparation the allocator holds no large block of freed half-precision weights (accelerators).
+
+    Why: on small or unified memory a gigabyte reserved for nothing is the difference.
+    Symptom: reserved memory well above allocated right after preparing.
+    Fix: empty the allocator's cache once after casting.
+    Sources: peft#3265, peft#3293.
+    """
+    cached = facts.cost.cached
+    if cached is None:
+        raise NotApplicable("no accelerator: the CPU allocator keeps no cache")
+    yield Observation(
+        "the allocator's cache", cached < LARGE_BLOCK, f"below {LARGE_BLOCK:,} bytes", f"{cached:,} bytes"
+    )
+
+
+@rule("KB603", "upcast-only-what-is-promised", Level.MUST)
+def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
+    """Preparation adds no byte beyond the casts its profile demands.
+
+    Why: a weight that is copied, widened to float64 or kept twice is paid for in every run.
+    Symptom: a prepared model that is larger than its parameters in fp32.
+    Fix: cast what the profile names, to float32, in place.
+    Sources: peft#1149, trl#4335, unsloth#1186.
+    """
+    before, after = facts.base, facts.prepared
+    demanded = sum({t.storage: t.nbytes for t in before.parameters.values() if _cast(t, facts)}.values())
+    bound = before.nbytes + demanded
+    yield Observation(
+        "parameters and buffers", after.nbytes <= bound, f"at most {bound:,} bytes", f"{after.nbytes:,} bytes"
+    )
+    # A small parameter may be a view of a large storage.
+    grown, c = demanded + facts.cost.before, facts.cost
+    yield Observation("storages", c.after <= grown, f"at most {grown:,} bytes", f"{c.after:,} bytes")
+
+
+def _cast(tensor: TensorFacts, facts: Facts) -> bool:
+    """Whether the profile demands that a parameter of the base becomes fp32: it then takes twice its bytes."""
+    if tensor.packed or tensor.dtype not in HALF or facts.profile == "frozen-half":
+        return False
+    return facts.profile == "peft" or tensor.name in norm_parameters(facts.base)

@@ -1,0 +1,139 @@
+"""KB1xx: what is frozen stays frozen, what should train does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kbitcheck.core.facts import Facts, TensorFacts
+from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.attribution import unless_bare
+from kbitcheck.judge.gradients import live_gradients
+
+## KB101-KB102: flags
+
+
+@rule("KB101", "base-frozen", Level.MUST)
+def base_frozen(facts: Facts) -> Iterable[Observation]:
+    """After preparation no base parameter requires grad.
+
+    Under ``--freezes at-attach`` it is judged once adapters are attached.
+
+    Why: a trainable base parameter costs its gradient and two optimizer states in fp32, and drifts away from the
+    weights the adapter is later used with.
+    Symptom: "trainable params" far above the adapter's size; out of memory in the first optimizer step; an adapter that
+    is worse after reloading than in training.
+    Fix: set ``requires_grad = False`` on every parameter of the base before anything else.
+    Sources: peft#2299, peft#85; specification KB101.
+    """
+    model = facts.wrapped if facts.freezes == "at-attach" else facts.prepared
+    for p in model.parameters.values():
+        if not p.adapter:
+            yield Observation(
+                p.name, not p.requires_grad, "frozen", "frozen" if not p.requires_grad else "requires grad"
+            )
+
+
+@rule("KB102", "only-adapters-train", Level.MUST)
+def only_adapters_train(facts: Facts) -> Iterable[Observation]:
+    """After adapters are attached the trainable set is exactly the adapters' parameters.
+
+    Why: adapter libraries freeze the base again, which hides a preparation that did not; and a preparation that hooks
+    into attaching can freeze what should train.
+    Symptom: "trainable params: 0"; or a checkpoint that is as large as the model.
+    Fix: freeze the base in preparation only, once, and leave adapters alone.
+    Sources: trl#3926, unsloth#3327, unsloth#2343.
+    """
+    for p in facts.wrapped.parameters.values():
+        expected = "trainable" if p.adapter else "frozen"
+        yield Observation(p.name, p.requires_grad is p.adapter, expected, "trainable" if p.requires_grad else "frozen")
+
+
+## KB103-KB105: what a step changes
+
+
+@rule("KB103", "no-base-grad", Level.MUST)
+def no_base_grad(facts: Facts) -> Iterable[Observation]:
+    """After a backward no base parameter holds a ``.grad``.
+
+    Why: a gradient on the base costs memory even where no optimizer reads it.
+    Symptom: memory grows by the size of the model in the first backward.
+    Fix: freeze every base parameter; never call ``requires_grad_`` on an embedding's weight to make inputs need grad.
+    Sources: specification KB103; peft#80.
+    """
+    held = {*facts.run.base_grads, *(n for n, p in facts.wrapped.parameters.items() if p.has_grad)}
+    for p in facts.wrapped.parameters.values():
+        if not p.adapter:
+            yield Observation(p.name, p.name not in held, "no gradient", "a gradient" if p.name in held else "none")
+
+
+@rule("KB104", "base-unchanged-by-training", Level.MUST)
+def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
+    """After a few optimizer steps every base tensor, packed weight, quantization state and buffer is bitwise what it was.
+
+    AdamW with weight decay on. A quantized layer's own bias, which bitsandbytes recasts in its forward, equals the old
+    value rounded once to the compute dtype.
+
+    Why: a base that moves in training is not the base the adapter will be loaded on.
+    Symptom: good loss in training, bad answers after the adapter is merged or reloaded.
+    Fix: keep base parameters out of the optimizer; change no weight in hooks.
+    Sources: specification KB104; bitsandbytes ``Linear4bit.forward`` casts ``bias.data`` in place.
+    """
+    before, after = facts.wrapped, facts.trained
+    for old in [*before.parameters.values(), *before.buffers.values()]:
+        if old.adapter:
+            continue
+        new = after.parameters.get(old.name) or after.buffers.get(old.name)
+        if new is None:
+            yield Observation(old.name, False, "still there", "gone")
+        elif old.quantized_bias and new.dtype != old.dtype:
+            rounded = facts.rounded_biases.get(old.name)
+            yield Observation(
+                old.name, new.bits == rounded, "the old value rounded once", f"{new.dtype}, other numbers",
+                note="bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward",
+            )  # fmt: skip
+        else:
+            yield Observation(old.name, new.bits == old.bits, "the same bits", _difference(old, new))
+    for name, layer in before.layers.items():
+        after_layer = after.layers.get(name)
+        same = after_layer is not None and after_layer.state == layer.state
+        yield Observation(f"{name} (state)", same, "the same quantization state", "it changed")
+
+
+def _difference(old: TensorFacts, new: TensorFacts) -> str:
+    if old.dtype != new.dtype:
+        return f"{old.dtype} became {new.dtype}"
+    return "the same bits" if old.bits == new.bits else "other numbers"
+
+
+@rule("KB105", "adapters-do-change", Level.MUST)
+@unless_bare
+def adapters_do_change(facts: Facts) -> Iterable[Observation]:
+    """After a few optimizer steps every live adapter changed.
+
+    Why: gradients that exist and an optimizer that steps still train nothing where the two hold different tensors.
+    Symptom: a falling loss from one head alone; ``lora_B`` all zero in the saved adapter.
+    Fix: leave parameter objects in place; change ``.data``, never rebind modules after adapters are attached.
+    Sources: ai-toolkit#1054, peft troubleshooting "Training runs but the model does not improve".
+    """
+    for name in live_gradients(facts):
+        changed = name in facts.training.changed
+        yield Observation(name, changed, "changed by training", "changed" if changed else "unchanged")
+
+
+@rule("KB106", "prepared-adapter-model-kept", Level.SHOULD)
+def prepared_adapter_model_kept(facts: Facts) -> Iterable[Observation]:
+    """Preparing a model that already carries adapters keeps them trainable or raises; it never silently freezes them.
+
+    Why: freezing "every parameter" of a PeftModel freezes the adapters too, and nothing fails: the input hook gives the
+    loss a graph, backward succeeds, and no parameter ever moves.
+    Symptom: "trainable params: 0"; a loss that does not move; no error at all.
+    Fix: recognise adapter layers by the library's type and leave them as they are, or raise.
+    Sources: trl#3926, trl#4029, trl#4081, transformers#26098, peft#1253.
+    """
+    call, before, kept = facts.adapters_first
+    if call.raised:
+        yield Observation("preparing a model with adapters", True, "kept or refused", f"raised {call.raised}")
+        return
+    for name in sorted(before):
+        yield Observation(name, name in kept, "still trainable", "trainable" if name in kept else "silently frozen")

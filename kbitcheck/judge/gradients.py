@@ -1,0 +1,315 @@
+"""KB3xx: gradients reach every adapter, through every quantized layer, and are the right ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Distance, Facts, GradientFacts, StepOutcome
+from kbitcheck.core.result import Level, Observation, Party
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.attribution import blame, unless_bare
+
+# Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
+YARDSTICKS = 4
+FLOAT32_ULP = 2.0**-23
+
+
+def reentrant(facts: Facts) -> bool:
+    """Whether any block was really run under reentrant checkpointing."""
+    return any(c["use_reentrant"] == "True" for c in facts.run.checkpoints)
+
+
+def needs_checkpointing(facts: Facts) -> None:
+    """Skip a rule that is about checkpointing where none was asked for or the architecture has none.
+
+    Raises:
+        NotApplicable: with the reason.
+    """
+    if facts.checkpointing == "off":
+        raise NotApplicable("checkpointing was not asked for")
+    if not facts.base.can_checkpoint:
+        raise NotApplicable(f"{facts.base.cls} does not support checkpointing")
+
+
+def live_gradients(facts: Facts) -> dict[str, GradientFacts]:
+    """Gradients of the adapters that get one in the float twin.
+
+    Raises:
+        NotApplicable: none does, as where dropout left nothing of the only block.
+    """
+    live = {n: g for n, g in facts.gradients.items() if g.live}
+    if not live:
+        raise NotApplicable("no adapter is live even in the float twin")
+    return live
+
+
+@rule("KB301", "inputs-require-grad", Level.MUST)
+def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
+    """Under reentrant checkpointing the input of the first block of every tower with adapters requires grad.
+
+    Why: reentrant checkpointing records a block only if a positional input requires grad, and with a frozen embedding
+    none does.
+    Symptom: "None of the inputs have requires_grad=True. Gradients will be None", then "element 0 of tensors does not
+    require grad"; or silence, where something behind the blocks is trainable.
+    Fix: hook every tower's input embedding (patch and audio embeddings too) so that its output requires grad.
+    Sources: transformers#26377, transformers#42489, peft#2880, peft#295, trl#835.
+    """
+    needs_checkpointing(facts)
+    if not reentrant(facts):
+        raise NotApplicable("checkpointing is not reentrant here, so inputs need not require grad")
+    adapted = list(live_gradients(facts))
+    first: dict[str, str] = {}
+    for block in facts.run.blocks.values():
+        first.setdefault(block.tower, block.name)
+    for tower, name in first.items():
+        if any(f"{tower}." in n for n in adapted):
+            asks = facts.run.blocks[name].input_requires_grad is True
+            yield Observation(f"input of {name}", asks, "requires grad", "requires grad" if asks else "does not")
+
+
+@rule("KB302", "adapters-get-gradients", Level.MUST)
+@unless_bare
+def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
+    """Every live adapter gets a finite, non-zero gradient.
+
+    Live means that it gets one in the float64 twin with checkpointing off; adapters dead there are the model's (KB904).
+    Up-projections are drawn first: at zero, half of all gradients would be zero by construction.
+
+    Why: an adapter without a gradient is never trained, and nothing says so.
+    Symptom: ``lora_B`` all zero after training; a falling loss and a model that did not learn.
+    Fix: see KB301 and KB303; under reentrant checkpointing pass hidden states positionally.
+    Sources: peft#2880, trl#835, ai-toolkit#1054, transformers#41993.
+    """
+    for name, g in live_gradients(facts).items():
+        actual = "no gradient" if g.norm is None else f"norm {g.norm:.3g}" if g.finite else "not finite"
+        yield Observation(name, g.norm is not None and g.finite and g.norm > 0, "finite and non-zero", actual)
+
+
+@rule("KB303", "layer-backward-exact", Level.MUST)
+@unless_bare
+def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
+    """Through each frozen quantized layer dL/dx equals dL/dy times the unpacked weight, to the compute dtype's rounding.
+
+    Judged element by element, and as a gain over the whole layer, from outside the layer; it also fails where the
+    input requires grad and the output does not.
+
+    Why: adapters alone cannot show a cut here, because the residual stream carries gradients round it.
+    Symptom: all adapters have gradients, upstream ones are several times too small, and the model is merely worse.
+    Fix: use a kernel that has a backward; never detach a frozen layer's input or run it under ``no_grad``.
+    Sources: transformers#46736, GPTQModel#1435, AutoAWQ#324, bitsandbytes#2034.
+    """
+    live_gradients(facts)
+    for name, layer in facts.layer_backwards.items():
+        within = name.partition(" (")[0].removesuffix(".base_layer") + "."
+        adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]
+        if adapters and not any(adapters):
+            continue  # the model itself takes no gradient through it, in the float twin either: KB904 tells
+        if not layer.carried:
+            yield Observation(name, False, "output requires grad when the input does", "the gradient is cut")
+        elif not layer.reached:
+            if any(adapters):
+                yield Observation(name, False, "a gradient reaches the layer's output", "none does")
+        else:
+            right = layer.excess <= 1 and abs(layer.gain - 1) <= layer.gain_bound
+            actual = f"error {layer.excess:.3g} times its bound, gain {layer.gain:.5f} (may be off by {layer.gain_bound:.1e})"
+            yield Observation(name, right, "dL/dy @ W", actual)
+            if layer.bent > layer.bent_bound:
+                yield Observation(
+                    f"{name} (a large gradient)", False, "as many times as large", f"off by {layer.bent:.2g}"
+                )
+            if not layer.overflows:
+                yield Observation(
+                    f"{name} (an infinite gradient)", False, "not finite, as a gradient scaler needs it", "finite"
+                )
+            if layer.misread:
+                yield Observation(
+                    f"{name} (unpacked by the stack)", False, "the weight that the packed bytes stand for", f"off by {layer.misread:.1%}",
+                    Party.STACK, "the bare layer's own dequantization differs from its format; the layer is judged by it",
+                )  # fmt: skip
+
+
+@rule("KB304", "gradients-match-oracle", Level.MUST)
+@unless_bare
+def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
+    """Adapter gradients equal those of the float64 twin with the same adapters, within four yardsticks.
+
+    The yardstick of an adapter is how far the twin in the preparation's own dtypes is from the float64 twin, or the
+    median over all adapters if that is larger. Left out are adapters whose gradient is noise: four yardsticks of theirs
+    are as long as the gradient itself, so no comparison could tell it from zero. The whole batch is judged, and one row
+    of it without a mask.
+
+    Why: only a comparison with an independent computation shows a gradient that is there, finite and wrong.
+    Symptom: training that works and ends worse than the same run elsewhere.
+    Fix: compare the layers that KB303 names, then what happens between them.
+    Sources: bitsandbytes#2034, unsloth-zoo#482.
+    """
+    single = {f"{n} (one row, no mask)": g for n, g in facts.single_gradients.items()}
+    all_runs = {**facts.gradients, **single}
+    judged = {n: g for n, g in all_runs.items() if g.live and (g.bitwise or YARDSTICKS * g.noise < 1)}
+    if not judged:
+        raise NotApplicable("rounding alone moves every gradient by as much as it is long")
+    for name, g in judged.items():
+        bound = YARDSTICKS * max(g.yardstick, FLOAT32_ULP)
+        ok = g.bitwise or g.error <= bound
+        yield Observation(name, ok, f"within {bound:.2e} of the float64 twin", f"off by {g.error:.2e}")
+
+
+@rule("KB305", "checkpointing-changes-nothing", Level.MUST)
+def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
+    """With checkpointing, loss and gradients equal those of the plain run of the same object.
+
+    Bitwise on a CPU where each block's inputs are contiguous and read by that block alone; within the yardstick
+    elsewhere, as gradients are added in another order there.
+
+    Why: a recompute that differs from the forward gives gradients of another function.
+    Symptom: another loss with checkpointing on; vision gradients exactly zero.
+    Fix: recompute under the same mode, mask, cache setting and random state.
+    Sources: transformers#45242, transformers#44158, peft#2826, transformers#24247.
+    """
+    needs_checkpointing(facts)
+    same = facts.run.loss_bits == facts.plain_run.loss_bits
+    close = math.isclose(facts.run.loss, facts.plain_run.loss, rel_tol=facts.compute_ulp)
+    exact = exactly(facts)
+    yield Observation("loss", same or (close and not exact), f"{facts.plain_run.loss!r}", f"{facts.run.loss!r}")
+    again = facts.repeated_run
+    same = again.loss_bits == facts.run.loss_bits or (
+        not exact and math.isclose(again.loss, facts.run.loss, rel_tol=facts.compute_ulp)
+    )
+    yield Observation("loss of a later step", same, f"{facts.run.loss!r}", f"{again.loss!r}")
+    yield from compared(facts.against_plain, exact=exact)
+
+
+@rule("KB306", "reentrant-agrees", Level.MUST)
+def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
+    """Reentrant and non-reentrant checkpointing, switched on the same object, give the same gradients.
+
+    Why: people switch modes to get along with DDP or ZeRO-3; the result must not depend on it.
+    Symptom: "CheckpointError: Recomputed values have different metadata"; gradients missing in one mode.
+    Fix: pass tensors that need gradients positionally, and make inputs require grad.
+    Sources: trl#2514, trl#4782, transformers#34928.
+    """
+    needs_checkpointing(facts)
+    if not facts.run.checkpoints:
+        raise NotApplicable("no block was checkpointed, so there is no mode to switch")
+    raised = facts.other_mode_raised
+    if raised:
+        blamed = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
+        yield Observation("training step in the other mode", False, "no error", raised, *blamed)
+        return
+    mendable = reentrant(facts) and _is_cut(facts)
+    for seen in compared(facts.against_other_mode, exact=exactly(facts)):
+        if seen.ok or mendable:
+            yield seen
+        else:
+            party, witness = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
+            yield dataclasses.replace(seen, party=party, witness=witness)
+
+
+def _is_cut(facts: Facts) -> bool:
+    """Whether a tower's inputs do not require grad, which a preparation can mend."""
+    try:
+        return any(not seen.ok for seen in inputs_require_grad(facts))
+    except NotApplicable:
+        return False
+
+
+def _agrees(facts: Facts) -> bool:
+    return not facts.other_mode_raised and all(o.ok for o in compared(facts.against_other_mode, exact=exactly(facts)))
+
+
+@rule("KB307", "dropout-replayed", Level.MUST)
+def dropout_replayed(facts: Facts) -> Iterable[Observation]:
+    """With dropout raised and the same seed, checkpointed and plain runs agree: the recompute replays the same mask.
+
+    Why: another mask in the recompute gives the gradient of a network that was never run.
+    Symptom: noisy, slightly wrong training that only happens with dropout.
+    Fix: leave ``preserve_rng_state`` on.
+    Sources: torch.utils.checkpoint documentation; specification KB307.
+    """
+    needs_checkpointing(facts)
+    if not facts.run.checkpoints:
+        raise NotApplicable("no block was checkpointed, so nothing is replayed")
+    yield from compared(facts.against_plain_dropout, exact=exactly(facts))
+
+
+@rule("KB308", "survives-interleaving", Level.MUST)
+def survives_interleaving(facts: Facts) -> Iterable[Observation]:
+    """After any order of evaluation, generation, preparing again, copying, saving, switching modes and training, the
+    next training step's gradients are what a fresh model with the same adapters gives, and the packed weights are the same.
+
+    Why: training loops evaluate, generate and save in between; a model that one of these spoils trains on, wrongly.
+    Symptom: a loss that jumps after the first evaluation; training that fails after ``generate``.
+    Fix: keep no state in hooks or forwards, and touch no weight in a forward.
+    Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
+    """
+    for outcome in facts.interleaved:
+        blamed = blame(facts, not outcome.raised, Party.MODEL, partial(_raises, outcome))
+        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs", *blamed)
+        changed = ", ".join(outcome.changed[:4])
+        yield Observation(
+            f"{outcome.step}: quantized weights", not changed, "as before anything ran", changed or "the same"
+        )
+        if outcome.hooks_added:
+            yield Observation(f"{outcome.step}: hooks", False, "none added", f"{outcome.hooks_added} added")
+        found, fresh = outcome.checkpoints
+        if found != fresh:
+            yield Observation(f"{outcome.step}: checkpoints", False, f"{fresh} as when fresh", str(found))
+        for seen in compared(outcome.gradients, exact=exactly(facts)):
+            alike = partial(_differs, outcome.step, seen.where)
+            party, witness = blame(facts, seen.ok, Party.MODEL, alike)
+            where = f"{outcome.step}: {seen.where}"
+            yield dataclasses.replace(seen, where=where, party=party, witness=witness)
+
+
+def _differs(step: str, name: str, facts: Facts) -> bool:
+    found = next((o.gradients for o in facts.interleaved if o.step == step), {})
+    return any(not seen.ok for seen in compared({k: v for k, v in found.items() if k == name}, exact=exactly(facts)))
+
+
+def _raises(outcome: StepOutcome, facts: Facts) -> bool:
+    return any((o.step, o.raised) == (outcome.step, outcome.raised) for o in facts.interleaved)
+
+
+@rule("KB309", "loss-falls", Level.MUST)
+@unless_bare
+def loss_falls(facts: Facts) -> Iterable[Observation]:
+    """A few optimizer steps on one batch reduce its loss by at least half of what the float twin reaches.
+
+    The twin has the same adapters, optimizer and seed.
+
+    Why: the end-to-end check: what was prepared can learn.
+    Symptom: a loss that stays, rises, or is NaN or 0.
+    Fix: look at the other findings first; this one seldom stands alone.
+    Sources: peft#389, trl#618, transformers#26207.
+    """
+    t = facts.training
+    reached, wanted = t.losses[0] - t.losses[-1], t.twin_losses[0] - t.twin_losses[-1]
+    if not wanted > 0:  # or NaN
+        raise NotApplicable(
+            f"the float twin does not learn this batch either (loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f})"
+        )
+    ok = math.isfinite(t.losses[-1]) and reached >= wanted / 2
+    yield Observation("loss", ok, f"falls by at least {wanted / 2:.4f}", f"{t.losses[0]:.4f} to {t.losses[-1]:.4f}")
+
+
+def exactly(facts: Facts) -> bool:
+    """Whether the stack computes checkpointed and plain runs to the same bits: on a CPU, unless a block is inexact."""
+    on_cpu = all(p.device == "cpu" for p in facts.base.parameters.values())
+    return on_cpu and not facts.plain_run.inexact
+
+
+def compared(distances: Mapping[str, Distance], *, exact: bool) -> Iterable[Observation]:
+    """One observation for each gradient against its counterpart."""
+    for name, d in distances.items():
+        bound = max(d.yardstick, FLOAT32_ULP)
+        ok = d.equal if exact else (d.equal or d.relative <= bound)
+        yield Observation(
+            name,
+            ok,
+            "the same bits" if exact else f"within {bound:.2e}",
+            "the same" if d.equal else f"off by {d.relative:.2e}",
+        )

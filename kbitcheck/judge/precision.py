@@ -1,0 +1,332 @@
+"""KB2xx: which numbers may change their dtype, and that nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import FLOATING, HALF, Facts, ForwardFacts, ModelFacts, TensorFacts
+from kbitcheck.core.result import Level, Observation, Party
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.attribution import blame, unless_bare
+
+NORM_KINDS = frozenset({"class", "name", "shape"})
+
+
+def norm_parameters(model: ModelFacts) -> frozenset[str]:
+    """Names of the parameters of every module that looks like a normalization layer, by class, name or shape."""
+    norms = {m.name for m in model.modules.values() if m.norm & NORM_KINDS}
+    return frozenset(n for n in model.parameters if n.rpartition(".")[0] in norms)
+
+
+## KB201-KB204: casts
+
+
+@rule("KB201", "norms-fp32", Level.MUST)
+def norms_fp32(facts: Facts) -> Iterable[Observation]:
+    """Every parameter of every normalization layer is fp32, whatever the layer is called (``peft`` and ``qlora``).
+
+    Why: norm scales multiply the whole residual stream; half-precision ones round every activation of every token.
+    Name filters miss ``ln_f``, ``norm_out`` or ``q_norm`` without a word.
+    Symptom: "expected scalar type Float but found Half"; slightly worse loss that nobody can explain.
+    Fix: cast by type of parameter (every unquantized half-precision one), not by a list of names.
+    Sources: peft#130, alpaca-lora#313, unsloth-zoo#680.
+    """
+    if facts.profile == "frozen-half":
+        raise NotApplicable("the frozen-half profile promises nothing about norms")
+    names = norm_parameters(facts.prepared)
+    if not names:
+        raise NotApplicable("the model has no normalization layer with parameters")
+    for name in sorted(names):
+        dtype = facts.prepared.parameters[name].dtype
+        yield Observation(name, dtype not in HALF, "float32", dtype)
+
+
+@rule("KB202", "unquantized-fp32", Level.MUST)
+def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
+    """Every other unquantized fp16 or bf16 parameter is fp32: embeddings, head, biases, routers (``peft``).
+
+    Why: ``peft`` is the profile that promises it; a mixture of dtypes fails at run time in other places than it is made.
+    Symptom: "expected mat1 and mat2 to have the same dtype, but got: float != c10::BFloat16".
+    Fix: cast every unquantized half-precision parameter, or name the profile that is meant (``--profile qlora``).
+    Sources: peft#389, peft#1515.
+    """
+    if facts.profile != "peft":
+        raise NotApplicable(f"the {facts.profile} profile lets embeddings and head stay half")
+    norms = norm_parameters(facts.prepared)
+    examined = [p for p in facts.prepared.parameters.values() if not p.packed and p.dtype in FLOATING]
+    for p in examined:
+        if p.name not in norms:
+            yield Observation(p.name, p.dtype not in HALF, "float32", p.dtype)
+
+
+@rule("KB203", "upcast-exact", Level.MUST)
+def upcast_exact(facts: Facts) -> Iterable[Observation]:
+    """Every parameter whose dtype changed holds exactly the old values.
+
+    Why: widening is exact, so any difference is a rounding through another dtype, a swap or a redraw.
+    Symptom: a prepared model whose loss before training is not the base's.
+    Fix: ``param.data = param.data.to(torch.float32)`` and nothing else.
+    Sources: specification KB203.
+    """
+    changed = [(o, n) for o, n in _pairs(facts) if o.dtype != n.dtype and not o.packed]
+    if not changed:
+        raise NotApplicable("no parameter changed its dtype")
+    for old, new in changed:
+        same = old.value == new.value
+        yield Observation(
+            old.name, same, "the old values exactly", "the same" if same else f"other numbers in {new.dtype}"
+        )
+
+
+@rule("KB204", "unchanged-otherwise", Level.MUST)
+def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
+    """Parameters that were fp32, fp64, integer, bool or float8, and every buffer, keep dtype, device and bits.
+
+    So does every plain number that a module keeps, such as an epsilon, a scale or a dropout rate.
+
+    Why: scales, rotary tables and weights kept in fp32 on purpose break quietly when they are cast or recomputed.
+    Symptom: garbage after long contexts; NaN in T5; a kernel that refuses its scales.
+    Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
+    Sources: specification KB204.
+    """
+    kept = [o for o in facts.base.parameters.values() if not o.packed and o.dtype not in HALF]
+    kept += facts.base.buffers.values()
+    if not kept:
+        raise NotApplicable("the model has neither a parameter that is not half-precision nor a buffer")
+    after = {**facts.prepared.parameters, **facts.prepared.buffers}
+    for old in kept:
+        yield _unchanged(old, after.get(old.name))
+    for name in sorted(set(after) - set(facts.base.parameters) - set(facts.base.buffers)):
+        yield Observation(name, False, "no new tensor", "added by preparation")
+    for old in facts.base.parameters.values():
+        if not old.packed and old.dtype in HALF and old.name not in facts.prepared.parameters:
+            yield Observation(old.name, False, "still there", "gone")
+    for old, new in _pairs(facts):
+        if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
+            yield Observation(old.name, False, "the same bits", "other numbers")
+    yield from _numbers(facts)
+
+
+def _numbers(facts: Facts) -> Iterator[Observation]:
+    """One observation for each number that a module keeps and that is another."""
+    for module in facts.base.modules.values():
+        now = facts.prepared.modules.get(module.name)
+        if now is not None:
+            for key, number in module.numbers.items():
+                if now.numbers.get(key) != number:
+                    yield Observation(f"{module.name}.{key}", False, str(number), str(now.numbers.get(key)))
+
+
+def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
+    expected = f"{old.dtype} on {old.device}, the same bits"
+    if new is None:
+        return Observation(old.name, False, expected, "gone")
+    same = (old.dtype, old.device, old.bits, old.shape) == (new.dtype, new.device, new.bits, new.shape)
+    actual = f"{new.dtype} on {new.device}, {'the same bits' if old.bits == new.bits else 'other bits'}"
+    return Observation(old.name, same, expected, actual)
+
+
+## KB205-KB208: packed weights and ties
+
+
+@rule("KB205", "packed-weights-intact", Level.MUST)
+def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
+    """Packed weights keep class, dtype, shape and bits, whatever dtype they are stored in.
+
+    Why: with ``bnb_4bit_quant_storage`` bf16 or fp16 the packed bytes look like ordinary half-precision weights, and
+    an upcast destroys them; so does a cast of a subclass that a name check does not know.
+    Symptom: "shape '[128, 32]' is invalid for input of size 8192"; noise for output.
+    Fix: skip parameters by ``isinstance`` of the packed class or by their quantization state, never by class name.
+    Sources: peft#1550, peft#1614.
+    """
+    packed = [o for o in facts.base.parameters.values() if o.packed]
+    if not packed:
+        raise NotApplicable("the model has no packed weight")
+    for old in packed:
+        new = facts.prepared.parameters.get(old.name)
+        if new is None:
+            yield Observation(old.name, False, f"{old.cls} {old.dtype}", "gone")
+            continue
+        kept = ("cls", "dtype", "shape", "bits")
+        differs = [k for k in kept if getattr(old, k) != getattr(new, k)]
+        actual = f"{new.cls} {new.dtype}" + (f"; changed: {', '.join(differs)}" if differs else "")
+        yield Observation(old.name, not differs, f"{old.cls} {old.dtype}, the same bits", actual)
+
+
+@rule("KB206", "quant-state-intact", Level.MUST)
+def quant_state_intact(facts: Facts) -> Iterable[Observation]:
+    """The quantization state (absmax, code, block size, type, nested state, offset; the int8 scales) is the same.
+
+    Each quantized layer also unpacks to the same numbers.
+
+    Why: a lost nested state or a scale that is slightly off changes every weight of a layer, with no error.
+    Symptom: "FP4 quantization state not initialized"; a base that answers worse after preparation.
+    Fix: never rebuild or move packed parameters in preparation; a new ``Params4bit`` loses its state.
+    Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
+    """
+    prepared = facts.prepared.layers
+    for old in facts.base.layers.values():
+        new = prepared.get(old.name)
+        if new is None:
+            continue  # KB207 tells
+        for field, digest in old.state.items():
+            same = new.state.get(field) == digest
+            yield Observation(f"{old.name}.{field}", same, "the same", "the same" if same else "changed")
+        yield Observation(f"{old.name}.compute_dtype", new.compute == old.compute, old.compute, new.compute)
+        same = new.dequantized == old.dequantized
+        yield Observation(f"{old.name} (unpacked)", same, "the same numbers", "the same" if same else "other numbers")
+
+
+@rule("KB207", "still-quantized", Level.MUST)
+def still_quantized(facts: Facts) -> Iterable[Observation]:
+    """No quantized layer was replaced, dequantized or dropped.
+
+    Why: a layer that was dequantized costs four times its memory, and the adapter trains on other numbers.
+    Symptom: memory above what the model card says; ``lora.Linear`` where ``lora.Linear4bit`` was expected.
+    Fix: leave quantized modules in place.
+    Sources: specification KB207.
+    """
+    prepared = facts.prepared.layers
+    for old in facts.base.layers.values():
+        new = prepared.get(old.name)
+        same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
+        yield Observation(
+            old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"
+        )
+
+
+@rule("KB208", "ties-kept", Level.MUST)
+def ties_kept(facts: Facts) -> Iterable[Observation]:
+    """Parameters that shared memory still do, such as tied embeddings and head.
+
+    Why: rebinding a tied parameter makes two copies: twice the memory, and a head that no longer follows.
+    Symptom: a model that grows by its embedding; "Some tensors share memory" errors on saving, or their absence.
+    Fix: assign ``param.data``; never ``module.weight = nn.Parameter(...)``.
+    Sources: peft#1750, peft#2777, transformers#45127.
+    """
+    before, after = facts.base.ties(), facts.prepared.ties()
+    if not before:
+        raise NotApplicable("the model ties no parameters")
+    for group in sorted(before, key=sorted):
+        kept = any(group <= other for other in after)
+        yield Observation(" = ".join(sorted(group)), kept, "one tensor", "one tensor" if kept else "separate tensors")
+
+
+## KB209-KB212: the model as a function
+
+
+@rule("KB209", "same-function", Level.MUST)
+@unless_bare
+def same_function(facts: Facts) -> Iterable[Observation]:
+    """The prepared model's logits are no further from the float64 twin's than the base's were, by the yardstick.
+
+    Under ``peft`` every unquantized weight is fp32, so the yardstick is a twin with those dtypes; elsewhere the base's
+    own error is added. Tokens whose experts changed are left out and counted.
+
+    Why: preparation changes precision, not the function; a scale, a mask or an attention setting changed on the side
+    shows here and in no parameter.
+    Symptom: the loss at step 0 is not the base's.
+    Fix: change nothing but dtypes, flags and hooks.
+    Sources: transformers#45242, unsloth-zoo#813.
+    """
+    f = facts.function
+    if not math.isfinite(f.twin_error) or not math.isfinite(f.base_error):
+        raise NotApplicable("the logits of the float twin or of the unprepared base are not finite")
+    if f.left_out == f.tokens:
+        raise NotApplicable("rounding moved the experts of every token")
+    bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
+    rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
+    for forward in facts.forwards:
+        if forward.apart is not None and not f.left_out:
+            # The base and the prepared model are each this far from the twin; modes and masks change little of that.
+            # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
+            # Autocast rounds both, each by about as much as the base shows.
+            far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
+            far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
+            where = f"logits ({forward.condition})"
+            ok = forward.apart <= far
+            yield Observation(where, ok, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}")
+    left = f"; {f.left_out} of {f.tokens} tokens left out, their experts changed" if f.left_out else ""
+    yield Observation(
+        "logits",
+        f.error <= bound,
+        f"relative error at most {bound:.2e} (the base's: {f.base_error:.2e})",
+        f"{f.error:.2e}{left}",
+    )
+
+
+@rule("KB210", "runs-everywhere", Level.MUST)
+def runs_everywhere(facts: Facts) -> Iterable[Observation]:
+    """Forward is finite and raises nothing in train and eval, with and without a mask and autocast; a training step runs.
+
+    Where the unprepared base can, padding in front, embeddings in place of ids (which get a gradient) and tokens one by one
+    with a cache are fed too. Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
+
+    Why: mixed dtypes work in training under autocast and fail in ``generate``, evaluation and callbacks.
+    Symptom: "expected mat1 and mat2 to have the same dtype, but got: float != c10::BFloat16".
+    Fix: cast all unquantized half-precision parameters, or none.
+    Sources: peft#84, peft#88, peft#131, peft#1515, trl#4457.
+    """
+    for f in facts.forwards:
+        if facts.profile == "qlora" and not f.autocast:
+            continue
+        ok = f.finite and not f.raised
+        if not ok and (f.base_raised or not f.base_finite):
+            blamed = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
+        elif f.raised and f.wide_raised == f.raised:
+            blamed = Party.MODEL, "the same model in float32, not quantized at all, does the same"
+        else:
+            # Whose inputs require grad, which some models cannot bear.
+            blamed = blame(facts, ok, Party.MODEL, partial(_fails_so, f))
+        yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", *blamed)
+    raised = facts.step_raised
+    blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
+    yield Observation("training step", not raised, "no error", raised or "none", *blamed)
+
+
+def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:
+    told = (forward.condition, forward.raised, forward.finite)
+    return any((f.condition, f.raised, f.finite) == told for f in facts.forwards)
+
+
+@rule("KB211", "no-half-trainables", Level.MUST)
+def no_half_trainables(facts: Facts) -> Iterable[Observation]:
+    """No trainable parameter is fp16: the gradient scaler refuses it.
+
+    Why: gradients of fp16 parameters cannot be unscaled.
+    Symptom: "ValueError: Attempting to unscale FP16 gradients."
+    Fix: keep adapters in fp32, or bf16.
+    Sources: peft#341, peft#1249, transformers#23165.
+    """
+    for p in facts.wrapped.parameters.values():
+        if p.requires_grad:
+            yield Observation(p.name, p.dtype != "float16", "not float16", p.dtype)
+
+
+@rule("KB212", "one-device", Level.MUST)
+def one_device(facts: Facts) -> Iterable[Observation]:
+    """Nothing moved device, nothing is newly on meta, tied groups share a device.
+
+    Why: a tensor on another device, or on none, fails in the middle of the first step.
+    Symptom: "Cannot copy out of meta tensor; no data!"; "Expected all tensors to be on the same device".
+    Fix: cast in place; never move.
+    Sources: qlora#186, peft#414, alpaca-lora#368.
+    """
+    after = {**facts.prepared.parameters, **facts.prepared.buffers}
+    for old in [*facts.base.parameters.values(), *facts.base.buffers.values()]:
+        new = after.get(old.name)
+        if new is not None:
+            yield Observation(old.name, new.device == old.device, old.device, new.device)
+    for group in facts.prepared.ties():
+        devices = {facts.prepared.parameters[n].device for n in group}
+        yield Observation(" = ".join(sorted(group)), len(devices) == 1, "one device", ", ".join(sorted(devices)))
+
+
+def _pairs(facts: Facts) -> Iterator[tuple[TensorFacts, TensorFacts]]:
+    for old in facts.base.parameters.values():
+        new = facts.prepared.parameters.get(old.name)
+        if new is not None:
+            yield old, new

@@ -1,0 +1,1 @@
+"""Training batches for any kind of model."""

@@ -1,0 +1,252 @@
+"""From a checkpoint directory to a quantized transformers model, silently, with every failure told in one line."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.checkpoint import CONFIG, read_config
+
+AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+)
+
+NOISE = re.compile(r".*layer_?drop|.*jitter.*|apply_spec_augment")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to load. ``dtype`` is torch's name or ``auto`` (as saved); ``attention`` None leaves attention and
+    experts to transformers; ``eager`` is plain torch for both.
+    """
+
+    name: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrainedModel:
+    """The model in ``folder``, quantized by ``quant``; with None, as the checkpoint itself says.
+
+    Raises:
+        UsageError: transformers cannot load it, or tensors are missing or have another shape.
+    """
+    with quiet(), told(options.name):
+        refuse_unknown(read_config(folder / CONFIG, options.name), options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        return _loaded(folder, config, quant, options)
+
+
+def stream(
+    tensors: Mapping[str, Any], config: PretrainedConfig, quant: Quantization | None, options: Options
+) -> PreTrainedModel:
+    """A model whose tensors are read one at a time, quantized, and let go of: ``tensors[name][...]`` is one of them.
+
+    No more than one tensor is held in its own dtype. Needs transformers 5.
+
+    Raises:
+        UsageError: transformers cannot build such a model, or tensors are missing or have another shape.
+    """
+    with quiet(), told(options.name):
+        return _loaded(None, config, quant, options, state_dict=dict(tensors))
+
+
+def _loaded(
+    folder: Path | None, config: PretrainedConfig, quant: Quantization | None, options: Options, **more: Any
+) -> PreTrainedModel:
+    cls = architecture(config, trust_remote_code=options.trust_remote_code)
+    still(config)
+    if options.attention:
+        more["attn_implementation"] = options.attention
+        if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
+            more["experts_implementation"] = options.attention
+    if quant is not None:
+        automatic = automatic_skip(cls, config) if quant.skip else []
+        more["quantization_config"] = quant.config(automatic)
+    loaded = cls.from_pretrained(
+        folder,
+        config=config,
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        device_map={"": options.device},
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=None if options.allow_pickle else True,
+        # Names the tensors below. Before transformers 5 it takes quantized Conv1D layers for mismatched.
+        ignore_mismatched_sizes=transformers.__version__ >= "5",
+        output_loading_info=True,
+        **more,
+    )
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    for fault in ("missing_keys", "mismatched_keys"):
+        if info.get(fault):
+            raise UsageError(
+                f"{options.name}: not this model's weights: {_listed(fault.replace('_', ' '), info[fault])}"
+            )
+    return never_repacked(model)
+
+
+def still(config: PretrainedConfig) -> None:
+    """Switch off, in place and in every part, what is random beside dropout.
+
+    A layer that is skipped leaves its adapters without gradients, jitter of another dtype is other noise, and masks over
+    sounds come from numpy's generator: no step could be compared with another, or with the float64 twin's.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            still(value)
+        elif value and NOISE.fullmatch(name):
+            setattr(config, name, type(value)(0))
+
+
+def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """The class that ``config.architectures`` names, or the first fitting one with a head where it names none.
+
+    Raises:
+        UsageError: transformers has no such class, or it computes no loss.
+    """
+    remote = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    if trust_remote_code and remote:
+        return getattr(transformers, max(remote, key=lambda name: name.startswith("AutoModelFor")))
+    names = config.architectures or [name for name in map(_mapped(config), AUTO) if name]
+    for name in names:
+        cls = getattr(transformers, name, None)
+        if cls is not None and "labels" not in inspect.signature(cls.forward).parameters:
+            raise UsageError(f"{name} computes no loss: give a model with a head, such as one for causal modelling")
+        if cls is not None:
+            return cls
+    known = f"transformers {transformers.__version__}"
+    raise UsageError(f"{known} has no class {' or '.join(names) or f'with a head for {config.model_type}'}")
+
+
+def known_config(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
+    """A configuration from the fields of a ``config.json``.
+
+    Raises:
+        UsageError: transformers does not know the model type, or refuses the fields.
+    """
+    with quiet(), told(name):
+        refuse_unknown(fields, Options(name=name))
+        kind = fields["model_type"]
+        return AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
+
+
+def refuse_unknown(fields: Mapping[str, Any], options: Options) -> None:
+    """Raise ``UsageError`` where transformers does not know the model type and no code that does is allowed to run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = fields["model_type"]
+    if kind not in CONFIG_MAPPING and not (options.trust_remote_code and fields.get("auto_map")):
+        close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"{options.name}: transformers {transformers.__version__} knows no model type {kind!r}{hint}")
+
+
+def empty(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this class on the meta device: names and shapes, no numbers."""
+    with torch.device("meta"):
+        # An Auto class stands for code that the user trusts.
+        trusted = hasattr(cls, "from_config")
+        own = copy.deepcopy(config)
+        built = cls.from_config(own, trust_remote_code=True) if trusted else cls(own)
+    return cast(PreTrainedModel, built)
+
+
+def automatic_skip(cls: Any, config: PretrainedConfig) -> list[str]:
+    """Modules that transformers leaves unquantized of its own accord: the head, tied modules, the last module."""
+    from transformers import integrations
+    from transformers.quantizers import base
+
+    home: Any = base if hasattr(base, "get_keys_to_not_convert") else integrations  # before transformers 5
+    return sorted(home.get_keys_to_not_convert(empty(cls, config)))
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Turns whatever loading raises into a ``UsageError`` of one line. Running out of memory is not wrong usage."""
+    try:
+        yield
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = shorten(f"{type(error).__name__}: {error}", width=240, placeholder=" ...")
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
+            reason = "its pickle is damaged, or holds more than tensors"
+        raise UsageError(f"{name} cannot be loaded ({reason})") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps logs, warnings and progress bars of loading off the screen; not with KBITCHECK_DEBUG=1."""
+    if os.environ.get("KBITCHECK_DEBUG") == "1":
+        yield
+        return
+    hf: Any = transformers.utils.logging
+    bars, threshold = hf.is_progress_bar_enabled(), logging.root.manager.disable
+    hf.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(threshold)
+        if bars:
+            hf.enable_progress_bar()
+
+
+def never_repacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch off bitsandbytes' repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.
+
+    It rewrites the packed weights in place, rounds their scales to bfloat16, drops the nested state, and raises where
+    the rows are no multiple of 32 or the columns of 64 (0.50.2, ``_convert_weight_packed_for_cpu``). It serves
+    inference alone; with it, what a check sees would depend on the CPU, and looking at a model would change it.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+    return model
+
+
+def _mapped(config: PretrainedConfig) -> Any:
+    def name(auto: str) -> str | None:
+        found = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        found = found[0] if isinstance(found, tuple) else found
+        return None if found is None else str(found.__name__)
+
+    return name
+
+
+def _listed(what: str, keys: Any, limit: int = 3) -> str:
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+    return f"{len(names)} {what} ({', '.join(names[:limit])}{', ...' if len(names) > limit else ''})"

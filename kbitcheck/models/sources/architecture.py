@@ -1,0 +1,141 @@
+"""``arch:TASK/TYPE``: any architecture that transformers knows, shrunk, with drawn weights. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from kbitcheck.backends.quantization import Quantization
+
+PREFIX = "arch:"
+CAUSAL_LM = "causal-lm"
+# Each task with transformers' table of the architectures that have a head for it.
+TASKS: Mapping[str, str] = {
+    CAUSAL_LM: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "seq2seq-lm": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Architecture(Source):
+    """A model type's class for one task, as small as it can be; every tensor is drawn from the name of the tensor."""
+
+    task: str
+    model_type: str
+
+    has_weights: ClassVar[bool] = False
+    attention: ClassVar[str | None] = "eager"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The drawn, unquantized checkpoint; made once a process.
+
+        Raises:
+            UsageError: transformers has no such type for the task, or cannot build it.
+        """
+        from kbitcheck.models import random_weights as drawing
+
+        fields = self.fields()
+        return drawing.checkpoint(
+            drawing.Plan(name=self.name, seed=self.model_type, config=fields, dtype=self.unquantized_dtype)
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """The tiny ``config.json``.
+
+        Raises:
+            UsageError: transformers has no such type for the task, or refuses its configuration.
+        """
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        from kbitcheck.models import load as loading
+        from kbitcheck.models.zoo import shrink as shrinking
+
+        known = listed(self.task)
+        if self.model_type not in known:
+            close = get_close_matches(self.model_type, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(f"transformers has no {self.task} model of type {self.model_type!r}{hint}")
+        name = known[self.model_type]
+        with loading.quiet(), loading.told(self.name):
+            configured = CONFIG_MAPPING[self.model_type]
+            # The class for text alone, of a type that also sees or hears, takes the text model's configuration.
+            own = getattr(getattr(transformers, name), "config_class", None)
+            parts = (getattr(configured, "sub_configs", None) or {}).values()
+            fields = shrinking.tiny(
+                own if own in parts and own is not None else configured, decoder=self.task == CAUSAL_LM
+            )
+        return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
+
+    def meta(self, quant: Quantization) -> PreTrainedModel:
+        """The shrunk model on the meta device."""
+        from kbitcheck.models import meta
+
+        return meta.build(replace(self, config=self.fields()), quant)
+
+    def _complete(self, quant: Quantization) -> Quantization:
+        from kbitcheck.models.zoo import shrink as shrinking
+
+        skip = shrinking.families().get(self.model_type, {}).get(shrinking.SKIP, ())
+        return replace(quant, skip=tuple(dict.fromkeys((*skip, *quant.skip))))
+
+    def batch(
+        self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """A training batch: pictures or sounds where the task is about them and their form is known, else text alone.
+
+        A model that runs on nothing, quantized or in half precision, gets what its plain float32 self runs on.
+        """
+        from kbitcheck.models.inputs.choose import first_fitting
+        from kbitcheck.models.inputs.text import draw, fit
+        from kbitcheck.models.load import load
+
+        shape: dict[str, Any] = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
+        if self.task == CAUSAL_LM:
+            return draw(model, **shape, images=False)
+        shape["pictures"] = self.task == "image-text-to-text"
+        shape["sounds"] = self.task in ("speech-seq2seq", "seq2seq-lm")
+        try:
+            return first_fitting(model, **shape)
+        except Exception:  # the model's own code: it may raise anything, and does so again when it is judged
+            plain = load(self.checkpoint, None, replace(self._options("cpu"), dtype="float32"))
+            return fit(first_fitting(plain, **shape), model)
+
+
+def named(name: str, *, dtype: str | None = None) -> Architecture:
+    """The source behind ``arch:TASK/TYPE`` or ``arch:TYPE``, whose task is causal language modelling.
+
+    Raises:
+        UsageError: there is no such task. Whether there is such a type shows when it is loaded.
+    """
+    task, _, model_type = name.removeprefix(PREFIX).rpartition("/")
+    task = task or CAUSAL_LM
+    if task not in TASKS or not model_type:
+        raise UsageError(
+            f"{name!r} names no architecture; write arch:TYPE or arch:TASK/TYPE, TASK one of {', '.join(TASKS)}"
+        )
+    config = {"model_type": model_type, "dtype": "bfloat16"}
+    return Architecture(name=name, config=config, dtype=dtype, task=task, model_type=model_type)
+
+
+def listed(task: str) -> dict[str, str]:
+    """Class by model type: every architecture of the installed transformers that has a head for the task."""
+    from transformers.models.auto import modeling_auto
+
+    known: Mapping[str, Any] = getattr(modeling_auto, TASKS[task])
+    return {kind: found if isinstance(found, str) else found[0] for kind, found in known.items()}

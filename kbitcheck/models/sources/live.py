@@ -1,0 +1,67 @@
+"""A quantized model that the caller already has."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Stands for a live model. ``load`` copies it, so that the caller's own is never prepared or run."""
+
+    model: Any
+
+    @property
+    def name(self) -> str:
+        """Where the model says it came from, or its class."""
+        config = getattr(self.model, "config", None)
+        return str(getattr(config, "_name_or_path", "") or type(self.model).__name__)
+
+    @property
+    def quant(self) -> str:
+        """The text form of the model's own quantization.
+
+        Raises:
+            UsageError: no layer of it is quantized.
+        """
+        from kbitcheck import backends
+
+        kinds = sorted({backends.kind(m) for m in self.model.modules() if backends.is_quantized(m)})
+        if not kinds:
+            raise UsageError(f"{self.name} has no quantized layer: load it with a quantization_config first")
+        return str(kinds[0])
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether its code comes from a repository."""
+        return bool(getattr(getattr(self.model, "config", None), "auto_map", None))
+
+    def load(self, quant: Quantization, device: str) -> Any:
+        """A copy of the model, wherever it is; ``quant`` and ``device`` are its own."""
+        from kbitcheck.models.load import never_repacked
+
+        return never_repacked(copy.deepcopy(self.model))
+
+    def reload(self, folder: Path | str, device: str = "cpu") -> Any:
+        """The model as ``save_pretrained`` left it in ``folder``."""
+        from kbitcheck.models import load as loading
+
+        dtype = str(getattr(self.model, "dtype", "auto")).removeprefix("torch.")
+        return loading.load(Path(folder), None, loading.Options(name=self.name, device=device, dtype=dtype))
+
+    def batch(
+        self, model: Any, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """A training batch for the model: see ``models.batch.draw``."""
+        from kbitcheck.models.inputs.text import draw
+
+        return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)

@@ -1,0 +1,112 @@
+"""Where models come from: recipes, local directories, the hub, and configurations without weights. No torch here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from kbitcheck.core.cases import CaseSpec, Static
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models import checkpoint
+from kbitcheck.models.sources import architecture, config, gguf, hub, local, recipe
+from kbitcheck.models.sources.source import Source, asked_dtype
+
+__all__ = ["Source", "resolve", "source_of"]
+
+FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json, a .gguf file, or a hub id (org/name)"
+
+
+def source_of(spec: CaseSpec, *, static: Static = "never") -> Source:
+    """The source that a case names, under all its options; ``static`` and errors as of ``resolve``."""
+    return resolve(
+        spec.model,
+        static=static,
+        random_weights=spec.random_weights,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+    )
+
+
+def resolve(
+    model: str,
+    *,
+    static: Static = "never",
+    random_weights: bool = False,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Source:
+    """The source that a MODEL argument names, checked as far as that goes without torch.
+
+    With ``static`` always, its configuration is all that is looked at; with ``if-too-large`` a bare configuration will
+    do where there are no weights. A path that exists is taken before a hub id. Only for a hub id is the network used,
+    and only for its JSON files.
+
+    Raises:
+        UsageError: there is no such model, or it is damaged, unsupported, or needs what the options do not allow.
+    """
+    wanted = asked_dtype(dtype)
+    if model.startswith(recipe.PREFIX):
+        return recipe.named(model.removeprefix(recipe.PREFIX), dtype=wanted)
+    if model.startswith(architecture.PREFIX):
+        return architecture.named(model, dtype=wanted)
+    options: dict[str, Any] = {
+        "dtype": wanted,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".toml":
+        return recipe.read(path, name=model, dtype=wanted)
+    if model and path.exists():
+        found = _at(path, name=model, random_weights=random_weights, static=static, **options)
+    elif hub.ID.fullmatch(model) and path.suffix not in (".toml", ".json"):
+        found = hub.read(
+            model, random_weights=random_weights, static=static == "always", predicted=static != "never", **options
+        )
+    else:
+        raise UsageError(f"no such model {model!r}{_hint(model)}; a model is {FORMS}")
+    if found.remote_code and not trust_remote_code and found.loadable:
+        raise UsageError(f"{model} needs code from its repository: --trust-remote-code lets it run")
+    _ = found.quant  # refuses what something other than bitsandbytes quantized
+    return found
+
+
+def _at(path: Path, *, name: str, random_weights: bool, static: Static, **options: Any) -> Source:
+    made: dict[str, Any] = {"name": name, "random_weights": random_weights, "static": static != "never", **options}
+    quantized = gguf.found(path, name) if path.is_file() or not (path / checkpoint.CONFIG).exists() else None
+    if quantized is not None:
+        return gguf.read(quantized, **{**made, "static": static == "always"})
+    if path.is_file() and path.suffix == ".json":
+        return config.read(checkpoint.read_config(path, name), **made)
+    if path.is_file():
+        raise UsageError(f"{name} is a file, but no recipe (.toml) and no config.json; a model is {FORMS}")
+    if not (path / checkpoint.CONFIG).exists():
+        raise UsageError(f"{name} {_what_it_is(path)}")
+    fields = checkpoint.read_config(path / checkpoint.CONFIG, name)
+    if random_weights or static == "always" or (static != "never" and config.foreign(fields)):
+        return config.read(fields, **made)
+    files = checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
+    return local.read(path, files, fields, name=name, **options) if files else config.read(fields, **made)
+
+
+def _what_it_is(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return "holds an adapter: give the base model that it was trained on"
+    if not any(folder.iterdir()):
+        return "is an empty directory"
+    return f"is no model: it has no {checkpoint.CONFIG}"
+
+
+def _hint(model: str) -> str:
+    known = [recipe.PREFIX + name for name in recipe.names()]
+    for candidate in (model, recipe.PREFIX + model) if model else ():
+        close = get_close_matches(candidate.lower(), known, n=1, cutoff=0.75)
+        if close:
+            return f" (did you mean {close[0]}?)"
+    return ""

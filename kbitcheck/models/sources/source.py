@@ -1,0 +1,161 @@
+"""What every source of models offers. Importing this imports no torch; ``load``, ``reload`` and ``batch`` do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kbitcheck.backends.quantization import LONG, SHORT, Quantization
+from kbitcheck.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from kbitcheck.models.load import Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Source(ABC):
+    """Where a model comes from. ``config`` is its ``config.json`` as read; ``dtype`` is what the user asked for.
+
+    ``has_weights`` is False where the weights are drawn at random because the model comes without any.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    has_weights: ClassVar[bool] = True
+    attention: ClassVar[str | None] = None
+
+    @property
+    @abstractmethod
+    def checkpoint(self) -> Path:
+        """The directory that the unquantized (or already quantized) model is loaded from."""
+
+    @property
+    def unquantized_dtype(self) -> str:
+        """Torch's name of the dtype that parameters outside quantized layers are loaded in."""
+        return self.dtype or config_dtype(self.config) or "float32"
+
+    @property
+    def loadable(self) -> bool:
+        """Whether there are weights to load, or to draw."""
+        return getattr(self, "drawn", True)
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether the model needs code from its repository."""
+        return bool(self.config.get("auto_map"))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report has to say of the weights themselves."""
+        return ()
+
+    @property
+    def quant(self) -> str | None:
+        """The quantization the checkpoint already has, in the text form of ``Quantization``; None where it has none."""
+        described = self.config.get("quantization_config")
+        return None if described is None else str(Quantization.of_checkpoint(described))
+
+    def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
+        """A fresh model, quantized on ``device``, in the mode ``from_pretrained`` leaves it in (eval).
+
+        Raises:
+            UsageError: it cannot be loaded, or it is already quantized in another way.
+        """
+        from kbitcheck.models import load as loading
+
+        self._same_quantization(quant)
+        model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
+        return self._with_known_skips(model, quant)
+
+    def meta(self, quant: Quantization) -> PreTrainedModel:
+        """The model that ``load`` gives, on the meta device: no weights are read or made.
+
+        Raises:
+            UsageError: it cannot be built, or it is already quantized in another way.
+        """
+        from kbitcheck.models import meta
+
+        self._same_quantization(quant)
+        model = meta.build(self, Quantization.parse(self.quant) if self.quant else self._complete(quant))
+        return self._with_known_skips(model, quant)
+
+    def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
+        """A quantized model of this kind as ``save_pretrained`` left it in ``folder``.
+
+        Raises:
+            UsageError: it cannot be loaded.
+        """
+        from kbitcheck.models import load as loading
+
+        return loading.load(Path(folder), None, self._options(device))
+
+    def batch(
+        self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """A training batch for ``model``, on its device: see ``models.batch.draw``."""
+        from kbitcheck.models.inputs.text import draw
+
+        return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)
+
+    def _complete(self, quant: Quantization) -> Quantization:
+        return quant
+
+    def _with_known_skips(self, model: PreTrainedModel, quant: Quantization) -> PreTrainedModel:
+        names = [f".{name}." for name, _ in model.named_modules()]
+        for skipped in quant.skip:
+            if not any(f".{skipped}." in name for name in names):
+                raise UsageError(f"skip={skipped}: {self.name} has no module of this name")
+        return model
+
+    def _options(self, device: str) -> Options:
+        from kbitcheck.models.load import Options
+
+        return Options(
+            name=self.name,
+            device=device,
+            dtype=self.unquantized_dtype,
+            attention=self.attention,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+        )
+
+    def _same_quantization(self, quant: Quantization) -> None:
+        if self.quant is None:
+            return
+        own = Quantization.parse(self.quant)
+        if replace(own, skip=()) != replace(quant, skip=()) or not set(quant.skip) <= set(own.skip):
+            raise UsageError(f"{self.name} is already quantized as {own}, which {quant} is not: leave --quant out")
+
+
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """Torch's name of the dtype that a ``config.json`` states, for its text model if only there; None if nowhere."""
+    for part in (config, config.get("text_config") or {}):
+        stated = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(stated, str):
+            return stated.removeprefix("torch.")
+    return None
+
+
+def asked_dtype(text: str | None) -> str | None:
+    """Torch's name of the dtype that ``--dtype`` asks for.
+
+    Raises:
+        UsageError: it is none that a model can be loaded in.
+    """
+    if text is None:
+        return None
+    short = SHORT.get(text.removeprefix("torch."))
+    if short is None or short == "uint8":
+        raise UsageError(f"unknown dtype {text!r}; known: bf16, fp16, fp32")
+    return LONG[short]

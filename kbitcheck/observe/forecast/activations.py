@@ -1,0 +1,336 @@
+"""What a training step holds, predicted: the model's own code runs on fake tensors, and storages are counted.
+
+It is counted as ``kbitcheck.observe.probes.memory`` counts a real step. Of blocks that are proven alike one is run; the
+others are passed through and counted as that one was.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbitcheck.core.facts import HeldFacts
+from kbitcheck.observe.forecast.fake_tensors import Counted, World
+from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes.live import only_new_garbage, tensors
+from kbitcheck.observe.probes.snapshot import is_block, tower
+
+PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx", "training"})
+
+Signature = tuple[object, ...]
+
+
+def signature(block: nn.Module) -> Signature:
+    """Equal for blocks that compute the same on other numbers: classes, settings, shapes, dtypes and what is trained.
+
+    A block's own place in the stack is left out; what a model makes of it (a window, a kind of attention) is a setting.
+    """
+    found: list[object] = []
+    for name, module in block.named_modules():
+        settings = sorted((k, repr(v)) for k, v in vars(module).items() if k not in PLACE and _plain(v))
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        shapes = [(n, type(t).__name__, tuple(t.shape), t.dtype, t.requires_grad) for n, t in own]
+        found.append((name, type(module).__qualname__, tuple(settings), tuple(shapes)))
+    return tuple(found)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+class Passed(nn.Module):
+    """Stands for a block that is like one that runs: hands its input on, and tells when it is passed, both ways.
+
+    What the model reads of a block beside calling it (a kind of attention, say) is still the block's. ``standing_for``
+    makes it of the block's class as well, by which models find the blocks whose outputs they collect.
+    """
+
+    @classmethod
+    def standing_for(cls, block: nn.Module, like: nn.Module) -> Passed:
+        """What stands for a block that is like another."""
+        made: type[Passed] = type(cls.__name__, (cls, type(block)), {})
+        return made(block, like)
+
+    def __init__(self, block: nn.Module, like: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(block=block, like=like)  # no children: neither is run, moved or counted from here
+        self.gradient_checkpointing = False
+        self.watch: _Watch | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.watch is not None
+        return self.watch.passed(self.__dict__["like"], args, kwargs)
+
+
+def thin(model: nn.Module) -> None:
+    """Put ``Passed`` in the place of the blocks that are like one that runs, tower by tower.
+
+    The first block of a tower is run, as it may be met before a steady state, and so is the last, whose output may not
+    be read: nothing is kept of the last one of LLaVA's vision tower. Of the blocks between, one of each kind is run.
+    """
+    towers: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if is_block(module):
+            towers[tower(name)].append(name)
+    for names in towers.values():
+        kinds: dict[Signature, nn.Module] = {}
+        for name in names[1:-1]:
+            block = model.get_submodule(name)
+            like = kinds.setdefault(signature(block), block)
+            if like is not block:
+                parent, _, child = name.rpartition(".")
+                model.get_submodule(parent)._modules[child] = Passed.standing_for(block, like)
+
+
+class Step:
+    """A prepared model with adapters, thinned and moved to a world without numbers; measures training steps of it.
+
+    Args:
+        model: on the meta device, thinned, prepared, with adapters; it is moved and cannot be used otherwise any more.
+        world: whose kernels are assumed.
+        autocast: how training runs, where it does so under autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.model, self.world, self.autocast = model, world, autocast
+        world.move(model)
+        model.train()
+        self._own = list(world.tensors)
+        self.logits = 0
+        self.places: list[int] = []
+
+    def measure(self, batch: Mapping[str, Tensor], *, reentrant: bool | None) -> HeldFacts:
+        """A step on a batch (of any device) under reentrant or non-reentrant checkpointing; None: without.
+
+        ``logits`` is afterwards what the logits took, in bytes, and ``places`` what was alive when each storage was
+        made: as many numbers for any other batch that takes the same way.
+        """
+        fed = {name: self.world.tensor(t) for name, t in batch.items()}
+        live = Counted([*self._own, *fed.values()], self.world.device)
+        watch = _Watch(self.model, live)
+        step.clear_gradients(self.model)
+        floor = live.now
+        with (
+            only_new_garbage(),
+            _checkpointing(self.model, reentrant),
+            step.cache_off(self.model),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            self.world.entered(),
+            live,
+            watch,
+        ):
+            warnings.simplefilter("ignore")
+            with self.autocast() if self.autocast else nullcontext():
+                output = self.model(**step.feed(self.model, fed))
+            gc.collect()
+            watch.turn()
+            held = live.now - floor + watch.missing
+            self.logits = output.logits.nbytes
+            if output.loss.requires_grad:
+                output.loss.backward()
+            self.places = [alive - floor for alive in watch.places()]
+        del output
+        step.clear_gradients(self.model)
+        return HeldFacts(held=held, peak=max(self.places))
+
+
+@dataclass(slots=True)
+class _Ran:
+    """What one block took. ``grown`` is added from its entry to the next, ``left`` when the backward has gone on.
+
+    ``climbs`` and ``rises`` are what was alive meanwhile, storage by storage, above what was alive when the forward, and
+    the backward, came to it.
+    """
+
+    arguments: Signature = ()
+    entered: int = 0
+    grown: int = 0
+    climbs: list[int] = field(default_factory=list)
+    returned: int = 0
+    rises: list[int] = field(default_factory=list)
+    left: int = 0
+    rest: tuple[Any, ...] | None = None
+
+
+class _Watch:
+    """Hooks that follow a step from block to block and back. Bytes throughout.
+
+    What is alive is only part of a step: blocks that were passed hold as much as those they are like, until the
+    backward comes back to them, and leave adapters' gradients then. ``missing`` is what those that were passed by now
+    hold in between.
+    """
+
+    def __init__(self, model: nn.Module, live: Counted) -> None:
+        self._model, self._live = model, live
+        self._ran: dict[nn.Module, _Ran] = {}
+        self._standing: set[nn.Module] = set()
+        self._open: _Ran | None = None
+        self.missing = 0
+        self._forward: list[int] = []
+        self._backward = False
+        self._now: _Ran | None = None
+        self._back: list[nn.Module] = []
+        self._between: list[tuple[list[int], int]] = []  # alive between two marks, and how many were passed till then
+        self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for module in self._model.modules():
+            if isinstance(module, Passed):
+                module.watch = self
+                self._standing.add(module.__dict__["like"])
+            elif is_block(module):
+                self._handles.append(module.register_forward_pre_hook(self._entering, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._leaving))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._model.modules():
+            if isinstance(module, Passed):
+                module.watch = None
+        self._ran.clear()
+
+    def places(self) -> list[int]:
+        """What is alive when each storage of the whole step is made."""
+        self._mark(None)
+        missing = self.missing
+        offsets = [missing]
+        for like in self._back:
+            missing += self._ran[like].left
+            offsets.append(missing)
+        found = [*self._forward, *(now + offsets[passed] for alive, passed in self._between for now in alive)]
+        for i, (now, like) in enumerate(self._entries):
+            found += [now + offsets[i] + rise for rise in self._ran[like].rises]
+        return found
+
+    def turn(self) -> None:
+        """The forward is over."""
+        self._close()
+        self._backward = True
+        self._live.trace = [self._live.now]
+
+    def passed(self, like: nn.Module, args: Any, kwargs: Any) -> Any:
+        """One block handed on: its input, in the form in which the block it is like returned."""
+        ran = self._ran[like]
+        self._close()
+        if ran.arguments != _arguments(args, kwargs):
+            raise NotImplementedError(f"a {type(like).__name__} is called in another way than one that is like it")
+        self._forward += [self._live.now + self.missing + climb for climb in ran.climbs]
+        self.missing += ran.grown
+        hidden = _hidden(args, kwargs)
+        if hidden.requires_grad:
+            hidden = hidden.view_as(hidden)  # the same storage, with a place of its own in the graph
+            hidden.register_hook(lambda gradient: self._came_back(like))
+        return hidden if ran.rest is None else (hidden, *ran.rest)
+
+    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._backward:
+            self._close()
+            self._open = self._ran[module] = _Ran(arguments=_arguments(args, kwargs), entered=self._live.now)
+
+    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._backward:
+            return
+        ran = self._ran[module]
+        first = output[0] if isinstance(output, tuple) else output
+        if module in self._standing and isinstance(output, tuple):
+            ran.rest = output[1:]
+        if isinstance(first, Tensor) and first.requires_grad:
+            first.register_hook(lambda gradient: self._mark(ran))
+
+    def _close(self) -> None:
+        alive, self._live.trace = self._live.trace, []
+        self._forward += [now + self.missing for now in alive]
+        if self._open is not None:
+            self._open.grown = self._live.now - self._open.entered
+            self._open.climbs = [now - self._open.entered for now in alive]
+            self._open = None
+
+    def _mark(self, ran: _Ran | None) -> None:
+        """The backward comes to a block: what was alive since the last mark belongs to what came before."""
+        alive = self._live.trace
+        self._between.append((alive, len(self._back)))
+        if self._now is not None:
+            self._now.rises = [now - self._now.returned for now in alive]
+            self._now.left = self._live.now - self._now.returned
+        self._now = ran
+        self._live.trace = [self._live.now]
+        if ran is not None:
+            ran.returned = self._live.now
+
+    def _came_back(self, like: nn.Module) -> None:
+        """The backward comes to a block that is not there."""
+        self._mark(None)
+        self._entries.append((self._live.now, like))
+        self._back.append(like)
+
+
+def _arguments(args: Any, kwargs: Any) -> Signature:
+    def described(value: Any) -> object:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.dtype, value.requires_grad
+        if isinstance(value, Mapping):
+            return tuple((k, described(v)) for k, v in sorted(value.items()))
+        if isinstance(value, (tuple, list)):
+            return tuple(map(described, value))
+        return value if _plain(value) else type(value).__qualname__
+
+    return described(args), described(kwargs)
+
+
+def _hidden(args: Any, kwargs: Any) -> Tensor:
+    named = kwargs.get("hidden_states", kwargs.get("hidden_state"))
+    found = next(tensors(*args), None) if args else named
+    if found is None:
+        raise NotImplementedError("a block that is called without hidden states")
+    return found
+
+
+class _checkpointing:  # noqa: N801  (a context manager)
+    """Checkpointing on or off in every block, without the generators' states, which no operator makes."""
+
+    def __init__(self, model: nn.Module, reentrant: bool | None) -> None:
+        self._flagged = [m for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
+        self._reentrant = reentrant
+
+    def __enter__(self) -> None:
+        self._before = [(m.gradient_checkpointing, vars(m).get("_gradient_checkpointing_func")) for m in self._flagged]
+
+        def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+            own = {"use_reentrant": self._reentrant, "preserve_rng_state": False}
+            return step.CHECKPOINT(function, *args, **{**kwargs, **own})
+
+        for module in self._flagged:
+            if not isinstance(module, Passed):
+                module.gradient_checkpointing = self._reentrant is not None  # type: ignore[assignment]
+                module._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        for module, (flag, function) in zip(self._flagged, self._before, strict=True):
+            if not isinstance(module, Passed):
+                module.gradient_checkpointing = flag
+                if function is None:
+                    vars(module).pop("_gradient_checkpointing_func", None)
+                else:
+                    module._gradient_checkpointing_func = function

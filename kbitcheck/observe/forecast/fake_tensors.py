@@ -1,0 +1,230 @@
+"""Tensors without numbers: a model on the meta device runs as if on a CPU or a GPU, and nothing is computed.
+
+Fake tensors carry a device, so that bitsandbytes, autocast and attention pick the kernels they pick on that device; what
+they save for the backward is then what they save there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own name)
+from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import Linear8bitLt
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
+
+from kbitcheck import backends
+from kbitcheck.observe.probes.live import Live
+
+HALF = (torch.float16, torch.bfloat16)
+LARGEST_FLASH_HEAD = 256  # torch/csrc: sdp_utils.cpp, check_head_dim_size_flash
+
+
+class World:
+    """Where fake tensors live: the mode, and the fake twin of each real or meta tensor.
+
+    Args:
+        device: ``cpu`` or ``cuda``, whose kernels are to be picked. Fake tensors themselves are on the CPU, as torch's
+            autograd engine wants a driver for a CUDA tensor, even for a fake one.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # the originals are kept: an identity is one while they live
+
+    def tensor(self, real: Tensor) -> Tensor:
+        """The fake twin of a tensor, always the same."""
+        if id(real) not in self._twins:
+            with self.mode:
+                twin = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="cpu")
+            self._twins[id(real)] = (real, twin)
+        return self._twins[id(real)][1]
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Every twin."""
+        return (twin for _, twin in self._twins.values())
+
+    def move(self, model: nn.Module) -> None:
+        """Put a fake twin in the place of every parameter, buffer and state of the model. Ties survive."""
+        parameters: dict[int, nn.Parameter] = {}
+        quantized = [m for m in model.modules() if backends.is_quantized(m)]
+        states = {id(m): getattr(m.weight, "quant_state", None) for m in quantized}
+        scales: dict[int, Any] = {id(m): backends.state(m).get("SCB") for m in quantized}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = parameters.setdefault(id(parameter), self._parameter(parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = self.tensor(buffer)
+            state = states.get(id(module))
+            if state is not None:
+                module._parameters["weight"].quant_state = self._state(state)  # type: ignore[union-attr]
+            elif isinstance(module, Linear8bitLt) and scales.get(id(module)) is not None:
+                module.state.CB, module.state.SCB = module._parameters["weight"], self.tensor(scales[id(module)])
+
+    def _parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        with self.mode:
+            twin = nn.Parameter(self.tensor(parameter), requires_grad=parameter.requires_grad)
+        self._twins[id(twin)] = (twin, twin)
+        if backends.is_packed(parameter):
+            vars(twin).update(CB=None, SCB=None)  # what bitsandbytes' layers look for on their weight
+        return twin
+
+    def _state(self, state: QuantState) -> QuantState:
+        twin = copy.copy(state)
+        for name in ("absmax", "code", "offset"):
+            if isinstance(getattr(state, name), Tensor):
+                setattr(twin, name, self.tensor(getattr(state, name)))
+        if state.state2 is not None:
+            twin.state2 = self._state(state.state2)
+        return twin
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, operators take and make fake tensors, and kernels are those of the device."""
+        with ExitStack() as stack:
+            # transformers checks numbers that are not there; the switch is its own.
+            stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
+            stack.enter_context(_no_grouped_kernel())
+            # It looks for sequences packed into one, which cannot be told of positions without numbers.
+            if hasattr(masking_utils, "find_packed_sequence_indices"):
+                stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
+            if self.device == "cuda":
+                stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
+                stack.enter_context(mock.patch.object(bitsandbytes, "matmul", _int8_product_on_cuda))
+            stack.enter_context(self.mode)
+            yield
+
+
+class Counted(Live):
+    """Counts storages, and answers what operators ask of numbers as if tokens were spread evenly over experts.
+
+    A look at one number answers zero (or False), and no feature is an outlier to int8. ``trace`` is what was alive
+    after each operator that makes a storage, on ``device``.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu") -> None:
+        super().__init__(existing)
+        self._device = device
+        self._readers, self._taken = 1, 0
+        self.trace: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all that is asked
+            return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if args[0].dtype.is_floating_point else 0
+        given = kwargs or {}
+        if func is torch.ops.aten.nonzero.default:
+            func, args, given = args[0].new_empty, ((self._rows(args[0]), args[0].dim()),), {"dtype": torch.int64}
+        elif func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:
+            args, given = args[:1], {}  # without a threshold: no feature is an outlier
+        elif func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
+            func, args, given = _without_outliers(*args)
+        before = self.now
+        out = super().__torch_dispatch__(func, types, args, given)
+        if self.now > before:
+            self.trace.append(self.now)
+        if func is torch.ops.aten._softmax_backward_data.default and self._device == "cuda":
+            # The kernel multiplies its arguments first (torch: aten/src/ATen/native/cuda/SoftMax.cu).
+            self.trace.append(self.now + out.nbytes)
+        return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's hook: nothing is compiled here, and the guard against it is slow
+
+    def _rows(self, mask: Tensor) -> int:
+        """How many are set: all that could be of a list of experts, then an even share of the tokens for each."""
+        if mask.dim() == 1:
+            self._readers, self._taken = max(mask.numel(), 1), 0
+            return mask.numel()
+        before = mask.numel() * self._taken // self._readers
+        self._taken += 1
+        return mask.numel() * self._taken // self._readers - before
+
+
+def _without_outliers(
+    full: Tensor, packed: Tensor, weight: Tensor, scales: Tensor, weight_scales: Tensor, *rest: Tensor | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The int8 product that is left when no feature is an outlier, and which is returned in a pair."""
+    bias = rest[1] if len(rest) > 1 else None  # the first of the rest lists the outliers
+
+    def product(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.ops.bitsandbytes.int8_scaled_mm.default(*args, **kwargs), None
+
+    return product, (packed, weight, scales, weight_scales), {"bias": bias, "dtype": full.dtype}
+
+
+def attention_on_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` by the kernel that CUDA devices from Ampere on take.
+
+    Half precision without a mask: flash attention; else the memory-efficient kernel, for which a boolean mask becomes a
+    bias in the query's dtype, and which knows no grouped queries: those are computed in full (``sdp_utils.cpp``).
+    """
+    ops: Any = torch.ops.aten
+    head = query.shape[-1]
+    if attn_mask is None and query.dtype in HALF and head == value.shape[-1] and head <= LARGEST_FLASH_HEAD:
+        flash: Tensor = ops._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return flash
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        full: Tensor = ops._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True
+        )[0]
+        return full
+    bias = attn_mask
+    if bias is not None and bias.dtype is torch.bool:
+        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
+    if bias is not None:
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    efficient: Tensor = ops._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
+    return efficient
+
+
+def _int8_product_on_cuda(
+    A: Tensor,  # noqa: N803  (bitsandbytes' names)
+    B: Tensor,  # noqa: N803
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``bitsandbytes.matmul`` with the function it takes for CUDA tensors."""
+    product: Tensor = MatMul8bitLt.apply(A, B, out, bias, state)
+    return product
+
+
+@contextmanager
+def _no_grouped_kernel() -> Iterator[None]:
+    """Experts by transformers' own grouped product, which saves what torch's does; torch's wants bfloat16 if fake."""
+    try:
+        from transformers.integrations import moe
+    except ImportError:  # before transformers 5
+        yield
+        return
+    with mock.patch.object(moe, "_can_use_grouped_mm", return_value=False):
+        yield

@@ -1,0 +1,181 @@
+"""What training a model will take, predicted from its configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kbitcheck_reference import prepare, upcast
+from torch import Tensor, nn
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
+from kbitcheck.judge.precision import norm_parameters
+from kbitcheck.models.sources.resolve import Source
+from kbitcheck.observe.forecast import memory_sizes as fits
+from kbitcheck.observe.forecast import weights
+from kbitcheck.observe.forecast.activations import Step, thin
+from kbitcheck.observe.forecast.fake_tensors import HALF, World
+from kbitcheck.observe.forecast.growth import USUAL, Growth, shapes
+from kbitcheck.observe.probes import adapters as adapter_probe
+
+BATCH, SEQ_LEN = 1, 2048
+MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
+
+
+def default_mode(implementation: str) -> str:
+    """The mode where none is named: PEFT passes none on, and torch's is reentrant (docs/findings/peft_implicit_reentrant.py)."""
+    return "reentrant" if implementation == "peft" else "non-reentrant"
+
+
+def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, ...] = ()) -> ForecastFacts:
+    """What the weights, adapters and optimizer take of a model on the meta device, whose snapshot is ``facts``.
+
+    ``notes`` is what is to be said of the weights themselves.
+
+    Raises:
+        UsageError: no quantized layer matches the targets. Where none is quantized at all there are no adapters.
+    """
+    targets = adapter_probe.target_layers(model, spec.targets) if facts.layers else []
+    sizes = {
+        f"{name}.{end}": spec.rank * width
+        for name in targets
+        for end, width in (("A", facts.layers[name].in_features), ("B", facts.layers[name].out_features))
+    }
+    return ForecastFacts(
+        groups=weights.groups(model, facts),
+        profile=spec.profile,
+        trainable=sum(sizes.values()),
+        adapters=4 * sum(sizes.values()),
+        optimizer=fits.optimizers(sizes),
+        device="cpu" if spec.device == "cpu" else "cuda",
+        mode=default_mode(spec.implementation) if spec.checkpointing == "default" else spec.checkpointing,
+        memory=spec.memory,
+        notes=notes,
+    )
+
+
+def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+    """The same with training steps predicted, and what fits. The model cannot be used otherwise any more.
+
+    A model whose code looks at numbers, or that nobody knows how to feed, still has its weights told; ``missing`` is
+    then why no step is.
+    """
+    limit = _limit(model)
+    if not facts.layers:
+        return dataclasses.replace(told, missing="no layer is quantized, so that there are no adapters to train")
+    try:
+        run = Training(source, model, facts, spec, device=told.device)
+        batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
+        mode = told.mode if run.checkpoints else "off"
+        steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
+        taken = told.resident + max(steps[mode].peak, told.adapters)
+        growth = None if fits.anywhere(taken, told.memory) else run.growth(min(length, limit // 2), mode)
+    except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return dataclasses.replace(told, missing=cause(error))
+    told = dataclasses.replace(
+        told,
+        batch=batch,
+        seq_len=length,
+        mode=mode,
+        activations=steps,
+        logits=run.logits,
+        rooms=fits.named(told.memory),
+        notes=(*told.notes, *run.notes),
+    )
+    if growth is None:
+        return told
+    rooms = {size: size - told.resident for size in told.rooms}
+    return dataclasses.replace(
+        told,
+        largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
+        usual={
+            usual: {size: growth.largest_batch(usual, room) for size, room in rooms.items()}
+            for usual in USUAL
+            if usual <= limit
+        },
+        longest={size: growth.longest(room, limit) for size, room in rooms.items()},
+    )
+
+
+class Training:
+    """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers.
+
+    No key/value cache is built, with checkpointing or without: transformers' Trainer sets ``use_cache`` off.
+    """
+
+    def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
+        self._source, self._spec, self._facts = source, spec, facts
+        self.rows: int = getattr(source, "rows", BATCH)
+        self.length: int = getattr(source, "seq_len", SEQ_LEN)
+        self.notes: tuple[str, ...] = ()
+        self._unprepared = model
+        targets = adapter_probe.target_layers(model, spec.targets)
+        thin(model)
+        self.checkpoints = self._prepare(model, facts, spec)
+        names = dict(model.named_modules())
+        wrapped, _ = adapter_probe.attach(
+            model, [t for t in targets if t in names], library=spec.adapters, rank=spec.rank, seed=spec.seed
+        )
+        compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
+        half = compute if compute in HALF else torch.bfloat16
+        autocast = (lambda: torch.autocast("cpu", dtype=half)) if spec.profile == "qlora" else None
+        self._step = Step(wrapped, World(device), autocast)
+
+    @property
+    def logits(self) -> int:
+        """Bytes of the last step's logits."""
+        return self._step.logits
+
+    def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> HeldFacts:
+        """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``.
+
+        ``padded`` sequences, of which there have to be two or more, bring a mask.
+        """
+        return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
+
+    def growth(self, length: int, mode: str) -> Growth:
+        """How steps without padding grow under a mode, from steps round a length."""
+        return Growth.through(length, {shape: self._places(*shape, mode) for shape in shapes(length)})
+
+    def _places(self, batch: int, length: int, mode: str) -> list[int]:
+        self.step(batch, length, mode, padded=False)
+        return self._step.places
+
+    def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
+        try:
+            made = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
+        except UsageError as error:
+            if not hasattr(self._unprepared.config, "vision_config"):
+                raise
+            self.notes = (f"activations of text alone: {error}",)
+            ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+            made = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+        if not padded:  # a mask of ones, which models leave out when they see that it is one
+            made.pop("attention_mask", None)
+        return made
+
+    @staticmethod
+    def _prepare(model: nn.Module, facts: ModelFacts, spec: CaseSpec) -> bool:
+        """Prepare as the profile demands; whether the model can checkpoint."""
+        try:
+            parts = prepare.checkpointable_parts(model)
+        except ValueError:
+            parts = []
+        prepare.freeze_base(model)
+        norms = norm_parameters(facts)
+        wide = {id(p) for n, p in model.named_parameters() if weights.casts(spec.profile, n in norms)}
+        upcast.upcast(p for p in upcast.castable_parameters(model) if id(p) in wide)
+        if spec.checkpointing != "off":
+            prepare.make_inputs_require_grad(parts)
+        return bool(parts)
+
+
+def _limit(model: Any) -> int:
+    """The most tokens that the model's own configuration allows."""
+    text = model.config.get_text_config()
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return min((n for n in stated if isinstance(n, int) and n > 0), default=1 << 20)

@@ -1,0 +1,87 @@
+"""What a model's tensors weigh, to the byte, by what they are part of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.facts import HALF, GroupFacts, ModelFacts
+from kbitcheck.judge.audit import buffers_name, group
+from kbitcheck.judge.precision import norm_parameters
+
+PROFILES = ("peft", "qlora", "frozen-half")
+
+
+def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
+    """Parameters and bytes of each group of ``model``, whose snapshot is ``facts``; every storage counts once.
+
+    Packed weights count as the numbers they stand for. The bytes are those of the tensors themselves, as
+    bitsandbytes stores them: packed weights, and as state their scales, the nested state of double quantization and
+    the code tables.
+    """
+    norms = norm_parameters(facts)
+    found: dict[str, GroupFacts] = {}
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for name, tensor in facts.parameters.items():
+        if tensor.storage in seen:
+            continue
+        seen.add(tensor.storage)
+        layer = facts.layers.get(name.rpartition(".")[0]) if tensor.packed else None
+        if layer is not None:
+            added = GroupFacts(
+                parameters=layer.in_features * layer.out_features,
+                quantized=layer.in_features * layer.out_features,
+                packed=tensor.nbytes,
+                state=sum(_once(t, shared) for t in state_tensors(model.get_submodule(layer.name)).values()),
+            )
+        else:
+            numbers = torch.Size(tensor.shape).numel()
+            added = GroupFacts(
+                parameters=numbers,
+                unquantized=tensor.nbytes,
+                upcast={
+                    profile: 4 * numbers - tensor.nbytes
+                    for profile in PROFILES
+                    if tensor.dtype in HALF and casts(profile, name in norms)
+                },
+            )
+        key = group(tensor, facts, norms)
+        found[key] = found.get(key, GroupFacts()) + added
+    for tensor in facts.buffers.values():
+        if tensor.storage not in seen:
+            seen.add(tensor.storage)
+            key = buffers_name(tensor.name)
+            found[key] = found.get(key, GroupFacts()) + GroupFacts(buffers=tensor.nbytes)
+    return found
+
+
+def casts(profile: str, norm: bool) -> bool:
+    """Whether a profile demands that a half-precision parameter becomes float32."""
+    return profile == "peft" or (profile == "qlora" and norm)
+
+
+def _once(tensor: torch.Tensor, seen: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    new = storage._cdata not in seen
+    seen.add(storage._cdata)
+    return tensor.nbytes if new else 0
+
+
+def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized layer's state by name; layers may share some."""
+    fields: Mapping[str, Any] = backends.state(layer)
+    return {name: field for name, field in fields.items() if isinstance(field, torch.Tensor)}
+
+
+def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter, buffer and tensor of a quantization state."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if backends.is_quantized(module):
+            yield from state_tensors(module).values()

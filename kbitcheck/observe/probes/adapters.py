@@ -1,0 +1,79 @@
+"""Adapters for a case: the reference's LoRA or PEFT's, on the same layers and with the same drawn numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from kbitcheck_reference import lora
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.cases import ALL_LINEAR
+from kbitcheck.core.errors import UsageError
+from kbitcheck.observe.probes.snapshot import heads
+
+# Of each factor of a pair: an adapter then moves its layer by about a fifth. At 1 it would outweigh the layer, and the
+# sharp attention that gives (T5's most of all) makes gradients so rough that no comparison says anything.
+SPREAD = 0.3
+
+HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "proj_out"})
+
+
+def target_layers(model: nn.Module, targets: str) -> list[str]:
+    """Names of the quantized layers that get an adapter: all but the head, or those whose last name is asked for.
+
+    Raises:
+        UsageError: nothing matches.
+    """
+    head_ids = {id(h) for h in heads(model)}
+    quantized = [
+        name
+        for name, module in model.named_modules()
+        if backends.is_quantized(module) and id(module) not in head_ids and name.rpartition(".")[2] not in HEAD_NAMES
+    ]
+    if targets != ALL_LINEAR:
+        wanted = tuple(t.strip() for t in targets.split(",") if t.strip())
+        matching = {t: [n for n in quantized if n == t or n.endswith("." + t)] for t in wanted}
+        for target in (t for t, names in matching.items() if not names and any(matching.values())):
+            raise UsageError(f"no quantized layer matches the adapter target {target!r}")
+        quantized = [n for n in quantized if any(n in names for names in matching.values())]
+    if not quantized:
+        raise UsageError(f"no quantized layer matches the adapter targets {targets!r}")
+    return quantized
+
+
+def attach(
+    model: nn.Module, layers: Sequence[str], *, library: str, rank: int, seed: int
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Put adapters on the named layers and draw both factors, so that every adapter has a gradient by construction.
+
+    Returns the model to train (PEFT wraps it) and the adapters' parameters by name.
+    """
+    if library == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)))
+        owned = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
+    else:
+        wrapped = lora.attach(model, rank=rank, alpha=2.0 * rank, targets=list(layers))
+        owned = lora.parameters(wrapped)
+    draw(owned, seed)
+    return wrapped, owned
+
+
+def draw(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+    """Fill adapters with small numbers that depend on name and seed alone: same on any device, in any dtype."""
+    for name, parameter in parameters.items():
+        key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
+        generator = torch.Generator().manual_seed(key)
+        values = SPREAD * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+        parameter.data.copy_(values)
+
+
+def recast(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    """Give adapters another dtype in place."""
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,111 @@
+"""One call of an implementation, observed: what it takes, what it gives back, what it says, what else it changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kbitcheck.core.facts import CallFacts
+from kbitcheck.observe.libraries import attributes, classes_of, classes_of_libraries, patched
+from kbitcheck.observe.probes import process
+
+Prepare = Callable[..., Any]
+
+SECOND, THIRD = "use_gradient_checkpointing", "gradient_checkpointing_kwargs"
+
+_libraries_compared = False
+
+
+def signature(prepare: Prepare) -> tuple[dict[str, str] | None, bool]:
+    """Parameter names with the text of their defaults ("" for none), and whether any keyword is accepted.
+
+    None where the signature cannot be read.
+    """
+    try:
+        parameters = inspect.signature(prepare).parameters.values()
+    except (TypeError, ValueError):
+        return None, True
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {p.name: "" if p.default is p.empty else repr(p.default) for p in named}, anything
+
+
+def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the wanted keyword arguments that the implementation takes: an older one is run with what it has."""
+    parameters, anything = signature(prepare)
+    if parameters is None or anything:
+        return dict(wanted)
+    return {k: v for k, v in wanted.items() if k in parameters}
+
+
+def place(error: BaseException) -> str:
+    """The file and line that an exception comes from."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
+def call(
+    prepare: Prepare,
+    model: nn.Module,
+    *positional: Any,
+    libraries: bool = False,
+    **wanted: Any,
+) -> tuple[Any, CallFacts]:
+    """Call ``prepare`` and return what it returned (None if it raised) with the facts of the call.
+
+    ``libraries`` also compares every class of the libraries that training rests on, once a process.
+    """
+    global _libraries_compared
+    parameters, anything = signature(prepare)
+    kwargs = arguments(prepare, wanted)
+    given = copy.deepcopy(kwargs.get(THIRD))
+    classes = classes_of(model)
+    everything = libraries and not _libraries_compared
+    if everything:
+        _libraries_compared = True
+        classes |= classes_of_libraries()
+    original = attributes(classes, functions=everything)
+    raised, raised_at, returned = "", "", None
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        modes = {name: module.training for name, module in model.named_modules()}
+        cls = type(model)
+        before = process.state()
+        start = time.perf_counter()
+        try:
+            returned = prepare(model, *positional, **kwargs)
+        except Exception as error:
+            raised = f"{type(error).__name__}: {error}"
+            raised_at = place(error)
+        seconds = time.perf_counter() - start
+        after = process.state()
+    changed = {
+        **process.changed(before, after),
+        **patched(original, attributes(classes, functions=everything)),
+    }
+    return returned, CallFacts(
+        raised=raised,
+        raised_at=raised_at,
+        same_object=returned is model,
+        returned=type(returned).__name__,
+        warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
+        kwargs_before=repr(given),
+        kwargs_after=repr(kwargs.get(THIRD)),
+        class_kept=type(model) is cls,
+        checkpoints=any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()),
+        modes_changed=tuple(
+            n or cls.__name__ for n, m in model.named_modules() if modes.get(n, m.training) != m.training
+        ),
+        process=changed,
+        parameters=parameters,
+        accepts_any=anything,
+        seconds=seconds,
+    )

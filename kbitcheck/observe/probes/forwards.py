@@ -1,0 +1,217 @@
+"""Forwards under every condition a user may run the model in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from kbitcheck.core.errors import cause
+from kbitcheck.core.facts import ForwardFacts
+from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.observe.probes import step, targets
+from kbitcheck.observe.probes.live import tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward: whether every output was finite, what it raised ("" if nothing), its logits, with routers' choices.
+
+    Not every model can do what is ``optional``: where the base cannot, nothing is judged.
+    """
+
+    condition: str
+    autocast: bool
+    finite: bool
+    raised: str
+    made: targets.Routed | None
+    optional: bool = False
+
+
+TOKENS = 3
+EMBEDDED = "train, embeddings in place of ids, no autocast"
+
+
+def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
+    """(text, what is fed, training, autocast) for each condition; of those with a mask only what the batch has."""
+    fed: dict[str, step.Batch] = {"no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
+    if "attention_mask" in batch:
+        fed = {"with mask": dict(batch), **fed}
+    return [
+        (f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}", inputs, training, auto)
+        for training in (True, False)
+        for mask, inputs in fed.items()
+        for auto in (True, False)
+    ]
+
+
+def left_padded(batch: step.Batch) -> step.Batch:
+    """The batch with each row's padding in front, as for generation, where the mask says that it is behind."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    padding = (mask == 0).sum(dim=-1).tolist()
+    return {
+        k: torch.stack([row.roll(n) for row, n in zip(v, padding, strict=True)]) if v.shape == mask.shape else v
+        for k, v in batch.items()
+    }
+
+
+Ran = tuple[bool, str, targets.Routed | None]
+
+
+def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
+    """Whether every output of one forward is finite, what it raised ("" if nothing), and its logits. No dropout."""
+    inputs = step.feed(model, batch)
+    device = next(iter(batch.values())).device.type
+    model.train(training)
+    context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
+    try:
+        with torch.set_grad_enabled(training), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
+            output, routes = targets.routed(model, lambda: model(**inputs))
+    except Exception as error:
+        return False, cause(error), None
+    floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
+    # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
+    finite = bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2])
+    return finite, "", targets.Routed(output.logits.detach(), routes)
+
+
+def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
+    """A forward under every condition, each run when asked for. The model is used up: eval mode may repack weights."""
+    for text, inputs, training, auto in conditions(batch):
+        yield Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
+    if not bool(batch.get("attention_mask", torch.ones(1)).all()):
+        padded = run(model, left_padded(batch), training=False, autocast=None)
+        yield Forward("eval, left padding, no autocast", False, *padded, optional=True)
+    if "input_ids" in batch:
+        yield Forward(EMBEDDED, False, *embedded(model, batch), optional=True)
+    can = getattr(model, "can_generate", None)
+    if can and can():
+        yield Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True)
+
+
+def embedded(model: Any, batch: step.Batch) -> Ran:
+    """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
+    inputs = step.feed(model, batch)
+    device = inputs["input_ids"].device.type
+    model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
+    try:
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
+        with step.seeded(0, device), step.dropout_raised(model, 0.0):
+            output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
+            output.loss.backward()
+    except Exception as error:
+        return False, cause(error), None
+    finally:
+        step.clear_gradients(model)
+    raised = "" if embeddings.grad is not None else "no gradient comes back to the embeddings"
+    return bool(torch.isfinite(output.logits).all()), raised, targets.Routed(output.logits.detach(), routes)
+
+
+class _Forced(LogitsProcessor):
+    """Has every model take the same tokens: which is likeliest hangs on rounding."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        self._tokens = list(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -math.inf)
+        forced[:, self._tokens.pop(0)] = 0
+        return forced
+
+
+def generated(model: Any, batch: step.Batch) -> Ran:
+    """As ``run``, of a few tokens with a cache: (rows, steps, vocabulary)."""
+    model.eval()
+    fed = step.feed(model, left_padded(batch))
+    inputs = {k: v for k, v in fed.items() if k not in ("labels", "decoder_input_ids")}
+    end = model.generation_config.eos_token_id
+    plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
+    try:
+        with torch.no_grad():
+            told, routes = targets.routed(
+                model,
+                lambda: model.generate(
+                    **inputs,
+                    max_new_tokens=TOKENS,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ),
+            )
+        logits = torch.stack(list(told.logits), dim=1)
+    except Exception as error:
+        return False, cause(error), None
+    return bool(torch.isfinite(logits).all()), "", targets.Routed(logits, routes)
+
+
+def compare(
+    found: Iterable[Forward], base: Sequence[Forward], wide: Callable[[], Iterable[Forward]]
+) -> list[ForwardFacts]:
+    """The prepared model's forwards beside the unprepared base's; ``wide`` runs the float32 model's, where they tell.
+
+    ``found`` is read one by one, so that no more than one of its logits need be there.
+    """
+    uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
+    trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}
+    steps = {b.condition: _apart(b.made, trained.get(b.condition)) or 0.0 for b in base if b.finite}
+    # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
+    farthest = max(steps.values(), default=0.0)
+    compared = [
+        ForwardFacts(
+            condition=mine.condition,
+            autocast=mine.autocast,
+            finite=mine.finite,
+            raised=mine.raised,
+            base_raised=bare.raised,
+            base_finite=bare.finite,
+            apart=_apart(mine.made, bare.made) if mine.finite and bare.finite else None,
+            base_cast=(_apart(bare.made, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
+            base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
+        )
+        for mine, bare in zip(found, base, strict=True)
+        if not (bare.optional and (bare.raised or not bare.finite))
+    ]
+    if any(f.raised and not f.base_raised for f in compared):
+        raised = {f.condition: f.raised for f in wide()}
+        compared = [replace(f, wide_raised=raised.get(f.condition, "")) for f in compared]
+    return compared
+
+
+def _apart(found: targets.Routed | None, base: targets.Routed | None) -> float | None:
+    """How far logits are from others, relative, over the tokens whose experts are the same; None where none are."""
+    if found is None or base is None:
+        return None
+    ours, theirs = found.logits.double(), base.logits.double()
+    if any(not torch.equal(a, b) for a, b in zip(found.routes, base.routes, strict=True)):
+        if any(route.shape[0] != theirs.shape[:-1].numel() for route in base.routes):
+            return None
+        keep = targets.unmoved(theirs, base.routes, found.routes)
+        ours, theirs = ours[keep], theirs[keep]
+    return float((ours - theirs).norm() / theirs.norm()) if theirs.numel() else None
+
+
+def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
+    """A short greedy generation after training, in eval mode; the model is used up."""
+    model.eval()
+    first = first_rows(step.feed(model, batch), 1)
+    inputs = {k: v for k, v in first.items() if k not in ("labels", "decoder_input_ids")}
+    raised, finite = "", False
+    try:
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        finite = tokens.numel() > 0
+    except Exception as error:
+        raised = cause(error)
+    return ForwardFacts(condition="generate", autocast=False, finite=finite, raised=raised)

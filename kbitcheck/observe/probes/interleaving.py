@@ -1,0 +1,312 @@
+"""Runs programs (``kbitcheck.observe.step_sequences``) on one prepared model, and holds every training step against a fresh model's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from kbitcheck_reference import lora
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.errors import cause
+from kbitcheck.core.facts import Distance, StepOutcome
+from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.observe import heap
+from kbitcheck.observe.probes import digest, step
+from kbitcheck.observe.probes.forwards import generate
+from kbitcheck.observe.probes.layers import base_name
+from kbitcheck.observe.step_sequences import Step
+
+Attached = tuple[Any, dict[str, nn.Parameter]]
+HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
+MODES = {"checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
+
+
+@dataclass(slots=True)
+class Subject:
+    """What is run. ``make`` gives a fresh base, prepared and with adapters; ``prepare`` and ``attach`` do it again."""
+
+    make: Callable[[], Attached]
+    prepare: Callable[[Any], Any]
+    attach: Callable[[Any], Attached]
+    batch: step.Batch
+    layers: Sequence[str]
+    half: torch.dtype
+    generator: bool = True
+    needs_autocast: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What is switched on the model and round it; ``checkpointing`` is None where it was never switched."""
+
+    checkpointing: str | None = None
+    autocast: bool = False
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """A training step's gradients, and all that a fresh model needs to take the same one."""
+
+    gradients: step.Gradients
+    checkpoints: int
+    times: int
+    settings: _Settings
+    adapters: Sequence[torch.Tensor]
+    biases: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step that was taken; ``outcome`` is complete but for what a fresh model makes of it."""
+
+    outcome: StepOutcome
+    trained: _Trained | None
+
+
+@dataclass(slots=True)
+class Session:
+    """One model and what was done to it so far."""
+
+    subject: Subject
+    model: Any = None
+    adapters: dict[str, nn.Parameter] = field(default_factory=dict)
+    settings: _Settings = field(default_factory=_Settings)
+    _packed: Mapping[str, str] = field(default_factory=dict)
+    _fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = field(default_factory=dict)
+    _names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model, self.adapters = self.subject.make()
+        self._packed = fingerprints(self.model, self.subject.layers)
+
+    def run(self, names: Sequence[Step]) -> list[StepOutcome]:
+        """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
+        taken = [self._take(name) for name in names]
+        self.model, self.adapters = None, {}
+        return [self._judge(one) for one in taken]
+
+    def do(self, name: Step) -> StepOutcome:
+        """Take one step; what it raises, and what it changed, is in the outcome."""
+        return self._judge(self._take(name))
+
+    def _take(self, name: Step) -> Taken:
+        hooks, raised, trained = _hooks(self.model), "", None
+        try:
+            trained = self._act(name)
+        except Exception as error:
+            raised = cause(error)
+        now = fingerprints(self.model, self.subject.layers)
+        # transformers hooks some models for good in their first forward.
+        repeated = name in self._names and not name.startswith(HOOKING)
+        self._names.append(name)
+        outcome = StepOutcome(
+            step=f"{len(self._names)} {name}",
+            raised=raised,
+            changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
+            hooks_added=max(0, _hooks(self.model) - hooks) if repeated else 0,
+            gradients={},
+            checkpoints=(0, 0),
+        )
+        return Taken(outcome, trained)
+
+    def _judge(self, taken: Taken) -> StepOutcome:
+        mine = taken.trained
+        if mine is None:
+            return taken.outcome
+        try:
+            fresh, calls = self._fresh_gradients(mine)
+        except Exception as error:
+            return replace(taken.outcome, raised=cause(error))
+        # A fresh model's names may come from another copy of the wrapper, in the same order.
+        gradients = {
+            n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
+            for (n, g), e in zip(mine.gradients.items(), fresh.values(), strict=True)
+        }
+        return replace(taken.outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
+
+    def _act(self, name: Step) -> _Trained | None:
+        if name.startswith("autocast"):
+            self.settings = replace(self.settings, autocast=name == "autocast-on")
+        elif name == "train-mode":
+            self.model.train()
+        else:
+            action: Callable[[str], _Trained | None] = getattr(self, "_" + name.partition("-")[0])
+            return action(name)
+        return None
+
+    # Training
+
+    def _train(self, name: str, times: int = 1) -> _Trained:
+        adapters = [p.detach().clone() for p in self.adapters.values()]
+        layers = _quantized(self.model, self.subject.layers)
+        biases = {n: m.bias.detach().clone() for n, m in layers if m.bias is not None}
+        gradients, calls = self._gradients(self.model, self.adapters, self.settings, times)
+        return _Trained(gradients, calls, times, self.settings, adapters, biases)
+
+    def _accumulate(self, name: str) -> _Trained:
+        return self._train(name, times=2)
+
+    def _update(self, name: str) -> None:
+        optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-3, weight_decay=0.1)
+        gradients, _ = self._gradients(self.model, self.adapters, self.settings, 1)
+        for parameter, gradient in zip(self.adapters.values(), gradients.values(), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        step.clear_gradients(self.model)
+
+    def _gradients(
+        self, model: Any, adapters: Mapping[str, nn.Parameter], settings: _Settings, times: int, *, apart: bool = False
+    ) -> tuple[step.Gradients, int]:
+        """Gradients accumulated over ``times`` steps, and how often torch's checkpoint was called.
+
+        ``apart``: each step's by itself, added up afterwards, so that what spoils accumulation does not spoil both sides.
+        """
+        total: step.Gradients = {}
+        calls = 0
+        for turn in range(times):
+            with step.dropout_raised(model, 0.0):
+                run, found = step.train_step(
+                    model,
+                    self._batch_of(settings),
+                    adapters,
+                    seed=self.subject.seed + turn,
+                    autocast=self._autocast(settings),
+                    watch=False,
+                    gathered=None if apart else total,
+                )
+            total = {n: _sum(total.get(n), g) for n, g in found.items()} if apart else found
+            calls += len(run.checkpoints)
+        return total, calls
+
+    def _fresh_gradients(self, trained: _Trained) -> tuple[step.Gradients, int]:
+        settings, biases = trained.settings, trained.biases
+        drawn = tuple(map(digest.bits, trained.adapters))
+        told = tuple(f"{b.dtype}{digest.bits(b)}" for b in biases.values())
+        key = (settings, trained.times, drawn, told)
+        if key not in self._fresh:
+            model, adapters = self.subject.make()
+            for mine, other in zip(adapters.values(), trained.adapters, strict=True):
+                mine.data.copy_(other)
+            # A quantized layer's own bias is recast by bitsandbytes in its forward: KB104 tells, and this goes on from it.
+            for name, module in _quantized(model, self.subject.layers):
+                if name in biases:
+                    module.bias.data = biases[name].clone()
+            if settings.checkpointing:
+                switch(model, settings.checkpointing)
+            self._fresh[key] = self._gradients(model, adapters, settings, trained.times, apart=True)
+        return self._fresh[key]
+
+    def _batch_of(self, settings: _Settings) -> step.Batch:
+        """The batch as the settings cut it."""
+        return first_rows(self.subject.batch, settings.rows) if settings.rows else dict(self.subject.batch)
+
+    def _autocast(self, settings: _Settings) -> AbstractContextManager[Any]:
+        device = next(iter(self.subject.batch.values())).device.type
+        wanted = settings.autocast or self.subject.needs_autocast
+        return torch.autocast(device, dtype=self.subject.half) if wanted else nullcontext()
+
+    # Looking
+
+    def _evaluate(self, name: str) -> None:
+        self.model.eval()
+        with torch.no_grad(), self._autocast(self.settings):
+            self.model(**step.feed(self.model, self._batch_of(self.settings)))
+
+    def _infer(self, name: str) -> None:
+        self.model.eval()
+        with torch.inference_mode(), self._autocast(self.settings):
+            self.model(**step.feed(self.model, self._batch_of(self.settings)))
+
+    def _generate(self, name: str) -> None:
+        if not self.subject.generator:
+            return
+        with self._autocast(self.settings):
+            told = generate(self.model, self._batch_of(self.settings))
+        if told.raised:
+            raise RuntimeError(told.raised)
+
+    # Changing
+
+    def _prepare(self, name: str) -> None:
+        returned = self.subject.prepare(self.model)
+        self.model = returned if isinstance(returned, nn.Module) else self.model
+        for parameter in self.adapters.values():  # whether they stay trainable is KB106's to say
+            parameter.requires_grad_(True)
+        if self.settings.checkpointing:
+            switch(self.model, self.settings.checkpointing)
+
+    def _reattach(self, name: str) -> None:
+        bare = self.model.unload() if hasattr(self.model, "unload") else lora.detach(self.model)
+        self.model, self.adapters = self.subject.attach(bare)
+
+    def _save(self, name: str) -> None:
+        """Adapters through a file; what was there in between is lost."""
+        file = io.BytesIO()
+        torch.save({n: p.detach() for n, p in self.adapters.items()}, file)
+        for parameter in self.adapters.values():
+            parameter.data.fill_(math.nan)
+        file.seek(0)
+        for name, saved in torch.load(file, weights_only=True).items():
+            self.adapters[name].data.copy_(saved)
+
+    def _checkpointing(self, name: str) -> None:
+        if getattr(self.model, "supports_gradient_checkpointing", False):
+            switch(self.model, name)
+            self.settings = replace(self.settings, checkpointing=name)
+
+    def _eval(self, name: str) -> None:
+        self.model.eval()
+
+    def _batch(self, name: str) -> None:
+        self.settings = replace(self.settings, rows=1 if name == "batch-one" else 0)
+
+    def _copy(self, name: str) -> None:
+        names = list(self.adapters)
+        memo: dict[int, Any] = {}
+        heap.give_back()
+        self.model = copy.deepcopy(self.model, memo)
+        self.adapters = {n: memo[id(self.adapters[n])] for n in names}
+
+    def _move(self, name: str) -> None:
+        self.model.to(next(self.model.parameters()).device)
+
+
+def switch(model: Any, name: str) -> None:
+    """Checkpointing off, or on in a mode, by the model's own methods."""
+    if name == "checkpointing-off":
+        step.quietly(model.gradient_checkpointing_disable)
+    else:
+        step.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": MODES[name]}))
+        model.enable_input_require_grads()
+
+
+def fingerprints(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """Digest of each quantized layer's packed weight and state, by the base's name."""
+    return {
+        name: digest.bits(module.weight) + "".join(digest.of(v) for v in backends.state(module).values())
+        for name, module in _quantized(model, layers)
+    }
+
+
+def _quantized(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if backends.is_quantized(module):
+            yield base_name(name, layers), module
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b

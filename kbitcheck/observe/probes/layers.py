@@ -1,0 +1,314 @@
+"""Each quantized layer's own backward, measured from outside it.
+
+Non-zero adapter gradients do not prove flow through a quantized layer, because the residual stream hides a cut; so the
+gradient that enters a layer's output and the one that leaves its input are caught, and compared with the product that
+the chain rule asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import kbitcheck_reference as oracle
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.facts import LayerBackward
+from kbitcheck.observe.probes import step
+
+_dequantized = oracle.dequantized_weight
+
+
+# Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
+# than all its arithmetic, and keeping those of a large one eight bytes a weight.
+KEPT_BYTES = 256 << 20
+
+# What gradients are multiplied by: a power of two, which rounds nothing, and no more than fp16 holds of their products.
+LARGE = 4096.0
+
+Read = Callable[[], torch.Tensor]
+Empty = Callable[..., torch.Tensor]  # as ``torch.empty``
+Unpack = Callable[[Any, Empty], torch.Tensor]  # a layer's weight, in memory that the second one gives
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Each quantized layer's weight, (out, in) in float64, by name.
+
+    Unpacked by the oracle whenever it is asked for, from layers that never run: no more than one need be there at a time.
+    ``kernels`` holds what the backend's own kernel makes of the layers that it misreads.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], kernels: Mapping[str, torch.Tensor]) -> None:
+        self._layers, self._kernels = layers, kernels
+        elements = [rows * columns for rows, columns in map(backends.shape, layers.values())]
+        self._all_kept = 8 * sum(elements) <= KEPT_BYTES
+        self._kept: dict[str, torch.Tensor] = {}
+        self._scratches: dict[torch.dtype, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        found = self._kernels[name].double() if name in self._kernels else _dequantized(self._layers[name])
+        if self._all_kept:
+            self._kept[name] = found
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def reader(self, name: str, unpack: Unpack) -> Read:
+        """What gives the layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time,
+        in the same memory.
+        """
+        layer = self._layers[name]
+        if self._all_kept:
+            return cache(lambda: unpack(layer, torch.empty))
+        return lambda: unpack(layer, self._scratch)
+
+    def exact(self, name: str) -> torch.Tensor:
+        """``self[name]``, of a large model in memory that the next one is unpacked to as well."""
+        if self._all_kept or name in self._kernels:
+            return self[name]
+        layer: Any = self._layers[name]
+        out = self._scratch(backends.shape(layer), dtype=torch.float64, device=layer.weight.device)
+        return _dequantized(layer, out)
+
+    def _scratch(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory that was used before: the page faults of fresh memory take longer than unpacking into it."""
+        count = shape[0] * shape[1]
+        held = self._scratches.get(dtype)
+        if held is None or held.numel() < count:
+            held = self._scratches[dtype] = torch.empty(count, dtype=dtype, device=device)
+        return held[:count].view(shape)
+
+
+def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
+    """Each quantized layer's weight in float64, by name, and the layers that the stack itself misreads.
+
+    Where the backend's own kernel unpacks a weight to other numbers than the format says, by more than the rounding of
+    its output, what the layer really computes with is the kernel's weight: that one is used, and the relative error
+    of the kernel is told. ``model`` is read from later, and must never run.
+    """
+    kernels: dict[str, torch.Tensor] = {}
+    misread: dict[str, float] = {}
+    quantized = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
+    weights = Weights(quantized, kernels)
+    for name, module in quantized.items():
+        weight = _dequantized(module)
+        # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
+        kernel = backends.dequantized(module, torch.float32)
+        gap = (kernel.double() - weight).abs()
+        unpacked = backends.state_dtype(module) or torch.float32
+        bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
+        if bool((gap > bound).any()):
+            misread[name] = float(gap.norm() / weight.norm())
+            kernels[name] = kernel
+    return weights, misread
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward hands the gradient to whoever caught it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        ctx.caught = caught
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.caught(gradient.detach())
+        return gradient, None
+
+
+class _Probe:
+    """Taps round one layer, whose backward is judged as it happens, so that no gradient is held for longer.
+
+    Its hooks run outermost: before every other pre-hook and after every other hook. ``weight`` gives the layer's, in
+    float64; ``half`` is the dtype that an autocast round the step rounds to.
+    """
+
+    def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None) -> None:
+        self.ran = 0
+        self.dtype: torch.dtype | None = None
+        self._module, self._weight, self._half = module, weight, half
+        self._carried = True
+        self._entered = self._left = 0
+        self._waiting: list[torch.Tensor] = []
+        self._excess = self._products = self._squares = self._rounding = 0.0
+        self._passed = False
+        self.handles = (
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._after),
+        )
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        # Nothing to take a gradient by, or the model itself runs all round the layer without gradients.
+        self._passed = not x.is_floating_point() or not torch.is_grad_enabled()
+        if self._passed:
+            return None
+        self.ran += 1
+        self.dtype = x.dtype
+        if not x.requires_grad:
+            x = x.detach().requires_grad_(True)
+        tapped = _Tap.apply(x, self._leaves)
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
+
+    def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if self._passed:
+            return output
+        if not output.requires_grad:
+            self._carried = False
+            return output
+        tapped: torch.Tensor = _Tap.apply(output, self._enters)
+        return tapped
+
+    def _enters(self, gradient: torch.Tensor) -> None:
+        self._entered += 1
+        self._waiting.append(gradient)
+
+    def _leaves(self, gradient: torch.Tensor) -> None:
+        self._left += 1
+        if self._waiting:
+            self._judge(self._waiting.pop(0), gradient)
+
+    @property
+    def _compute(self) -> torch.dtype:
+        return backends.compute_dtype(self._module) or self.dtype or torch.float32
+
+    @property
+    def _ulp(self) -> float:
+        unpacked = backends.state_dtype(self._module) or self._compute
+        dtypes = {self._compute, unpacked, self.dtype or self._compute, self._half or self._compute}
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def _accumulation(self) -> float:
+        return float(backends.shape(self._module)[0] * 2.0**-24)
+
+    def _judge(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
+        weight, compute = self._weight(), self._compute
+        rounded = weight.to(backends.state_dtype(self._module) or compute).to(compute).double()
+        magnitudes = weight.abs()
+        # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
+        vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))
+        flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
+        found = dx.reshape(-1, dx.shape[-1]).double()
+        spread = flat.abs() @ magnitudes
+        bound = (3 * self._ulp + self._accumulation) * spread + vanished
+        excess = ((found - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
+        self._excess = max(self._excess, float(excess.max()) if found.numel() else 0.0)
+        # The gain is taken against operands rounded as the kernel rounds them: only the result's own rounding is left.
+        expected = flat @ rounded
+        self._products += float((found * expected).sum())
+        self._squares += float(expected.square().sum())
+        self._rounding += float((spread * expected.abs()).sum())
+
+    def told(self, misread: float) -> LayerBackward:
+        """What came of it; ``misread`` is the layer's."""
+        if not self._carried:
+            return LayerBackward(reached=True, carried=False)
+        if not self._entered:
+            return LayerBackward(reached=False, carried=True)
+        if self._left != self._entered or self._waiting:
+            return LayerBackward(reached=True, carried=False)
+        squares = self._squares
+        return LayerBackward(
+            reached=True,
+            carried=True,
+            excess=self._excess,
+            gain=self._products / squares if squares else 1.0,
+            misread=misread,
+            gain_bound=self._ulp + self._accumulation * self._rounding / squares if squares else 1.0,
+        )
+
+
+def backwards(
+    model: nn.Module,
+    batch: step.Batch,
+    adapters: Mapping[str, nn.Parameter],
+    weights: Weights,
+    misread: Mapping[str, float],
+    autocast: AbstractContextManager[Any] | None = None,
+    half: torch.dtype | None = None,
+    *,
+    extremes: bool = False,
+) -> dict[str, LayerBackward]:
+    """Run one plain step and judge every quantized layer that took part, with ``extremes`` on other gradients too.
+
+    ``weights`` and ``misread`` are those of ``originals``, read before anything ran; a layer is matched by the end of
+    its name, as PEFT wraps models and layers. ``half`` is the dtype that an autocast round the step rounds to.
+    """
+    modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
+    probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}
+    try:
+        with step.checkpointing_off(model), autocast or nullcontext():
+            model.train()
+            output = model(**step.feed(model, batch))
+        # Without labels the caller has a loss of its own; a square keeps every logit's gradient apart.
+        loss = output.loss if output.loss is not None else own_loss(output.logits)
+        if loss.requires_grad:
+            loss.backward()
+    finally:
+        for probe in probes.values():
+            for handle in probe.handles:
+                handle.remove()
+        step.clear_gradients(model)
+    found = {}
+    for name, probe in probes.items():
+        if probe.ran:
+            judged = probe.told(misread.get(base_name(name, weights), 0.0))
+            found[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
+    return found
+
+
+def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What the layer makes of gradients far larger than a step's: a gradient scaler multiplies by thousands, and lowers
+    its factor when it sees one that is not finite.
+    """
+    rows, columns = backends.shape(module)
+    device = next(module.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(2, columns, generator=draw).to(device, dtype or torch.float32).requires_grad_(True)
+    y = module(x)
+    dy = (torch.rand(2, rows, generator=draw) - 0.5).to(device, y.dtype) / 64
+    far = LARGE * dy
+    far[1, 0] = math.inf
+    if not y.requires_grad:
+        return {"bent": math.inf}
+    (small,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    (large,) = torch.autograd.grad(y, x, far)
+    size = small[0].double().norm().clamp(min=1e-300)
+    gap = (large[0].double() / LARGE - small[0].double()).norm() / size
+    limits = max(map(torch.finfo, (small.dtype, backends.compute_dtype(module) or small.dtype)), key=lambda f: f.eps)
+    return {
+        "bent": float(gap.nan_to_num(nan=math.inf)),
+        # Beside the dtype's own rounding, what it cannot hold of the smallest numbers.
+        "bent_bound": limits.eps + float(limits.tiny * limits.eps * columns**0.5 / size),
+        "overflows": not bool(torch.isfinite(large[1]).all()),
+    }
+
+
+def own_loss(logits: torch.Tensor) -> torch.Tensor:
+    """A loss of one's own on logits: half their mean square."""
+    return logits.float().square().mean() / 2
+
+
+def base_name(name: str, known: Any) -> str:
+    """The base model's name of a layer that an adapter library wrapped."""
+    plain = name.removesuffix(".base_layer")
+    while plain not in known and "." in plain:
+        plain = plain.partition(".")[2]
+    return plain if plain in known else name

@@ -1,0 +1,291 @@
+"""What a training step holds, and what preparing costs, in bytes of storages alive."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.facts import CostFacts, MemoryFacts
+from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes.live import Live, only_new_garbage, storage_id, tensors
+from kbitcheck.observe.probes.snapshot import is_block
+
+MODEL, OUTSIDE = "model", ""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What one watched step held. ``crossing`` is what is handed into and out of blocks, each storage once.
+
+    ``entries`` is what was alive when each block was entered, ``added`` what crossed a boundary for the first time from
+    one entry to the next.
+    """
+
+    held: int = 0
+    peak: int = 0
+    survivors: int = 0
+    outside: int = 0
+    crossing: int = 0
+    entries: dict[str, int] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+
+
+def activations(
+    model: nn.Module,
+    batch: step.Batch,
+    adapters: Mapping[str, nn.Parameter],
+    *,
+    seed: int,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> MemoryFacts:
+    """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
+    with only_new_garbage():
+        with step.checkpointing_off(model):
+            plain = _measure(model, batch, seed, autocast)
+        checkpointed = _measure(model, batch, seed, autocast)
+    blocks = [n for n, m in model.named_modules() if is_block(m)]
+    random_state = _random_state(model)
+    allowed = plain.outside + plain.crossing + random_state * len(blocks)
+    increments = _increments(checkpointed.entries)
+    step_allowed = {n: b + random_state for n, b in plain.added.items()}
+    over = checkpointed.held > allowed or any(increments[n] > step_allowed.get(n, 0) for n in increments)
+    kept = _kept_by_stack(model, batch, autocast) if over else {}
+    return MemoryFacts(
+        plain=plain.held,
+        held=checkpointed.held,
+        allowed=allowed,
+        stack=sum(kept.values()),
+        blocks=plain.held - plain.outside - plain.crossing,
+        peak=checkpointed.peak,
+        peak_plain=plain.peak,
+        steps=increments,
+        step_allowed=step_allowed,
+        step_stack={n: sum(b for layer, b in kept.items() if layer.startswith(n + ".")) for n in blocks},
+        survivors=checkpointed.survivors,
+        plain_steps=_increments(plain.entries),
+    )
+
+
+def _random_state(model: nn.Module) -> int:
+    """Bytes of the generators' states that checkpointing keeps for each block (preserve_rng_state)."""
+    on_cuda = next(model.parameters()).is_cuda
+    return torch.get_rng_state().nbytes + (torch.cuda.get_rng_state().nbytes if on_cuda else 0)
+
+
+def _increments(entries: Mapping[str, int]) -> dict[str, int]:
+    names = list(entries)
+    return {a: entries[b] - entries[a] for a, b in pairwise(names)}
+
+
+class _Boundaries:
+    """Hooks on the blocks that tag what is made inside them and note what is handed in and out."""
+
+    def __init__(self, model: nn.Module, live: Live, found: _Held) -> None:
+        self._live, self._found = live, found
+        # Kept alive meanwhile: an identity is only one while its storage lives.
+        self._crossing: dict[int, torch.Tensor] = {}
+        self._last = ""
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            if is_block(module):
+                self._handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._left))
+
+    def remove(self) -> None:
+        """Take the hooks off and let go of what crossed."""
+        for handle in self._handles:
+            handle.remove()
+        self._crossing.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that crossed a boundary and were made inside a block."""
+        inside = (t for t in self._crossing.values() if not self._live.is_tagged(t, OUTSIDE))
+        return sum(t.untyped_storage().nbytes() for t in inside)
+
+    def _cross(self, *items: Any) -> None:
+        added = self._found.added
+        for tensor in tensors(*items):
+            if storage_id(tensor) not in self._crossing and not self._live.is_tagged(tensor, MODEL):
+                self._crossing[storage_id(tensor)] = tensor
+                if self._last:
+                    added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
+
+    def _entered(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._cross(args, kwargs)
+            self._found.entries[name] = self._live.now
+            self._last = self._live.tag = name
+
+        return hook
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._cross(output)
+        self._live.tag = OUTSIDE
+
+
+def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _Held:
+    model.train()
+    step.clear_gradients(model)
+    found = _Held()
+    live = Live()
+    live.tag = MODEL
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
+        live.add(tensor)
+    live.tag = OUTSIDE
+    floor = live.now
+    boundaries = _Boundaries(model, live, found)
+    try:
+        with step.seeded(seed, str(next(iter(batch.values())).device)), live:
+            with autocast() if autocast else nullcontext():
+                output = model(**step.feed(model, batch))
+            gc.collect()
+            found.crossing = boundaries.nbytes
+            found.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
+            boundaries.remove()
+            found.held = live.now - floor
+            found.entries["end"] = live.now
+            if output.loss.requires_grad:
+                output.loss.backward()
+            found.peak = live.peak - floor
+    finally:
+        boundaries.remove()
+    del output
+    step.clear_gradients(model)
+    gc.collect()
+    found.survivors = live.now - floor - _scratch(model, live)
+    return found
+
+
+def left_by_evaluation(
+    model: nn.Module, batch: step.Batch, autocast: Callable[[], AbstractContextManager[Any]] | None
+) -> int:
+    """Bytes that a forward in eval mode leaves behind, after a first one, which makes what the stack keeps."""
+    model.eval()
+
+    def run() -> None:
+        with torch.no_grad(), autocast() if autocast else nullcontext():
+            model(**step.feed(model, batch))
+
+    run()
+    # Operators that answer with a view of a weight make no storage.
+    live = Live()
+    live.tag = MODEL
+    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
+        live.add(tensor)
+    live.tag, floor = OUTSIDE, live.now
+    with only_new_garbage():
+        with live:
+            run()
+        gc.collect()
+    return live.now - floor - _scratch(model, live)
+
+
+def _scratch(model: nn.Module, live: Live) -> int:
+    """Bytes alive that the quantized layers' own kernels keep from one call to the next, but their weights."""
+    layers = (m for m in model.modules() if backends.is_quantized(m))
+    kept = {storage_id(t) for layer in layers for t in backends.scratch(layer)}
+    return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != MODEL)
+
+
+def _states(model: nn.Module) -> Iterable[torch.Tensor]:
+    """Tensors of the quantization states: the layers' own memory, though no parameter or buffer."""
+    for module in model.modules():
+        if backends.is_quantized(module):
+            yield from (v for v in backends.state(module).values() if isinstance(v, torch.Tensor))
+
+
+def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[str, int]:
+    """Bytes that each quantized layer keeps although a non-reentrant checkpoint surrounds it, in this model's shapes.
+
+    A bare layer is the witness: nothing of the implementation takes part. Layers that give everything back are left out.
+    """
+    shapes: dict[str, tuple[nn.Module, torch.Size, torch.dtype]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if backends.is_quantized(module):
+
+            def saw(module: nn.Module, args: Any, name: str = name) -> None:
+                if args and args[0].is_floating_point():
+                    shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
+
+            handles.append(module.register_forward_pre_hook(saw))
+    try:
+        with torch.no_grad(), step.seeded(0, "cpu"), autocast() if autocast else nullcontext():
+            model(**step.feed(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_shape: dict[object, int] = {}
+    found = {}
+    for name, (module, shape, dtype) in shapes.items():
+        key = (type(module), backends.shape(module), shape, dtype)
+        if key not in by_shape:
+            by_shape[key] = bare_layer_keeps(backends.bare(module), shape, dtype)
+        if by_shape[key]:
+            found[name] = by_shape[key]
+    return found
+
+
+def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) -> int:
+    """Bytes beyond its input's and output's that one quantized layer holds inside a non-reentrant checkpoint."""
+    weight: Any = layer.weight
+    device = weight.device
+    x = torch.zeros(shape, dtype=dtype, device=device).requires_grad_(True)
+    live = Live([x, *layer.parameters(), *(v for v in backends.state(layer).values() if isinstance(v, torch.Tensor))])
+    floor = live.now
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = layer(x * 1.0)  # the product stands for an activation made inside the block
+        return y
+
+    with live:
+        y = step.CHECKPOINT(inner, x, use_reentrant=False, preserve_rng_state=False)
+        kept = live.now - floor - y.untyped_storage().nbytes()
+    return max(int(kept), 0)
+
+
+def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
+    """Call an implementation on a model that is thrown away, and count the bytes alive meanwhile and afterwards."""
+    existing = [*model.parameters(), *model.buffers(), *_states(model)]
+    largest = max((p.untyped_storage().nbytes() for p in model.parameters()), default=0)
+    live = Live()
+    live.tag = MODEL
+    for tensor in existing:
+        live.add(tensor)
+    del existing
+    before = live.now
+    if next(model.parameters()).is_cuda:
+        torch.cuda.empty_cache()  # what was cached before is not the implementation's
+    with only_new_garbage(), live:
+        prepare(model)
+        gc.collect()
+        peak = live.peak
+    current = {storage_id(t) for t in (*model.parameters(), *model.buffers(), *_states(model))}
+    stale = sum(size for key, (size, _) in live.holds().items() if key not in current)
+    return CostFacts(
+        before=before,
+        after=live.now - stale,
+        peak=peak,
+        largest=largest,
+        stale=stale,
+        cached=returnable() if next(model.parameters()).is_cuda else None,
+    )
+
+
+def returnable() -> int:
+    """Bytes that emptying the cache of CUDA's allocator gives back; the cache is empty afterwards.
+
+    Holes in segments that live tensors share are not among them: nobody could give those back.
+    """
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    return reserved - torch.cuda.memory_reserved()

@@ -1,0 +1,101 @@
+"""What of the process a preparation must leave alone: seeds, defaults, modes, filters."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import os
+import pickle
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from kbitcheck.observe.libraries import LIBRARIES
+
+State = Mapping[str, str]
+
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global") and isinstance(hooks, dict)
+]
+
+
+def state() -> State:
+    """Text of every process-wide setting that numerics or users depend on."""
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "grad mode": str(torch.is_grad_enabled()),
+        "inference mode": str(torch.is_inference_mode_enabled()),
+        "anomaly mode": str(torch.is_anomaly_enabled()),
+        "autocast": str([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]),
+        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "deterministic warn-only": str(torch.is_deterministic_algorithms_warn_only_enabled()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn": str((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)),
+        "threads": str(torch.get_num_threads()),
+        "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
+        "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())) if _cuda() else "",
+        "numpy RNG": _digest(pickle.dumps(numpy.random.get_state())),
+        "random RNG": _digest(repr(random.getstate()).encode()),
+        "warnings filters": _digest(repr(warnings.filters).encode()),
+        "environment variables": _digest(repr(sorted(os.environ.items())).encode()),
+        "attention kernels": str(
+            (
+                torch.backends.cuda.flash_sdp_enabled(),
+                torch.backends.cuda.mem_efficient_sdp_enabled(),
+                torch.backends.cuda.math_sdp_enabled(),
+            )
+        ),
+        "denormals flushed": str(float(torch.tensor(1e-40) * 0.5) == 0.0),
+        "recursion limit": str(sys.getrecursionlimit()),
+        "hooks on every module": str(sum(len(hooks) for hooks in _GLOBAL_HOOKS)),
+        "logging": str(
+            (logging.root.level, logging.root.manager.disable, [logging.getLogger(n).level for n in LIBRARIES])
+        ),
+        "registries of transformers": _digest(repr(sorted(_registered())).encode()),
+        "numpy errors": str(numpy.geterr()),
+        "garbage collection": str((gc.isenabled(), gc.get_threshold())),
+        "working directory": str(Path.cwd()),
+        "import path": _digest(repr(sys.path).encode()),
+        "oneDNN": str((torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled)),
+    }
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """What differs, by name; a name that only appeared counts for classes' attributes and settings alike."""
+    names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
+    return {n: (str(before.get(n, "absent")), str(after.get(n, "absent"))) for n in sorted(names)}
+
+
+REGISTRIES = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ACT2FN", "ROPE_INIT_FUNCTIONS")
+
+
+def _registered() -> Iterator[tuple[str, str, int]]:
+    """What transformers looks up by name at run time: registry, key and identity of each entry."""
+    for place in ("modeling_utils", "masking_utils", "activations", "modeling_rope_utils"):
+        for name in REGISTRIES:
+            registry = getattr(sys.modules.get(f"transformers.{place}"), name, None)
+            for mapping in (
+                registry,
+                getattr(registry, "_global_mapping", None),
+                getattr(registry, "_local_mapping", None),
+            ):
+                if isinstance(mapping, dict):
+                    yield from ((name, str(key), id(value)) for key, value in mapping.items())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()

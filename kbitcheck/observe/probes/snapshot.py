@@ -1,0 +1,224 @@
+"""A model at one stage, as plain data. Reads only: nothing is run, cast, moved or saved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.facts import LayerFacts, ModelFacts, ModuleFacts, TensorFacts
+from kbitcheck.observe.probes import digest
+
+NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
+NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
+
+
+def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True) -> ModelFacts:
+    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` names the adapters' parameters.
+
+    Without ``keys`` no ``state_dict`` is made, in which bitsandbytes may rewrite weights that it repacked for a CPU.
+    """
+    storages = _Storages()
+    owned = {id(p) for p in (adapters or {}).values()}
+    biases = {id(m.bias) for m in model.modules() if backends.is_quantized(m) and getattr(m, "bias", None) is not None}
+    blocks = {name: module for name, module in model.named_modules() if is_block(module)}
+    return ModelFacts(
+        cls=type(model).__name__,
+        parameters={
+            n: _tensor(n, p, storages, adapter=id(p) in owned, quantized_bias=id(p) in biases)
+            for n, p in model.named_parameters(remove_duplicate=False)
+        },
+        buffers={n: _tensor(n, b, storages) for n, b in model.named_buffers(remove_duplicate=False)},
+        layers={n: layer(n, m) for n, m in model.named_modules() if backends.is_quantized(m)},
+        modules={n: _module(n, m, n in blocks) for n, m in model.named_modules()},
+        config=_config(model),
+        state_keys=_keys(model) if keys else frozenset(),
+        input_hooks={n: len(m._forward_hooks) for n, m in model.named_modules() if m._forward_hooks},
+        can_checkpoint=can_checkpoint(model),
+        embeddings=tuple(_names(model, embeddings(model))),
+        heads=tuple(_names(model, heads(model))),
+    )
+
+
+def _keys(model: nn.Module) -> frozenset[str]:
+    try:
+        return frozenset(model.state_dict())
+    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
+        return frozenset({f"{type(error).__name__}: {error}"})
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether transformers checkpoints the module as one of its repeated layers; never a container of such layers."""
+    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+
+
+def tower(block: str) -> str:
+    """The stack a block belongs to: its name without the index."""
+    return re.sub(r"\.\d+$", "", block)
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether the architecture can be checkpointed: the outermost model says so, and a module carries the flag."""
+    says = next(
+        (m.supports_gradient_checkpointing for m in model.modules() if hasattr(m, "supports_gradient_checkpointing")),
+        False,
+    )
+    return bool(says) and any(hasattr(m, "gradient_checkpointing") for m in model.modules())
+
+
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """Input embeddings of the model and of every model inside it."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        get = getattr(module, "get_input_embeddings", None)
+        if get is None:
+            continue
+        try:
+            embedding = get()
+        except (NotImplementedError, AttributeError):
+            continue
+        if isinstance(embedding, nn.Module) and not any(embedding is e for e in found):
+            found.append(embedding)
+    return found
+
+
+def heads(model: nn.Module) -> list[nn.Module]:
+    """The output head, where the model names one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return [head] if isinstance(head, nn.Module) else []
+
+
+def layer(name: str, module: nn.Module) -> LayerFacts:
+    """One quantized layer, with a digest of each field of its state and of its unpacked weight."""
+    rows, columns = backends.shape(module)
+    state = {k: digest.of(v) for k, v in backends.state(module).items()}
+    return LayerFacts(
+        name=name,
+        cls=type(module).__name__,
+        kind=backends.kind(module),
+        in_features=columns,
+        out_features=rows,
+        compute=str(backends.compute_dtype(module)).removeprefix("torch."),
+        state=state,
+        dequantized=_unpacked(module, state),
+    )
+
+
+_known: dict[object, str] = {}
+
+
+def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
+    weight: Any = module.weight
+    key = (digest.of(weight), *state.items())  # all that unpacking goes by
+    if key not in _known:
+        try:
+            _known[key] = digest.value(backends.dequantized(module))
+        except Exception as error:  # a layer whose state was broken is a fact, not a crash
+            return f"{type(error).__name__}: {error}"
+    return _known[key]
+
+
+def _names(model: nn.Module, wanted: list[nn.Module]) -> Iterator[str]:
+    ids = {id(m) for m in wanted}
+    return (name for name, module in model.named_modules() if id(module) in ids)
+
+
+class _Storages:
+    """Numbers the memory of tensors in the order they are met, so that snapshots of two copies compare."""
+
+    def __init__(self) -> None:
+        self._seen: dict[object, int] = {}
+
+    def number(self, tensor: torch.Tensor) -> int:
+        key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if tensor.device.type == "meta" or not tensor.numel():
+            key = id(tensor)
+        return self._seen.setdefault(key, len(self._seen))
+
+
+def _tensor(
+    name: str, tensor: torch.Tensor, storages: _Storages, *, adapter: bool = False, quantized_bias: bool = False
+) -> TensorFacts:
+    packed = backends.is_packed(tensor)
+    return TensorFacts(
+        name=name,
+        cls=type(tensor).__name__,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        device=str(tensor.device),
+        requires_grad=tensor.requires_grad,
+        storage=storages.number(tensor),
+        nbytes=tensor.numel() * tensor.element_size(),
+        bits=digest.bits(tensor),
+        value=digest.value(tensor) if tensor.is_floating_point() and not packed else None,
+        packed=packed,
+        adapter=adapter,
+        quantized_bias=quantized_bias,
+        has_grad=tensor.is_leaf and tensor.grad is not None,
+    )
+
+
+def _module(name: str, module: nn.Module, block: bool) -> ModuleFacts:
+    flag = getattr(module, "gradient_checkpointing", None)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return ModuleFacts(
+        name=name,
+        cls=type(module).__name__,
+        training=module.training,
+        checkpointing=flag if isinstance(flag, bool) else None,
+        hooks=tuple(getattr(h, "__qualname__", type(h).__qualname__) for h in hooks),
+        norm=norm_evidence(name, module),
+        block=block,
+        tower=tower(name) if block else "",
+        numbers={k: v for k, v in vars(module).items() if type(v) in (int, float) and not k.startswith("_")},
+    )
+
+
+def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
+    """What makes a module look like a normalization layer: its class, its name, its shape (any, all or none of them).
+
+    By shape: it has a one-dimensional weight, no other tensor but a bias of the same shape, and no children.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if not own or any(True for _ in module.children()) or backends.is_quantized(module):
+        return frozenset()
+    flat = all(p.dim() == 1 for p in own.values())
+    evidence = {
+        "class": bool(NORM_CLASS.search(type(module).__name__)),
+        "name": flat and bool(NORM_NAME.search(name)),
+        "shape": flat
+        and set(own) <= {"weight", "bias", "scale", "gamma", "beta"}
+        and len({p.shape for p in own.values()}) == 1,
+    }
+    return frozenset(k for k, v in evidence.items() if v)
+
+
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    """The configuration, the one that generates, and the attention chosen, which ``to_dict`` leaves out."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    more = {"attention": getattr(config, "_attn_implementation", None)}
+    generates: Any = getattr(model, "generation_config", None)
+    if hasattr(generates, "to_dict"):
+        more["generation"] = generates.to_dict()
+    plain: Mapping[str, Any] = _plain({**config.to_dict(), **more})
+    return plain
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, Mapping):
+        return {str(k): _plain(v) for k, v in item.items()}
+    if isinstance(item, (list, tuple, set)):
+        return [_plain(v) for v in item]
+    return item if isinstance(item, (str, int, float, bool, type(None))) else str(item)
+
+
+def fingerprints(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Digest of each parameter's bits."""
+    return {n: digest.bits(p) for n, p in parameters.items()}

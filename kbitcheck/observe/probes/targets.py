@@ -1,0 +1,90 @@
+"""Adapter targets that do not take adapters, and routers whose choices rounding can move."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from kbitcheck.observe.probes.live import tensors
+
+T = TypeVar("T")
+
+ROUTER = re.compile(r"(router|topk|gate)$|router", re.IGNORECASE)
+STATE_SPACE = re.compile(r"mamba|ssm", re.IGNORECASE)
+
+
+def peft_installed() -> bool:
+    """Whether PEFT can be imported."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that choose experts: by class, or a linear named ``gate`` beside experts."""
+    found = {}
+    for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        beside_experts = hasattr(model.get_submodule(parent), "experts") if name else False
+        if ROUTER.search(type(module).__name__) or (beside_experts and last in ("gate", "router")):
+            found[name] = module
+    return found
+
+
+def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
+    """Targets an adapter library refuses or must not wrap, each with the reason."""
+    choosing = routers(model)
+    reasons = {}
+    for name in targets:
+        parent, _, last = name.rpartition(".")
+        owner = type(model.get_submodule(parent)).__name__
+        if name in choosing:
+            reasons[name] = "a router: an adapter on it moves which experts run, and some return tuples"
+        elif last == "out_proj" and (STATE_SPACE.search(owner) or hasattr(model.get_submodule(parent), "A_log")):
+            reasons[name] = f"{owner} reads this layer's weight itself and never calls it"
+    return reasons
+
+
+class Routed(NamedTuple):
+    """Logits, and the choices of each router that ran for them, as sets of experts by token."""
+
+    logits: torch.Tensor
+    routes: list[torch.Tensor]
+
+
+def routed(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[torch.Tensor]]:
+    """What something gives, and the choices of the model's routers meanwhile."""
+    chosen: list[torch.Tensor] = []
+    k = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        # Detached: what a checkpointed block saves for its backward must not depend on who watches.
+        scores = [t.detach() for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
+        if scores:
+            widest = max(scores, key=lambda t: t.shape[-1])
+            flat = widest.reshape(-1, widest.shape[-1])
+            picks = flat.topk(min(k, flat.shape[-1]), dim=-1).indices
+            chosen.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(1, picks, True))
+
+    handles = [m.register_forward_hook(hook) for m in routers(model).values()]
+    try:
+        return run(), chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unmoved(logits: torch.Tensor, exact: list[torch.Tensor], *others: list[torch.Tensor]) -> torch.Tensor:
+    """Mask of logits' rows whose experts were the same in every run, as were those of all earlier tokens of the row."""
+    keep = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if keep.dim() < 2:
+        return keep
+    for other in others:
+        for a, b in zip(exact, other, strict=True):
+            same = (a == b).all(dim=-1)
+            if same.numel() == keep.numel():
+                keep &= same.reshape(keep.shape).cummin(dim=1).values
+    return keep

@@ -1,0 +1,155 @@
+"""A case that is judged without weights: its facts are sizes, shapes and types."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
+from kbitcheck.judge.precision import norm_parameters
+from kbitcheck.models.sources.resolve import Source, source_of
+from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.forecast import weights
+from kbitcheck.observe.heap import LARGE_BYTES
+from kbitcheck.observe.probes import adapters as adapter_probe
+from kbitcheck.observe.probes import snapshot, targets
+
+NEEDS_A_RUN = "needs a run: the audit is static"
+
+
+class StaticCase:
+    """Facts of a model on the meta device. What needs a run is not applicable."""
+
+    live = False
+
+    def __init__(self, spec: CaseSpec, source: Source, why: str = "no weights were read") -> None:
+        self.spec = spec
+        foreign = getattr(source, "foreign", "")
+        own = f"; its own {foreign} quantization is not verified, sizes are those of {spec.quant}" if foreign else ""
+        self.why = why + own
+        self.case = spec.id
+        self.profile = spec.profile
+        self.freezes = spec.freezes
+        self.checkpointing = spec.checkpointing
+        self._source = source
+        self._model: Any = source.meta(Quantization.parse(spec.quant))
+        self.base: ModelFacts = snapshot.snapshot(self._model)
+        self.remote_code = source.remote_code
+        self._weights = forecast.of_weights(self._model, self.base, spec, source.notes)
+        wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
+        self.unfit_targets: Mapping[str, str] = targets.unfit(self._model, wanted)
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotApplicable(NEEDS_A_RUN)
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+
+    @property
+    def weights(self) -> ForecastFacts:
+        """The forecast without steps, which is cheap."""
+        return self._weights
+
+    @cached_property
+    def forecast(self) -> ForecastFacts:
+        return forecast.with_steps(self._weights, self._source, self._model, self.base, self.spec)
+
+    @property
+    def widened(self) -> Mapping[str, int]:
+        """Bytes that the profile adds to each unquantized parameter."""
+        norms = norm_parameters(self.base)
+        return {
+            name: t.nbytes
+            for name, t in self.base.parameters.items()
+            if not t.packed and t.dtype in HALF and weights.casts(self.profile, name in norms)
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for the head and the memory table of a report."""
+        told = self.forecast if "forecast" in vars(self) else self._weights
+        return {
+            "static": self.why,
+            "model_class": self.base.cls,
+            "parameters": told.parameters,
+            "bytes_loaded": told.loaded,
+            "bytes_prepared": told.loaded + told.upcast,
+            "forecast": told.as_json(),
+        }
+
+
+def too_large(source: Source, spec: CaseSpec, seconds: float) -> StaticCase | None:
+    """The static case of a model whose full audit the device has no room or ``seconds`` no time for; else None."""
+    case = StaticCase(spec, source)
+    need, free = audit_bytes(case.weights), free_bytes(spec.device)
+    large = case.weights.loaded > LARGE_BYTES
+    took = audit_seconds(case.weights) if large and spec.device == "cpu" else 0.0
+    if need > free:
+        where = "memory" if spec.device == "cpu" else spec.device
+        case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
+    elif took > seconds:
+        case.why = (
+            f"a full audit takes about {took / 60:.0f} minutes on a CPU, which `--timeout {2 * took:.0f}` allows for"
+        )
+    else:
+        return None
+    return case
+
+
+def audit_bytes(told: ForecastFacts) -> int:
+    """About what a full audit takes at its peak: the model three times over.
+
+    A base is copied before it is prepared or run (``Base.copy``), and copies come one at a time: there are the pristine
+    one, the one under audit, and the copy of it that KB308 makes. Float twins read the pristine one's weights.
+    """
+    return 3 * (told.loaded + told.upcast)
+
+
+def audit_seconds(told: ForecastFacts) -> float:
+    """About what a full audit takes on this CPU.
+
+    0.8 s for a million parameters, as it took on the Xeon of ``benchmarks/sizes.json``, and what half-precision products
+    cost more elsewhere: on an EPYC, where one with a million weights takes 6 ms, it was 3.4 s.
+    """
+    return told.parameters / 1e6 * (0.8 + 400 * product_seconds())
+
+
+@cache
+def product_seconds() -> float:
+    """What this CPU takes for a bfloat16 product of 48 tokens with a million weights: the least of a few times."""
+    x, weight = torch.ones(48, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        nn.functional.linear(x, weight)
+        took.append(time.perf_counter() - start)
+    return min(took)
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that are free on a device now."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
+        fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
+    """The static case that a spec asks for; None where it is to be audited in full, and ``seconds`` may suffice.
+
+    Raises:
+        UsageError: there is no such model, or transformers cannot build it.
+    """
+    if spec.static == "never":
+        return None
+    source = source_of(spec, static=spec.static)
+    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)

@@ -1,0 +1,1 @@
+"""Float twins: a base with its quantized weights unpacked."""

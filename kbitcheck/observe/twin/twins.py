@@ -1,0 +1,324 @@
+"""Float twins: the base with every quantized layer replaced by its unpacked weights, read before anything ran."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from kbitcheck import backends
+from kbitcheck.core.facts import GradientFacts
+from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes.layers import Empty, Read, Weights
+from kbitcheck.observe.probes.snapshot import norm_evidence
+from kbitcheck.observe.twin.wide_parameter import Widened
+
+STEPS = 4
+LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
+WEIGHT_DECAY = 0.1
+# Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
+# gradient is rounding noise from walking at random.
+EPSILON = 1e-3
+# A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
+LARGE_BYTES = 16 << 20
+
+
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """What a kernel that does not round its input makes of it."""
+    return x
+
+
+class _Product(torch.autograd.Function):
+    """``x @ weight.T + bias``; forward and backward each read the weight anew, so that no graph holds it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Read, backward_weight: Read, bias: torch.Tensor | None, rounded: Round
+    ) -> Any:
+        ctx.weight = backward_weight
+        return linear(rounded(x), weight(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient @ ctx.weight(), None, None, None, None
+
+
+class TwinLinear(nn.Linear):
+    """A quantized layer's arithmetic with a plain weight: compute in ``compute``, answer in the input's dtype.
+
+    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to whatever dtype comes in). bitsandbytes'
+    4-bit backward unpacks the weight to the quantization state's dtype first and its forward does not;
+    ``backward_read`` is that rounding, where it differs. ``rounded`` is what the kernel makes of its input first; the
+    gradient passes it by. ``weight`` itself has the shape and dtype but no numbers.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        read: Read,
+        bias: torch.Tensor | None,
+        compute: torch.dtype | None,
+        device: torch.device,
+        backward_read: Read | None = None,
+        rounded: Round = as_it_is,
+    ) -> None:
+        super().__init__(shape[1], shape[0], bias=False, device="meta")
+        # One number, seen everywhere: NaN, should a model compute with the weight behind the layer's back.
+        blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=device)
+        self.weight = nn.Parameter(blank.expand(shape), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.compute = compute
+        self._read, self._backward_read, self._rounded = read, backward_read or read, rounded
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        compute = self.compute or x.dtype
+        own: torch.Tensor | None = self._parameters["bias"]
+        with torch.autocast(x.device.type, enabled=False):
+            product: torch.Tensor = _Product.apply(
+                x.to(compute),
+                lambda: self._read().to(compute),
+                lambda: self._backward_read().to(compute),
+                None if own is None else own.to(compute),
+                self._rounded,
+            )
+        return product.to(x.dtype)
+
+
+def float64(base: nn.Module, weights: Weights) -> nn.Module:
+    """The float64 twin of a base, which is left alone; ``weights`` are the quantized layers', by name."""
+
+    def plain(name: str, module: Any) -> TwinLinear:
+        bias = None if module.bias is None else module.bias.detach().double()
+        return TwinLinear(
+            backends.shape(module), partial(weights.exact, name), bias, torch.float64, module.weight.device
+        )
+
+    twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")  # the grouped product knows no float64
+    doubled: nn.Module = twin.double()
+    return doubled
+
+
+def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
+    """The twin of a base that rounds as an ideal preparation under ``profile`` must; the base is left alone."""
+
+    def plain(name: str, module: Any) -> TwinLinear:
+        compute, unpacked = backends.compute_dtype(module), backends.state_dtype(module)
+        shape, device = backends.shape(module), module.weight.device
+        bias = None if module.bias is None else module.bias.detach().clone()
+        if compute is None or unpacked is None:
+            # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
+            rounded = partial(backends.rounded_input, module)
+            read = weights.reader(name, partial(_unpacked, dtype=torch.float32))
+            return TwinLinear(shape, read, bias, None, device, rounded=rounded)
+        other = None if unpacked == compute else weights.reader(name, partial(_unpacked, dtype=unpacked))
+        return TwinLinear(
+            shape,
+            weights.reader(name, partial(_unpacked, dtype=compute)),
+            None if bias is None else bias.to(compute),
+            compute,
+            device,
+            backward_read=other,
+        )
+
+    twin = _replaced(base, plain, partial(promised, profile))
+    cast(twin, profile)
+    return twin
+
+
+def _unpacked(layer: Any, empty: Empty, dtype: torch.dtype) -> torch.Tensor:
+    """As the kernel unpacks: scales that are themselves quantized round once more than the format says."""
+    wide = backends.dequantized(layer, torch.float32)  # which bitsandbytes cannot write to given memory on a CPU
+    return wide if dtype == wide.dtype else empty(wide.shape, dtype=dtype, device=wide.device).copy_(wide)
+
+
+def promised(profile: str, name: str, module: nn.Module) -> torch.dtype | None:
+    """The dtype that ``profile`` promises of a module's half-precision parameters; None where it promises nothing."""
+    wide = profile == "peft" or (profile == "qlora" and norm_evidence(name, module))
+    return torch.float32 if wide else None
+
+
+def cast(model: nn.Module, profile: str) -> None:
+    """Cast, in place, what is not quantized as ``profile`` promises."""
+    for name, module in model.named_modules():
+        packed = isinstance(module, TwinLinear) or backends.is_quantized(module)
+        if not packed and promised(profile, name, module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+
+def _replaced(
+    model: nn.Module,
+    build: Callable[[str, Any], nn.Module],
+    wide: Callable[[str, nn.Module], torch.dtype | None],
+) -> nn.Module:
+    """A copy of a model with its quantized layers replaced, of which nothing packed and no large parameter is copied.
+
+    ``wide`` says in which dtype a module's parameters will compute: large ones are read from ``model`` in that.
+    """
+    instead: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if backends.is_quantized(module):
+            instead[id(module)] = build(name, module)
+        elif dtype := wide(name, module):
+            for parameter in module.parameters(recurse=False):
+                narrower = parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize
+                if narrower and parameter.numel() * dtype.itemsize > LARGE_BYTES:
+                    widened = Widened(parameter.detach(), dtype)
+                    instead[id(parameter)] = nn.Parameter(widened, requires_grad=False)
+    return copy.deepcopy(model, instead)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Gradients of one batch: ``exact`` of the float64 twin, ``rounded`` of the twin in the preparation's own dtypes."""
+
+    exact: step.Gradients
+    rounded: step.Gradients
+
+    @cached_property
+    def yardsticks(self) -> Mapping[str, float]:
+        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp.
+
+        None for those where the float64 twin's is not finite, as some models' masks make it: no bound follows from it.
+        """
+        ulp = float(torch.finfo(torch.float32).eps)
+        apart = {n: step.distance(g, self.exact[n]) for n, g in self.rounded.items() if live(self.exact[n])}
+        return {n: max(distance, ulp) for n, distance in apart.items() if math.isfinite(distance)}
+
+    @property
+    def median_yardstick(self) -> float:
+        """The median over adapters with a gradient."""
+        return median(self.yardsticks.values()) if self.yardsticks else 0.0
+
+    def beside(self, found: step.Gradients) -> dict[str, GradientFacts]:
+        """Each gradient found, beside its counterpart."""
+        return {
+            name: GradientFacts(
+                live=live(self.exact[name]),
+                norm=None if gradient is None else float(gradient.norm()),
+                finite=gradient is not None and bool(torch.isfinite(gradient).all()),
+                twin_norm=0.0 if (exact := self.exact[name]) is None else float(exact.norm()),
+                error=step.distance(gradient, exact),
+                noise=self.yardsticks.get(name, math.inf if live(exact) else 0.0),
+                yardstick=max(self.yardsticks.get(name, 0.0), self.median_yardstick),
+                bitwise=gradient is not None and step.equal(gradient, self.rounded[name]),
+            )
+            for name, gradient in found.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """What the twins of one base gave: gradients of the whole batch and of one row without a mask, and losses."""
+
+    whole: Pair
+    single: Pair
+    losses: tuple[float, ...]
+    learning_rate: float
+
+
+def live(gradient: torch.Tensor | None) -> bool:
+    """Whether an adapter's gradient is there and not zero."""
+    return gradient is not None and bool(gradient.any())
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The model's logits, as (…, classes)."""
+    logits = output.logits
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError("the model's output has no logits tensor")
+    return logits.detach()
+
+
+def forward_logits(
+    model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None = None
+) -> torch.Tensor:
+    """Logits of one forward without gradients, in train mode with every dropout at 0.
+
+    Train mode, because in eval mode bitsandbytes repacks 4-bit weights for some processors.
+    """
+    flags = [(m, m.training) for m in model.modules()]
+    model.train()
+    try:
+        with torch.no_grad(), step.checkpointing_off(model), step.dropout_raised(model, 0.0):
+            if autocast is None:
+                return logits_of(model(**step.feed(model, batch)))
+            with autocast:
+                return logits_of(model(**step.feed(model, batch)))
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def root_mean_square_error(found: torch.Tensor, exact: torch.Tensor, keep: torch.Tensor) -> float:
+    """Root mean square of the difference over that of the exact values, over the tokens kept; row by row."""
+    apart, size = 0.0, 0.0
+    for mine, theirs, kept in zip(found, exact, keep, strict=True):
+        apart = math.hypot(apart, float((mine[kept].double() - theirs[kept]).norm()))
+        size = math.hypot(size, float(theirs[kept].norm()))
+    return apart / size if size else 0.0
+
+
+def smooth_training(
+    model: nn.Module, batch: step.Batch, adapters: Mapping[str, nn.Parameter], *, seed: int
+) -> tuple[float, tuple[float, ...]]:
+    """The largest learning rate at which the twin's loss falls in every step, with those losses.
+
+    At a larger one the path is chaotic: a rounding decides where it ends, and comparing ends says nothing.
+    """
+    start = {n: p.detach().clone() for n, p in adapters.items()}
+    for rate in LEARNING_RATES:
+        losses = train(model, batch, adapters, learning_rate=rate, seed=seed)
+        if all(b < a for a, b in pairwise(losses)):
+            break
+        for name, parameter in adapters.items():
+            parameter.data.copy_(start[name])
+    return rate, losses
+
+
+def train(
+    model: nn.Module,
+    batch: step.Batch,
+    adapters: Mapping[str, nn.Parameter],
+    *,
+    learning_rate: float,
+    autocast: Any = None,
+    seed: int = 0,
+) -> tuple[float, ...]:
+    """Losses before each of a few AdamW steps on one batch, and after the last. Weight decay is on."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=WEIGHT_DECAY, eps=EPSILON
+    )
+    losses = []
+    model.train()
+    device = str(next(iter(batch.values())).device)
+    with step.seeded(seed, device):
+        for _ in range(STEPS):
+            with autocast() if autocast else nullcontext():
+                loss = model(**step.feed(model, batch)).loss
+            losses.append(float(loss.detach()))
+            if loss.requires_grad:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad(), autocast() if autocast else nullcontext():
+            losses.append(float(model(**step.feed(model, batch)).loss.detach()))
+    step.clear_gradients(model)
+    return tuple(losses)

@@ -1,0 +1,242 @@
+"""Charts as inline SVG, drawn by matplotlib; colours are CSS variables, so that they follow the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.core.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that stand for CSS: matplotlib takes no variables, so they are put in afterwards.
+INK = "#010203"
+SERIES = ("#0102a0", "#0102a1", "#0102a2", "#0102a3", "#0102a4", "#0102a5", "#0102a6")
+CSS = {INK: "currentColor", **{stand_in: f"var(--series-{n})" for n, stand_in in enumerate(SERIES)}}
+BARS = 8  # models in the first chart
+LAYERS = 60  # points in the last
+WIDTH = 8.0  # inches, of 72 CSS pixels
+LABEL = 28  # characters of a tick's label
+# As kbitcheck.observe.figures names them; those that a chart has no colour for are its rest.
+GROUPS = (
+    "quantized", "embeddings", "head", "norms", "experts", "routers", "attention", "mlp", "vision", "audio", "other", "buffers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A drawing and its numbers. ``svg`` is empty where matplotlib is not installed; the table says the same."""
+
+    title: str
+    caption: str
+    svg: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def charts(report: Report) -> list[Chart]:
+    """The charts that the report's facts allow."""
+    cases: Mapping[str, Mapping[str, Any]] = report.facts.get("cases", {})
+    specs: Mapping[str, Mapping[str, Any]] = report.subject.get("cases", {})
+    checkpointed = {c: f for c, f in cases.items() if specs.get(c, {}).get("checkpointing") != "off"}
+    drawn = (_bytes(cases, specs), _activations(checkpointed or cases), _gradients(cases))
+    return [chart for chart in drawn if chart is not None]
+
+
+def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    found: dict[str, Mapping[str, Mapping[str, int]]] = {}
+    for case, facts in cases.items():
+        if groups := facts.get("bytes_by_group"):
+            spec = specs.get(case, {})
+            found.setdefault(f"{spec.get('model', case)} {spec.get('quant', '')}".strip(), groups)
+    if not found:
+        return None
+    by_growth = sorted(found, key=lambda name: -_grown(found[name]))[:BARS]
+    bars = [(f"{name}, {stage}", found[name][stage]) for name in by_growth for stage in ("loaded", "prepared")]
+    groups = sorted({g for _, counts in bars for g in counts if counts[g]}, key=_place)
+    named, rest = _coloured(groups, bars)
+    unit, scale = _unit(max(sum(counts.values()) for _, counts in bars))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = [-(i + i // 2 * 0.6) for i in range(len(bars))]
+        left = [0.0] * len(bars)
+        for color, members in zip(SERIES, [*([g] for g in named), rest], strict=False):
+            widths = [sum(counts.get(g, 0) for g in members) / scale for _, counts in bars]
+            label = members[0] if members != rest else "the rest"
+            if members:
+                axes.barh(places, widths, 0.85, left=left, color=color, label=label)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axes.set_yticks(places, [name for name, _ in bars])
+        axes.set_xlabel(unit)
+        _plain(axes, grid="x")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+
+    few = f" The {BARS} of {len(found)} that grow most." if len(found) > BARS else ""
+    return Chart(
+        title="Where the bytes are",
+        caption=f"Parameters and buffers as loaded and after preparing.{few}",
+        svg=_svg("bytes", draw, 1.3 + 0.34 * len(bars)),
+        columns=("model", *groups, "all"),
+        rows=tuple(
+            (name, *(f"{counts.get(g, 0):,}" for g in groups), f"{sum(counts.values()):,}") for name, counts in bars
+        ),
+    )
+
+
+def _place(group: str) -> tuple[int, str]:
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
+
+
+def _coloured(groups: Sequence[str], bars: Sequence[tuple[str, Mapping[str, int]]]) -> tuple[list[str], list[str]]:
+    """The groups that get a colour of their own, in their order, and those that share the last one."""
+    if len(groups) <= len(SERIES):
+        return list(groups), []
+    largest = sorted(groups, key=lambda g: -max(counts.get(g, 0) for _, counts in bars))[: len(SERIES) - 1]
+    return [g for g in groups if g in largest], [g for g in groups if g not in largest]
+
+
+def _grown(groups: Mapping[str, Mapping[str, int]]) -> float:
+    return sum(groups["prepared"].values()) / max(sum(groups["loaded"].values()), 1)
+
+
+def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    found = {case: facts for case, facts in cases.items() if facts.get("activations_by_block", {}).get("blocks")}
+    if not found:
+        return None
+    case = max(found, key=lambda c: found[c]["checkpointed"] / max(found[c]["activations"], 1))
+    facts = found[case]["activations_by_block"]
+    names, plain, held = facts["blocks"], facts["plain"], facts["checkpointed"]
+    unit, scale = _unit(max(*plain, *held))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = range(len(names))
+        axes.bar([p - 0.2 for p in places], [b / scale for b in plain], 0.4, color=SERIES[5], label="plain")
+        axes.bar([p + 0.2 for p in places], [b / scale for b in held], 0.4, color=SERIES[0], label="as prepared")
+        _named(axes, names)
+        axes.set_ylabel(f"{unit} added by the block")
+        _plain(axes, grid="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+    rest = f" Of {len(found)} cases this is the one where least is saved." if len(found) > 1 else ""
+    return Chart(
+        title="Activation bytes by block",
+        caption=f"{case}: what each block adds to what a training step holds, with checkpointing off (plain) and as the "
+        f"model was prepared; the last block includes what follows it.{rest}",
+        svg=_svg("activations", draw, 2.9),
+        columns=("block", "plain", "as prepared"),
+        rows=tuple((n, f"{a:,}", f"{b:,}") for n, a, b in zip(names, plain, held, strict=True)),
+    )
+
+
+def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    found = {
+        case: facts["gradient_errors"]
+        for case, facts in cases.items()
+        if facts.get("gradient_errors", {}).get("layers")
+    }
+    if not found:
+        return None
+
+    def worst(facts: Mapping[str, Sequence[float]]) -> float:
+        return max(e / b if b else 0.0 for e, b in zip(facts["error"], facts["bound"], strict=True))
+
+    case = max(found, key=lambda c: worst(found[c]))
+    facts = found[case]
+    rows = list(zip(facts["layers"], facts["error"], facts["bound"], strict=True))
+    shown = rows
+    if len(rows) > LAYERS:
+        kept = set(sorted(range(len(rows)), key=lambda i: -(rows[i][1] / rows[i][2] if rows[i][2] else 0.0))[:LAYERS])
+        shown = [row for i, row in enumerate(rows) if i in kept]
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import LogFormatter
+
+        axes = figure.subplots()
+        places = range(len(shown))
+        # Nothing at all has no logarithm.
+        errors = [max(error, 1e-12) for _, error, _ in shown]
+        axes.plot(places, errors, "o", markersize=4, color=SERIES[0], label="error")
+        axes.plot(places, [max(b, 1e-12) for _, _, b in shown], "_", markersize=8, color=SERIES[2], label="bound")
+        axes.set_yscale("log")
+        # The default writes powers as formulas, which take longer to set than all else to draw.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        _named(axes, [name for name, _, _ in shown])
+        axes.set_ylabel("relative error")
+        _plain(axes, grid="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+    rest = f" Of {len(found)} cases this is the one nearest to its bound." if len(found) > 1 else ""
+    few = f" The worst {LAYERS} of {len(rows)} layers." if len(rows) > LAYERS else ""
+    return Chart(
+        title="Gradient error by layer",
+        caption=f"{case}: adapters' gradients against the float64 twin's, each layer's worst, and KB304's bound.{few}{rest}",
+        svg=_svg("gradients", draw, 3.6),
+        columns=("layer", "relative error", "bound"),
+        rows=tuple((name, f"{error:.3g}", f"{bound:.3g}") for name, error, bound in rows),
+    )
+
+
+def _named(axes: Axes, names: Sequence[str]) -> None:
+    """Ticks for at most twenty places, with what all names have in common left out."""
+    every = -(-len(names) // 20)
+    places = list(range(0, len(names), every))
+    prefix = _common([n.split(".") for n in names])
+    labels = [re.sub(r"(^|\.)(block|layers?|h)\.(?=\d)", r"\1", ".".join(names[p].split(".")[prefix:])) for p in places]
+    labels = [label if len(label) <= LABEL else "…" + label[1 - LABEL :] for label in labels]
+    steep = max(map(len, labels)) > 6
+    axes.set_xticks(places, labels, rotation=40 if steep else 0, ha="right" if steep else "center")
+
+
+def _common(names: Sequence[Sequence[str]]) -> int:
+    first = names[0]
+    same = 0
+    while same < len(first) - 1 and all(len(n) > same + 1 and n[same] == first[same] for n in names):
+        same += 1
+    return same
+
+
+def _plain(axes: Axes, *, grid: Any) -> None:
+    axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.2, color=INK)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0)
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if largest >= scale:
+            return unit, scale
+    return "bytes", 1.0
+
+
+def _svg(name: str, draw: Any, height: float) -> str:
+    """The figure as an SVG element, or nothing where matplotlib is not installed. Its ids begin with ``name``."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    style: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.0}
+    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "none")
+    out = io.StringIO()
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        # savefig would draw everything twice.
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    for stand_in, css in CSS.items():
+        text = text.replace(stand_in, css)
+    return text.replace("<svg ", '<svg role="img" aria-hidden="true" focusable="false" ', 1)

@@ -1,0 +1,38 @@
+"""The command that runs one case and rule again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.report import Report
+
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
+NAMED = ("model", "quant", "implementation", "checkpointing", "static")
+
+
+def command(report: Report, case: str, code: str) -> str:
+    """A line to paste into a shell, or an empty string where no command can say it (a live model or callable)."""
+    spec: Mapping[str, Any] | None = report.subject.get("cases", {}).get(case)
+    kind = report.subject.get("command")
+    if spec is None or kind not in ("model", "impl", "gate") or "<" in spec["implementation"]:
+        return ""
+    words = ["kbitcheck", "model" if kind == "model" else "impl"]
+    if kind == "model":
+        words += [spec["model"], "--prepare", spec["implementation"], "--quant", spec["quant"]]
+    else:
+        words += [spec["implementation"], "--model", spec["model"], "--quant", spec["quant"]]
+    if kind != "model" or spec["checkpointing"] != "default":
+        words += ["--checkpointing", spec["checkpointing"]]
+    for name, default in DEFAULTS.items():
+        value = spec.get(name, default)
+        if name in NAMED or value == default or (name, value) == ("device", "auto"):
+            continue
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    words += ["--static"] if spec.get("static") == "always" else []
+    words += ["--in-process"] if report.subject.get("in_process") else []
+    return shlex.join([*words, "--select", code])

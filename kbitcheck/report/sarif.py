@@ -1,0 +1,145 @@
+"""The report as SARIF 2.1.0, for code scanning: an alert for each broken rule, on the implementation's source line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Result, Status
+from kbitcheck.core.rule import Rule, rules
+from kbitcheck.report.parts.evidence import lines
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+LEVELS = {Level.MUST: "error", Level.SHOULD: "warning", Level.INFO: "note"}
+ROOT = "%SRCROOT%"
+SHOWN = 3
+
+
+def render(report: Report, *, root: Path | None = None) -> str:
+    """One run. Source files under ``root`` (the working directory by default) are named relative to it.
+
+    Failures of a rule are one result whatever the number of cases, so that an alert stays itself while cases come and
+    go. What is not the implementation's own is a note; what a ledger accepts is suppressed, with the reason. Errors
+    are notifications: they say something of the run, not of the source.
+    """
+    root = (root or Path.cwd()).resolve()
+    known = rules()
+    groups: dict[tuple[str, bool], list[Result]] = {}
+    for result in report.results:
+        if result.status is Status.FAIL:
+            groups.setdefault((result.rule, _held(report, result)), []).append(result)
+    codes = sorted({r.rule for r in report.results})
+    reasons = {(a["rule"], c): a["reason"] for a in (report.gate or {}).get("accepted", ()) for c in a["cases"]}
+    run = {
+        "tool": {
+            "driver": {
+                "name": "kbitcheck",
+                "version": report.tool.partition(" ")[2] or report.tool,
+                "rules": [_rule(code, known.get(code)) for code in codes],
+            }
+        },
+        "invocations": [
+            {
+                "executionSuccessful": report.complete and report.exit_code != 3,
+                "exitCode": report.exit_code,
+                "toolExecutionNotifications": [
+                    _notification(r, codes) for r in report.results if r.status is Status.ERROR
+                ],
+            }
+        ],
+        "originalUriBaseIds": {ROOT: {"uri": root.as_uri().rstrip("/") + "/"}},
+        "results": [
+            _result(report, found, codes, root, known, held=held, reasons=reasons)
+            for (_, held), found in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))
+        ],
+    }
+    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=1) + "\n"
+
+
+def _held(report: Report, result: Result) -> bool:
+    """Whether it is held against the implementation, counted or not."""
+    return report.counts(result) or (not result.finding and (result.own or report.blame == "any"))
+
+
+def _rule(code: str, rule: Rule | None) -> dict[str, Any]:
+    if rule is None:
+        return {"id": code}
+    parts = [("Why", rule.section("Why")), ("You will see", rule.section("Symptom")), ("Do", rule.section("Fix"))]
+    help_ = [(title, text) for title, text in parts if text]
+    return {
+        "id": code,
+        "name": rule.name,
+        "shortDescription": {"text": rule.requirement.split(". ")[0].rstrip(".") + "."},
+        "fullDescription": {"text": rule.requirement},
+        "help": {
+            "text": "\n\n".join(f"{title}: {text}" for title, text in help_) or rule.requirement,
+            "markdown": "\n\n".join(f"**{title}**: {text}" for title, text in help_) or rule.requirement,
+        },
+        "defaultConfiguration": {"level": LEVELS[rule.level]},
+        "properties": {"tags": [rule.family, rule.level.value]},
+    }
+
+
+def _notification(result: Result, codes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "level": "error",
+        "message": {"text": f"{result.rule} on {result.case} could not be judged: {result.reason}"},
+        "associatedRule": {"id": result.rule, "index": codes.index(result.rule)},
+    }
+
+
+def _result(
+    report: Report,
+    found: Sequence[Result],
+    codes: Sequence[str],
+    root: Path,
+    known: Mapping[str, Rule],
+    *,
+    held: bool,
+    reasons: Mapping[tuple[str, str], str],
+) -> dict[str, Any]:
+    first = found[0]
+    implementation = report.subject.get("implementation", {})
+    name = str(implementation.get("name", ""))
+    rule = known.get(first.rule)
+    cases = ", ".join(dict.fromkeys(r.case for r in found[:SHOWN]))
+    more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    told = "\n".join(lines(report, first))
+    level = min((r.level for r in found), key=tuple(LEVELS).index)
+    identity = f"{first.rule}\0{name}\0{held}".encode()
+    made: dict[str, Any] = {
+        "ruleId": first.rule,
+        "ruleIndex": codes.index(first.rule),
+        "kind": "fail",
+        "level": LEVELS[level] if held else "note",
+        "message": {"text": f"{rule.requirement if rule else first.rule}\nIn {cases}{more}.\n{told}"},
+        "locations": [_location(name, implementation, root)],
+        "partialFingerprints": {"kbitcheck/v1": hashlib.sha256(identity).hexdigest()[:32]},
+        "properties": {"cases": [r.case for r in found], "counted": any(map(report.counts, found))},
+    }
+    why = [reasons.get((r.rule, r.case)) for r in found]
+    if all(w is not None for w in why):
+        made["suppressions"] = [{"kind": "external", "status": "accepted", "justification": why[0] or "no reason yet"}]
+    return made
+
+
+def _location(name: str, implementation: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": name or "?", "kind": "function"}]}
+    file = str(implementation.get("file") or "")
+    if file and not file.startswith("<"):
+        path = Path(file) if Path(file).is_absolute() else root / file
+        artifact = (
+            {"uri": quote(path.relative_to(root).as_posix()), "uriBaseId": ROOT}
+            if path.is_relative_to(root)
+            else {"uri": path.as_uri()}
+        )
+        location["physicalLocation"] = {
+            "artifactLocation": artifact,
+            "region": {"startLine": max(int(implementation.get("line") or 0), 1)},
+        }
+    return location

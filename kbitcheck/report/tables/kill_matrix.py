@@ -1,0 +1,66 @@
+"""The kill matrix: which rules each fault breaks, as a page in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kbitcheck.core.rule import rules
+
+HEAD = """# Kill matrix
+
+Every fault that kbitcheck knows (`kbitcheck/sabotage/`), judged by every rule. Made by
+`kbitcheck selftest --matrix > docs/kill-matrix.md`, which ends with 1 if a fault is missed.
+
+A fault is a broken *model* (`m`: spoiled before or after a good preparation) or a broken *implementation* (`i`). In its row `#` is
+the rule that must catch it, `x` a rule that it breaks as well, and `!` after the level says that no other rule may.
+Read a column's heading downwards.
+"""
+
+
+def page(found: Sequence[Mapping[str, Any]]) -> str:
+    """The page of a selftest's events, rows in their order."""
+    codes = list(rules())
+    known = [event for event in found if event["kills"] is not None]
+    wide = max((len(event["fault"]) for event in found), default=0) + 8
+    digits = [code.removeprefix("KB") for code in codes]
+    lines = [" " * wide + "".join(digit[place] for digit in digits) for place in range(3)]
+    for event in known:
+        marks = (
+            "#" if c == event["code"] and c in event["kills"] else "x" if c in event["kills"] else "." for c in codes
+        )
+        lines.append(f"{name(event):{wide}}{''.join(marks)}")
+    killed = sum(event["code"] in event["kills"] for event in known)
+    unseen = [f"{event['code']} {event['fault']}: {event['told']}" for event in found if event["kills"] is None]
+    idle = [code for code in codes if not any(code in event["kills"] for event in known)]
+    tail = [f"{killed} of {len(known)} faults are caught by the rule that must."]
+    tail += [f"Not judged on the machine that made this page: {', '.join(unseen)}."] if unseen else []
+    tail += [f"Rules that caught nothing here: {', '.join(idle)}."] if idle else []
+    return "\n".join([HEAD, "```", *lines, "```", "", *tail, ""])
+
+
+def name(event: Mapping[str, Any]) -> str:
+    """How a fault's row begins: code without the letters, level and name."""
+    mark = "!" if event["alone"] else " "
+    return f"{event['code'].removeprefix('KB')} {event['level'][0]}{mark} {event['fault']} "
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A page read back: the rules of its columns, and what each fault, as ``KB203 norm_nudged``, broke."""
+
+    codes: list[str]
+    kills: dict[str, set[str]]
+
+
+def read(text: str) -> Matrix:
+    """Inverse of ``page``, as far as its table goes."""
+    lines = text.split("```")[1].strip("\n").splitlines()
+    width = len(lines[0]) - len(lines[0].lstrip())
+    codes = ["KB" + "".join(digits) for digits in zip(*(line[width:] for line in lines[:3]), strict=True)]
+    kills = {}
+    for line in lines[3:]:
+        number, _, fault = line[:width].split()[:3]
+        kills[f"KB{number} {fault}"] = {c for c, mark in zip(codes, line[width:], strict=True) if mark != "."}
+    return Matrix(codes, kills)

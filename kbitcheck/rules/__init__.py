@@ -1,5 +1,0 @@
-"""The rules, one family a file: pure functions from facts to observations. Importing this registers them all."""
-
-from kbitcheck.rules import audit, checkpointing, contract, cost, freezing, gradients, precision
-
-__all__ = ["audit", "checkpointing", "contract", "cost", "freezing", "gradients", "precision"]

@@ -1,0 +1,1 @@
+"""Which process does what: runner, pool, worker, environments, sweep."""

@@ -1,0 +1,245 @@
+"""Drawn cases, judged one by one in a warm worker; of those that fail, the smallest. Needs hypothesis, and no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, settings
+from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
+
+import kbitcheck
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report
+from kbitcheck.core.result import Result
+from kbitcheck.core.rule import Rule
+from kbitcheck.run import virtualenvs as environments
+from kbitcheck.run.pool import Bench
+from kbitcheck.run.runner import settle
+from kbitcheck.run.subject import REFERENCE
+from kbitcheck.run.worker import Event
+from kbitcheck.strategies import Drawn, cases
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is drawn, and by what it is judged. ``options`` are those of ``CaseSpec`` that all cases share."""
+
+    implementation: str
+    rules: Sequence[Rule]
+    number: int
+    seed: int
+    strict: bool = False
+    models: Sequence[str] = ()
+    quants: Sequence[str] = ()
+    checkpointing: Sequence[Any] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Broken(AssertionError):
+    """A drawn case does not conform."""
+
+
+def fuzz(
+    plan: Plan,
+    *,
+    timeout: float,
+    on_event: Callable[[Event], None] = lambda event: None,
+    echo: Callable[[str], None] | None = None,
+) -> Report:
+    """Draw and judge cases until one fails or ``plan.number`` have passed; then shrink the one that failed.
+
+    The report is that of all cases where they pass, else of the smallest failing one alone; ``subject["fuzz"]`` tells
+    how many were drawn, and of a failing one the recipe as TOML and the command that runs it again. The same seed draws
+    the same cases; hypothesis first tries what it has in its database (``.hypothesis``) from earlier failures.
+
+    Raises:
+        UsageError: a model, implementation or option is wrong.
+    """
+    with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
+        run = _Run(plan, Path(scratch), timeout, on_event, echo)
+        try:
+            return run.report()
+        finally:
+            run.bench.close()
+
+
+class _Own(ExampleDatabase):
+    """One implementation's part of a database: what broke another is not tried first on it."""
+
+    def __init__(self, whole: ExampleDatabase | None, implementation: str) -> None:
+        super().__init__()
+        self._whole, self._prefix = whole or InMemoryExampleDatabase(), implementation.encode() + b":"
+
+    def save(self, key: bytes, value: bytes) -> None:
+        self._whole.save(self._prefix + key, value)
+
+    def fetch(self, key: bytes) -> Iterable[bytes]:
+        return self._whole.fetch(self._prefix + key)
+
+    def delete(self, key: bytes, value: bytes) -> None:
+        self._whole.delete(self._prefix + key, value)
+
+
+class _Run:
+    """One run of the fuzzer: what it drew, what it found, and the worker it asks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        scratch: Path,
+        timeout: float,
+        on_event: Callable[[Event], None],
+        echo: Callable[[str], None] | None,
+    ) -> None:
+        self.plan, self.scratch, self.on_event = plan, scratch, on_event
+        python = environments.interpreter(plan.implementation)
+        self.bench = Bench(scratch, plan.rules, timeout, echo, python=python)
+        self.specs: dict[str, CaseSpec] = {}
+        self.results: dict[str, tuple[Result, ...]] = {}
+        self.unloadable: dict[str, str] = {}
+        self.loaded: Event = {"implementation": {}, "environment": {}}
+        self.suspects: Sequence[Rule] = ()
+        self.smallest: Drawn | None = None
+        self.drawn = 0
+
+    def report(self) -> Report:
+        complete = True
+        try:
+            self._search()
+        except Broken:
+            pass
+        except KeyboardInterrupt:
+            complete = False
+        told: dict[str, Any] = {"cases": self.drawn, "seed": self.plan.seed, "unloadable": self.unloadable}
+        results = [r for found in self.results.values() for r in found]
+        specs = dict(self.specs)
+        if self.smallest is not None:
+            spec, found = self._judge(self.smallest, self.plan.rules) if complete else self._last()
+            results, specs = list(found), {spec.id: spec}
+            told |= {"recipe": self.smallest.toml, "file": spec.model, "command": self._command(spec, found)}
+        return dataclasses.replace(
+            self._report(results, specs), complete=complete, subject={**self._subject(specs), "fuzz": told}
+        )
+
+    def _search(self) -> None:
+        plan = self.plan
+
+        @settings(  # outside of the seed, which takes the database away
+            max_examples=plan.number,
+            database=_Own(settings().database, plan.implementation),
+            deadline=None,
+            verbosity=Verbosity.quiet,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.reuse, Phase.generate, Phase.shrink],
+        )
+        @seed(plan.seed)
+        @given(cases(models=plan.models, quants=plan.quants, checkpointing=plan.checkpointing))
+        def conforms(drawn: Drawn) -> None:
+            self.drawn += 1
+            spec, results = self._judge(drawn, self.suspects or plan.rules)
+            if self._fails(results, {spec.id: spec}):
+                self.smallest = drawn
+                # What shrinks is this failure, and not another one that a smaller case happens to have.
+                self.suspects = [r for r in plan.rules if r.code in self._counted(results, {spec.id: spec})][:1]
+                raise Broken
+
+        conforms()
+
+    def _judge(self, drawn: Drawn, rules: Sequence[Rule]) -> tuple[CaseSpec, tuple[Result, ...]]:
+        spec = drawn.spec(self._model(drawn), self.plan.implementation, **self.plan.options)
+        self.on_event({"event": "case", "case": spec.id})
+        results = []
+        # Nobody reads the files but this run's worker.
+        outside = dataclasses.replace(spec, model=str(self.scratch / spec.model)) if drawn.toml else spec
+        try:
+            for event in self.bench.examine(outside, rules):
+                if event["event"] == "result":
+                    result = settle(Result.from_json(event["result"]), self.plan.implementation)
+                    results.append(dataclasses.replace(result, case=spec.id))
+                elif event["event"] == "loaded":
+                    self.loaded = event
+        except UsageError as error:
+            if not drawn.toml or not self.bench.loaded:
+                raise
+            self.unloadable[spec.id] = str(error).replace(f"{self.scratch}/", "")
+            reject()
+        self.specs[spec.id] = spec
+        self.results[spec.id] = tuple(results)
+        return spec, tuple(results)
+
+    def _last(self) -> tuple[CaseSpec, tuple[Result, ...]]:
+        """The smallest failing case as far as it was judged before an interrupt."""
+        assert self.smallest is not None
+        spec = self.smallest.spec(self._model(self.smallest), self.plan.implementation, **self.plan.options)
+        return spec, self.results[spec.id]
+
+    def _model(self, drawn: Drawn) -> str:
+        """The name that a drawn model goes by: that of its recipe's file, which is written."""
+        if isinstance(drawn.model, str):
+            return drawn.model
+        name = f"drawn-{_digest(drawn.toml)}.toml"
+        (self.scratch / name).write_text(drawn.toml, encoding="utf-8")
+        return name
+
+    def _fails(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> bool:
+        return self._report(results, specs).exit_code not in (EXIT_CONFORMS, EXIT_NOTHING)
+
+    def _counted(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> list[str]:
+        report = self._report(results, specs)
+        return [r.rule for r in results if r.status == "ERROR" or report.counts(r)]
+
+    def _command(self, spec: CaseSpec, results: Sequence[Result]) -> str:
+        from kbitcheck.report.parts.repro import command
+
+        broken = self._counted(results, {spec.id: spec})
+        line = command(self._report(results, {spec.id: spec}), spec.id, ",".join(broken))
+        return line + (" --strict" if self.plan.strict else "")
+
+    def _subject(self, specs: Mapping[str, CaseSpec]) -> dict[str, Any]:
+        return {
+            "command": "impl",
+            "ignored": {},
+            "implementation": self.loaded["implementation"],
+            "in_process": False,
+            "cases": {name: spec.as_json() for name, spec in specs.items()},
+        }
+
+    def _report(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> Report:
+        return Report(
+            tool=f"kbitcheck {kbitcheck.__version__}",
+            environment=self.loaded["environment"],
+            subject=self._subject(specs),
+            results=tuple(results),
+            blame="any" if self.plan.implementation == REFERENCE else "own",
+            strict=self.plan.strict,
+            facts={"cases": {}},
+        )
+
+
+def told(report: Report) -> str:
+    """What is printed under a report: how to draw it again, or the smallest failing case as a recipe and a command."""
+    found: Mapping[str, Any] = report.subject["fuzz"]
+    lines = [f"{found['cases']} cases drawn, seed {found['seed']}"]
+    lines += [f"not loadable: {case}: {why}" for case, why in found["unloadable"].items()]
+    if "command" in found:
+        if found["recipe"]:
+            name = shlex.quote(found["file"])
+            lines += [
+                f"the smallest that fails is this recipe, {name} (it fits into fixtures/ too):",
+                "",
+                found["recipe"],
+            ]
+        lines += [f"again   {found['command']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

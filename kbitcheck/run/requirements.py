@@ -1,0 +1,119 @@
+"""An implementation that is not installed here: ``REQUIREMENT::module:function``, or a release by its name alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from kbitcheck.core.errors import UsageError
+
+SEPARATOR = "::"
+PARENT = "zzz_kbitcheck.pth"  # the last of its directory's; every environment has it
+# What a release is asked for where nothing else is named.
+FUNCTIONS = {
+    "peft": "peft:prepare_model_for_kbit_training",
+    "trl": "trl.experimental.utils:prepare_model_for_kbit_training",
+}
+NAME = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*")
+PINNED = re.compile(NAME.pattern + r"([=~<>!]=?=?|@)\s*\S.*")
+GIT = re.compile(r"git\+(?P<url>[^#]+?)(@(?P<ref>[^@/#]+(/[^@#]+)?))?(#.*)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NOT_SOURCE = frozenset({"__pycache__", "build", "dist", "node_modules", "venv"})
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What pip is to install, as the user wrote it, and which function of it prepares (``module:function``)."""
+
+    text: str
+    function: str
+
+    @property
+    def project(self) -> str:
+        """The normalized name of the project; empty for a path or an address."""
+        named = PINNED.fullmatch(self.text) or NAME.fullmatch(self.text)
+        return re.sub(r"[-_.]+", "-", named[1]).lower() if named and not self.path else ""
+
+    @property
+    def path(self) -> Path | None:
+        """The local directory or file that is to be installed, if it is one."""
+        archive = self.text.endswith((".whl", ".tar.gz", ".zip"))
+        if "://" in self.text or not (archive or ("/" in self.text and not PINNED.fullmatch(self.text))):
+            return None
+        return Path(self.text).expanduser().resolve()
+
+    @property
+    def pip(self) -> str:
+        """The word for pip's command line."""
+        return str(self.path or self.text)
+
+    def validate(self) -> None:
+        """Check what can be checked without a network.
+
+        Raises:
+            UsageError: it is no requirement, or there is no such path.
+        """
+        if self.path is not None and not self.path.exists():
+            raise UsageError(f"requirement {self.text!r}: no such file or directory: {self.path}")
+        if self.path is None and not self.project and "://" not in self.text:
+            raise UsageError(
+                f"{self.text!r} is no requirement: write peft==0.13.2, git+https://..., a directory or a wheel"
+            )
+
+    def content(self) -> str:
+        """What tells one content of a moving requirement from another: a branch's commit, a path's files; else empty."""
+        if self.path is not None:
+            return _digest(self.path)
+        address = self.text.partition("@")[2].strip() if self.project and "@" in self.text else self.text
+        found = GIT.fullmatch(address)
+        return "" if found is None else _commit(found["url"], found["ref"] or "HEAD")
+
+
+def parse(text: str) -> Requirement | None:
+    """The requirement that an implementation's name begins with; None where it names what is installed here.
+
+    Raises:
+        UsageError: it is a requirement, and says not which function of it.
+    """
+    requirement, separator, function = text.rpartition(SEPARATOR)
+    if separator:
+        if not requirement.strip():
+            raise UsageError(f"implementation {text!r} names nothing to install before {SEPARATOR}")
+        return Requirement(requirement.strip(), function.strip())
+    if not PINNED.fullmatch(text) and not text.startswith("git+"):
+        return None
+    found = Requirement(text.strip(), "")
+    if found.project not in FUNCTIONS:
+        raise UsageError(f"implementation {text!r} names no function: write {text}{SEPARATOR}module:function")
+    return Requirement(found.text, FUNCTIONS[found.project])
+
+
+def _digest(path: Path) -> str:
+    """Of the names and bytes of a file, or of all source files in a directory."""
+    total = hashlib.blake2b(digest_size=16)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _source(p, path))
+    for file in files:
+        content = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+        total.update(f"{file.relative_to(path)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def _source(file: Path, root: Path) -> bool:
+    parts = file.relative_to(root).parts
+    return not any(part in NOT_SOURCE or part.startswith(".") or part.endswith(".egg-info") for part in parts)
+
+
+def _commit(url: str, ref: str) -> str:
+    """The commit that a branch or tag of a repository is at; the name itself where the repository does not tell."""
+    if COMMIT.fullmatch(ref):
+        return ref
+    words = [shutil.which("git") or "git", "ls-remote", "--exit-code", url, ref, f"{ref}^{{}}"]
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return ref
+    return told.stdout.split()[0] if told.stdout else ref

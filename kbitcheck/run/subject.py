@@ -1,0 +1,196 @@
+"""Names what is under test: ``reference``, ``peft``, ``module:function`` or ``path/to/file.py:function``.
+
+After ``REQUIREMENT::`` a module or file is that of another environment: see ``kbitcheck.run.requirements``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.observe import libraries
+from kbitcheck.run import requirements as requirement
+
+REFERENCE = "reference"
+ALIASES = {
+    REFERENCE: "kbitcheck_reference:prepare_model_for_kbit_training",
+    "peft": "peft:prepare_model_for_kbit_training",
+}
+FORMS = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function"
+
+DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+class Missing(UsageError):
+    """There is no such function, whatever else is installed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """A preparation function and where it comes from. ``line`` is 0 where the source is not known.
+
+    ``patches`` names what its import replaced in the libraries that training rests on.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    version: str = ""
+    file: str = ""
+    line: int = 0
+    patches: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the function itself."""
+        return {"name": self.name, "version": self.version, "file": self.file, "line": self.line}
+
+
+def default() -> str:
+    """What ``kbitcheck model`` prepares with: peft where it is installed, else the reference."""
+    return "peft" if importlib.util.find_spec("peft") else REFERENCE
+
+
+def validate(text: str) -> None:
+    """Check, without importing or installing it, that ``text`` can name an implementation.
+
+    Raises:
+        UsageError: wrong syntax, or no such file or top-level module.
+    """
+    wanted = requirement.parse(text)
+    where, attribute = _split(text)
+    if not where or not DOTTED.fullmatch(attribute):
+        raise UsageError(f"implementation {text!r} names no function: write {FORMS}")
+    if wanted is not None:
+        wanted.validate()
+    if _is_file(where):
+        if not Path(where).is_file():
+            raise UsageError(f"implementation {text!r}: no such file: {where}")
+    elif not DOTTED.fullmatch(where):
+        raise UsageError(f"implementation {text!r} is not one of {FORMS}")
+    elif wanted is None:
+        top = where.partition(".")[0]
+        if top not in sys.modules and PathFinder.find_spec(top, [str(Path.cwd()), *sys.path]) is None:
+            raise UsageError(f"implementation {text!r}: no module named {top!r} is installed or in this directory")
+
+
+def load(text: str) -> Implementation:
+    """Import the implementation. Run this only where the harness and its oracle are already imported.
+
+    Raises:
+        Missing: it has no such module or attribute, or that is not callable.
+        UsageError: it cannot be imported.
+    """
+    validate(text)
+    where, attribute = _split(text)
+    before = libraries.fingerprint()
+    try:
+        module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
+    except (Exception, SystemExit) as error:
+        gone = isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
+        raise (Missing if gone else UsageError)(
+            f"implementation {text!r} cannot be imported: {cause(error)}"
+        ) from error
+    found: Any = module
+    for name in attribute.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
+    if not callable(found):
+        raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
+    subject = describe(found, name=text, version=_version(module))
+    return replace(subject, patches=libraries.patched_since(before))
+
+
+def unused(text: str) -> Implementation:
+    """The name of an implementation that a static audit never calls, and so need not import."""
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{text} was not loaded")
+
+    return Implementation(name=text, function=never)
+
+
+def describe(function: Callable[..., Any], *, name: str = "", version: str = "") -> Implementation:
+    """The implementation a callable is: looks through partials, wrappers and callable instances for its source."""
+    bare: Any = function
+    while isinstance(bare, functools.partial):
+        bare = bare.func
+    bare = inspect.unwrap(bare)
+    if not inspect.isroutine(bare) and not inspect.isclass(bare):
+        bare = type(bare).__call__
+    code = getattr(bare, "__code__", None)
+    return Implementation(
+        name=name or getattr(bare, "__qualname__", type(function).__qualname__),
+        function=function,
+        version=version,
+        file=code.co_filename if code else "",
+        line=code.co_firstlineno if code else 0,
+    )
+
+
+def _split(text: str) -> tuple[str, str]:
+    wanted = requirement.parse(text)
+    where, _, attribute = (ALIASES.get(text, text) if wanted is None else wanted.function).rpartition(":")
+    return where, attribute
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where
+
+
+def _import(name: str, text: str) -> ModuleType:
+    if (wanted := requirement.parse(text)) is not None:
+        # Before PYTHONPATH, which may hold another state of the same package.
+        packages = sysconfig.get_path("purelib")
+        if not Path(packages, requirement.PARENT).exists():
+            raise ImportError(f"{wanted.text} has an environment of its own, and cannot be loaded in this process")
+        sys.path.insert(0, packages)
+    elif text not in ALIASES:
+        _first_on_path(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    _first_on_path(Path.cwd())
+    _first_on_path(path.parent)
+    # A file named like an imported module (types.py, peft.py) must not take its place.
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"kbitcheck_subject_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is not a Python source file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _first_on_path(directory: Path) -> None:
+    """Import from ``directory`` first, as a script there would, and leave no ``__pycache__`` behind in it."""
+    sys.dont_write_bytecode = True
+    if str(directory) not in sys.path[:1]:
+        sys.path.insert(0, str(directory))
+
+
+def _version(module: ModuleType) -> str:
+    top = module.__name__.partition(".")[0]
+    for distribution in (top, "kbitcheck" if top == "kbitcheck_reference" else top):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    found = getattr(module, "__version__", "")
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,80 @@
+"""Suites: the cases that a run consists of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec, Checkpointing
+from kbitcheck.core.errors import UsageError
+
+QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
+    # Untied, grouped-query, RMSNorm, the plain path in both quantizations; nested state, half-precision packed storage.
+    ("tiny:llama", "nf4,double,storage=bf16", ("non-reentrant",)),
+    ("tiny:llama", "int8", ("reentrant", "off")),
+    # Several towers: adapters in the one that reads pictures, whose input comes from a convolution.
+    ("tiny:llava", "fp4,compute=fp32", ("reentrant",)),
+    # Encoder-decoder, several readers of one tensor, fp16 weights beside fp32 ones.
+    ("tiny:t5", "nf4,storage=fp16,compute=fp32", ("reentrant",)),
+    ("tiny:t5", "int8", ("non-reentrant",)),
+    # Tied, LayerNorm and biases; float32 compute, where a two per cent slip cannot hide in rounding.
+    ("tiny:gpt2", "nf4,compute=fp32", ("reentrant", "off")),
+    ("tiny:gpt2", "int8", ("default",)),
+)
+
+
+RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
+
+
+_GRID: tuple[tuple[str, tuple[Checkpointing, ...]], ...] = (
+    ("nf4", ("reentrant", "non-reentrant", "default", "off")),
+    ("nf4,double,storage=bf16", ("non-reentrant",)),
+    ("fp4", ("reentrant", "non-reentrant", "off")),
+    ("int8", ("reentrant", "non-reentrant", "off")),
+)
+
+
+FULL = tuple((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in _GRID)
+
+
+def cases(
+    suite: Sequence[tuple[str, str, Sequence[Checkpointing]]],
+    *,
+    models: Sequence[str] = (),
+    quants: Sequence[str] = (),
+    checkpointing: Sequence[Checkpointing] = (),
+    **options: Any,
+) -> list[CaseSpec]:
+    """The suite's cases, narrowed or replaced by what the user named.
+
+    Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
+    quantizations or modes crosses the suite's models with them.
+    """
+    for name, given in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
+        if isinstance(given, str):
+            raise UsageError(f"{name} is a list, of one: [{given!r}]")
+    if models or quants:
+        cells = [
+            (model, quant, checkpointing or ("reentrant", "non-reentrant", "off"))
+            for model in (models or dict.fromkeys(m for m, _, _ in suite))
+            for quant in (quants or ("nf4", "int8"))
+        ]
+    else:
+        cells = [(model, quant, checkpointing or modes) for model, quant, modes in suite]
+    specs = [
+        CaseSpec(model=model, quant=str(Quantization.parse(quant)), checkpointing=mode, **options)
+        for model, quant, modes in cells
+        for mode in modes
+    ]
+    return list(dict.fromkeys(specs))
+
+
+def workers(specs: Sequence[CaseSpec]) -> int:
+    """How many workers run at once where nobody says: one a core for recipes, else one, which may need all the memory."""
+    recipes = all(spec.model.startswith("tiny:") for spec in specs)
+    if not recipes:
+        return 1
+    # A container may have fewer cores than the machine; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,172 @@
+"""What comes of a sweep: a row for each architecture, and the table of all rows. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from kbitcheck.core.facts import CANNOT_RUN
+from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING
+from kbitcheck.core.result import Level, Party, Result, Status
+
+RETURNS, RUNS, LEARNS, CHANGED = "KB502", "KB210", "KB309", "KB105"
+SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB903", "KB401", "KB403"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A rule that a row breaks: its first failure, how many there are, and whose they are."""
+
+    rule: str
+    level: Level
+    party: Party
+    where: str
+    actual: str
+    failures: int
+
+    @classmethod
+    def of(cls, result: Result) -> Self:
+        """The worst failure of a result: the implementation's own before others'."""
+        first = next((f for f in result.failures if f.party is result.attributed_to), result.failures[0])
+        return cls(
+            rule=result.rule,
+            level=result.level,
+            party=first.party,
+            where=first.where,
+            actual=first.actual,
+            failures=len(result.failures),
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "level": Level(data["level"]), "party": Party(data["party"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What came of one architecture; None stands for what was not come to.
+
+    ``quantized`` is the share of parameters (embeddings and head included) in quantized layers, ``growth`` bytes after
+    preparing over bytes in half precision, ``inputs`` what it was fed. ``reason`` says why a row is not audited, or not
+    wholly; ``seconds`` is time inside rules.
+    """
+
+    architecture: str
+    cls: str
+    model: str
+    loads: bool
+    prepares: bool | None = None
+    trains: bool | None = None
+    checkpointing: str = ""
+    quantized: float | None = None
+    growth: float | None = None
+    inputs: str = ""
+    parameters: int | None = None
+    adapters: int | None = None
+    dead_adapters: int | None = None
+    findings: tuple[Finding, ...] = ()
+    errors: tuple[str, ...] = ()
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether the model or the harness, and not what is under test, kept rules from being judged."""
+        return not self.loads or bool(self.errors)
+
+    @property
+    def nonconforming(self) -> bool:
+        """Whether the implementation itself breaks a MUST."""
+        return any(f.level is Level.MUST and f.party is Party.IMPLEMENTATION for f in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``."""
+        findings = tuple(Finding.from_json(f) for f in data["findings"])
+        return cls(**{**data, "findings": findings, "errors": tuple(data["errors"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """All rows of a sweep, sorted by architecture, with what was run and on what."""
+
+    task: str
+    selected: int
+    options: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    rows: Sequence[Row]
+    complete: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """0 where every row was audited and the implementation broke no MUST; see ``kbitcheck.core`` for the others."""
+        if not self.complete:
+            return EXIT_INTERRUPTED
+        if not self.rows:
+            return EXIT_NOTHING
+        if any(row.broken for row in self.rows):
+            return EXIT_ERROR
+        return EXIT_BROKEN_RULE if any(row.nonconforming for row in self.rows) else EXIT_CONFORMS
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return {**asdict(self), "exit_code": self.exit_code}
+
+
+def row(architecture: str, cls: str, model: str, results: Sequence[Result], facts: Mapping[str, Any]) -> Row:
+    """The row of an architecture that was loaded."""
+    by_rule = {r.rule: r for r in results}
+    raised = unprepared = next((f.actual for f in _failures(by_rule, RETURNS) if f.actual.startswith("raised")), "")
+    total = facts.get("parameters")
+    prepared = facts.get("bytes_prepared")
+    # Where preparation or a training step raised, rules about what comes after have nothing to judge, and one has told.
+    raised = raised or next((f.actual for f in _failures(by_rule, RUNS) if f.where == "training step"), "")
+    raised = raised or next((r.reason.removeprefix(CANNOT_RUN) for r in results if r.reason.startswith(CANNOT_RUN)), "")
+    errors = [r for r in results if r.status is Status.ERROR and not raised]
+    return Row(
+        architecture=architecture,
+        cls=cls,
+        model=model,
+        loads=True,
+        prepares=None if RETURNS not in by_rule else not unprepared,
+        trains=False if raised and not unprepared else _trains(by_rule),
+        checkpointing=_checkpointing(by_rule),
+        quantized=facts["quantized"] / total if total else None,
+        growth=prepared / (2 * total) if prepared and total else None,
+        inputs=facts.get("inputs", ""),
+        parameters=total,
+        adapters=facts.get("adapters"),
+        dead_adapters=facts.get("dead_adapters"),
+        findings=tuple(Finding.of(r) for r in results if r.status is Status.FAIL),
+        errors=tuple(f"{r.rule}: {r.reason}" for r in errors),
+        reason=raised.removeprefix("raised ") or next((r.reason for r in errors), ""),
+        seconds=round(sum(r.seconds for r in results), 2),
+    )
+
+
+def _failures(by_rule: Mapping[str, Result], rule: str) -> Iterable[Any]:
+    return by_rule[rule].failures if rule in by_rule else ()
+
+
+def _kept(by_rule: Mapping[str, Result], rule: str) -> bool | None:
+    """Whether a rule holds; None where it was not judged."""
+    found = by_rule.get(rule)
+    return None if found is None or found.status in (Status.SKIP, Status.ERROR) else found.status is Status.PASS
+
+
+def _trains(by_rule: Mapping[str, Result]) -> bool | None:
+    """Whether the loss falls; where the float twin's does not either, whether every live adapter is changed."""
+    learns = by_rule.get(LEARNS)
+    return _kept(by_rule, CHANGED if learns is not None and learns.status is Status.SKIP else LEARNS)
+
+
+def _checkpointing(by_rule: Mapping[str, Result]) -> str:
+    if _kept(by_rule, SUPPORTED) is False:
+        return "unsupported"
+    judged = [kept for rule in (SWITCHED_ON, RECOMPUTES) if (kept := _kept(by_rule, rule)) is not None]
+    return "" if not judged else "works" if all(judged) else "broken"

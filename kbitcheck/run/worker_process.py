@@ -1,0 +1,203 @@
+"""The parent's side of a worker: starts it, talks to it, and tells how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from kbitcheck.run.worker import LAST, Event
+
+WARM_UP_SECONDS = 300.0  # importing torch and transformers with a cold cache takes tens of seconds
+TAIL_BYTES = 1 << 16
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "PYTHONUNBUFFERED": "1",  # or last words are lost
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other process
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),  # glibc returns a large tensor's memory when it is freed, not some day
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
+}
+FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
+
+
+class Lost(Exception):
+    """The worker died, hung or broke the protocol; the message is the cause on one line."""
+
+
+class WorkerProcess:
+    """A running worker. ``scratch`` becomes its TMPDIR; ``echo`` gets what it and its subject print.
+
+    ``environment`` holds variables that it gets beside this process's own; ``python`` is the interpreter that runs it.
+    """
+
+    def __init__(
+        self,
+        scratch: Path,
+        echo: Callable[[str], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        python: str = sys.executable,
+    ) -> None:
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        self._open = {self._requests, self._replies}
+        self._echo = echo
+        self._printed = b""
+        self._unread = b""
+        self._warm = False
+        self._popen = subprocess.Popen(
+            # -P: a torch.py in the working directory must not be imported in torch's place.
+            [python, "-P", "-m", "kbitcheck.run.worker", str(requests), str(replies)],
+            pass_fds=(requests, replies),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            env={**os.environ, **QUIET, **(environment or {}), "TMPDIR": str(scratch)},
+            start_new_session=True,
+        )
+        os.close(requests)
+        os.close(replies)
+        assert self._popen.stdout is not None
+        self._log = self._popen.stdout.fileno()
+        for fd in (self._replies, self._log):
+            os.set_blocking(fd, False)
+
+    def ask(self, request: Event, seconds: float) -> Iterator[Event]:
+        """Send a request and yield the events that answer it; the last one is in ``LAST``.
+
+        The first request also waits for the worker to get warm, which is not counted in ``seconds``.
+
+        Raises:
+            Lost: no last event came within ``seconds``, or the worker ended.
+        """
+        if not self._warm:
+            for event in self._events(WARM_UP_SECONDS):
+                if event["event"] == "broken":
+                    raise Lost(f"the worker could not start: {event['cause']}")
+            self._warm = True
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._requests, (json.dumps(request) + "\n").encode())
+        yield from self._events(seconds)
+
+    def _events(self, seconds: float) -> Iterator[Event]:
+        deadline = time.monotonic() + seconds
+        while True:
+            line = self._line(deadline)
+            if line is None:
+                raise Lost(f"no result within {seconds:g} s{self._whereabouts()}")
+            try:
+                event: Event = json.loads(line)
+                last = event["event"] in LAST
+            except (ValueError, TypeError, KeyError):
+                raise Lost("the worker's pipe was written to by the implementation") from None
+            yield event
+            if last:
+                return
+
+    def _line(self, deadline: float) -> bytes | None:
+        """The next line of the replies, or None at the deadline."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._replies, selectors.EVENT_READ)
+            selector.register(self._log, selectors.EVENT_READ)
+            while b"\n" not in self._unread:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                # A grandchild may hold the pipes open after the worker's death: look at the worker, not at them alone.
+                dead = self._popen.poll() is not None
+                for key, _ in selector.select(0 if dead else min(left, 0.25)):
+                    if not self._pump(key.fd):
+                        selector.unregister(key.fd)
+                if dead and b"\n" not in self._unread:
+                    raise Lost(self._obituary())
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _pump(self, fd: int) -> bool:
+        """Read what there is; False at the end of the pipe."""
+        try:
+            chunk = os.read(fd, TAIL_BYTES)
+        except BlockingIOError:
+            return True
+        if fd == self._replies:
+            self._unread += chunk
+        elif chunk:
+            self._printed = (self._printed + chunk)[-TAIL_BYTES:]
+            if self._echo is not None:
+                self._echo(chunk.decode(errors="replace"))
+        return bool(chunk)
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:
+            before = self._printed
+            if not self._pump(self._log):
+                return
+            if self._printed == before:
+                time.sleep(0.02)
+
+    def _whereabouts(self) -> str:
+        """Where a hung worker is, from the stack that faulthandler prints on SIGUSR1."""
+        mark = len(self._printed)
+        with contextlib.suppress(ProcessLookupError):
+            self._popen.send_signal(signal.SIGUSR1)
+        self._drain()
+        return self._innermost(self._printed[mark:] or self._printed)
+
+    def _obituary(self) -> str:
+        self._drain()
+        code = self._popen.returncode
+        if code >= 0:
+            last = self.tail().strip().splitlines()[-1:]
+            return f"the process ended itself with exit code {code}" + (f"; it last printed: {last[0]}" if last else "")
+        name = signal.Signals(-code).name
+        why = {signal.SIGKILL: "out of memory, or by itself", signal.SIGTERM: "asked to end"}.get(signal.Signals(-code))
+        return f"the process was killed by {name} ({why or signal.strsignal(-code)}){self._innermost(self._printed)}"
+
+    def _innermost(self, printed: bytes) -> str:
+        """The innermost frame of faulthandler's last dump, if there is one."""
+        _, dump, frames = printed.decode(errors="replace").rpartition("(most recent call first)")
+        found = FRAME.search(frames) if dump else None
+        return f", in {found['name']} at {found['file']}:{found['line']}" if found else ""
+
+    def close(self) -> None:
+        """End the worker and everything it started. Asks politely first, unless it is in the middle of something."""
+        self._close(self._requests)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1.0)
+        self.kill()
+
+    def stop(self) -> None:
+        """End the worker and its process group at once; whoever is waiting for an answer gets ``Lost``."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Stop the worker, and give back its pipes."""
+        self.stop()
+        self._popen.wait()
+        if self._popen.stdout is not None:
+            self._popen.stdout.close()
+        for fd in (self._requests, self._replies):
+            self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:
+            self._open.remove(fd)
+            os.close(fd)
+
+    def tail(self) -> str:
+        """The last of what the worker and its subject printed."""
+        return self._printed.decode(errors="replace")
