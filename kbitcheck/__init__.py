@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import NonConformance, Report
+from kbitcheck.core.version import VERSION
 
 if TYPE_CHECKING:
     from kbitcheck.core.cases import Checkpointing, Freezes, Profile
@@ -25,7 +26,7 @@ __all__ = [
     "check_implementation",
 ]
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def audit(

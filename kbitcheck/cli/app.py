@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import kbitcheck
 from kbitcheck.cli.main import fail, list_rules, say
 from kbitcheck.cli.options import ImplOptions, MatrixOptions, ModelOptions, Output, Shared, SweepOptions, with_options
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_NOTHING, Report
 from kbitcheck.core.rule import select
+from kbitcheck.core.version import TOOL
 
 if TYPE_CHECKING:
     from kbitcheck.core.cases import CaseSpec
@@ -39,7 +39,7 @@ IMPL_HELP = (
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"kbitcheck {kbitcheck.__version__}")
+        typer.echo(TOOL)
         raise typer.Exit
 
 
@@ -208,7 +208,7 @@ def matrix(
             break
     words = ["kbitcheck", *sys.argv[1:]]
     table = matrix.Matrix(
-        tool=f"kbitcheck {kbitcheck.__version__}",
+        tool=TOOL,
         command=shlex.join(words),
         cases=[spec.id for spec in cases],
         rows=rows,

@@ -21,7 +21,6 @@ from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_
 from torch import nn
 from transformers import PreTrainedModel
 
-import kbitcheck
 from kbitcheck.core import machine as environment
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import NotApplicable, UsageError, cause
@@ -30,6 +29,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import judge
 from kbitcheck.core.rule import select as chosen
+from kbitcheck.core.version import TOOL
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import never_repacked, quiet
 from kbitcheck.models.sources.live import Given
@@ -92,7 +92,7 @@ def examine(
         facts = case.summary()
         case.close()
     return Report(
-        tool=f"kbitcheck {kbitcheck.__version__}",
+        tool=TOOL,
         environment=environment.describe(device, spec.seed),
         subject={
             "command": "assert_prepared",

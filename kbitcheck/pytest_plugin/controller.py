@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import kbitcheck
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_ERROR, EXIT_NOTHING, EXIT_USAGE, Report
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
+from kbitcheck.core.version import TOOL
 from kbitcheck.pytest_plugin.runner import FOLDER, PLAN, Runner
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Controller:
         if settings is None or not settings.implementation:
             return None
         cases, chosen = len(settings.specs), len(settings.rules)
-        return f"kbitcheck {kbitcheck.__version__}: {settings.implementation}, {cases} cases, {chosen} rules"
+        return f"{TOOL}: {settings.implementation}, {cases} cases, {chosen} rules"
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -228,7 +228,7 @@ def assemble(
 
     names = {spec["implementation"] for spec in specs.values()}
     return Report(
-        tool=f"kbitcheck {kbitcheck.__version__}",
+        tool=TOOL,
         environment=loaded.get("environment", {}),
         subject={
             "command": "impl",

@@ -13,12 +13,12 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, settings
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
-import kbitcheck
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report
 from kbitcheck.core.result import Result
 from kbitcheck.core.rule import Rule
+from kbitcheck.core.version import TOOL
 from kbitcheck.run import virtualenvs as environments
 from kbitcheck.run.pool import Bench
 from kbitcheck.run.runner import settle
@@ -214,7 +214,7 @@ class _Run:
 
     def _report(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> Report:
         return Report(
-            tool=f"kbitcheck {kbitcheck.__version__}",
+            tool=TOOL,
             environment=self.loaded["environment"],
             subject=self._subject(specs),
             results=tuple(results),

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import kbitcheck
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result
 from kbitcheck.core.rule import select as chosen
+from kbitcheck.core.version import TOOL
 from kbitcheck.observe.heap import LARGE_BYTES
 from kbitcheck.run.worker import examine
 
@@ -68,7 +68,7 @@ def audit(
         told = environment.describe(str(next(model.parameters()).device), case.spec.seed)
         events = list(examine(case, rules))
     return Report(
-        tool=f"kbitcheck {kbitcheck.__version__}",
+        tool=TOOL,
         environment=told,
         subject={
             "command": "audit",

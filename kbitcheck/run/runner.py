@@ -14,12 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import kbitcheck
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Party, Result, Status
 from kbitcheck.core.rule import Rule
+from kbitcheck.core.version import TOOL
 from kbitcheck.run import virtualenvs as environments
 from kbitcheck.run.pool import Bench, broken, spread
 from kbitcheck.run.subject import REFERENCE, Implementation
@@ -78,7 +78,7 @@ def run(
     order = {spec.id: index for index, spec in enumerate(specs)}
     results.sort(key=lambda result: order[result.case])
     return Report(
-        tool=f"kbitcheck {kbitcheck.__version__}",
+        tool=TOOL,
         environment=loaded["environment"],
         subject={
             **(subject or {}),

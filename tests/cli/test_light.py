@@ -44,7 +44,12 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({**report, "complete": True, "facts": {}, "results": []}))
     assert imported(MAIN, ("show", str(tmp_path / "report.json"))) == ""
     assert imported("import kbitcheck.compare.gate, kbitcheck.compare.diff, kbitcheck.compare.accept") == ""
-    assert imported("import kbitcheck, kbitcheck.run.runner, kbitcheck.run.in_process, kbitcheck.run.worker") == ""
+    assert (
+        imported(
+            "import kbitcheck, kbitcheck.testing, kbitcheck.run.runner, kbitcheck.run.in_process, kbitcheck.run.worker"
+        )
+        == ""
+    )
 
 
 def test_the_probe_sees_what_is_heavy() -> None:

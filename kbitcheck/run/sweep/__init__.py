@@ -13,12 +13,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import kbitcheck
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core import machine as environment
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import rules
+from kbitcheck.core.version import VERSION
 from kbitcheck.run import requirements as requirement
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.sweep.journal import Journal
@@ -55,7 +55,7 @@ def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[
     key = {"task": options.task, "quant": quant, "prepare": implementation, "device": options.device, **common}
     journal = Journal(
         Path(f"{options.output}.jsonl") if options.output else None,
-        {**key, "kbitcheck": kbitcheck.__version__, **environment.versions()},
+        {**key, "kbitcheck": VERSION, **environment.versions()},
     )
     if journal.stale:
         say("the rows beside the output are of another sweep: starting anew")
