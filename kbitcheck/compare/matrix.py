@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from kbitcheck.compare.gate import evidence
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
+from kbitcheck.core.report import Report, exit_code
 from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.run import subject as implementations
 
@@ -24,8 +24,8 @@ class Mark(StrEnum):
     SKIPPED = "skipped"
     KEPT = "kept"
     SHOULD = "broken SHOULD"
-    MUST = "broken MUST"
     ERROR = "error"
+    MUST = "broken MUST"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,14 @@ class Matrix:
 
     @property
     def exit_code(self) -> int:
-        """2 where it was cut short, 3 where a row could not be run or judged, 1 where a MUST is broken, else 0."""
-        marks = [mark for row in self.rows for mark in row.marks.values()]
-        if not all(row.complete for row in self.rows):
-            return EXIT_INTERRUPTED
-        if Mark.ERROR in marks or any(row.error and not row.subject.left_out for row in self.rows):
-            return EXIT_ERROR
-        if not set(marks) - {Mark.SKIPPED}:
-            return EXIT_NOTHING
-        return EXIT_BROKEN_RULE if Mark.MUST in marks else EXIT_CONFORMS
+        """2 where the run was cut short, 1 where a MUST is broken, 3 where a row could not be run or judged, else 0."""
+        marks = {mark for row in self.rows for mark in row.marks.values()}
+        return exit_code(
+            interrupted=not all(row.complete for row in self.rows),
+            broken=Mark.MUST in marks,
+            not_judged=Mark.ERROR in marks or any(row.error and not row.subject.left_out for row in self.rows),
+            nothing=not marks - {Mark.SKIPPED},
+        )
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary."""

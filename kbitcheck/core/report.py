@@ -16,6 +16,29 @@ SCHEMA = 1
 EXIT_CONFORMS, EXIT_BROKEN_RULE, EXIT_INTERRUPTED, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING = range(6)
 
 
+def exit_code(
+    *,
+    usage: bool = False,
+    interrupted: bool = False,
+    broken: bool = False,
+    not_judged: bool = False,
+    nothing: bool = False,
+) -> int:
+    """The exit code of whatever was run: of several conditions that hold, the first argument's decides.
+
+    ``broken``: a requirement that counts is broken. ``not_judged``: something could not be judged. ``nothing``: nothing
+    was checked. This is the one place that knows the precedence.
+    """
+    conditions = (
+        (usage, EXIT_USAGE),
+        (interrupted, EXIT_INTERRUPTED),
+        (broken, EXIT_BROKEN_RULE),
+        (not_judged, EXIT_ERROR),
+        (nothing, EXIT_NOTHING),
+    )
+    return next((code for holds, code in conditions if holds), EXIT_CONFORMS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything one run found, as plain data; its JSON form is what ``--format json`` prints and ``show`` reads.
@@ -64,16 +87,33 @@ class Report:
         return {**of, "counted": sum(map(self.counts, self.results))}
 
     @property
+    def broken(self) -> bool:
+        """Whether a requirement that counts is broken; in a gate, whether a breach is more than what could not be judged."""
+        if self.gate is None:
+            return any(map(self.counts, self.results))
+        errors = {(r.rule, r.case) for r in self.results if r.status is Status.ERROR}
+        return any(
+            (rule, case) not in errors
+            for breach in self.gate["breaches"]
+            if breach["counted"]
+            for rule in breach["rules"]
+            for case in breach["cases"]
+        )
+
+    @property
+    def not_judged(self) -> bool:
+        """Whether a rule could not be judged; in a gate, one whose ERROR is not accepted."""
+        return any(r.status is Status.ERROR and (self.gate is None or self.counts(r)) for r in self.results)
+
+    @property
     def exit_code(self) -> int:
-        """0 conforms, 1 does not, 2 interrupted, 3 something broke, 5 nothing was checked."""
-        summary = self.summary
-        if not self.complete:
-            return EXIT_INTERRUPTED
-        if any(r.status is Status.ERROR and (self.gate is None or self.counts(r)) for r in self.results):
-            return EXIT_ERROR
-        if summary["counted"] or (self.gate is not None and any(b["counted"] for b in self.gate["breaches"])):
-            return EXIT_BROKEN_RULE
-        return EXIT_CONFORMS if summary["pass"] or summary["fail"] else EXIT_NOTHING
+        """0 conforms, 1 does not, 2 interrupted, 3 something could not be judged, 5 nothing was checked."""
+        return exit_code(
+            interrupted=not self.complete,
+            broken=self.broken,
+            not_judged=self.not_judged,
+            nothing=not any(r.status in (Status.PASS, Status.FAIL) for r in self.results),
+        )
 
     def raise_for_failures(self) -> None:
         """Raise ``NonConformance`` unless the run conforms."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_ERROR, EXIT_NOTHING, EXIT_USAGE, Report
+from kbitcheck.core.report import EXIT_CONFORMS, EXIT_USAGE, Report, exit_code
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.core.version import TOOL
@@ -34,6 +34,7 @@ class Controller:
         self._start = time.perf_counter()
         self._told: dict[str, dict[str, Any]] = {}
         self._broken: dict[str, str] = {}
+        self._failed: set[str] = set()  # tests that failed, other than by a rule that could not be judged
         self._usage = ""
         self._reports: list[Report] = []
 
@@ -50,6 +51,8 @@ class Controller:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told = getattr(report, "kbit", None)
+        if report.failed and not _is_error(told):
+            self._failed.add(report.nodeid)
         if told is not None:
             found = json.loads(told)
             self._usage = self._usage or found["usage"]
@@ -62,10 +65,7 @@ class Controller:
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         told = getattr(report, "kbit", None)
-        if told is None or not report.failed:
-            return None
-        error = json.loads(told).get("result", {"status": Status.ERROR})["status"] == Status.ERROR
-        return ("error", "E", "ERROR") if error else None
+        return ("error", "E", "ERROR") if report.failed and _is_error(told) else None
 
     def _plan(self) -> tuple[Mapping[str, tuple[str, str]], list[tuple[str, str]]]:
         """What was to be run, by node id: rule and case; and what was deselected.
@@ -110,14 +110,14 @@ class Controller:
             return
         if exitstatus not in ENDED:
             return
-        if any(map(_broke, self._reports)):
-            session.exitstatus = EXIT_ERROR
-        elif exitstatus == pytest.ExitCode.TESTS_FAILED:
-            return
-        elif any(report.gate is not None and report.exit_code == EXIT_BROKEN_RULE for report in self._reports):
-            session.exitstatus = EXIT_BROKEN_RULE  # what the ledger misses was no test
-        elif all(r.status is Status.SKIP for report in self._reports for r in report.results):
-            session.exitstatus = EXIT_NOTHING
+        code = exit_code(
+            # What a ledger misses was no test; a planned test without a result is an error, and no failure.
+            broken=any(report.broken for report in self._reports) or bool(self._failed - missing.keys()),
+            not_judged=any(map(_errors, self._reports)),
+            nothing=all(r.status is Status.SKIP for report in self._reports for r in report.results),
+        )
+        if code != EXIT_CONFORMS:
+            session.exitstatus = code
 
     def _assembled(
         self, plan: Mapping[str, tuple[str, str]], missing: Mapping[str, str], *, complete: bool
@@ -207,10 +207,15 @@ def _of(report: Report, implementation: str) -> bool:
     return {spec["implementation"] for spec in report.subject.get("cases", {}).values()} == {implementation}
 
 
-def _broke(report: Report) -> bool:
+def _errors(report: Report) -> bool:
     """Whether a check broke, other than by not being run, and the ledger does not accept it."""
-    broken = [r for r in report.results if r.status is Status.ERROR and r.reason != STOPPED]
-    return any(report.gate is None or report.counts(r) for r in broken)
+    errors = [r for r in report.results if r.status is Status.ERROR and r.reason != STOPPED]
+    return any(report.gate is None or report.counts(r) for r in errors)
+
+
+def _is_error(told: str | None) -> bool:
+    """Whether what a test reported (None: nothing) is a rule that could not be judged."""
+    return told is not None and json.loads(told).get("result", {"status": Status.ERROR})["status"] == Status.ERROR
 
 
 def assemble(

@@ -45,7 +45,7 @@ def render(report: Report, *, root: Path | None = None) -> str:
         },
         "invocations": [
             {
-                "executionSuccessful": report.complete and report.exit_code != 3,
+                "executionSuccessful": report.complete and not report.not_judged,
                 "exitCode": report.exit_code,
                 "toolExecutionNotifications": [
                     _notification(r, codes) for r in report.results if r.status is Status.ERROR

@@ -10,7 +10,6 @@ import time
 import tomllib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +99,9 @@ def run(
 @cache
 def findings() -> Mapping[tuple[str, Party], str]:
     """The committed list: why each (rule, party) may fail for the reference, and the script that shows it."""
-    listed = tomllib.loads((files("kbitcheck.judge") / "findings.toml").read_text(encoding="utf-8"))["finding"]
+    listed = tomllib.loads((Path(kbitcheck.__file__).parent / "judge" / "findings.toml").read_text(encoding="utf-8"))[
+        "finding"
+    ]
     return {(f["rule"], Party(f["party"])): f"{f['why']} ({f['script']})" for f in listed}
 
 

@@ -19,6 +19,9 @@ SUBJECTS = {
     "good": "def prepare(model):\n    return model\nprepare.please = True\n",
     "rude": "def prepare(model):\n    return model\n",
     "nothing": "def prepare(model):\n    print('chatter')\n",
+    # Breaks a MUST (KB103), and makes another rule (KB201) raise.
+    "half_judged": "class Prepare:\n    def __call__(self, model):\n        return None\n"
+    "    @property\n    def please(self):\n        raise ValueError('deaf')\nprepare = Prepare()\n",
     "raises": "def prepare(model):\n    raise ValueError('no\\nnot at all')\n",
     "leaves": "import os\ndef prepare(model):\n    print('last words')\n    os._exit(7)\n",
     "exits": "def prepare(model):\n    raise SystemExit('bye')\n",

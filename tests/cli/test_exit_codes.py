@@ -20,6 +20,8 @@ RUNS = [
     (("rude.py:prepare", "--strict"), 1, "1 rule broken"),
     (("nothing.py:prepare",), 1, "✗ does not conform: 1 rule broken"),
     (("nothing.py:prepare", "--ignore", "KB103=known"), 0, "1 ignored"),
+    (("half_judged.py:prepare",), 1, "✗ does not conform: 1 rule broken, 1 could not be judged, 2 kept"),
+    (("half_judged.py:prepare", "--select", "KB101,KB201"), 3, "✗ could not be judged: 1 could not be judged, 1 kept"),
     (("nothing.py:prepare", "--select", "KB101,kb9"), 0, "2 kept"),
     (("good.py:prepare", "--select", "KB102"), 5, "nothing was checked"),
     (("good.py:prepare", "--quant", "int8"), 0, "1 warning"),

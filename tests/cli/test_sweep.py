@@ -38,6 +38,8 @@ def test_every_architecture_is_a_row(door: Door) -> None:
         (("--prepare", "nothing.py:prepare", *SOUND), 1),
         (("--prepare", "good.py:prepare", "--select", "late"), 3),
         (("--prepare", "killed.py:prepare", *SOUND), 3),
+        (("--prepare", "nothing.py:prepare", *SOUND, "--select", "late"), 1),
+        (("--prepare", "half_judged.py:prepare", *SOUND), 1),
         (("--prepare", "import_error.py:prepare", *SOUND), 4),
         (("--prepare", "good.py:prepare", "--select", "lama"), 4),
         (("--prepare", "good.py:prepare", "--shard", "3/2"), 4),

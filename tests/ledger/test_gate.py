@@ -58,6 +58,13 @@ def test_each_change_has_its_name_and_exit_code(then: Status, now: Status, kind:
     assert gate.judge(found, ledger, today=TODAY).exit_code == code
 
 
+def test_a_breach_decides_before_what_could_not_be_judged() -> None:
+    """Of two cells, one could not be judged and is not accepted; the other decides."""
+    error = result("KB201", NF4, ERROR)
+    for now, code in ((PASS, 3), (FAIL, 1)):
+        assert gate.judge(report(error, result("KB505", NF4, now)), accepted(), today=TODAY).exit_code == code
+
+
 def test_what_did_not_run_is_lost_and_told_once_for_all_its_rules() -> None:
     ledger = accepted()
     breaches = gate.compare(report(drop=tuple((c, NF4) for c in ("KB101", "KB201", "KB505"))), ledger)

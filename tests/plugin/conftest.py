@@ -23,6 +23,9 @@ SUBJECTS = {
     "good": "def prepare(model):\n    open('calls', 'a').write('.')\n    return model\nprepare.please = True\n",
     "rude": "def prepare(model):\n    return model\n",
     "nothing": "def prepare(model):\n    pass\n",
+    # Breaks a MUST (KB103), and makes another rule (KB201) raise.
+    "half_judged": "class Prepare:\n    def __call__(self, model):\n        return None\n"
+    "    @property\n    def please(self):\n        raise ValueError('deaf')\nprepare = Prepare()\n",
     "leaves": "import os\ndef prepare(model):\n    os._exit(7)\n",
     "import_error": "import no_such_module_anywhere\n",
 }

@@ -131,6 +131,15 @@ def test_wrong_options_are_one_line(run: Run, option: str, told: str) -> None:
     assert (result.ret, told in line) == (4, True), line
 
 
+@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+def test_a_broken_rule_decides_before_one_that_could_not_be_judged(run: Run, subjects: Path, workers: str) -> None:
+    half = ("--kbit-impl=half_judged.py:prepare", *ONE, workers)
+    assert run(*half).ret == 1
+    assert run(*half, "--kbit-select=KB101,KB201").ret == 3
+    (subjects / "test_own.py").write_text("def test_ordinary():\n    assert False\n")
+    assert run("test_own.py", *half, "--kbit-select=KB101,KB201").ret == 1
+
+
 def test_nothing_checked_is_not_a_pass(run: Run) -> None:
     assert run("--kbit-impl=good.py:prepare", *ONE, "--kbit-select=KB102").ret == 5
 

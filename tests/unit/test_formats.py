@@ -187,7 +187,7 @@ def test_sarif_levels_follow_rule_and_fault() -> None:
         assert driver["rules"][found["ruleIndex"]]["id"] == found["ruleId"]
     assert driver["rules"][-1]["help"]["text"].startswith("Why: ")
     (invocation,) = run["invocations"]
-    assert (invocation["executionSuccessful"], invocation["exitCode"]) == (False, 3)
+    assert (invocation["executionSuccessful"], invocation["exitCode"]) == (False, 1)
     assert "it broke" in invocation["toolExecutionNotifications"][0]["message"]["text"]
 
 
@@ -250,7 +250,7 @@ def test_markdown_fits_a_comment_and_says_what_is_left_out() -> None:
 
 def test_markdown_says_verdict_findings_and_what_to_do() -> None:
     text = markdown.render(MIXED)
-    assert text.startswith("### ✗ could not be judged: 1 rule broken")
+    assert text.startswith("### ✗ does not conform: 1 rule broken, 1 could not be judged")
     assert "<b>KB505</b> one-hook-and-removable (MUST, fork:prepare's), 1 case<" in text
     assert "expected `float32`, found `float16`" in text
     assert "**Do**: " in text

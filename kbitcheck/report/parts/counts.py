@@ -47,7 +47,7 @@ class Tally:
             f"{number} {text if number == 1 else plural}"
             for name, text, plural in (
                 ("broken", "rule broken", "rules broken"),
-                ("not judged", "not judged", "not judged"),
+                ("not judged", "could not be judged", "could not be judged"),
                 ("warning", "warning", "warnings"),
                 ("kept", "kept", "kept"),
                 ("not applicable", "not applicable", "not applicable"),

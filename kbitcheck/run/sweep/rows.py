@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from kbitcheck.core.facts import CANNOT_RUN
-from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING
+from kbitcheck.core.report import exit_code
 from kbitcheck.core.result import Level, Party, Result, Status
 
 RETURNS, RUNS, LEARNS, CHANGED = "KB502", "KB210", "KB309", "KB105"
@@ -104,14 +104,13 @@ class Table:
 
     @property
     def exit_code(self) -> int:
-        """0 where every row was audited and the implementation broke no MUST; see ``kbitcheck.core`` for the others."""
-        if not self.complete:
-            return EXIT_INTERRUPTED
-        if not self.rows:
-            return EXIT_NOTHING
-        if any(row.broken for row in self.rows):
-            return EXIT_ERROR
-        return EXIT_BROKEN_RULE if any(row.nonconforming for row in self.rows) else EXIT_CONFORMS
+        """0 where every row was audited and the implementation broke no MUST; see ``kbitcheck.core.report.exit_code``."""
+        return exit_code(
+            interrupted=not self.complete,
+            broken=any(row.nonconforming for row in self.rows),
+            not_judged=any(row.broken for row in self.rows),
+            nothing=not self.rows,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
