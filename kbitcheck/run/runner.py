@@ -99,7 +99,7 @@ def run(
 @cache
 def findings() -> Mapping[tuple[str, Party], str]:
     """The committed list: why each (rule, party) may fail for the reference, and the script that shows it."""
-    listed = tomllib.loads((Path(kbitcheck.__file__).parent / "judge" / "findings.toml").read_text(encoding="utf-8"))[
+    listed = tomllib.loads((Path(__file__).parents[1] / "judge" / "findings.toml").read_text(encoding="utf-8"))[
         "finding"
     ]
     return {(f["rule"], Party(f["party"])): f"{f['why']} ({f['script']})" for f in listed}
