@@ -116,7 +116,7 @@ def test_classes_vary(changes: dict[str, Any], labels: torch.Tensor | None) -> N
 
 
 def test_masked_models_predict_some_tokens(tmp_path: Path) -> None:
-    shelf = Path(recipe.__file__).parents[2] / "fixtures"
+    shelf = Path(recipe.__file__).parents[3] / "fixtures"
     path = tmp_path / "masked.toml"
     path.write_text((shelf / "bert.toml").read_text().replace("BertForSequenceClassification", "BertForMaskedLM"))
     source = resolve(str(path))

@@ -38,7 +38,8 @@ TOWERS = {
 FINGERPRINTS = """
 import hashlib
 from safetensors.torch import load_file
-from kbitcheck.models import recipe, resolve
+from kbitcheck.models.sources import recipe
+from kbitcheck.models.sources.resolve import resolve
 found = {}
 for name in recipe.names():
     tensors = load_file(resolve("tiny:" + name).checkpoint / "model.safetensors")
@@ -182,7 +183,7 @@ def test_saved_model_reloads_with_the_same_logits(tmp_path: Path) -> None:
 
 
 def test_a_recipe_file_is_a_model_of_its_own(tmp_path: Path) -> None:
-    shelf = Path(recipe.__file__).parents[2] / "fixtures"
+    shelf = Path(recipe.__file__).parents[3] / "fixtures"
     path = tmp_path / "mine.toml"
     path.write_text((shelf / "qwen3.toml").read_text().replace("num_hidden_layers = 3", "num_hidden_layers = 5"))
     mine = resolve(str(path), dtype="fp16")

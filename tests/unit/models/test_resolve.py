@@ -112,7 +112,7 @@ def test_dtype_is_what_the_configuration_states(tmp_path: Path, config: dict[str
 
 def test_resolving_imports_neither_torch_nor_transformers(llama: Llama) -> None:
     code = (
-        "import sys\nfrom kbitcheck.models.sources.resolve import resolve\nfrom kbitcheck.core import UsageError\n"
+        "import sys\nfrom kbitcheck.models.sources.resolve import resolve\nfrom kbitcheck.core.errors import UsageError\n"
         "for model in sys.argv[1:]:\n"
         "    source = resolve(model)\n"
         "    assert source.unquantized_dtype == 'bfloat16' and source.quant is None and not source.remote_code\n"
