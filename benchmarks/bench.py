@@ -23,7 +23,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "cost.md"
 RESULTS = HERE / "results.json"
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 KBITCHECK = str(Path(sys.executable).with_name("kbitcheck"))
@@ -187,7 +187,7 @@ def run() -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results for the README."""
+    """The results as Markdown, for ``docs/cost.md``."""
     told = results["environment"]
     lines = ["| command | to | ratio | target | met |", "|---|---|---|---|---|"]
     lines += [
@@ -203,11 +203,11 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and write ``results.json`` and the README's table."""
+    """Measure, and write ``results.json`` and the table of ``docs/cost.md``."""
     results = run()
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    README.write_text(f"{before}{START}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    PAGE.write_text(f"{before}{START}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     print(table(results))
 
 

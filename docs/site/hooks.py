@@ -48,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not committed."""
     made = {
         **dict(rule_pages.pages()),
-        "findings.md": other_pages.findings((other_pages.ROOT / "README.md").read_text(encoding="utf-8")),
+        "findings.md": other_pages.findings(),
         "sample-report.html": render(other_pages.sample(), "html"),
     }
     for path, text in made.items():

@@ -74,13 +74,30 @@ def test_sources_are_linked_and_nothing_else_is_markup(site: dict[str, ModuleTyp
     assert site["rules"].prose("a ``b_c`` d_e <f> [g]") == r"a `b_c` d\_e \<f\> \[g\]"
 
 
-def test_the_findings_are_the_readmes(site: dict[str, ModuleType]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = site["others"].findings(readme)
+def test_every_script_has_its_finding_and_every_record_its_script(
+    site: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = site["others"]
+    page = others.findings()
     for script in (DOCS / "findings").glob("*.py"):
         assert page.count(f"{{ #{script.stem} }}") == 1
-    with pytest.raises(ValueError, match="not every script"):
-        site["others"].findings(readme.replace("| [`peft_two_hooks.py`]", "| [peft_two_hooks.py]"))
+    for finding in others.committed_findings():
+        for code in others.excused_rules().get(finding.script, ()):
+            assert code in finding.rules
+    assert set(re.findall(r"KB\d{3}", page)) <= set(rules())
+    assert "Not counted against the reference under [KB303](rules/KB303.md)." in page
+
+    short = tmp_path / "findings.toml"
+    text = others.FINDINGS.read_text(encoding="utf-8")
+    short.write_text(text.replace('script = "peft_two_hooks"', 'script = "peft_three_hooks"'), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(others, "FINDINGS", short)
+        with pytest.raises(ValueError, match="not every script"):
+            others.findings()
+    short.write_text('[[finding]]\nscript = "docs/findings/none.py"\nrule = "KB303"\n', encoding="utf-8")
+    monkeypatch.setattr(others, "PACKAGE", tmp_path)
+    with pytest.raises(ValueError, match="no script in docs/findings: none"):
+        others.findings()
 
 
 def test_the_saved_report_is_of_todays_rules_and_shown_where_it_is_asked_for(site: dict[str, ModuleType]) -> None:
