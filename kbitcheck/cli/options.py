@@ -1,87 +1,182 @@
-"""The command line's options, declared once and shared by the commands."""
+"""Options as dataclass fields: each declared once, and shared by the commands through inheritance."""
 
 from __future__ import annotations
 
-import functools
+import argparse
 import inspect
-import re
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
-
-import typer
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
+from typing import Any, NoReturn, get_args
 
 from kbitcheck.core.cases import ALL_LINEAR, Adapters, Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 
-Task = Literal[
-    "causal-lm", "seq2seq-lm", "image-text-to-text", "speech-seq2seq", "sequence-classification", "masked-lm"
-]
-
-MODES: tuple[str, ...] = get_args(Checkpointing)
 FORMATS = ("text", "json", "junit", "sarif", "markdown", "html")
+IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
+PREPARE_HELP = "Preparation to use; default: peft if installed, else reference."
+QUANT_HELP = "nf4|fp4[,double][,compute=bf16][,storage=uint8][,skip=lm_head] or int8[,skip=..]; repeatable."
+
+Read = Callable[[str, str], Any]  # the option as the user writes it, and its value
 
 
-@dataclass(kw_only=True)
-class Output:
-    """Where a report goes, and how much it tells."""
-
-    format: Annotated[str, typer.Option(metavar="|".join(FORMATS), help="How to render the report.")] = "text"
-    output: Annotated[str, typer.Option(metavar="FILE", help="Write the report here instead of to stdout.")] = ""
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List what passed and was skipped as well.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the worker prints.")] = False
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise UsageError(f"no such format: {self.format!r}; use {', '.join(FORMATS)}")
+def as_text(option: str, value: str) -> str:
+    """The value as it stands."""
+    return value
 
 
-@dataclass(kw_only=True)
-class Shared(Output):
-    """What ``model``, ``impl`` and ``gate`` share."""
+def one_of(*choices: str) -> Read:
+    """Accept these values alone."""
 
-    quant: Annotated[
-        list[str],
-        typer.Option(
-            metavar="Q",
-            help="nf4|fp4[,double][,compute=bf16][,storage=uint8][,skip=lm_head] or int8[,skip=..]; repeatable.",
-        ),
-    ] = field(default_factory=list)
-    # typer has no list of literals; checked below.
-    checkpointing: Annotated[
-        list[str], typer.Option(metavar="|".join(MODES), help="Gradient checkpointing; repeatable.")
-    ] = field(default_factory=list)
-    profile: Annotated[Profile, typer.Option(help="The recipe of dtypes that the preparation promises.")] = "peft"
-    select: Annotated[list[str], typer.Option(metavar="CODES", help="Only these rules; prefixes (KB3) too.")] = field(
-        default_factory=list
+    def read(option: str, value: str) -> str:
+        if value not in choices:
+            raise UsageError(f"no such {option}: {value!r}{did_you_mean(value, choices)}; use {', '.join(choices)}")
+        return value
+
+    return read
+
+
+def at_least(minimum: int) -> Read:
+    """Accept whole numbers from ``minimum`` on."""
+
+    def read(option: str, value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = minimum - 1
+        if number < minimum:
+            raise UsageError(f"{option} wants a whole number of at least {minimum}, not {value!r}")
+        return number
+
+    return read
+
+
+def seconds(option: str, value: str) -> float:
+    """A finite number of seconds above 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UsageError(f"{option} wants a number of seconds above 0, not {value!r}")
+    return number
+
+
+def option(text: str, default: Any, *, metavar: str = "", read: Read = as_text, short: str = "") -> Any:
+    """A field that is an option. A default of False makes it a switch, an empty tuple makes it repeatable."""
+    return field(default=default, metadata={"help": text, "metavar": metavar, "read": read, "short": short})
+
+
+def choice(text: str, default: Any, values: Any) -> Any:
+    """A field that is an option with fixed values: a ``Literal`` type, or a sequence of texts."""
+    choices: Sequence[str] = get_args(values) or values
+    return option(text, default, metavar="|".join(choices), read=one_of(*choices))
+
+
+def argument(metavar: str, text: str, *, default: Any = MISSING, nargs: str | None = None) -> Any:
+    """A field that is a positional argument."""
+    return field(default=default, metadata={"help": text, "metavar": metavar, "nargs": nargs})
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ``UsageError`` and that suggests an option for a misspelt one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            **options,
+            allow_abbrev=False,
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any] | None:
+        """The values by field; None where help or the version was printed instead.
+
+        Raises:
+            UsageError: an option or argument is wrong or missing.
+        """
+        try:
+            values, rest = self.parse_known_intermixed_args(arguments)
+        except SystemExit:
+            return None
+        if rest:
+            name = rest[0].partition("=")[0]
+            if name.startswith("-"):
+                self.error(f"No such option: {name}{did_you_mean(name, self._option_string_actions)}")
+            self.error(f"unexpected argument: {rest[0]}")
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+
+
+def add_options(parser: Parser, kind: type) -> None:
+    """Add one argument for each field of a dataclass of options."""
+    named = {each.name: each for each in fields(kind)}
+    positional = [each for each in named.values() if "nargs" in each.metadata]
+    parser.usage = " ".join([parser.prog, "[options]", *(each.metadata["metavar"] for each in positional)])
+    # A command's own options stand before those that it shares.
+    for name in dict.fromkeys(name for part in kind.__mro__ for name in inspect.get_annotations(part) if name in named):
+        _add(parser, named[name])
+
+
+def _add(parser: Parser, each: Field[Any]) -> None:
+    text, metavar = each.metadata["help"], each.metadata["metavar"]
+    if "nargs" in each.metadata:
+        extra = {} if each.default is MISSING else {"default": each.default}
+        parser.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
+        return
+    name = "--" + each.name.replace("_", "-")
+    names = [short for short in (each.metadata["short"],) if short] + [name]
+    if each.default is False:
+        parser.add_argument(*names, dest=each.name, action="store_true", help=text)
+        return
+    parser.add_argument(
+        *names,
+        dest=each.name,
+        action="append" if each.default == () else "store",
+        type=partial(each.metadata["read"], name),
+        default=each.default if each.default != () else [],
+        metavar=metavar,
+        help=text if each.default in ("", (), None) else f"{text} [{each.default}]",
     )
-    ignore: Annotated[
-        list[str], typer.Option(metavar="CODE=REASON", help="Leave a rule out, and say why; repeatable.")
-    ] = field(default_factory=list)
-    strict: Annotated[bool, typer.Option("--strict", help="Count a broken SHOULD as well.")] = False
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    adapters: Annotated[Adapters, typer.Option(help="Whose LoRA is attached.")] = "reference"
-    targets: Annotated[str, typer.Option(metavar="all-linear|NAMES", help="Layers that get adapters.")] = ALL_LINEAR
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 4
-    freezes: Annotated[Freezes, typer.Option(help="When the base is to be frozen.")] = "at-prepare"
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens a sequence.")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of one case.")] = 600.0
-    in_process: Annotated[bool, typer.Option("--in-process", help="No worker: no time limit, no isolation.")] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for mode in self.checkpointing:
-            if mode not in MODES:
-                raise UsageError(f"no such --checkpointing: {mode!r}; use {', '.join(MODES)}")
-        if not 0 < self.timeout < float("inf"):
-            raise UsageError(f"--timeout wants a number of seconds above 0, not {self.timeout:g}")
 
-    @property
-    def modes(self) -> list[Checkpointing]:
-        """The checkpointing modes that were named."""
-        return cast("list[Checkpointing]", self.checkpointing)
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where a report goes, and how much it shows."""
+
+    format: str = choice("How to render the report.", "text", FORMATS)
+    output: str = option("Write the report to this file instead of stdout.", "", metavar="FILE")
+    verbose: bool = option("List passed and skipped rules as well.", False, short="-v")
+    debug: bool = option("Show tracebacks and what the worker prints.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ReportOptions):
+    """What all commands that run cases share."""
+
+    quant: Sequence[str] = option(QUANT_HELP, (), metavar="Q")
+    checkpointing: Sequence[Checkpointing] = choice("Gradient checkpointing; repeatable.", (), Checkpointing)
+    profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile)
+    select: Sequence[str] = option("Only these rules; prefixes (KB3) too; repeatable.", (), metavar="CODES")
+    ignore: Sequence[str] = option("Leave a rule out, and say why; repeatable.", (), metavar="CODE=REASON")
+    strict: bool = option("Count a broken SHOULD as well.", False)
+    device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
+    adapters: Adapters = choice("Which LoRA implementation adds the adapters.", "reference", Adapters)
+    targets: str = option("Layers that get adapters.", ALL_LINEAR, metavar="all-linear|NAMES")
+    rank: int = option("Rank of the adapters.", 4, metavar="N", read=at_least(1))
+    freezes: Freezes = choice("When the base model must be frozen.", "at-prepare", Freezes)
+    batch: int | None = option("Sequences per step.", None, metavar="N", read=at_least(1))
+    seq_len: int | None = option("Tokens per sequence.", None, metavar="N", read=at_least(1))
+    seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
+    timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=seconds)
+    in_process: bool = option("Run in this process: no time limit, no isolation.", False)
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -90,7 +185,7 @@ class Shared(Output):
 
     @property
     def ignored(self) -> dict[str, str]:
-        """The reason why by ignored code or prefix.
+        """The reason by ignored code or prefix.
 
         Raises:
             UsageError: a reason is missing.
@@ -108,122 +203,13 @@ class Shared(Output):
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(kw_only=True)
-class ModelOptions(Shared):
-    """What only ``model`` takes."""
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions(RunOptions):
+    """What ``impl``, ``gate`` and ``matrix`` share: which models, and how many workers."""
 
-    prepare: Annotated[str, typer.Option(metavar="IMPL", help="Default: peft if installed, else reference.")] = ""
-    static: Annotated[bool, typer.Option("--static", help="Read and make no weights: sizes and predictions.")] = False
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="What training has to fit into: 24GiB, 80GB.")] = ""
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw weights for a bare config.")] = False
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Load in this dtype: bf16, fp16 or fp32.")] = ""
-    revision: Annotated[str, typer.Option(metavar="REVISION", help="Of a hub id.")] = ""
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load a checkpoint that can run code.")] = False
-
-    @property
-    def case(self) -> dict[str, Any]:
-        from kbitcheck.observe.forecast import memory_sizes as fits
-
-        return {
-            **super().case,
-            "memory": fits.parse(self.memory) if self.memory else None,
-            "random_weights": self.random_weights,
-            "dtype": self.dtype or None,
-            "revision": self.revision or None,
-            "trust_remote_code": self.trust_remote_code,
-            "allow_pickle": self.allow_pickle,
-        }
-
-
-@dataclass(kw_only=True)
-class ImplOptions(Shared):
-    """What only ``impl`` takes."""
-
-    model: Annotated[list[str], typer.Option(metavar="MODEL", help="Instead of the suite's; repeatable.")] = field(
-        default_factory=list
+    model: Sequence[str] = option("Use these models instead of the suite's; repeatable.", (), metavar="MODEL")
+    suite: str = choice("Suite of recipes.", "quick", ("quick", "full"))
+    jobs: int = option(
+        "Workers at a time; 0: one for each core where all models are recipes.", 0, metavar="N", read=at_least(0)
     )
-    suite: Annotated[Literal["quick", "full"], typer.Option(help="Which recipes.")] = "quick"
-    jobs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Workers at once; 0: one a core where all models are recipes.")
-    ] = 0
-    fuzz: Annotated[int, typer.Option(metavar="N", min=0, help="Judge N drawn cases instead; --seed names them.")] = 0
-
-
-@dataclass(kw_only=True)
-class MatrixOptions(ImplOptions):
-    """What ``matrix`` takes: the options of ``impl``, and formats of its own."""
-
-    format: Annotated[str, typer.Option(metavar="text|json|markdown|html", help="How to render the table.")] = "text"
-
-    def __post_init__(self) -> None:
-        if self.format in ("junit", "sarif"):
-            raise UsageError(f"no such format of a matrix: {self.format!r}; use text, json, markdown or html")
-        super().__post_init__()
-
-
-@dataclass(kw_only=True)
-class SweepOptions:
-    """What ``sweep`` takes."""
-
-    task: Annotated[Task, typer.Option(help="Which of transformers' lists of architectures.")] = "causal-lm"
-    select: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Only these model types; shell patterns too. Repeatable.")
-    ] = field(default_factory=list)
-    quant: Annotated[str, typer.Option(metavar="Q", help="As for `kbitcheck model`.")] = "nf4"
-    checkpointing: Annotated[Checkpointing, typer.Option(help="Gradient checkpointing.")] = "default"
-    prepare: Annotated[str, typer.Option(metavar="IMPL", help="Default: peft if installed, else reference.")] = ""
-    profile: Annotated[Profile, typer.Option(help="The recipe of dtypes that the preparation promises.")] = "peft"
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Workers at once, one thread each.")] = 1
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts of the list.")] = "1/1"
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of one architecture.")] = 120.0
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0
-    format: Annotated[Literal["text", "json", "markdown"], typer.Option(help="How to render the table.")] = "text"
-    output: Annotated[
-        str, typer.Option(metavar="FILE", help="Write the table here; FILE.jsonl beside it keeps rows as they come.")
-    ] = ""
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the workers print.")] = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.timeout < float("inf"):
-            raise UsageError(f"--timeout wants a number of seconds above 0, not {self.timeout:g}")
-        _ = self.part
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """The shard as numbers: which one, of how many.
-
-        Raises:
-            UsageError: it is not I/N with I from 1 to N.
-        """
-        found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard)
-        if found is None or int(found[1]) > int(found[2]):
-            raise UsageError(f"--shard wants I/N with I from 1 to N, not {self.shard!r}")
-        return int(found[1]), int(found[2])
-
-
-def with_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the parameter ``options`` by one command-line option for each field of its dataclass."""
-    hints = get_type_hints(command, include_extras=True)
-    kind = hints["options"]
-    types = get_type_hints(kind, include_extras=True)
-
-    @functools.wraps(command)
-    def parsed(**values: Any) -> int:
-        options = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
-        return command(**values, options=options)
-
-    parameters = [
-        p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY)
-        for name, p in inspect.signature(command).parameters.items()
-        if name != "options"
-    ]
-    for f in fields(kind):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        parameters.append(
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[f.name])
-        )
-    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    parsed.__annotations__ = {p.name: p.annotation for p in parameters}
-    return parsed
+    fuzz: int = option("Judge N random cases instead; --seed selects them.", 0, metavar="N", read=at_least(0))

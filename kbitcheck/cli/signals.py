@@ -1,4 +1,4 @@
-"""Ends a run the same way for every signal that asks for it."""
+"""One way to end a run, whichever signal asks for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise ``KeyboardInterrupt`` as Ctrl-C does.
 
-    Later ones are ignored for good: the process is on its way out, and an impatient second Ctrl-C must not lose the
+    Later signals are ignored for good: the process is about to end, and an impatient second Ctrl-C must not lose the
     partial report.
     """
 
@@ -20,7 +20,7 @@ def told_to_stop() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    # What the caller has us ignore (nohup, a background job) stays ignored.
+    # A signal that the caller ignores (nohup, a background job) stays ignored.
     caught = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in caught}
     try:

@@ -174,14 +174,14 @@ class Controller:
         settings = self._runner.settings
         if not settings.report:
             return
-        from kbitcheck.cli.output_file import Destination
         from kbitcheck.report import render
+        from kbitcheck.report.output_file import OutputFile
 
         for number, report in enumerate(self._reports, start=1):
             path = Path(settings.report)
             if number > 1:
                 path = path.with_stem(f"{path.stem}.{number}")
-            Destination(str(path), "--kbit-report").write(render(report, settings.form))
+            OutputFile(str(path), "--kbit-report").write(render(report, settings.form))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self._usage and not self._reports:

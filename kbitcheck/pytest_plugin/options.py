@@ -212,10 +212,10 @@ class Settings:
             for name in self.models:
                 models.resolve(name)
         if self.report:
-            from kbitcheck.cli.output_file import Destination
+            from kbitcheck.report.output_file import OutputFile
 
             _ = self.form
-            Destination(self.report, "--kbit-report")
+            OutputFile(self.report, "--kbit-report")
 
 
 def located(implementation: str, *directories: Path) -> str:

@@ -11,7 +11,7 @@ PIPED_WIDTH = 110
 
 
 def render(report: Report, form: str, *, verbose: bool = False, terminal: bool = False) -> str:
-    """The report in a format of ``kbitcheck.cli.options.FORMATS``; colours and the terminal's width only for a terminal."""
+    """The report in a format of ``kbitcheck --format``; colours and the terminal's width only for a terminal."""
     if form != "text":
         text: str = import_module(f"kbitcheck.report.{form}").render(report)
         return text

@@ -115,12 +115,12 @@ WRONG = [
     (("impl", "good.py:prepare", "--device", "toaster"), "no such device: 'toaster'"),
     (("impl", "good.py:prepare", "--device", "cuda"), "no such device here: 'cuda'"),
     (("impl", "good.py:prepare", "--format", "yaml"), "use text, json, junit, sarif, markdown, html"),
-    (("impl", "good.py:prepare", "--format", "xml"), "no such format: 'xml'"),
+    (("impl", "good.py:prepare", "--format", "xml"), "no such --format: 'xml'"),
     (("impl", "good.py:prepare", "--output", "absent/report.txt"), "cannot write --output absent/report.txt"),
     (("impl", "good.py:prepare", "--output", "."), "it is a directory"),
     (("impl", "good.py:prepare", "--fuzz", "3", "--in-process"), "cannot run --in-process"),
     (("impl", "good.py:prepare", "--nonsense"), "No such option"),
-    (("impl",), "Missing argument"),
+    (("impl",), "the following arguments are required: IMPL"),
     (("model", "tiny:llama", "--static", "--random-weights"), "leave out --random-weights"),
     (("model", "tiny:llama", "--memory", "lots"), "such as 24GiB"),
     (("model", "tiny:llama", "--memory", "0"), "such as 24GiB"),
@@ -211,8 +211,8 @@ def test_selftest_tells_what_was_missed(door: Door) -> None:
     missed = door("selftest", "--select", "KB1,KB9")
     assert missed.returncode == 1
     assert "MISSED  KB901" in missed.stdout
-    assert "2 of 3 sabotages caught" in missed.stderr
-    assert "untold  KB102" in missed.stdout
+    assert "2 of 3 faults caught" in missed.stderr
+    assert "not run  KB102" in missed.stdout
     died = door("selftest", "--select", "KB201")
     assert died.returncode == 3
     assert "exit code 9" in died.stderr

@@ -114,7 +114,7 @@ def test_nothing_healthy_is_flagged(implementation, tmp_path):
 
 
 def test_hypothesis_is_not_imported_unless_something_is_drawn():
-    code = "import sys, kbitcheck.cli.app; print([m for m in ('hypothesis', 'torch') if m in sys.modules])"
+    code = "import sys, kbitcheck.cli.commands.impl; print([m for m in ('hypothesis', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kbitcheck.cli.app import COMMANDS
+
 HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "peft")
 
 PROBE = """
@@ -33,7 +35,9 @@ MAIN = "from kbitcheck.cli.main import main; main()"
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("--version",), ("model", "--help"), ("rules",), ("rules", "KB101")], ids=" ".join
+    "arguments",
+    [("--help",), ("--version",), *((command, "--help") for command in COMMANDS), ("rules",), ("rules", "KB101")],
+    ids=" ".join,
 )
 def test_light_commands_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert imported(MAIN, arguments) == ""

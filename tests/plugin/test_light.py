@@ -18,7 +18,6 @@ HEAVY = (
     "numpy",
     "bitsandbytes",
     "peft",
-    "typer",
     "rich",
     "kbitcheck.run.runner",
     "kbitcheck.observe.prepared",
@@ -47,7 +46,7 @@ def test_an_unrelated_suite_pays_for_nothing(pytester: pytest.Pytester) -> None:
 def test_neither_does_it_load_torch_to_collect(run: Run, pytester: pytest.Pytester) -> None:
     seen = modules(pytester, "--collect-only", "--kbit-impl=good.py:prepare")
     assert "kbitcheck.pytest_plugin.items" in seen
-    assert seen & {"torch", "transformers", "numpy", "bitsandbytes", "peft", "typer", "rich"} == set()
+    assert seen & {"torch", "transformers", "numpy", "bitsandbytes", "peft", "rich"} == set()
 
 
 # 30 ms where importing pytest itself takes 135, as on the machine that this was measured on: 18 ms there.

@@ -5,30 +5,26 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import platform
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
-from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core import machine as environment
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import rules
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.core.version import VERSION
 from kbitcheck.run import requirements as requirement
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.sweep.journal import Journal
+from kbitcheck.run.sweep.request import SweepRequest
 from kbitcheck.run.sweep.rows import Finding, Row, Table, row
 from kbitcheck.run.sweep.workers import architectures, examine
 
-if TYPE_CHECKING:
-    from kbitcheck.cli.options import SweepOptions
-
-__all__ = ["Finding", "Row", "Table", "row", "shard", "swept"]
+__all__ = ["Finding", "Row", "SweepRequest", "Table", "row", "shard", "swept"]
 
 
 def shard(names: Iterable[str], index: int, total: int) -> Iterator[str]:
@@ -36,8 +32,8 @@ def shard(names: Iterable[str], index: int, total: int) -> Iterator[str]:
     return (name for position, name in zip(count(), names, strict=False) if position % total == index - 1)
 
 
-def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[str], None] | None = None) -> Table:
-    """Run what the options ask for; an interrupt ends it with ``complete=False`` and the rows so far.
+def swept(request: SweepRequest, *, say: Callable[[str], None], echo: Callable[[str], None] | None = None) -> Table:
+    """Run a sweep; an interrupt ends it with ``complete=False`` and the rows so far.
 
     ``say`` is told each row as it comes.
 
@@ -45,35 +41,35 @@ def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[
         Lost: the architectures cannot be listed.
         UsageError: an option is wrong, or the implementation cannot be loaded.
     """
-    implementation = options.prepare or implementations.default()
+    implementation = request.prepare or implementations.default()
     implementations.validate(implementation)
     if requirement.parse(implementation):
         raise UsageError(f"--prepare {implementation}: a sweep is of the transformers that is installed here")
-    environment.validate_device(options.device)
-    quant = str(Quantization.parse(options.quant))
-    common: dict[str, Any] = {"checkpointing": options.checkpointing, "profile": options.profile, "seed": options.seed}
-    key = {"task": options.task, "quant": quant, "prepare": implementation, "device": options.device, **common}
+    environment.validate_device(request.device)
+    quant = str(Quantization.parse(request.quant))
+    common: dict[str, Any] = {"checkpointing": request.checkpointing, "profile": request.profile, "seed": request.seed}
+    key = {"task": request.task, "quant": quant, "prepare": implementation, "device": request.device, **common}
     journal = Journal(
-        Path(f"{options.output}.jsonl") if options.output else None,
+        Path(f"{request.output}.jsonl") if request.output else None,
         {**key, "kbitcheck": VERSION, **environment.versions()},
     )
     if journal.stale:
         say("the rows beside the output are of another sweep: starting anew")
 
     def spec(name: str) -> CaseSpec:
-        model = f"arch:{options.task}/{name}"
-        return CaseSpec(model=model, quant=quant, implementation=implementation, device=options.device, **common)
+        model = f"arch:{request.task}/{name}"
+        return CaseSpec(model=model, quant=quant, implementation=implementation, device=request.device, **common)
 
     told: dict[str, Any] = {}
     chosen: dict[str, str] = {}
     complete = True
     try:
-        chosen = _chosen(architectures(options.task, echo), options)
+        chosen = _chosen(architectures(request.task, echo), request)
         todo = {name: cls for name, cls in chosen.items() if name not in journal.rows}
         if len(todo) < len(chosen):
             say(f"{len(chosen) - len(todo)} of {len(chosen)} rows are there already")
         rows = examine(
-            todo, spec, list(rules().values()), jobs=options.jobs, timeout=options.timeout,
+            todo, spec, list(rules().values()), jobs=request.jobs, timeout=request.timeout,
             on_environment=told.update, echo=echo,
         )  # fmt: skip
         with contextlib.closing(rows):
@@ -83,36 +79,24 @@ def swept(options: SweepOptions, *, say: Callable[[str], None], echo: Callable[[
     except KeyboardInterrupt:
         complete = False
     return Table(
-        task=options.task,
+        task=request.task,
         selected=len(chosen),
-        options={"command": _command(options), **key},
+        options={"command": request.command, **key},
         environment=told or {"python": platform.python_version(), **environment.versions()},
         rows=[journal.rows[name] for name in sorted(chosen) if name in journal.rows],
         complete=complete,
     )
 
 
-def _chosen(classes: Mapping[str, str], options: SweepOptions) -> dict[str, str]:
+def _chosen(classes: Mapping[str, str], request: SweepRequest) -> dict[str, str]:
     """The architectures that ``--select`` and ``--shard`` leave, sorted.
 
     Raises:
         UsageError: a name or pattern that matches none.
     """
-    for pattern in options.select:
+    for pattern in request.select:
         if not fnmatch.filter(classes, pattern):
-            close = get_close_matches(pattern, classes, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UsageError(f"transformers has no {options.task} model of type {pattern!r}{hint}")
-    names = [n for n in sorted(classes) if not options.select or any(fnmatch.fnmatch(n, p) for p in options.select)]
-    return {name: classes[name] for name in shard(names, *options.part)}
-
-
-def _command(options: SweepOptions) -> str:
-    """The command that makes the same table again."""
-    words = ["kbitcheck", "sweep", "--task", options.task]
-    words += [word for name in options.select for word in ("--select", name)]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.name in ("quant", "checkpointing", "prepare", "profile", "shard", "seed") and value != field.default:
-            words += [f"--{field.name}", str(value)]
-    return shlex.join(words)
+            hint = did_you_mean(pattern, classes)
+            raise UsageError(f"transformers has no {request.task} model of type {pattern!r}{hint}")
+    names = [n for n in sorted(classes) if not request.select or any(fnmatch.fnmatch(n, p) for p in request.select)]
+    return {name: classes[name] for name in shard(names, request.part, request.parts)}

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal's stderr."""
+"""What the command writes to stderr: lines, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -7,18 +7,35 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Advance = Callable[[dict[str, Any]], None]
+
+def say(line: str) -> None:
+    """Write a line to stderr; ignore a closed stream."""
+    echo(f"{line}\n")
+
+
+def echo(text: str) -> None:
+    """Write text to stderr as it is; ignore a closed stream."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def fail(message: str, code: int) -> int:
+    """Say on one line what is wrong; returns ``code``."""
+    say("kbitcheck: " + " ".join(message.split()))
+    return code
 
 
 @contextlib.contextmanager
-def shown(total: int) -> Iterator[Advance]:
-    """Show a bar over ``total`` results, erased at the end; yields the function that takes the run's events.
+def progress_bar(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar over ``total`` results, erased at the end; yields the function that takes the events of a run.
 
-    Where stderr is no terminal nothing is shown.
+    Nothing is shown where stderr is no terminal.
     """
     if not sys.stderr.isatty():
         yield lambda event: None
         return
+    # rich takes long to import and is needed on a terminal alone.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

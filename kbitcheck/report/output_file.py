@@ -1,4 +1,4 @@
-"""Where a report is written: stdout, or a file that is replaced whole or not at all."""
+"""Where a report is written: stdout, or a file that is replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from kbitcheck.core.errors import UsageError
 
 
-class Destination:
+class OutputFile:
     """Stdout, or the file named by an option.
 
     Raises:
-        UsageError: the file cannot be written; found out before anything is run.
+        UsageError: the file cannot be written; raised before anything is run.
     """
 
     def __init__(self, name: str, option: str = "--output") -> None:
-        # A link stays a link: what it points to is replaced.
+        # A link stays a link: its target is replaced.
         self._path = Path(os.path.realpath(name)) if name else None
         self._name = f"{option} {name}" if name else ""
         if self._path is None:
@@ -34,14 +34,14 @@ class Destination:
 
     @property
     def terminal(self) -> bool:
-        """Whether a person reads it as it comes."""
+        """Whether the text goes to a terminal."""
         return self._path is None and sys.stdout.isatty()
 
     def write(self, text: str) -> None:
         """Write the whole text.
 
         Raises:
-            UsageError: it cannot be written after all: the disk is full, or the directory has gone.
+            UsageError: it cannot be written: the disk is full, or the directory is gone.
         """
         try:
             if self._path is None:
@@ -60,9 +60,9 @@ class Destination:
             sys.stdout.write(text)
             sys.stdout.flush()
         except OSError as error:
-            # Or the interpreter tries again when it ends, and complains.
+            # Otherwise the interpreter flushes again when it ends, and complains.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            # A reader that has gone (head, less) has what it wanted.
+            # A reader that closed the pipe (head, less) has read enough.
             if not isinstance(error, BrokenPipeError):
                 raise
 

@@ -1,0 +1,100 @@
+"""What the commands that run cases share: build the cases, run them, render the report."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+
+from kbitcheck.cli.console import echo, progress_bar, say
+from kbitcheck.cli.options import RunOptions, SuiteOptions
+from kbitcheck.cli.signals import signals_as_interrupts
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.machine import validate_device
+from kbitcheck.core.report import Report
+from kbitcheck.core.rule import select
+from kbitcheck.models.sources import resolve as models
+from kbitcheck.report import render, verdict
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.run import requirements, virtualenvs
+from kbitcheck.run.runner import Blame, run
+from kbitcheck.run.subject import validate
+from kbitcheck.run.suites import FULL, QUICK, cases, workers
+from kbitcheck.run.worker import debug_to_stderr
+
+
+def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
+    """The cases that ``impl``, ``gate`` and ``matrix`` run.
+
+    Raises:
+        UsageError: a model, quantization or mode is wrong.
+    """
+    if options.fuzz:
+        raise UsageError("--fuzz belongs to `kbitcheck impl`: random cases are no fixed set to compare")
+    for name in options.model:
+        models.resolve(name)
+    return cases(
+        FULL if options.suite == "full" else QUICK,
+        models=options.model,
+        quants=options.quant,
+        checkpointing=options.checkpointing,
+        implementation=impl,
+        **options.case,
+    )
+
+
+def audit(
+    command: str,
+    specs: Sequence[CaseSpec],
+    options: RunOptions,
+    *,
+    blame: Blame,
+    compare: Callable[[Report], Report] = lambda report: report,
+) -> int:
+    """Run the cases, compare and render the report, write its verdict to stderr; returns the exit code."""
+    validate(specs[0].implementation)
+    output = OutputFile(options.output)
+    report = compare(examine(command, specs, options, blame=blame))
+    output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
+    say(verdict(report))
+    return report.exit_code
+
+
+def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, blame: Blame) -> Report:
+    """The report of these cases, with a progress bar on a terminal while they run."""
+    validate_device(options.device)
+    if specs[0].static != "always":
+        install(specs[0].implementation, in_process=options.in_process)
+    rules = select(options.codes, options.ignored)
+    # In process, what the implementation prints must not get into the report.
+    quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
+    if options.in_process and options.debug:
+        debug_to_stderr()
+    with signals_as_interrupts(), quiet, progress_bar(len(specs) * len(rules)) as advance:
+        return run(
+            specs,
+            rules,
+            timeout=options.timeout,
+            jobs=(options.jobs if isinstance(options, SuiteOptions) else 1) or workers(specs),
+            in_process=options.in_process,
+            blame=blame,
+            strict=options.strict,
+            subject={"command": command, "ignored": options.ignored},
+            on_event=advance,
+            echo=echo if options.debug else None,
+        )
+
+
+def install(impl: str, *, in_process: bool = False) -> None:
+    """Build the virtual environment of an implementation that is named by a requirement.
+
+    Raises:
+        UsageError: it cannot be built, or is to run in this process.
+    """
+    if requirements.parse(impl) is None:
+        return
+    if in_process:
+        raise UsageError(f"{impl} cannot run --in-process: it has an environment of its own")
+    with signals_as_interrupts():
+        virtualenvs.interpreter(impl, say)

@@ -1,0 +1,1 @@
+"""One file a subcommand: its ``Options`` and ``run(options)``, which returns the exit code."""

@@ -1,0 +1,97 @@
+"""``kbitcheck gate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kbitcheck.cli.cases import audit, examine, suite_cases
+from kbitcheck.cli.console import say
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, option
+from kbitcheck.compare import accept, diff, gate
+from kbitcheck.compare.ledger import Ledger, options_of
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_NOTHING, Report
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.run.subject import validate
+
+Compare = Callable[[Report], Report]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SuiteOptions):
+    """The options of ``kbitcheck gate``."""
+
+    impl: str = argument("IMPL", IMPL_HELP)
+    ledger: str = option("The accepted results.", "", metavar="FILE")
+    accept: bool = option("Write the results of this run to the ledger.", False)
+    against: str = option("Compare with this implementation; needs no ledger.", "", metavar="IMPL")
+
+
+def run(options: Options) -> int:
+    """Check an implementation and compare the results with a ledger or with another implementation."""
+    if bool(options.ledger) == bool(options.against):
+        raise UsageError("say what to compare with: --ledger FILE, or --against IMPL")
+    specs = suite_cases(options.impl, options)
+    if options.ledger:
+        compare = accepting(options.ledger, specs) if options.accept else comparing(options.ledger, specs)
+        return audit("gate", specs, options, blame="own", compare=compare)
+    if options.accept:
+        raise UsageError("--accept writes a ledger, and --against has none")
+    if options.in_process:
+        raise UsageError("--against cannot run --in-process: two preparations never share a process")
+    validate(options.against)
+    return audit("gate", specs, options, blame="own", compare=against(options))
+
+
+def comparing(name: str, specs: Sequence[CaseSpec]) -> Compare:
+    """Compares a report with a ledger, which is read before anything is run.
+
+    Raises:
+        UsageError: the ledger is missing, malformed, or was accepted under other options.
+    """
+    accepted = Ledger.read(name)
+    gate.check_options(accepted, options_of(specs[0].as_json()))
+    return lambda report: gate.judge(report, accepted)
+
+
+def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
+    """Writes a report's results to the ledger, then compares with it.
+
+    Raises:
+        UsageError: the ledger is malformed, or cannot be written.
+    """
+    output = OutputFile(name, "--ledger")
+    before = Path(name).read_text(encoding="utf-8") if Path(name).exists() else ""
+    old = Ledger.parse(before, name=name) if before else Ledger(name=name, implementation=specs[0].implementation)
+
+    def compare(report: Report) -> Report:
+        if not report.complete or report.exit_code == EXIT_NOTHING:
+            say(f"{name} is not written: {'nothing was checked' if report.complete else 'the run was cut short'}")
+            return report
+        text = accept.accept(report, before, name=name)
+        if text != before:
+            for breach in gate.compare(report, old):
+                say(f"accepted: {breach.line}")
+            output.write(text)
+        say(f"{name} is {'as it was' if text == before else 'written'}")
+        return gate.judge(report, Ledger.parse(text, name=name), accepted=True)
+
+    return compare
+
+
+def against(options: Options) -> Compare:
+    """Runs the other implementation on the same cases, in a worker of its own, and compares a report with its report."""
+
+    def compare(report: Report) -> Report:
+        if not report.complete:
+            return report
+        other = examine("gate", suite_cases(options.against, options), options, blame="own")
+        names = (options.against, str(report.subject["implementation"].get("name", "it")))
+        settled = gate.settle(report, options.against, diff.compare(other, report, names=names))
+        return dataclasses.replace(settled, complete=other.complete)
+
+    return compare

@@ -1,0 +1,67 @@
+"""``kbitcheck impl``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.cli.cases import audit, install, suite_cases
+from kbitcheck.cli.console import echo, progress_bar, say
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument
+from kbitcheck.cli.signals import signals_as_interrupts
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.machine import validate_device
+from kbitcheck.core.rule import select
+from kbitcheck.models.sources import resolve as models
+from kbitcheck.report import render, verdict
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.run.subject import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SuiteOptions):
+    """The options of ``kbitcheck impl``."""
+
+    impl: str = argument("IMPL", IMPL_HELP)
+
+
+def run(options: Options) -> int:
+    """Check one implementation on a suite, or on random cases; only its own failures count."""
+    if options.fuzz:
+        return run_fuzz(options)
+    return audit("impl", suite_cases(options.impl, options), options, blame="own")
+
+
+def run_fuzz(options: Options) -> int:
+    """Judge random cases; render the report of the smallest one that fails, or of all."""
+    try:
+        from kbitcheck.run import fuzz  # hypothesis is an optional dependency
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise UsageError("--fuzz needs hypothesis: pip install 'kbitcheck[fuzz]'") from None
+    if options.in_process:
+        raise UsageError("--fuzz cannot run --in-process: a case that ends its process must not end the run")
+    validate(options.impl)
+    validate_device(options.device)
+    for name in options.model:
+        models.resolve(name)
+    install(options.impl)
+    output = OutputFile(options.output)
+    plan = fuzz.Plan(
+        implementation=options.impl,
+        rules=select(options.codes, options.ignored),
+        number=options.fuzz,
+        seed=options.seed,
+        strict=options.strict,
+        models=options.model,
+        quants=[str(Quantization.parse(quant)) for quant in options.quant],
+        checkpointing=options.checkpointing,
+        options={name: value for name, value in options.case.items() if name != "seed"},
+    )
+    with signals_as_interrupts(), progress_bar(options.fuzz) as advance:
+        report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=echo if options.debug else None)
+    text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
+    output.write(text + (f"\n{fuzz.told(report)}" if options.format == "text" else ""))
+    say(verdict(report))
+    return report.exit_code

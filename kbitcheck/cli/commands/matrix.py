@@ -1,0 +1,49 @@
+"""``kbitcheck matrix``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kbitcheck.cli.cases import examine, suite_cases
+from kbitcheck.cli.console import say
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice
+from kbitcheck.compare.matrix import Matrix, Row, row, subjects
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import Report
+from kbitcheck.core.version import TOOL
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.report.tables.matrix import render, verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SuiteOptions):
+    """The options of ``kbitcheck matrix``."""
+
+    subjects: Sequence[str] = argument("IMPL...", f"{IMPL_HELP} Or a TOML file that lists several.", nargs="+")
+    format: str = choice("How to render the table.", "text", ("text", "json", "markdown", "html"))
+
+
+def run(options: Options) -> int:
+    """Check each implementation on the same cases; one row each."""
+    chosen = subjects(options.subjects)
+    output = OutputFile(options.output)
+    specs = suite_cases("", options)
+    if options.in_process:
+        raise UsageError("a matrix cannot run --in-process: two preparations never share a process")
+
+    def judge(impl: str) -> Report:
+        return examine("impl", suite_cases(impl, options), options, blame="own")
+
+    rows: list[Row] = []
+    for number, subject in enumerate(chosen, 1):
+        rows.append(row(subject, judge))
+        say(f"{number}/{len(chosen)} {verdict(rows[-1:])}")
+        if not rows[-1].complete:
+            break
+    command = shlex.join(["kbitcheck", *sys.argv[1:]])
+    table = Matrix(tool=TOOL, command=command, cases=[spec.id for spec in specs], rows=rows)
+    output.write(render(table, options.format))
+    return table.exit_code

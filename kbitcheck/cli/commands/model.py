@@ -1,0 +1,60 @@
+"""``kbitcheck model``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kbitcheck.cli.cases import audit
+from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, option
+from kbitcheck.core.errors import UsageError
+from kbitcheck.models.sources import resolve as models
+from kbitcheck.observe.forecast import memory_sizes
+from kbitcheck.run.subject import default
+from kbitcheck.run.suites import cases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """The options of ``kbitcheck model``."""
+
+    model: str = argument("MODEL", "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config.")
+    prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
+    static: bool = option("Predict sizes and memory without reading or creating weights.", False)
+    memory: str = option("Memory that training has to fit into: 24GiB, 80GB.", "", metavar="SIZE")
+    random_weights: bool = option("Give a config without weights random ones.", False)
+    dtype: str = option("Load in this dtype: bf16, fp16 or fp32.", "", metavar="DTYPE")
+    revision: str = option("Hub revision (branch, tag or commit).", "", metavar="REVISION")
+    trust_remote_code: bool = option("Run the model's own code.", False)
+    allow_pickle: bool = option("Load a checkpoint format that can run code.", False)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """How the model is read, by the names of ``CaseSpec``."""
+        return {
+            "random_weights": self.random_weights,
+            "dtype": self.dtype or None,
+            "revision": self.revision or None,
+            "trust_remote_code": self.trust_remote_code,
+            "allow_pickle": self.allow_pickle,
+        }
+
+
+def run(options: Options) -> int:
+    """Audit one model; a failure counts whoever it is attributed to."""
+    if options.static and options.random_weights:
+        raise UsageError("--static makes no weights: leave out --random-weights")
+    source = models.resolve(options.model, static="always" if options.static else "if-too-large", **options.source)
+    only_static = options.static or not getattr(source, "loadable", True)
+    specs = cases(
+        (),
+        models=[options.model],
+        quants=options.quant or [getattr(source, "quant", None) or "nf4"],
+        checkpointing=options.checkpointing or ["default"],
+        implementation=options.prepare or default(),
+        static="always" if only_static else "if-too-large",
+        memory=memory_sizes.parse(options.memory) if options.memory else None,
+        **options.case,
+        **options.source,
+    )
+    return audit("model", specs, options, blame="any")

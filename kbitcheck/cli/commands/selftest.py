@@ -1,0 +1,52 @@
+"""``kbitcheck selftest``."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from kbitcheck.cli.console import echo, fail, say
+from kbitcheck.cli.options import option, seconds
+from kbitcheck.cli.signals import signals_as_interrupts
+from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_NOTHING
+from kbitcheck.core.rule import select
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.report.tables.kill_matrix import page
+from kbitcheck.run.runner import selftest
+from kbitcheck.run.worker_process import Lost
+
+VERDICTS = {True: "caught", False: "MISSED", None: "not run"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``kbitcheck selftest``."""
+
+    select: str = option("Only these rules.", "", metavar="CODES")
+    matrix: bool = option("Run every fault against every rule; print a page in Markdown.", False)
+    timeout: float = option("Time limit of one answer of the worker.", 3600, metavar="SECONDS", read=seconds)
+    debug: bool = option("Show tracebacks and what the worker prints.", False)
+
+
+def run(options: Options) -> int:
+    """Run the faults of the rules and show that each is caught by its rule."""
+    codes = [rule.code for rule in select([c.strip() for c in options.select.split(",") if c.strip()])]
+    output = OutputFile("")
+    faults: list[dict[str, Any]] = []
+    events = selftest(codes, matrix=options.matrix, timeout=options.timeout, echo=echo if options.debug else None)
+    try:
+        with signals_as_interrupts(), contextlib.closing(events):
+            for event in events:
+                if event["event"] == "sabotage":
+                    verdict = VERDICTS[event["caught"]]
+                    line = f"{verdict}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}"
+                    say(line) if options.matrix else output.write(line + "\n")
+                    faults.append(event)
+    except Lost as lost:
+        return fail(f"the selftest broke: {lost}", EXIT_ERROR)
+    if options.matrix:
+        output.write(page(faults))
+    caught = [event["caught"] for event in faults if event["caught"] is not None]
+    say(f"{sum(caught)} of {len(caught)} faults caught")
+    return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE

@@ -1,0 +1,31 @@
+"""``kbitcheck show``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kbitcheck.cli.options import ReportOptions, argument
+from kbitcheck.cli.saved_report import read_report
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_CONFORMS
+from kbitcheck.report import render
+from kbitcheck.report.output_file import OutputFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ReportOptions):
+    """The options of ``kbitcheck show``."""
+
+    report: str = argument("REPORT.json", "A report that --format json wrote.")
+
+
+def run(options: Options) -> int:
+    """Render a saved report."""
+    output = OutputFile(options.output)
+    report = read_report(options.report)
+    try:
+        text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{options.report} is not a kbitcheck report: {str(error).splitlines()[0]}") from error
+    output.write(text)
+    return EXIT_CONFORMS

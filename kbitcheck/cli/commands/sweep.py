@@ -1,0 +1,87 @@
+"""``kbitcheck sweep``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+from kbitcheck.cli.console import echo, fail, say
+from kbitcheck.cli.options import PREPARE_HELP, at_least, choice, option, seconds
+from kbitcheck.cli.signals import signals_as_interrupts
+from kbitcheck.core.cases import Checkpointing, Profile
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import EXIT_ERROR
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.report.tables.sweep import FORMATS, render, verdict
+from kbitcheck.run.sweep import SweepRequest, swept
+from kbitcheck.run.worker_process import Lost
+
+TASKS = (
+    "causal-lm", "seq2seq-lm", "image-text-to-text", "speech-seq2seq", "sequence-classification", "masked-lm",
+)  # fmt: skip
+SAME_TABLE = ("quant", "checkpointing", "prepare", "profile", "shard", "seed")  # options that decide the rows
+
+
+def shard(name: str, value: str) -> str:
+    """I/N with I from 1 to N."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", value)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UsageError(f"{name} wants I/N with I from 1 to N, not {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``kbitcheck sweep``."""
+
+    task: str = choice("Which of transformers' lists of architectures.", "causal-lm", TASKS)
+    select: Sequence[str] = option(
+        "Only these model types; shell patterns too; repeatable.", (), metavar="NAME"
+    )  # fmt: skip
+    quant: str = option("Quantization, as for `kbitcheck model`.", "nf4", metavar="Q")
+    checkpointing: Checkpointing = choice("Gradient checkpointing.", "default", Checkpointing)
+    prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
+    profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile)
+    jobs: int = option("Workers at a time, one thread each.", 1, metavar="N", read=at_least(1))
+    shard: str = option("Only the I-th of N parts of the list.", "1/1", metavar="I/N", read=shard)
+    timeout: float = option("Time limit of one architecture.", 120, metavar="SECONDS", read=seconds)
+    device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
+    seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
+    format: str = choice("How to render the table.", "text", FORMATS)
+    output: str = option(
+        "Write the table to this file; FILE.jsonl beside it keeps each row as it comes.", "", metavar="FILE"
+    )
+    debug: bool = option("Show tracebacks and what the workers print.", False)
+
+    @property
+    def command(self) -> str:
+        """The command that gives the same table again."""
+        words = ["kbitcheck", "sweep", "--task", self.task]
+        words += [word for name in self.select for word in ("--select", name)]
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in SAME_TABLE and value != each.default:
+                words += [f"--{each.name}", str(value)]
+        return shlex.join(words)
+
+    @property
+    def request(self) -> SweepRequest:
+        """What to run."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("format", "debug", "shard")}
+        part, parts = map(int, self.shard.split("/"))
+        return SweepRequest(**values, part=part, parts=parts, command=self.command)
+
+
+def run(options: Options) -> int:
+    """Audit the architectures of a task; one row each."""
+    output = OutputFile(options.output)
+    try:
+        with signals_as_interrupts():
+            table = swept(options.request, say=say, echo=echo if options.debug else None)
+    except Lost as lost:
+        return fail(f"the architectures cannot be listed: {lost}", EXIT_ERROR)
+    output.write(render(table, options.format))
+    say(verdict(table))
+    return table.exit_code

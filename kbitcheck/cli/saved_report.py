@@ -1,0 +1,23 @@
+"""Reports that an earlier run saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import Report
+
+
+def read_report(name: str) -> Report:
+    """The report in a file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no report.
+    """
+    try:
+        return Report.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+    except (UsageError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{name} is not a kbitcheck report: {str(error).splitlines()[0]}") from error
