@@ -117,18 +117,18 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
     """
     hooked = {n: m for n, m in facts.prepared.modules.items() if n not in facts.prepared.heads}
     for name, module in hooked.items():
-        before = facts.base.modules[name].hooks if name in facts.base.modules else ()
+        before = facts.loaded.modules[name].hooks if name in facts.loaded.modules else ()
         added = len(module.hooks) - len(before)
         if added or name in facts.prepared.embeddings:
             yield Observation(name or module.cls, added <= 1, "at most one new hook", f"{added} new hooks")
     off = facts.switched_off
     for name, module in off.modules.items():
-        before = facts.base.modules[name].hooks if name in facts.base.modules else ()
+        before = facts.loaded.modules[name].hooks if name in facts.loaded.modules else ()
         if name in hooked and (len(module.hooks) != len(before) or name in facts.prepared.embeddings):
             left = len(module.hooks) - len(before)
             yield Observation(f"{name or module.cls} after disabling", left <= 0, "no hook left", f"{left} left")
         if module.checkpointing is not None:
-            was = facts.base.modules[name].checkpointing if name in facts.base.modules else None
+            was = facts.loaded.modules[name].checkpointing if name in facts.loaded.modules else None
             yield Observation(
                 f"{name or module.cls} after switching off",
                 module.checkpointing == was,
@@ -170,8 +170,9 @@ def no_global_effects(facts: Facts) -> Iterable[Observation]:
     Fix: change the model, nothing else; draw nothing.
     Sources: unsloth-zoo#549, ms-swift ``torch.utils.checkpoint`` patch.
     """
+    changed = facts.call.process
     yield Observation("process", True, "unchanged", "looked at")
-    for name, (before, after) in facts.call.process.items():
+    for name, (before, after) in changed.items():
         yield Observation(name, False, before, after)
 
 
@@ -252,7 +253,7 @@ def config_kept(facts: Facts) -> Iterable[Observation]:
     Fix: write nothing to the config.
     Sources: specification KB511.
     """
-    before, after = dict(_leaves(facts.base.config)), dict(_leaves(facts.prepared.config))
+    before, after = dict(_leaves(facts.loaded.config)), dict(_leaves(facts.prepared.config))
     if not before:
         raise NotApplicable("the model has no config")
     for key in sorted({*before, *after}):

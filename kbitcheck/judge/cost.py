@@ -53,7 +53,7 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
     Fix: cast what the profile names, to float32, in place.
     Sources: peft#1149, trl#4335, unsloth#1186.
     """
-    before, after = facts.base, facts.prepared
+    before, after = facts.loaded, facts.prepared
     demanded = sum({t.storage: t.nbytes for t in before.parameters.values() if _cast(t, facts)}.values())
     bound = before.nbytes + demanded
     yield Observation(
@@ -68,4 +68,4 @@ def _cast(tensor: TensorFacts, facts: Facts) -> bool:
     """Whether the profile demands that a parameter of the base becomes fp32: it then takes twice its bytes."""
     if tensor.packed or tensor.dtype not in HALF or facts.profile == "frozen-half":
         return False
-    return facts.profile == "peft" or tensor.name in norm_parameters(facts.base)
+    return facts.profile == "peft" or tensor.name in norm_parameters(facts.loaded)

@@ -92,16 +92,16 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
     Sources: specification KB204.
     """
-    kept = [o for o in facts.base.parameters.values() if not o.packed and o.dtype not in HALF]
-    kept += facts.base.buffers.values()
+    kept = [o for o in facts.loaded.parameters.values() if not o.packed and o.dtype not in HALF]
+    kept += facts.loaded.buffers.values()
     if not kept:
         raise NotApplicable("the model has neither a parameter that is not half-precision nor a buffer")
     after = {**facts.prepared.parameters, **facts.prepared.buffers}
     for old in kept:
         yield _unchanged(old, after.get(old.name))
-    for name in sorted(set(after) - set(facts.base.parameters) - set(facts.base.buffers)):
+    for name in sorted(set(after) - set(facts.loaded.parameters) - set(facts.loaded.buffers)):
         yield Observation(name, False, "no new tensor", "added by preparation")
-    for old in facts.base.parameters.values():
+    for old in facts.loaded.parameters.values():
         if not old.packed and old.dtype in HALF and old.name not in facts.prepared.parameters:
             yield Observation(old.name, False, "still there", "gone")
     for old, new in _pairs(facts):
@@ -112,7 +112,7 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
 
 def _numbers(facts: Facts) -> Iterator[Observation]:
     """One observation for each number that a module keeps and that is another."""
-    for module in facts.base.modules.values():
+    for module in facts.loaded.modules.values():
         now = facts.prepared.modules.get(module.name)
         if now is not None:
             for key, number in module.numbers.items():
@@ -142,7 +142,7 @@ def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
     Fix: skip parameters by ``isinstance`` of the packed class or by their quantization state, never by class name.
     Sources: peft#1550, peft#1614.
     """
-    packed = [o for o in facts.base.parameters.values() if o.packed]
+    packed = [o for o in facts.loaded.parameters.values() if o.packed]
     if not packed:
         raise NotApplicable("the model has no packed weight")
     for old in packed:
@@ -168,7 +168,7 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
     Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
     """
     prepared = facts.prepared.layers
-    for old in facts.base.layers.values():
+    for old in facts.loaded.layers.values():
         new = prepared.get(old.name)
         if new is None:
             continue  # KB207 tells
@@ -190,7 +190,7 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB207.
     """
     prepared = facts.prepared.layers
-    for old in facts.base.layers.values():
+    for old in facts.loaded.layers.values():
         new = prepared.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
         yield Observation(
@@ -207,7 +207,7 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
     Fix: assign ``param.data``; never ``module.weight = nn.Parameter(...)``.
     Sources: peft#1750, peft#2777, transformers#45127.
     """
-    before, after = facts.base.ties(), facts.prepared.ties()
+    before, after = facts.loaded.ties(), facts.prepared.ties()
     if not before:
         raise NotApplicable("the model ties no parameters")
     for group in sorted(before, key=sorted):
@@ -316,7 +316,7 @@ def one_device(facts: Facts) -> Iterable[Observation]:
     Sources: qlora#186, peft#414, alpaca-lora#368.
     """
     after = {**facts.prepared.parameters, **facts.prepared.buffers}
-    for old in [*facts.base.parameters.values(), *facts.base.buffers.values()]:
+    for old in [*facts.loaded.parameters.values(), *facts.loaded.buffers.values()]:
         new = after.get(old.name)
         if new is not None:
             yield Observation(old.name, new.device == old.device, old.device, new.device)
@@ -326,7 +326,7 @@ def one_device(facts: Facts) -> Iterable[Observation]:
 
 
 def _pairs(facts: Facts) -> Iterator[tuple[TensorFacts, TensorFacts]]:
-    for old in facts.base.parameters.values():
+    for old in facts.loaded.parameters.values():
         new = facts.prepared.parameters.get(old.name)
         if new is not None:
             yield old, new

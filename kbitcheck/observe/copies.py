@@ -52,6 +52,10 @@ class Copies:
         return self._base.facts
 
     @property
+    def loaded(self) -> ModelFacts:
+        return self._base.facts
+
+    @property
     def batch(self) -> step.Batch:
         return self._base.batch
 

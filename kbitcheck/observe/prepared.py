@@ -244,6 +244,10 @@ class PresentCase(Case):
             modules={n: dataclasses.replace(m, checkpointing=None) for n, m in found.modules.items()},
         )
 
+    @property
+    def loaded(self) -> ModelFacts:
+        raise NotApplicable(GONE)
+
     @cached_property
     def wrapped(self) -> ModelFacts:
         if any(p.adapter for p in self.prepared.parameters.values()):

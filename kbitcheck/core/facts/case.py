@@ -45,7 +45,15 @@ class Facts(Protocol):
         ...
 
     @property
-    def base(self) -> ModelFacts: ...
+    def base(self) -> ModelFacts:
+        """The model without adapters, where it is prepared already; else as loaded."""
+        ...
+
+    @property
+    def loaded(self) -> ModelFacts:
+        """The model before its preparation."""
+        ...
+
     @property
     def call(self) -> CallFacts: ...
     @property
