@@ -66,11 +66,12 @@ def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
 
 @rule("KB901", "quantized-share", Level.SHOULD)
 def quantized_share(facts: Facts) -> Iterable[Observation]:
-    """Most weights are really quantized; the largest groups that are not are named.
+    """Most weights are really quantized; the report names the largest groups that are not.
 
     Embeddings and head do not count: no backend quantizes them.
 
-    Why: bitsandbytes quantizes ``nn.Linear``; fused mixture-of-experts weights are 3-D parameters and stay as they are.
+    Why: bitsandbytes quantizes ``nn.Linear``; fused mixture-of-experts weights are 3-D parameters, and stay
+    unquantized.
     Symptom: a "4-bit" model almost as large as the original; out of memory in preparation.
     Fix: use a checkpoint or loader that quantizes the experts, keep the layers out of preparation's upcast
     (``--profile qlora``), or choose another model.
@@ -104,11 +105,13 @@ def _largest(model: ModelFacts) -> list[TensorFacts]:
 
 @rule("KB902", "upcast-cost", Level.SHOULD)
 def upcast_cost(facts: Facts) -> Iterable[Observation]:
-    """The bytes that upcasting adds, by group; flagged where the prepared model is larger than the half-precision one.
+    """The prepared model is no larger than the unquantized half-precision model; the report says what the upcast
+    adds, by group.
 
-    Why: upcasting embeddings, head or experts to fp32 can cost more than quantizing the rest saved.
-    Symptom: more memory prepared than unquantized: of one mixture of experts, 81 GB against 73 GB.
-    Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back; what is not quantized stays so.
+    Why: upcasting embeddings, head or experts to fp32 can cost more memory than quantizing the rest saves.
+    Symptom: the prepared model needs more memory than the unquantized one: 81 GB against 73 GB for one mixture of
+    experts.
+    Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back to half precision.
     Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
     """
     base, widened = facts.base, facts.widened
@@ -126,9 +129,9 @@ def upcast_cost(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB903", "checkpointing-supported", Level.SHOULD)
 def checkpointing_supported(facts: Facts) -> Iterable[Observation]:
-    """The architecture can checkpoint, and in which modules.
+    """The architecture supports gradient checkpointing; the report names the blocks that do.
 
-    Why: where it cannot, activations decide what fits, and some preparations raise half-way.
+    Why: without checkpointing, activations decide what fits, and some preparations raise half-way.
     Symptom: "does not support gradient checkpointing".
     Fix: prepare with ``use_gradient_checkpointing=False``, a shorter sequence or a smaller batch.
     Sources: llm-foundry#399, LLaMA-Factory#1550.
@@ -154,13 +157,13 @@ def _towers(model: ModelFacts) -> dict[str, int]:
 
 @rule("KB904", "dead-adapters", Level.SHOULD)
 def dead_adapters(facts: Facts) -> Iterable[Observation]:
-    """Adapter targets that no gradient can reach, in the float twin with checkpointing off.
+    """A gradient reaches every adapter target, in the float64 twin without checkpointing.
 
-    Why: they are stored, counted as trainable and never trained; every tool that asserts "all adapters have gradients"
-    trips over them.
-    Symptom: adapters that stay as drawn; "parameters that were not used in producing loss" under DDP.
+    Why: an adapter without a gradient is stored and counted as trainable, and never trained; every tool that
+    asserts "all adapters have gradients" fails on it.
+    Symptom: adapters that keep their initial values; "parameters that were not used in producing loss" under DDP.
     Fix: leave these layers out of the adapter's targets.
-    Sources: the last vision layer of LLaVA; experts nobody routed to; unused cross-attention.
+    Sources: the last vision layer of LLaVA; experts that no token is routed to; unused cross-attention.
     """
     for name, g in facts.gradients.items():
         yield Observation(
@@ -170,11 +173,12 @@ def dead_adapters(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB905", "unfit-targets", Level.SHOULD)
 def unfit_targets(facts: Facts) -> Iterable[Observation]:
-    """Adapter targets that the adapter library will refuse or must not wrap.
+    """Every adapter target is a layer that the adapter library accepts and may wrap.
 
-    Why: an adapter on a router changes which experts run; one on a weight that its owner reads directly does nothing.
+    Why: an adapter on a router changes which experts run; an adapter beside a weight that the model reads directly
+    has no effect.
     Symptom: "Target module is not supported"; a tuple where a tensor was expected.
-    Fix: name the targets, without these.
+    Fix: list the targets by name, without these layers.
     Sources: peft#1720, transformers mixture-of-experts routers, Mamba ``out_proj``.
     """
     yield Observation("targets", True, "fit", "looked at")
@@ -184,12 +188,12 @@ def unfit_targets(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB906", "fits", Level.INFO)
 def fits(facts: Facts) -> Iterable[Observation]:
-    """Training takes what its configuration predicts, and fits the memory given.
+    """The model takes the memory that its configuration predicts, and training fits ``--memory``.
 
-    Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, at a
-    batch and length; and the largest batch that fits ``--memory``. The report's memory table shows them.
+    Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, for
+    a batch and length; and the largest batch that fits ``--memory``. The report's memory table shows them.
 
-    Why: one run out of memory costs more than asking first.
+    Why: a run that ends out of memory costs more than a forecast.
     Symptom: "CUDA out of memory" in the first step, or in the first long batch.
     Fix: a smaller batch or length, ``--checkpointing non-reentrant``, ``--profile qlora``, a paged optimizer.
     Sources: bitsandbytes#1569, peft#816.
@@ -215,11 +219,11 @@ def fits(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB907", "unknown-norms", Level.INFO)
 def unknown_norms(facts: Facts) -> Iterable[Observation]:
-    """Layers that look like norms by shape and are not known by class.
+    """Every layer whose shape looks like a norm's is of a class that says so.
 
-    Why: what finds norms by class misses these; KB201 counts them as norms.
+    Why: code that finds norms by class misses the others; KB201 counts them as norms.
     Symptom: a norm that stays in half precision.
-    Fix: none needed; look at them once.
+    Fix: look at each such layer once; there is nothing to mend.
     Sources: unsloth-zoo#680.
     """
     looked = [m for m in facts.base.modules.values() if m.norm]
@@ -231,11 +235,11 @@ def unknown_norms(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB908", "remote-code", Level.INFO)
 def remote_code(facts: Facts) -> Iterable[Observation]:
-    """The model needs code from its repository; it is not run unless ``--trust-remote-code`` is given.
+    """The model's code is part of transformers; code from its repository runs only with ``--trust-remote-code``.
 
-    Why: it runs with your rights.
+    Why: such code runs with your rights.
     Symptom: "requires you to execute the configuration file in that repo".
-    Fix: read it, then pass ``--trust-remote-code`` with a pinned ``--revision``.
+    Fix: read the code, then pass ``--trust-remote-code`` with a pinned ``--revision``.
     Sources: transformers documentation.
     """
     yield Observation(

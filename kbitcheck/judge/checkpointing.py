@@ -17,10 +17,10 @@ from kbitcheck.judge.gradients import needs_checkpointing
 
 @rule("KB401", "on-when-asked", Level.MUST)
 def on_when_asked(facts: Facts) -> Iterable[Observation]:
-    """Asked for, checkpointing is on in every block that supports it, in every tower.
+    """If checkpointing is requested, it is enabled in every block that supports it, in every tower.
 
-    Why: it is switched on by attributes of the model that some quantizers and wrappers do not have, and then it is
-    silently off.
+    Why: some preparations enable it only if the model has certain attributes. Some quantizers and wrappers do not set
+    them, and checkpointing is silently off.
     Symptom: out of memory with checkpointing "on"; no message at all.
     Fix: find quantized layers by type, and check the blocks' flags after enabling.
     Sources: peft#760, peft#513, trl#728, transformers#26221, ms-swift#9945.
@@ -41,10 +41,10 @@ def on_when_asked(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB402", "off-when-not", Level.MUST)
 def off_when_not(facts: Facts) -> Iterable[Observation]:
-    """Not asked for, preparation turns no checkpointing on and no block recomputes.
+    """If checkpointing is not requested, preparation enables it nowhere, and no block recomputes.
 
-    Why: a default that overrides a configured "off" costs a third of the speed and breaks methods that cannot be
-    checkpointed.
+    Why: a default that overrides a configured "off" costs a third of the speed, and breaks methods that do not work
+    with checkpointing.
     Symptom: slower steps than configured; "PREFIX_TUNING does not work with gradient checkpointing".
     Fix: obey ``use_gradient_checkpointing=False``.
     Sources: Soup#797, unsloth-zoo#433, peft#869.
@@ -64,12 +64,12 @@ def off_when_not(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB403", "blocks-recompute", Level.MUST)
 def blocks_recompute(facts: Facts) -> Iterable[Observation]:
-    """In a training step every block on a path to the loss computes exactly twice as often as in the plain run.
+    """In a training step with checkpointing, every block on a path to the loss runs exactly twice as often as without.
 
-    Why: a flag is no proof. A model left in eval never recomputes, and neither does a block whose forward goes round
-    the checkpoint.
-    Symptom: the memory of a run without checkpointing.
-    Fix: leave blocks in train mode; set the flag and the function on every block.
+    Why: a flag is no proof. A model in eval mode never recomputes, and neither does a block whose forward bypasses the
+    checkpoint.
+    Symptom: as much memory as without checkpointing.
+    Fix: leave blocks in train mode; set both flag and checkpointing function on every block.
     Sources: peft#120, alpaca_lora_4bit#128, unsloth-zoo#549.
     """
     needs_checkpointing(facts)
@@ -100,7 +100,7 @@ def _ran_so(name: str, ran: tuple[int, int], facts: Facts) -> bool:
 def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
     """``use_reentrant``, ``preserve_rng_state`` and the other arguments reach ``torch.utils.checkpoint``.
 
-    Why: the mode decides whether DDP or ZeRO-3 works; a dropped argument shows hours later.
+    Why: the mode decides whether DDP or ZeRO-3 works; the effect of a dropped argument shows hours later.
     Symptom: "Expected to mark a variable ready only once"; a warning that ``use_reentrant`` should be passed.
     Fix: pass ``gradient_checkpointing_kwargs`` through unchanged.
     Sources: transformers#28536, trl#480, axolotl#1021.
@@ -124,16 +124,17 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB405", "memory-saved", Level.MUST)
 def memory_saved(facts: Facts) -> Iterable[Observation]:
-    """Activation bytes held between forward and backward fall to what checkpointing allows.
+    """Between forward and backward, no more activation bytes are held than checkpointing needs.
 
-    Allowed are the blocks' tensor arguments and results, each once, what was made outside the blocks, and the saved
-    random states, all measured in the model's own plain run. In the backward blocks come back one at a time, last
-    first.
+    Allowed are the tensor arguments and results of the blocks, each counted once, the activations outside the
+    blocks, and the saved random states, all measured in the same model without checkpointing. In the backward,
+    blocks are recomputed one at a time, the last block first.
 
-    Why: this is what checkpointing is for; everything else about it can look right.
+    Why: checkpointing exists to save memory, and can look right in every other respect while it saves none.
     Symptom: out of memory, or no saving, with checkpointing on.
-    Fix: checkpoint each block by itself; keep no reference to activations.
-    Sources: axolotl#1021, accelerate#389, bitsandbytes#2005; int8 under non-reentrant: docs/findings/int8_keeps_inputs.py.
+    Fix: checkpoint each block separately; keep no reference to activations.
+    Sources: axolotl#1021, accelerate#389, bitsandbytes#2005; int8 under non-reentrant:
+    docs/findings/int8_keeps_inputs.py.
     """
     needs_checkpointing(facts)
     m = facts.memory
@@ -158,11 +159,12 @@ def memory_saved(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB406", "memory-scales", Level.SHOULD)
 def memory_scales(facts: Facts) -> Iterable[Observation]:
-    """Each block adds about one block input to what is held, not one block's activations.
+    """Each block adds about the size of its input to the activations that are held, not the size of all its
+    activations.
 
-    Why: depth then costs almost nothing, which is what makes long sequences fit.
-    Symptom: memory that grows with depth as if checkpointing were off for some blocks.
-    Fix: checkpoint each block by itself, and keep no reference to what it makes (KB405).
+    Why: depth then costs almost no memory, so that long sequences fit.
+    Symptom: memory that grows with depth as if checkpointing were off in some blocks.
+    Fix: checkpoint each block separately, and keep no reference to its activations (KB405).
     Sources: specification KB406.
     """
     needs_checkpointing(facts)
@@ -195,11 +197,12 @@ def _crosses_towers(name: str, facts: Facts) -> bool:
 
 @rule("KB407", "reentrant-explicit", Level.SHOULD)
 def reentrant_explicit(facts: Facts) -> Iterable[Observation]:
-    """``use_reentrant`` is passed explicitly; nothing warns that it must be.
+    """``use_reentrant`` is passed explicitly, so that torch does not warn that it is missing.
 
-    Why: an implicit mode is reentrant today, an error tomorrow, and not what transformers defaults to.
+    Why: without the argument the mode is reentrant today and an error in a later torch, and differs from transformers'
+    default.
     Symptom: "the use_reentrant parameter should be passed explicitly" on every run.
-    Fix: fill in ``use_reentrant`` where the caller gave none; ``{}`` is not ``None``.
+    Fix: add ``use_reentrant`` if the caller did not pass it; note that ``{}`` is not ``None``.
     Sources: transformers#28536, transformers#43203, axolotl#1021.
     """
     needs_checkpointing(facts)
@@ -211,9 +214,9 @@ def reentrant_explicit(facts: Facts) -> Iterable[Observation]:
 def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
     """No key/value cache is held in a checkpointed training forward; ``generate`` works afterwards.
 
-    Why: a cache in training is memory for nothing, and breaks the recompute.
+    Why: a cache in training wastes memory and breaks the recompute.
     Symptom: "use_cache=True is incompatible with gradient checkpointing"; a CheckpointError.
-    Fix: leave it to transformers, or set ``use_cache`` for training and restore it.
+    Fix: leave the cache to transformers, or switch ``use_cache`` off for training and restore it afterwards.
     Sources: transformers#34928, unsloth-zoo#715, trl#3891.
     """
     needs_checkpointing(facts)
@@ -230,7 +233,8 @@ def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
 def train_eval_untouched(facts: Facts) -> Iterable[Observation]:
     """Preparation changes no module's ``training`` flag.
 
-    Why: a model put into eval never recomputes and drops no dropout; one put into train samples with dropout.
+    Why: a model switched to eval mode never recomputes and applies no dropout; a model switched to train mode
+    generates with dropout.
     Symptom: checkpointing that does nothing; noisy evaluation.
     Fix: call neither ``train`` nor ``eval``.
     Sources: peft#120, diffusers#1848.

@@ -15,11 +15,13 @@ DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs
 
 @rule("KB501", "signature", Level.MUST)
 def signature(facts: Facts) -> Iterable[Observation]:
-    """Callable as ``(model)``, ``(model, bool)`` and by the three names, with defaults ``True`` and ``None``.
+    """The function accepts ``(model)``, ``(model, bool)`` and its three parameters by name, with defaults ``True``
+    and ``None``.
 
     Why: trainers call it in all these ways.
     Symptom: "got an unexpected keyword argument 'gradient_checkpointing_kwargs'".
-    Fix: ``prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None)``; more keywords are fine.
+    Fix: ``prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None)``; more keywords are
+    fine.
     Sources: peft#1036, peft#1583, MiniGPT-4#526.
     """
     call = facts.call
@@ -54,10 +56,10 @@ def signature(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB502", "returns-the-model", Level.MUST)
 def returns_the_model(facts: Facts) -> Iterable[Observation]:
-    """Returns the very object it was given, of the same class.
+    """The function returns the model object that it received, and does not change its class.
 
-    Why: callers use either name afterwards; a copy leaves one of them unprepared.
-    Symptom: changes that "do not stick"; twice the memory.
+    Why: callers go on with either reference; if the result is a copy, one of them is not prepared.
+    Symptom: changes that seem to be lost; twice the memory.
     Fix: change the model in place and return it.
     Sources: specification KB502.
     """
@@ -77,9 +79,9 @@ def returns_the_model(facts: Facts) -> Iterable[Observation]:
 def arguments_untouched(facts: Facts) -> Iterable[Observation]:
     """The caller's ``gradient_checkpointing_kwargs`` is not changed.
 
-    Why: one dictionary is often shared by several calls and by the trainer.
+    Why: several calls and the trainer often share one dictionary.
     Symptom: a second model that is prepared differently from the first.
-    Fix: copy before filling in defaults.
+    Fix: copy the dictionary before you add defaults.
     Sources: trl#3981, specification KB503.
     """
     calls = (
@@ -97,9 +99,9 @@ def arguments_untouched(facts: Facts) -> Iterable[Observation]:
 def idempotent(facts: Facts) -> Iterable[Observation]:
     """A second preparation changes nothing: no flag, dtype, hook or byte.
 
-    Why: scripts and trainers both prepare.
+    Why: a script and the trainer that it uses may both prepare the model.
     Symptom: hooks that pile up; "'CastOutputToFloat' object has no attribute 'weight'".
-    Fix: look before each change.
+    Fix: before each change, check whether it is there already.
     Sources: peft#373, trl#3926.
     """
     yield from same_model(facts.repeated, facts.prepared_again, "after the first call", "after the second")
@@ -107,10 +109,11 @@ def idempotent(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB505", "one-hook-and-removable", Level.SHOULD)
 def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
-    """At most one input-grad hook an embedding, none after ``disable_input_require_grads()``; switching off restores.
+    """Each embedding has at most one input-grad hook, and none after ``disable_input_require_grads()``;
+    checkpointing can be undone.
 
-    Why: ``enable_input_require_grads`` never removes an earlier hook, so whoever calls it twice leaves one behind for
-    good, and with it a graph in every evaluation.
+    Why: ``enable_input_require_grads`` never removes an earlier hook. A second call leaves the first hook on the
+    model for good, and every evaluation then builds a graph.
     Symptom: memory in evaluation; a model that cannot be pickled.
     Fix: let transformers set the hook, or remove the earlier one first.
     Sources: peft#2299; transformers ``enable_input_require_grads``.
@@ -139,11 +142,11 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB506", "all-or-nothing", Level.SHOULD)
 def all_or_nothing(facts: Facts) -> Iterable[Observation]:
-    """Where it raises (an architecture that cannot checkpoint), the model is as it was.
+    """If preparation raises, because the architecture cannot checkpoint, it leaves the model unchanged.
 
-    The message names the model class and the way out.
+    The message names the model class and the argument that avoids the error.
 
-    Why: a half-prepared model, frozen and in fp32, is what the next attempt starts from.
+    Why: otherwise the next attempt starts from a half-prepared model, frozen and in fp32.
     Symptom: "does not support gradient checkpointing", and afterwards out of memory without it.
     Fix: check before the first change.
     Sources: llm-foundry#399, LLaMA-Factory#1550, peft#1142.
@@ -163,11 +166,11 @@ def all_or_nothing(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB507", "no-global-effects", Level.MUST)
 def no_global_effects(facts: Facts) -> Iterable[Observation]:
-    """Default dtype, grad mode, random states, autocast, filters and the libraries' classes are as before.
+    """Default dtype, grad mode, random states, autocast, warning filters and the libraries' classes are as before.
 
-    Why: what is changed for one model is changed for every other in the process.
+    Why: a global change made for one model affects every other model in the process.
     Symptom: results that depend on the order of imports; another seed, another dtype, a patched ``forward``.
-    Fix: change the model, nothing else; draw nothing.
+    Fix: change the model and nothing else; use no random numbers.
     Sources: unsloth-zoo#549, ms-swift ``torch.utils.checkpoint`` patch.
     """
     changed = facts.call.process
@@ -178,11 +181,12 @@ def no_global_effects(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB508", "no-hoarding", Level.MUST)
 def no_hoarding(facts: Facts) -> Iterable[Observation]:
-    """No tensor outlives its use: old half-precision storages are freed, no activation survives a step.
+    """No tensor outlives its use: old half-precision storages are freed, and no activation survives a step.
 
-    Why: a kept copy of each upcast weight is half the model again; a kept activation is a leak a step.
-    Symptom: memory after preparation above the model's; memory that grows with the steps.
-    Fix: keep no list of old parameters or outputs; detach what must be kept.
+    Why: a second copy of each upcast weight costs half of the model again; an activation that stays is a leak in
+    every step.
+    Symptom: more memory after preparation than the model needs; memory that grows with every step.
+    Fix: keep no list of old parameters or outputs; detach a tensor that must be kept.
     Sources: bitsandbytes#2005, peft#3265.
     """
     stale = facts.cost.stale
@@ -197,9 +201,9 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB509", "quiet", Level.SHOULD)
 def quiet(facts: Facts) -> Iterable[Observation]:
-    """No deprecation or user warning of its own on a supported stack.
+    """On a supported stack, preparation causes no deprecation or user warning.
 
-    Why: noise hides the warnings that matter.
+    Why: such warnings hide the warnings that matter.
     Symptom: a FutureWarning on every preparation.
     Fix: call the method that the installed transformers documents.
     Sources: specification KB509; transformers ``gradient_checkpointing_enable``.
@@ -213,7 +217,7 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
 
     Why: wrapped or renamed modules train well and cannot be loaded.
     Symptom: "Some weights were not initialized"; another model after reloading.
-    Fix: wrap nothing; keep names.
+    Fix: wrap no module, and keep all names.
     Sources: peft#602, trl#4081.
     """
     s = facts.store
@@ -246,7 +250,7 @@ def _reloads_otherwise(facts: Facts) -> bool:
 
 @rule("KB511", "config-kept", Level.SHOULD)
 def config_kept(facts: Facts) -> Iterable[Observation]:
-    """``model.config`` is as before, ``use_cache`` aside.
+    """``model.config`` is unchanged, except for ``use_cache``.
 
     Why: the config is saved with the adapter and read by the next loader.
     Symptom: a reloaded model in another dtype or with another attention.
@@ -268,7 +272,7 @@ def deterministic(facts: Facts) -> Iterable[Observation]:
 
     Why: a run that cannot be repeated cannot be debugged.
     Symptom: two preparations, two losses.
-    Fix: draw nothing, and depend on nothing but the arguments.
+    Fix: use no random numbers, and depend on the arguments alone.
     Sources: specification KB512.
     """
     yield from same_model(facts.prepared, facts.repeated, "the first model", "the second")

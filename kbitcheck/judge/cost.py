@@ -15,11 +15,11 @@ LARGE_BLOCK = 20 << 20
 
 @rule("KB601", "peak-while-preparing", Level.SHOULD)
 def peak_while_preparing(facts: Facts) -> Iterable[Observation]:
-    """Peak memory while preparing is at most before, plus the bytes added by the upcast, plus the largest parameter.
+    """Peak memory of preparation is at most the memory before, plus the upcast's bytes, plus the largest parameter.
 
-    Why: a model that fits and trains can still run out of memory while it is prepared.
+    Why: a model that fits and could be trained may still run out of memory in preparation.
     Symptom: out of memory inside ``param.data.to(torch.float32)``.
-    Fix: cast one parameter at a time and drop each old storage at once.
+    Fix: cast one parameter at a time, and free its old storage before the next.
     Sources: bitsandbytes#1569, peft#1142.
     """
     c = facts.cost
@@ -29,11 +29,11 @@ def peak_while_preparing(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB602", "cache-returned", Level.SHOULD)
 def cache_returned(facts: Facts) -> Iterable[Observation]:
-    """After preparation the allocator holds no large block of freed half-precision weights (accelerators).
+    """After preparation, the accelerator's allocator holds no large block of freed half-precision weights.
 
-    Why: on small or unified memory a gigabyte reserved for nothing is the difference.
-    Symptom: reserved memory well above allocated right after preparing.
-    Fix: empty the allocator's cache once after casting.
+    Why: on a small GPU, or with unified memory, a gigabyte that is reserved and unused decides whether training fits.
+    Symptom: right after preparation, reserved memory is well above allocated memory.
+    Fix: empty the allocator's cache once, after all casts.
     Sources: peft#3265, peft#3293.
     """
     cached = facts.cost.cached
@@ -46,11 +46,11 @@ def cache_returned(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB603", "upcast-only-what-is-promised", Level.MUST)
 def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
-    """Preparation adds no byte beyond the casts its profile demands.
+    """Preparation adds no byte beyond the casts that its profile demands.
 
-    Why: a weight that is copied, widened to float64 or kept twice is paid for in every run.
+    Why: a weight that is copied, cast to float64 or held twice costs its memory in every run.
     Symptom: a prepared model that is larger than its parameters in fp32.
-    Fix: cast what the profile names, to float32, in place.
+    Fix: cast the parameters that the profile names, to float32, in place.
     Sources: peft#1149, trl#4335, unsloth#1186.
     """
     before, after = facts.loaded, facts.prepared

@@ -17,10 +17,10 @@ from kbitcheck.judge.gradients import live_gradients
 def base_frozen(facts: Facts) -> Iterable[Observation]:
     """After preparation no base parameter requires grad.
 
-    Under ``--freezes at-attach`` it is judged once adapters are attached.
+    With ``--freezes at-attach``, the rule is judged after adapters are attached.
 
-    Why: a trainable base parameter costs its gradient and two optimizer states in fp32, and drifts away from the
-    weights the adapter is later used with.
+    Why: a trainable base parameter costs a gradient and two optimizer states in fp32, and moves away from the weights
+    that the adapter will be used with later.
     Symptom: "trainable params" far above the adapter's size; out of memory in the first optimizer step; an adapter that
     is worse after reloading than in training.
     Fix: set ``requires_grad = False`` on every parameter of the base before anything else.
@@ -36,12 +36,12 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB102", "only-adapters-train", Level.MUST)
 def only_adapters_train(facts: Facts) -> Iterable[Observation]:
-    """After adapters are attached the trainable set is exactly the adapters' parameters.
+    """After adapters are attached, exactly the adapters' parameters are trainable.
 
-    Why: adapter libraries freeze the base again, which hides a preparation that did not; and a preparation that hooks
-    into attaching can freeze what should train.
+    Why: adapter libraries freeze the base a second time, which hides a preparation that did not freeze it. A
+    preparation that intervenes while adapters are attached can freeze the adapters, too.
     Symptom: "trainable params: 0"; or a checkpoint that is as large as the model.
-    Fix: freeze the base in preparation only, once, and leave adapters alone.
+    Fix: freeze the base once, in preparation, and leave adapters alone.
     Sources: trl#3926, unsloth#3327, unsloth#2343.
     """
     for p in facts.wrapped.parameters.values():
@@ -54,11 +54,12 @@ def only_adapters_train(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB103", "no-base-grad", Level.MUST)
 def no_base_grad(facts: Facts) -> Iterable[Observation]:
-    """After a backward no base parameter holds a ``.grad``.
+    """After a backward, no base parameter holds a ``.grad``.
 
-    Why: a gradient on the base costs memory even where no optimizer reads it.
+    Why: a gradient of the base costs memory even if no optimizer reads it.
     Symptom: memory grows by the size of the model in the first backward.
-    Fix: freeze every base parameter; never call ``requires_grad_`` on an embedding's weight to make inputs need grad.
+    Fix: freeze every base parameter. To make inputs require grad, hook the embedding's output; never call
+    ``requires_grad_`` on the embedding's weight.
     Sources: specification KB103; peft#80.
     """
     held = {*facts.run.base_grads, *(n for n, p in facts.wrapped.parameters.items() if p.has_grad)}
@@ -69,12 +70,13 @@ def no_base_grad(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB104", "base-unchanged-by-training", Level.MUST)
 def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
-    """After a few optimizer steps every base tensor, packed weight, quantization state and buffer is bitwise what it was.
+    """After a few optimizer steps, every base tensor, packed weight, quantization state and buffer has the same
+    bits as before.
 
-    AdamW with weight decay on. A quantized layer's own bias, which bitsandbytes recasts in its forward, equals the old
-    value rounded once to the compute dtype.
+    The optimizer is AdamW with weight decay. A quantized layer's own bias, which bitsandbytes casts in place in its
+    forward, must equal the old value rounded once to the compute dtype.
 
-    Why: a base that moves in training is not the base the adapter will be loaded on.
+    Why: a base that changes in training is not the base that the adapter will be loaded on.
     Symptom: good loss in training, bad answers after the adapter is merged or reloaded.
     Fix: keep base parameters out of the optimizer; change no weight in hooks.
     Sources: specification KB104; bitsandbytes ``Linear4bit.forward`` casts ``bias.data`` in place.
@@ -109,11 +111,11 @@ def _difference(old: TensorFacts, new: TensorFacts) -> str:
 @rule("KB105", "adapters-do-change", Level.MUST)
 @unless_bare
 def adapters_do_change(facts: Facts) -> Iterable[Observation]:
-    """After a few optimizer steps every live adapter changed.
+    """After a few optimizer steps, every live adapter has changed.
 
-    Why: gradients that exist and an optimizer that steps still train nothing where the two hold different tensors.
-    Symptom: a falling loss from one head alone; ``lora_B`` all zero in the saved adapter.
-    Fix: leave parameter objects in place; change ``.data``, never rebind modules after adapters are attached.
+    Why: if gradients belong to one tensor and the optimizer holds another, both work and nothing is trained.
+    Symptom: a loss that falls because of a trainable head alone; ``lora_B`` all zero in the saved adapter.
+    Fix: keep parameter objects; change ``.data``, and never replace modules after adapters are attached.
     Sources: ai-toolkit#1054, peft troubleshooting "Training runs but the model does not improve".
     """
     for name in live_gradients(facts):
@@ -123,12 +125,12 @@ def adapters_do_change(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB106", "prepared-adapter-model-kept", Level.SHOULD)
 def prepared_adapter_model_kept(facts: Facts) -> Iterable[Observation]:
-    """Preparing a model that already carries adapters keeps them trainable or raises; it never silently freezes them.
+    """Preparing a model that already has adapters keeps them trainable or raises; it never silently freezes them.
 
     Why: freezing "every parameter" of a PeftModel freezes the adapters too, and nothing fails: the input hook gives the
-    loss a graph, backward succeeds, and no parameter ever moves.
+    loss a graph, the backward succeeds, and no parameter ever moves.
     Symptom: "trainable params: 0"; a loss that does not move; no error at all.
-    Fix: recognise adapter layers by the library's type and leave them as they are, or raise.
+    Fix: recognise adapter layers by the adapter library's type and leave them unchanged, or raise.
     Sources: trl#3926, trl#4029, trl#4081, transformers#26098, peft#1253.
     """
     call, before, kept = facts.adapters_first

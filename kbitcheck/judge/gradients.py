@@ -49,13 +49,14 @@ def live_gradients(facts: Facts) -> dict[str, GradientFacts]:
 
 @rule("KB301", "inputs-require-grad", Level.MUST)
 def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
-    """Under reentrant checkpointing the input of the first block of every tower with adapters requires grad.
+    """Under reentrant checkpointing, the input of the first block of every tower with adapters requires grad.
 
-    Why: reentrant checkpointing records a block only if a positional input requires grad, and with a frozen embedding
-    none does.
-    Symptom: "None of the inputs have requires_grad=True. Gradients will be None", then "element 0 of tensors does not
-    require grad"; or silence, where something behind the blocks is trainable.
-    Fix: hook every tower's input embedding (patch and audio embeddings too) so that its output requires grad.
+    Why: reentrant checkpointing records a block only if a positional input requires grad. If the embedding is
+    frozen, no input does.
+    Symptom: "None of the inputs have requires_grad=True. Gradients will be None", then "element 0 of tensors does
+    not require grad"; or no message at all, if something behind the blocks is trainable.
+    Fix: hook the input embedding of every tower (patch and audio embeddings, too), so that its output requires
+    grad.
     Sources: transformers#26377, transformers#42489, peft#2880, peft#295, trl#835.
     """
     needs_checkpointing(facts)
@@ -76,10 +77,11 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
 def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     """Every live adapter gets a finite, non-zero gradient.
 
-    Live means that it gets one in the float64 twin with checkpointing off; adapters dead there are the model's (KB904).
-    Up-projections are drawn first: at zero, half of all gradients would be zero by construction.
+    An adapter is live if it gets a gradient in the float64 twin without checkpointing; KB904 reports the others.
+    Before the step, ``lora_B`` gets random values: if it were zero, half of all gradients would be zero by
+    construction.
 
-    Why: an adapter without a gradient is never trained, and nothing says so.
+    Why: an adapter without a gradient is never trained, and no message says so.
     Symptom: ``lora_B`` all zero after training; a falling loss and a model that did not learn.
     Fix: see KB301 and KB303; under reentrant checkpointing pass hidden states positionally.
     Sources: peft#2880, trl#835, ai-toolkit#1054, transformers#41993.
@@ -92,14 +94,17 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
 @rule("KB303", "layer-backward-exact", Level.MUST)
 @unless_bare
 def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
-    """Through each frozen quantized layer dL/dx equals dL/dy times the unpacked weight, to the compute dtype's rounding.
+    """Through each frozen quantized layer, dL/dx equals dL/dy times the unpacked weight, to the compute dtype's
+    rounding.
 
-    Judged element by element, and as a gain over the whole layer, from outside the layer; it also fails where the
-    input requires grad and the output does not.
+    The gradient is judged element by element, and as a gain over the whole layer, from outside the layer. The rule
+    also fails if the layer's input requires grad and its output does not.
 
-    Why: adapters alone cannot show a cut here, because the residual stream carries gradients round it.
-    Symptom: all adapters have gradients, upstream ones are several times too small, and the model is merely worse.
-    Fix: use a kernel that has a backward; never detach a frozen layer's input or run it under ``no_grad``.
+    Why: adapters' gradients do not show a cut here, because the residual stream carries gradients around the layer.
+    Symptom: all adapters have gradients, those before the cut are several times too small, and the model is just
+    worse.
+    Fix: use a kernel that has a backward; never detach a frozen layer's input, and never run the layer under
+    ``no_grad``.
     Sources: transformers#46736, GPTQModel#1435, AutoAWQ#324, bitsandbytes#2034.
     """
     live_gradients(facts)
@@ -135,16 +140,16 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
 @rule("KB304", "gradients-match-oracle", Level.MUST)
 @unless_bare
 def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
-    """Adapter gradients equal those of the float64 twin with the same adapters, within four yardsticks.
+    """Adapter gradients equal the gradients of the float64 twin with the same adapters, within four yardsticks.
 
-    The yardstick of an adapter is how far the twin in the preparation's own dtypes is from the float64 twin, or the
-    median over all adapters if that is larger. Left out are adapters whose gradient is noise: four yardsticks of theirs
-    are as long as the gradient itself, so no comparison could tell it from zero. The whole batch is judged, and one row
-    of it without a mask.
+    An adapter's yardstick is the distance between the twin in the preparation's own dtypes and the float64 twin, or the
+    median over all adapters if the median is larger. Adapters whose gradient is noise are left out: four of their
+    yardsticks are as long as the gradient, so that no comparison could tell the gradient from zero. The whole batch is
+    judged, and its first row without a mask.
 
-    Why: only a comparison with an independent computation shows a gradient that is there, finite and wrong.
-    Symptom: training that works and ends worse than the same run elsewhere.
-    Fix: compare the layers that KB303 names, then what happens between them.
+    Why: only a comparison with an independent computation shows a gradient that is present, finite and wrong.
+    Symptom: training that works, and ends worse than the same run elsewhere.
+    Fix: look at the layers that KB303 names, then at the operations between them.
     Sources: bitsandbytes#2034, unsloth-zoo#482.
     """
     single = {f"{n} (one row, no mask)": g for n, g in facts.single_gradients.items()}
@@ -160,13 +165,13 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB305", "checkpointing-changes-nothing", Level.MUST)
 def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
-    """With checkpointing, loss and gradients equal those of the plain run of the same object.
+    """With checkpointing, loss and gradients equal those of the same model without checkpointing.
 
-    Bitwise on a CPU where each block's inputs are contiguous and read by that block alone; within the yardstick
-    elsewhere, as gradients are added in another order there.
+    They must be bitwise equal on a CPU if each block's inputs are contiguous and no other module reads them. Otherwise
+    gradients are added in another order, and must agree within the yardstick.
 
-    Why: a recompute that differs from the forward gives gradients of another function.
-    Symptom: another loss with checkpointing on; vision gradients exactly zero.
+    Why: a recompute that differs from the forward gives the gradients of another function.
+    Symptom: another loss if checkpointing is on; gradients of the vision tower that are exactly zero.
     Fix: recompute under the same mode, mask, cache setting and random state.
     Sources: transformers#45242, transformers#44158, peft#2826, transformers#24247.
     """
@@ -185,9 +190,9 @@ def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB306", "reentrant-agrees", Level.MUST)
 def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
-    """Reentrant and non-reentrant checkpointing, switched on the same object, give the same gradients.
+    """Reentrant and non-reentrant checkpointing of the same model give the same gradients.
 
-    Why: people switch modes to get along with DDP or ZeRO-3; the result must not depend on it.
+    Why: users change the mode because DDP or ZeRO-3 needs it; the result must not depend on the mode.
     Symptom: "CheckpointError: Recomputed values have different metadata"; gradients missing in one mode.
     Fix: pass tensors that need gradients positionally, and make inputs require grad.
     Sources: trl#2514, trl#4782, transformers#34928.
@@ -223,11 +228,12 @@ def _agrees(facts: Facts) -> bool:
 
 @rule("KB307", "dropout-replayed", Level.MUST)
 def dropout_replayed(facts: Facts) -> Iterable[Observation]:
-    """With dropout raised and the same seed, checkpointed and plain runs agree: the recompute replays the same mask.
+    """With a high dropout rate and one seed, runs with and without checkpointing agree: the recompute drops the
+    same activations.
 
-    Why: another mask in the recompute gives the gradient of a network that was never run.
-    Symptom: noisy, slightly wrong training that only happens with dropout.
-    Fix: leave ``preserve_rng_state`` on.
+    Why: another dropout mask in the recompute gives the gradient of a network that was never run.
+    Symptom: noisy, slightly wrong training that happens only with dropout.
+    Fix: leave ``preserve_rng_state`` at its default, True.
     Sources: torch.utils.checkpoint documentation; specification KB307.
     """
     needs_checkpointing(facts)
@@ -238,12 +244,14 @@ def dropout_replayed(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB308", "survives-interleaving", Level.MUST)
 def survives_interleaving(facts: Facts) -> Iterable[Observation]:
-    """After any order of evaluation, generation, preparing again, copying, saving, switching modes and training, the
-    next training step's gradients are what a fresh model with the same adapters gives, and the packed weights are the same.
+    """After any order of evaluation, generation, preparing again, copying, saving, switching modes and training,
+    the next training step's gradients are what a fresh model with the same adapters gives, and the packed
+    weights are the same.
 
-    Why: training loops evaluate, generate and save in between; a model that one of these spoils trains on, wrongly.
+    Why: training loops evaluate, generate and save between steps. If one of these damages the model, training goes
+    on, wrongly.
     Symptom: a loss that jumps after the first evaluation; training that fails after ``generate``.
-    Fix: keep no state in hooks or forwards, and touch no weight in a forward.
+    Fix: keep no state in hooks or forwards, and change no weight in a forward.
     Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
     """
     for outcome in facts.interleaved:
@@ -277,13 +285,13 @@ def _raises(outcome: StepOutcome, facts: Facts) -> bool:
 @rule("KB309", "loss-falls", Level.MUST)
 @unless_bare
 def loss_falls(facts: Facts) -> Iterable[Observation]:
-    """A few optimizer steps on one batch reduce its loss by at least half of what the float twin reaches.
+    """A few optimizer steps on one batch reduce the loss at least half as much as they do in the float64 twin.
 
     The twin has the same adapters, optimizer and seed.
 
-    Why: the end-to-end check: what was prepared can learn.
+    Why: this is the end-to-end check that the prepared model can learn.
     Symptom: a loss that stays, rises, or is NaN or 0.
-    Fix: look at the other findings first; this one seldom stands alone.
+    Fix: mend the other broken rules first; this one is seldom broken alone.
     Sources: peft#389, trl#618, transformers#26207.
     """
     t = facts.training

@@ -28,10 +28,10 @@ def norm_parameters(model: ModelFacts) -> frozenset[str]:
 def norms_fp32(facts: Facts) -> Iterable[Observation]:
     """Every parameter of every normalization layer is fp32, whatever the layer is called (``peft`` and ``qlora``).
 
-    Why: norm scales multiply the whole residual stream; half-precision ones round every activation of every token.
-    Name filters miss ``ln_f``, ``norm_out`` or ``q_norm`` without a word.
-    Symptom: "expected scalar type Float but found Half"; slightly worse loss that nobody can explain.
-    Fix: cast by type of parameter (every unquantized half-precision one), not by a list of names.
+    Why: norm scales multiply the whole residual stream; in half precision they round every activation of every token.
+    Filters by name silently miss ``ln_f``, ``norm_out`` or ``q_norm``.
+    Symptom: "expected scalar type Float but found Half"; a slightly worse loss that nobody can explain.
+    Fix: cast every unquantized half-precision parameter, not parameters in a list of names.
     Sources: peft#130, alpaca-lora#313, unsloth-zoo#680.
     """
     if facts.profile == "frozen-half":
@@ -48,9 +48,9 @@ def norms_fp32(facts: Facts) -> Iterable[Observation]:
 def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     """Every other unquantized fp16 or bf16 parameter is fp32: embeddings, head, biases, routers (``peft``).
 
-    Why: ``peft`` is the profile that promises it; a mixture of dtypes fails at run time in other places than it is made.
+    Why: the ``peft`` profile promises it. A mixture of dtypes fails at run time, far from the code that caused it.
     Symptom: "expected mat1 and mat2 to have the same dtype, but got: float != c10::BFloat16".
-    Fix: cast every unquantized half-precision parameter, or name the profile that is meant (``--profile qlora``).
+    Fix: cast every unquantized half-precision parameter, or name the profile that you intend (``--profile qlora``).
     Sources: peft#389, peft#1515.
     """
     if facts.profile != "peft":
@@ -66,9 +66,10 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
 def upcast_exact(facts: Facts) -> Iterable[Observation]:
     """Every parameter whose dtype changed holds exactly the old values.
 
-    Why: widening is exact, so any difference is a rounding through another dtype, a swap or a redraw.
-    Symptom: a prepared model whose loss before training is not the base's.
-    Fix: ``param.data = param.data.to(torch.float32)`` and nothing else.
+    Why: a cast to a wider dtype is exact. Any difference is a detour through another dtype, a swapped tensor or new
+    random values.
+    Symptom: before any training, the prepared model's loss differs from the base's.
+    Fix: ``param.data = param.data.to(torch.float32)``, and nothing else.
     Sources: specification KB203.
     """
     changed = [(o, n) for o, n in _pairs(facts) if o.dtype != n.dtype and not o.packed]
@@ -85,11 +86,11 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
 def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     """Parameters that were fp32, fp64, integer, bool or float8, and every buffer, keep dtype, device and bits.
 
-    So does every plain number that a module keeps, such as an epsilon, a scale or a dropout rate.
+    Every plain number that a module holds, such as an epsilon, a scale or a dropout rate, stays the same, too.
 
-    Why: scales, rotary tables and weights kept in fp32 on purpose break quietly when they are cast or recomputed.
+    Why: scales, rotary tables and weights that are in fp32 on purpose break silently when they are cast or recomputed.
     Symptom: garbage after long contexts; NaN in T5; a kernel that refuses its scales.
-    Fix: cast only parameters that are fp16 or bf16 and not quantized; leave buffers alone.
+    Fix: cast only unquantized fp16 and bf16 parameters; leave buffers alone.
     Sources: specification KB204.
     """
     kept = [o for o in facts.loaded.parameters.values() if not o.packed and o.dtype not in HALF]
@@ -136,10 +137,10 @@ def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
 def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
     """Packed weights keep class, dtype, shape and bits, whatever dtype they are stored in.
 
-    Why: with ``bnb_4bit_quant_storage`` bf16 or fp16 the packed bytes look like ordinary half-precision weights, and
-    an upcast destroys them; so does a cast of a subclass that a name check does not know.
-    Symptom: "shape '[128, 32]' is invalid for input of size 8192"; noise for output.
-    Fix: skip parameters by ``isinstance`` of the packed class or by their quantization state, never by class name.
+    Why: if ``bnb_4bit_quant_storage`` is bf16 or fp16, packed bytes look like ordinary half-precision weights, and an
+    upcast destroys them. A check by class name misses subclasses, and the cast destroys those.
+    Symptom: "shape '[128, 32]' is invalid for input of size 8192"; output that is noise.
+    Fix: skip packed parameters by ``isinstance`` or by their quantization state, never by class name.
     Sources: peft#1550, peft#1614.
     """
     packed = [o for o in facts.loaded.parameters.values() if o.packed]
@@ -160,9 +161,9 @@ def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
 def quant_state_intact(facts: Facts) -> Iterable[Observation]:
     """The quantization state (absmax, code, block size, type, nested state, offset; the int8 scales) is the same.
 
-    Each quantized layer also unpacks to the same numbers.
+    Each quantized layer also unpacks to the same numbers as before.
 
-    Why: a lost nested state or a scale that is slightly off changes every weight of a layer, with no error.
+    Why: a lost nested state or a slightly wrong scale changes every weight of a layer, without an error.
     Symptom: "FP4 quantization state not initialized"; a base that answers worse after preparation.
     Fix: never rebuild or move packed parameters in preparation; a new ``Params4bit`` loses its state.
     Sources: accelerate#3983, transformers#23839, bitsandbytes#1310.
@@ -184,7 +185,7 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
 def still_quantized(facts: Facts) -> Iterable[Observation]:
     """No quantized layer was replaced, dequantized or dropped.
 
-    Why: a layer that was dequantized costs four times its memory, and the adapter trains on other numbers.
+    Why: a dequantized layer costs four times its memory, and the adapter is trained on other numbers.
     Symptom: memory above what the model card says; ``lora.Linear`` where ``lora.Linear4bit`` was expected.
     Fix: leave quantized modules in place.
     Sources: specification KB207.
@@ -200,10 +201,12 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB208", "ties-kept", Level.MUST)
 def ties_kept(facts: Facts) -> Iterable[Observation]:
-    """Parameters that shared memory still do, such as tied embeddings and head.
+    """Parameters that shared memory still share it, such as tied embeddings and head.
 
-    Why: rebinding a tied parameter makes two copies: twice the memory, and a head that no longer follows.
-    Symptom: a model that grows by its embedding; "Some tensors share memory" errors on saving, or their absence.
+    Why: replacing one of two tied parameters makes two copies: twice the memory, and a head that no longer equals
+    the embedding.
+    Symptom: a model that grows by the size of its embedding; "Some tensors share memory" errors on saving that come
+    or go.
     Fix: assign ``param.data``; never ``module.weight = nn.Parameter(...)``.
     Sources: peft#1750, peft#2777, transformers#45127.
     """
@@ -221,14 +224,16 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
 @rule("KB209", "same-function", Level.MUST)
 @unless_bare
 def same_function(facts: Facts) -> Iterable[Observation]:
-    """The prepared model's logits are no further from the float64 twin's than the base's were, by the yardstick.
+    """The prepared model's logits are about as close to the float64 twin's as the base's logits are, within four
+    yardsticks.
 
-    Under ``peft`` every unquantized weight is fp32, so the yardstick is a twin with those dtypes; elsewhere the base's
-    own error is added. Tokens whose experts changed are left out and counted.
+    Under ``peft`` every unquantized weight is fp32, and the yardstick is the error of a twin with those dtypes.
+    Under other profiles the base's own error is added. Tokens that rounding sends to other experts are left out and
+    counted.
 
-    Why: preparation changes precision, not the function; a scale, a mask or an attention setting changed on the side
-    shows here and in no parameter.
-    Symptom: the loss at step 0 is not the base's.
+    Why: preparation may change precision, not the function. A changed scale, mask or attention setting shows here,
+    and in no parameter.
+    Symptom: the loss at step 0 differs from the base's.
     Fix: change nothing but dtypes, flags and hooks.
     Sources: transformers#45242, unsloth-zoo#813.
     """
@@ -260,12 +265,14 @@ def same_function(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB210", "runs-everywhere", Level.MUST)
 def runs_everywhere(facts: Facts) -> Iterable[Observation]:
-    """Forward is finite and raises nothing in train and eval, with and without a mask and autocast; a training step runs.
+    """The forward is finite and raises nothing in train and eval mode, with and without mask and autocast; a
+    training step runs.
 
-    Where the unprepared base can, padding in front, embeddings in place of ids (which get a gradient) and tokens one by one
-    with a cache are fed too. Under ``qlora`` mixed dtypes raise without autocast in many architectures, so those are not judged.
+    Inputs with padding on the left, embeddings instead of token ids, and single tokens with a cache are judged as
+    well, if the unprepared base accepts them. Under ``qlora`` only forwards under autocast are judged, because
+    mixed dtypes raise without it in many architectures.
 
-    Why: mixed dtypes work in training under autocast and fail in ``generate``, evaluation and callbacks.
+    Why: mixed dtypes work in training under autocast, and fail in ``generate``, evaluation and callbacks.
     Symptom: "expected mat1 and mat2 to have the same dtype, but got: float != c10::BFloat16".
     Fix: cast all unquantized half-precision parameters, or none.
     Sources: peft#84, peft#88, peft#131, peft#1515, trl#4457.
@@ -308,11 +315,11 @@ def no_half_trainables(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB212", "one-device", Level.MUST)
 def one_device(facts: Facts) -> Iterable[Observation]:
-    """Nothing moved device, nothing is newly on meta, tied groups share a device.
+    """Every tensor stays on its device, none moves to the meta device, and tied parameters share a device.
 
-    Why: a tensor on another device, or on none, fails in the middle of the first step.
+    Why: a tensor on another device, or on the meta device, fails in the middle of the first step.
     Symptom: "Cannot copy out of meta tensor; no data!"; "Expected all tensors to be on the same device".
-    Fix: cast in place; never move.
+    Fix: cast in place; move nothing.
     Sources: qlora#186, peft#414, alpaca-lora#368.
     """
     after = {**facts.prepared.parameters, **facts.prepared.buffers}
