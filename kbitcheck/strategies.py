@@ -17,6 +17,8 @@ from kbitcheck.backends.quantization import KINDS, Compute, Kind, Quantization, 
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.models.sources import recipe as recipes_of
 
+__all__ = ["batches", "call_arguments", "cases", "quantizations", "recipes"]
+
 Data = dict[str, Any]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

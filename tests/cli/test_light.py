@@ -50,7 +50,7 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
     assert imported("import kbitcheck.compare.gate, kbitcheck.compare.diff, kbitcheck.compare.accept") == ""
     assert (
         imported(
-            "import kbitcheck, kbitcheck.testing, kbitcheck.run.runner, kbitcheck.run.in_process, kbitcheck.run.worker"
+            "import kbitcheck, kbitcheck.extend, kbitcheck.testing, kbitcheck.run.runner, kbitcheck.run.in_process, kbitcheck.run.worker"
         )
         == ""
     )
