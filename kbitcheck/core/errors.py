@@ -1,21 +1,76 @@
-"""Exceptions that cross the layers."""
+"""Exceptions that cross the layers, and what a report says about an exception."""
 
 from __future__ import annotations
 
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+PACKAGES = Path(__file__).parents[1], Path(__file__).parents[2] / "reference"
+
 
 class NotApplicable(Exception):
-    """Raised by a rule that has, for a stated reason, nothing to examine on this case."""
+    """Raised by a rule that has nothing to examine on this case: the result is a SKIP with this reason."""
 
 
 class Unavailable(Exception):
-    """A fact that this case cannot give, with the reason; a rule that reads it becomes an ERROR."""
+    """Raised by a fact that a case does not have; the message is the reason.
+
+    The rule that reads the fact is skipped, because this case cannot tell (a static case takes no steps). With
+    ``failed`` the rule is an ERROR, because the case should have had the fact (preparation raised).
+    """
+
+    def __init__(self, reason: str, *, failed: bool = False) -> None:
+        super().__init__(reason)
+        self.failed = failed
 
 
 class UsageError(Exception):
     """Wrong input: the message is one line that says what is wrong and what to do (exit code 4)."""
 
 
+class Lost(Exception):
+    """A worker died, hung or broke the protocol; the message is the cause on one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """An exception as facts and reports have it. Two are equal if type and message are, wherever they were raised.
+
+    ``message`` is the first line of ``text``. ``place`` is ``file:line`` of the innermost frame outside kbitcheck; in an installed
+    package ``file`` is its path there.
+    """
+
+    type: str
+    message: str = ""
+    place: str = field(default="", compare=False)
+    text: str = field(default="", compare=False, repr=False)
+
+    def __str__(self) -> str:
+        text = ": ".join(filter(None, (self.type, self.message)))
+        return f"{text} ({self.place})" if self.place else text
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """The record of an exception that was caught."""
+        text = str(error).strip()
+        return cls(type(error).__name__, text.partition("\n")[0].rstrip(), _place(error), text)
+
+
 def cause(error: BaseException) -> str:
-    """An exception on one line."""
-    message = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {message[0]}".removesuffix(": ")
+    """An exception on one line: its type, its message, and the innermost place outside kbitcheck."""
+    return str(Raised.of(error))
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    real = [(Path(f.filename), f.lineno) for f in frames if not f.filename.startswith("<")]  # "<frozen importlib...>"
+    outside = [frame for frame in real if not any(frame[0].is_relative_to(package) for package in PACKAGES)]
+    if not real:
+        return ""
+    path, line = (outside or real)[-1]
+    parts = path.parts
+    if "site-packages" in parts:
+        return f"{'/'.join(parts[parts.index('site-packages') + 1 :])}:{line}"
+    return f"{path.name}:{line}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from inspect import getdoc
 from typing import TYPE_CHECKING
 
-from kbitcheck.core.errors import NotApplicable, UsageError, cause
+from kbitcheck.core.errors import NotApplicable, Unavailable, UsageError, cause
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 
 if TYPE_CHECKING:
@@ -110,10 +110,11 @@ def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -
     ]
 
 
-def judge(subject: Rule, facts: Facts) -> Result:
-    """Run one rule on one case. What a rule raises becomes a SKIP or an ERROR result, wrong usage alone passes through.
+def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = lambda error: None) -> Result:
+    """The result of one rule on one case. What the rule raises becomes a SKIP or an ERROR, wrong usage passes through.
 
-    No observation at all is an ERROR: there is no way to pass by accident.
+    No observation at all is an ERROR: there is no way to pass by accident. ``on_error`` gets an exception that made the
+    result an ERROR.
     """
     start = time.perf_counter()
     level, reason, examined = subject.level, "", 0
@@ -131,14 +132,18 @@ def judge(subject: Rule, facts: Facts) -> Result:
         status = Status.FAIL if failures else Status.PASS
         if not examined:
             status, reason = Status.ERROR, "vacuous: the rule examined nothing"
-    except NotApplicable as skip:
-        # What was seen broken before stays broken.
-        status, reason = (Status.FAIL, "") if failures else (Status.SKIP, str(skip))
+    except (NotApplicable, Unavailable) as gap:
+        if isinstance(gap, Unavailable) and gap.failed:
+            status, reason = Status.ERROR, str(gap)
+        else:
+            # What was seen broken before stays broken.
+            status, reason = (Status.FAIL, "") if failures else (Status.SKIP, str(gap))
     except UsageError:
         raise
     except Exception as error:
         log.debug("%s on %s", subject.code, facts.case, exc_info=True)
         status, reason = Status.ERROR, cause(error)
+        on_error(error)
     parties = {f.party for f in failures}
     blamed = next((p for p in Party if p in parties), None)
     return Result(

@@ -226,7 +226,7 @@ def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
         g = facts.generates
         ok = g.finite and not g.raised
         blamed = blame(facts, ok, Party.MODEL, lambda bare: bare.generates.raised == g.raised)
-        yield Observation("generate", ok, "works after training", g.raised or "works", *blamed)
+        yield Observation("generate", ok, "works after training", str(g.raised or "works"), *blamed)
 
 
 @rule("KB409", "train-eval-untouched", Level.MUST)

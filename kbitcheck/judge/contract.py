@@ -45,12 +45,16 @@ def signature(facts: Facts) -> Iterable[Observation]:
         yield Observation("first parameter", first == "model" or call.accepts_any, "model", first or "none")
     off = facts.positional_call
     yield Observation(
-        "prepare(model, False)", off.raised != "" or not off.checkpoints, "checkpointing stays off", "it is on"
+        "prepare(model, False)", off.raised is not None or not off.checkpoints, "checkpointing stays off", "it is on"
     )
     for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
-        refused = bool(one.raised) and (facts.base.can_checkpoint or text == "prepare(model, False)")
-        # What every call raises is no matter of how it is called.
-        refused = refused and (one.raised != facts.call.raised or one.raised.startswith("TypeError"))
+        raised = one.raised
+        refused = (
+            raised is not None
+            and (facts.base.can_checkpoint or text == "prepare(model, False)")
+            # If every form of call raises the same error, the signature is not to blame.
+            and (raised != facts.call.raised or raised.type == "TypeError")
+        )
         yield Observation(text, not refused, "accepted", f"raised {one.raised}" if refused else "accepted")
 
 
@@ -158,10 +162,10 @@ def all_or_nothing(facts: Facts) -> Iterable[Observation]:
         yield Observation("an architecture that cannot checkpoint", told or on, "an error or a warning", "silence")
         return
     yield from same_model(before, after, "before the call", "after it raised")
-    names = before.cls in call.raised
-    yield Observation("message", names, f"names {before.cls}", call.raised)
-    way = "use_gradient_checkpointing" in call.raised
-    yield Observation("message (way out)", way, "names use_gradient_checkpointing=False", call.raised)
+    message = f"{call.raised.type}: {call.raised.text}"
+    yield Observation("message", before.cls in message, f"names {before.cls}", message)
+    way = "use_gradient_checkpointing" in message
+    yield Observation("message (way out)", way, "names use_gradient_checkpointing=False", message)
 
 
 @rule("KB507", "no-global-effects", Level.MUST)
@@ -233,7 +237,7 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
         if s.raised in base
         else blame(facts, not s.raised, Party.STACK, lambda bare: bare.store.raised == s.raised)
     )
-    yield Observation("save and reload", not s.raised, "no error", s.raised or "none", party, witness)
+    yield Observation("save and reload", not s.raised, "no error", str(s.raised or "none"), party, witness)
     if s.logits is not None:
         # The same model in the same dtypes: only the order of a sum may differ.
         ok = s.logits.equal or s.logits.relative <= facts.compute_ulp

@@ -203,7 +203,7 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
     raised = facts.other_mode_raised
     if raised:
         blamed = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
-        yield Observation("training step in the other mode", False, "no error", raised, *blamed)
+        yield Observation("training step in the other mode", False, "no error", str(raised), *blamed)
         return
     mendable = reentrant(facts) and _is_cut(facts)
     for seen in compared(facts.against_other_mode, exact=exactly(facts)):
@@ -256,7 +256,7 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     """
     for outcome in facts.interleaved:
         blamed = blame(facts, not outcome.raised, Party.MODEL, partial(_raises, outcome))
-        yield Observation(outcome.step, not outcome.raised, "runs", outcome.raised or "runs", *blamed)
+        yield Observation(outcome.step, not outcome.raised, "runs", str(outcome.raised or "runs"), *blamed)
         changed = ", ".join(outcome.changed[:4])
         yield Observation(
             f"{outcome.step}: quantized weights", not changed, "as before anything ran", changed or "the same"

@@ -288,10 +288,10 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         else:
             # Whose inputs require grad, which some models cannot bear.
             blamed = blame(facts, ok, Party.MODEL, partial(_fails_so, f))
-        yield Observation(f"forward ({f.condition})", ok, "finite, no error", f.raised or "not finite", *blamed)
+        yield Observation(f"forward ({f.condition})", ok, "finite, no error", str(f.raised or "not finite"), *blamed)
     raised = facts.step_raised
     blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
-    yield Observation("training step", not raised, "no error", raised or "none", *blamed)
+    yield Observation("training step", not raised, "no error", str(raised or "none"), *blamed)
 
 
 def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import NotApplicable, Unavailable, UsageError, cause
+from kbitcheck.core.errors import Raised, Unavailable, UsageError
 from kbitcheck.core.facts import (
     HALF,
     CallFacts,
@@ -160,7 +160,7 @@ class Case(Copies):
     @property
     def _model(self) -> Any:
         if self.call.raised:
-            raise Unavailable(f"preparation raised {self.call.raised} ({self.call.raised_at})")
+            raise Unavailable(f"preparation raised {self.call.raised}", failed=True)
         return self._object
 
     @cached_property
@@ -205,40 +205,40 @@ class Case(Copies):
         return self._checkpointed[0]
 
     @cached_property
-    def step_raised(self) -> str:
+    def step_raised(self) -> Raised | None:
         return self._raised(lambda: self.run)
 
     @cached_property
-    def other_mode_raised(self) -> str:
+    def other_mode_raised(self) -> Raised | None:
         return self._raised(lambda: self.against_other_mode)
 
-    def _raised(self, ask: Callable[[], Any]) -> str:
-        """What computing a fact of the model with its adapters raises; empty if nothing."""
+    def _raised(self, ask: Callable[[], Any]) -> Raised | None:
+        """What computing a fact of the model with its adapters raises, if anything."""
         _ = self._ready
         try:
             ask()
-        except NotApplicable:  # no forward runs, which has been told
-            return ""
+        except Unavailable as gap:
+            if gap.failed:
+                return Raised.of(gap)
+            return None  # no forward runs, which has been told
         except Exception as error:
-            return cause(error)
-        return ""
+            return Raised.of(error)
+        return None
 
     def _needs_the_libraries(self) -> None:
         """A witness proves nothing in libraries that the implementation changed, when it was imported or called.
 
         Raises:
-            NotApplicable: it did.
+            Unavailable: it did.
         """
         if self._patches or any("." in name for name in self.call.process):
-            raise NotApplicable(
-                "the implementation patches the libraries, so that no base in this process is a witness"
-            )
+            raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
 
     @cached_property
     def unprepared(self) -> Case:
         self._needs_the_libraries()
         mode = self.checkpointing
-        with suppress(NotApplicable, Unavailable):  # it may not run at all
+        with suppress(Unavailable):  # it may not run at all
             if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
                 reentrant = any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
                 mode = "reentrant" if reentrant else "non-reentrant"

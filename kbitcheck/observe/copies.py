@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import NotApplicable, Unavailable, cause
+from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import (
     CANNOT_RUN,
     CallFacts,
@@ -27,7 +27,7 @@ from kbitcheck.core.facts import (
 from kbitcheck.observe.loaded import Attached, Base
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, interleaving, memory, snapshot, step, store, targets
-from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call, place
+from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call
 from kbitcheck.observe.step_sequences import INTERLEAVED
 from kbitcheck.observe.twin import twins as twin
 
@@ -91,21 +91,21 @@ class Copies:
         model = self._copy()
         returned, facts = call(self.prepare, model, **self.wanted)
         if facts.raised:
-            raise Unavailable(f"preparation raised {facts.raised} ({facts.raised_at})")
+            raise Unavailable(f"preparation raised {facts.raised}", failed=True)
         return returned if isinstance(returned, nn.Module) else model
 
     def _needs_to_run(self) -> None:
         """What is left to judge of a prepared model that cannot run at all where its base can.
 
         Raises:
-            NotApplicable: it cannot, which is KB210's to tell.
+            Unavailable: it cannot, which is KB210's to tell.
         """
         mixed = self.profile == "qlora"
         for f in self.forwards:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             fed = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
             if f.raised and not f.base_raised and f.autocast is mixed and fed:
-                raise NotApplicable(f"{CANNOT_RUN}{f.raised}")
+                raise Unavailable(f"{CANNOT_RUN}{f.raised}")
 
     def _attached_copy(self) -> Attached:
         self._needs_to_run()
@@ -217,7 +217,7 @@ class Copies:
             try:
                 returned = self.prepare(model, **arguments(self.prepare, self.wanted))
             except Exception as error:
-                raise Unavailable(f"preparation raised {type(error).__name__}: {error} ({place(error)})") from error
+                raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error
             kept.append(returned if isinstance(returned, nn.Module) else model)
 
         cost = memory.cost(prepare, model)
@@ -277,7 +277,7 @@ class Copies:
                 self._copy(), fit or self._base.targets, library=library, rank=self.spec.rank, seed=self.spec.seed
             )
         except NotImplementedError as error:  # of some classes the embedding is not to be had
-            raise NotApplicable(f"{library} cannot put adapters on this model: {cause(error)}") from error
+            raise Unavailable(f"{library} cannot put adapters on this model: {cause(error)}") from error
         before = frozenset(n for n, p in adapters.items() if p.requires_grad)
         returned, facts = call(self.prepare, model, **self.wanted)
         after = returned if isinstance(returned, nn.Module) else model
@@ -301,7 +301,7 @@ class Copies:
         wanted: dict[str, Any] = {SECOND: True, THIRD: asked}
         returned, called = call(self.prepare, model, **wanted)
         if called.raised:
-            raise Unavailable(f"preparation with {asked} raised {called.raised}")
+            raise Unavailable(f"preparation with {asked} raised {called.raised}", failed=True)
         model, adapters = self._base.attach(returned if isinstance(returned, nn.Module) else model, self.spec)
         with step.dropout_raised(model, 0.0):  # without the RNG state another mask, and other experts, are recomputed
             facts, _ = step.train_step(

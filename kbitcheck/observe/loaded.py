@@ -15,7 +15,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec, Profile
-from kbitcheck.core.errors import NotApplicable, cause
+from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import Given
@@ -99,7 +99,7 @@ class Base:
         torch tells of that by a ``RuntimeError``; anything else is an error of the twin, and stays one.
 
         Raises:
-            NotApplicable: it does not run.
+            Unavailable: it does not run.
         """
         if not self._no_twin:
             try:
@@ -109,16 +109,16 @@ class Base:
                 raise
             except RuntimeError as error:
                 self._no_twin = f"the float64 twin of this model does not run: {cause(error)}"
-        raise NotApplicable(self._no_twin)
+        raise Unavailable(self._no_twin)
 
     def forecast(self, spec: CaseSpec) -> ForecastFacts:
         """What the model takes as its configuration tells it; of the training steps only for ``kbitcheck model``.
 
         Raises:
-            NotApplicable: there is no configuration to tell from.
+            Unavailable: there is no configuration to tell from.
         """
         if not isinstance(self.source, Source):
-            raise NotApplicable("a live model: there is nothing to predict it from")
+            raise Unavailable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
         told = forecast.of_weights(model, facts, spec, self.source.notes)
@@ -163,7 +163,7 @@ class Base:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise NotApplicable(f"the unprepared base does not run: {cause(error)}") from error
+            raise Unavailable(f"the unprepared base does not run: {cause(error)}") from error
         found = Function(exact=exact, original=original, rounded=rounded)
         if not self.large:
             self._functions[profile] = found

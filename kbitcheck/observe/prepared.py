@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from kbitcheck.core import machine as environment
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
-from kbitcheck.core.errors import NotApplicable, UsageError, cause
+from kbitcheck.core.errors import Unavailable, UsageError, cause
 from kbitcheck.core.facts import ModelFacts, RunFacts
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result, Status
@@ -168,16 +168,16 @@ class Present(Base):
     """Copies of a model as it stands, with its own adapters or, where it has none, the reference's.
 
     Raises:
-        NotApplicable: no copy of the model can run by itself.
+        Unavailable: no copy of the model can run by itself.
     """
 
     def __init__(self, model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None) -> None:
         if tied := captures(model):
-            raise NotApplicable(f"nothing can run on a copy: {tied} holds on to the model itself")
+            raise Unavailable(f"nothing can run on a copy: {tied} holds on to the model itself")
         try:
             self.pristine = never_repacked(copy.deepcopy(model))
         except (RuntimeError, TypeError) as error:
-            raise NotApplicable(f"the model cannot be copied: {error}".splitlines()[0]) from None
+            raise Unavailable(f"the model cannot be copied: {error}".splitlines()[0]) from None
         self.pristine.state_dict()  # on a CPU, bitsandbytes undoes its repacking for inference when it saves
         step.set_dropout(self.pristine, 0.0)  # or no step compares with another; KB307 raises it
         self.source = Given(self.pristine)
@@ -204,7 +204,7 @@ class Present(Base):
             return super().twins(spec)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             told = cause(error)
-            raise NotApplicable(f"the float64 twin of this model cannot be computed ({told})") from None
+            raise Unavailable(f"the float64 twin of this model cannot be computed ({told})") from None
 
 
 class PresentCase(Case):
@@ -263,7 +263,7 @@ class PresentCase(Case):
 
     @property
     def unprepared(self) -> Case:
-        raise NotApplicable("the model before its preparation is not there to compare with")
+        raise Unavailable("the model before its preparation is not there to compare with")
 
     bare = unprepared
 

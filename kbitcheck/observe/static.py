@@ -12,7 +12,7 @@ from torch import nn
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
 from kbitcheck.judge.precision import norm_parameters
 from kbitcheck.models.sources.resolve import Source, source_of
@@ -48,7 +48,7 @@ class StaticCase:
         self.unfit_targets: Mapping[str, str] = targets.unfit(self._model, wanted)
 
     def __getattr__(self, name: str) -> Any:
-        raise NotApplicable(NEEDS_A_RUN)
+        raise Unavailable(NEEDS_A_RUN)
 
     def close(self) -> None:
         """Drop the model."""

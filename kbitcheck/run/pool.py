@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import UsageError
+from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import Rule
 from kbitcheck.run.worker import Event
-from kbitcheck.run.worker_process import Lost, WorkerProcess
+from kbitcheck.run.worker_process import WorkerProcess
 
 POISON = ("MemoryError", "CUDA")  # what leaves a process that the next case cannot trust
 

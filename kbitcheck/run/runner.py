@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.errors import Lost, UsageError, cause
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Party, Result, Status
 from kbitcheck.core.rule import Rule
@@ -23,7 +23,7 @@ from kbitcheck.run import virtualenvs as environments
 from kbitcheck.run.pool import Bench, broken, spread
 from kbitcheck.run.subject import REFERENCE, Implementation
 from kbitcheck.run.worker import Event, examine
-from kbitcheck.run.worker_process import Lost, WorkerProcess
+from kbitcheck.run.worker_process import WorkerProcess
 
 TIMEOUT_SECONDS = 600.0
 

@@ -218,7 +218,8 @@ def _run(words: Sequence[str]) -> tuple[int, str]:
 
 def _load(wanted: Requirement, draft: Path) -> None:
     """Load the function in the environment, as a run will."""
-    from kbitcheck.run.worker_process import Lost, WorkerProcess
+    from kbitcheck.core.errors import Lost
+    from kbitcheck.run.worker_process import WorkerProcess
 
     text = f"{wanted.text}{requirement.SEPARATOR}{wanted.function}"
     scratch = draft / "scratch"

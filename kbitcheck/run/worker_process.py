@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from kbitcheck.core.errors import Lost
 from kbitcheck.run.worker import LAST, Event
 
 WARM_UP_SECONDS = 300.0  # importing torch and transformers with a cold cache takes tens of seconds
@@ -29,10 +30,6 @@ QUIET = {
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
 }
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
-
-
-class Lost(Exception):
-    """The worker died, hung or broke the protocol; the message is the cause on one line."""
 
 
 class WorkerProcess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts.forecast import ForecastFacts
 from kbitcheck.core.facts.memory import CostFacts, MemoryFacts
 from kbitcheck.core.facts.model import CallFacts, ModelFacts
@@ -74,13 +75,13 @@ class Facts(Protocol):
     @property
     def run(self) -> RunFacts: ...
     @property
-    def step_raised(self) -> str:
-        """What the training step of ``run`` raised, as ``Type: message``; empty where it ran."""
+    def step_raised(self) -> Raised | None:
+        """What the training step of ``run`` raised; None where it ran."""
         ...
 
     @property
-    def other_mode_raised(self) -> str:
-        """What a training step raised after the checkpointing mode was switched; empty if nothing."""
+    def other_mode_raised(self) -> Raised | None:
+        """What a training step raised after the checkpointing mode was switched; None where it ran."""
         ...
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kbitcheck.core.errors import Raised
+
 HALF = frozenset({"float16", "bfloat16"})
 
 
@@ -104,7 +106,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFacts:
-    """One call of an implementation. ``raised`` is ``Type: message`` or empty, ``raised_at`` the file and line.
+    """One call of an implementation. ``raised`` is what it raised, if anything.
 
     ``class_kept`` is whether the model is of the very class it was, ``checkpoints`` whether any block's flag is on after
     the call, ``modes_changed`` the modules whose train or eval mode is another. ``process`` maps what changed in the
@@ -112,8 +114,7 @@ class CallFacts:
     the text of their defaults ("" where there is none).
     """
 
-    raised: str = ""
-    raised_at: str = ""
+    raised: Raised | None = None
     same_object: bool = True
     returned: str = ""
     warnings: tuple[str, ...] = ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kbitcheck.core.errors import Raised
+
 CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
 
 
@@ -91,7 +93,7 @@ class LayerBackward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardFacts:
-    """One forward under one condition. ``raised`` is ``Type: message`` or empty; ``base_raised`` the unprepared base's.
+    """One forward under one condition. ``raised`` is what it raised, ``base_raised`` what the unprepared base did.
 
     ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
     ``base_step`` how far the base's own are in eval from what they are in train, without dropout; ``base_cast`` how far
@@ -102,13 +104,13 @@ class ForwardFacts:
     condition: str
     autocast: bool
     finite: bool
-    raised: str = ""
-    base_raised: str = ""
+    raised: Raised | None = None
+    base_raised: Raised | None = None
     base_finite: bool = True
     apart: float | None = None
     base_step: float = 0.0
     base_cast: float = 0.0
-    wide_raised: str = ""
+    wide_raised: Raised | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +134,7 @@ class StepOutcome:
     """
 
     step: str
-    raised: str
+    raised: Raised | None
     changed: tuple[str, ...]
     hooks_added: int
     gradients: Mapping[str, Distance]
@@ -154,5 +156,5 @@ class StoreFacts:
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    raised: str
+    raised: Raised | None
     logits: Distance | None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import CallFacts
 from kbitcheck.observe.libraries import attributes, classes_of, classes_of_libraries, patched
 from kbitcheck.observe.probes import process
@@ -46,12 +45,6 @@ def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in parameters}
 
 
-def place(error: BaseException) -> str:
-    """The file and line that an exception comes from."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(last.filename).name}:{last.lineno}"
-
-
 def call(
     prepare: Prepare,
     model: nn.Module,
@@ -73,7 +66,7 @@ def call(
         _libraries_compared = True
         classes |= classes_of_libraries()
     original = attributes(classes, functions=everything)
-    raised, raised_at, returned = "", "", None
+    raised, returned = None, None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         modes = {name: module.training for name, module in model.named_modules()}
@@ -83,8 +76,7 @@ def call(
         try:
             returned = prepare(model, *positional, **kwargs)
         except Exception as error:
-            raised = f"{type(error).__name__}: {error}"
-            raised_at = place(error)
+            raised = Raised.of(error)
         seconds = time.perf_counter() - start
         after = process.state()
     changed = {
@@ -93,7 +85,6 @@ def call(
     }
     return returned, CallFacts(
         raised=raised,
-        raised_at=raised_at,
         same_object=returned is model,
         returned=type(returned).__name__,
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),

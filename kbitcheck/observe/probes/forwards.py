@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kbitcheck.core.errors import cause
+from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import ForwardFacts
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.probes import step, targets
@@ -22,7 +22,7 @@ from kbitcheck.observe.probes.live import tensors
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: whether every output was finite, what it raised ("" if nothing), its logits, with routers' choices.
+    """One forward: whether every output was finite, what it raised (None if nothing), its logits, with routers' choices.
 
     Not every model can do what is ``optional``: where the base cannot, nothing is judged.
     """
@@ -30,7 +30,7 @@ class Forward:
     condition: str
     autocast: bool
     finite: bool
-    raised: str
+    raised: Raised | None
     made: targets.Routed | None
     optional: bool = False
 
@@ -64,11 +64,11 @@ def left_padded(batch: step.Batch) -> step.Batch:
     }
 
 
-Ran = tuple[bool, str, targets.Routed | None]
+Ran = tuple[bool, Raised | None, targets.Routed | None]
 
 
 def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
-    """Whether every output of one forward is finite, what it raised ("" if nothing), and its logits. No dropout."""
+    """Whether every output of one forward is finite, what it raised (None if nothing), and its logits. No dropout."""
     inputs = step.feed(model, batch)
     device = next(iter(batch.values())).device.type
     model.train(training)
@@ -77,11 +77,11 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
         with torch.set_grad_enabled(training), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs))
     except Exception as error:
-        return False, cause(error), None
+        return False, Raised.of(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
     finite = bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2])
-    return finite, "", targets.Routed(output.logits.detach(), routes)
+    return finite, None, targets.Routed(output.logits.detach(), routes)
 
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
@@ -109,10 +109,10 @@ def embedded(model: Any, batch: step.Batch) -> Ran:
             output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
             output.loss.backward()
     except Exception as error:
-        return False, cause(error), None
+        return False, Raised.of(error), None
     finally:
         step.clear_gradients(model)
-    raised = "" if embeddings.grad is not None else "no gradient comes back to the embeddings"
+    raised = None if embeddings.grad is not None else Raised("", "no gradient comes back to the embeddings")
     return bool(torch.isfinite(output.logits).all()), raised, targets.Routed(output.logits.detach(), routes)
 
 
@@ -152,8 +152,8 @@ def generated(model: Any, batch: step.Batch) -> Ran:
             )
         logits = torch.stack(list(told.logits), dim=1)
     except Exception as error:
-        return False, cause(error), None
-    return bool(torch.isfinite(logits).all()), "", targets.Routed(logits, routes)
+        return False, Raised.of(error), None
+    return bool(torch.isfinite(logits).all()), None, targets.Routed(logits, routes)
 
 
 def compare(
@@ -185,7 +185,7 @@ def compare(
     ]
     if any(f.raised and not f.base_raised for f in compared):
         raised = {f.condition: f.raised for f in wide()}
-        compared = [replace(f, wide_raised=raised.get(f.condition, "")) for f in compared]
+        compared = [replace(f, wide_raised=raised.get(f.condition)) for f in compared]
     return compared
 
 
@@ -207,11 +207,11 @@ def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
     model.eval()
     first = first_rows(step.feed(model, batch), 1)
     inputs = {k: v for k, v in first.items() if k not in ("labels", "decoder_input_ids")}
-    raised, finite = "", False
+    raised, finite = None, False
     try:
         with torch.no_grad():
             tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
         finite = tokens.numel() > 0
     except Exception as error:
-        raised = cause(error)
+        raised = Raised.of(error)
     return ForwardFacts(condition="generate", autocast=False, finite=finite, raised=raised)

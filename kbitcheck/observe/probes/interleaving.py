@@ -15,7 +15,7 @@ from kbitcheck_reference import lora
 from torch import nn
 
 from kbitcheck import backends
-from kbitcheck.core.errors import cause
+from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, StepOutcome
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe import heap
@@ -100,11 +100,11 @@ class Session:
         return self._judge(self._take(name))
 
     def _take(self, name: Step) -> Taken:
-        hooks, raised, trained = _hooks(self.model), "", None
+        hooks, raised, trained = _hooks(self.model), None, None
         try:
             trained = self._act(name)
         except Exception as error:
-            raised = cause(error)
+            raised = Raised.of(error)
         now = fingerprints(self.model, self.subject.layers)
         # transformers hooks some models for good in their first forward.
         repeated = name in self._names and not name.startswith(HOOKING)
@@ -126,7 +126,7 @@ class Session:
         try:
             fresh, calls = self._fresh_gradients(mine)
         except Exception as error:
-            return replace(taken.outcome, raised=cause(error))
+            return replace(taken.outcome, raised=Raised.of(error))
         # A fresh model's names may come from another copy of the wrapper, in the same order.
         gradients = {
             n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
@@ -233,7 +233,7 @@ class Session:
         with self._autocast(self.settings):
             told = generate(self.model, self._batch_of(self.settings))
         if told.raised:
-            raise RuntimeError(told.raised)
+            raise RuntimeError(str(told.raised))
 
     # Changing
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitcheck.core.errors import cause
+from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, StoreFacts
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.twin import twins as twin
@@ -48,12 +48,11 @@ def round_trip(
             _load(adapters, file)
             second = logits(model)
         except Exception as error:
-            raised = cause(error)
-            return StoreFacts(missing=missing, unexpected=unexpected, raised=raised, logits=None)
+            return StoreFacts(missing=missing, unexpected=unexpected, raised=Raised.of(error), logits=None)
     return StoreFacts(
         missing=missing,
         unexpected=unexpected,
-        raised="",
+        raised=None,
         logits=Distance(equal=torch.equal(first, second), relative=step.distance(second, first)),
     )
 

@@ -22,7 +22,7 @@ def case(plain: Any, other: Any, bare: Any = None) -> Any:
         run=SimpleNamespace(checkpoints=({"use_reentrant": "False"},)),
         plain_run=SimpleNamespace(inexact=()),
         base=SimpleNamespace(parameters={}, supports_checkpointing=True),
-        other_mode_raised="",
+        other_mode_raised=None,
         against_plain=plain,
         against_other_mode=other,
         unprepared=bare,
