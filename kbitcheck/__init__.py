@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import NonConformance, Report
+from kbitcheck.core.report import NonConformance, Report, register_renderer
+from kbitcheck.core.rule import REGISTRY
 from kbitcheck.core.version import VERSION
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ __all__ = [
 ]
 
 __version__ = VERSION
+
+
+def _as_text(report: Report) -> str:
+    from kbitcheck.report import render
+
+    return render(report, "text")
+
+
+REGISTRY.load_on_demand("kbitcheck.judge")
+register_renderer(_as_text)
 
 
 def audit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -62,9 +62,7 @@ class Report:
 
     def __str__(self) -> str:
         """The report as the command line prints it."""
-        from kbitcheck.report import render
-
-        return render(self, "text")
+        return _renderer(self)
 
     def counts(self, result: Result) -> bool:
         """Whether a result makes the run non-conforming; in a gate, whether it is a breach."""
@@ -156,14 +154,22 @@ class Report:
         return iter(self.results)
 
 
+_renderer: Callable[[Report], str] = repr
+
+
+def register_renderer(function: Callable[[Report], str]) -> None:
+    """Name the function behind ``str(report)``."""
+    global _renderer
+    _renderer = function
+
+
 class NonConformance(AssertionError):
     """A report that does not conform; the message lists the rules that were broken, where none is given."""
 
     def __init__(self, report: Report, message: str = "") -> None:
         self.report = report
-        known = rules()
         lines = [
-            f"{r.rule} {known[r.rule].name} [{r.case}]: {r.reason or r.failures[0].where + ': ' + r.failures[0].actual}"
+            f"{rules().title(r.rule)} [{r.case}]: {r.reason or r.failures[0].where + ': ' + r.failures[0].actual}"
             for r in report.results
             if r.status is Status.ERROR or report.counts(r)
         ]

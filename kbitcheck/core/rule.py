@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from inspect import getdoc
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,6 @@ class Rule:
     name: str
     level: Level
     check: Check
-    level_of: Callable[[Facts], Level] | None = None
 
     @property
     def requirement(self) -> str:
@@ -54,9 +54,8 @@ class Rule:
         page: dict[str, str] = {"": ""}
         heading = ""
         for line in (getdoc(self.check) or "").splitlines():
-            found = re.fullmatch(r"(Why|Symptom|Fix|Sources): *(.*)", line)
-            if found:
-                heading, line = found[1], found[2]
+            if start := re.fullmatch(r"(Why|Symptom|Fix|Sources): *(.*)", line):
+                heading, line = start[1], start[2]
                 page[heading] = ""
             page[heading] += line.replace("``", "`") + "\n"
         return page
@@ -67,28 +66,80 @@ class Rule:
         return self.check.__module__.rpartition(".")[2]
 
 
-_registry: dict[str, Rule] = {}
+class Registry(Mapping[str, Rule]):
+    """Rules by code, sorted. ``module`` is imported when a rule is first looked up: importing it registers the rules."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, Rule] = {}
+        self._module = ""
+
+    def load_on_demand(self, module: str) -> None:
+        """Name the module whose import registers the rules."""
+        self._module = module
+
+    def add(self, new: Rule) -> None:
+        """Register a rule.
+
+        Raises:
+            ValueError: the code is malformed, or another rule has it.
+        """
+        if not CODE.fullmatch(new.code) or new.code in self._rules:
+            raise ValueError(f"{new.code!r} is not a fresh rule code")
+        self._rules[new.code] = new
+
+    def select(self, codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -> list[Rule]:
+        """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes.
+
+        Raises:
+            UsageError: a code or prefix that matches no rule.
+        """
+        ignored = ignore or {}
+        for prefix in (*codes, *ignored):
+            if not any(code.startswith(prefix.upper()) for code in self):
+                raise UsageError(f"no rule matches {prefix!r}; see `kbitcheck rules`")
+        wanted, unwanted = ([prefix.upper() for prefix in prefixes] for prefixes in (codes, ignored))
+        return [
+            rule
+            for code, rule in self.items()
+            if (not wanted or code.startswith(tuple(wanted))) and not code.startswith(tuple(unwanted))
+        ]
+
+    def title(self, code: str) -> str:
+        """Code and name of a rule, ``KB101 base-frozen``; the code alone of a rule that is not registered."""
+        return f"{code} {self[code].name}" if code in self else code
+
+    def __getitem__(self, code: str) -> Rule:
+        return self._loaded()[code]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._loaded()))
+
+    def __len__(self) -> int:
+        return len(self._loaded())
+
+    def _loaded(self) -> dict[str, Rule]:
+        if module := self._module:
+            self._module = ""
+            import_module(module)
+        return self._rules
 
 
-def rule(
-    code: str, name: str, level: Level, *, level_of: Callable[[Facts], Level] | None = None
-) -> Callable[[Check], Check]:
-    """Register a check under its code. ``level_of`` overrides the level by facts (a MUST only when reentrant, say)."""
+REGISTRY = Registry()
+
+
+def rule(code: str, name: str, level: Level) -> Callable[[Check], Check]:
+    """Register a check under its code."""
 
     def register(check: Check) -> Check:
-        if not CODE.fullmatch(code) or code in _registry:
-            raise ValueError(f"{code!r} is not a fresh rule code")
-        _registry[code] = Rule(code=code, name=name, level=level, check=check, level_of=level_of)
+        REGISTRY.add(Rule(code=code, name=name, level=level, check=check))
         return check
 
     return register
 
 
-def rules() -> dict[str, Rule]:
-    """Every registered rule by code, sorted."""
-    import kbitcheck.judge  # noqa: F401  (registers them)
-
-    return dict(sorted(_registry.items()))
+def rules() -> Registry:
+    """Every rule by code, sorted."""
+    return REGISTRY
 
 
 def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -> list[Rule]:
@@ -97,17 +148,7 @@ def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -
     Raises:
         UsageError: a code or prefix that matches no rule.
     """
-    known = rules()
-    ignored = ignore or {}
-    for prefix in (*codes, *ignored):
-        if not any(code.startswith(prefix.upper()) for code in known):
-            raise UsageError(f"no rule matches {prefix!r}; see `kbitcheck rules`")
-    return [
-        found
-        for code, found in known.items()
-        if (not codes or code.startswith(tuple(c.upper() for c in codes)))
-        and not (ignored and code.startswith(tuple(c.upper() for c in ignored)))
-    ]
+    return REGISTRY.select(codes, ignore)
 
 
 def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = lambda error: None) -> Result:
@@ -117,18 +158,16 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
     result an ERROR.
     """
     start = time.perf_counter()
-    level, reason, examined = subject.level, "", 0
+    reason, examined = "", 0
     failures: list[Observation] = []
     notes: dict[str, None] = {}
     try:
-        if subject.level_of is not None:
-            level = subject.level_of(facts)
-        for seen in subject.check(facts):
+        for observation in subject.check(facts):
             examined += 1
-            if seen.note:
-                notes[seen.note] = None
-            if not seen.ok:
-                failures.append(seen)
+            if observation.note:
+                notes[observation.note] = None
+            if not observation.ok:
+                failures.append(observation)
         status = Status.FAIL if failures else Status.PASS
         if not examined:
             status, reason = Status.ERROR, "vacuous: the rule examined nothing"
@@ -149,7 +188,7 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
     return Result(
         rule=subject.code,
         case=facts.case,
-        level=level,
+        level=subject.level,
         status=status,
         attributed_to=blamed,
         examined=examined,

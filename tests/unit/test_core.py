@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -58,10 +60,6 @@ def test_judging(seen: tuple[Any, ...], status: Status, party: Party | None, rea
     assert result.own == (OWN in seen)
 
 
-def test_a_level_may_depend_on_facts() -> None:
-    assert judged(OWN, level_of=lambda facts: Level.INFO).level is Level.INFO
-
-
 def test_blaming_another_needs_a_witness() -> None:
     with pytest.raises(ValueError, match="witness"):
         Observation("a", False, "1", "2", Party.MODEL)
@@ -71,6 +69,27 @@ def test_codes_are_registered_once() -> None:
     for code in ("KB1", next(iter(rules()))):
         with pytest.raises(ValueError, match="fresh"):
             rule(code, "x", Level.MUST)(lambda facts: ())
+
+
+def test_rules_are_registered_when_one_is_first_looked_up() -> None:
+    code = (
+        "import sys, kbitcheck; from kbitcheck.core.rule import rules; "
+        "assert 'kbitcheck.judge' not in sys.modules; assert 'KB101' in rules(); assert 'kbitcheck.judge' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_report_without_its_rules_has_its_message() -> None:
+    """Neither rules nor a renderer need be there."""
+    code = (
+        "import sys; sys.modules['kbitcheck.judge'] = sys.modules['kbitcheck.report'] = None; "
+        "from kbitcheck.core import report, rule, result as r; rule.REGISTRY.load_on_demand(''); "
+        "seen = r.Observation('a', False, '1', '2'); "
+        "fail = r.Result(rule='KB101', case='c', level=r.Level.MUST, status=r.Status.FAIL, failures=(seen,)); "
+        "made = report.Report(tool='t', environment={}, subject={}, results=(fail,), blame='own'); "
+        "assert str(report.NonConformance(made)) == 'KB101 [c]: a: 2'"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_selecting() -> None:

@@ -32,7 +32,9 @@ def test_what_the_base_does_too_is_the_partys_and_names_its_witness() -> None:
     assert blame(facts, False, Party.MODEL, lambda bare: bare.raised == "otherwise") == OWN  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("error", [NotApplicable("no cache"), Unavailable("no step"), Unavailable("it raised", failed=True)])
+@pytest.mark.parametrize(
+    "error", [NotApplicable("no cache"), Unavailable("no step"), Unavailable("it raised", failed=True)]
+)
 def test_a_base_that_cannot_be_asked_excuses_nothing(error: Exception) -> None:
     def alike(bare: Any) -> bool:
         raise error
