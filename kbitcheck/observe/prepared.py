@@ -246,7 +246,7 @@ class PresentCase(Case):
 
     @property
     def loaded(self) -> ModelFacts:
-        raise NotApplicable(GONE)
+        raise Unavailable(GONE)
 
     @cached_property
     def wrapped(self) -> ModelFacts:

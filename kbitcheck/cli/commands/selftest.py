@@ -9,12 +9,12 @@ from typing import Any
 from kbitcheck.cli.console import echo, fail, say
 from kbitcheck.cli.options import option, seconds
 from kbitcheck.cli.signals import signals_as_interrupts
+from kbitcheck.core.errors import Lost
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_NOTHING
 from kbitcheck.core.rule import select
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.tables.kill_matrix import page
 from kbitcheck.run.runner import selftest
-from kbitcheck.run.worker_process import Lost
 
 VERDICTS = {True: "caught", False: "MISSED", None: "not run"}
 

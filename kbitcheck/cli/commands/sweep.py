@@ -11,12 +11,11 @@ from kbitcheck.cli.console import echo, fail, say
 from kbitcheck.cli.options import PREPARE_HELP, at_least, choice, option, seconds
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import Checkpointing, Profile
-from kbitcheck.core.errors import UsageError
+from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.report import EXIT_ERROR
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.tables.sweep import FORMATS, render, verdict
 from kbitcheck.run.sweep import SweepRequest, swept
-from kbitcheck.run.worker_process import Lost
 
 TASKS = (
     "causal-lm", "seq2seq-lm", "image-text-to-text", "speech-seq2seq", "sequence-classification", "masked-lm",
