@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from importlib import import_module
 
 from kbitcheck.core.report import Report
+from kbitcheck.report.parts.verdict import verdict
+
+__all__ = ["render", "verdict"]
 
 PIPED_WIDTH = 110
 
@@ -17,12 +21,12 @@ def render(report: Report, form: str, *, verbose: bool = False, terminal: bool =
         return text
     from kbitcheck.report import text as page
 
-    width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns if terminal else PIPED_WIDTH
-    return page.render(report, width=max(width, 40), color=terminal, verbose=verbose)
+    if not terminal:
+        return page.render(report, width=PIPED_WIDTH, verbose=verbose)
+    from rich.console import Console
 
-
-def verdict(report: Report) -> str:
-    """The one summary line."""
-    from kbitcheck.report.parts.counts import Tally
-
-    return Tally(report).line()
+    width = max(shutil.get_terminal_size((PIPED_WIDTH, 0)).columns, 40)
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, highlight=False, legacy_windows=False)
+    page.show(report, console, verbose=verbose)
+    return out.getvalue()

@@ -6,10 +6,11 @@ import re
 from collections import Counter
 from xml.etree import ElementTree as ET
 
+from kbitcheck.compare.gate import Breach
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
-from kbitcheck.report.parts.evidence import lines
+from kbitcheck.report.parts.findings import evidence
 from kbitcheck.report.parts.repro import command
 
 # What XML 1.0 cannot hold, even escaped.
@@ -17,9 +18,9 @@ CONTROL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def render(report: Report) -> str:
-    """XML with one suite a case. A failure that is not counted is skipped, with what it saw as the message."""
+    """XML with one suite a case. A failure that is not counted is skipped, with its evidence as the message."""
     suites = ET.Element("testsuites", {"name": _plain(report.tool)})
-    known = rules()
+    registered = rules()
     by_case: dict[str, list[Result]] = {}
     for result in report.results:
         by_case.setdefault(result.case, []).append(result)
@@ -28,7 +29,7 @@ def render(report: Report) -> str:
         suite = ET.SubElement(suites, "testsuite", {"name": _plain(case)})
         counts: Counter[str] = Counter()
         for result in results:
-            name = known[result.rule].name if result.rule in known else ""
+            name = registered[result.rule].name if result.rule in registered else ""
             test = ET.SubElement(
                 suite,
                 "testcase",
@@ -50,9 +51,9 @@ def render(report: Report) -> str:
 
 
 def _outcome(report: Report, result: Result, test: ET.Element) -> str:
-    """Give the test case the element that tells how it ended; returns which."""
-    told = lines(report, result)
-    message = _plain(told[0] if told else result.status)
+    """Give the test case the element that says how it ended; returns which."""
+    lines = evidence(report, result)
+    message = _plain(lines[0] if lines else result.status)
     if result.status is Status.PASS:
         return "passed"
     if result.status is Status.SKIP:
@@ -62,11 +63,11 @@ def _outcome(report: Report, result: Result, test: ET.Element) -> str:
         ET.SubElement(test, "error", {"message": message, "type": "ERROR"})
         return "errors"
     if not report.counts(result):
-        ET.SubElement(test, "skipped", {"message": f"told, not counted ({result.level}): {message}"})
+        ET.SubElement(test, "skipped", {"message": f"not counted ({result.level}): {message}"})
         return "skipped"
     element = ET.SubElement(test, "failure", {"message": message, "type": result.level.value})
     again = command(report, result.case, result.rule)
-    element.text = _plain("\n".join([*told, *([f"again: {again}"] if again else [])]))
+    element.text = _plain("\n".join([*lines, *([f"again: {again}"] if again else [])]))
     return "failures"
 
 
@@ -76,8 +77,6 @@ def _gate_tests(report: Report) -> int:
 
 def _gate(report: Report, suites: ET.Element, totals: Counter[str]) -> None:
     """A suite of the gate's own: what is lost, stale or unexplained belongs to no test case."""
-    from kbitcheck.compare.gate import Breach
-
     assert report.gate is not None
     breaches = [Breach.from_json(b) for b in report.gate["breaches"] if b["counted"]]
     suite = ET.SubElement(suites, "testsuite", {"name": _plain(f"gate against {report.gate['against']}")})

@@ -12,12 +12,12 @@ from urllib.parse import quote
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.core.rule import Rule, rules
-from kbitcheck.report.parts.evidence import lines
+from kbitcheck.report.parts.findings import evidence
+from kbitcheck.report.parts.limits import BRIEF, listed
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS = {Level.MUST: "error", Level.SHOULD: "warning", Level.INFO: "note"}
 ROOT = "%SRCROOT%"
-SHOWN = 3
 
 
 def render(report: Report, *, root: Path | None = None) -> str:
@@ -28,7 +28,7 @@ def render(report: Report, *, root: Path | None = None) -> str:
     are notifications: they say something of the run, not of the source.
     """
     root = (root or Path.cwd()).resolve()
-    known = rules()
+    registered = rules()
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in report.results:
         if result.status is Status.FAIL:
@@ -40,7 +40,7 @@ def render(report: Report, *, root: Path | None = None) -> str:
             "driver": {
                 "name": "kbitcheck",
                 "version": report.tool.partition(" ")[2] or report.tool,
-                "rules": [_rule(code, known.get(code)) for code in codes],
+                "rules": [_rule(code, registered.get(code)) for code in codes],
             }
         },
         "invocations": [
@@ -54,8 +54,8 @@ def render(report: Report, *, root: Path | None = None) -> str:
         ],
         "originalUriBaseIds": {ROOT: {"uri": root.as_uri().rstrip("/") + "/"}},
         "results": [
-            _result(report, found, codes, root, known, held=held, reasons=reasons)
-            for (_, held), found in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))
+            _result(report, failures, codes, root, held=held, reasons=reasons)
+            for (_, held), failures in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))
         ],
     }
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=1) + "\n"
@@ -95,37 +95,35 @@ def _notification(result: Result, codes: Sequence[str]) -> dict[str, Any]:
 
 def _result(
     report: Report,
-    found: Sequence[Result],
+    failures: Sequence[Result],
     codes: Sequence[str],
     root: Path,
-    known: Mapping[str, Rule],
     *,
     held: bool,
     reasons: Mapping[tuple[str, str], str],
 ) -> dict[str, Any]:
-    first = found[0]
+    first = failures[0]
     implementation = report.subject.get("implementation", {})
     name = str(implementation.get("name", ""))
-    rule = known.get(first.rule)
-    cases = ", ".join(dict.fromkeys(r.case for r in found[:SHOWN]))
-    more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    told = "\n".join(lines(report, first))
-    level = min((r.level for r in found), key=tuple(LEVELS).index)
+    rule = rules().get(first.rule)
+    cases = listed(list(dict.fromkeys(r.case for r in failures)), BRIEF.cases)
+    lines = "\n".join(evidence(report, first))
+    level = min((r.level for r in failures), key=tuple(LEVELS).index)
     identity = f"{first.rule}\0{name}\0{held}".encode()
-    made: dict[str, Any] = {
+    alert: dict[str, Any] = {
         "ruleId": first.rule,
         "ruleIndex": codes.index(first.rule),
         "kind": "fail",
         "level": LEVELS[level] if held else "note",
-        "message": {"text": f"{rule.requirement if rule else first.rule}\nIn {cases}{more}.\n{told}"},
+        "message": {"text": f"{rule.requirement if rule else first.rule}\nIn {cases}.\n{lines}"},
         "locations": [_location(name, implementation, root)],
         "partialFingerprints": {"kbitcheck/v1": hashlib.sha256(identity).hexdigest()[:32]},
-        "properties": {"cases": [r.case for r in found], "counted": any(map(report.counts, found))},
+        "properties": {"cases": [r.case for r in failures], "counted": any(map(report.counts, failures))},
     }
-    why = [reasons.get((r.rule, r.case)) for r in found]
+    why = [reasons.get((r.rule, r.case)) for r in failures]
     if all(w is not None for w in why):
-        made["suppressions"] = [{"kind": "external", "status": "accepted", "justification": why[0] or "no reason yet"}]
-    return made
+        alert["suppressions"] = [{"kind": "external", "status": "accepted", "justification": why[0] or "no reason yet"}]
+    return alert
 
 
 def _location(name: str, implementation: Mapping[str, Any], root: Path) -> dict[str, Any]:

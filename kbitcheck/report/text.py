@@ -1,78 +1,67 @@
-"""The report for people. The first screen answers: may I go on, what is wrong, whose fault is it, what do I do?"""
+"""The report for people. The first screen answers: may I go on, what is wrong, who causes it, what do I do?"""
 
 from __future__ import annotations
 
-import io
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from kbitcheck.compare.gate import Breach
 from kbitcheck.core.report import Report
-from kbitcheck.core.result import Party, Status
-from kbitcheck.core.rule import Rule, rules
-from kbitcheck.report.parts.counts import Tally
-from kbitcheck.report.parts.findings import Deviation, Finding, by_rule, deviations, findings
+from kbitcheck.core.result import Status
+from kbitcheck.core.rule import rules
+from kbitcheck.report.parts.findings import Deviation, Finding, Variant, findings
+from kbitcheck.report.parts.limits import BRIEF, NONE, listed
+from kbitcheck.report.parts.markup import printable
 from kbitcheck.report.parts.memory import rows, scaled
-from kbitcheck.report.parts.repro import command
+from kbitcheck.report.parts.verdict import verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Line = tuple[str, str]  # text and rich style
 
-SHOWN = 3  # deviations of one finding, unless verbose
-PLACES = 8  # grouped names of one deviation, unless verbose
-SIGNATURES = 3  # ways in which one rule failed, unless verbose
-CASES = 4  # in which it failed so, unless verbose
 INDENT = "    "
 
 
-def render(report: Report, *, width: int, color: bool = False, verbose: bool = False) -> str:
+def render(report: Report, *, width: int, verbose: bool = False) -> str:
     """The whole report; lines are wrapped at ``width`` columns, names and commands never inside."""
-    plain = _printable(_Page(report, width, verbose).lines())
-    if not color:
-        return "".join(f"{text}\n" for text, _ in plain)
-    from rich.console import Console
+    return "".join(f"{printable(text)}\n" for text, _ in _Page(report, width, verbose=verbose).lines())
+
+
+def show(report: Report, console: Console, *, verbose: bool = False) -> None:
+    """Print the whole report on a console, in colours."""
     from rich.text import Text
 
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=True, highlight=False, legacy_windows=False)
-    for text, style in plain:
-        console.print(Text(text, style=style), soft_wrap=True)
-    return out.getvalue()
+    for text, style in _Page(report, console.width, verbose=verbose).lines():
+        console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def findings_only(report: Report, *, width: int) -> str:
     """The report's findings without its head and foot, as the message of a failing test."""
     page = _Page(report, width, verbose=False)
-    return "\n\n".join("\n".join(text for text, _ in _printable(page.finding(v))) for v in by_rule(findings(report)))
-
-
-def _printable(lines: Iterable[Line]) -> list[Line]:
-    return [
-        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style) for text, style in lines
-    ]
+    return "\n\n".join("\n".join(printable(text) for text, _ in page.finding(f)) for f in findings(report))
 
 
 class _Page:
-    def __init__(self, report: Report, width: int, verbose: bool) -> None:
+    def __init__(self, report: Report, width: int, *, verbose: bool) -> None:
         self._report = report
         self._width = width
-        self._verbose = verbose
-        self._known = rules()
+        self._limits = NONE if verbose else BRIEF
         self._cases = tuple(report.subject.get("cases") or dict.fromkeys(r.case for r in report.results))
 
     def lines(self) -> Iterator[Line]:
         yield from self._wrapped(self._header(), "bold")
         yield "", ""
         style = "bold green" if self._report.exit_code == 0 else "bold red"
-        yield self._ends(Tally(self._report).line(), _seconds(self._report.facts.get("seconds"))), style
+        seconds = self._report.facts.get("seconds")
+        yield from self._ends(verdict(self._report), "" if seconds is None else f"{seconds:.1f} s", style)
         yield from self._changes()
-        for variants in by_rule(findings(self._report)):
-            if self._report.gate is not None and not variants[0].counted and not self._verbose:
-                continue  # accepted
+        for finding in findings(self._report, self._limits):
             yield "", ""
-            yield from self.finding(variants)
-        if self._verbose:
+            yield from self.finding(finding)
+        if self._limits is NONE:
             yield from self._passed_and_skipped()
         yield from self._foot()
 
@@ -84,7 +73,7 @@ class _Page:
         specs = [subject["cases"][case] for case in self._cases] if "cases" in subject else []
         facts = self._report.facts.get("cases", {})
         models = dict.fromkeys(
-            _named(s["model"], facts.get(case, {})) for case, s in zip(self._cases, specs, strict=False)
+            _model(s["model"], facts.get(case, {})) for case, s in zip(self._cases, specs, strict=False)
         )
         where = " ".join(filter(None, [environment.get("device", ""), environment.get("device_name", "")]))
         static = next((f["static"] for f in facts.values() if "static" in f), "")
@@ -98,7 +87,7 @@ class _Page:
         return " · ".join(filter(None, parts))
 
     def _changes(self) -> Iterator[Line]:
-        """What the gate found, a line each."""
+        """The changes that the gate reports, a line each."""
         if self._report.gate is None:
             return
         yield "", ""
@@ -107,69 +96,50 @@ class _Page:
         for note in self._report.gate["notes"]:
             yield f"  {note}", "dim"
 
-    def finding(self, variants: Sequence[Finding]) -> Iterator[Line]:
-        """One broken rule, or what could not be judged; ``variants`` are its failures, which differ between cases."""
-        first = variants[0]
-        style = "bold red" if first.counted or first.error else "bold yellow"
-        mark = "✗" if first.counted or first.error else "!"
-        rule = None if first.error else self._known.get(first.rules[0])
-        if first.error:
-            yield self._ends(f"{mark} {_codes(first.rules, self._known)} could not be judged", "ERROR"), style
+    def finding(self, finding: Finding) -> Iterator[Line]:
+        """One broken rule, or the rules that could not be judged for one reason."""
+        style = "bold red" if finding.grave else "bold yellow"
+        if finding.error:
+            yield from self._ends(f"{finding.mark} {finding.title} could not be judged", "ERROR", style)
         else:
-            parties = dict.fromkeys(d.party for f in variants for d in deviations(f.failures))
-            title = f"{mark} {first.rules[0]} {rule.name if rule else ''}".rstrip()
-            yield self._ends(f"{title}  ({first.level.value})", " and ".join(map(self._whose, parties))), style
-        if rule is not None:
-            yield from self._wrapped(rule.requirement, "", INDENT)
-        shown = variants if self._verbose else variants[:SIGNATURES]
-        for variant in shown:
+            title = f"{finding.mark} {finding.title}  ({finding.level.value})"
+            yield from self._ends(title, f"attributed to {finding.attributed_to}", style)
+        yield from self._wrapped(finding.requirement, "", INDENT)
+        for variant in finding.variants:
             yield from self._variant(variant)
-        if rest := sum(len(v.cases) for v in variants[len(shown) :]):
+        if rest := finding.more_cases:
             yield f"{INDENT}… and otherwise in {rest} more {'case' if rest == 1 else 'cases'} (-v lists them)", "dim"
-        if rule is not None:
-            for title, heading in (("You will see", "Symptom"), ("Do", "Fix")):
-                if text := rule.section(heading):
-                    yield from self._wrapped(f"{title}: {text}", "", INDENT)
-        if again := command(self._report, first.cases[0], first.rules[0]):
-            yield f"{INDENT}Again: {again}", "cyan"
+        for heading, text in finding.advice:
+            yield from self._wrapped(f"{heading}: {text}", "", INDENT)
+        if finding.again:
+            yield f"{INDENT}Again: {finding.again}", "cyan"
 
-    def _variant(self, finding: Finding) -> Iterator[Line]:
+    def _variant(self, variant: Variant) -> Iterator[Line]:
         if len(self._cases) > 1:
-            yield from self._wrapped(f"In {self._in(finding.cases)}:", "dim", INDENT)
-        found = deviations(finding.failures)
-        shown = found if self._verbose else found[:SHOWN]
-        for deviation in shown:
+            every = set(variant.cases) == set(self._cases)
+            cases = f"all {len(self._cases)} cases" if every else listed(variant.cases, self._limits.cases)
+            yield from self._wrapped(f"In {cases}:", "dim", INDENT)
+        for deviation in variant.deviations:
             yield from self._deviation(deviation)
-        if rest := sum(len(d.where) for d in found[len(shown) :]):
-            yield f"{INDENT}… and {rest} more (-v lists them)", "dim"
-        if finding.reason:
-            yield from self._wrapped(finding.reason, "", INDENT)
+        if variant.more_places:
+            yield f"{INDENT}… and {variant.more_places} more (-v lists them)", "dim"
+        yield from self._wrapped(variant.reason, "", INDENT)
 
     def _deviation(self, deviation: Deviation) -> Iterator[Line]:
-        where = deviation.where if self._verbose else deviation.where[:PLACES]
-        rest = len(deviation.where) - len(where)
-        places = ", ".join(where) + (f", and {rest} more (-v lists them)" if rest else "")
-        yield from self._wrapped(places, "bold", INDENT + "- ", hanging=INDENT + "  ")
+        rest = f", and {deviation.more_places} more (-v lists them)" if deviation.more_places else ""
+        yield from self._wrapped(", ".join(deviation.places) + rest, "bold", INDENT + "- ", hanging=INDENT + "  ")
         yield from self._wrapped(f"expected {deviation.expected}; found {deviation.actual}", "", INDENT + "  ")
-        if deviation.witness:
-            whose = self._whose(deviation.party)
-            yield from self._wrapped(f"{whose}: {deviation.witness}", "dim", INDENT + "  ")
-
-    def _in(self, cases: tuple[str, ...]) -> str:
-        if set(cases) == set(self._cases):
-            return f"all {len(cases)} cases"
-        rest = 0 if self._verbose else len(cases) - CASES
-        return ", ".join(cases[:CASES] if rest > 0 else cases) + (f", and {rest} more" if rest > 0 else "")
+        yield from self._wrapped(deviation.attribution, "dim", INDENT + "  ")
 
     def _passed_and_skipped(self) -> Iterator[Line]:
-        several = len(self._cases) > 1
+        several, registered = len(self._cases) > 1, rules()
         for status, word in ((Status.PASS, "kept"), (Status.SKIP, "not applicable")):
-            found = [r for r in self._report.results if r.status is status]
-            if found:
+            results = [r for r in self._report.results if r.status is status]
+            if results:
                 yield "", ""
                 yield word, "bold"
-            for result in found:
-                name = self._known[result.rule].name if result.rule in self._known else ""
+            for result in results:
+                name = registered[result.rule].name if result.rule in registered else ""
                 tail = result.reason or f"{result.examined} examined"
                 place = f" [{result.case}]" if several else ""
                 yield from self._wrapped(f"{result.rule} {name}{place}: {tail}", "dim", "  ")
@@ -191,14 +161,14 @@ class _Page:
         if not self._report.complete:
             yield from self._wrapped("This report is not complete: the run was interrupted.", "")
 
-    def _whose(self, party: Party) -> str:
-        if party is not Party.IMPLEMENTATION:
-            return f"the {party.value}'s"
-        return f"{self._report.subject.get('implementation', {}).get('name') or 'the implementation'}'s"
-
-    def _ends(self, left: str, right: str) -> str:
+    def _ends(self, left: str, right: str, style: str) -> Iterator[Line]:
+        """``left`` at the margin and ``right`` at the end of the line, on two lines where one is too short."""
         gap = self._width - len(left) - len(right)
-        return f"{left}{' ' * gap}{right}" if right and gap > 1 else f"{left}  {right}".rstrip()
+        if right and gap > 1:
+            yield f"{left}{' ' * gap}{right}", style
+        else:
+            yield from self._wrapped(left, style, hanging="  ")
+            yield from self._wrapped(right, style, " " * max(self._width - len(right), 2))
 
     def _wrapped(self, text: str, style: str, indent: str = "", hanging: str | None = None) -> Iterable[Line]:
         folded = textwrap.wrap(
@@ -212,19 +182,9 @@ class _Page:
         return [(line.replace("\N{NO-BREAK SPACE}", " "), style) for line in folded]
 
 
-def _named(model: str, facts: Mapping[str, Any]) -> str:
+def _model(model: str, facts: Mapping[str, Any]) -> str:
+    """The model's name with its class and size, as far as the facts say them."""
     size = facts.get("parameters")
-    about = ", ".join(
-        filter(None, [facts.get("model_class", ""), scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""])
-    )
+    number = scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""
+    about = ", ".join(filter(None, [facts.get("model_class", ""), number]))
     return f"{model} ({about})" if about else model
-
-
-def _codes(codes: tuple[str, ...], known: Mapping[str, Rule]) -> str:
-    if len(codes) == 1:
-        return f"{codes[0]} {known[codes[0]].name}" if codes[0] in known else codes[0]
-    return f"{len(codes)} rules ({', '.join(codes[:4])}{', …' if len(codes) > 4 else ''})"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.1f} s"

@@ -145,7 +145,7 @@ def test_what_is_wrong_is_named_as_in_a_report(model: Any, fault: Callable[[Any]
     assert found == codes
     assert "expected" in told
     assert "Do: " in told
-    assert "your code's" in told
+    assert "attributed to your code" in told
 
 
 def test_a_model_nobody_prepared(loaded: Any) -> None:

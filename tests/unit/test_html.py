@@ -109,7 +109,7 @@ def test_the_page_tells_of_the_gate_and_hides_what_is_accepted() -> None:
     text = html.render(gate.judge(failing, ledger))
     assert 'id="changes"' in text
     assert '<strong class="bad">regressed</strong> KB201 norms-fp32' in text
-    assert "KB505</strong>" not in text
+    assert "KB505 one-hook" not in text
 
 
 def test_charts_follow_the_page_and_have_their_numbers_beside_them() -> None:
@@ -155,10 +155,10 @@ def test_activations_are_those_of_a_case_that_checkpoints() -> None:
 def test_a_rule_that_fails_in_several_ways_is_one_finding() -> None:
     other = dataclasses.replace(OWN, actual="bfloat16")
     page = html.render(report(result("KB505", NF4, Status.FAIL), result("KB505", INT8, Status.FAIL, other)))
-    assert page.count("KB505</strong>") == 1
+    assert page.count("KB505 one-hook-and-removable</strong>") == 1
     assert page.count('<span class="soft">found</span> bfloat16') == page.count("found</span> float16") == 1
     assert "<code>disable_input_require_grads()</code>" in page
-    assert "2 cases</span>" in page
+    assert "MUST · 2 cases · attributed to fork:prepare</span>" in page
 
 
 def test_without_matplotlib_the_numbers_remain(monkeypatch) -> None:

@@ -95,7 +95,7 @@ OWN = Observation("model.norm", False, "float32", "float16")
 STACK = Observation("model.norm", False, "float32", "float16", Party.STACK, "a bare layer")
 
 
-def test_findings_come_worst_first_and_each_says_whose_it_is() -> None:
+def test_findings_come_worst_first_and_each_says_who_it_is_attributed_to() -> None:
     text = render(
         report(
             failed("KB101", CASE, OWN, level=Level.INFO),
@@ -109,8 +109,8 @@ def test_findings_come_worst_first_and_each_says_whose_it_is() -> None:
     heads = [line for line in text.splitlines() if line[:2] in ("✗ ", "! ")]
     assert [re.findall(r"KB\d+", head) for head in heads] == [[], ["KB104"], ["KB201"], ["KB102"], ["KB103"], ["KB101"]]
     assert [head[0] for head in heads] == ["✗", "✗", "✗", "!", "!", "!"]
-    assert heads[2].endswith("peft's")
-    assert heads[3].endswith("the stack's")
+    assert heads[2].endswith("attributed to peft")
+    assert heads[3].endswith("attributed to the stack")
 
 
 def test_one_failure_in_several_cases_is_told_once() -> None:
@@ -192,6 +192,28 @@ def test_optimizers_that_keep_less_are_told() -> None:
     optimizer = {"adamw": 100, "adamw-8bit": 30, "paged-adamw": 0}
     told = "adapters 50 B, AdamW 100 B (8-bit 30 B, paged 0 B on the device)"
     assert told in costs({**FORECAST, "optimizer": optimizer})
+
+
+def test_the_verdict_says_why_no_gradient_rule_was_judged() -> None:
+    def skipped(rule: str) -> Result:
+        return Result(rule=rule, case=CASE, level=Level.MUST, status=Status.SKIP, reason="there is no batch")
+
+    kept = Result(rule="KB101", case=CASE, level=Level.MUST, status=Status.PASS, examined=4)
+    told = "✓ conforms: 1 kept, 2 not applicable; no gradient rule was judged: there is no batch"
+    assert verdict(report(kept, skipped("KB301"), skipped("KB302"))) == told
+    assert "gradient" not in verdict(report(kept, skipped("KB301"), failed("KB302", CASE, OWN)))
+    assert "gradient" not in verdict(report(kept))
+
+
+def test_a_long_message_keeps_its_beginning_and_the_place_it_ends_with() -> None:
+    message = "ValueError: " + "x " * 500 + "(at torch/nn/modules/linear.py:134)"
+    error = Result(rule="KB101", case=CASE, level=Level.MUST, status=Status.ERROR, reason=message)
+    for form in ("text", "markdown", "html", "junit"):
+        text = " ".join(render(report(error), form).split())
+        assert "ValueError: x x" in text, form
+        assert "(at torch/nn/modules/linear.py:134)" in text, form
+        assert "x x … x x" in text, form
+    assert "…" not in render(report(error), "text", verbose=True)
 
 
 def test_one_cause_of_many_errors_is_told_once() -> None:

@@ -1,14 +1,19 @@
-"""The conformance matrix as text, Markdown, HTML or JSON. Columns that are alike in every row are told in a line instead."""
+"""The conformance matrix as text, Markdown, HTML or JSON. A rule with the same mark in every row has no column."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from kbitcheck.compare.matrix import Mark, Matrix, Row
 from kbitcheck.core.rule import rules
+from kbitcheck.report.parts.markup import html, table
+from kbitcheck.report.tables.columns import aligned
+from kbitcheck.report.templates import template
 
-PACKAGES = ("transformers", "torch", "bitsandbytes", "accelerate")
+HEAD = ("implementation", "transformers")
+STACK = ("python", "torch", "bitsandbytes", "accelerate")
+BAD = (Mark.MUST, Mark.ERROR, Mark.SHOULD)
 SIGNS = {Mark.SKIPPED: "-", Mark.KEPT: ".", Mark.SHOULD: "should", Mark.MUST: "MUST", Mark.ERROR: "error"}
 WORDS = {
     Mark.SKIPPED: "n/a",
@@ -25,77 +30,63 @@ def render(matrix: Matrix, form: str) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One line: what each row broke."""
-    return "; ".join(f"{row.subject.name}: {_told(row)}" for row in rows)
+    """One line: the rules that each row breaks."""
+    return "; ".join(f"{row.subject.name}: {_summary(row)}" for row in rows)
 
 
-def _told(row: Row) -> str:
+def _summary(row: Row) -> str:
     if row.error:
         return f"error: {row.error}"
-    parts = [
-        f"{mark.value}: {' '.join(codes)}" for mark in reversed(Mark) if (codes := _with(row, mark)) and mark in BAD
-    ]
-    kept = len(_with(row, Mark.KEPT))
-    return ", ".join([*parts, f"{kept} kept"]) + ("" if row.complete else ", interrupted")
+    parts = [f"{mark.value}: {' '.join(codes)}" for mark in BAD if (codes := _codes(row, mark))]
+    parts.append(f"{len(_codes(row, Mark.KEPT))} kept")
+    return ", ".join(parts) + ("" if row.complete else ", interrupted")
 
 
-BAD = (Mark.SHOULD, Mark.MUST, Mark.ERROR)
-
-
-def _with(row: Row, mark: Mark) -> list[str]:
-    return sorted(code for code, found in row.marks.items() if found is mark)
+def _codes(row: Row, mark: Mark) -> list[str]:
+    return sorted(code for code, of_code in row.marks.items() if of_code is mark)
 
 
 def columns(matrix: Matrix) -> tuple[list[str], dict[Mark, list[str]]]:
-    """The rules worth a column, and the rest: by mark, those that have it in every row."""
+    """The rules that have a column, and the rest: by mark, those that have it in every row."""
     judged = [row for row in matrix.rows if row.marks]
-    told: list[str] = []
-    alike: dict[Mark, list[str]] = {}
+    shown: list[str] = []
+    uniform: dict[Mark, list[str]] = {}
     for code in matrix.rules:
         marks = {row.marks.get(code) for row in judged}
         mark = marks.pop() if len(marks) == 1 else None
         if mark in (Mark.KEPT, Mark.SKIPPED):
-            alike.setdefault(mark, []).append(code)
+            uniform.setdefault(mark, []).append(code)
         else:
-            told.append(code)
-    return told, alike
+            shown.append(code)
+    return shown, uniform
 
 
-def _json(matrix: Matrix) -> str:
-    return json.dumps(matrix.as_json(), indent=1) + "\n"
-
-
-def _cells(row: Row, codes: Sequence[str], words: dict[Mark, str]) -> list[str]:
-    versions = row.versions.get("transformers", "")
+def _cells(row: Row, codes: Sequence[str], words: Mapping[Mark, str]) -> list[str]:
     marks = [row.marks.get(code) for code in codes]
-    return [row.subject.name, versions, *("" if mark is None else words[mark] for mark in marks)]
+    return [
+        html(row.subject.name) if words is WORDS else row.subject.name,
+        row.versions.get("transformers", ""),
+        *("" if mark is None else words[mark] for mark in marks),
+    ]
 
 
-def _text(matrix: Matrix) -> str:
-    codes, alike = columns(matrix)
-    lines = [["", "transformers", *codes], *(_cells(row, codes, SIGNS) for row in matrix.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    notes = [f"{name}: {told}" for row in matrix.rows for name, told in _unjudged(row)]
-    return "\n".join([*table, "", *_alike(alike), *notes, _cases(matrix)]) + "\n"
+def _uniform(uniform: Mapping[Mark, Sequence[str]]) -> Iterator[str]:
+    for mark, words in ((Mark.KEPT, "kept by every one"), (Mark.SKIPPED, "not applicable to these cases")):
+        if mark in uniform:
+            yield f"{words}: {' '.join(uniform[mark])}"
 
 
-def _unjudged(row: Row) -> Iterator[tuple[str, str]]:
-    """Why a row, or some of its cells, could not be judged; a reason that many rules share once."""
-    if row.error:
-        yield row.subject.name, row.error
-    reasons: dict[str, list[str]] = {}
-    for code in _with(row, Mark.ERROR):
-        for told in dict.fromkeys(row.broken[code].values()):
-            reasons.setdefault(told, []).append(code)
-    for told, codes in reasons.items():
-        yield row.subject.name, f"{' '.join(codes)}: {told}"
-
-
-def _alike(alike: dict[Mark, list[str]]) -> Iterator[str]:
-    for mark, told in ((Mark.KEPT, "kept by every one"), (Mark.SKIPPED, "not applicable to these cases")):
-        if mark in alike:
-            yield f"{told}: {' '.join(alike[mark])}"
+def _not_judged(matrix: Matrix) -> Iterator[tuple[str, str]]:
+    """Rows that could not be judged in whole or in part, and why; a reason that many rules share once."""
+    for row in matrix.rows:
+        if row.error:
+            yield row.subject.name, row.error
+        reasons: dict[str, list[str]] = {}
+        for code in _codes(row, Mark.ERROR):
+            for reason in dict.fromkeys(row.broken[code].values()):
+                reasons.setdefault(reason, []).append(code)
+        for reason, codes in reasons.items():
+            yield row.subject.name, f"{' '.join(codes)}: {reason}"
 
 
 def _cases(matrix: Matrix) -> str:
@@ -103,15 +94,25 @@ def _cases(matrix: Matrix) -> str:
 
 
 def _stack(matrix: Matrix) -> str:
-    """What all rows ran on alike."""
-    found = [{row.versions.get(name, "") for row in matrix.rows if row.versions} for name in ("python", *PACKAGES[1:])]
-    names = ("python", *PACKAGES[1:])
-    return ", ".join(f"{name} {', '.join(sorted(v))}" for name, v in zip(names, found, strict=True) if any(v))
+    """The versions of the rows, each once."""
+    versions = {name: {row.versions.get(name, "") for row in matrix.rows if row.versions} for name in STACK}
+    return ", ".join(f"{name} {', '.join(sorted(several))}" for name, several in versions.items() if any(several))
+
+
+def _json(matrix: Matrix) -> str:
+    return json.dumps(matrix.as_json(), indent=1) + "\n"
+
+
+def _text(matrix: Matrix) -> str:
+    codes, uniform = columns(matrix)
+    lines = aligned([["", HEAD[1], *codes], *(_cells(row, codes, SIGNS) for row in matrix.rows)])
+    notes = [f"{name}: {reason}" for name, reason in _not_judged(matrix)]
+    return "\n".join([*lines, "", *_uniform(uniform), *notes, _cases(matrix)]) + "\n"
 
 
 def _markdown(matrix: Matrix) -> str:
-    codes, alike = columns(matrix)
-    head = ["implementation", "transformers", *codes]
+    codes, uniform = columns(matrix)
+    registered = rules()
     lines = [
         "# Conformance matrix",
         "",
@@ -119,41 +120,25 @@ def _markdown(matrix: Matrix) -> str:
         "",
         f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.",
         "",
-    ]
-    lines += [
-        _line(head),
-        _line(["---"] * len(head)),
-        *(_line(_cells(row, codes, WORDS)) for row in matrix.rows if row.marks),
+        *table([*HEAD, *codes], [_cells(row, codes, WORDS) for row in matrix.rows if row.marks]),
         "",
+        *(f"* {code}: {registered[code].requirement}" for code in codes if code in registered),
+        "",
+        *(f"{line[0].upper()}{line[1:]}." for line in _uniform(uniform)),
     ]
-    known = rules()
-    lines += [f"* {code}: {known[code].requirement}" for code in codes if code in known]
-    lines += ["", *(f"{line[0].upper()}{line[1:]}." for line in _alike(alike))]
-    notes = [f"* `{name}`: {_escaped(told)}" for row in matrix.rows for name, told in _unjudged(row)]
-    return "\n".join([*lines, *(["", "Not judged:", "", *notes] if notes else [])]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    if notes := [f"* `{name}`: {html(reason)}" for name, reason in _not_judged(matrix)]:
+        lines += ["", "Not judged:", "", *notes]
+    return "\n".join(lines) + "\n"
 
 
 def _html(matrix: Matrix) -> str:
-    from kbitcheck.report.html import template
-
-    codes, alike = columns(matrix)
-    told = {code: rule.requirement for code, rule in rules().items()}
-    rows = [_cells(row, codes, SIGNS) for row in matrix.rows]
-    unjudged = [told for row in matrix.rows for told in _unjudged(row)]
-    return template("matrix").render(
+    codes, uniform = columns(matrix)
+    return template("matrix.html").render(
         matrix=matrix,
         codes=codes,
-        rows=rows,
-        alike=list(_alike(alike)),
-        rules=told,
+        rows=[_cells(row, codes, SIGNS) for row in matrix.rows],
+        uniform=list(_uniform(uniform)),
+        requirements={code: rule.requirement for code, rule in rules().items()},
         stack=_stack(matrix),
-        unjudged=unjudged,
+        not_judged=list(_not_judged(matrix)),
     )

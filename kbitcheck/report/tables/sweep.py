@@ -5,121 +5,95 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from kbitcheck.compare.sweep import Finding, Row, Table
 from kbitcheck.core.result import Level, Party
-from kbitcheck.run.sweep import Finding, Row, Table
+from kbitcheck.report.parts.markup import html, table
+from kbitcheck.report.tables.columns import aligned
 
 COLUMNS = (
     "architecture", "inputs", "loads", "prepares", "trains", "quantized", "after/bf16", "checkpointing", "dead adapters", "findings",
 )  # fmt: skip
+VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "peft")
 FORMATS = ("text", "json", "markdown")
 
 
-def render(table: Table, form: str) -> str:
+def render(sweep: Table, form: str) -> str:
     """The table in one of ``FORMATS``."""
-    return {"text": _text, "markdown": _markdown, "json": _json}[form](table)
+    return {"text": _text, "markdown": _markdown, "json": _json}[form](sweep)
 
 
-def verdict(table: Table) -> str:
-    """One line: how many were selected, audited and what came of them."""
-    audited = [r for r in table.rows if r.loads]
+def verdict(sweep: Table) -> str:
+    """One line: how many architectures were selected and audited, and with which result."""
+    audited = [row for row in sweep.rows if row.loads]
     return (
-        f"{len(audited)} of {table.selected} {table.task} architectures audited, "
-        f"{sum(r.nonconforming for r in audited)} with a broken MUST of the implementation, "
-        f"{sum(r.broken for r in table.rows)} not wholly judged"
-    ) + ("" if table.complete else "; interrupted")
+        f"{len(audited)} of {sweep.selected} {sweep.task} architectures audited, "
+        f"{sum(row.nonconforming for row in audited)} with a broken MUST of the implementation, "
+        f"{sum(row.broken for row in sweep.rows)} not wholly judged"
+    ) + ("" if sweep.complete else "; interrupted")
 
 
-def _json(table: Table) -> str:
-    return json.dumps(table.as_json(), indent=1) + "\n"
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    """A row's cells, in the order of ``COLUMNS``."""
+def cells(row: Row, shared: Sequence[Finding] = ()) -> tuple[str, ...]:
+    """A row's cells, in the order of ``COLUMNS``; without the findings that all rows share."""
+    keys = {_key(finding) for finding in shared}
     dead = "" if row.adapters is None else f"{row.dead_adapters} of {row.adapters}" if row.dead_adapters else "none"
     return (
         row.architecture,
         row.inputs,
-        _mark(row.loads),
-        _mark(row.prepares),
-        _mark(row.trains),
+        _yes_or_no(row.loads),
+        _yes_or_no(row.prepares),
+        _yes_or_no(row.trains),
         "" if row.quantized is None else f"{row.quantized:.0%}",
         "" if row.growth is None else f"{row.growth:.2f}",
         row.checkpointing,
         dead,
-        findings(row.findings),
+        codes([finding for finding in row.findings if _key(finding) not in keys]),
     )
 
 
-def findings(found: Sequence[Finding]) -> str:
-    """Codes by whose they are; a MUST has an exclamation mark."""
-    parts = []
-    for party in Party:
-        codes = [f.rule + "!" * (f.level is Level.MUST) for f in found if f.party is party]
-        if codes:
-            parts.append(f"{party.value}: {' '.join(codes)}")
-    return "; ".join(parts)
+def codes(findings: Sequence[Finding]) -> str:
+    """Codes by the party that they are attributed to; a MUST has an exclamation mark."""
+    of_party = {
+        party: [f.rule + "!" * (f.level is Level.MUST) for f in findings if f.party is party] for party in Party
+    }
+    return "; ".join(f"{party.value}: {' '.join(names)}" for party, names in of_party.items() if names)
 
 
 def common(rows: Sequence[Row]) -> tuple[Finding, ...]:
-    """Findings that every audited row shares: told once instead of in each row."""
-    audited = [r for r in rows if r.loads]
+    """Findings that every audited row shares: they stand once above the table instead of in each row."""
+    audited = [row for row in rows if row.loads]
     if len(audited) < 2:
         return ()
-    shared = set.intersection(*({(f.rule, f.party, f.level) for f in r.findings} for r in audited))
-    return tuple(f for f in audited[0].findings if (f.rule, f.party, f.level) in shared)
+    shared = set.intersection(*({_key(finding) for finding in row.findings} for row in audited))
+    return tuple(finding for finding in audited[0].findings if _key(finding) in shared)
 
 
-def _mark(value: bool | None) -> str:
+def _key(finding: Finding) -> tuple[str, Party, Level]:
+    return finding.rule, finding.party, finding.level
+
+
+def _yes_or_no(value: bool | None) -> str:
     return "" if value is None else "yes" if value else "no"
 
 
-def _own(table: Table) -> tuple[list[tuple[str, ...]], str]:
-    """The cells less what all rows share, and that."""
-    shared = common(table.rows)
-    keys = {(f.rule, f.party, f.level) for f in shared}
-    rows = []
-    for row in table.rows:
-        *rest, _ = cells(row)
-        rows.append((*rest, findings([f for f in row.findings if (f.rule, f.party, f.level) not in keys])))
-    return rows, findings(shared)
+def _json(sweep: Table) -> str:
+    return json.dumps(sweep.as_json(), indent=1) + "\n"
 
 
-def _notes(table: Table) -> list[tuple[str, str]]:
-    return [(row.architecture, row.reason) for row in table.rows if row.reason]
-
-
-def _text(table: Table) -> str:
-    rows, shared = _own(table)
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (COLUMNS, *rows)
-    ]
-    if shared:
-        lines += ["", f"in every row: {shared}"]
-    if notes := _notes(table):
-        lines += ["", *(f"{name}: {reason}" for name, reason in notes)]
+def _text(sweep: Table) -> str:
+    shared = common(sweep.rows)
+    lines = aligned([COLUMNS, *(cells(row, shared) for row in sweep.rows)])
+    lines += ["", f"in every row: {codes(shared)}"] if shared else []
+    if notes := [f"{row.architecture}: {row.reason}" for row in sweep.rows if row.reason]:
+        lines += ["", *notes]
     return "\n".join(lines) + "\n"
 
 
-def _markdown(table: Table) -> str:
-    rows, shared = _own(table)
-    environment = ", ".join(
-        f"{name} {table.environment[name]}"
-        for name in ("python", "torch", "transformers", "bitsandbytes", "peft")
-        if table.environment.get(name)
-    )
-    lines = [f"`{table.options.get('command', '')}`", "", f"{verdict(table)}. {environment}."]
-    if shared:
-        lines += ["", f"In every row: {shared}."]
-    lines += ["", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows)]
-    if notes := _notes(table):
-        lines += ["", "Why a row is not whole:", "", *(f"* `{n}`: {_escaped(r)}" for n, r in notes)]
+def _markdown(sweep: Table) -> str:
+    shared = common(sweep.rows)
+    environment = ", ".join(f"{name} {sweep.environment[name]}" for name in VERSIONS if sweep.environment.get(name))
+    lines = [f"`{sweep.options.get('command', '')}`", "", f"{verdict(sweep)}. {environment}."]
+    lines += ["", f"In every row: {codes(shared)}."] if shared else []
+    lines += ["", *table(COLUMNS, [[html(cell) for cell in cells(row, shared)] for row in sweep.rows])]
+    if notes := [f"* `{row.architecture}`: {html(row.reason)}" for row in sweep.rows if row.reason]:
+        lines += ["", "Why a row is not whole:", "", *notes]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.compare.sweep import Finding, Row, Table, row
 from kbitcheck.core import machine as environment
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
@@ -21,7 +22,6 @@ from kbitcheck.run import requirements as requirement
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.sweep.journal import Journal
 from kbitcheck.run.sweep.request import SweepRequest
-from kbitcheck.run.sweep.rows import Finding, Row, Table, row
 from kbitcheck.run.sweep.workers import architectures, examine
 
 __all__ = ["Finding", "Row", "SweepRequest", "Table", "row", "shard", "swept"]

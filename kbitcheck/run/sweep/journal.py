@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kbitcheck.run.sweep.rows import Row
+from kbitcheck.compare.sweep import Row
 
 
 class Journal:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.compare.sweep import Row, row
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError, cause
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import Rule
 from kbitcheck.run.pool import Bench
-from kbitcheck.run.sweep.rows import Row, row
 from kbitcheck.run.worker_process import WorkerProcess
 
 LISTING_SECONDS = 300.0

@@ -1,0 +1,73 @@
+"""The verdict line: the answer, the number of rules by outcome, and what the answer does not cover."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
+from kbitcheck.core.result import Result, Status
+from kbitcheck.core.rule import rules
+
+# Outcomes, worst first, with their words in the line.
+OUTCOMES = {
+    "broken": ("rule broken", "rules broken"),
+    "not judged": ("could not be judged", "could not be judged"),
+    "warning": ("warning", "warnings"),
+    "kept": ("kept", "kept"),
+    "not applicable": ("not applicable", "not applicable"),
+}
+WORST_FIRST = tuple(OUTCOMES)
+
+
+def outcome(report: Report, result: Result) -> str:
+    """Which of ``OUTCOMES`` a result is."""
+    if result.status is Status.FAIL:
+        return "broken" if report.counts(result) else "warning"
+    return {Status.ERROR: "not judged", Status.PASS: "kept", Status.SKIP: "not applicable"}[result.status]
+
+
+def verdict(report: Report) -> str:
+    """The whole line. It counts rules, not results: a rule broken in five cases is one broken rule."""
+    if report.gate is not None:
+        kinds = Counter(b["kind"] for b in report.gate["breaches"] if b["counted"])
+        others = sum(not b["counted"] for b in report.gate["breaches"])
+        parts = [f"{number} {name}" for name, number in kinds.items()] + ([f"{others} not counted"] if others else [])
+        return f"{answer(report)}: {', '.join(parts) or 'nothing changed'}"
+    worst: dict[str, str] = {}
+    for result in report.results:
+        both = {worst.get(result.rule, WORST_FIRST[-1]), outcome(report, result)}
+        worst[result.rule] = min(both, key=WORST_FIRST.index)
+    numbers = Counter(worst.values())
+    counts = [
+        f"{numbers[name]} {one if numbers[name] == 1 else several}"
+        for name, (one, several) in OUTCOMES.items()
+        if numbers[name] or name == "kept"
+    ]
+    if ignored := len(report.subject.get("ignored", {})):
+        counts.append(f"{ignored} ignored")
+    return "; ".join([f"{answer(report)}: {', '.join(counts)}", *_not_covered(report)])
+
+
+def answer(report: Report) -> str:
+    """The answer in a few words, with its mark."""
+    if report.gate is not None and report.exit_code in (EXIT_CONFORMS, EXIT_BROKEN_RULE):
+        return f"{'✗ changed' if report.exit_code else '✓ not worse'} against {report.gate['against']}"
+    model = report.subject.get("command") in ("model", "audit")
+    static = any("static" in facts for facts in report.facts.get("cases", {}).values())
+    return {
+        EXIT_CONFORMS: "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms",
+        EXIT_BROKEN_RULE: "✗ not ready" if model else "✗ does not conform",
+        EXIT_ERROR: "✗ could not be judged",
+        EXIT_INTERRUPTED: "✗ interrupted",
+        EXIT_NOTHING: "✗ nothing was checked",
+    }[report.exit_code]
+
+
+def _not_covered(report: Report) -> list[str]:
+    """Why no gradient rule was judged, where there are results of such rules and every one was skipped."""
+    gradients = {code for code, rule in rules().items() if rule.family == "gradients"}
+    results = [result for result in report.results if result.rule in gradients]
+    if not results or any(result.status is not Status.SKIP for result in results):
+        return []
+    ((reason, _),) = Counter(result.reason for result in results).most_common(1)
+    return [f"no gradient rule was judged: {reason}"]

@@ -1,0 +1,39 @@
+"""Templates of the formats that are markup, and how they are filled in."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
+from markupsafe import Markup, escape
+
+from kbitcheck.report.parts import markup
+from kbitcheck.report.parts.limits import BRIEF, listed
+
+
+@cache
+def template(name: str) -> Template:
+    """A template by its file's name; what is filled into HTML is escaped, Markdown has filters for it."""
+    environment = Environment(
+        loader=PackageLoader("kbitcheck.report", "templates"),
+        autoescape=select_autoescape(("html.jinja",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "cases": lambda number: f"{number} {'case' if number == 1 else 'cases'}",
+        "clip": BRIEF.text,
+        "code": markup.code,
+        "html": markup.html,
+        "listed": lambda names: listed(names, BRIEF.cases),
+        "listed_code": lambda names: listed([markup.code(BRIEF.text(name)) for name in names], BRIEF.cases),
+        "prose": _prose if name.endswith(".html") else markup.prose,
+    }
+    return environment.get_template(f"{name}.jinja")
+
+
+def _prose(text: str) -> Markup:
+    """The text between backticks as code; everything else in it stays text."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  (escaped before)
