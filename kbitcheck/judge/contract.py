@@ -217,12 +217,12 @@ def quiet(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB510", "saves-and-loads", Level.MUST)
 def saves_and_loads(facts: Facts) -> Iterable[Observation]:
-    """State-dict keys are unchanged; save and reload of model and adapters reproduces the logits.
+    """State-dict keys are unchanged; saving and loading adapters, and the model if its base can be, reproduces the logits.
 
     Why: wrapped or renamed modules train well and cannot be loaded.
     Symptom: "Some weights were not initialized"; another model after reloading.
     Fix: wrap no module, and keep all names.
-    Sources: peft#602, trl#4081.
+    Sources: peft#602, trl#4081, transformers#45743.
     """
     s = facts.store
     yield Observation(
@@ -231,6 +231,15 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     yield Observation(
         "keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none"
     )
+    if s.base_raised:
+        yield Observation(
+            where="save and reload of the base",
+            ok=False,
+            expected="no error",
+            actual=str(s.base_raised),
+            party=Party.STACK,
+            witness="the unprepared base cannot be saved and reloaded either",
+        )
     base = {f.base_raised for f in facts.forwards if f.base_raised}
     party, witness = (
         (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")

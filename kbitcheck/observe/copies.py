@@ -311,16 +311,19 @@ class Copies:
 
     @cached_property
     def store(self) -> StoreFacts:
-        def reload(folder: str) -> nn.Module:
-            model = self._base.source.reload(folder, self.spec.device)
+        def prepare(model: Any) -> Any:
             returned = self.prepare(model, **arguments(self.prepare, self.wanted))
             return returned if isinstance(returned, nn.Module) else model
 
         return store.round_trip(
-            self._prepared_copy(),
+            store.Subject(
+                prepared=self._prepared_copy,
+                base=self._copy,
+                reload=lambda folder: self._base.source.reload(folder, self.spec.device),
+                prepare=prepare,
+                attach=lambda model: self._base.attach(model, self.spec),
+                autocast=self._base.autocast(self.profile),
+            ),
             self.base.state_keys,
-            reload,
-            lambda model: self._base.attach(model, self.spec),
             self.batch,
-            self._base.autocast(self.profile),
         )

@@ -24,9 +24,9 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.result import Result
 from kbitcheck.core.rule import rules
+from kbitcheck.judge.conditions import settle
 from kbitcheck.run import virtualenvs as environments
 from kbitcheck.run.pool import Bench
-from kbitcheck.run.runner import settle
 
 Outcome = dict[str, Any]
 

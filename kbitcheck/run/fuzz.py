@@ -19,9 +19,9 @@ from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report
 from kbitcheck.core.result import Result
 from kbitcheck.core.rule import Rule
 from kbitcheck.core.version import TOOL
+from kbitcheck.judge.conditions import settle
 from kbitcheck.run import virtualenvs as environments
 from kbitcheck.run.pool import Bench
-from kbitcheck.run.runner import settle
 from kbitcheck.run.subject import REFERENCE
 from kbitcheck.run.worker import Event
 from kbitcheck.strategies import Drawn, cases

@@ -50,6 +50,7 @@ def audit(
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
     from kbitcheck.core import machine as environment
+    from kbitcheck.judge.conditions import settle
     from kbitcheck.observe.case import open_live
     from kbitcheck.run import subject as implementations
 
@@ -77,7 +78,7 @@ def audit(
             "in_process": True,
             "cases": {case.case: case.spec.as_json()},
         },
-        results=tuple(Result.from_json(e["result"]) for e in events if e["event"] == "result"),
+        results=tuple(settle(Result.from_json(e["result"]), subject.name) for e in events if e["event"] == "result"),
         blame="any",
         strict=strict,
         facts={

@@ -7,18 +7,17 @@ import dataclasses
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError, cause
 from kbitcheck.core.report import Report
-from kbitcheck.core.result import Party, Result, Status
+from kbitcheck.core.result import Result
 from kbitcheck.core.rule import Rule
 from kbitcheck.core.version import TOOL
+from kbitcheck.judge.conditions import settle
 from kbitcheck.run import virtualenvs as environments
 from kbitcheck.run.pool import Bench, broken, spread
 from kbitcheck.run.subject import REFERENCE, Implementation
@@ -94,25 +93,6 @@ def run(
             "seconds": round(time.perf_counter() - start, 3),
         },
     )
-
-
-@cache
-def findings() -> Mapping[tuple[str, Party], str]:
-    """The committed list: why each (rule, party) may fail for the reference, and the script that shows it."""
-    listed = tomllib.loads((Path(__file__).parents[1] / "judge" / "findings.toml").read_text(encoding="utf-8"))[
-        "finding"
-    ]
-    return {(f["rule"], Party(f["party"])): f"{f['why']} ({f['script']})" for f in listed}
-
-
-def settle(result: Result, implementation: str) -> Result:
-    """Of the reference nothing is excused by party: only committed findings, which are then told and not counted."""
-    if result.status is not Status.FAIL or implementation != REFERENCE:
-        return result
-    excuses = [findings().get((result.rule, f.party)) for f in result.failures]
-    if None in excuses:
-        return result
-    return dataclasses.replace(result, finding=excuses[0] or "")
 
 
 def _in_process(

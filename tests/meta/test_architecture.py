@@ -34,7 +34,7 @@ def test_names_are_distinct():
 
 
 def test_every_finding_has_its_script():
-    from kbitcheck.run.runner import findings
+    from kbitcheck.judge.conditions import findings
 
     for why in findings().values():
         script = re.search(r"\((docs/findings/\w+\.py)\)", why)

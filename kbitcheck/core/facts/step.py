@@ -152,9 +152,14 @@ class TrainingFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFacts:
-    """Save and reload of the prepared model and of its adapters, neither of which ever ran."""
+    """Save and reload of the prepared model and of its adapters, neither of which ever ran.
+
+    If neither the prepared model nor the unprepared base can be saved and loaded, ``base_raised`` says why, and the
+    adapters alone are saved, and loaded into another prepared base.
+    """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    raised: Raised | None
-    logits: Distance | None
+    raised: Raised | None = None
+    base_raised: Raised | None = None
+    logits: Distance | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,47 +15,86 @@ from kbitcheck.core.facts import Distance, StoreFacts
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.twin import twins as twin
 
-Attach = Callable[[nn.Module], tuple[nn.Module, dict[str, nn.Parameter]]]
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """Makes the models of a round trip. Each call of ``prepared`` and ``base`` gives a fresh model.
 
-def round_trip(
-    prepared: Any,
-    base_keys: frozenset[str],
-    reload: Callable[[str], nn.Module],
-    attach: Attach,
-    batch: step.Batch,
-    autocast: Any = None,
-) -> StoreFacts:
-    """Save ``prepared``, ``reload`` it (which prepares it again), put the same adapters on both and compare logits.
-
-    The saved model is fresh: it has never run. Everything written goes to a temporary directory that is removed.
+    ``reload`` loads a base from a folder, ``prepare`` prepares it, ``attach`` puts the same adapters on a model each time.
     """
+
+    prepared: Callable[[], Any]
+    base: Callable[[], Any]
+    reload: Callable[[str], Any]
+    prepare: Callable[[Any], Any]
+    attach: Callable[[nn.Module], tuple[nn.Module, dict[str, nn.Parameter]]]
+    autocast: Any = None
+
+
+def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -> StoreFacts:
+    """Save a prepared model and its adapters, load both again, and compare the logits before with those after.
+
+    Where neither the prepared model nor its base can be saved and loaded, the adapters are loaded into another prepared
+    base. The saved model has never run. Everything is written to a temporary directory, which is removed.
+    """
+    prepared = subject.prepared()
     keys = frozenset(prepared.state_dict())
-    missing, unexpected = tuple(sorted(base_keys - keys)), tuple(sorted(keys - base_keys))
+    facts: dict[str, Any] = {
+        "missing": tuple(sorted(base_keys - keys)),
+        "unexpected": tuple(sorted(keys - base_keys)),
+    }
 
     def logits(model: nn.Module) -> torch.Tensor:
         # From one seed, as some models draw noise in every forward.
         with step.seeded(0, str(next(iter(batch.values())).device)):
-            return twin.forward_logits(model, batch, autocast() if autocast else None)
+            return twin.forward_logits(model, batch, subject.autocast() if subject.autocast else None)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
+        error = _attempt(prepared.save_pretrained, folder)
         try:
-            prepared.save_pretrained(folder)
-            model, adapters = attach(prepared)
+            model, adapters = subject.attach(prepared)
             file = _saved(adapters, folder)
             first = logits(model)
-            del prepared, model, adapters  # no more than one of them is there at a time
-            model, adapters = attach(reload(folder))
+            del prepared, model, adapters  # at most one of the models exists at a time
+            again: Any = None
+            if error is None:
+                again, error = _loaded(subject, folder)
+            if error is not None:
+                base_error = _attempt(_base_round_trip, subject)
+                if base_error is None:
+                    raise error
+                facts["base_raised"] = Raised.of(base_error)
+                again = subject.prepared()
+            model, adapters = subject.attach(again)
             _load(adapters, file)
             second = logits(model)
         except Exception as error:
-            return StoreFacts(missing=missing, unexpected=unexpected, raised=Raised.of(error), logits=None)
-    return StoreFacts(
-        missing=missing,
-        unexpected=unexpected,
-        raised=None,
-        logits=Distance(equal=torch.equal(first, second), relative=step.distance(second, first)),
-    )
+            return StoreFacts(**facts, raised=Raised.of(error))
+    distance = Distance(equal=torch.equal(first, second), relative=step.distance(second, first))
+    return StoreFacts(**facts, logits=distance)
+
+
+def _attempt(action: Callable[[Any], object], argument: Any) -> Exception | None:
+    """The exception that the action raises; None where it raises none."""
+    try:
+        action(argument)
+    except Exception as error:
+        return error
+    return None
+
+
+def _loaded(subject: Subject, folder: str) -> tuple[Any, Exception | None]:
+    """The prepared model from a folder, or the exception that loading or preparing it raises."""
+    try:
+        return subject.prepare(subject.reload(folder)), None
+    except Exception as error:
+        return None, error
+
+
+def _base_round_trip(subject: Subject) -> None:
+    with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
+        subject.base().save_pretrained(folder)
+        subject.reload(folder)
 
 
 def _saved(adapters: Mapping[str, nn.Parameter], folder: str) -> str:

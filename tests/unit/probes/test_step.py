@@ -70,6 +70,9 @@ def test_noise_that_a_model_draws_is_no_difference_after_reloading() -> None:
     def attach(model: Any) -> Any:
         return model, {"weight": model.weight}
 
-    facts = store.round_trip(Noisy(), frozenset({"weight"}), lambda folder: Noisy(), attach, {"x": torch.ones(1, 2)})
+    subject = store.Subject(
+        prepared=Noisy, base=Noisy, reload=lambda folder: Noisy(), prepare=lambda model: model, attach=attach
+    )
+    facts = store.round_trip(subject, frozenset({"weight"}), {"x": torch.ones(1, 2)})
     assert facts.logits is not None
     assert facts.logits.equal
