@@ -1,7 +1,34 @@
 """The reference preparation, and the oracle that conformance is judged by. Importing this imports torch.
 
-It is the package ``kbitcheck_reference`` under a name that is easy to find; that package imports nothing of kbitcheck.
+This is the package ``kbitcheck_reference`` under a name that is easy to remember.
 """
 
-from kbitcheck_reference import *  # noqa: F403
-from kbitcheck_reference import __all__ as __all__
+from kbitcheck_reference import (
+    FP4,
+    NF4,
+    LoraLinear,
+    dequantize_absmax,
+    dequantize_blockwise4,
+    dequantize_int8,
+    dequantized_weight,
+    is_quantized,
+    is_quantized_parameter,
+    lora,
+    prepare_model_for_kbit_training,
+    quantized_layers,
+)
+
+__all__ = [
+    "FP4",
+    "NF4",
+    "LoraLinear",
+    "dequantize_absmax",
+    "dequantize_blockwise4",
+    "dequantize_int8",
+    "dequantized_weight",
+    "is_quantized",
+    "is_quantized_parameter",
+    "lora",
+    "prepare_model_for_kbit_training",
+    "quantized_layers",
+]

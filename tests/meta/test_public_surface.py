@@ -55,6 +55,10 @@ def test_examples_import_public_modules_alone() -> None:
     assert private == []
 
 
+def test_the_reference_is_the_whole_package() -> None:
+    assert import_module("kbitcheck.reference").__all__ == import_module("kbitcheck_reference").__all__
+
+
 def test_the_reference_is_one_import_away() -> None:
     script = "import kbitcheck.reference; print(kbitcheck.reference.prepare_model_for_kbit_training.__module__)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
