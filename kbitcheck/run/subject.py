@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from kbitcheck.core.errors import UsageError, cause
-from kbitcheck.observe import libraries
+from kbitcheck.observe import library_attributes
 from kbitcheck.run import requirements as requirement
 
 REFERENCE = "reference"
@@ -94,7 +94,7 @@ def load(text: str) -> Implementation:
     """
     validate(text)
     where, attribute = _split(text)
-    before = libraries.fingerprint()
+    before = library_attributes.attributes()
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
@@ -111,7 +111,7 @@ def load(text: str) -> Implementation:
     if not callable(found):
         raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
     subject = describe(found, name=text, version=_version(module))
-    return replace(subject, patches=libraries.patched_since(before))
+    return replace(subject, patches=library_attributes.replaced_at_import(before))
 
 
 def unused(text: str) -> Implementation:

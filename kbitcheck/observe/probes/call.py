@@ -13,14 +13,12 @@ from torch import nn
 
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import CallFacts
-from kbitcheck.observe.libraries import attributes, classes_of, classes_of_libraries, patched
+from kbitcheck.observe.library_attributes import attributes, classes_of, replaced
 from kbitcheck.observe.probes import process
 
 Prepare = Callable[..., Any]
 
 SECOND, THIRD = "use_gradient_checkpointing", "gradient_checkpointing_kwargs"
-
-_libraries_compared = False
 
 
 def signature(prepare: Prepare) -> tuple[dict[str, str] | None, bool]:
@@ -54,18 +52,12 @@ def call(
 ) -> tuple[Any, CallFacts]:
     """Call ``prepare`` and return what it returned (None if it raised) with the facts of the call.
 
-    ``libraries`` also compares every class of the libraries that training rests on, once a process.
+    ``libraries`` compares every class and function of the libraries that training rests on, not the model's classes alone.
     """
-    global _libraries_compared
     parameters, anything = signature(prepare)
     kwargs = arguments(prepare, wanted)
     given = copy.deepcopy(kwargs.get(THIRD))
-    classes = classes_of(model)
-    everything = libraries and not _libraries_compared
-    if everything:
-        _libraries_compared = True
-        classes |= classes_of_libraries()
-    original = attributes(classes, functions=everything)
+    original = attributes(of=classes_of(model), libraries=libraries)
     raised, returned = None, None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -79,10 +71,7 @@ def call(
             raised = Raised.of(error)
         seconds = time.perf_counter() - start
         after = process.state()
-    changed = {
-        **process.changed(before, after),
-        **patched(original, attributes(classes, functions=everything)),
-    }
+    changed = {**process.changed(before, after), **replaced(original)}
     return returned, CallFacts(
         raised=raised,
         same_object=returned is model,

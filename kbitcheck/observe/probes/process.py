@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from kbitcheck.observe.libraries import LIBRARIES
+from kbitcheck.observe.library_attributes import LIBRARIES
 
 State = Mapping[str, str]
 

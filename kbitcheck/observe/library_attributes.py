@@ -1,0 +1,78 @@
+"""Attributes of the classes and modules of the libraries that training rests on, and which of them were replaced."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
+# Counters and caches that classes keep for themselves, and what the standard library writes.
+UNWATCHED = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
+
+Attributes = Mapping[type | ModuleType, Mapping[str, Any]]
+ABSENT = object()
+
+
+def attributes(*, of: Iterable[type] = (), libraries: bool = True) -> Attributes:
+    """The attributes of the classes ``of`` and, with ``libraries``, of every loaded module of them and each class there."""
+    owners: dict[type | ModuleType, None] = dict.fromkeys(of)
+    modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
+    for module in modules if libraries else ():
+        owners[module] = None
+        for item in list(vars(module).values()):
+            if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in LIBRARIES:
+                owners[item] = None
+    return {owner: dict(vars(owner)) for owner in owners}
+
+
+def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
+    """Attributes that were replaced, removed or added since ``before``, by dotted name: ("original" or "absent", how).
+
+    Names that are new in a module are left out, as modules resolve their names lazily.
+    """
+    changed: dict[str, tuple[str, str]] = {}
+    for owner, old in before.items():
+        new = dict(vars(owner))
+        if len(old) == len(new) and all(map(operator.is_, old.values(), new.values())):
+            continue
+        then, now = (_watched(owner, attributes) for attributes in (old, new))
+        for name in then.keys() | now.keys():
+            if name not in then:
+                if isinstance(owner, type):
+                    changed[f"{_name(owner)}.{name}"] = ("absent", "added")
+            elif then[name] is not now.get(name, ABSENT):
+                changed[f"{_name(owner)}.{name}"] = ("original", "replaced" if name in now else "removed")
+    return dict(sorted(changed.items()))
+
+
+def replaced_at_import(before: Attributes) -> tuple[str, ...]:
+    """As ``replaced``, by name alone; a removed one is left out, as lazy modules remove names when they resolve them."""
+    return tuple(name for name, (_, how) in replaced(before).items() if how != "removed")
+
+
+def classes_of(model: torch.nn.Module) -> set[type]:
+    """Every class that a module or parameter of the model, or its configuration, is an instance of."""
+    types = {type(m) for m in model.modules()} | {type(p) for p in model.parameters()}
+    config = getattr(model, "config", None)
+    return {c for t in types for c in t.__mro__ if c is not object} | ({type(config)} if config is not None else set())
+
+
+def _watched(owner: type | ModuleType, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a module its functions and classes, of a class all but plain numbers, which are counters; booleans are watched."""
+    if isinstance(owner, ModuleType):
+        return {n: a for n, a in attributes.items() if issubclass(type(a), (FunctionType, BuiltinFunctionType, type))}
+    return {
+        n: a
+        for n, a in attributes.items()
+        if (n not in UNWATCHED and not isinstance(a, (int, float))) or isinstance(a, bool)
+    }
+
+
+def _name(owner: type | ModuleType) -> str:
+    return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"

@@ -1,0 +1,44 @@
+"""What a call replaces in the libraries is seen in every case, not in the first of a process alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+import transformers
+
+from kbitcheck.observe.probes.call import call
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (transformers.PreTrainedModel, "tie_weights"),
+        (torch.nn.Linear, "forward"),
+        (torch.utils.checkpoint, "checkpoint"),
+    ],
+)
+def test_every_call_names_what_it_replaced(owner: Any, name: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: torch.nn.Module) -> torch.nn.Module:
+        monkeypatch.setattr(owner, name, lambda *args: None)
+        return model
+
+    _, facts = call(prepare, torch.nn.Bilinear(1, 1, 1), libraries=True)
+    assert [(n.rpartition(".")[2], how) for n, how in facts.process.items()] == [(name, ("original", "replaced"))]
+
+
+def test_an_attribute_that_is_added_to_a_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: torch.nn.Module) -> torch.nn.Module:
+        monkeypatch.setattr(torch.nn.Linear, "prepared", "yes", raising=False)
+        monkeypatch.setattr(torch.nn.Linear, "counter", 1, raising=False)
+        return model
+
+    _, facts = call(prepare, torch.nn.Bilinear(1, 1, 1), libraries=True)
+    assert facts.process == {"torch.nn.modules.linear.Linear.prepared": ("absent", "added")}
+
+
+def test_a_call_that_replaces_nothing_changes_nothing() -> None:
+    assert call(lambda model: model, torch.nn.Linear(1, 1), libraries=True)[1].process == {}
