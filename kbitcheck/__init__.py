@@ -57,9 +57,9 @@ def audit(
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
-    from kbitcheck.run import in_process as live
+    from kbitcheck.run import in_process
 
-    return live.audit(model, prepare, select=select, ignore=ignore or {}, strict=strict, options=options)
+    return in_process.audit(model, prepare, select_codes=select, ignore=ignore or {}, strict=strict, options=options)
 
 
 def check_implementation(
@@ -138,16 +138,16 @@ def assert_prepared(
         UsageError: an option or rule is wrong, or the model is not quantized.
     """
     __tracebackhide__ = True  # pytest shows the report, not this function
-    from kbitcheck.observe import prepared
     from kbitcheck.report import render
+    from kbitcheck.run import in_process
 
-    report = prepared.examine(
+    report = in_process.assert_prepared(
         model,
         profile=profile,
         freezes=freezes,
         checkpointing=checkpointing,
         strict=strict,
-        select=select,
+        select_codes=select,
         ignore=ignore or {},
         batch=batch,
     )

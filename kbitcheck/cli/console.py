@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+
+from kbitcheck.core.events import Event, Judged, Started
 
 
 def say(line: str) -> None:
@@ -27,7 +28,7 @@ def fail(message: str, code: int) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def progress_bar(total: int) -> Iterator[Callable[[Event], None]]:
     """A bar over ``total`` results, erased at the end; yields the function that takes the events of a run.
 
     Nothing is shown where stderr is no terminal.
@@ -43,10 +44,10 @@ def progress_bar(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=total)
 
-        def advance(event: dict[str, Any]) -> None:
-            if event["event"] == "case":
-                progress.update(task, description=event["case"].replace("[", "\\["))
-            elif event["event"] == "result":
+        def advance(event: Event) -> None:
+            if isinstance(event, Started):
+                progress.update(task, description=event.case.replace("[", "\\["))
+            elif isinstance(event, Judged):
                 progress.update(task, advance=1)
 
         yield advance

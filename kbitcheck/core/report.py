@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.events import Collector
 from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.core.rule import rules
+from kbitcheck.core.version import TOOL
 
 SCHEMA = 1
 
@@ -161,6 +163,41 @@ def register_renderer(function: Callable[[Report], str]) -> None:
     """Name the function behind ``str(report)``."""
     global _renderer
     _renderer = function
+
+
+def assemble(
+    collected: Collector,
+    cases: Mapping[str, Mapping[str, Any]],
+    *,
+    subject: Mapping[str, Any],
+    blame: str,
+    in_process: bool = False,
+    strict: bool = False,
+    complete: bool = True,
+    seconds: float | None = None,
+) -> Report:
+    """The report of a run: its results in the order of the cases, those of one case in the order in which they came.
+
+    ``cases`` are the specs (``CaseSpec.as_json``) by id; ``subject`` says which command ran and which rules it ignored;
+    ``seconds`` is the duration of the run.
+    """
+    order = {case: index for index, case in enumerate(cases)}
+    duration = {} if seconds is None else {"seconds": round(seconds, 3)}
+    return Report(
+        tool=TOOL,
+        environment=collected.loaded.environment,
+        subject={
+            **subject,
+            "implementation": collected.loaded.implementation,
+            "in_process": in_process,
+            **({"cases": dict(cases)} if cases else {}),
+        },
+        results=tuple(sorted(collected.results, key=lambda result: order.get(result.case, len(order)))),
+        blame=blame,
+        strict=strict,
+        complete=complete,
+        facts={"cases": {case: collected.facts[case] for case in cases if case in collected.facts}, **duration},
+    )
 
 
 class NonConformance(AssertionError):

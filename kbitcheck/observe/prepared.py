@@ -9,11 +9,10 @@ import copy
 import dataclasses
 import functools
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import numpy
 import torch
@@ -21,20 +20,13 @@ from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_
 from torch import nn
 from transformers import PreTrainedModel
 
-from kbitcheck.core import machine as environment
-from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
+from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import Unavailable, UsageError, cause
 from kbitcheck.core.facts import ModelFacts, RunFacts
-from kbitcheck.core.report import Report
-from kbitcheck.core.result import Result, Status
-from kbitcheck.core.rule import judge
-from kbitcheck.core.rule import select as chosen
-from kbitcheck.core.version import TOOL
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import never_repacked, quiet
 from kbitcheck.models.sources.live import Given
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.heap import LARGE_BYTES
 from kbitcheck.observe.loaded import Attached, Base
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import layers, snapshot, step
@@ -47,68 +39,6 @@ JUDGED = frozenset({
     "KB905", "KB907", "KB908",
 })  # fmt: skip
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
-
-
-def examine(
-    model: Any,
-    *,
-    profile: str,
-    freezes: str,
-    checkpointing: str | None,
-    strict: bool,
-    select: Sequence[str],
-    ignore: Mapping[str, str],
-    batch: Mapping[str, torch.Tensor] | None,
-) -> Report:
-    """The report of ``kbitcheck.assert_prepared``.
-
-    Raises:
-        UsageError: an option or rule is wrong, or the model is not quantized.
-    """
-    for name, value, known in (
-        ("profile", profile, get_args(Profile)),
-        ("freezes", freezes, get_args(Freezes)),
-        ("checkpointing", checkpointing, (None, *get_args(Checkpointing))),
-    ):
-        if value not in known:
-            raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, known))}")
-    rules = chosen(select, ignore)
-    given = Given(model)
-    device = str(next(model.parameters()).device)
-    spec = CaseSpec(
-        model=given.name,
-        quant=given.quant,
-        implementation="",
-        profile=profile,  # type: ignore[arg-type]
-        freezes=freezes,  # type: ignore[arg-type]
-        checkpointing=checkpointing or mode_of(model),  # type: ignore[arg-type]
-        device=device,
-    )
-    start = time.perf_counter()
-    small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
-    with undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
-        case = PresentCase(spec, model, batch)
-        results = [judge(rule, case) if rule.code in JUDGED else None for rule in rules]
-        facts = case.summary()
-        case.close()
-    return Report(
-        tool=TOOL,
-        environment=environment.describe(device, spec.seed),
-        subject={
-            "command": "assert_prepared",
-            "ignored": dict(ignore),
-            "implementation": {"name": "your code"},
-            "in_process": True,
-            "cases": {spec.id: spec.as_json()},
-        },
-        results=tuple(
-            result or Result(rule=rule.code, case=spec.id, level=rule.level, status=Status.SKIP, reason=GONE)
-            for rule, result in zip(rules, results, strict=True)
-        ),
-        blame="own",
-        strict=strict,
-        facts={"cases": {spec.id: facts}, "seconds": round(time.perf_counter() - start, 3)},
-    )
 
 
 def mode_of(model: nn.Module) -> Checkpointing:

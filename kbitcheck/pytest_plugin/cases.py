@@ -22,11 +22,11 @@ from typing import Any
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.result import Result
+from kbitcheck.core.events import Figures, Judged, Loaded
 from kbitcheck.core.rule import rules
 from kbitcheck.judge.conditions import settle
 from kbitcheck.run import virtualenvs as environments
-from kbitcheck.run.pool import Bench
+from kbitcheck.run.pool import Worker
 
 Outcome = dict[str, Any]
 
@@ -74,7 +74,7 @@ class Cases:
         self._timeout, self._path, self._environment = timeout, path, environment
         self._known: dict[str, Outcome] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="worker-", dir=folder))
-        self._bench: Bench | None = None
+        self._worker: Worker | None = None
         self._subject = ""
         self._loaded: dict[str, Any] = {}
         self._base: tuple[str, ...] = ()
@@ -91,9 +91,9 @@ class Cases:
 
     def close(self) -> None:
         """End the worker."""
-        if self._bench is not None:
-            self._bench.close()
-            self._bench = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
     def _ahead(self, waiting: Job) -> list[Job]:
         """What to judge while another process is at ``waiting``: where this one has a model loaded, it stays."""
@@ -112,28 +112,28 @@ class Cases:
         outcome: Outcome = {"results": {}, "facts": None, "usage": ""}
         known = rules()
         try:
-            for event in self._bench_for(job.spec).examine(job.spec, [known[code] for code in job.rules]):
-                if event["event"] == "result":
-                    result = settle(Result.from_json(event["result"]), job.spec.implementation)
+            for event in self._worker_for(job.spec).examine(job.spec, [known[code] for code in job.rules]):
+                if isinstance(event, Judged):
+                    result = settle(event.result, job.spec.implementation)
                     outcome["results"][result.rule] = result.as_json()
-                elif event["event"] == "facts":
-                    outcome["facts"] = event["facts"]
-                elif event["event"] == "loaded":
-                    self._loaded = {key: event[key] for key in ("implementation", "environment")}
+                elif isinstance(event, Figures):
+                    outcome["facts"] = event.facts
+                elif isinstance(event, Loaded):
+                    self._loaded = {"implementation": event.implementation, "environment": event.environment}
         except UsageError as error:
             outcome["usage"] = str(error)
         return {**outcome, "loaded": self._loaded}
 
-    def _bench_for(self, spec: CaseSpec) -> Bench:
-        if self._bench is None or self._subject != spec.implementation:
+    def _worker_for(self, spec: CaseSpec) -> Worker:
+        if self._worker is None or self._subject != spec.implementation:
             self.close()
             self._subject, self._loaded = spec.implementation, {}
             python = environments.interpreter(spec.implementation)
             # What pytest imports from would come before what the subject brings.
             path = self._path if python == sys.executable else ()
             environment = self._environment
-            self._bench = Bench(self._scratch, (), self._timeout, path=path, environment=environment, python=python)
-        return self._bench
+            self._worker = Worker(self._scratch, self._timeout, path=path, environment=environment, python=python)
+        return self._worker
 
     @contextmanager
     def _locked(self, job: Job) -> Iterator[bool]:

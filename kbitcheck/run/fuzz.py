@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import shlex
 import tempfile
@@ -15,15 +16,14 @@ from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report
-from kbitcheck.core.result import Result
+from kbitcheck.core.events import Collector, Event, Loaded, Started
+from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report, assemble
+from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import Rule
-from kbitcheck.core.version import TOOL
 from kbitcheck.judge.conditions import settle
-from kbitcheck.run import virtualenvs as environments
-from kbitcheck.run.pool import Bench
+from kbitcheck.run import virtualenvs
+from kbitcheck.run.pool import Worker
 from kbitcheck.run.subject import REFERENCE
-from kbitcheck.run.worker import Event
 from kbitcheck.strategies import Drawn, cases
 
 
@@ -67,7 +67,7 @@ def fuzz(
         try:
             return run.report()
         finally:
-            run.bench.close()
+            run.worker.close()
 
 
 class _Own(ExampleDatabase):
@@ -99,12 +99,11 @@ class _Run:
         echo: Callable[[str], None] | None,
     ) -> None:
         self.plan, self.scratch, self.on_event = plan, scratch, on_event
-        python = environments.interpreter(plan.implementation)
-        self.bench = Bench(scratch, plan.rules, timeout, echo, python=python)
+        self.worker = Worker(scratch, timeout, echo, python=virtualenvs.interpreter(plan.implementation))
         self.specs: dict[str, CaseSpec] = {}
         self.results: dict[str, tuple[Result, ...]] = {}
         self.unloadable: dict[str, str] = {}
-        self.loaded: Event = {"implementation": {}, "environment": {}}
+        self.loaded = Loaded()
         self.suspects: Sequence[Rule] = ()
         self.smallest: Drawn | None = None
         self.drawn = 0
@@ -117,16 +116,13 @@ class _Run:
             pass
         except KeyboardInterrupt:
             complete = False
-        told: dict[str, Any] = {"cases": self.drawn, "seed": self.plan.seed, "unloadable": self.unloadable}
-        results = [r for found in self.results.values() for r in found]
-        specs = dict(self.specs)
-        if self.smallest is not None:
-            spec, found = self._judge(self.smallest, self.plan.rules) if complete else self._last()
-            results, specs = list(found), {spec.id: spec}
-            told |= {"recipe": self.smallest.toml, "file": spec.model, "command": self._command(spec, found)}
-        return dataclasses.replace(
-            self._report(results, specs), complete=complete, subject={**self._subject(specs), "fuzz": told}
-        )
+        drawn: dict[str, Any] = {"cases": self.drawn, "seed": self.plan.seed, "unloadable": self.unloadable}
+        if self.smallest is None:
+            results = [result for case in self.results.values() for result in case]
+            return self._report(results, self.specs, complete=complete, fuzz=drawn)
+        spec, broken = self._judge(self.smallest, self.plan.rules) if complete else self._last()
+        drawn |= {"recipe": self.smallest.toml, "file": spec.model, "command": self._command(spec, broken)}
+        return self._report(broken, {spec.id: spec}, complete=complete, fuzz=drawn)
 
     def _search(self) -> None:
         plan = self.plan
@@ -155,25 +151,24 @@ class _Run:
 
     def _judge(self, drawn: Drawn, rules: Sequence[Rule]) -> tuple[CaseSpec, tuple[Result, ...]]:
         spec = drawn.spec(self._model(drawn), self.plan.implementation, **self.plan.options)
-        self.on_event({"event": "case", "case": spec.id})
-        results = []
+        self.on_event(Started(case=spec.id))
+        collector = Collector(functools.partial(settle, implementation=self.plan.implementation))
         # Nobody reads the files but this run's worker.
         outside = dataclasses.replace(spec, model=str(self.scratch / spec.model)) if drawn.toml else spec
         try:
-            for event in self.bench.examine(outside, rules):
-                if event["event"] == "result":
-                    result = settle(Result.from_json(event["result"]), self.plan.implementation)
-                    results.append(dataclasses.replace(result, case=spec.id))
-                elif event["event"] == "loaded":
-                    self.loaded = event
+            for event in self.worker.examine(outside, rules):
+                collector.add(event)
         except UsageError as error:
-            if not drawn.toml or not self.bench.loaded:
+            if not drawn.toml or not self.worker.loaded:
                 raise
             self.unloadable[spec.id] = str(error).replace(f"{self.scratch}/", "")
             reject()
+        finally:
+            self.loaded = collector.loaded if collector.loaded.environment else self.loaded
+        results = tuple(dataclasses.replace(result, case=spec.id) for result in collector.results)
         self.specs[spec.id] = spec
-        self.results[spec.id] = tuple(results)
-        return spec, tuple(results)
+        self.results[spec.id] = results
+        return spec, results
 
     def _last(self) -> tuple[CaseSpec, tuple[Result, ...]]:
         """The smallest failing case as far as it was judged before an interrupt."""
@@ -194,7 +189,7 @@ class _Run:
 
     def _counted(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> list[str]:
         report = self._report(results, specs)
-        return [r.rule for r in results if r.status == "ERROR" or report.counts(r)]
+        return [r.rule for r in results if r.status is Status.ERROR or report.counts(r)]
 
     def _command(self, spec: CaseSpec, results: Sequence[Result]) -> str:
         from kbitcheck.report.parts.repro import command
@@ -203,41 +198,36 @@ class _Run:
         line = command(self._report(results, {spec.id: spec}), spec.id, ",".join(broken))
         return line + (" --strict" if self.plan.strict else "")
 
-    def _subject(self, specs: Mapping[str, CaseSpec]) -> dict[str, Any]:
-        return {
-            "command": "impl",
-            "ignored": {},
-            "implementation": self.loaded["implementation"],
-            "in_process": False,
-            "cases": {name: spec.as_json() for name, spec in specs.items()},
-        }
-
-    def _report(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> Report:
-        return Report(
-            tool=TOOL,
-            environment=self.loaded["environment"],
-            subject=self._subject(specs),
-            results=tuple(results),
+    def _report(
+        self, results: Sequence[Result], specs: Mapping[str, CaseSpec], *, complete: bool = True, **subject: Any
+    ) -> Report:
+        collector = Collector()
+        collector.results.extend(results)
+        collector.loaded = self.loaded
+        return assemble(
+            collector,
+            {name: spec.as_json() for name, spec in specs.items()},
+            subject={"command": "impl", "ignored": {}, **subject},
             blame="any" if self.plan.implementation == REFERENCE else "own",
             strict=self.plan.strict,
-            facts={"cases": {}},
+            complete=complete,
         )
 
 
-def told(report: Report) -> str:
-    """What is printed under a report: how to draw it again, or the smallest failing case as a recipe and a command."""
-    found: Mapping[str, Any] = report.subject["fuzz"]
-    lines = [f"{found['cases']} cases drawn, seed {found['seed']}"]
-    lines += [f"not loadable: {case}: {why}" for case, why in found["unloadable"].items()]
-    if "command" in found:
-        if found["recipe"]:
-            name = shlex.quote(found["file"])
+def epilogue(report: Report) -> str:
+    """The text under a report: how to draw the cases again, or the smallest failing case as a recipe and a command."""
+    drawn: Mapping[str, Any] = report.subject["fuzz"]
+    lines = [f"{drawn['cases']} cases drawn, seed {drawn['seed']}"]
+    lines += [f"not loadable: {case}: {why}" for case, why in drawn["unloadable"].items()]
+    if "command" in drawn:
+        if drawn["recipe"]:
+            name = shlex.quote(drawn["file"])
             lines += [
                 f"the smallest that fails is this recipe, {name} (it fits into fixtures/ too):",
                 "",
-                found["recipe"],
+                drawn["recipe"],
             ]
-        lines += [f"again   {found['command']}"]
+        lines += [f"again   {drawn['command']}"]
     return "\n".join(lines) + "\n"
 
 

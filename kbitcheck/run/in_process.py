@@ -1,27 +1,34 @@
-"""Audits a model that already lives in this process."""
+"""Judges in the process that calls: cases by name, a live model before its preparation, or one that is prepared."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, get_args
 
-from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import Report
-from kbitcheck.core.result import Result
-from kbitcheck.core.rule import select as chosen
-from kbitcheck.core.version import TOOL
+from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
+from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.events import Collector, Event, Figures, Judged, Loaded, Started
+from kbitcheck.core.report import Report, assemble
+from kbitcheck.core.result import Result, Status
+from kbitcheck.core.rule import Rule, judge, select
+from kbitcheck.judge.conditions import settle
 from kbitcheck.observe.heap import LARGE_BYTES
-from kbitcheck.run.worker import examine
+from kbitcheck.run import subject as implementations
+from kbitcheck.run.examine import examine, not_reached
+from kbitcheck.run.subject import Implementation
 
 
-@contextmanager
-def as_a_worker() -> Iterator[Callable[[int], None]]:
-    """What a worker process sets for itself, for a while: one thread till ``fit`` is told of a large model, no compiler.
+@contextlib.contextmanager
+def like_a_worker() -> Iterator[Callable[[int], None]]:
+    """The settings of a worker process, for a while: one thread, no compiler.
 
-    The probes' own warnings are kept off the screen; rules hear warnings all the same.
+    Yields a function that takes the bytes of a model and gives a large one all threads. The probes' own warnings are
+    not shown; rules see warnings all the same.
     """
     import torch
 
@@ -35,54 +42,151 @@ def as_a_worker() -> Iterator[Callable[[int], None]]:
         torch.set_num_threads(threads)
 
 
+def examine_all(
+    specs: Sequence[CaseSpec], rules: Sequence[Rule], implementation: Implementation | None
+) -> Generator[Event, None, None]:
+    """The events of the cases; ``implementation`` replaces the one that the specs name.
+
+    Raises:
+        UsageError: a model, implementation or option is wrong.
+    """
+    from kbitcheck.core import machine
+    from kbitcheck.observe.case import open_case
+
+    device = machine.resolve_device(specs[0].device)
+    static = specs[0].static == "always"
+    loaded = implementation or (implementations.unused if static else implementations.load)(specs[0].implementation)
+    yield Loaded(implementation=loaded.as_json(), environment=machine.describe(device, specs[0].seed))
+    for spec in specs:
+        yield Started(case=spec.id)
+        events: list[Event] = []
+        try:
+            placed = spec if spec.static == "always" else dataclasses.replace(spec, device=device)
+            with like_a_worker() as size_threads:
+                case = open_case(placed, loaded)
+                size_threads(case.base.nbytes)
+                events.extend(examine(case, rules))
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:
+            reached = {event.result.rule for event in events if isinstance(event, Judged)}
+            events += not_reached(spec, rules, reached, cause(error))
+        yield from events
+
+
 def audit(
     model: Any,
     prepare: str | Callable[..., Any],
     *,
-    select: Sequence[str],
+    select_codes: Sequence[str],
     ignore: Mapping[str, str],
     strict: bool,
     options: Mapping[str, Any],
 ) -> Report:
-    """``kbitcheck.audit`` after its defaults are filled in.
+    """The report of ``kbitcheck.audit``.
 
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
-    from kbitcheck.core import machine as environment
-    from kbitcheck.judge.conditions import settle
+    from kbitcheck.core import machine
     from kbitcheck.observe.case import open_live
-    from kbitcheck.run import subject as implementations
 
     if not callable(getattr(model, "parameters", None)):
         raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
-    rules = chosen(select, ignore)
-    subject = (
+    rules = select(select_codes, ignore)
+    implementation = (
         implementations.load(prepare or implementations.default())
         if isinstance(prepare, str)
         else implementations.describe(prepare)
     )
     start = time.perf_counter()
-    with as_a_worker() as fit:
-        case = open_live(model, implementation=subject, **options)
-        fit(case.base.nbytes)
-        told = environment.describe(str(next(model.parameters()).device), case.spec.seed)
-        events = list(examine(case, rules))
-    return Report(
-        tool=TOOL,
-        environment=told,
-        subject={
-            "command": "audit",
-            "ignored": dict(ignore),
-            "implementation": subject.as_json(),
-            "in_process": True,
-            "cases": {case.case: case.spec.as_json()},
-        },
-        results=tuple(settle(Result.from_json(e["result"]), subject.name) for e in events if e["event"] == "result"),
+    with like_a_worker() as size_threads:
+        case = open_live(model, implementation=implementation, **options)
+        size_threads(case.base.nbytes)
+        environment = machine.describe(str(next(model.parameters()).device), case.spec.seed)
+        loaded = Loaded(implementation=implementation.as_json(), environment=environment)
+        collected = _collected(loaded, examine(case, rules), partial(settle, implementation=implementation.name))
+    return assemble(
+        collected,
+        {case.case: case.spec.as_json()},
+        subject={"command": "audit", "ignored": dict(ignore)},
         blame="any",
+        in_process=True,
         strict=strict,
-        facts={
-            "cases": {e["case"]: e["facts"] for e in events if e["event"] == "facts"},
-            "seconds": round(time.perf_counter() - start, 3),
-        },
+        seconds=time.perf_counter() - start,
     )
+
+
+def assert_prepared(
+    model: Any,
+    *,
+    profile: str,
+    freezes: str,
+    checkpointing: str | None,
+    strict: bool,
+    select_codes: Sequence[str],
+    ignore: Mapping[str, str],
+    batch: Mapping[str, Any] | None,
+) -> Report:
+    """The report of ``kbitcheck.assert_prepared``.
+
+    Raises:
+        UsageError: an option or rule is wrong, or the model is not quantized.
+    """
+    import torch
+
+    from kbitcheck.core import machine
+    from kbitcheck.models.sources.live import Given
+    from kbitcheck.observe import prepared
+
+    for name, value, choices in (
+        ("profile", profile, get_args(Profile)),
+        ("freezes", freezes, get_args(Freezes)),
+        ("checkpointing", checkpointing, (None, *get_args(Checkpointing))),
+    ):
+        if value not in choices:
+            raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, choices))}")
+    rules = select(select_codes, ignore)
+    source = Given(model)
+    spec = CaseSpec(
+        model=source.name,
+        quant=source.quant,
+        implementation="",
+        profile=profile,  # type: ignore[arg-type]
+        freezes=freezes,  # type: ignore[arg-type]
+        checkpointing=checkpointing or prepared.mode_of(model),  # type: ignore[arg-type]
+        device=str(next(model.parameters()).device),
+    )
+    start = time.perf_counter()
+    small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
+    environment = machine.describe(spec.device, spec.seed)
+    with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
+        case = prepared.PresentCase(spec, model, batch)
+        results = [judge(rule, case) if rule.code in prepared.JUDGED else _gone(rule, case.case) for rule in rules]
+        figures = Figures(case=case.case, facts=case.summary())
+        case.close()
+    loaded = Loaded(implementation={"name": "your code"}, environment=environment)
+    return assemble(
+        _collected(loaded, [*(Judged(result=result) for result in results), figures]),
+        {case.case: spec.as_json()},
+        subject={"command": "assert_prepared", "ignored": dict(ignore)},
+        blame="own",
+        in_process=True,
+        strict=strict,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _gone(rule: Rule, case: str) -> Result:
+    from kbitcheck.observe.prepared import GONE
+
+    return Result(rule=rule.code, case=case, level=rule.level, status=Status.SKIP, reason=GONE)
+
+
+def _collected(
+    loaded: Loaded, events: Iterable[Event], settle: Callable[[Result], Result] = lambda result: result
+) -> Collector:
+    collector = Collector(settle)
+    for event in (loaded, *events):
+        collector.add(event)
+    return collector

@@ -1,4 +1,4 @@
-"""A bench examines cases of one implementation in a worker; several share a list of tasks."""
+"""Workers, each with a process of its own that it replaces when a case has ruined it; and tasks spread over them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from typing import TypeVar
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError
-from kbitcheck.core.result import Result, Status
+from kbitcheck.core.events import Broken, Event, Judged, WrongUsage
 from kbitcheck.core.rule import Rule
-from kbitcheck.run.worker import Event
+from kbitcheck.run.examine import not_reached
+from kbitcheck.run.requests import Examine, Load, Request
 from kbitcheck.run.worker_process import WorkerProcess
 
-POISON = ("MemoryError", "CUDA")  # what leaves a process that the next case cannot trust
-
 Task = TypeVar("Task")
-Found = TypeVar("Found")
+Answer = TypeVar("Answer")
 
 
-class Bench:
-    """Examines cases of one implementation in a worker, and replaces a worker that a case has ruined.
+class Worker:
+    """Examines cases of one implementation in a worker process, and replaces a process that a case has ruined.
 
-    ``path`` are directories from which the worker imports the implementation, ``environment`` variables it gets,
-    and ``python`` the interpreter that runs it.
+    ``path`` are directories from which the process imports the implementation, ``environment`` variables it gets, and
+    ``python`` the interpreter that runs it. ``loaded`` says whether it has the implementation.
     """
 
     def __init__(
         self,
         scratch: Path,
-        rules: Sequence[Rule],
         timeout: float,
         echo: Callable[[str], None] | None = None,
         *,
@@ -42,150 +40,140 @@ class Bench:
         environment: Mapping[str, str] | None = None,
         python: str = sys.executable,
     ) -> None:
-        self._scratch, self._rules, self._timeout, self._echo = scratch, rules, timeout, echo
+        self._scratch, self._timeout, self._echo = scratch, timeout, echo
         self._path, self._environment, self._python = path, environment, python
-        self._worker: WorkerProcess | None = None
+        self._process: WorkerProcess | None = None
         self.loaded = False
-        self._hopeless = ""
+        self._cannot_load = ""
 
     def start(self) -> None:
-        self._worker = WorkerProcess(self._scratch, self._echo, self._environment, python=self._python)
+        """Start the process, which takes seconds to get ready."""
+        self._process = WorkerProcess(self._scratch, self._echo, self._environment, python=self._python)
         self.loaded = False
 
     def stop(self) -> None:
-        """End the worker in the middle of whatever it does; who waits for it, in another thread, is told."""
-        if (worker := self._worker) is not None:
-            worker.stop()
+        """End the process in the middle of its work; a thread that waits for its answer gets ``Lost``."""
+        if (process := self._process) is not None:
+            process.stop()
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
+        """End the process."""
+        if self._process is not None:
+            self._process.close()
+        self._process = None
         self.loaded = False
 
-    def examine(self, spec: CaseSpec, rules: Sequence[Rule] | None = None) -> Iterator[Event]:
-        """The events of one case, by other rules if given; ERROR results fill in for what a lost worker did not report."""
-        rules = self._rules if rules is None else rules
-        if not self.loaded and not self._hopeless:
+    def examine(self, spec: CaseSpec, rules: Sequence[Rule]) -> Iterator[Event]:
+        """The events of one case; a rule that a lost process did not reach is an ERROR.
+
+        Raises:
+            UsageError: the model or the implementation cannot be loaded.
+        """
+        if not self.loaded and not self._cannot_load:
             yield from self._load(spec)
-        if self._hopeless:
-            yield from broken(spec, rules, set(), self._hopeless)
+        if self._cannot_load:
+            yield from not_reached(spec, rules, (), self._cannot_load)
             return
-        seen: set[str] = set()
+        reached: set[str] = set()
         try:
-            yield from self._case(spec, rules, seen)
+            yield from self._examine(spec, rules, reached)
         except Lost as lost:
             self.close()
-            yield from broken(spec, rules, seen, str(lost))
+            yield from not_reached(spec, rules, reached, str(lost))
 
     def _load(self, spec: CaseSpec) -> Iterator[Event]:
-        """Load the implementation. Where even that ends the worker, no case can be run."""
-        if self._worker is None:
+        """Load the implementation. Where even that ends the process, no case can be run."""
+        if self._process is None:
             self.start()
-        request = {
-            "do": "load",
-            "implementation": spec.implementation,
-            "path": list(self._path),
-            "device": spec.device,
-            "seed": spec.seed,
-            "static": spec.static == "always",
-        }
+        request = Load(
+            implementation=spec.implementation,
+            path=tuple(self._path),
+            device=spec.device,
+            seed=spec.seed,
+            static=spec.static == "always",
+        )
         try:
-            yield from self._ask(request)
+            for event in self._ask(request):
+                if isinstance(event, Broken):
+                    raise Lost(event.cause)
+                yield event
             self.loaded = True
         except Lost as lost:
-            self._hopeless = f"{spec.implementation} could not be loaded: {lost}"
+            self._cannot_load = f"{spec.implementation} could not be loaded: {lost}"
 
-    def _case(self, spec: CaseSpec, rules: Sequence[Rule], seen: set[str]) -> Iterator[Event]:
-        request = {
-            "do": "case",
-            "spec": spec.as_json(),
-            "rules": [rule.code for rule in rules],
-            "seconds": self._timeout,
-        }
-        poisoned = False
+    def _examine(self, spec: CaseSpec, rules: Sequence[Rule], reached: set[str]) -> Iterator[Event]:
+        request = Examine(spec=spec, rules=tuple(rule.code for rule in rules), seconds=self._timeout)
+        fatal = False
         for event in self._ask(request):
-            if event["event"] == "result":
-                seen.add(event["result"]["rule"])
-                reason = event["result"].get("reason", "")
-                poisoned |= event["result"]["status"] == Status.ERROR and any(word in reason for word in POISON)
-            elif event["event"] == "broken":
-                poisoned |= event["fatal"]
-                yield from broken(spec, rules, seen, event["cause"])
+            if isinstance(event, Judged):
+                reached.add(event.result.rule)
+                fatal |= event.fatal
+            elif isinstance(event, Broken):
+                fatal |= event.fatal
+                yield from not_reached(spec, rules, reached, event.cause)
             yield event
-        if poisoned:
+        if fatal:
             self.close()
 
-    def _ask(self, request: Event) -> Iterator[Event]:
-        assert self._worker is not None
-        for event in self._worker.ask(request, self._timeout):
-            if self._echo is not None and "traceback" in event:
-                self._echo(event["traceback"])
-            if event["event"] == "usage":
-                raise UsageError(event["message"])
-            if event["event"] == "broken" and request["do"] == "load":
-                raise Lost(event["cause"])
+    def _ask(self, request: Request) -> Iterator[Event]:
+        assert self._process is not None
+        for event in self._process.ask(request, self._timeout):
+            if self._echo is not None and isinstance(event, (Broken, WrongUsage)):
+                self._echo(event.traceback)
+            if isinstance(event, WrongUsage):
+                raise UsageError(event.message)
             yield event
 
 
-def broken(spec: CaseSpec, rules: Sequence[Rule], seen: set[str], why: str) -> Iterator[Event]:
-    """An ERROR result for every rule that a case did not come to."""
-    for rule in rules:
-        if rule.code not in seen:
-            result = Result(rule=rule.code, case=spec.id, level=rule.level, status=Status.ERROR, reason=why)
-            yield {"event": "result", "result": result.as_json()}
-
-
-Serve = Callable[[Bench, Task], Iterable[Found]]
-
-
-def spread(tasks: Sequence[Task], serve: Serve[Task, Found], benches: Sequence[Bench]) -> Generator[Found, None, None]:
-    """What ``serve`` finds in each task, as it comes. Each bench takes the next task; all are closed at the end.
+def spread(
+    tasks: Sequence[Task], serve: Callable[[Worker, Task], Iterable[Answer]], workers: Sequence[Worker]
+) -> Generator[Answer, None, None]:
+    """The answers of ``serve`` to all tasks, as they come. Each worker takes the next task; all are closed at the end.
 
     Raises:
-        BaseException: whatever ``serve`` raised first; the other benches are stopped.
+        BaseException: what ``serve`` raised first; the other workers are stopped.
     """
     todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in tasks:
         todo.put(task)
-    found: queue.SimpleQueue[Found | _End] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Answer | _End] = queue.SimpleQueue()
     stopped = threading.Event()
     with contextlib.ExitStack() as stack:
-        for bench in benches:
-            bench.start()  # before anything else: it takes seconds to get warm
-            thread = threading.Thread(target=_work, args=(bench, serve, todo, found, stopped), daemon=True)
-            stack.callback(_end, bench, thread, stopped)
+        for worker in workers:
+            worker.start()  # before anything else: it takes seconds to get ready
+            thread = threading.Thread(target=_work, args=(worker, serve, todo, answers, stopped), daemon=True)
+            stack.callback(_end, worker, thread, stopped)
             thread.start()
-        working = len(benches)
+        working = len(workers)
         while working:
-            one = found.get()
-            if not isinstance(one, _End):
-                yield one
-            elif one.error is not None:
-                raise one.error
+            answer = answers.get()
+            if not isinstance(answer, _End):
+                yield answer
+            elif answer.error is not None:
+                raise answer.error
             else:
                 working -= 1
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """A bench has nothing more to do, or no longer can."""
+    """A worker has nothing more to do, or can do no more because of the error."""
 
     error: BaseException | None = None
 
 
 def _work(
-    bench: Bench,
-    serve: Serve[Task, Found],
+    worker: Worker,
+    serve: Callable[[Worker, Task], Iterable[Answer]],
     todo: queue.SimpleQueue[Task],
-    found: queue.SimpleQueue[Found | _End],
+    answers: queue.SimpleQueue[Answer | _End],
     stopped: threading.Event,
 ) -> None:
     end = _End()
     try:
         while not stopped.is_set():
-            for one in serve(bench, todo.get_nowait()):
-                found.put(one)
+            for answer in serve(worker, todo.get_nowait()):
+                answers.put(answer)
                 if stopped.is_set():
                     break
     except queue.Empty:
@@ -193,12 +181,12 @@ def _work(
     except BaseException as error:
         end = _End(error)
     finally:
-        found.put(end)
+        answers.put(end)
 
 
-def _end(bench: Bench, thread: threading.Thread, stopped: threading.Event) -> None:
+def _end(worker: Worker, thread: threading.Thread, stopped: threading.Event) -> None:
     stopped.set()
     while thread.is_alive():
-        bench.stop()
+        worker.stop()
         thread.join(0.1)
-    bench.close()
+    worker.close()

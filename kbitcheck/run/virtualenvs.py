@@ -25,9 +25,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from kbitcheck.core.errors import UsageError
+from kbitcheck.core.errors import Lost, UsageError
+from kbitcheck.core.events import Broken, WrongUsage
 from kbitcheck.run import requirements as requirement
+from kbitcheck.run.requests import Load
 from kbitcheck.run.requirements import Requirement
+from kbitcheck.run.worker_process import WorkerProcess
 
 VARIABLE = "KBITCHECK_CACHE"
 SHARED = ("torch", "bitsandbytes", "kbitcheck", "kbitcheck_reference")
@@ -218,19 +221,16 @@ def _run(words: Sequence[str]) -> tuple[int, str]:
 
 def _load(wanted: Requirement, draft: Path) -> None:
     """Load the function in the environment, as a run will."""
-    from kbitcheck.core.errors import Lost
-    from kbitcheck.run.worker_process import WorkerProcess
-
     text = f"{wanted.text}{requirement.SEPARATOR}{wanted.function}"
     scratch = draft / "scratch"
     scratch.mkdir()
     worker = WorkerProcess(scratch, python=str(_python(draft)))
     try:
-        for event in worker.ask({"do": "load", "implementation": text, "device": "cpu", "seed": 0}, LOAD_SECONDS):
-            if event["event"] == "usage":
-                raise (UsageError if event["missing"] else Refused)(event["message"])
-            if event["event"] == "broken":
-                raise Refused(event["cause"])
+        for event in worker.ask(Load(implementation=text, device="cpu", seed=0), LOAD_SECONDS):
+            if isinstance(event, WrongUsage):
+                raise (UsageError if event.missing else Refused)(event.message)
+            if isinstance(event, Broken):
+                raise Refused(event.cause)
     except Lost as lost:
         raise Refused(str(lost)) from lost
     finally:

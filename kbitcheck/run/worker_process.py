@@ -1,4 +1,4 @@
-"""The parent's side of a worker: starts it, talks to it, and tells how it ended."""
+"""The parent's side of a worker process: starts it, sends requests, reads events, and says how it ended."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from kbitcheck.core import events
 from kbitcheck.core.errors import Lost
-from kbitcheck.run.worker import LAST, Event
+from kbitcheck.core.events import Event
+from kbitcheck.run.requests import Request
 
-WARM_UP_SECONDS = 300.0  # importing torch and transformers with a cold cache takes tens of seconds
+READY_SECONDS = 300.0  # importing torch and transformers with a cold cache takes tens of seconds
 TAIL_BYTES = 1 << 16
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -33,9 +35,9 @@ FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)
 
 
 class WorkerProcess:
-    """A running worker. ``scratch`` becomes its TMPDIR; ``echo`` gets what it and its subject print.
+    """A running worker process. ``scratch`` becomes its TMPDIR; ``echo`` gets its output and the implementation's.
 
-    ``environment`` holds variables that it gets beside this process's own; ``python`` is the interpreter that runs it.
+    ``environment`` are variables that it gets besides this process's own; ``python`` is the interpreter that runs it.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class WorkerProcess:
         self._echo = echo
         self._printed = b""
         self._unread = b""
-        self._warm = False
+        self._ready = False
         self._popen = subprocess.Popen(
             # -P: a torch.py in the working directory must not be imported in torch's place.
             [python, "-P", "-m", "kbitcheck.run.worker", str(requests), str(replies)],
@@ -71,21 +73,21 @@ class WorkerProcess:
         for fd in (self._replies, self._log):
             os.set_blocking(fd, False)
 
-    def ask(self, request: Event, seconds: float) -> Iterator[Event]:
-        """Send a request and yield the events that answer it; the last one is in ``LAST``.
+    def ask(self, request: Request, seconds: float) -> Iterator[Event]:
+        """The events that answer a request; the last one is in ``events.LAST``.
 
-        The first request also waits for the worker to get warm, which is not counted in ``seconds``.
+        The first request also waits until the process is ready, which is not counted in ``seconds``.
 
         Raises:
-            Lost: no last event came within ``seconds``, or the worker ended.
+            Lost: no last event came within ``seconds``, or the process ended.
         """
-        if not self._warm:
-            for event in self._events(WARM_UP_SECONDS):
-                if event["event"] == "broken":
-                    raise Lost(f"the worker could not start: {event['cause']}")
-            self._warm = True
+        if not self._ready:
+            for event in self._events(READY_SECONDS):
+                if isinstance(event, events.Broken):
+                    raise Lost(f"the worker could not start: {event.cause}")
+            self._ready = True
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._requests, (json.dumps(request) + "\n").encode())
+            os.write(self._requests, (json.dumps(request.as_json()) + "\n").encode())
         yield from self._events(seconds)
 
     def _events(self, seconds: float) -> Iterator[Event]:
@@ -95,12 +97,11 @@ class WorkerProcess:
             if line is None:
                 raise Lost(f"no result within {seconds:g} s{self._whereabouts()}")
             try:
-                event: Event = json.loads(line)
-                last = event["event"] in LAST
-            except (ValueError, TypeError, KeyError):
+                event = events.from_json(json.loads(line))
+            except ValueError:
                 raise Lost("the worker's pipe was written to by the implementation") from None
             yield event
-            if last:
+            if isinstance(event, events.LAST):
                 return
 
     def _line(self, deadline: float) -> bytes | None:
@@ -123,7 +124,7 @@ class WorkerProcess:
         return line
 
     def _pump(self, fd: int) -> bool:
-        """Read what there is; False at the end of the pipe."""
+        """Read the bytes that are there; False at the end of the pipe."""
         try:
             chunk = os.read(fd, TAIL_BYTES)
         except BlockingIOError:
@@ -166,23 +167,24 @@ class WorkerProcess:
     def _innermost(self, printed: bytes) -> str:
         """The innermost frame of faulthandler's last dump, if there is one."""
         _, dump, frames = printed.decode(errors="replace").rpartition("(most recent call first)")
-        found = FRAME.search(frames) if dump else None
-        return f", in {found['name']} at {found['file']}:{found['line']}" if found else ""
+        frame = FRAME.search(frames) if dump else None
+        return f", in {frame['name']} at {frame['file']}:{frame['line']}" if frame else ""
 
     def close(self) -> None:
-        """End the worker and everything it started. Asks politely first, unless it is in the middle of something."""
+        """End the process and all that it started: it may end by itself first, unless it is in the middle of a request."""
         self._close(self._requests)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
         self.kill()
 
     def stop(self) -> None:
-        """End the worker and its process group at once; whoever is waiting for an answer gets ``Lost``."""
+        """End the process and its group at once; a thread that waits for an answer gets ``Lost``."""
+        # The group, and not the tree: a grandchild whose parent is dead is in no tree.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Stop the worker, and give back its pipes."""
+        """End the process at once, and close its pipes."""
         self.stop()
         self._popen.wait()
         if self._popen.stdout is not None:
@@ -196,5 +198,5 @@ class WorkerProcess:
             os.close(fd)
 
     def tail(self) -> str:
-        """The last of what the worker and its subject printed."""
+        """The end of the output of the process and the implementation."""
         return self._printed.decode(errors="replace")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kbitcheck.core.events import FaultTried
 from kbitcheck.core.rule import rules
 from kbitcheck.report.tables import kill_matrix
 from kbitcheck.sabotage import faults
@@ -73,14 +74,15 @@ def test_in_the_kill_matrix_every_fault_is_killed_and_every_rule_kills():
 
 
 def test_a_page_reads_back():
-    event = {
-        "code": "KB203",
-        "fault": "nudged",
-        "level": "model",
-        "alone": False,
-        "kills": ("KB203", "KB209"),
-        "told": "",
-    }
+    event = FaultTried(
+        code="KB203",
+        fault="nudged",
+        case="case",
+        caught=True,
+        reason="why",
+        level="model",
+        kills=("KB203", "KB209"),
+    )
     found = kill_matrix.read(kill_matrix.page([event]))
     assert found.kills == {"KB203 nudged": {"KB203", "KB209"}}
     assert found.codes == list(rules())

@@ -6,9 +6,10 @@ from typing import get_args
 import pytest
 import torch
 
+from kbitcheck.core.events import FaultTried
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.run.selftest import Verdict, case_of, run, try_fault
+from kbitcheck.run.selftest import case_of, run, try_fault
 from kbitcheck.sabotage import WITHOUT, Fault, faults, implementations
 from kbitcheck.sabotage.fault import FaultLevel
 from kbitcheck.sabotage.implementations.steps import cast, freeze, switch_on
@@ -76,13 +77,15 @@ def test_fault_names_are_distinct():
 def test_its_rule_catches_it(fault: Fault, bases):
     verdict = try_fault(fault, bases)
     if verdict.caught is None:
-        pytest.skip(verdict.told)
-    assert verdict.caught, verdict.told
+        pytest.skip(verdict.reason)
+    assert verdict.caught, verdict.reason
 
 
 def test_a_fault_that_is_none_is_not_caught(bases):
     verdict = try_fault(Fault(code="KB101", name="nothing"), bases)
-    assert verdict == Verdict("KB101", "nothing", "tiny:gpt2-nf4-reentrant", False, "passed")
+    assert verdict == FaultTried(
+        code="KB101", fault="nothing", case="tiny:gpt2-nf4-reentrant", caught=False, reason="passed"
+    )
 
 
 def test_an_accelerators_fault_is_told_apart_on_a_cpu():
@@ -90,7 +93,7 @@ def test_an_accelerators_fault_is_told_apart_on_a_cpu():
         pytest.skip("there is an accelerator here, so the fault is tried instead of being told apart")
     (verdict,) = run(["KB602"])
     assert verdict.caught is None
-    assert verdict.as_json()["told"] == "needs an accelerator"
+    assert verdict.reason == "needs an accelerator"
 
 
 def test_faults_do_not_leak_into_the_next_case(bases):
@@ -99,4 +102,4 @@ def test_faults_do_not_leak_into_the_next_case(bases):
         if fault.name in ("class_patched", "seed_set", "one_checkpoint_round_the_whole_stack"):
             try_fault(fault, bases)
     for code in ("KB507", "KB405", "KB508"):
-        assert try_fault(Fault(code=code, name="nothing"), bases).told == "passed"
+        assert try_fault(Fault(code=code, name="nothing"), bases).reason == "passed"

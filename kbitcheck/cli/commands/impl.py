@@ -62,6 +62,6 @@ def run_fuzz(options: Options) -> int:
     with signals_as_interrupts(), progress_bar(options.fuzz) as advance:
         report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=echo if options.debug else None)
     text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
-    output.write(text + (f"\n{fuzz.told(report)}" if options.format == "text" else ""))
+    output.write(text + (f"\n{fuzz.epilogue(report)}" if options.format == "text" else ""))
     say(verdict(report))
     return report.exit_code

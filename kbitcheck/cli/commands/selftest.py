@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 from kbitcheck.cli.console import echo, fail, say
 from kbitcheck.cli.options import option, seconds
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.errors import Lost
+from kbitcheck.core.events import FaultTried
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_NOTHING
 from kbitcheck.core.rule import select
 from kbitcheck.report.output_file import OutputFile
@@ -33,20 +33,19 @@ def run(options: Options) -> int:
     """Run the faults of the rules and show that each is caught by its rule."""
     codes = [rule.code for rule in select([c.strip() for c in options.select.split(",") if c.strip()])]
     output = OutputFile("")
-    faults: list[dict[str, Any]] = []
+    faults: list[FaultTried] = []
     events = selftest(codes, matrix=options.matrix, timeout=options.timeout, echo=echo if options.debug else None)
     try:
         with signals_as_interrupts(), contextlib.closing(events):
             for event in events:
-                if event["event"] == "sabotage":
-                    verdict = VERDICTS[event["caught"]]
-                    line = f"{verdict}  {event['code']}  {event['fault']}  [{event['case']}]  {event['told']}"
-                    say(line) if options.matrix else output.write(line + "\n")
-                    faults.append(event)
+                verdict = VERDICTS[event.caught]
+                line = f"{verdict}  {event.code}  {event.fault}  [{event.case}]  {event.reason}"
+                say(line) if options.matrix else output.write(line + "\n")
+                faults.append(event)
     except Lost as lost:
         return fail(f"the selftest broke: {lost}", EXIT_ERROR)
     if options.matrix:
         output.write(page(faults))
-    caught = [event["caught"] for event in faults if event["caught"] is not None]
+    caught = [event.caught for event in faults if event.caught is not None]
     say(f"{sum(caught)} of {len(caught)} faults caught")
     return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from kbitcheck.core.events import FaultTried
 from kbitcheck.core.rule import rules
 
 HEAD = """# Kill matrix
@@ -19,31 +19,30 @@ Read a column's heading downwards.
 """
 
 
-def page(found: Sequence[Mapping[str, Any]]) -> str:
+def page(tried: Sequence[FaultTried]) -> str:
     """The page of a selftest's events, rows in their order."""
     codes = list(rules())
-    known = [event for event in found if event["kills"] is not None]
-    wide = max((len(event["fault"]) for event in found), default=0) + 8
+    judged = [event for event in tried if event.kills is not None]
+    wide = max((len(event.fault) for event in tried), default=0) + 8
     digits = [code.removeprefix("KB") for code in codes]
     lines = [" " * wide + "".join(digit[place] for digit in digits) for place in range(3)]
-    for event in known:
-        marks = (
-            "#" if c == event["code"] and c in event["kills"] else "x" if c in event["kills"] else "." for c in codes
-        )
+    for event in judged:
+        kills = event.kills or ()
+        marks = ("#" if c == event.code and c in kills else "x" if c in kills else "." for c in codes)
         lines.append(f"{name(event):{wide}}{''.join(marks)}")
-    killed = sum(event["code"] in event["kills"] for event in known)
-    unseen = [f"{event['code']} {event['fault']}: {event['told']}" for event in found if event["kills"] is None]
-    idle = [code for code in codes if not any(code in event["kills"] for event in known)]
-    tail = [f"{killed} of {len(known)} faults are caught by the rule that must."]
+    killed = sum(event.code in (event.kills or ()) for event in judged)
+    unseen = [f"{event.code} {event.fault}: {event.reason}" for event in tried if event.kills is None]
+    idle = [code for code in codes if not any(code in (event.kills or ()) for event in judged)]
+    tail = [f"{killed} of {len(judged)} faults are caught by the rule that must."]
     tail += [f"Not judged on the machine that made this page: {', '.join(unseen)}."] if unseen else []
     tail += [f"Rules that caught nothing here: {', '.join(idle)}."] if idle else []
     return "\n".join([HEAD, "```", *lines, "```", "", *tail, ""])
 
 
-def name(event: Mapping[str, Any]) -> str:
+def name(event: FaultTried) -> str:
     """How a fault's row begins: code without the letters, level and name."""
-    mark = "!" if event["alone"] else " "
-    return f"{event['code'].removeprefix('KB')} {event['level'][0]}{mark} {event['fault']} "
+    mark = "!" if event.alone else " "
+    return f"{event.code.removeprefix('KB')} {event.level[0]}{mark} {event.fault} "
 
 
 @dataclass(frozen=True, slots=True)

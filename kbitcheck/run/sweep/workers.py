@@ -1,21 +1,21 @@
-"""Workers that each take the next architecture and make its row. No torch here."""
+"""The rows of a sweep, each made by the worker that takes the architecture. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import tempfile
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kbitcheck.compare.sweep import Row, row
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError, cause
-from kbitcheck.core.result import Result, Status
+from kbitcheck.core.events import Architectures, Broken, Collector, WrongUsage
+from kbitcheck.core.result import Status
 from kbitcheck.core.rule import Rule
-from kbitcheck.run.pool import Bench
+from kbitcheck.run.pool import Worker, spread
+from kbitcheck.run.requests import ListArchitectures
 from kbitcheck.run.worker_process import WorkerProcess
 
 LISTING_SECONDS = 300.0
@@ -25,18 +25,20 @@ def architectures(task: str, echo: Callable[[str], None] | None = None) -> dict[
     """Class by model type: what the installed transformers has for a task. A worker looks, for this process has no torch.
 
     Raises:
-        Lost: the worker could not tell.
+        Lost: the worker process ended without a list.
     """
     with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        worker = WorkerProcess(Path(scratch), echo)
+        process = WorkerProcess(Path(scratch), echo)
         try:
-            for event in worker.ask({"do": "architectures", "task": task}, LISTING_SECONDS):
-                if event["event"] == "architectures":
-                    return dict(event["classes"])
-                if event["event"] in ("broken", "usage"):
-                    raise Lost(str(event.get("cause") or event.get("message")))
+            for event in process.ask(ListArchitectures(task=task), LISTING_SECONDS):
+                if isinstance(event, Architectures):
+                    return dict(event.classes)
+                if isinstance(event, WrongUsage):
+                    raise Lost(event.message)
+                if isinstance(event, Broken):
+                    raise Lost(event.cause)
         finally:
-            worker.close()
+            process.close()
     raise Lost("the worker listed no architectures")
 
 
@@ -55,69 +57,39 @@ def examine(
     Raises:
         UsageError: the implementation cannot be loaded.
     """
-    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in classes:
-        todo.put(name)
-    done: queue.Queue[Row | UsageError] = queue.Queue()
-    stop = threading.Event()
+
+    def serve(worker: Worker, name: str) -> Iterator[Row]:
+        collector = Collector()
+        try:
+            for event in worker.examine(spec(name), rules):
+                collector.add(event)
+            if collector.loaded.environment:
+                on_environment(collector.loaded.environment)
+            yield _row(name, classes[name], spec(name), collector)
+        except UsageError as error:
+            if not worker.loaded:  # the implementation's fault, not this architecture's
+                raise
+            yield _not_audited(name, classes[name], spec(name), str(error))
+        except Exception as error:
+            yield _not_audited(name, classes[name], spec(name), cause(error))
 
     with contextlib.ExitStack() as stack:
-        benches = []
+        workers = []
         for _ in range(min(jobs, len(classes))):
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True))
-            benches.append(Bench(Path(scratch), rules, timeout, echo))
-            stack.callback(benches[-1].close)
-
-        def serve(bench: Bench) -> None:
-            with contextlib.suppress(queue.Empty):
-                while not stop.is_set():
-                    name = todo.get_nowait()
-                    try:
-                        done.put(_examined(bench, name, classes[name], spec(name), on_environment))
-                    except UsageError as error:
-                        done.put(error)
-                        return
-                    except Exception as error:
-                        done.put(_lost(name, classes[name], spec(name), cause(error)))
-
-        threads = [threading.Thread(target=serve, args=(bench,), daemon=True) for bench in benches]
-        try:
-            for thread in threads:
-                thread.start()
-            for _ in classes:
-                found = done.get()
-                if isinstance(found, UsageError):
-                    raise found
-                yield found
-        finally:
-            stop.set()
+            workers.append(Worker(Path(scratch), timeout, echo))
+        yield from stack.enter_context(contextlib.closing(spread(list(classes), serve, workers)))
 
 
-def _examined(
-    bench: Bench, name: str, cls: str, spec: CaseSpec, on_environment: Callable[[Mapping[str, Any]], None]
-) -> Row:
-    results: list[Result] = []
-    facts: Mapping[str, Any] | None = None
-    try:
-        for event in bench.examine(spec):
-            if event["event"] == "result":
-                results.append(Result.from_json(event["result"]))
-            elif event["event"] == "facts":
-                facts = event["facts"]
-            elif event["event"] == "loaded":
-                on_environment(event["environment"])
-    except UsageError as error:
-        if not bench.loaded:  # the implementation's fault, not this architecture's
-            raise
-        return _lost(name, cls, spec, str(error))
+def _row(name: str, cls: str, spec: CaseSpec, collector: Collector) -> Row:
+    facts = collector.facts.get(spec.id)
     if facts is None:
-        reason = next((r.reason for r in results if r.status is Status.ERROR), "nothing was examined")
-        return _lost(name, cls, spec, reason)
-    return row(name, cls, spec.model, results, facts)
+        reason = next((r.reason for r in collector.results if r.status is Status.ERROR), "nothing was examined")
+        return _not_audited(name, cls, spec, reason)
+    return row(name, cls, spec.model, collector.results, facts)
 
 
-def _lost(name: str, cls: str, spec: CaseSpec, reason: str) -> Row:
-    """An architecture that was not audited."""
+def _not_audited(name: str, cls: str, spec: CaseSpec, reason: str) -> Row:
     prefix = f"{spec.model} cannot be loaded "
     told = reason.removeprefix(prefix).removeprefix("(").removesuffix(")") if reason.startswith(prefix) else reason
     return Row(architecture=name, cls=cls, model=spec.model, loads=False, reason=" ".join(told.split()))

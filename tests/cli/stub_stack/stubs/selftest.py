@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
+
+from kbitcheck.core.events import FaultTried
 
 
-def run(codes: Sequence[str], *, matrix: bool = False) -> Iterator[SimpleNamespace]:
+def run(codes: Sequence[str], *, matrix: bool = False) -> Iterator[FaultTried]:
     for code in codes:
         if code == "KB201":
             os._exit(9)
         caught = None if code == "KB102" else code != "KB901"
-        row = {"code": code, "fault": "spoil", "case": "case", "caught": caught, "told": "why"}
-        yield SimpleNamespace(as_json=lambda row=row: row)
+        yield FaultTried(code=code, fault="spoil", case="case", caught=caught, reason="why")
