@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 from kbitcheck.core.rule import rules
 from kbitcheck.report import render
-from kbitcheck.report.html import FAMILIES
+from kbitcheck.report.rule_page import FAMILIES
 
 RULES = "rules/index.md"  # the entry of the menu that the rules' pages take their places under
 # What a browser fetches by itself; a link that is followed by hand is none.

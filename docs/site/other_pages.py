@@ -15,6 +15,7 @@ import rule_pages
 from kbitcheck.core.report import Report
 from kbitcheck.core.rule import rules
 from kbitcheck.report import text as terminal
+from kbitcheck.report.parts.examples import examples
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "docs" / "findings.toml"
@@ -109,7 +110,7 @@ def filled(text: str) -> str:
         if kind == "source":
             shown = inspect.getsource(rules()[code].check).rstrip()
         else:
-            shown = "\n\n\n".join(example.source for example in rule_pages.examples()[code])
+            shown = "\n\n\n".join(example.source for example in examples(code))
         return f"```python\n{shown}\n```"
 
     if SHOWN in text:

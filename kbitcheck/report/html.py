@@ -12,19 +12,10 @@ from kbitcheck.report.parts.charts import charts
 from kbitcheck.report.parts.findings import Finding, findings
 from kbitcheck.report.parts.repro import command
 from kbitcheck.report.parts.verdict import outcome, verdict
+from kbitcheck.report.rule_page import FAMILIES
 from kbitcheck.report.templates import template
 
-FAMILIES = {
-    "freezing": "Freezing",
-    "precision": "Precision and storage",
-    "gradients": "Gradient flow",
-    "checkpointing": "Gradient checkpointing",
-    "contract": "Contract",
-    "cost": "Cost of preparing",
-    "composition": "Composition",
-    "audit": "Facts about the model",
-    "": "Not judged",
-}
+NOT_JUDGED = "Not judged"
 MARKS = {"broken": "✗", "not judged": "?", "warning": "!", "kept": "✓", "not applicable": "·"}
 
 
@@ -32,14 +23,16 @@ def render(report: Report) -> str:
     """A whole page. Findings are grouped by family, worst first; what passed is in the table of all results."""
     families: dict[str, list[Finding]] = {}
     for finding in findings(report):
-        families.setdefault(finding.rule.family if finding.rule and not finding.error else "", []).append(finding)
+        family = finding.rule.family if finding.rule and not finding.error else NOT_JUDGED
+        families.setdefault(FAMILIES.get(family, family), []).append(finding)
+    order = [*FAMILIES.values(), *families]
     breaches = [Breach.from_json(breach) for breach in (report.gate or {"breaches": ()})["breaches"]]
     return template("report.html").render(
         report=report,
         good=report.exit_code == 0,
         verdict=verdict(report),
         breaches=[(breach, named(breach.rules)) for breach in breaches],
-        families=[(FAMILIES.get(f, f), families[f]) for f in sorted(families, key=[*FAMILIES, *families].index)],
+        families=sorted(families.items(), key=lambda family: order.index(family[0])),
         charts=charts(report),
         table=_table(report),
         marks=MARKS,

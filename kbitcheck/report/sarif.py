@@ -14,6 +14,7 @@ from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.core.rule import Rule, rules
 from kbitcheck.report.parts.findings import evidence
 from kbitcheck.report.parts.limits import BRIEF, listed
+from kbitcheck.report.rule_page import first_sentence, rule_page
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS = {Level.MUST: "error", Level.SHOULD: "warning", Level.INFO: "note"}
@@ -69,12 +70,11 @@ def _held(report: Report, result: Result) -> bool:
 def _rule(code: str, rule: Rule | None) -> dict[str, Any]:
     if rule is None:
         return {"id": code}
-    parts = [("Why", rule.section("Why")), ("You will see", rule.section("Symptom")), ("Do", rule.section("Fix"))]
-    help_ = [(title, text) for title, text in parts if text]
+    help_ = rule_page(rule).explanations
     return {
         "id": code,
         "name": rule.name,
-        "shortDescription": {"text": rule.requirement.split(". ")[0].rstrip(".") + "."},
+        "shortDescription": {"text": first_sentence(rule.requirement) + "."},
         "fullDescription": {"text": rule.requirement},
         "help": {
             "text": "\n\n".join(f"{title}: {text}" for title, text in help_) or rule.requirement,

@@ -290,16 +290,19 @@ def test_a_live_callable_has_no_command() -> None:
     assert "Again" not in render(report(failed("KB201", one.id, OWN), specs=(one,)), "text")
 
 
-def test_every_rule_has_a_page() -> None:
+def test_every_rule_has_a_page_under_the_headings_of_the_site() -> None:
     from kbitcheck.core.rule import rules
 
     listed = pages.index(list(rules().values()))
     for code, rule in rules().items():
         assert f"  {code}  " in listed
-        told = pages.page(rule)
-        assert told.startswith(f"{code} {rule.name} (")
-        assert rule.requirement.split()[0] in told
-        assert "``" not in told
+        text = pages.page(rule)
+        assert text.startswith(f"{code} {rule.name} ({rule.level.value}, ")
+        assert rule.requirement.split()[0] in text
+        headings = re.findall(r"^([A-Z][a-z]+(?: [a-z]+)*)$", text, re.MULTILINE)
+        assert headings == ["Why", "You will see", "What to do", "What fails", "Sources", "Run it"], code
+        assert re.search(rf'^      @(breaks|wraps|spoils)\("{code}"', text, re.MULTILINE), code
+        assert "``" not in text
 
 
 def test_a_report_prints_as_on_the_command_line() -> None:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from kbitcheck.core.rule import rules
-from kbitcheck.report import render
+from kbitcheck.report import render, rule_page
+from kbitcheck.report.parts import examples
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -47,23 +48,24 @@ def test_every_rule_has_a_page_with_all_its_parts(rule_pages: dict[str, str]) ->
         assert "``" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
 
 
-def test_a_sabotage_brings_what_it_needs(site: dict[str, ModuleType]) -> None:
-    found = {e.name: e for examples in site["rules"].examples().values() for e in examples}
-    scaled = found["gradient_scaled_in_one_layer"]
+def test_a_fault_is_shown_with_its_helpers() -> None:
+    shown = {example.name: example for code in rules() for example in examples.examples(code)}
+    scaled = shown["gradient_scaled_in_one_layer"]
     assert scaled.source.startswith("class _Scaled(")
-    assert scaled.case == {"model": "tiny:llama", "quant": "int8", "checkpointing": "reentrant"}
-    assert found["a_copy_returned"].how == "wraps"
-    assert found["wraps_the_head"].source.startswith("class _CastOutputToFloat(")
-    assert found["wraps_the_head"].how == "adds"
-    assert found["casts_norms_alone"].how == "implements"
+    assert scaled.case == "tiny:llama, int8, reentrant"
+    assert shown["a_copy_returned"].kind == "wraps"
+    assert shown["wraps_the_head"].source.startswith("class _CastOutputToFloat(")
+    assert shown["wraps_the_head"].kind == "adds"
+    assert shown["casts_norms_alone"].kind == "implements"
 
 
-def test_a_rule_without_a_sabotage_stops_the_build(
+def test_a_rule_without_a_fault_stops_the_build(
     site: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site["rules"], "SABOTAGE", tmp_path)
-    with pytest.raises(LookupError, match="KB101 has no sabotage"):
+    monkeypatch.setattr(examples, "SABOTAGE", tmp_path)
+    with pytest.raises(LookupError, match="KB101 has no fault"):
         dict(site["rules"].pages())
+    assert "What fails" not in rule_page.page(rules()["KB101"])
 
 
 def test_sources_are_linked_and_nothing_else_is_markup(site: dict[str, ModuleType]) -> None:
