@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from kbitcheck.core.facts import CANNOT_RUN
 from kbitcheck.core.report import exit_code
 from kbitcheck.core.result import Level, Party, Result, Status
 
 RETURNS, RUNS, LEARNS, CHANGED = "KB502", "KB210", "KB309", "KB105"
 SUPPORTED, SWITCHED_ON, RECOMPUTES = "KB903", "KB401", "KB403"
+# Where KB502 and KB210 report an exception of preparation and of a training step.
+CALL, STEP = "prepare(model, ...)", "training step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,13 +121,14 @@ class Table:
 def row(architecture: str, cls: str, model: str, results: Sequence[Result], facts: Mapping[str, Any]) -> Row:
     """The row of an architecture that was loaded."""
     by_rule = {r.rule: r for r in results}
-    raised = unprepared = next((f.actual for f in _failures(by_rule, RETURNS) if f.actual.startswith("raised")), "")
+    unprepared = any(f.where == CALL for f in _failures(by_rule, RETURNS))
     total = facts.get("parameters")
     prepared = facts.get("bytes_prepared")
-    # Where preparation or a training step raised, rules about what comes after have nothing to judge, and one has told.
-    raised = raised or next((f.actual for f in _failures(by_rule, RUNS) if f.where == "training step"), "")
-    raised = raised or next((r.reason.removeprefix(CANNOT_RUN) for r in results if r.reason.startswith(CANNOT_RUN)), "")
-    errors = [r for r in results if r.status is Status.ERROR and not raised]
+    # Where preparation or a training step raised, rules about later steps have nothing to judge: one reason is enough.
+    raised = next((r.raised for r in results if r.raised), "")
+    if not unprepared:
+        raised = next((f.actual for f in _failures(by_rule, RUNS) if f.where == STEP), raised)
+    errors = [r for r in results if r.status is Status.ERROR and not (raised or unprepared)]
     return Row(
         architecture=architecture,
         cls=cls,
@@ -143,7 +145,7 @@ def row(architecture: str, cls: str, model: str, results: Sequence[Result], fact
         dead_adapters=facts.get("dead_adapters"),
         findings=tuple(Finding.of(r) for r in results if r.status is Status.FAIL),
         errors=tuple(f"{r.rule}: {r.reason}" for r in errors),
-        reason=raised.removeprefix("raised ") or next((r.reason for r in errors), ""),
+        reason=raised or next((r.reason for r in errors), ""),
         seconds=round(sum(r.seconds for r in results), 2),
     )
 

@@ -18,16 +18,24 @@ class Unavailable(Exception):
     """Raised by a fact that a case does not have; the message is the reason.
 
     The rule that reads the fact is skipped, because this case cannot tell (a static case takes no steps). With
-    ``failed`` the rule is an ERROR, because the case should have had the fact (preparation raised).
+    ``failed`` the rule is an ERROR, because the case should have had the fact (preparation raised). ``raised`` is the
+    exception of the model or of preparation behind the reason.
     """
 
-    def __init__(self, reason: str, *, failed: bool = False) -> None:
+    def __init__(self, reason: str, *, failed: bool = False, raised: Raised | None = None) -> None:
         super().__init__(reason)
-        self.failed = failed
+        self.failed, self.raised = failed, raised
 
 
 class UsageError(Exception):
-    """Wrong input: the message is one line that says what is wrong and what to do (exit code 4)."""
+    """Wrong input: the message is one line that says what is wrong and what to do (exit code 4).
+
+    ``cause`` is the part of the message that says why, where a caller has said the rest.
+    """
+
+    def __init__(self, message: str = "", *, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Lost(Exception):

@@ -87,9 +87,10 @@ class Done(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrongUsage(Event):
-    """The user asked for something that cannot be: one line. ``missing``: a module or function that is not there."""
+    """Wrong input, in the words of a ``UsageError``. ``missing``: a module or function that is not there."""
 
     message: str
+    cause: str = ""
     missing: bool = False
     traceback: str = ""
 

@@ -58,7 +58,8 @@ class Observation:
 class Result:
     """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok.
 
-    ``finding`` says which committed finding excuses the failure: it is told and not counted.
+    ``finding`` says which committed finding excuses the failure: it is reported and not counted. ``raised`` is the
+    exception of the model or of its preparation that kept the rule from being judged.
     """
 
     rule: str
@@ -68,6 +69,7 @@ class Result:
     attributed_to: Party | None = None
     examined: int = 0
     reason: str = ""
+    raised: str = ""
     failures: tuple[Observation, ...] = ()
     notes: tuple[str, ...] = ()
     finding: str = ""

@@ -158,7 +158,7 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
     result an ERROR.
     """
     start = time.perf_counter()
-    reason, examined = "", 0
+    reason, raised, examined = "", "", 0
     failures: list[Observation] = []
     notes: dict[str, None] = {}
     try:
@@ -172,6 +172,8 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
         if not examined:
             status, reason = Status.ERROR, "vacuous: the rule examined nothing"
     except (NotApplicable, Unavailable) as gap:
+        if isinstance(gap, Unavailable):
+            raised = str(gap.raised or "")
         if isinstance(gap, Unavailable) and gap.failed:
             status, reason = Status.ERROR, str(gap)
         else:
@@ -193,6 +195,7 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
         attributed_to=blamed,
         examined=examined,
         reason=reason,
+        raised=raised,
         failures=tuple(failures),
         notes=tuple(notes),
         seconds=round(time.perf_counter() - start, 6),

@@ -196,7 +196,7 @@ def told(name: str) -> Iterator[None]:
         reason = shorten(f"{type(error).__name__}: {error}", width=240, placeholder=" ...")
         if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
             reason = "its pickle is damaged, or holds more than tensors"
-        raise UsageError(f"{name} cannot be loaded ({reason})") from error
+        raise UsageError(f"{name} cannot be loaded ({reason})", cause=reason) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -160,7 +160,7 @@ class Case(Copies):
     @property
     def _model(self) -> Any:
         if self.call.raised:
-            raise Unavailable(f"preparation raised {self.call.raised}", failed=True)
+            raise Unavailable(f"preparation raised {self.call.raised}", failed=True, raised=self.call.raised)
         return self._object
 
     @cached_property

@@ -91,7 +91,7 @@ class Copies:
         model = self._copy()
         returned, facts = call(self.prepare, model, **self.wanted)
         if facts.raised:
-            raise Unavailable(f"preparation raised {facts.raised}", failed=True)
+            raise Unavailable(f"preparation raised {facts.raised}", failed=True, raised=facts.raised)
         return returned if isinstance(returned, nn.Module) else model
 
     def _needs_to_run(self) -> None:
@@ -105,7 +105,7 @@ class Copies:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             fed = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
             if f.raised and not f.base_raised and f.autocast is mixed and fed:
-                raise Unavailable(f"{CANNOT_RUN}{f.raised}")
+                raise Unavailable(f"{CANNOT_RUN}{f.raised}", raised=f.raised)
 
     def _attached_copy(self) -> Attached:
         self._needs_to_run()

@@ -121,7 +121,7 @@ class Worker:
             if self._echo is not None and isinstance(event, (Broken, WrongUsage)):
                 self._echo(event.traceback)
             if isinstance(event, WrongUsage):
-                raise UsageError(event.message)
+                raise UsageError(event.message, cause=event.cause)
             yield event
 
 

@@ -51,8 +51,14 @@ class Server:
             for event in self._events(request):
                 self._send(event)
         except UsageError as error:
-            missing = isinstance(error, Missing)
-            self._send(events.WrongUsage(message=str(error), missing=missing, traceback=traceback.format_exc()))
+            self._send(
+                events.WrongUsage(
+                    message=str(error),
+                    cause=error.cause,
+                    missing=isinstance(error, Missing),
+                    traceback=traceback.format_exc(),
+                )
+            )
         except BaseException as error:
             # A subject may raise SystemExit or KeyboardInterrupt; whatever it raises is the case's end, not the run's.
             # Without memory, or after an error on an accelerator, the next case could fail for this one's reason.

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from kbitcheck.core.facts import CANNOT_RUN
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.run.sweep import row
 from tests.cli.conftest import Door, heed
@@ -137,7 +136,7 @@ def test_what_preparation_raised_is_told_once() -> None:
         "n",
         "C",
         "m",
-        [_result("KB502", Status.FAIL, raised), _result("KB101", Status.ERROR)],
+        [_result("KB502", Status.FAIL, raised), replace(_result("KB101", Status.ERROR), raised="ValueError: no")],
         {"parameters": 1, "quantized": 0},
     )
     assert found.prepares is False
@@ -147,7 +146,7 @@ def test_what_preparation_raised_is_told_once() -> None:
 
 
 def test_a_model_that_cannot_run_trains_not_and_says_why() -> None:
-    stopped = replace(_result("KB309", Status.SKIP), reason=f"{CANNOT_RUN}RuntimeError: in place")
+    stopped = replace(_result("KB309", Status.SKIP), raised="RuntimeError: in place")
     found = row("n", "C", "m", [stopped], {"parameters": 1, "quantized": 0})
     assert found.trains is False
     assert found.reason == "RuntimeError: in place"

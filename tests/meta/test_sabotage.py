@@ -103,3 +103,17 @@ def test_faults_do_not_leak_into_the_next_case(bases):
             try_fault(fault, bases)
     for code in ("KB507", "KB405", "KB508"):
         assert try_fault(Fault(code=code, name="nothing"), bases).reason == "passed"
+
+
+def test_a_result_says_which_exception_kept_a_rule_from_being_judged(bases):
+    (fault,) = (fault for fault in faults() if fault.name == "casts_the_head_back")
+    case = case_of(fault, bases)
+    learns = judge(rules()["KB309"], case)
+    assert (learns.status, "RuntimeError" in learns.raised) == (Status.SKIP, True)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("no")
+
+    case = case_of(Fault(code="KB502", name="nothing", prepare=refuse), bases)
+    freezing = judge(rules()["KB101"], case)
+    assert (freezing.status, freezing.raised.startswith("ValueError: no")) == (Status.ERROR, True)

@@ -69,7 +69,7 @@ def examine(
         except UsageError as error:
             if not worker.loaded:  # the implementation's fault, not this architecture's
                 raise
-            yield _not_audited(name, classes[name], spec(name), str(error))
+            yield _not_audited(name, classes[name], spec(name), error.cause or str(error))
         except Exception as error:
             yield _not_audited(name, classes[name], spec(name), cause(error))
 
@@ -90,6 +90,4 @@ def _row(name: str, cls: str, spec: CaseSpec, collector: Collector) -> Row:
 
 
 def _not_audited(name: str, cls: str, spec: CaseSpec, reason: str) -> Row:
-    prefix = f"{spec.model} cannot be loaded "
-    told = reason.removeprefix(prefix).removeprefix("(").removesuffix(")") if reason.startswith(prefix) else reason
-    return Row(architecture=name, cls=cls, model=spec.model, loads=False, reason=" ".join(told.split()))
+    return Row(architecture=name, cls=cls, model=spec.model, loads=False, reason=" ".join(reason.split()))
