@@ -53,9 +53,8 @@ class Finding:
         source = (SCRIPTS / f"{self.script}.py").read_text(encoding="utf-8").rstrip()
         rules = re.sub(r"KB\d{3}", r"[\g<0>](rules/\g<0>.md)", self.rules)
         facts = f"Attributed to: {self.party}. Rules: {rules}. Upstream: {rule_pages.linked(self.upstream)}."
-        excused = [f"[{code}](rules/{code}.md)" for code in excused_rules().get(self.script, ())]
-        if excused:
-            facts += f" Not counted against the reference under {', '.join(excused)}."
+        for party, codes in excused_rules().get(self.script, {}).items():
+            facts += f" Not counted against {party} under {', '.join(f'[{code}](rules/{code}.md)' for code in codes)}."
         block = "".join(f"    {line}\n" if line else "\n" for line in f"```python\n{source}\n```".splitlines())
         parts = [f"## {self.title} {{ #{self.script} }}", self.detail, facts]
         return "\n\n".join(filter(None, parts)) + f'\n\n??? example "`docs/findings/{self.script}.py`"\n\n{block}'
@@ -67,13 +66,15 @@ def committed_findings() -> list[Finding]:
     return [Finding(**entry) for entry in entries]
 
 
-def excused_rules() -> Mapping[str, list[str]]:
-    """Rule codes by script: the failures for which a record in the package excuses the reference."""
-    rules: dict[str, list[str]] = {}
+def excused_rules() -> Mapping[str, Mapping[str, list[str]]]:
+    """By script: whom a record in the package excuses (the reference, or any implementation), and under which rules."""
+    rules: dict[str, dict[str, list[str]]] = {}
     for path in sorted(PACKAGE.rglob("findings.toml")):
         for record in tomllib.loads(path.read_text(encoding="utf-8"))["finding"]:
-            rules.setdefault(Path(record["script"]).stem, []).append(record["rule"])
-    return {script: sorted(set(codes)) for script, codes in rules.items()}
+            party = "the reference" if record.get("decides_model", True) else "any implementation or model"
+            codes = rules.setdefault(Path(record["script"]).stem, {}).setdefault(party, [])
+            codes += [record["rule"]] if record["rule"] not in codes else []
+    return rules
 
 
 def findings() -> str:

@@ -10,12 +10,12 @@ from kbitcheck.core.rule import rules
 
 HEAD = """# Kill matrix
 
-Every fault that kbitcheck knows (`kbitcheck/sabotage/`), judged by every rule. Made by
-`kbitcheck selftest --matrix > docs/kill-matrix.md`, which ends with 1 if a fault is missed.
+Every fault in `kbitcheck/sabotage/`, judged by every rule. `kbitcheck selftest --matrix > docs/kill-matrix.md` writes this page;
+its exit code is 1 if a fault is missed.
 
-A fault is a broken *model* (`m`: spoiled before or after a good preparation) or a broken *implementation* (`i`). In its row `#` is
-the rule that must catch it, `x` a rule that it breaks as well, and `!` after the level says that no other rule may.
-Read a column's heading downwards.
+A fault is a broken *model* (`m`: damaged before or after a good preparation) or a broken *implementation* (`i`). In a fault's row,
+`#` marks the rule that must catch the fault, and `x` every other rule that the fault breaks. `!` after the level means that no other
+rule may fail. Read the head of a column from top to bottom.
 """
 
 
