@@ -12,13 +12,13 @@ from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.machine import validate_device
-from kbitcheck.core.report import Report
+from kbitcheck.core.report import Blame, Report
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import requirements, virtualenvs
-from kbitcheck.run.runner import Blame, run
+from kbitcheck.run.runner import run
 from kbitcheck.run.subject import validate
 from kbitcheck.run.suites import FULL, QUICK, cases, workers
 from kbitcheck.run.worker import debug_to_stderr

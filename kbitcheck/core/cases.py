@@ -24,6 +24,9 @@ Static = Literal["never", "always", "if-too-large"]
 ALL_LINEAR = "all-linear"
 
 
+REFERENCE = "reference"  # the implementation that comes with kbitcheck
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSpec:
     """One case: a model, how it is quantized, who prepares it, and how it is checkpointed. JSON-able.

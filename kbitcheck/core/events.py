@@ -136,11 +136,13 @@ class Collector:
     ``settle`` sees each result first, to excuse it by a finding.
     """
 
-    def __init__(self, settle: Callable[[Result], Result] = lambda result: result) -> None:
+    def __init__(
+        self, settle: Callable[[Result], Result] = lambda result: result, *, loaded: Loaded | None = None
+    ) -> None:
         self._settle = settle
         self.results: list[Result] = []
         self.facts: dict[str, Mapping[str, Any]] = {}
-        self.loaded = Loaded()
+        self.loaded = loaded or Loaded()
 
     def add(self, event: Event) -> Event:
         """Gather from an event; the event itself, with its result settled."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from kbitcheck.core.cases import REFERENCE
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.events import Collector
 from kbitcheck.core.result import Level, Result, Status
@@ -13,6 +14,8 @@ from kbitcheck.core.rule import rules
 from kbitcheck.core.version import TOOL
 
 SCHEMA = 1
+
+Blame = Literal["any", "own"]
 
 
 EXIT_CONFORMS, EXIT_BROKEN_RULE, EXIT_INTERRUPTED, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING = range(6)
@@ -170,7 +173,7 @@ def assemble(
     cases: Mapping[str, Mapping[str, Any]],
     *,
     subject: Mapping[str, Any],
-    blame: str,
+    blame: Blame = "own",
     in_process: bool = False,
     strict: bool = False,
     complete: bool = True,
@@ -179,8 +182,9 @@ def assemble(
     """The report of a run: its results in the order of the cases, those of one case in the order in which they came.
 
     ``cases`` are the specs (``CaseSpec.as_json``) by id; ``subject`` says which command ran and which rules it ignored;
-    ``seconds`` is the duration of the run.
+    ``seconds`` is the duration of the run. Of the reference every failure counts, whoever it is attributed to.
     """
+    implementations = {spec["implementation"] for spec in cases.values()}
     order = {case: index for index, case in enumerate(cases)}
     duration = {} if seconds is None else {"seconds": round(seconds, 3)}
     return Report(
@@ -193,7 +197,7 @@ def assemble(
             **({"cases": dict(cases)} if cases else {}),
         },
         results=tuple(sorted(collected.results, key=lambda result: order.get(result.case, len(order)))),
-        blame=blame,
+        blame="any" if implementations == {REFERENCE} else blame,
         strict=strict,
         complete=complete,
         facts={"cases": {case: collected.facts[case] for case in cases if case in collected.facts}, **duration},

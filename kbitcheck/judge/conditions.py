@@ -9,9 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.core.cases import REFERENCE
 from kbitcheck.core.result import Observation, Party, Result, Status
-
-REFERENCE = "reference"
 
 
 @cache

@@ -5,25 +5,39 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import EXIT_CONFORMS, EXIT_USAGE, Report, exit_code
+from kbitcheck.core.events import Collector, Loaded
+from kbitcheck.core.report import EXIT_CONFORMS, EXIT_USAGE, Report, assemble, exit_code
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.core.version import TOOL
 from kbitcheck.pytest_plugin.runner import FOLDER, PLAN, Runner
 
-if TYPE_CHECKING:
-    from kbitcheck.core.cases import CaseSpec
-
 STOPPED = "not run: the test session stopped early"
 UNFINISHED = {pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR}
 ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+@dataclass
+class _Group:
+    """What the report of one implementation is assembled from: results by case and rule, and the cases themselves."""
+
+    collector: Collector = field(default_factory=Collector)
+    results: dict[tuple[str, str], Result] = field(default_factory=dict)
+    cases: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def report(self, **options: Any) -> Report:
+        """The report, as ``kbitcheck impl`` makes it; cases and rules are sorted."""
+        self.collector.results = [self.results[key] for key in sorted(self.results)]
+        cases = {case: self.cases[case] for case in sorted(self.cases)}
+        return assemble(self.collector, cases, subject={"command": "impl", "ignored": {}}, **options)
 
 
 class Controller:
@@ -124,46 +138,34 @@ class Controller:
     ) -> list[Report]:
         """One report for each implementation that was tested."""
         settings = self._runner.settings
-        known: dict[str, CaseSpec] = {spec.id: spec for spec in settings.specs}
-        groups: dict[str, dict[str, Any]] = {}
+        planned = {spec.id: spec for spec in settings.specs}
+        groups: dict[str, _Group] = {}
 
-        def group(name: str) -> dict[str, Any]:
-            empty: dict[str, Any] = {"results": {}, "specs": {}, "facts": {}, "loaded": {}}
-            return groups.setdefault(name, empty)
+        def group_of(implementation: str) -> _Group:
+            if implementation not in groups:
+                groups[implementation] = _Group(Collector(loaded=Loaded(implementation={"name": implementation})))
+            return groups[implementation]
 
-        for found in self._told.values():
-            mine, spec, result = (
-                group(found["spec"]["implementation"]),
-                found["spec"],
-                Result.from_json(found["result"]),
-            )
-            mine["results"][result.case, result.rule] = result
-            mine["specs"][result.case] = spec
-            mine["loaded"] = found["loaded"] or mine["loaded"]
-            if found["facts"]:
-                mine["facts"][result.case] = found["facts"]
+        for told in self._told.values():
+            group, result = group_of(told["spec"]["implementation"]), Result.from_json(told["result"])
+            group.results[result.case, result.rule] = result
+            group.cases[result.case] = told["spec"]
+            if told["loaded"]:
+                group.collector.loaded = Loaded(**told["loaded"])
+            if told["facts"]:
+                group.collector.facts[result.case] = told["facts"]
         for nodeid, why in missing.items():
             rule, case = plan[nodeid]
-            mine = group(settings.implementation if case in known else next(iter(groups), settings.implementation))
-            case = case or nodeid
-            if case in known:
-                mine["specs"][case] = known[case].as_json()
-            level = rules()[rule].level
-            error = Result(rule=rule, case=case, level=level, status=Status.ERROR, reason=why)
-            mine["results"].setdefault((case, rule), error)
-        seconds = round(time.perf_counter() - self._start, 3)
-        return [
-            assemble(
-                [mine["results"][key] for key in sorted(mine["results"])],
-                {case: mine["specs"][case] for case in sorted(mine["specs"])},
-                mine["loaded"] or {"implementation": {"name": name}, "environment": {}},
-                facts={case: mine["facts"][case] for case in sorted(mine["facts"])},
-                seconds=seconds,
-                strict=settings.strict,
-                complete=complete,
+            group = group_of(
+                settings.implementation if case in planned else next(iter(groups), settings.implementation)
             )
-            for name, mine in groups.items()
-        ]
+            case = case or nodeid
+            if case in planned:
+                group.cases[case] = planned[case].as_json()
+            error = Result(rule=rule, case=case, level=rules()[rule].level, status=Status.ERROR, reason=why)
+            group.results.setdefault((case, rule), error)
+        seconds = time.perf_counter() - self._start
+        return [g.report(seconds=seconds, strict=settings.strict, complete=complete) for g in groups.values()]
 
     def _write(self) -> None:
         """Write ``--kbit-report``; where several implementations were tested, one file each.
@@ -216,35 +218,3 @@ def _errors(report: Report) -> bool:
 def _is_error(told: str | None) -> bool:
     """Whether what a test reported (None: nothing) is a rule that could not be judged."""
     return told is not None and json.loads(told).get("result", {"status": Status.ERROR})["status"] == Status.ERROR
-
-
-def assemble(
-    results: Iterable[Result],
-    specs: Mapping[str, Mapping[str, Any]],
-    loaded: Mapping[str, Any],
-    *,
-    facts: Mapping[str, Any] | None = None,
-    seconds: float | None = None,
-    strict: bool = False,
-    complete: bool = True,
-) -> Report:
-    """A report as ``kbitcheck impl`` makes it, of results that were judged anywhere."""
-    from kbitcheck.run.subject import REFERENCE
-
-    names = {spec["implementation"] for spec in specs.values()}
-    return Report(
-        tool=TOOL,
-        environment=loaded.get("environment", {}),
-        subject={
-            "command": "impl",
-            "ignored": {},
-            "implementation": loaded.get("implementation", {}),
-            "in_process": False,
-            **({"cases": specs} if specs else {}),  # none where no test got as far as its case
-        },
-        results=tuple(results),
-        blame="any" if names == {REFERENCE} else "own",
-        strict=strict,
-        complete=complete,
-        facts={"cases": dict(facts or {}), "seconds": seconds},
-    )

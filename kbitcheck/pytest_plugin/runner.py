@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import Report
+from kbitcheck.core.events import Collector, Judged, Loaded
+from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.pytest_plugin.options import Settings, given
@@ -170,9 +171,7 @@ class Runner:
         self._tell(result, spec, outcome)
 
     def _tell(self, result: Result, spec: CaseSpec, outcome: Outcome) -> None:
-        from kbitcheck.pytest_plugin.controller import assemble
-
-        report = assemble([result], {spec.id: spec.as_json()}, outcome["loaded"], strict=self.settings.strict)
+        report = report_of(result, spec, Loaded(**outcome["loaded"]), strict=self.settings.strict)
         accepted = self.settings.accepted if spec.implementation == self.settings.implementation else None
         if accepted is not None:
             cell = (result.rule, result.case)
@@ -208,6 +207,14 @@ class Runner:
 def _cell(item: pytest.Item) -> Mapping[str, Any] | None:
     """The rule of a conformance test, and its case where that is known; None of any other test."""
     return next((mark.kwargs for mark in item.iter_markers("kbit") if "rule" in mark.kwargs), None)
+
+
+def report_of(result: Result, spec: CaseSpec, loaded: Loaded, *, strict: bool) -> Report:
+    """The report of a single result."""
+    collector = Collector(loaded=loaded)
+    collector.add(Judged(result=result))
+    cases = {spec.id: spec.as_json()}
+    return assemble(collector, cases, subject={"command": "impl", "ignored": {}}, strict=strict)
 
 
 def fail(report: Report) -> NoReturn:

@@ -23,7 +23,6 @@ from kbitcheck.core.rule import Rule
 from kbitcheck.judge.conditions import settle
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.pool import Worker
-from kbitcheck.run.subject import REFERENCE
 from kbitcheck.strategies import Drawn, cases
 
 
@@ -208,7 +207,6 @@ class _Run:
             collector,
             {name: spec.as_json() for name, spec in specs.items()},
             subject={"command": "impl", "ignored": {}, **subject},
-            blame="any" if self.plan.implementation == REFERENCE else "own",
             strict=self.plan.strict,
             complete=complete,
         )

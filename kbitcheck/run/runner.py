@@ -9,24 +9,22 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Broken, Collector, Event, FaultTried, Started, WrongUsage
-from kbitcheck.core.report import Report, assemble
+from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
 from kbitcheck.judge.conditions import settle
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
 from kbitcheck.run.requests import TryFaults
-from kbitcheck.run.subject import REFERENCE, Implementation
+from kbitcheck.run.subject import Implementation
 from kbitcheck.run.worker_process import WorkerProcess
 
 TIMEOUT_SECONDS = 600.0
-
-Blame = Literal["any", "own"]
 
 
 def run(
@@ -68,7 +66,7 @@ def run(
         collector,
         {spec.id: spec.as_json() for spec in specs},
         subject=subject or {},
-        blame="any" if name == REFERENCE else blame,
+        blame=blame,
         in_process=live,
         strict=strict,
         complete=complete,

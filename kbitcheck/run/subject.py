@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kbitcheck.core.cases import REFERENCE
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe import library_attributes
 from kbitcheck.run import requirements as requirement
 
-REFERENCE = "reference"
 ALIASES = {
     REFERENCE: "kbitcheck_reference:prepare_model_for_kbit_training",
     "peft": "peft:prepare_model_for_kbit_training",

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import NotApplicable, Unavailable, UsageError
+from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.facts import Facts
-from kbitcheck.core.report import SCHEMA, NonConformance, Report
+from kbitcheck.core.report import SCHEMA, NonConformance, Report, assemble
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.core.rule import Rule, judge, rule, rules, select
 
@@ -209,3 +211,22 @@ def test_an_entry_with_one_place_and_all_its_fields_is_read_as_well() -> None:
 def test_damaged_reports_are_wrong_usage(data: Any) -> None:
     with pytest.raises(UsageError, match="kbitcheck report"):
         Report.from_json(data)
+
+
+def test_a_report_is_assembled_in_the_order_of_its_cases() -> None:
+    specs = [CaseSpec(model="m", quant=quant, implementation="f", checkpointing="off") for quant in ("nf4", "int8")]
+    first, second = (dataclasses.replace(PASS, case=spec.id) for spec in specs)
+    later = dataclasses.replace(first, rule="KB102")
+    collector = Collector(loaded=Loaded(implementation={"name": "f"}, environment={"seed": 0}))
+    collector.results = [second, first, later]
+    collector.facts = {second.case: {"n": 2}, first.case: {"n": 1}}
+    made = assemble(collector, {spec.id: spec.as_json() for spec in specs}, subject={"command": "impl"})
+    assert list(made) == [first, later, second]
+    assert list(made.facts["cases"]) == list(made.subject["cases"]) == [spec.id for spec in specs]
+    assert (made.blame, made.environment, made.subject["implementation"]) == ("own", {"seed": 0}, {"name": "f"})
+
+
+@pytest.mark.parametrize(("implementation", "blame"), [("reference", "any"), ("f", "own")])
+def test_of_the_reference_every_failure_counts(implementation: str, blame: str) -> None:
+    spec = CaseSpec(model="m", quant="nf4", implementation=implementation)
+    assert assemble(Collector(), {spec.id: spec.as_json()}, subject={}).blame == blame
