@@ -13,7 +13,7 @@ from kbitcheck.report.parts.findings import Finding, findings
 from kbitcheck.report.parts.repro import command
 from kbitcheck.report.parts.verdict import outcome, verdict
 from kbitcheck.report.rule_page import FAMILIES
-from kbitcheck.report.templates import template
+from kbitcheck.report.templates import glossary, template
 
 NOT_JUDGED = "Not judged"
 MARKS = {"broken": "✗", "not judged": "?", "warning": "!", "kept": "✓", "not applicable": "·"}
@@ -37,6 +37,7 @@ def render(report: Report) -> str:
         table=_table(report),
         marks=MARKS,
         command=_whole_command(report),
+        glossary=glossary(),
     )
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -169,29 +170,49 @@ def test_without_matplotlib_the_numbers_remain(monkeypatch) -> None:
     assert "The numbers: Gradient error by layer" in text
 
 
+def test_the_page_explains_its_words() -> None:
+    text = html.render(MIXED)
+    assert '<a href="#glossary">' in text
+    for word in ("Case", "Witness", "Twin", "Live adapter", "Profile"):
+        assert text.count(f"<strong>{word}</strong>") == 1
+    assert "<code>tiny:llama-nf4-reentrant</code>" in text[text.index('id="glossary"') :]
+    assert "](" not in text
+
+
+def dumped(page: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What a browser makes of a page."""
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    assert CHROMIUM is not None
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    arguments += [f"--user-data-dir={folder / 'profile'}", *options, f"file://{folder / 'report.html'}"]
+    return subprocess.run([CHROMIUM, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_a_browser_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text(html.render(LARGE), encoding="utf-8")
-    assert CHROMIUM is not None
-    ran = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            "--v=0",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            f"file://{tmp_path / 'report.html'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = dumped(html.render(LARGE), tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "CONSOLE" not in ran.stderr, ran.stderr
     assert ran.stdout.count("<svg") == 3
     # The script ran: it shows the buttons where there is a clipboard.
     assert re.search(r'<button type="button" class="copy"( hidden="")?>', ran.stdout)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+def test_nothing_runs_out_of_a_page_as_wide_as_a_telephone(tmp_path: Path) -> None:
+    """Neither names of any length nor charts; tables scroll by themselves."""
+    name = "base_model.model.model.language_model." * 9 + "weight"
+    long = dataclasses.replace(OWN, where=name, expected=name, actual=name)
+    cases = {SPECS[0].id: LARGE.facts["cases"]["tiny:m0-nf4-off"]}
+    page = html.render(report(result("KB201", NF4, Status.FAIL, long), facts={"cases": cases}, environment={"x": name}))
+    measure = """<script>
+      for (const details of document.querySelectorAll("details")) details.open = true;
+      const width = document.documentElement.clientWidth;
+      const out = [...document.querySelectorAll("svg, p, pre, summary, code")].filter(
+        (e) => !e.closest(".scroll") && e.getBoundingClientRect().right > width);
+      parent.document.title = [innerWidth, document.documentElement.scrollWidth - width, out.length].join();
+    </script>"""
+    # A browser without a screen has no window as narrow as that, but a frame.
+    framed = escape(page.replace("</body>", f"{measure}</body>"), quote=True)
+    frame = f'<title></title><iframe style="width: 390px; height: 800px; border: 0" srcdoc="{framed}"></iframe>'
+    assert "<title>390,0,0</title>" in dumped(frame, tmp_path).stdout

@@ -20,8 +20,9 @@ SERIES = ("#0102a0", "#0102a1", "#0102a2", "#0102a3", "#0102a4", "#0102a5", "#01
 CSS = {INK: "currentColor", **{stand_in: f"var(--series-{n})" for n, stand_in in enumerate(SERIES)}}
 BARS = 8  # models in the first chart
 LAYERS = 60  # points in the last
-WIDTH = 8.0  # inches, of 72 CSS pixels
-LABEL = 28  # characters of a tick's label
+WIDTH = 5.2  # inches, of 72 CSS pixels: a telephone's width
+LABEL = 20  # characters of a tick's label
+TICKS = 14
 # As kbitcheck.observe.figures names them; those that a chart has no colour for are its rest.
 GROUPS = (
     "quantized", "embeddings", "head", "norms", "experts", "routers", "attention", "mlp", "vision", "audio", "other", "buffers",
@@ -49,42 +50,46 @@ def charts(report: Report) -> list[Chart]:
 
 
 def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    found: dict[str, Mapping[str, Mapping[str, int]]] = {}
+    of_model: dict[str, Mapping[str, Mapping[str, int]]] = {}
     for case, facts in cases.items():
         if groups := facts.get("bytes_by_group"):
             spec = specs.get(case, {})
-            found.setdefault(f"{spec.get('model', case)} {spec.get('quant', '')}".strip(), groups)
-    if not found:
+            of_model.setdefault(f"{spec.get('model', case)} {spec.get('quant', '')}".strip(), groups)
+    if not of_model:
         return None
-    by_growth = sorted(found, key=lambda name: -_grown(found[name]))[:BARS]
-    bars = [(f"{name}, {stage}", found[name][stage]) for name in by_growth for stage in ("loaded", "prepared")]
-    groups = sorted({g for _, counts in bars for g in counts if counts[g]}, key=_place)
-    named, rest = _coloured(groups, bars)
-    unit, scale = _unit(max(sum(counts.values()) for _, counts in bars))
+    by_growth = sorted(of_model, key=lambda name: -_growth(of_model[name]))[:BARS]
+    bars = [(name, stage, of_model[name][stage]) for name in by_growth for stage in ("loaded", "prepared")]
+    sizes = [counts for _, _, counts in bars]
+    groups = sorted({group for counts in sizes for group in counts if counts[group]}, key=_place)
+    named, rest = _coloured(groups, sizes)
+    unit, scale = _unit(max(sum(counts.values()) for counts in sizes))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        places = [-(i + i // 2 * 0.6) for i in range(len(bars))]
+        places = [-(i + i // 2 * 1.1) for i in range(len(bars))]
         left = [0.0] * len(bars)
         for color, members in zip(SERIES, [*([g] for g in named), rest], strict=False):
-            widths = [sum(counts.get(g, 0) for g in members) / scale for _, counts in bars]
+            widths = [sum(counts.get(g, 0) for g in members) / scale for counts in sizes]
             label = members[0] if members != rest else "the rest"
             if members:
                 axes.barh(places, widths, 0.85, left=left, color=color, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_yticks(places, [name for name, _ in bars])
+        axes.set_yticks(places, [stage for _, stage, _ in bars])
+        for place, (name, _, _) in list(zip(places, bars, strict=True))[::2]:
+            axes.text(0, place + 0.5, f" {name}", va="bottom")
         axes.set_xlabel(unit)
         _plain(axes, grid="x")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
-    few = f" The {BARS} of {len(found)} that grow most." if len(found) > BARS else ""
+    few = f" The {BARS} of {len(of_model)} that grow most." if len(of_model) > BARS else ""
     return Chart(
         title="Where the bytes are",
         caption=f"Parameters and buffers as loaded and after preparing.{few}",
-        svg=_svg("bytes", draw, 1.3 + 0.34 * len(bars)),
+        svg=_svg("bytes", draw, 1.5 + 0.32 * len(bars)),
         columns=("model", *groups, "all"),
         rows=tuple(
-            (name, *(f"{counts.get(g, 0):,}" for g in groups), f"{sum(counts.values()):,}") for name, counts in bars
+            (f"{name}, {stage}", *(f"{counts.get(g, 0):,}" for g in groups), f"{sum(counts.values()):,}")
+            for name, stage, counts in bars
         ),
     )
 
@@ -93,24 +98,24 @@ def _place(group: str) -> tuple[int, str]:
     return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
 
 
-def _coloured(groups: Sequence[str], bars: Sequence[tuple[str, Mapping[str, int]]]) -> tuple[list[str], list[str]]:
+def _coloured(groups: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> tuple[list[str], list[str]]:
     """The groups that get a colour of their own, in their order, and those that share the last one."""
     if len(groups) <= len(SERIES):
         return list(groups), []
-    largest = sorted(groups, key=lambda g: -max(counts.get(g, 0) for _, counts in bars))[: len(SERIES) - 1]
+    largest = sorted(groups, key=lambda g: -max(counts.get(g, 0) for counts in sizes))[: len(SERIES) - 1]
     return [g for g in groups if g in largest], [g for g in groups if g not in largest]
 
 
-def _grown(groups: Mapping[str, Mapping[str, int]]) -> float:
+def _growth(groups: Mapping[str, Mapping[str, int]]) -> float:
     return sum(groups["prepared"].values()) / max(sum(groups["loaded"].values()), 1)
 
 
 def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    found = {case: facts for case, facts in cases.items() if facts.get("activations_by_block", {}).get("blocks")}
-    if not found:
+    of_case = {case: facts for case, facts in cases.items() if facts.get("activations_by_block", {}).get("blocks")}
+    if not of_case:
         return None
-    case = max(found, key=lambda c: found[c]["checkpointed"] / max(found[c]["activations"], 1))
-    facts = found[case]["activations_by_block"]
+    case = max(of_case, key=lambda c: of_case[c]["checkpointed"] / max(of_case[c]["activations"], 1))
+    facts = of_case[case]["activations_by_block"]
     names, plain, held = facts["blocks"], facts["plain"], facts["checkpointed"]
     unit, scale = _unit(max(*plain, *held))
 
@@ -124,7 +129,7 @@ def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
         _plain(axes, grid="y")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
-    rest = f" Of {len(found)} cases this is the one where least is saved." if len(found) > 1 else ""
+    rest = f" Of {len(of_case)} cases this is the one where least is saved." if len(of_case) > 1 else ""
     return Chart(
         title="Activation bytes by block",
         caption=f"{case}: what each block adds to what a training step holds, with checkpointing off (plain) and as the "
@@ -136,19 +141,19 @@ def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
 
 
 def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    found = {
+    of_case = {
         case: facts["gradient_errors"]
         for case, facts in cases.items()
         if facts.get("gradient_errors", {}).get("layers")
     }
-    if not found:
+    if not of_case:
         return None
 
     def worst(facts: Mapping[str, Sequence[float]]) -> float:
         return max(e / b if b else 0.0 for e, b in zip(facts["error"], facts["bound"], strict=True))
 
-    case = max(found, key=lambda c: worst(found[c]))
-    facts = found[case]
+    case = max(of_case, key=lambda c: worst(of_case[c]))
+    facts = of_case[case]
     rows = list(zip(facts["layers"], facts["error"], facts["bound"], strict=True))
     shown = rows
     if len(rows) > LAYERS:
@@ -173,7 +178,7 @@ def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
         _plain(axes, grid="y")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
-    rest = f" Of {len(found)} cases this is the one nearest to its bound." if len(found) > 1 else ""
+    rest = f" Of {len(of_case)} cases this is the one nearest to its bound." if len(of_case) > 1 else ""
     few = f" The worst {LAYERS} of {len(rows)} layers." if len(rows) > LAYERS else ""
     return Chart(
         title="Gradient error by layer",
@@ -185,8 +190,8 @@ def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
 
 
 def _named(axes: Axes, names: Sequence[str]) -> None:
-    """Ticks for at most twenty places, with what all names have in common left out."""
-    every = -(-len(names) // 20)
+    """Ticks for at most ``TICKS`` places, without the part that all names share."""
+    every = -(-len(names) // TICKS)
     places = list(range(0, len(names), every))
     prefix = _common([n.split(".") for n in names])
     labels = [re.sub(r"(^|\.)(block|layers?|h)\.(?=\d)", r"\1", ".".join(names[p].split(".")[prefix:])) for p in places]
@@ -226,7 +231,7 @@ def _svg(name: str, draw: Any, height: float) -> str:
     except ImportError:
         return ""
     style: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    style |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.0}
+    style |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.0}
     style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "none")
     out = io.StringIO()
     with rc_context(style):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 from markupsafe import Markup, escape
@@ -34,6 +35,17 @@ def template(name: str) -> Template:
     return environment.get_template(f"{name}.jinja")
 
 
+@cache
+def glossary() -> tuple[str, ...]:
+    """The entries of the documentation's glossary, as Markdown without links."""
+    package = Path(__file__).parents[2]  # an installed package brings the page along
+    places = (package / "report" / "glossary.md", package.parent / "docs" / "glossary.md")
+    text = next(path for path in places if path.is_file()).read_text(encoding="utf-8")
+    _, *entries = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", text).strip().split("\n\n")
+    return tuple(" ".join(entry.split()) for entry in entries)
+
+
 def _prose(text: str) -> Markup:
-    """The text between backticks as code; everything else in it stays text."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  (escaped before)
+    """The text between backticks as code and between asterisks as strong; everything else in it stays text."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))  # noqa: S704  (escaped before)
