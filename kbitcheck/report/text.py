@@ -27,15 +27,20 @@ INDENT = "    "
 
 def render(report: Report, *, width: int, verbose: bool = False) -> str:
     """The whole report; lines are wrapped at ``width`` columns, names and commands never inside."""
-    return "".join(f"{printable(text)}\n" for text, _ in _Page(report, width, verbose=verbose).lines())
+    return "".join(f"{text}\n" for text, _ in lines(report, width=width, verbose=verbose))
 
 
 def show(report: Report, console: Console, *, verbose: bool = False) -> None:
     """Print the whole report on a console, in colours."""
     from rich.text import Text
 
-    for text, style in _Page(report, console.width, verbose=verbose).lines():
-        console.print(Text(printable(text), style=style), soft_wrap=True)
+    for text, style in lines(report, width=console.width, verbose=verbose):
+        console.print(Text(text, style=style), soft_wrap=True)
+
+
+def lines(report: Report, *, width: int, verbose: bool = False) -> list[Line]:
+    """The whole report, line by line."""
+    return [(printable(text), style) for text, style in _Page(report, width, verbose=verbose).lines()]
 
 
 def findings_only(report: Report, *, width: int) -> str:
