@@ -26,13 +26,13 @@ CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yam
 def site() -> Iterator[dict[str, ModuleType]]:
     """The modules in ``docs/site``, imported as MkDocs does."""
     sys.path.insert(0, str(DOCS / "site"))
-    yield {"rules": import_module("rule_pages"), "others": import_module("other_pages")}
+    yield {name: import_module(name) for name in ("rule_pages", "other_pages", "picture")}
     sys.path.remove(str(DOCS / "site"))
 
 
 @pytest.fixture(scope="module")
 def rule_pages(site: dict[str, ModuleType]) -> dict[str, str]:
-    return dict(site["rules"].pages())
+    return dict(site["rule_pages"].pages())
 
 
 def test_every_rule_has_a_page_with_all_its_parts(rule_pages: dict[str, str]) -> None:
@@ -64,22 +64,22 @@ def test_a_rule_without_a_fault_stops_the_build(
 ) -> None:
     monkeypatch.setattr(examples, "SABOTAGE", tmp_path)
     with pytest.raises(LookupError, match="KB101 has no fault"):
-        dict(site["rules"].pages())
+        dict(site["rule_pages"].pages())
     assert "What fails" not in rule_page.page(rules()["KB101"])
 
 
 def test_sources_are_linked_and_nothing_else_is_markup(site: dict[str, ModuleType]) -> None:
-    linked = site["rules"].linked("peft#80, Soup#797, docs/findings/bias_recast.py.")
+    linked = site["rule_pages"].linked("peft#80, Soup#797, docs/findings/bias_recast.py.")
     assert linked == (
         "[peft#80](https://github.com/huggingface/peft/issues/80), Soup#797, [bias_recast](../findings.md#bias_recast)."
     )
-    assert site["rules"].prose("a ``b_c`` d_e <f> [g]") == r"a `b_c` d\_e \<f\> \[g\]"
+    assert site["rule_pages"].prose("a ``b_c`` d_e <f> [g]") == r"a `b_c` d\_e \<f\> \[g\]"
 
 
 def test_every_script_has_its_finding_and_every_record_its_script(
     site: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = site["others"]
+    others = site["other_pages"]
     page = others.findings()
     for script in (DOCS / "findings").glob("*.py"):
         assert page.count(f"{{ #{script.stem} }}") == 1
@@ -104,10 +104,10 @@ def test_every_script_has_its_finding_and_every_record_its_script(
 
 
 def test_the_saved_report_is_of_todays_rules_and_shown_where_it_is_asked_for(site: dict[str, ModuleType]) -> None:
-    sample, shown = site["others"].sample(), site["others"].SHOWN
+    sample, shown = site["other_pages"].sample(), site["other_pages"].SHOWN
     assert {r.rule for r in sample} <= set(rules())
     assert sample.exit_code == 1
-    assert "✗ KB201 norms-fp32" in site["others"].filled(shown)
+    assert "✗ KB201 norms-fp32" in site["other_pages"].filled(shown)
     assert len(render(sample, "html")) > 10_000
     assert [page.name for page in DOCS.glob("*.md") if shown in page.read_text(encoding="utf-8")] == ["report.md"]
     text = (DOCS / "report.md").read_text(encoding="utf-8")
@@ -116,13 +116,28 @@ def test_the_saved_report_is_of_todays_rules_and_shown_where_it_is_asked_for(sit
         assert word in re.findall(r"^\$ kbitcheck .*", text, re.MULTILINE)[0]
 
 
+def test_the_picture_is_of_the_saved_report(
+    site: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = site["picture"]
+    assert picture.main(["--check"]) == 0, "run `python docs/site/picture.py`"
+    monkeypatch.setattr(picture, "PICTURE", tmp_path / "images" / "report.svg")
+    assert picture.main([]) == 0
+    text = picture.PICTURE.read_text(encoding="utf-8")
+    assert "KB201" in text
+    assert not re.search(r"@import|url\((?!#)|href=", text)
+    picture.PICTURE.write_text(text.replace("KB201", "KB202"), encoding="utf-8")
+    assert picture.main(["--check"]) == 1
+    assert "has drifted" in capsys.readouterr().err
+
+
 def test_pages_show_the_source_of_rules(site: dict[str, ModuleType]) -> None:
-    page = site["others"].filled((DOCS / "writing-a-rule.md").read_text(encoding="utf-8"))
+    page = site["other_pages"].filled((DOCS / "writing-a-rule.md").read_text(encoding="utf-8"))
     assert '@rule("KB409", "train-eval-untouched"' in page
     assert '@breaks("KB409")' in page
     assert "<!--" not in page
     with pytest.raises(KeyError):
-        site["others"].filled("<!-- source of rule KB999 -->")
+        site["other_pages"].filled("<!-- source of rule KB999 -->")
 
 
 def targets(nav: Any) -> Iterator[str]:
