@@ -1,4 +1,4 @@
-"""PEFT's preparation silently freezes the adapters of a model that already has adapters."""
+"""PEFT's preparation of a model that already carries adapters freezes them and says nothing."""
 
 import sys
 from tempfile import TemporaryDirectory

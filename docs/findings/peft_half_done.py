@@ -1,4 +1,4 @@
-"""If an architecture cannot checkpoint, PEFT's preparation raises after it has frozen and upcast the model."""
+"""Where an architecture cannot checkpoint, PEFT's preparation raises after it has frozen and upcast the model."""
 
 import sys
 from tempfile import TemporaryDirectory

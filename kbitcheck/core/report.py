@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from kbitcheck.core.cases import REFERENCE
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.events import Collector
 from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.core.version import TOOL
+
+if TYPE_CHECKING:
+    from kbitcheck.core.events import Collector
 
 SCHEMA = 1
 

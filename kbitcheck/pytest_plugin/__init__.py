@@ -1,7 +1,7 @@
 """The pytest plugin: one test for each rule and case.
 
 ``pytest --kbit-impl mypkg:prepare`` collects them without a line of code; in a test module, request ``kbit_check`` and
-call it. It is loaded in every pytest run where kbitcheck is installed, so what it needs is imported when it is used.
+call it. pytest loads it in every run where kbitcheck is installed, so it imports little, and the rest on use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     runner = config.stash[RUNNER] = Runner(config)
     config.pluginmanager.register(runner, "kbitcheck-runner")
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Controller(config, runner), "kbitcheck-controller")
+        controller = Controller(config, runner.settings, runner.plan, runner.folder)
+        config.pluginmanager.register(controller, "kbitcheck-controller")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,14 +44,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def kbit_option_case(request: pytest.FixtureRequest) -> CaseSpec:
-    """One case of the ``--kbit-*`` options; a test that reaches this is run for each of them."""
+    """One case of the ``--kbit-*`` options; a test that requests it is run for each of them."""
     spec: CaseSpec = request.param
     return spec
 
 
 @pytest.fixture
 def kbit_case(kbit_option_case: CaseSpec) -> CaseSpec:
-    """The case that ``kbit_check`` judges: override it to give your own (``kbitcheck.testing.case`` makes one)."""
+    """The case that ``kbit_check`` judges: override it to return your own ``kbitcheck.testing.case(...)``."""
     return kbit_option_case
 
 

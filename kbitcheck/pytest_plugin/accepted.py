@@ -1,4 +1,4 @@
-"""``--kbit-ledger``: what was accepted, a cell at a time, as tests are judged one by one."""
+"""``--kbit-ledger``: the comparison with a ledger, one cell at a time, as tests are judged one by one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kbitcheck.core.result import Status
 
 @dataclass(frozen=True)
 class Accepted:
-    """A ledger, compared with results that need not be all of it."""
+    """A ledger, compared with results that need not cover all of it."""
 
     ledger: Ledger
 
     @cached_property
     def expected(self) -> dict[Cell, Status]:
-        """What was accepted, by rule and case."""
+        """The accepted status by rule and case."""
         return self.ledger.expected
 
     def reason(self, cell: Cell) -> str:
@@ -51,11 +51,15 @@ class Accepted:
         return gate.settle(report, self.ledger.name, self.breaches(report, cell))
 
     def judge(self, report: Report, deselected: Iterable[Cell]) -> Report:
-        """The report with its comparison; cells that were left out by hand (``-k``, ``--lf``) are not missed."""
-        found = {(r.rule, r.case) for r in report.results}
-        cells = dict.fromkeys([*self.expected, *found])
-        left = cells.keys() - (set(deselected) - found)
-        told = [(cell, b) for cell in cells if cell in left for b in self.breaches(report, cell)]
-        breaches = gate.merged((cell, (b.kind, b.told, b.counted)) for cell, b in told)
+        """The report with its comparison; a cell whose test was deselected (``-k``, ``--lf``) is not missed."""
+        reported = {(r.rule, r.case) for r in report.results}
+        left_out = set(deselected) - reported
+        changes = [
+            (cell, breach)
+            for cell in dict.fromkeys([*self.expected, *reported])
+            if cell not in left_out
+            for breach in self.breaches(report, cell)
+        ]
+        breaches = gate.merged((cell, (b.kind, b.told, b.counted)) for cell, b in changes)
         judged = gate.judge(report, self.ledger)
         return replace(judged, gate={**(judged.gate or {}), "breaches": [b.as_json() for b in breaches]})

@@ -31,8 +31,8 @@ def visible(environment: Mapping[str, str] = os.environ) -> list[str]:
     return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
 
 
-def own(worker: str, device: str, devices: Sequence[str]) -> dict[str, str]:
-    """What makes worker ``gw3`` see the fourth device alone, beginning again where there are fewer.
+def environment_of(worker: str, device: str, devices: Sequence[str]) -> dict[str, str]:
+    """Variables with which worker ``gw3`` sees the fourth device alone, or another one where there are fewer.
 
     Empty where the user named a device, or there is none.
     """

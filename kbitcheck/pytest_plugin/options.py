@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import pytest
 
@@ -17,29 +17,40 @@ if TYPE_CHECKING:
     from kbitcheck.core.cases import CaseSpec, Checkpointing
     from kbitcheck.pytest_plugin.accepted import Accepted
 
-# Name: metavar, default, whether it is repeatable, help.
-OPTIONS: dict[str, tuple[str, str, bool, str]] = {
-    "impl": (
-        "IMPL",
-        "",
-        False,
-        "Collect conformance tests of this preparation: module:function, file.py:function, peft.",
+
+@dataclass(kw_only=True)
+class Option:
+    """An option with a value: ``--kbit-NAME``, and ``kbit_NAME`` in the ini file."""
+
+    metavar: str
+    help: str
+    default: str = ""
+    repeatable: bool = False
+
+
+OPTIONS = {
+    "impl": Option(
+        metavar="IMPL", help="Collect conformance tests of this preparation: module:function, file.py:function, peft."
     ),
-    "model": ("MODEL", "", True, "Instead of the suite's models; repeatable."),
-    "quant": ("Q", "", True, "nf4, fp4 or int8, with options as in `kbitcheck impl --quant`; repeatable."),
-    "checkpointing": ("MODE", "", True, "reentrant, non-reentrant, default or off; repeatable."),
-    "profile": ("PROFILE", "peft", False, "The recipe of dtypes that is promised: peft, qlora or frozen-half."),
-    "select": ("CODES", "", True, "Only these rules; prefixes (KB3) too; repeatable."),
-    "suite": ("SUITE", "quick", False, "quick or full."),
-    "timeout": ("SECONDS", "600", False, "Time limit of one case."),
-    "device": ("DEVICE", "auto", False, "auto, cpu, cuda, cuda:1, ..."),
-    "report": (
-        "FILE",
-        "",
-        False,
-        "Write the report here; the suffix says how (.json, .txt, .xml, .sarif, .md, .html).",
+    "model": Option(metavar="MODEL", help="Use these models instead of the suite's; repeatable.", repeatable=True),
+    "quant": Option(
+        metavar="Q", help="Quantization, with options as in `kbitcheck impl --quant`; repeatable.", repeatable=True
     ),
-    "ledger": ("FILE", "", False, "Compare with the accepted results in this ledger."),
+    "checkpointing": Option(
+        metavar="MODE", help="reentrant, non-reentrant, default or off; repeatable.", repeatable=True
+    ),
+    "profile": Option(
+        metavar="PROFILE", help="The dtypes that the preparation promises: peft, qlora or frozen-half.", default="peft"
+    ),
+    "select": Option(metavar="CODES", help="Only these rules; prefixes (KB3) too; repeatable.", repeatable=True),
+    "suite": Option(metavar="SUITE", help="Suite of recipes: quick or full.", default="quick"),
+    "timeout": Option(metavar="SECONDS", help="Time limit of one case.", default="600"),
+    "device": Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", default="auto"),
+    "report": Option(
+        metavar="FILE",
+        help="Write the report to this file; the suffix selects the format (.json, .txt, .xml, .sarif, .md, .html).",
+    ),
+    "ledger": Option(metavar="FILE", help="Compare with the accepted results in this ledger."),
 }
 STRICT = "Count a broken SHOULD as well."
 FORMS = {
@@ -50,21 +61,24 @@ FORMS = {
 def declare(parser: pytest.Parser) -> None:
     """Add the options and their ini keys, all text, so that they cross to xdist's workers."""
     group = parser.getgroup("kbitcheck", "conformance of k-bit preparation")
-    for name, (metavar, default, repeatable, text) in OPTIONS.items():
-        shown = f"{text} [{default}]" if default else text
-        action = "append" if repeatable else "store"
-        group.addoption(f"--kbit-{name}", dest=f"kbit_{name}", action=action, metavar=metavar, default=None, help=shown)
-        if repeatable:
-            parser.addini(f"kbit_{name}", f"--kbit-{name}", "linelist", [])
-        else:
-            parser.addini(f"kbit_{name}", f"--kbit-{name}", "string", "")
+    for name, option in OPTIONS.items():
+        group.addoption(
+            f"--kbit-{name}",
+            dest=f"kbit_{name}",
+            action="append" if option.repeatable else "store",
+            metavar=option.metavar,
+            default=None,
+            help=f"{option.help} [{option.default}]" if option.default else option.help,
+        )
+        kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
+        parser.addini(f"kbit_{name}", f"--kbit-{name}", kind, [] if option.repeatable else "")
     group.addoption("--kbit-strict", dest="kbit_strict", action="store_true", default=None, help=STRICT)
     parser.addini("kbit_strict", "--kbit-strict", "bool", False)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options say, each as typed; properties check what they return."""
+    """The options as the user typed them; properties check the values that they return."""
 
     implementation: str
     models: tuple[str, ...]
@@ -81,22 +95,22 @@ class Settings:
 
     @classmethod
     def read(cls, config: pytest.Config) -> Settings:
-        """The options of this run; what the command line leaves out is the ini file's."""
+        """The options of this run; the ini file has those that the command line leaves out."""
         base = config.invocation_params.dir
 
         def text(name: str) -> str:
-            return str(config.getoption(f"kbit_{name}") or config.getini(f"kbit_{name}") or OPTIONS[name][1])
+            return str(config.getoption(f"kbit_{name}") or config.getini(f"kbit_{name}") or OPTIONS[name].default)
 
         def texts(name: str) -> tuple[str, ...]:
             return tuple(config.getoption(f"kbit_{name}") or config.getini(f"kbit_{name}"))
 
         def file(name: str) -> str:
-            """A path as given from where pytest was started, or in the ini file from the root directory."""
-            given = config.getoption(f"kbit_{name}")
-            return str(base / given if given else config.rootpath / text(name)) if text(name) else ""
+            """A path, relative to where pytest was started, or in the ini file to the root directory."""
+            typed = config.getoption(f"kbit_{name}")
+            return str(base / typed if typed else config.rootpath / text(name)) if text(name) else ""
 
         return cls(
-            implementation=located(text("impl"), base, config.rootpath),
+            implementation=implementation_from(text("impl"), base, config.rootpath),
             models=texts("model"),
             quants=texts("quant"),
             checkpointing=texts("checkpointing"),
@@ -148,7 +162,7 @@ class Settings:
 
     @cached_property
     def specs(self) -> list[CaseSpec]:
-        """The cases of ``--kbit-impl``; none where it was not given.
+        """The cases of ``--kbit-impl``; none without it.
 
         Raises:
             UsageError: an option is wrong.
@@ -157,17 +171,19 @@ class Settings:
             return []
         from kbitcheck.core import machine as environment
         from kbitcheck.core.cases import Checkpointing, Profile
+        from kbitcheck.core.suggest import did_you_mean
         from kbitcheck.run import subject as implementations
         from kbitcheck.run import suites as suite
 
-        for option, given, known in (
+        for option, values, choices in (
             ("profile", (self.profile,), get_args(Profile)),
             ("checkpointing", self.checkpointing, get_args(Checkpointing)),
             ("suite", (self.suite,), ("quick", "full")),
         ):
-            for value in given:
-                if value not in known:
-                    raise UsageError(f"no such --kbit-{option}: {value!r}; use {', '.join(known)}")
+            for value in values:
+                if value not in choices:
+                    hint = did_you_mean(value, choices)
+                    raise UsageError(f"no such --kbit-{option}: {value!r}{hint}; use {', '.join(choices)}")
         implementations.validate(self.implementation)
         environment.validate_device(self.device)
         return suite.cases(
@@ -182,10 +198,10 @@ class Settings:
 
     @cached_property
     def accepted(self) -> Accepted | None:
-        """What the ledger accepts; None where there is no ``--kbit-ledger``.
+        """The ledger of ``--kbit-ledger``; None without it.
 
         Raises:
-            UsageError: it is missing, malformed, or was accepted under other options.
+            UsageError: the ledger is missing, malformed, or was accepted under other options.
         """
         if not self.ledger:
             return None
@@ -200,7 +216,7 @@ class Settings:
         return Accepted(ledger)
 
     def check(self) -> None:
-        """Check, without torch, all that was given.
+        """Check all options, without torch.
 
         Raises:
             UsageError: one line that says what is wrong.
@@ -218,11 +234,8 @@ class Settings:
             OutputFile(self.report, "--kbit-report")
 
 
-def located(implementation: str, *directories: Path) -> str:
-    """The implementation with its file, if it names one, as seen from the working directory.
-
-    A relative file is looked for in each of ``directories``.
-    """
+def implementation_from(implementation: str, *directories: Path) -> str:
+    """The name of an implementation; a relative file that stands in one of ``directories`` becomes a path from here."""
     where, _, attribute = implementation.rpartition(":")
     if where.endswith(".py") and not Path(where).is_file():
         for directory in directories:
@@ -231,8 +244,7 @@ def located(implementation: str, *directories: Path) -> str:
     return implementation
 
 
-def given(config: pytest.Config) -> bool:
-    """Whether any of the options was given."""
-    names = (*OPTIONS, "strict")
-    found: list[Any] = [config.getoption(f"kbit_{n}") or config.getini(f"kbit_{n}") for n in names]
-    return any(found)
+def any_option(config: pytest.Config) -> bool:
+    """Whether any of the options is set, on the command line or in the ini file."""
+    values: list[Any] = [config.getoption(f"kbit_{n}") or config.getini(f"kbit_{n}") for n in (*OPTIONS, "strict")]
+    return any(values)

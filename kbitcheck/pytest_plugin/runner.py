@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
-import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,26 +11,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.events import Collector, Judged, Loaded
-from kbitcheck.core.report import Report, assemble
+from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result, Status
-from kbitcheck.core.rule import rules
-from kbitcheck.pytest_plugin.options import Settings, given
+from kbitcheck.pytest_plugin.options import Settings, any_option
+from kbitcheck.pytest_plugin.plan import Cell, Plan, shared_folder
 
 if TYPE_CHECKING:
     from kbitcheck.core.cases import CaseSpec
-    from kbitcheck.pytest_plugin.cases import Cases, Outcome
+    from kbitcheck.pytest_plugin.cases import Cases
+    from kbitcheck.pytest_plugin.outcome import Outcome
 
-FOLDER = "kbit_folder"  # in xdist's workerinput
-PLAN = "plan.json"
 WIDTH = 100
 
-TOLD = pytest.StashKey[str]()
-
-
-def new_folder() -> Path:
-    """A name for a test run's shared directory; nobody makes it before it is needed."""
-    return Path(tempfile.gettempdir()) / f"kbitcheck-{uuid.uuid4().hex}"
+OUTCOME = pytest.StashKey[str]()  # of an item: its outcome as text
 
 
 class Runner:
@@ -41,23 +31,22 @@ class Runner:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._input: Mapping[str, Any] = getattr(config, "workerinput", {})
-        self.folder = Path(self._input[FOLDER]) if FOLDER in self._input else new_folder()
-        self.active = given(config)
-        self._unbound: tuple[str, ...] = ()
-        self._bound: dict[CaseSpec, tuple[str, ...]] = {}
-        # By node id: the rule, and the case where it is known before the test runs.
-        self.plan: dict[str, tuple[str, str]] = {}
-        self.deselected: list[tuple[str, str]] = []
-        if self.active and not self._input:
-            self.checked_settings()
+        self._workerinput: Mapping[str, Any] = getattr(config, "workerinput", {})
+        self.folder = shared_folder(self._workerinput)
+        self.active = any_option(config)
+        self.plan = Plan()
+        # The rules that judge a case in tests which name it, and the rules of tests whose case a fixture decides.
+        self._rules_by_case: dict[CaseSpec, tuple[str, ...]] = {}
+        self._other_rules: tuple[str, ...] = ()
+        if self.active and not self._workerinput:
+            self._check_settings()
 
     @cached_property
     def settings(self) -> Settings:
-        """What the options say."""
+        """The options of this test run."""
         return Settings.read(self._config)
 
-    def checked_settings(self) -> None:
+    def _check_settings(self) -> None:
         """Refuse wrong options before anything is collected.
 
         Raises:
@@ -74,6 +63,7 @@ class Runner:
     def pytest_make_collect_report(
         self, collector: pytest.Collector
     ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Add the cases of ``--kbit-impl`` to the session's own collectors."""
         report = yield
         if self.active and isinstance(collector, pytest.Session) and report.passed:
             report.result = [*report.result, *self._collectors(collector)]
@@ -82,59 +72,56 @@ class Runner:
     def _collectors(self, session: pytest.Session) -> Iterator[pytest.Collector]:
         from kbitcheck.pytest_plugin.items import CaseCollector
 
-        settings = self.settings
-        for spec in settings.specs:
-            yield CaseCollector.from_parent(session, name=spec.id, spec=spec, rules=settings.rules, runner=self)
+        rules = self.settings.rules
+        for spec in self.settings.specs:
+            yield CaseCollector.from_parent(session, name=spec.id, spec=spec, rules=rules, check=self.check)
 
     def parametrize(self, metafunc: pytest.Metafunc) -> None:
         """Give a test function that requests ``kbit_check`` one parameter for each rule, and case of the options."""
-        from kbitcheck.pytest_plugin.items import item_name
+        from kbitcheck.pytest_plugin.specs import item_name
 
         self.active = True
         if any("kbit_check" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
             return  # kbitcheck.testing.parametrize did
-        chosen = self.settings.rules
+        rules = self.settings.rules
         if "kbit_option_case" not in metafunc.fixturenames:
             cells = [
                 pytest.param(rule.code, id=f"{rule.code}-{rule.name}", marks=pytest.mark.kbit(rule=rule.code))
-                for rule in chosen
+                for rule in rules
             ]
             metafunc.parametrize("kbit_check", cells, indirect=True)
             return
         if not self.settings.specs:
             pytest.fail("kbit_check has no case: give --kbit-impl, or override the fixture kbit_case", pytrace=False)
-        names = ("kbit_check", "kbit_option_case")
         pairs = [
             pytest.param(rule.code, spec, id=item_name(rule, spec), marks=pytest.mark.kbit(rule=rule.code))
             for spec in self.settings.specs
-            for rule in chosen
+            for rule in rules
         ]
-        metafunc.parametrize(names, pairs, indirect=True)
+        metafunc.parametrize(("kbit_check", "kbit_option_case"), pairs, indirect=True)
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        if self.active:
-            found = [cell for cell in map(_cell, items) if cell]
-            self.deselected += [(cell["rule"], cell["spec"].id) for cell in found if cell.get("spec")]
+        """Note which cells are left out."""
+        marks = [mark for mark in map(_mark, items) if mark] if self.active else []
+        self.plan.deselected += [Cell(mark["rule"], mark["spec"].id) for mark in marks if mark.get("spec")]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Plan which rules judge each case, so that a case is judged once by all of them."""
         if not self.active:
             return
-        bound: dict[CaseSpec, dict[str, None]] = {}
-        unbound: dict[str, None] = {}
+        by_case: dict[CaseSpec, set[str]] = {}
+        others: set[str] = set()
         for item in session.items:
-            cell = _cell(item)
-            if cell is None:
+            mark = _mark(item)
+            if mark is None:
                 continue
-            spec = cell.get("spec")
-            (unbound if spec is None else bound.setdefault(spec, {}))[cell["rule"]] = None
-            self.plan[item.nodeid] = (cell["rule"], "" if spec is None else spec.id)
-        self._unbound = tuple(sorted(unbound))
-        self._bound = {spec: tuple(sorted(codes)) for spec, codes in bound.items()}
-        if self.plan and self._input:
-            from kbitcheck.pytest_plugin.cases import write
-
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            write(self.folder / PLAN, {"plan": self.plan, "deselected": self.deselected})
+            spec = mark.get("spec")
+            (others if spec is None else by_case.setdefault(spec, set())).add(mark["rule"])
+            self.plan.cells[item.nodeid] = Cell(mark["rule"], "" if spec is None else spec.id)
+        self._other_rules = tuple(sorted(others))
+        self._rules_by_case = {spec: tuple(sorted(codes)) for spec, codes in by_case.items()}
+        if self.plan.cells and self._workerinput:
+            self.plan.save(self.folder)
 
     # Running
 
@@ -143,38 +130,39 @@ class Runner:
         from kbitcheck.pytest_plugin import devices
         from kbitcheck.pytest_plugin.cases import Cases, Job
 
-        worker, device = self._input.get("workerid", ""), self.settings.device
+        worker, device = self._workerinput.get("workerid", ""), self.settings.device
         return Cases(
             self.folder,
-            [Job(spec, codes) for spec, codes in self._bound.items()],
+            [Job(spec, codes) for spec, codes in self._rules_by_case.items()],
             timeout=self.settings.timeout,
             path=[entry for entry in sys.path if Path(entry).is_dir() and Path(entry).is_absolute()],
-            environment=devices.own(worker, device, devices.visible()) if worker else None,
+            environment=devices.environment_of(worker, device, devices.visible()) if worker else None,
         )
 
     def check(self, item: pytest.Item, case: Any, code: str) -> None:
         """Judge one rule on one case and end the test accordingly: a fail, a skip, an xfail, or nothing."""
         from kbitcheck.pytest_plugin.cases import Job
-        from kbitcheck.testing import as_spec
+        from kbitcheck.pytest_plugin.specs import as_spec
 
-        spec = as_spec(case, self.settings)
-        codes = self._bound.get(spec, ())
-        job = Job(spec, codes if code in codes else self._unbound or (code,))
-        outcome = self._cases.outcome(job)
-        if outcome["usage"]:
-            item.stash[TOLD] = json.dumps({"usage": outcome["usage"]})
-            item.session.shouldfail = outcome["usage"]
-            pytest.fail(outcome["usage"], pytrace=False)
-        result = Result.from_json(outcome["results"][code])
-        told = {key: outcome[key] for key in ("facts", "loaded")}
-        item.stash[TOLD] = json.dumps({**told, "usage": "", "spec": spec.as_json(), "result": result.as_json()})
-        self._tell(result, spec, outcome)
+        settings = self.settings
+        spec = as_spec(case, implementation=settings.implementation, device=settings.device)
+        codes = self._rules_by_case.get(spec, ())
+        outcome = self._cases.outcome(Job(spec, codes if code in codes else self._other_rules or (code,))).of(code)
+        item.stash[OUTCOME] = outcome.to_text()
+        if outcome.usage:
+            item.session.shouldfail = outcome.usage
+            pytest.fail(outcome.usage, pytrace=False)
+        [result] = outcome.results
+        self._end_test(result, outcome)
 
-    def _tell(self, result: Result, spec: CaseSpec, outcome: Outcome) -> None:
-        report = report_of(result, spec, Loaded(**outcome["loaded"]), strict=self.settings.strict)
-        accepted = self.settings.accepted if spec.implementation == self.settings.implementation else None
-        if accepted is not None:
-            cell = (result.rule, result.case)
+    def _end_test(self, result: Result, outcome: Outcome) -> None:
+        from kbitcheck.pytest_plugin.reports import gather
+
+        [group] = gather([outcome], [], {}, outcome.spec.implementation)
+        report = group.report(strict=self.settings.strict)
+        own = outcome.spec.implementation == self.settings.implementation
+        if own and (accepted := self.settings.accepted) is not None:
+            cell = Cell(result.rule, result.case)
             report = accepted.judge_cell(report, cell)
             if report.gate and any(breach["counted"] for breach in report.gate["breaches"]):
                 fail(report)
@@ -186,42 +174,41 @@ class Runner:
             pytest.skip(result.reason)
         if report.counts(result) or (result.status is Status.ERROR and report.gate is None):
             fail(report)
-        whose = result.attributed_to.value if result.attributed_to else "implementation"
-        pytest.xfail(f"{rules()[result.rule].name} ({result.level.value}, the {whose}'s): told, not counted")
+        pytest.xfail(not_counted(result))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attach the outcome to the test's report, with which it crosses from xdist's workers."""
         report = yield
-        if call.when == "call" and TOLD in item.stash:
-            # What a report carries beyond its own attributes crosses from xdist's workers with it.
-            vars(report)["kbit"] = item.stash[TOLD]
+        if call.when == "call" and OUTCOME in item.stash:
+            vars(report)["kbit"] = item.stash[OUTCOME]
         return report
 
     def pytest_sessionfinish(self) -> None:
+        """End the worker, where one was started."""
         if "_cases" in vars(self):
             self._cases.close()
 
 
-def _cell(item: pytest.Item) -> Mapping[str, Any] | None:
-    """The rule of a conformance test, and its case where that is known; None of any other test."""
+def _mark(item: pytest.Item) -> Mapping[str, Any] | None:
+    """The rule of a conformance test, and its case where a test names it; None for any other test."""
     return next((mark.kwargs for mark in item.iter_markers("kbit") if "rule" in mark.kwargs), None)
 
 
-def report_of(result: Result, spec: CaseSpec, loaded: Loaded, *, strict: bool) -> Report:
-    """The report of a single result."""
-    collector = Collector(loaded=loaded)
-    collector.add(Judged(result=result))
-    cases = {spec.id: spec.as_json()}
-    return assemble(collector, cases, subject={"command": "impl", "ignored": {}}, strict=strict)
+def not_counted(result: Result) -> str:
+    """Why a failure does not fail the test."""
+    from kbitcheck.core.rule import rules
+
+    party = result.attributed_to.value if result.attributed_to else "implementation"
+    return f"{rules()[result.rule].name} ({result.level.value}, the {party}'s): reported, not counted"
 
 
 def fail(report: Report) -> NoReturn:
-    """Fail a test with the report's own words, without a traceback."""
+    """Fail a test with the text of the report, without a traceback."""
     from kbitcheck.compare.gate import Breach
     from kbitcheck.report.text import findings_only
 
     changes = [Breach.from_json(breach).line for breach in (report.gate or {"breaches": ()})["breaches"]]
-    told = [*changes, findings_only(report, width=WIDTH)]
-    pytest.fail("\n".join(filter(None, told)), pytrace=False)
+    pytest.fail("\n".join(filter(None, [*changes, findings_only(report, width=WIDTH)])), pytrace=False)

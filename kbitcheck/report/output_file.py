@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ class OutputFile:
             raise UsageError(f"cannot write {self._name}: it is a directory")
         try:
             if self._plain(self._path):
-                self._draft(self._path.parent).unlink()
+                _draft(self._path.parent).unlink()
         except OSError as error:
             raise UsageError(f"cannot write {self._name}: {error.strerror}") from None
 
@@ -47,7 +46,7 @@ class OutputFile:
             if self._path is None:
                 self._print(text)
             elif self._plain(self._path):
-                self._replace(self._path, text)
+                replace_file(self._path, text)
             else:
                 self._path.write_text(text, encoding="utf-8")
         except OSError as error:
@@ -70,21 +69,22 @@ class OutputFile:
     def _plain(path: Path) -> bool:
         return path.is_file() or not path.exists()
 
-    @staticmethod
-    def _draft(directory: Path) -> Path:
-        fd, draft = tempfile.mkstemp(prefix=".kbitcheck-", dir=directory)
-        os.close(fd)
-        return Path(draft)
 
-    def _replace(self, path: Path, text: str) -> None:
-        draft = self._draft(path.parent)
-        try:
-            draft.write_text(text, encoding="utf-8")
-            mask = os.umask(0)
-            os.umask(mask)
-            draft.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
-            draft.replace(path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                draft.unlink()
-            raise
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part; its permissions stay."""
+    draft = _draft(path.parent)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        mask = os.umask(0)
+        os.umask(mask)
+        draft.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _draft(directory: Path) -> Path:
+    descriptor, draft = tempfile.mkstemp(prefix=".kbitcheck-", dir=directory)
+    os.close(descriptor)
+    return Path(draft)

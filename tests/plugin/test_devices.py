@@ -48,7 +48,7 @@ def test_without_a_driver_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
     [("gw0", "auto", "4"), ("gw1", "cuda", "7"), ("gw2", "auto", "4"), ("gw11", "auto", "7")],
 )
 def test_each_worker_takes_its_own(worker: str, device: str, seen: str) -> None:
-    assert devices.own(worker, device, ["4", "7"]) == {"CUDA_VISIBLE_DEVICES": seen}
+    assert devices.environment_of(worker, device, ["4", "7"]) == {"CUDA_VISIBLE_DEVICES": seen}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_each_worker_takes_its_own(worker: str, device: str, seen: str) -> None:
     [("gw0", "cpu", ["0"]), ("gw0", "cuda:1", ["0", "1"]), ("gw0", "auto", []), ("", "auto", ["0"])],
 )
 def test_what_the_user_chose_is_left(worker: str, device: str, known: list[str]) -> None:
-    assert devices.own(worker, device, known) == {}
+    assert devices.environment_of(worker, device, known) == {}
 
 
 SEEN = "import os\ndef prepare(model):\n    open('seen', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\n    return model\n"

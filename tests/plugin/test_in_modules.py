@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kbitcheck import UsageError, testing
+from kbitcheck.pytest_plugin import specs
 from tests.plugin.conftest import ONE, Run, builds, untimed
 
 pytest_plugins = ["pytester"]
@@ -104,21 +105,21 @@ def module_level() -> None:
     """Something with a name."""
 
 
-def test_functions_are_named_so_that_another_process_finds_them() -> None:
+def test_a_function_has_a_name_by_which_another_process_imports_it() -> None:
     import kbitcheck_reference
 
-    named = testing.name_of(kbitcheck_reference.prepare_model_for_kbit_training)
+    named = specs.importable_name(kbitcheck_reference.prepare_model_for_kbit_training)
     assert named == "kbitcheck_reference.prepare:prepare_model_for_kbit_training"
-    assert testing.name_of("peft") == "peft"
-    assert testing.name_of(module_level).endswith(":module_level")
+    assert specs.importable_name("peft") == "peft"
+    assert specs.importable_name(module_level).endswith(":module_level")
     for unnamed in (lambda model: model, object()):
         with pytest.raises(UsageError, match="has no name"):
-            testing.name_of(unnamed)  # type: ignore[arg-type]
+            specs.importable_name(unnamed)  # type: ignore[arg-type]
 
 
 def test_a_case_is_checked() -> None:
     assert testing.case("peft", model="tiny:llama").id == "tiny:llama-nf4-default"
-    assert testing.as_spec({"implementation": "peft", "model": "m", "quant": "int8"}).quant == "int8"
+    assert specs.as_spec({"implementation": "peft", "model": "m", "quant": "int8"}).quant == "int8"
     with pytest.raises(UsageError, match="not a case"):
         testing.case("peft", model="tiny:llama", colour="blue")
     with pytest.raises(UsageError, match="nf5"):
