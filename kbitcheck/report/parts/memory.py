@@ -13,21 +13,22 @@ GIB = 1 << 30
 def rows(
     facts: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Rows of all cases: a heading, the cases it is told of ("" where it is the same for all), and a text each."""
+    """Rows of all cases: a heading, the cases that have the text ("" where all cases do), and the text."""
     labels = _labels(list(facts), specs)
-    told: dict[tuple[str, int], dict[str, list[str]]] = {}
-    for case, found in facts.items():
-        seen: Counter[str] = Counter()
-        for heading, text in table(found):
-            told.setdefault((heading, seen[heading]), {}).setdefault(text, []).append(labels[case])
-            seen[heading] += 1
-    for (heading, _), texts in told.items():
-        for number, (text, of) in enumerate(texts.items()):
-            yield heading if not number else "", "" if len(of) == len(facts) else " and ".join(of), text
+    texts: dict[tuple[str, int], dict[str, list[str]]] = {}
+    for case, of_case in facts.items():
+        number: Counter[str] = Counter()
+        for heading, text in table(of_case):
+            texts.setdefault((heading, number[heading]), {}).setdefault(text, []).append(labels[case])
+            number[heading] += 1
+    for (heading, _), labels_by_text in texts.items():
+        for text, of in labels_by_text.items():
+            yield heading, "" if len(of) == len(facts) else " and ".join(of), text
+            heading = ""
 
 
 def _labels(cases: Sequence[str], specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What tells each case from the others: its model, quantization or checkpointing, as far as they differ."""
+    """How each case differs from the others: its model, quantization or checkpointing, as far as they differ."""
     parts = {
         case: [str(specs.get(case, {}).get(n, case)) for n in ("model", "quant", "checkpointing")] for case in cases
     }
@@ -37,25 +38,25 @@ def _labels(cases: Sequence[str], specs: Mapping[str, Mapping[str, Any]]) -> dic
 
 def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Rows of a case's facts: a heading and a text each."""
-    told = facts.get("forecast")
-    if told is None:
+    forecast = facts.get("forecast")
+    if forecast is None:
         yield from _measured(facts)
         yield from _trained(facts)
         return
-    largest = sorted(told["groups"].items(), key=lambda g: -_nbytes(g[1]))
+    largest = sorted(forecast["groups"].items(), key=lambda g: -_nbytes(g[1]))
     parts = ", ".join(f"{name} {size(_nbytes(g))}" for name, g in largest[:3] if _nbytes(g))
-    yield "weights", f"{size(told['loaded'])} as loaded ({parts})"
-    profiles = {p: sum(g["upcast"].get(p, 0) for g in told["groups"].values()) for p in ("peft", "qlora")}
-    yield "upcast", f"{size(told['upcast'])} under {told['profile']} (" + ", ".join(
-        f"{profile}: {size(added)}" for profile, added in profiles.items() if profile != told["profile"]
+    yield "weights", f"{size(forecast['loaded'])} as loaded ({parts})"
+    profiles = {p: sum(g["upcast"].get(p, 0) for g in forecast["groups"].values()) for p in ("peft", "qlora")}
+    yield "upcast", f"{size(forecast['upcast'])} under {forecast['profile']} (" + ", ".join(
+        f"{profile}: {size(added)}" for profile, added in profiles.items() if profile != forecast["profile"]
     ) + ")"  # fmt: skip
-    optimizer = told["optimizer"]
+    optimizer = forecast["optimizer"]
     others = f" (8-bit {size(optimizer['adamw-8bit'])}, paged {size(optimizer['paged-adamw'])} on the device)"
     differ = len(set(optimizer.values())) > 1
-    yield "adapters", f"{size(told['adapters'])}, AdamW {size(optimizer['adamw'])}{others if differ else ''}"
-    yield from _steps(facts, told)
+    yield "adapters", f"{size(forecast['adapters'])}, AdamW {size(optimizer['adamw'])}{others if differ else ''}"
+    yield from _steps(facts, forecast)
     yield from _trained(facts)
-    for note in told["notes"]:
+    for note in forecast["notes"]:
         yield "note", note
 
 
@@ -77,24 +78,27 @@ def _nbytes(group: Mapping[str, int]) -> int:
     return sum(group[name] for name in ("packed", "state", "unquantized", "buffers"))
 
 
-def _steps(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if not told["activations"]:
-        if told["missing"]:
-            yield "a step", f"not predicted: {told['missing']}"
+def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not forecast["activations"]:
+        if forecast["missing"]:
+            yield "a step", f"not predicted: {forecast['missing']}"
         return
     modes = "; ".join(
         f"{mode} {size(held['held'])} held, {size(held['peak'])} at the peak"
-        for mode, held in told["activations"].items()
+        for mode, held in forecast["activations"].items()
     )
-    yield "a step", f"{told['batch']} × {told['seq_len']} tokens, checkpointing {modes}; logits {size(told['logits'])}"
+    yield (
+        "a step",
+        f"{forecast['batch']} × {forecast['seq_len']} tokens, checkpointing {modes}; logits {size(forecast['logits'])}",
+    )
     if "activations" in facts:
         yield "measured", dict(_measured(facts))["activations"]
     yield (
         "in all",
-        f"{size(told['total'][told['mode']])} with {told['mode']} checkpointing, by {told['device']} kernels",
+        f"{size(forecast['total'][forecast['mode']])} with {forecast['mode']} checkpointing, by {forecast['device']} kernels",
     )
     heading = "fits"
-    for line in _fits(told):
+    for line in _fits(forecast):
         yield heading, line
         heading = ""
 
@@ -110,17 +114,17 @@ def _trained(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _fits(told: Mapping[str, Any]) -> Iterator[str]:
-    """The largest batch of each usual length, and the longest sequence, on the GPUs there are: lines of a table."""
-    smallest = min(told["rooms"], key=int)
-    if not told["longest"]:  # nobody would ask
+def _fits(forecast: Mapping[str, Any]) -> Iterator[str]:
+    """The largest batch of each usual length, and the longest sequence, on the common GPUs: lines of a table."""
+    smallest = min(forecast["rooms"], key=int)
+    if not forecast["longest"]:  # the model fits on every GPU
         yield (
-            f"any common GPU: this takes less than 1 % of the smallest, {told['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
+            f"any common GPU: this takes less than 1 % of the smallest, {forecast['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
         )
         return
-    lengths = told.get("usual") or {str(told["seq_len"]): told["largest_batch"]}
-    given = str(told["memory"])
-    fitting = [room for room in told["rooms"] if told["longest"][room] or room == given]
+    lengths = forecast.get("usual") or {str(forecast["seq_len"]): forecast["largest_batch"]}
+    memory = str(forecast["memory"])
+    fitting = [room for room in forecast["rooms"] if forecast["longest"][room] or room == memory]
     if not fitting:
         yield "none of the common GPUs"
         return
@@ -130,8 +134,8 @@ def _fits(told: Mapping[str, Any]) -> Iterator[str]:
         + "    alone  largest batch by tokens, or the longest alone"
     )
     for room in fitting[:GPUS_SHOWN]:
-        batches = "".join(f"{found[room]:>7,}" for found in lengths.values())
-        yield f"{int(room) / GIB:>6.4g}{batches}{told['longest'][room]:>9,}  {told['rooms'][room]}"
+        batches = "".join(f"{largest[room]:>7,}" for largest in lengths.values())
+        yield f"{int(room) / GIB:>6.4g}{batches}{forecast['longest'][room]:>9,}  {forecast['rooms'][room]}"
 
 
 def _measured(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
