@@ -12,8 +12,8 @@ from typing import Any, NoReturn, get_args
 from kbitcheck.core.cases import ALL_LINEAR, Adapters, Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
+from kbitcheck.report import FORMATS
 
-FORMATS = ("text", "json", "junit", "sarif", "markdown", "html")
 IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
 PREPARE_HELP = "Preparation to use; default: peft if installed, else reference."
 QUANT_HELP = "nf4|fp4[,double][,compute=bf16][,storage=uint8][,skip=lm_head] or int8[,skip=..]; repeatable."

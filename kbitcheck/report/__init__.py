@@ -1,4 +1,4 @@
-"""One pure ``render(report) -> str`` a file."""
+"""Reports as text, JSON, JUnit XML, SARIF, Markdown and HTML: one ``render(report) -> str`` a file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from importlib import import_module
 from kbitcheck.core.report import Report
 from kbitcheck.report.parts.verdict import verdict
 
-__all__ = ["render", "verdict"]
+__all__ = ["FORMATS", "render", "verdict"]
 
+FORMATS = ("text", "json", "junit", "sarif", "markdown", "html")  # each but the first is a file here
 PIPED_WIDTH = 110
 
 
 def render(report: Report, form: str, *, verbose: bool = False, terminal: bool = False) -> str:
-    """The report in a format of ``kbitcheck --format``; colours and the terminal's width only for a terminal."""
+    """The report in one of ``FORMATS``; colours and the terminal's width only for a terminal."""
     if form != "text":
         text: str = import_module(f"kbitcheck.report.{form}").render(report)
         return text

@@ -24,9 +24,9 @@ ROOT = "%SRCROOT%"
 def render(report: Report, *, root: Path | None = None) -> str:
     """One run. Source files under ``root`` (the working directory by default) are named relative to it.
 
-    Failures of a rule are one result whatever the number of cases, so that an alert stays itself while cases come and
-    go. What is not the implementation's own is a note; what a ledger accepts is suppressed, with the reason. Errors
-    are notifications: they say something of the run, not of the source.
+    Failures of a rule are one result whatever the number of cases, so that an alert keeps its identity when cases are
+    added or removed. A failure that is not attributed to the implementation is a note; one that the ledger accepts is
+    suppressed, with the reason. Errors are notifications: they concern the run, not the source.
     """
     root = (root or Path.cwd()).resolve()
     registered = rules()

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from kbitcheck.cli.options import FORMATS
 from kbitcheck.compare import gate
 from kbitcheck.compare.accept import accept
 from kbitcheck.compare.ledger import Ledger
@@ -25,7 +24,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.core.rule import rules
-from kbitcheck.report import junit, markdown, render, sarif
+from kbitcheck.report import FORMATS, junit, markdown, render, sarif
 from tests.ledger.reports import INT8, NF4, OWN, STACK, report, result
 
 FAIL, SKIP, ERROR = Status.FAIL, Status.SKIP, Status.ERROR

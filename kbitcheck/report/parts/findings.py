@@ -62,7 +62,7 @@ class Finding:
 
     @property
     def grave(self) -> bool:
-        """Whether the exit code is not 0 because of it."""
+        """Whether it makes the exit code other than 0."""
         return self.counted or self.error
 
     @property
@@ -81,7 +81,7 @@ class Finding:
 
     @property
     def advice(self) -> tuple[tuple[str, str], ...]:
-        """What the rule requires you to see and do: headings and texts."""
+        """Symptom and remedy: headings and texts."""
         if self.rule is None or self.error:
             return ()
         advice = (("You will see", self.rule.section("Symptom")), ("Do", self.rule.section("Fix")))
