@@ -129,12 +129,12 @@ def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, sample: b
 
 def medians(runs: Mapping[str, Sequence[Measured]]) -> dict[str, dict[str, float]]:
     """Median seconds and, where it was measured, memory of each command."""
-    found: dict[str, dict[str, float]] = {}
+    summary: dict[str, dict[str, float]] = {}
     for name, measured in runs.items():
-        found[name] = {"seconds": round(statistics.median(m.seconds for m in measured), 3)}
+        summary[name] = {"seconds": round(statistics.median(m.seconds for m in measured), 3)}
         if mib := statistics.median(m.mib for m in measured):
-            found[name]["mib"] = round(mib, 1)
-    return found
+            summary[name]["mib"] = round(mib, 1)
+    return summary
 
 
 def processor() -> str:
@@ -163,7 +163,7 @@ def run() -> dict[str, Any]:
         "rules": [KBITCHECK, "rules"],
     }
     runs = take_turns(heavy, REPEATS, sample=True) | take_turns(light, LIGHT_REPEATS, sample=False)
-    found = medians(runs)
+    summary = medians(runs)
     return {
         "environment": {
             "cpu": processor(),
@@ -171,13 +171,13 @@ def run() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
         },
-        "medians": found,
+        "medians": summary,
         "exit_codes": {name: sorted({run.code for run in runs[name]}) for name in runs},
         "ratios": [
             {
                 "what": c.what,
                 "to": BASELINES[c.baseline],
-                "ratio": (ratio := round(found[c.command][c.unit] / found[c.baseline][c.unit], 2)),
+                "ratio": (ratio := round(summary[c.command][c.unit] / summary[c.baseline][c.unit], 2)),
                 "target": c.target,
                 "met": ratio <= c.target,
             }
@@ -188,17 +188,17 @@ def run() -> dict[str, Any]:
 
 def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown, for ``docs/cost.md``."""
-    told = results["environment"]
+    environment = results["environment"]
     lines = ["| command | to | ratio | target | met |", "|---|---|---|---|---|"]
     lines += [
         f"| {r['what']} | {r['to']} | {r['ratio']:.2f} | {r['target']:g} | {'yes' if r['met'] else '**no**'} |"
         for r in results["ratios"]
     ]
     bare = results["medians"]["bare"]
-    machine = ", ".join(f"{name} {told[name]}" for name in ("python", *PACKAGES[1:]))
+    machine = ", ".join(f"{name} {environment[name]}" for name in ("python", *PACKAGES[1:]))
     lean = results["medians"]["lean"]
     took = f"The bare script took {bare['seconds']:.1f} s and {bare['mib']:.0f} MiB, lean {lean['seconds']:.1f} s"
-    lines += ["", f"{took} on {told['cores']} cores ({told['cpu']}), with {machine}."]
+    lines += ["", f"{took} on {environment['cores']} cores ({environment['cpu']}), with {machine}."]
     return "\n".join(lines)
 
 

@@ -42,14 +42,14 @@ def audited(config: Path) -> dict[str, Any]:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     text, seconds, kilobytes = json.loads(ran.stdout)
     report = json.loads(text)
-    (told,) = (facts["forecast"] for facts in report["facts"]["cases"].values())
+    (prediction,) = (facts["forecast"] for facts in report["facts"]["cases"].values())
     kept = ("parameters", "loaded", "upcast", "adapters", "batch", "seq_len", "activations", "total", "longest")
     return {
         "config": config.stem,
         "cpu_seconds": round(seconds, 2),
         "wall_seconds": report["facts"]["seconds"],
         "peak_rss_gib": round(kilobytes / (1 << 20), 3),
-        **{name: told[name] for name in kept},
+        **{name: prediction[name] for name in kept},
     }
 
 
@@ -88,7 +88,7 @@ def grid() -> list[dict[str, Any]]:
                 spec = CaseSpec(model=source.name, quant=quant, implementation="reference", checkpointing=mode)  # type: ignore[arg-type]
                 empty = source.meta(wanted)
                 facts = snapshot(empty)
-                told = forecast.of_weights(empty, facts, spec)
+                predicted = forecast.of_weights(empty, facts, spec)
                 run = forecast.Training(source, empty, facts, spec, device="cpu")
                 model: Any = copy.deepcopy(base)
                 prepare_model_for_kbit_training(model, True, {"use_reentrant": mode == "reentrant"})
@@ -107,8 +107,8 @@ def grid() -> list[dict[str, Any]]:
                     }
                     rows.append(
                         {"family": family, "quant": quant, "mode": mode, "batch": batch, "seq_len": length}
-                        | {"parameters": {"predicted": told.parameters, "measured": real_weights}}
-                        | {"bytes": {"predicted": told.loaded, "measured": sum(stored.values())}}
+                        | {"parameters": {"predicted": predicted.parameters, "measured": real_weights}}
+                        | {"bytes": {"predicted": predicted.loaded, "measured": sum(stored.values())}}
                         | {name: {"predicted": p, "measured": m} for name, (p, m) in pairs.items()}
                         | {f"{kind}_percent": worst(pairs[name] for name in names) for kind, names in KINDS.items()}
                     )
@@ -154,8 +154,8 @@ def main() -> int:
         print(row["config"], f"{row['parameters']:,}", row["cpu_seconds"], "s", row["peak_rss_gib"], "GiB", flush=True)
     rows = grid()
     versions = {p: metadata.version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")}
-    told = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "see gpu.json"}
-    (HERE / "predicted.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    results = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "see gpu.json"}
+    (HERE / "predicted.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(rows)
     over = [r["config"] for r in configs if r["cpu_seconds"] > LIMITS["seconds"] or r["peak_rss_gib"] > LIMITS["gib"]]
     exact = ("parameters", "bytes")

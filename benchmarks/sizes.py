@@ -33,14 +33,14 @@ def by_size(name: str, config: Path | None) -> dict[str, Any]:
     folder = str(resolve(model, random_weights=config is not None).checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        given = ["--random-weights"] if config else []
+        weights = ["--random-weights"] if config else []
         audit = [
             KBITCHECK,
             "model",
             model,
             "--quant",
             "nf4",
-            *given,
+            *weights,
             "--timeout",
             "7200",
             "--format",
@@ -50,18 +50,18 @@ def by_size(name: str, config: Path | None) -> dict[str, Any]:
         ]
         bare = [sys.executable, str(HERE / "bare.py"), folder]
         runs = take_turns({"lean": bare, "audit": audit}, 3 if config is None else 1, sample=True)
-        told = json.loads(report.read_text(encoding="utf-8"))
-    found = medians(runs)
-    judged = [r for r in told["results"] if r["status"] in ("PASS", "FAIL")]
-    (facts,) = told["facts"]["cases"].values()
+        saved = json.loads(report.read_text(encoding="utf-8"))
+    summary = medians(runs)
+    judged = [r for r in saved["results"] if r["status"] in ("PASS", "FAIL")]
+    (facts,) = saved["facts"]["cases"].values()
     return {
         "model": name,
         "audit": facts.get("static", "full"),
         "rules": len(judged),
-        "rules_per_second": round(len(judged) / found["audit"]["seconds"], 2),
-        "seconds_to_bare": round(found["audit"]["seconds"] / found["lean"]["seconds"], 2),
-        "memory_to_bare": round(found["audit"]["mib"] / found["lean"]["mib"], 2),
-        "medians": found,
+        "rules_per_second": round(len(judged) / summary["audit"]["seconds"], 2),
+        "seconds_to_bare": round(summary["audit"]["seconds"] / summary["lean"]["seconds"], 2),
+        "memory_to_bare": round(summary["audit"]["mib"] / summary["lean"]["mib"], 2),
+        "medians": summary,
     }
 
 
@@ -96,7 +96,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 
 def main(names: list[str]) -> int:
-    """Measure the sizes of these names, all if none is given, and write."""
+    """Measure the sizes of these names, all of them by default, and write."""
     if unknown := set(names) - set(SIZES):
         raise SystemExit(f"no such size: {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
     file = HERE / "sizes.json"
@@ -105,12 +105,12 @@ def main(names: list[str]) -> int:
         {"cpu": processor(), **by_size(name, config)} if not names or name in names else kept[name]
         for name, config in SIZES.items()
     ]
-    told = {
+    results = {
         "environment": {"cpu": processor(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}},
         "audits": rows,
         "sweep": sweep_rate(),
     }
-    file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(rows)
     for row in rows:
         print(row["model"], row["audit"], row["seconds_to_bare"], row["memory_to_bare"], row["rules_per_second"])

@@ -1,4 +1,4 @@
-"""The 4-bit backward unpacks to the dtype of the quantization state, though the layer computes in float32."""
+"""The 4-bit backward unpacks to the dtype of the quantization state, although the layer computes in float32."""
 
 import sys
 

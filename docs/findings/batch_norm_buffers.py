@@ -1,4 +1,4 @@
-"""Upcasting parameters alone breaks batch norm on a CPU: its running statistics are buffers, and stay in half precision."""
+"""Upcasting only parameters breaks batch norm on a CPU: its running statistics are buffers and stay in half precision."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' layers cast their own bias in place in a forward: to the compute dtype (int8: the input's)."""
+"""bitsandbytes' layers cast their own bias in place in a forward, to the compute dtype (int8: to the input's dtype)."""
 
 import sys
 
@@ -18,5 +18,5 @@ def recast(layer: nn.Module) -> bool:
 
 
 layers = [Linear4bit(64, 64, compute_dtype=torch.bfloat16), Linear8bitLt(64, 64, has_fp16_weights=False)]
-found = [recast(layer) for layer in layers]
-sys.exit(0 if all(found) else 1)
+recasts = [recast(layer) for layer in layers]
+sys.exit(0 if all(recasts) else 1)

@@ -1,4 +1,4 @@
-"""SigLIP 2, which LFM2-VL sees with, casts pictures to its first weight's dtype: of a packed weight, to whole numbers."""
+"""SigLIP 2, LFM2-VL's vision tower, casts images to its first weight's dtype: to integers if that weight is packed."""
 
 import sys
 
@@ -18,10 +18,10 @@ packed.load_state_dict(plain.state_dict())
 embeddings.patch_embedding = packed.to("cpu")
 seen = []
 packed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-pictures = {"spatial_shapes": torch.tensor([[2, 2]]), "pixel_attention_mask": torch.ones(1, 4)}
+images = {"spatial_shapes": torch.tensor([[2, 2]]), "pixel_attention_mask": torch.ones(1, 4)}
 try:
-    model(torch.rand(1, 4, plain.in_features) - 0.5, **pictures)
-except RuntimeError as error:  # what comes out may be whole numbers too
+    model(torch.rand(1, 4, plain.in_features) - 0.5, **images)
+except RuntimeError as error:  # the result may be integers, too
     print(error)
 print(f"pixels from -0.5 to 0.5 come as {seen[0].dtype}: {sorted(set(seen[0].flatten().tolist()))}")
 sys.exit(0 if not seen[0].is_floating_point() else 1)

@@ -1,4 +1,4 @@
-"""On AVX-512 processors bitsandbytes unpacks a 4-bit weight wrongly where rows are no multiple of the block size."""
+"""On AVX-512 processors bitsandbytes unpacks a 4-bit weight wrongly if its rows are no multiple of the block size."""
 
 import sys
 

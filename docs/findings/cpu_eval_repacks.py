@@ -1,4 +1,4 @@
-"""On AVX512-BF16 processors an evaluation forward of Linear4bit rewrites its packed weight, and rounds its scales."""
+"""On AVX512-BF16 processors a forward of Linear4bit in eval mode rewrites the packed weight and rounds its scales."""
 
 import sys
 

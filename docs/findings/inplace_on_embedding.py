@@ -1,4 +1,4 @@
-"""GIT cannot train once inputs are made to require grad: it writes pictures into its embedding's output in place."""
+"""GIT cannot train once its inputs require grad: it writes images into its embedding's output in place."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""LLaVA reads the last but one layer of its vision tower, so the last one gets no gradient."""
+"""LLaVA reads the second to last layer of its vision tower, so that the last layer gets no gradient."""
 
 import sys
 

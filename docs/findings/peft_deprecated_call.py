@@ -1,4 +1,4 @@
-"""PEFT's preparation calls a method that transformers 5.23 deprecates, so each preparation warns."""
+"""PEFT's preparation calls a method that transformers 5.23 deprecates, so that each preparation warns."""
 
 import sys
 import warnings
@@ -15,6 +15,6 @@ with TemporaryDirectory() as folder:
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     prepare_model_for_kbit_training(model)
-told = sorted({str(w.message) for w in caught})
-print(*(told or ["no warning"]), sep="\n")
-sys.exit(0 if any("deprecated" in t for t in told) else 1)
+messages = sorted({str(w.message) for w in caught})
+print(*(messages or ["no warning"]), sep="\n")
+sys.exit(0 if any("deprecated" in t for t in messages) else 1)

@@ -1,4 +1,4 @@
-"""PEFT's preparation of a model that already carries adapters freezes them and says nothing."""
+"""PEFT's preparation silently freezes the adapters of a model that already has adapters."""
 
 import sys
 from tempfile import TemporaryDirectory

@@ -1,4 +1,4 @@
-"""Where an architecture cannot checkpoint, PEFT's preparation raises after it has frozen and upcast the model."""
+"""If an architecture cannot checkpoint, PEFT's preparation raises after it has frozen and upcast the model."""
 
 import sys
 from tempfile import TemporaryDirectory

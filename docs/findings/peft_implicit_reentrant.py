@@ -1,4 +1,4 @@
-"""PEFT passes no use_reentrant, so torch warns in each run and falls back to reentrant checkpointing."""
+"""PEFT does not pass use_reentrant, so that torch warns in each run and uses reentrant checkpointing."""
 
 import sys
 import warnings
@@ -18,7 +18,7 @@ ids = torch.arange(8)[None]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model.train()(input_ids=ids, labels=ids).loss.backward()
-told = [str(w.message).split(". ")[0] for w in caught if "use_reentrant" in str(w.message)]
+messages = [str(w.message).split(". ")[0] for w in caught if "use_reentrant" in str(w.message)]
 keywords = model.model.layers[0]._gradient_checkpointing_func.keywords
-print(f"arguments of torch.utils.checkpoint: {keywords}; warnings: {sorted(set(told))}")
-sys.exit(0 if told and "use_reentrant" not in keywords else 1)
+print(f"arguments of torch.utils.checkpoint: {keywords}; warnings: {sorted(set(messages))}")
+sys.exit(0 if messages and "use_reentrant" not in keywords else 1)

@@ -1,4 +1,4 @@
-"""A bitsandbytes checkpoint that was loaded cannot be saved again: transformers#45743."""
+"""A model that was loaded from a bitsandbytes checkpoint cannot be saved again: transformers#45743."""
 
 import sys
 import tempfile

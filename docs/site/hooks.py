@@ -41,7 +41,7 @@ def _opened(entry: Any) -> Any:
     for code, rule in rules().items():
         family = FAMILIES.get(rule.family, rule.family)
         families.setdefault(family, []).append({f"{code} {rule.name}": f"rules/{code}.md"})
-    return {title: [RULES, *({family: found} for family, found in families.items())]}
+    return {title: [RULES, *({family: pages} for family, pages in families.items())]}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -69,5 +69,5 @@ def on_post_build(config: MkDocsConfig) -> None:
     """
     built = Path(config.site_dir)
     for path in sorted([*built.rglob("*.html"), *built.rglob("*.css")]):
-        if found := LOADED.search(path.read_text(encoding="utf-8")):
-            raise PluginError(f"{path.relative_to(built)} loads from elsewhere: {found[0]}")
+        if match := LOADED.search(path.read_text(encoding="utf-8")):
+            raise PluginError(f"{path.relative_to(built)} loads from elsewhere: {match[0]}")

@@ -106,8 +106,8 @@ def filled(text: str) -> str:
         KeyError: there is no such rule.
     """
 
-    def source(found: re.Match[str]) -> str:
-        kind, code = found.groups()
+    def source(match: re.Match[str]) -> str:
+        kind, code = match.groups()
         if kind == "source":
             shown = inspect.getsource(rules()[code].check).rstrip()
         else:

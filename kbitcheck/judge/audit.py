@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from math import prod
 
+from kbitcheck.core.anatomy import unquantized
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts, ModelFacts, TensorFacts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.precision import norm_parameters
 
 MOST = 0.5
-
-# The first that matches, so that a shared expert is an expert and a vision tower's attention is the tower's.
-PARTS = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        ("vision", r"(^|\.)(vision\w*|visual|image\w*|vit)\.|mm_projector|multi_modal_projector"),
-        ("audio", r"(^|\.)(audio\w*|speech\w*)\."),
-        ("routers", r"(^|\.)(router|gate)\.(\w+\.)*(weight|bias|e_score_correction_bias)$|router"),
-        ("experts", r"experts?(\.|_|$)"),
-        ("attention", r"attn|attention|(^|\.)(q_proj|k_proj|v_proj|o_proj)\."),
-        (
-            "mlp",
-            r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)",
-        ),
-    )
-)
-
-
-def group(tensor: TensorFacts, model: ModelFacts, norms: frozenset[str]) -> str:
-    """What a parameter is part of; ``norms`` are the names of the normalization layers' parameters.
-
-    Embeddings and head are told by the model, norms as KB201 tells them, the rest by the names of the modules above:
-    transformers has no other mark for them.
-    """
-    owner = tensor.name.rpartition(".")[0]
-    if owner in model.embeddings:
-        return "embeddings"
-    if owner in model.heads:
-        return "head"
-    if tensor.name in norms:
-        return "norms"
-    for name, pattern in PARTS:
-        if pattern.search(tensor.name):
-            return name
-    return "other"
-
-
-def buffers_name(name: str) -> str:
-    """The group of a buffer."""
-    return "vision" if PARTS[0][1].search(name) else "buffers"
-
-
-def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
-    """Unquantized parameters by group, each storage once."""
-    groups: dict[str, list[TensorFacts]] = {}
-    norms = norm_parameters(model)
-    for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
-        groups.setdefault(group(tensor, model, norms), []).append(tensor)
-    return groups
 
 
 @rule("KB901", "quantized-share", Level.SHOULD)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import HALF, Facts, TensorFacts
+from kbitcheck.core.facts import HALF, Facts
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.precision import norm_parameters
 
 LARGE_BLOCK = 20 << 20
 
@@ -54,7 +55,13 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
     Sources: peft#1149, trl#4335, unsloth#1186.
     """
     before, after = facts.loaded, facts.prepared
-    demanded = sum({t.storage: t.nbytes for t in before.parameters.values() if _cast(t, facts)}.values())
+    promise, norms = PROMISES[facts.profile], norm_parameters(before)
+    cast = [
+        tensor
+        for tensor in before.parameters.values()
+        if not tensor.packed and tensor.dtype in HALF and promise.casts(norm=tensor.name in norms)
+    ]
+    demanded = sum({tensor.storage: tensor.nbytes for tensor in cast}.values())  # float32 takes twice the bytes
     bound = before.nbytes + demanded
     yield Observation(
         "parameters and buffers", after.nbytes <= bound, f"at most {bound:,} bytes", f"{after.nbytes:,} bytes"
@@ -62,10 +69,3 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
     # A small parameter may be a view of a large storage.
     grown, c = demanded + facts.cost.before, facts.cost
     yield Observation("storages", c.after <= grown, f"at most {grown:,} bytes", f"{c.after:,} bytes")
-
-
-def _cast(tensor: TensorFacts, facts: Facts) -> bool:
-    """Whether the profile demands that a parameter of the base becomes fp32: it then takes twice its bytes."""
-    if tensor.packed or tensor.dtype not in HALF or facts.profile == "frozen-half":
-        return False
-    return facts.profile == "peft" or tensor.name in norm_parameters(facts.loaded)

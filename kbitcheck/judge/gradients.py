@@ -100,7 +100,7 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     The gradient is judged element by element, and as a gain over the whole layer, from outside the layer. The rule
     also fails if the layer's input requires grad and its output does not.
 
-    Why: adapters' gradients do not show a cut here, because the residual stream carries gradients around the layer.
+    Why: gradients of adapters do not show a cut here, because the residual stream carries gradients around the layer.
     Symptom: all adapters have gradients, those before the cut are several times too small, and the model is just
     worse.
     Fix: use a kernel that has a backward; never detach a frozen layer's input, and never run the layer under

@@ -6,20 +6,13 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import FLOATING, HALF, Facts, ForwardFacts, ModelFacts, TensorFacts
+from kbitcheck.core.facts import FLOATING, HALF, Facts, ForwardFacts, TensorFacts
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import blame, unless_bare
-
-NORM_KINDS = frozenset({"class", "name", "shape"})
-
-
-def norm_parameters(model: ModelFacts) -> frozenset[str]:
-    """Names of the parameters of every module that looks like a normalization layer, by class, name or shape."""
-    norms = {m.name for m in model.modules.values() if m.norm & NORM_KINDS}
-    return frozenset(n for n in model.parameters if n.rpartition(".")[0] in norms)
-
 
 ## KB201-KB204: casts
 
@@ -34,8 +27,8 @@ def norms_fp32(facts: Facts) -> Iterable[Observation]:
     Fix: cast every unquantized half-precision parameter, not parameters in a list of names.
     Sources: peft#130, alpaca-lora#313, unsloth-zoo#680.
     """
-    if facts.profile == "frozen-half":
-        raise NotApplicable("the frozen-half profile promises nothing about norms")
+    if not PROMISES[facts.profile].norms:
+        raise NotApplicable(f"the {facts.profile} profile promises nothing about norms")
     names = norm_parameters(facts.prepared)
     if not names:
         raise NotApplicable("the model has no normalization layer with parameters")
@@ -53,7 +46,7 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     Fix: cast every unquantized half-precision parameter, or name the profile that you intend (``--profile qlora``).
     Sources: peft#389, peft#1515.
     """
-    if facts.profile != "peft":
+    if not PROMISES[facts.profile].others:
         raise NotApplicable(f"the {facts.profile} profile lets embeddings and head stay half")
     norms = norm_parameters(facts.prepared)
     examined = [p for p in facts.prepared.parameters.values() if not p.packed and p.dtype in FLOATING]
@@ -242,7 +235,7 @@ def same_function(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("the logits of the float twin or of the unprepared base are not finite")
     if f.left_out == f.tokens:
         raise NotApplicable("rounding moved the experts of every token")
-    bound = 4 * max(f.twin_error, f.ulp) if facts.profile == "peft" else f.base_error + 4 * max(f.twin_error, f.ulp)
+    bound = 4 * max(f.twin_error, f.ulp) + (0 if PROMISES[facts.profile].others else f.base_error)
     rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
     for forward in facts.forwards:
         if forward.apart is not None and not f.left_out:
@@ -278,7 +271,7 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
     Sources: peft#84, peft#88, peft#131, peft#1515, trl#4457.
     """
     for f in facts.forwards:
-        if facts.profile == "qlora" and not f.autocast:
+        if PROMISES[facts.profile].autocast and not f.autocast:
             continue
         ok = f.finite and not f.raised
         if not ok and (f.base_raised or not f.base_finite):

@@ -24,6 +24,7 @@ from kbitcheck.core.facts import (
     StoreFacts,
     TrainingFacts,
 )
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.loaded import Attached, Base
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, interleaving, memory, snapshot, step, store, targets
@@ -100,7 +101,7 @@ class Copies:
         Raises:
             Unavailable: it cannot, which is KB210's to tell.
         """
-        mixed = self.profile == "qlora"
+        mixed = PROMISES[self.profile].autocast
         for f in self.forwards:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             fed = f.condition.startswith("train") and f.condition != forwards.EMBEDDED

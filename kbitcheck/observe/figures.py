@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kbitcheck.core.anatomy import unquantized
 from kbitcheck.core.facts import GradientFacts, MemoryFacts, ModelFacts
-from kbitcheck.judge.audit import unquantized
 
 GRADIENT_BOUND = 4.0  # yardsticks (KB304)
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|default|weight|bias)(?=\.|$)")

@@ -17,6 +17,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec, Profile
 from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import Given
 from kbitcheck.models.sources.resolve import Source, source_of
@@ -176,11 +177,11 @@ class Base:
         return targets.Routed(*targets.routed(model, run))
 
     def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
-        """How training runs under a profile: ``qlora`` mixes dtypes by design and needs autocast.
+        """How training runs under a profile: mixed dtypes need autocast.
 
         Autocast keeps the weights that it casts until its end (``caching``): they are no activations.
         """
-        if profile != "qlora":
+        if not PROMISES[profile].autocast:
             return None
         device = next(iter(self.batch.values())).device.type
         return lambda: torch.autocast(device, dtype=self.half, cache_enabled=caching)

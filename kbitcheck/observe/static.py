@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
-from kbitcheck.judge.precision import norm_parameters
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.forecast import predict as forecast
-from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.heap import LARGE_BYTES
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot, targets
@@ -66,11 +66,11 @@ class StaticCase:
     @property
     def widened(self) -> Mapping[str, int]:
         """Bytes that the profile adds to each unquantized parameter."""
-        norms = norm_parameters(self.base)
+        norms, promise = norm_parameters(self.base), PROMISES[self.profile]
         return {
             name: t.nbytes
             for name, t in self.base.parameters.items()
-            if not t.packed and t.dtype in HALF and weights.casts(self.profile, name in norms)
+            if not t.packed and t.dtype in HALF and promise.casts(norm=name in norms)
         }
 
     def summary(self) -> dict[str, Any]:

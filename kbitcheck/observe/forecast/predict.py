@@ -10,10 +10,11 @@ import torch
 from kbitcheck_reference import prepare, upcast
 from torch import Tensor, nn
 
+from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
-from kbitcheck.judge.precision import norm_parameters
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import memory_sizes as fits
 from kbitcheck.observe.forecast import weights
@@ -122,7 +123,7 @@ class Training:
         )
         compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
         half = compute if compute in HALF else torch.bfloat16
-        autocast = (lambda: torch.autocast("cpu", dtype=half)) if spec.profile == "qlora" else None
+        autocast = (lambda: torch.autocast("cpu", dtype=half)) if PROMISES[spec.profile].autocast else None
         self._step = Step(wrapped, World(device), autocast)
 
     @property
@@ -166,8 +167,8 @@ class Training:
         except ValueError:
             parts = []
         prepare.freeze_base(model)
-        norms = norm_parameters(facts)
-        wide = {id(p) for n, p in model.named_parameters() if weights.casts(spec.profile, n in norms)}
+        norms, promise = norm_parameters(facts), PROMISES[spec.profile]
+        wide = {id(p) for n, p in model.named_parameters() if promise.casts(norm=n in norms)}
         upcast.upcast(p for p in upcast.castable_parameters(model) if id(p) in wide)
         if spec.checkpointing != "off":
             prepare.make_inputs_require_grad(parts)

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.core.anatomy import group_of, group_of_buffer, norm_parameters
 from kbitcheck.core.facts import HALF, GroupFacts, ModelFacts
-from kbitcheck.judge.audit import buffers_name, group
-from kbitcheck.judge.precision import norm_parameters
-
-PROFILES = ("peft", "qlora", "frozen-half")
+from kbitcheck.core.profile import PROMISES
 
 
 def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
@@ -46,23 +44,18 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
                 unquantized=tensor.nbytes,
                 upcast={
                     profile: 4 * numbers - tensor.nbytes
-                    for profile in PROFILES
-                    if tensor.dtype in HALF and casts(profile, name in norms)
+                    for profile, promise in PROMISES.items()
+                    if tensor.dtype in HALF and promise.casts(norm=name in norms)
                 },
             )
-        key = group(tensor, facts, norms)
+        key = group_of(tensor, facts, norms)
         found[key] = found.get(key, GroupFacts()) + added
     for tensor in facts.buffers.values():
         if tensor.storage not in seen:
             seen.add(tensor.storage)
-            key = buffers_name(tensor.name)
+            key = group_of_buffer(tensor.name)
             found[key] = found.get(key, GroupFacts()) + GroupFacts(buffers=tensor.nbytes)
     return found
-
-
-def casts(profile: str, norm: bool) -> bool:
-    """Whether a profile demands that a half-precision parameter becomes float32."""
-    return profile == "peft" or (profile == "qlora" and norm)
 
 
 def _once(tensor: torch.Tensor, seen: set[int]) -> int:

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from kbitcheck import backends
 from kbitcheck.core.facts import GradientFacts
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
@@ -149,8 +150,7 @@ def _unpacked(layer: Any, empty: Empty, dtype: torch.dtype) -> torch.Tensor:
 
 def promised(profile: str, name: str, module: nn.Module) -> torch.dtype | None:
     """The dtype that ``profile`` promises of a module's half-precision parameters; None where it promises nothing."""
-    wide = profile == "peft" or (profile == "qlora" and norm_evidence(name, module))
-    return torch.float32 if wide else None
+    return torch.float32 if PROMISES[profile].casts(norm=bool(norm_evidence(name, module))) else None
 
 
 def cast(model: nn.Module, profile: str) -> None:
