@@ -1,4 +1,4 @@
-# Each target does its own set-up. On a machine without a GPU take the small build of torch where it is offered:
+# Each target does its own set-up. On a machine without a GPU, use torch's small build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -63,7 +63,7 @@ fuzz: $(STAMP)
 clean:
 	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist
 
-# torch goes first and pinned: as a dependency of something else pip takes the newest, with gigabytes of CUDA.
+# torch is installed first, and pinned: as a dependency of another package pip installs the newest, with gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kbitcheck needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -71,7 +71,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The oldest transformers and peft that pyproject.toml allows; everything else as pinned, but what the old ones refuse.
+# The oldest transformers and peft that pyproject.toml allows; everything else as pinned, except packages that they refuse.
 $(OLDEST_STAMP): pyproject.toml constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	grep -v -E '^(transformers|peft|huggingface_hub|tokenizers|hf-xet|fsspec|filelock)==' constraints.txt > $(OLDEST)/constraints.txt
