@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
 
 class Level(StrEnum):
-    """How binding a requirement is: breaking a MUST is non-conformance, a SHOULD counts under ``--strict``, INFO is told."""
+    """How binding a requirement is: breaking a MUST is non-conformance, a SHOULD counts under ``--strict``, INFO is reported."""
 
     MUST = "MUST"
     SHOULD = "SHOULD"
@@ -17,7 +17,7 @@ class Level(StrEnum):
 
 
 class Status(StrEnum):
-    """What came of one rule on one case."""
+    """The outcome of one rule on one case."""
 
     PASS = "PASS"  # noqa: S105  (no password)
     FAIL = "FAIL"
@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 
 class Party(StrEnum):
-    """Who a deviation belongs to."""
+    """Who a deviation is attributed to."""
 
     IMPLEMENTATION = "implementation"
     MODEL = "model"
@@ -35,23 +35,30 @@ class Party(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One thing a rule examined.
+    """One thing that a rule examined: ``ok`` says whether the actual is as expected.
 
-    ``where`` names a parameter, layer or fact; ``party`` says whose a deviation is, and ``witness`` what shows that it
-    is not the implementation's (required for any other party). ``note`` is a fact worth telling once, whatever ``ok`` is.
+    ``where`` names a parameter, layer or fact. A deviation is attributed to ``party``; for any party but the
+    implementation ``witness`` says what shows it. ``note`` is a fact to report once, whatever ``ok`` is. ``traits``
+    describe what deviates (``columns``, ``dtype``), where the condition of a finding asks for them.
     """
 
     where: str
-    ok: bool
     expected: str
     actual: str
+    _: KW_ONLY
+    ok: bool
     party: Party = Party.IMPLEMENTATION
     witness: str = ""
     note: str = ""
+    traits: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not self.ok and self.party is not Party.IMPLEMENTATION and not self.witness:
             raise ValueError(f"{self.where}: a deviation of the {self.party.value} needs a witness")
+
+    def attributed(self, party: Party, witness: str) -> Observation:
+        """The same observation, attributed to another party."""
+        return replace(self, party=party, witness=witness)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +93,7 @@ class Result:
         What is at its default is left out, and neighbouring failures that differ in their places alone share an entry:
         of hundreds of rules most passed, and a failure tends to be one of many.
         """
-        return {**_told(self, "failures"), **({"failures": _shared(self.failures)} if self.failures else {})}
+        return {**_not_default(self, "failures"), **({"failures": _shared(self.failures)} if self.failures else {})}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -99,29 +106,31 @@ class Result:
                 "status": Status(data["status"]),
                 "attributed_to": None if party is None else Party(party),
                 "notes": tuple(data.get("notes", ())),
-                "failures": tuple(seen for entry in data.get("failures", ()) for seen in _spread(entry)),
+                "failures": tuple(one for entry in data.get("failures", ()) for one in _spread(entry)),
             }
         )
 
 
-def _told(thing: Result | Observation, *without: str) -> dict[str, Any]:
+def _not_default(record: Result | Observation, *without: str) -> dict[str, Any]:
     """The fields that are not at their default."""
-    found = ((f.name, getattr(thing, f.name), f.default) for f in fields(thing) if f.name not in without)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value, usual in found if value != usual}
+    values = ((f.name, getattr(record, f.name), f.default) for f in fields(record) if f.name not in without)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value, usual in values if value != usual}
 
 
 def _shared(failures: Iterable[Observation]) -> list[dict[str, Any]]:
+    """Entries with a list of places each: neighbours that differ in their places alone share one."""
     entries: list[dict[str, Any]] = []
-    for seen in failures:
-        told = _told(seen, "where", *(() if seen.ok else ("ok",)))
-        if entries and {k: v for k, v in entries[-1].items() if k != "where"} == told:
-            entries[-1]["where"].append(seen.where)
+    for failure in failures:
+        rest = _not_default(failure, "where", *(() if failure.ok else ("ok",)))
+        if entries and {k: v for k, v in entries[-1].items() if k != "where"} == rest:
+            entries[-1]["where"].append(failure.where)
         else:
-            entries.append({"where": [seen.where], **told})
+            entries.append({"where": [failure.where], **rest})
     return entries
 
 
 def _spread(entry: Mapping[str, Any]) -> Iterator[Observation]:
+    """The observations of one entry."""
     places = [entry["where"]] if isinstance(entry["where"], str) else entry["where"]
     party = Party(entry.get("party", Party.IMPLEMENTATION))
     for where in places:

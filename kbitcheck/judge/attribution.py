@@ -1,8 +1,7 @@
-"""Whose a failure is: not the implementation's, where the same base shows it unprepared."""
+"""Which party a failure is attributed to: not the implementation, where the same base shows the failure unprepared."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
@@ -11,49 +10,52 @@ from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Observation, Party
 from kbitcheck.core.rule import Check
 
+UNPREPARED = "the unprepared base, checkpointed by transformers itself, does the same"
 
-def blame(facts: Facts, ok: bool, party: Party, alike: Callable[[Facts], bool]) -> tuple[Party, str]:
-    """The party, with its witness, of an observation that is not ``ok``: ``party`` where ``alike`` holds of the base.
 
-    The base is asked only then: unprepared, frozen, with the same adapters, and checkpointed by transformers itself.
+def unless_unprepared(
+    observation: Observation, facts: Facts, party: Party, shows: Callable[[Facts], bool]
+) -> Observation:
+    """The observation, attributed to ``party`` if it is not ok and the unprepared base ``shows`` the same.
+
+    That base is frozen, has the same adapters, and transformers itself checkpoints it. It is run only for a failure.
     """
-    if ok:
-        return Party.IMPLEMENTATION, ""
+    if observation.ok:
+        return observation
     try:
-        same = alike(facts.unprepared)
+        same = shows(facts.unprepared)
     except (NotApplicable, Unavailable):
         same = False
-    return (party, "the unprepared base, checkpointed by transformers itself, does the same") if same else (
-        Party.IMPLEMENTATION, ""
-    )  # fmt: skip
+    return observation.attributed(party, UNPREPARED) if same else observation
 
 
 BARE = "the same base, cast as the profile promises and otherwise left alone, fails the same"
 
 
 def unless_bare(judge: Check) -> Check:
-    """The rule, with those of its failures named the model's that the bare base shows too, in the same places.
+    """The rule, with a failure attributed to the model if the bare base fails in the same place.
 
-    Bare is a base that nothing prepares or checkpoints; the harness itself casts what the profile promises. It is asked
-    only where something failed. What is broken there is broken by quantization or rounding, whoever prepares.
+    Nothing prepares or checkpoints the bare base; kbitcheck itself casts what the profile promises. The base is judged
+    only after a failure. What fails there fails by quantization or rounding, whatever prepares the model.
     """
 
     @functools.wraps(judge)
     def judged(facts: Facts) -> Iterable[Observation]:
-        broken: frozenset[str] | None = None
-        for seen in judge(facts):
-            if seen.ok or seen.party is not Party.IMPLEMENTATION:
-                yield seen
+        failures: frozenset[str] | None = None
+        for observation in judge(facts):
+            if observation.ok or observation.party is not Party.IMPLEMENTATION:
+                yield observation
                 continue
-            broken = _broken(judge, facts) if broken is None else broken
-            alike = seen.where in broken
-            yield dataclasses.replace(seen, party=Party.MODEL, witness=BARE) if alike else seen
+            failures = _bare_failures(judge, facts) if failures is None else failures
+            same = observation.where in failures
+            yield observation.attributed(Party.MODEL, BARE) if same else observation
 
     return judged
 
 
-def _broken(judge: Check, facts: Facts) -> frozenset[str]:
+def _bare_failures(judge: Check, facts: Facts) -> frozenset[str]:
+    """Where the bare base fails."""
     try:
-        return frozenset(seen.where for seen in judge(facts.bare) if not seen.ok)
+        return frozenset(observation.where for observation in judge(facts.bare) if not observation.ok)
     except (NotApplicable, Unavailable):
         return frozenset()

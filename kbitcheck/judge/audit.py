@@ -38,13 +38,21 @@ def quantized_share(facts: Facts) -> Iterable[Observation]:
     largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
     for tensor in _largest(facts.base) if share < MOST else ():
         yield Observation(
-            tensor.name, False, "packed weights", f"{tensor.dtype}, {len(tensor.shape)}-D", Party.MODEL,
-            "its type: no linear layer",
-        )  # fmt: skip
+            tensor.name,
+            "packed weights",
+            f"{tensor.dtype}, {len(tensor.shape)}-D",
+            ok=False,
+            party=Party.MODEL,
+            witness="its type: no linear layer",
+        )
     yield Observation(
-        "weights", share >= MOST, "most weights quantized", f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
-        Party.MODEL, "counted on the unprepared base",
-    )  # fmt: skip
+        "weights",
+        "most weights quantized",
+        f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
+        ok=share >= MOST,
+        party=Party.MODEL,
+        witness="counted on the unprepared base",
+    )
 
 
 def _largest(model: ModelFacts) -> list[TensorFacts]:
@@ -72,9 +80,13 @@ def upcast_cost(facts: Facts) -> Iterable[Observation]:
     parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
     actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
     yield Observation(
-        "prepared model", prepared <= half, f"at most {half:,} bytes, the half-precision model's", actual,
-        Party.MODEL, "bytes that the profile demands, counted on the base",
-    )  # fmt: skip
+        "prepared model",
+        f"at most {half:,} bytes, the half-precision model's",
+        actual,
+        ok=prepared <= half,
+        party=Party.MODEL,
+        witness="bytes that the profile demands, counted on the base",
+    )
 
 
 @rule("KB903", "checkpointing-supported", Level.SHOULD)
@@ -90,11 +102,11 @@ def checkpointing_supported(facts: Facts) -> Iterable[Observation]:
     ok = facts.base.can_checkpoint and bool(towers)
     yield Observation(
         facts.base.cls,
-        ok,
         "supports checkpointing",
         towers or "no block that does",
-        Party.MODEL,
-        "its class and blocks",
+        ok=ok,
+        party=Party.MODEL,
+        witness="its class and blocks",
     )
 
 
@@ -117,7 +129,12 @@ def dead_adapters(facts: Facts) -> Iterable[Observation]:
     """
     for name, g in facts.gradients.items():
         yield Observation(
-            name, g.live, "reached by a gradient", "dead" if not g.live else "live", Party.MODEL, "the float64 twin"
+            name,
+            "reached by a gradient",
+            "dead" if not g.live else "live",
+            ok=g.live,
+            party=Party.MODEL,
+            witness="the float64 twin",
         )
 
 
@@ -131,9 +148,9 @@ def unfit_targets(facts: Facts) -> Iterable[Observation]:
     Fix: list the targets by name, without these layers.
     Sources: peft#1720, transformers mixture-of-experts routers, Mamba ``out_proj``.
     """
-    yield Observation("targets", True, "fit", "looked at")
+    yield Observation("targets", "fit", "looked at", ok=True)
     for name, reason in facts.unfit_targets.items():
-        yield Observation(name, False, "can take an adapter", reason, Party.MODEL, "its type")
+        yield Observation(name, "can take an adapter", reason, ok=False, party=Party.MODEL, witness="its type")
 
 
 @rule("KB906", "fits", Level.INFO)
@@ -151,9 +168,13 @@ def fits(facts: Facts) -> Iterable[Observation]:
     told = facts.forecast
     predicted = told.loaded - sum(g.state for g in told.groups.values())
     yield Observation(
-        "weights", predicted == facts.base.nbytes, f"{predicted:,} bytes as loaded", f"{facts.base.nbytes:,} bytes",
-        Party.MODEL, "its configuration",
-    )  # fmt: skip
+        "weights",
+        f"{predicted:,} bytes as loaded",
+        f"{facts.base.nbytes:,} bytes",
+        ok=predicted == facts.base.nbytes,
+        party=Party.MODEL,
+        witness="its configuration",
+    )
     if told.memory is not None:
         total = told.total(told.mode)
         if total is None:  # without a step, what stays through training is still known
@@ -162,9 +183,13 @@ def fits(facts: Facts) -> Iterable[Observation]:
             what = f"{told.batch} x {told.seq_len} tokens"
             fitting = f"largest batch that fits: {told.largest_batch[told.memory]:,}"
         yield Observation(
-            what, total <= told.memory, f"at most {told.memory:,} bytes", f"{total:,} bytes; {fitting}",
-            Party.MODEL, f"predicted, {told.mode} checkpointing",
-        )  # fmt: skip
+            what,
+            f"at most {told.memory:,} bytes",
+            f"{total:,} bytes; {fitting}",
+            ok=total <= told.memory,
+            party=Party.MODEL,
+            witness=f"predicted, {told.mode} checkpointing",
+        )
 
 
 @rule("KB907", "unknown-norms", Level.INFO)
@@ -180,7 +205,9 @@ def unknown_norms(facts: Facts) -> Iterable[Observation]:
     if not looked:
         raise NotApplicable("nothing in the model looks like a norm")
     for m in looked:
-        yield Observation(m.name, "class" in m.norm, "a known norm class", m.cls, Party.MODEL, "its shape")
+        yield Observation(
+            m.name, "a known norm class", m.cls, ok="class" in m.norm, party=Party.MODEL, witness="its shape"
+        )
 
 
 @rule("KB908", "remote-code", Level.INFO)
@@ -194,9 +221,9 @@ def remote_code(facts: Facts) -> Iterable[Observation]:
     """
     yield Observation(
         "model code",
-        not facts.remote_code,
         "part of transformers",
         "from its repository",
-        Party.MODEL,
-        "auto_map in its config",
+        ok=not facts.remote_code,
+        party=Party.MODEL,
+        witness="auto_map in its config",
     )

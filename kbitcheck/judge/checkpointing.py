@@ -9,7 +9,7 @@ from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import blame
+from kbitcheck.judge.attribution import unless_unprepared
 from kbitcheck.judge.gradients import needs_checkpointing
 
 ## KB401-KB404: asked for and done
@@ -30,12 +30,17 @@ def on_when_asked(facts: Facts) -> Iterable[Observation]:
     if not facts.base.can_checkpoint:
         why = f"{facts.base.cls} does not support checkpointing"
         yield Observation(
-            facts.base.cls, False, "blocks that checkpoint", why, Party.MODEL, "its class says so: supports_gradient_checkpointing"
-        )  # fmt: skip
+            facts.base.cls,
+            "blocks that checkpoint",
+            why,
+            ok=False,
+            party=Party.MODEL,
+            witness="its class says so: supports_gradient_checkpointing",
+        )
         return
     for block in facts.prepared.blocks:
         yield Observation(
-            block.name, block.checkpointing is True, "checkpointing on", f"its flag is {block.checkpointing}"
+            block.name, "checkpointing on", f"its flag is {block.checkpointing}", ok=block.checkpointing is True
         )
 
 
@@ -56,10 +61,10 @@ def off_when_not(facts: Facts) -> Iterable[Observation]:
         if m.checkpointing is not None:
             turned_on = m.checkpointing and not (before is not None and before.checkpointing)
             yield Observation(
-                m.name or facts.prepared.cls, not turned_on, "its flag off", f"its flag is {m.checkpointing}"
+                m.name or facts.prepared.cls, "its flag off", f"its flag is {m.checkpointing}", ok=not turned_on
             )
     for block in facts.run.blocks.values():
-        yield Observation(block.name, block.recomputed == 0, "no recompute", f"recomputed {block.recomputed} times")
+        yield Observation(block.name, "no recompute", f"recomputed {block.recomputed} times", ok=block.recomputed == 0)
 
 
 @rule("KB403", "blocks-recompute", Level.MUST)
@@ -81,14 +86,9 @@ def blocks_recompute(facts: Facts) -> Iterable[Observation]:
             ok = total == wanted and block.computed == plain.computed and plain.recomputed == 0
             plainly = f" (plain run: {plain.computed} + {plain.recomputed})" if plain.recomputed else ""
             ran = (block.computed, block.recomputed)
-            blamed = blame(facts, ok, Party.STACK, partial(_ran_so, name, ran))
-            yield Observation(
-                name,
-                ok,
-                f"computed {wanted} times",
-                f"{block.computed} + {block.recomputed} in backward{plainly}",
-                *blamed,
-            )
+            actual = f"{block.computed} + {block.recomputed} in backward{plainly}"
+            observation = Observation(name, f"computed {wanted} times", actual, ok=ok)
+            yield unless_unprepared(observation, facts, Party.STACK, partial(_ran_so, name, ran))
 
 
 def _ran_so(name: str, ran: tuple[int, int], facts: Facts) -> bool:
@@ -108,15 +108,15 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
     needs_checkpointing(facts)
     asked, run, _ = facts.honoured
     if not run.checkpoints:
-        yield Observation("torch.utils.checkpoint", False, "called", "never called")
+        yield Observation("torch.utils.checkpoint", "called", "never called", ok=False)
     for key, value in asked.items():
         seen = sorted({c.get(key, "not passed") for c in run.checkpoints})
         if seen:
-            yield Observation(f"{key}={value}", seen == [value], value, ", ".join(seen))
+            yield Observation(f"{key}={value}", value, ", ".join(seen), ok=seen == [value])
     if facts.checkpointing in ("reentrant", "non-reentrant"):
         mode = str(facts.checkpointing == "reentrant")
         for used in sorted({c["use_reentrant"] for c in facts.run.checkpoints}):
-            yield Observation("use_reentrant in the case's own run", used == mode, mode, used)
+            yield Observation("use_reentrant in the case's own run", mode, used, ok=used == mode)
 
 
 ## KB405-KB406: memory
@@ -142,19 +142,18 @@ def memory_saved(facts: Facts) -> Iterable[Observation]:
     if m.blocks <= 0:
         raise NotApplicable("the blocks hold nothing beyond their inputs and results, even without checkpointing")
     over = m.held - m.allowed
-    party, witness = Party.IMPLEMENTATION, ""
-    if 0 < over <= m.stack:
-        party = Party.STACK
-        witness = f"bare quantized layers inside a non-reentrant checkpoint keep {m.stack:,} bytes of their inputs"
-    yield Observation(
-        "held between forward and backward", over <= 0, f"at most {m.allowed:,} bytes (plain: {m.plain:,})", f"{m.held:,} bytes", party, witness
-    )  # fmt: skip
+    expected = f"at most {m.allowed:,} bytes (plain: {m.plain:,})"
+    held = Observation("held between forward and backward", expected, f"{m.held:,} bytes", ok=over <= 0)
+    keep = f"bare quantized layers inside a non-reentrant checkpoint keep {m.stack:,} bytes of their inputs"
+    yield held.attributed(Party.STACK, keep) if 0 < over <= m.stack else held
     for tower in dict.fromkeys(b.tower for b in facts.run.blocks.values()):
         seen = [n for n in dict.fromkeys(facts.run.order) if facts.run.blocks[n].tower == tower]
         forward = [n for n in facts.run.blocks if n in seen]
         if len(seen) > 1:
             ok = seen == forward[::-1]
-            yield Observation(f"backward of {tower}", ok, "blocks recomputed one at a time, last first", " ".join(seen))
+            yield Observation(
+                f"backward of {tower}", "blocks recomputed one at a time, last first", " ".join(seen), ok=ok
+            )
 
 
 @rule("KB406", "memory-scales", Level.SHOULD)
@@ -177,12 +176,10 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
     for name in names:
         over = m.steps[name] - m.step_allowed[name]
         stack = m.step_stack.get(name, 0)
-        party, witness = Party.IMPLEMENTATION, ""
-        if 0 < over <= stack:
-            party, witness = Party.STACK, f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
-        yield Observation(
-            name, over <= 0, f"adds at most {m.step_allowed[name]:,} bytes", f"{m.steps[name]:,} bytes", party, witness
-        )
+        expected = f"adds at most {m.step_allowed[name]:,} bytes"
+        added = Observation(name, expected, f"{m.steps[name]:,} bytes", ok=over <= 0)
+        keep = f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
+        yield added.attributed(Party.STACK, keep) if 0 < over <= stack else added
 
 
 def _crosses_towers(name: str, facts: Facts) -> bool:
@@ -207,7 +204,7 @@ def reentrant_explicit(facts: Facts) -> Iterable[Observation]:
     """
     needs_checkpointing(facts)
     heard = [w for w in facts.run.warnings if "use_reentrant" in w]
-    yield Observation("training step", not heard, "no warning about use_reentrant", heard[0] if heard else "none")
+    yield Observation("training step", "no warning about use_reentrant", heard[0] if heard else "none", ok=not heard)
 
 
 @rule("KB408", "cache-off-in-training", Level.SHOULD)
@@ -221,12 +218,12 @@ def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
     """
     needs_checkpointing(facts)
     held = facts.run.cache_held is True
-    yield Observation("training forward", not held, "no cache", "a cache is held" if held else "none")
+    yield Observation("training forward", "no cache", "a cache is held" if held else "none", ok=not held)
     if facts.generator:
         g = facts.generates
         ok = g.finite and not g.raised
-        blamed = blame(facts, ok, Party.MODEL, lambda bare: bare.generates.raised == g.raised)
-        yield Observation("generate", ok, "works after training", str(g.raised or "works"), *blamed)
+        generation = Observation("generate", "works after training", str(g.raised or "works"), ok=ok)
+        yield unless_unprepared(generation, facts, Party.MODEL, lambda base: base.generates.raised == g.raised)
 
 
 @rule("KB409", "train-eval-untouched", Level.MUST)
@@ -241,9 +238,11 @@ def train_eval_untouched(facts: Facts) -> Iterable[Observation]:
     """
     for text, call in (("as loaded", facts.default_call), ("all in train", facts.positional_call)):
         changed = call.modes_changed
-        yield Observation(f"a model {text}", not changed, "no mode changed", ", ".join(changed[:4]) or "none changed")
+        yield Observation(
+            f"a model {text}", "no mode changed", ", ".join(changed[:4]) or "none changed", ok=not changed
+        )
     for name, flag in facts.training_flags.items():
         now = facts.prepared.modules.get(name)
         if now is not None:
             expected, actual = ("train" if f else "eval" for f in (flag, now.training))
-            yield Observation(name or facts.prepared.cls, now.training is flag, expected, actual)
+            yield Observation(name or facts.prepared.cls, expected, actual, ok=now.training is flag)

@@ -8,7 +8,7 @@ from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts, ModelFacts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import blame
+from kbitcheck.judge.attribution import unless_unprepared
 
 DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs": "None"}
 
@@ -31,21 +31,21 @@ def signature(facts: Facts) -> Iterable[Observation]:
             if found is None:
                 yield Observation(
                     name,
-                    call.accepts_any,
                     f"a parameter, default {default}",
                     "any keyword" if call.accepts_any else "absent",
+                    ok=call.accepts_any,
                 )
             else:
-                yield Observation(name, found == default, f"default {default}", f"default {found or 'missing'}")
+                yield Observation(name, f"default {default}", f"default {found or 'missing'}", ok=found == default)
         order = [n for n in call.parameters if n in DEFAULTS]
         yield Observation(
-            "order of parameters", order in (list(DEFAULTS), order[:1], []), ", ".join(DEFAULTS), ", ".join(order)
+            "order of parameters", ", ".join(DEFAULTS), ", ".join(order), ok=order in (list(DEFAULTS), order[:1], [])
         )
         first = next(iter(call.parameters), None)
-        yield Observation("first parameter", first == "model" or call.accepts_any, "model", first or "none")
+        yield Observation("first parameter", "model", first or "none", ok=first == "model" or call.accepts_any)
     off = facts.positional_call
     yield Observation(
-        "prepare(model, False)", off.raised is not None or not off.checkpoints, "checkpointing stays off", "it is on"
+        "prepare(model, False)", "checkpointing stays off", "it is on", ok=off.raised is not None or not off.checkpoints
     )
     for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
         raised = one.raised
@@ -55,7 +55,7 @@ def signature(facts: Facts) -> Iterable[Observation]:
             # If every form of call raises the same error, the signature is not to blame.
             and (raised != facts.call.raised or raised.type == "TypeError")
         )
-        yield Observation(text, not refused, "accepted", f"raised {one.raised}" if refused else "accepted")
+        yield Observation(text, "accepted", f"raised {one.raised}" if refused else "accepted", ok=not refused)
 
 
 @rule("KB502", "returns-the-model", Level.MUST)
@@ -69,14 +69,14 @@ def returns_the_model(facts: Facts) -> Iterable[Observation]:
     """
     call = facts.call
     if call.raised:
-        yield Observation("prepare(model, ...)", False, "returns", f"raised {call.raised}")
+        yield Observation("prepare(model, ...)", "returns", f"raised {call.raised}", ok=False)
         return
     actual = "the same object" if call.same_object else f"another object ({call.returned})"
-    yield Observation("returned object", call.same_object, f"the {facts.base.cls} it was given", actual)
+    yield Observation("returned object", f"the {facts.base.cls} it was given", actual, ok=call.same_object)
     for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
         if not one.raised and not one.same_object:
-            yield Observation(text, False, f"the {facts.base.cls} it was given", f"another object ({one.returned})")
-    yield Observation("class", call.class_kept, f"the very class {facts.base.cls}", facts.prepared.cls)
+            yield Observation(text, f"the {facts.base.cls} it was given", f"another object ({one.returned})", ok=False)
+    yield Observation("class", f"the very class {facts.base.cls}", facts.prepared.cls, ok=call.class_kept)
 
 
 @rule("KB503", "arguments-untouched", Level.MUST)
@@ -96,7 +96,7 @@ def arguments_untouched(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("this case passes no kwargs")
     for call in passed:
         same = call.kwargs_before == call.kwargs_after
-        yield Observation("gradient_checkpointing_kwargs", same, call.kwargs_before, call.kwargs_after)
+        yield Observation("gradient_checkpointing_kwargs", call.kwargs_before, call.kwargs_after, ok=same)
 
 
 @rule("KB504", "idempotent", Level.SHOULD)
@@ -127,20 +127,20 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
         before = facts.loaded.modules[name].hooks if name in facts.loaded.modules else ()
         added = len(module.hooks) - len(before)
         if added or name in facts.prepared.embeddings:
-            yield Observation(name or module.cls, added <= 1, "at most one new hook", f"{added} new hooks")
+            yield Observation(name or module.cls, "at most one new hook", f"{added} new hooks", ok=added <= 1)
     off = facts.switched_off
     for name, module in off.modules.items():
         before = facts.loaded.modules[name].hooks if name in facts.loaded.modules else ()
         if name in hooked and (len(module.hooks) != len(before) or name in facts.prepared.embeddings):
             left = len(module.hooks) - len(before)
-            yield Observation(f"{name or module.cls} after disabling", left <= 0, "no hook left", f"{left} left")
+            yield Observation(f"{name or module.cls} after disabling", "no hook left", f"{left} left", ok=left <= 0)
         if module.checkpointing is not None:
             was = facts.loaded.modules[name].checkpointing if name in facts.loaded.modules else None
             yield Observation(
                 f"{name or module.cls} after switching off",
-                module.checkpointing == was,
                 f"flag {was}",
                 f"flag {module.checkpointing}",
+                ok=module.checkpointing == was,
             )
 
 
@@ -159,13 +159,13 @@ def all_or_nothing(facts: Facts) -> Iterable[Observation]:
     if not call.raised:
         told = bool(call.warnings)
         on = any(b.checkpointing for b in after.blocks)
-        yield Observation("an architecture that cannot checkpoint", told or on, "an error or a warning", "silence")
+        yield Observation("an architecture that cannot checkpoint", "an error or a warning", "silence", ok=told or on)
         return
     yield from same_model(before, after, "before the call", "after it raised")
     message = f"{call.raised.type}: {call.raised.text}"
-    yield Observation("message", before.cls in message, f"names {before.cls}", message)
+    yield Observation("message", f"names {before.cls}", message, ok=before.cls in message)
     way = "use_gradient_checkpointing" in message
-    yield Observation("message (way out)", way, "names use_gradient_checkpointing=False", message)
+    yield Observation("message (way out)", "names use_gradient_checkpointing=False", message, ok=way)
 
 
 @rule("KB507", "no-global-effects", Level.MUST)
@@ -178,9 +178,9 @@ def no_global_effects(facts: Facts) -> Iterable[Observation]:
     Sources: unsloth-zoo#549, ms-swift ``torch.utils.checkpoint`` patch.
     """
     changed = facts.call.process
-    yield Observation("process", True, "unchanged", "looked at")
+    yield Observation("process", "unchanged", "looked at", ok=True)
     for name, (before, after) in changed.items():
-        yield Observation(name, False, before, after)
+        yield Observation(name, before, after, ok=False)
 
 
 @rule("KB508", "no-hoarding", Level.MUST)
@@ -194,13 +194,14 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     Sources: bitsandbytes#2005, peft#3265.
     """
     stale = facts.cost.stale
-    yield Observation("after preparing", stale == 0, "0 bytes of old weights alive", f"{stale:,} bytes")
+    yield Observation("after preparing", "0 bytes of old weights alive", f"{stale:,} bytes", ok=stale == 0)
     survivors, left = facts.memory.survivors, facts.left_by_evaluation
     # What the base leaves in half precision a preparation may leave in fp32: twice the bytes, and no more.
-    blamed = blame(facts, survivors == 0, Party.MODEL, lambda bare: 2 * bare.memory.survivors >= survivors)
-    yield Observation("after a step", survivors == 0, "0 bytes of activations alive", f"{survivors:,} bytes", *blamed)
-    blamed = blame(facts, left == 0, Party.MODEL, lambda bare: 2 * bare.left_by_evaluation >= left)
-    yield Observation("after an evaluation", left == 0, "0 bytes of activations alive", f"{left:,} bytes", *blamed)
+    none = "0 bytes of activations alive"
+    step = Observation("after a step", none, f"{survivors:,} bytes", ok=survivors == 0)
+    yield unless_unprepared(step, facts, Party.MODEL, lambda base: 2 * base.memory.survivors >= survivors)
+    evaluation = Observation("after an evaluation", none, f"{left:,} bytes", ok=left == 0)
+    yield unless_unprepared(evaluation, facts, Party.MODEL, lambda base: 2 * base.left_by_evaluation >= left)
 
 
 @rule("KB509", "quiet", Level.SHOULD)
@@ -212,7 +213,7 @@ def quiet(facts: Facts) -> Iterable[Observation]:
     Fix: call the method that the installed transformers documents.
     Sources: specification KB509; transformers ``gradient_checkpointing_enable``.
     """
-    yield Observation("prepare", not facts.call.warnings, "no warning", "; ".join(facts.call.warnings) or "none")
+    yield Observation("prepare", "no warning", "; ".join(facts.call.warnings) or "none", ok=not facts.call.warnings)
 
 
 @rule("KB510", "saves-and-loads", Level.MUST)
@@ -226,10 +227,10 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     """
     s = facts.store
     yield Observation(
-        "keys", not s.missing, "all the base's", f"missing: {', '.join(s.missing[:5])}" if s.missing else "all"
+        "keys", "all the base's", f"missing: {', '.join(s.missing[:5])}" if s.missing else "all", ok=not s.missing
     )
     yield Observation(
-        "keys", not s.unexpected, "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none"
+        "keys", "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none", ok=not s.unexpected
     )
     if s.base_raised:
         yield Observation(
@@ -240,19 +241,18 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
             party=Party.STACK,
             witness="the unprepared base cannot be saved and reloaded either",
         )
-    base = {f.base_raised for f in facts.forwards if f.base_raised}
-    party, witness = (
-        (Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
-        if s.raised in base
-        else blame(facts, not s.raised, Party.STACK, lambda bare: bare.store.raised == s.raised)
-    )
-    yield Observation("save and reload", not s.raised, "no error", str(s.raised or "none"), party, witness)
+    unsaved = {f.base_raised for f in facts.forwards if f.base_raised}
+    saved = Observation("save and reload", "no error", str(s.raised or "none"), ok=not s.raised)
+    if s.raised in unsaved:
+        yield saved.attributed(Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
+    else:
+        yield unless_unprepared(saved, facts, Party.STACK, lambda base: base.store.raised == s.raised)
     if s.logits is not None:
         # The same model in the same dtypes: only the order of a sum may differ.
         ok = s.logits.equal or s.logits.relative <= facts.compute_ulp
-        blamed = blame(facts, ok, Party.STACK, _reloads_otherwise)
-        yield Observation(
-            "logits", ok, "the same", "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}", *blamed
+        actual = "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}"
+        yield unless_unprepared(
+            Observation("logits", "the same", actual, ok=ok), facts, Party.STACK, _reloads_otherwise
         )
 
 
@@ -276,7 +276,7 @@ def config_kept(facts: Facts) -> Iterable[Observation]:
     for key in sorted({*before, *after}):
         if not key.endswith("use_cache"):
             same = before.get(key) == after.get(key)
-            yield Observation(f"config.{key}", same, str(before.get(key, "absent")), str(after.get(key, "absent")))
+            yield Observation(f"config.{key}", str(before.get(key, "absent")), str(after.get(key, "absent")), ok=same)
 
 
 @rule("KB512", "deterministic", Level.MUST)
@@ -299,7 +299,7 @@ def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> I
         kept = ("cls", "dtype", "shape", "device", "requires_grad", "bits")
         differs = [k for k in kept if getattr(a, k, None) != getattr(b, k, None)]
         yield Observation(
-            name, not differs, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same"
+            name, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same", ok=not differs
         )
     for name in sorted({*first.modules, *second.modules}):
         m, n = first.modules.get(name), second.modules.get(name)
@@ -308,15 +308,15 @@ def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> I
         ]
         yield Observation(
             name or first.cls,
-            not differs,
             f"as {one}",
             f"{other}: {', '.join(differs)} differ" if differs else "the same",
+            ok=not differs,
         )
     for name in sorted({*first.layers, *second.layers}):
         same = first.layers.get(name) == second.layers.get(name)
-        yield Observation(f"{name} (state)", same, f"as {one}", "the same" if same else f"{other}: it differs")
+        yield Observation(f"{name} (state)", f"as {one}", "the same" if same else f"{other}: it differs", ok=same)
     ties = first.ties() == second.ties()
-    yield Observation("ties", ties, f"as {one}", "the same" if ties else f"{other}: they differ")
+    yield Observation("ties", f"as {one}", "the same" if ties else f"{other}: they differ", ok=ties)
 
 
 def _leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -25,7 +25,7 @@ def peak_while_preparing(facts: Facts) -> Iterable[Observation]:
     """
     c = facts.cost
     bound = c.before + max(c.after - c.before, 0) + c.largest
-    yield Observation("peak", c.peak <= bound, f"at most {bound:,} bytes", f"{c.peak:,} bytes")
+    yield Observation("peak", f"at most {bound:,} bytes", f"{c.peak:,} bytes", ok=c.peak <= bound)
 
 
 @rule("KB602", "cache-returned", Level.SHOULD)
@@ -41,7 +41,7 @@ def cache_returned(facts: Facts) -> Iterable[Observation]:
     if cached is None:
         raise NotApplicable("no accelerator: the CPU allocator keeps no cache")
     yield Observation(
-        "the allocator's cache", cached < LARGE_BLOCK, f"below {LARGE_BLOCK:,} bytes", f"{cached:,} bytes"
+        "the allocator's cache", f"below {LARGE_BLOCK:,} bytes", f"{cached:,} bytes", ok=cached < LARGE_BLOCK
     )
 
 
@@ -64,8 +64,8 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
     demanded = sum({tensor.storage: tensor.nbytes for tensor in cast}.values())  # float32 takes twice the bytes
     bound = before.nbytes + demanded
     yield Observation(
-        "parameters and buffers", after.nbytes <= bound, f"at most {bound:,} bytes", f"{after.nbytes:,} bytes"
+        "parameters and buffers", f"at most {bound:,} bytes", f"{after.nbytes:,} bytes", ok=after.nbytes <= bound
     )
     # A small parameter may be a view of a large storage.
     grown, c = demanded + facts.cost.before, facts.cost
-    yield Observation("storages", c.after <= grown, f"at most {grown:,} bytes", f"{c.after:,} bytes")
+    yield Observation("storages", f"at most {grown:,} bytes", f"{c.after:,} bytes", ok=c.after <= grown)

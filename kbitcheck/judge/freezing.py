@@ -30,7 +30,7 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
     for p in model.parameters.values():
         if not p.adapter:
             yield Observation(
-                p.name, not p.requires_grad, "frozen", "frozen" if not p.requires_grad else "requires grad"
+                p.name, "frozen", "frozen" if not p.requires_grad else "requires grad", ok=not p.requires_grad
             )
 
 
@@ -46,7 +46,9 @@ def only_adapters_train(facts: Facts) -> Iterable[Observation]:
     """
     for p in facts.wrapped.parameters.values():
         expected = "trainable" if p.adapter else "frozen"
-        yield Observation(p.name, p.requires_grad is p.adapter, expected, "trainable" if p.requires_grad else "frozen")
+        yield Observation(
+            p.name, expected, "trainable" if p.requires_grad else "frozen", ok=p.requires_grad is p.adapter
+        )
 
 
 ## KB103-KB105: what a step changes
@@ -65,7 +67,7 @@ def no_base_grad(facts: Facts) -> Iterable[Observation]:
     held = {*facts.run.base_grads, *(n for n, p in facts.wrapped.parameters.items() if p.has_grad)}
     for p in facts.wrapped.parameters.values():
         if not p.adapter:
-            yield Observation(p.name, p.name not in held, "no gradient", "a gradient" if p.name in held else "none")
+            yield Observation(p.name, "no gradient", "a gradient" if p.name in held else "none", ok=p.name not in held)
 
 
 @rule("KB104", "base-unchanged-by-training", Level.MUST)
@@ -87,19 +89,22 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
             continue
         new = after.parameters.get(old.name) or after.buffers.get(old.name)
         if new is None:
-            yield Observation(old.name, False, "still there", "gone")
+            yield Observation(old.name, "still there", "gone", ok=False)
         elif old.quantized_bias and new.dtype != old.dtype:
             rounded = facts.rounded_biases.get(old.name)
             yield Observation(
-                old.name, new.bits == rounded, "the old value rounded once", f"{new.dtype}, other numbers",
+                old.name,
+                "the old value rounded once",
+                f"{new.dtype}, other numbers",
+                ok=new.bits == rounded,
                 note="bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward",
-            )  # fmt: skip
+            )
         else:
-            yield Observation(old.name, new.bits == old.bits, "the same bits", _difference(old, new))
+            yield Observation(old.name, "the same bits", _difference(old, new), ok=new.bits == old.bits)
     for name, layer in before.layers.items():
         after_layer = after.layers.get(name)
         same = after_layer is not None and after_layer.state == layer.state
-        yield Observation(f"{name} (state)", same, "the same quantization state", "it changed")
+        yield Observation(f"{name} (state)", "the same quantization state", "it changed", ok=same)
 
 
 def _difference(old: TensorFacts, new: TensorFacts) -> str:
@@ -120,7 +125,7 @@ def adapters_do_change(facts: Facts) -> Iterable[Observation]:
     """
     for name in live_gradients(facts):
         changed = name in facts.training.changed
-        yield Observation(name, changed, "changed by training", "changed" if changed else "unchanged")
+        yield Observation(name, "changed by training", "changed" if changed else "unchanged", ok=changed)
 
 
 @rule("KB106", "prepared-adapter-model-kept", Level.SHOULD)
@@ -135,7 +140,7 @@ def prepared_adapter_model_kept(facts: Facts) -> Iterable[Observation]:
     """
     call, before, kept = facts.adapters_first
     if call.raised:
-        yield Observation("preparing a model with adapters", True, "kept or refused", f"raised {call.raised}")
+        yield Observation("preparing a model with adapters", "kept or refused", f"raised {call.raised}", ok=True)
         return
     for name in sorted(before):
-        yield Observation(name, name in kept, "still trainable", "trainable" if name in kept else "silently frozen")
+        yield Observation(name, "still trainable", "trainable" if name in kept else "silently frozen", ok=name in kept)

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Distance, Facts, GradientFacts, StepOutcome
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import blame, unless_bare
+from kbitcheck.judge.attribution import unless_bare, unless_unprepared
 
 # Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
 YARDSTICKS = 4
@@ -69,7 +70,7 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
     for tower, name in first.items():
         if any(f"{tower}." in n for n in adapted):
             asks = facts.run.blocks[name].input_requires_grad is True
-            yield Observation(f"input of {name}", asks, "requires grad", "requires grad" if asks else "does not")
+            yield Observation(f"input of {name}", "requires grad", "requires grad" if asks else "does not", ok=asks)
 
 
 @rule("KB302", "adapters-get-gradients", Level.MUST)
@@ -88,7 +89,7 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     """
     for name, g in live_gradients(facts).items():
         actual = "no gradient" if g.norm is None else f"norm {g.norm:.3g}" if g.finite else "not finite"
-        yield Observation(name, g.norm is not None and g.finite and g.norm > 0, "finite and non-zero", actual)
+        yield Observation(name, "finite and non-zero", actual, ok=g.norm is not None and g.finite and g.norm > 0)
 
 
 @rule("KB303", "layer-backward-exact", Level.MUST)
@@ -114,27 +115,38 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
         if adapters and not any(adapters):
             continue  # the model itself takes no gradient through it, in the float twin either: KB904 tells
         if not layer.carried:
-            yield Observation(name, False, "output requires grad when the input does", "the gradient is cut")
+            yield Observation(name, "output requires grad when the input does", "the gradient is cut", ok=False)
         elif not layer.reached:
             if any(adapters):
-                yield Observation(name, False, "a gradient reaches the layer's output", "none does")
+                yield Observation(name, "a gradient reaches the layer's output", "none does", ok=False)
         else:
             right = layer.excess <= 1 and abs(layer.gain - 1) <= layer.gain_bound
             actual = f"error {layer.excess:.3g} times its bound, gain {layer.gain:.5f} (may be off by {layer.gain_bound:.1e})"
-            yield Observation(name, right, "dL/dy @ W", actual)
+            yield Observation(name, "dL/dy @ W", actual, ok=right)
             if layer.bent > layer.bent_bound:
                 yield Observation(
-                    f"{name} (a large gradient)", False, "as many times as large", f"off by {layer.bent:.2g}"
+                    f"{name} (a large gradient)", "as many times as large", f"off by {layer.bent:.2g}", ok=False
                 )
             if not layer.overflows:
                 yield Observation(
-                    f"{name} (an infinite gradient)", False, "not finite, as a gradient scaler needs it", "finite"
+                    f"{name} (an infinite gradient)", "not finite, as a gradient scaler needs it", "finite", ok=False
                 )
             if layer.misread:
                 yield Observation(
-                    f"{name} (unpacked by the stack)", False, "the weight that the packed bytes stand for", f"off by {layer.misread:.1%}",
-                    Party.STACK, "the bare layer's own dequantization differs from its format; the layer is judged by it",
-                )  # fmt: skip
+                    f"{name} (unpacked by the stack)",
+                    "the weight that the packed bytes stand for",
+                    f"off by {layer.misread:.1%}",
+                    ok=False,
+                    party=Party.STACK,
+                    witness="the bare layer's own dequantization differs from its format; the layer is judged by it",
+                    traits=_traits(name, facts),
+                )
+
+
+def _traits(name: str, facts: Facts) -> dict[str, Any] | None:
+    """What the condition of a finding may ask of a quantized layer."""
+    layer = facts.wrapped.layers.get(name.partition(" (")[0])
+    return None if layer is None else {"columns": layer.in_features, "dtype": layer.compute}
 
 
 @rule("KB304", "gradients-match-oracle", Level.MUST)
@@ -160,7 +172,7 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     for name, g in judged.items():
         bound = YARDSTICKS * max(g.yardstick, FLOAT32_ULP)
         ok = g.bitwise or g.error <= bound
-        yield Observation(name, ok, f"within {bound:.2e} of the float64 twin", f"off by {g.error:.2e}")
+        yield Observation(name, f"within {bound:.2e} of the float64 twin", f"off by {g.error:.2e}", ok=ok)
 
 
 @rule("KB305", "checkpointing-changes-nothing", Level.MUST)
@@ -179,12 +191,12 @@ def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
     same = facts.run.loss_bits == facts.plain_run.loss_bits
     close = math.isclose(facts.run.loss, facts.plain_run.loss, rel_tol=facts.compute_ulp)
     exact = exactly(facts)
-    yield Observation("loss", same or (close and not exact), f"{facts.plain_run.loss!r}", f"{facts.run.loss!r}")
+    yield Observation("loss", f"{facts.plain_run.loss!r}", f"{facts.run.loss!r}", ok=same or (close and not exact))
     again = facts.repeated_run
     same = again.loss_bits == facts.run.loss_bits or (
         not exact and math.isclose(again.loss, facts.run.loss, rel_tol=facts.compute_ulp)
     )
-    yield Observation("loss of a later step", same, f"{facts.run.loss!r}", f"{again.loss!r}")
+    yield Observation("loss of a later step", f"{facts.run.loss!r}", f"{again.loss!r}", ok=same)
     yield from compared(facts.against_plain, exact=exact)
 
 
@@ -202,16 +214,15 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("no block was checkpointed, so there is no mode to switch")
     raised = facts.other_mode_raised
     if raised:
-        blamed = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
-        yield Observation("training step in the other mode", False, "no error", str(raised), *blamed)
+        step = Observation("training step in the other mode", "no error", str(raised), ok=False)
+        yield unless_unprepared(step, facts, Party.MODEL, lambda base: not _agrees(base))
         return
     mendable = reentrant(facts) and _is_cut(facts)
-    for seen in compared(facts.against_other_mode, exact=exactly(facts)):
-        if seen.ok or mendable:
-            yield seen
+    for gradient in compared(facts.against_other_mode, exact=exactly(facts)):
+        if mendable:
+            yield gradient
         else:
-            party, witness = blame(facts, False, Party.MODEL, lambda bare: not _agrees(bare))
-            yield dataclasses.replace(seen, party=party, witness=witness)
+            yield unless_unprepared(gradient, facts, Party.MODEL, lambda base: not _agrees(base))
 
 
 def _is_cut(facts: Facts) -> bool:
@@ -255,27 +266,26 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
     """
     for outcome in facts.interleaved:
-        blamed = blame(facts, not outcome.raised, Party.MODEL, partial(_raises, outcome))
-        yield Observation(outcome.step, not outcome.raised, "runs", str(outcome.raised or "runs"), *blamed)
+        step = Observation(outcome.step, "runs", str(outcome.raised or "runs"), ok=not outcome.raised)
+        yield unless_unprepared(step, facts, Party.MODEL, partial(_raises, outcome))
         changed = ", ".join(outcome.changed[:4])
         yield Observation(
-            f"{outcome.step}: quantized weights", not changed, "as before anything ran", changed or "the same"
+            f"{outcome.step}: quantized weights", "as before anything ran", changed or "the same", ok=not changed
         )
         if outcome.hooks_added:
-            yield Observation(f"{outcome.step}: hooks", False, "none added", f"{outcome.hooks_added} added")
-        found, fresh = outcome.checkpoints
-        if found != fresh:
-            yield Observation(f"{outcome.step}: checkpoints", False, f"{fresh} as when fresh", str(found))
-        for seen in compared(outcome.gradients, exact=exactly(facts)):
-            alike = partial(_differs, outcome.step, seen.where)
-            party, witness = blame(facts, seen.ok, Party.MODEL, alike)
-            where = f"{outcome.step}: {seen.where}"
-            yield dataclasses.replace(seen, where=where, party=party, witness=witness)
+            yield Observation(f"{outcome.step}: hooks", "none added", f"{outcome.hooks_added} added", ok=False)
+        used, fresh = outcome.checkpoints
+        if used != fresh:
+            yield Observation(f"{outcome.step}: checkpoints", f"{fresh} as when fresh", str(used), ok=False)
+        for gradient in compared(outcome.gradients, exact=exactly(facts)):
+            placed = dataclasses.replace(gradient, where=f"{outcome.step}: {gradient.where}")
+            yield unless_unprepared(placed, facts, Party.MODEL, partial(_differs, outcome.step, gradient.where))
 
 
 def _differs(step: str, name: str, facts: Facts) -> bool:
-    found = next((o.gradients for o in facts.interleaved if o.step == step), {})
-    return any(not seen.ok for seen in compared({k: v for k, v in found.items() if k == name}, exact=exactly(facts)))
+    gradients = next((o.gradients for o in facts.interleaved if o.step == step), {})
+    own = {key: distance for key, distance in gradients.items() if key == name}
+    return any(not gradient.ok for gradient in compared(own, exact=exactly(facts)))
 
 
 def _raises(outcome: StepOutcome, facts: Facts) -> bool:
@@ -301,7 +311,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
             f"the float twin does not learn this batch either (loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f})"
         )
     ok = math.isfinite(t.losses[-1]) and reached >= wanted / 2
-    yield Observation("loss", ok, f"falls by at least {wanted / 2:.4f}", f"{t.losses[0]:.4f} to {t.losses[-1]:.4f}")
+    yield Observation("loss", f"falls by at least {wanted / 2:.4f}", f"{t.losses[0]:.4f} to {t.losses[-1]:.4f}", ok=ok)
 
 
 def exactly(facts: Facts) -> bool:
@@ -317,7 +327,7 @@ def compared(distances: Mapping[str, Distance], *, exact: bool) -> Iterable[Obse
         ok = d.equal if exact else (d.equal or d.relative <= bound)
         yield Observation(
             name,
-            ok,
             "the same bits" if exact else f"within {bound:.2e}",
             "the same" if d.equal else f"off by {d.relative:.2e}",
+            ok=ok,
         )

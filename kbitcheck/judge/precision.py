@@ -12,7 +12,7 @@ from kbitcheck.core.facts import FLOATING, HALF, Facts, ForwardFacts, TensorFact
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import blame, unless_bare
+from kbitcheck.judge.attribution import unless_bare, unless_unprepared
 
 ## KB201-KB204: casts
 
@@ -34,7 +34,7 @@ def norms_fp32(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("the model has no normalization layer with parameters")
     for name in sorted(names):
         dtype = facts.prepared.parameters[name].dtype
-        yield Observation(name, dtype not in HALF, "float32", dtype)
+        yield Observation(name, "float32", dtype, ok=dtype not in HALF)
 
 
 @rule("KB202", "unquantized-fp32", Level.MUST)
@@ -52,7 +52,7 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     examined = [p for p in facts.prepared.parameters.values() if not p.packed and p.dtype in FLOATING]
     for p in examined:
         if p.name not in norms:
-            yield Observation(p.name, p.dtype not in HALF, "float32", p.dtype)
+            yield Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
 
 
 @rule("KB203", "upcast-exact", Level.MUST)
@@ -71,7 +71,7 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
     for old, new in changed:
         same = old.value == new.value
         yield Observation(
-            old.name, same, "the old values exactly", "the same" if same else f"other numbers in {new.dtype}"
+            old.name, "the old values exactly", "the same" if same else f"other numbers in {new.dtype}", ok=same
         )
 
 
@@ -94,13 +94,13 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     for old in kept:
         yield _unchanged(old, after.get(old.name))
     for name in sorted(set(after) - set(facts.loaded.parameters) - set(facts.loaded.buffers)):
-        yield Observation(name, False, "no new tensor", "added by preparation")
+        yield Observation(name, "no new tensor", "added by preparation", ok=False)
     for old in facts.loaded.parameters.values():
         if not old.packed and old.dtype in HALF and old.name not in facts.prepared.parameters:
-            yield Observation(old.name, False, "still there", "gone")
+            yield Observation(old.name, "still there", "gone", ok=False)
     for old, new in _pairs(facts):
         if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
-            yield Observation(old.name, False, "the same bits", "other numbers")
+            yield Observation(old.name, "the same bits", "other numbers", ok=False)
     yield from _numbers(facts)
 
 
@@ -111,16 +111,16 @@ def _numbers(facts: Facts) -> Iterator[Observation]:
         if now is not None:
             for key, number in module.numbers.items():
                 if now.numbers.get(key) != number:
-                    yield Observation(f"{module.name}.{key}", False, str(number), str(now.numbers.get(key)))
+                    yield Observation(f"{module.name}.{key}", str(number), str(now.numbers.get(key)), ok=False)
 
 
 def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
     expected = f"{old.dtype} on {old.device}, the same bits"
     if new is None:
-        return Observation(old.name, False, expected, "gone")
+        return Observation(old.name, expected, "gone", ok=False)
     same = (old.dtype, old.device, old.bits, old.shape) == (new.dtype, new.device, new.bits, new.shape)
     actual = f"{new.dtype} on {new.device}, {'the same bits' if old.bits == new.bits else 'other bits'}"
-    return Observation(old.name, same, expected, actual)
+    return Observation(old.name, expected, actual, ok=same)
 
 
 ## KB205-KB208: packed weights and ties
@@ -142,12 +142,12 @@ def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
     for old in packed:
         new = facts.prepared.parameters.get(old.name)
         if new is None:
-            yield Observation(old.name, False, f"{old.cls} {old.dtype}", "gone")
+            yield Observation(old.name, f"{old.cls} {old.dtype}", "gone", ok=False)
             continue
         kept = ("cls", "dtype", "shape", "bits")
         differs = [k for k in kept if getattr(old, k) != getattr(new, k)]
         actual = f"{new.cls} {new.dtype}" + (f"; changed: {', '.join(differs)}" if differs else "")
-        yield Observation(old.name, not differs, f"{old.cls} {old.dtype}, the same bits", actual)
+        yield Observation(old.name, f"{old.cls} {old.dtype}, the same bits", actual, ok=not differs)
 
 
 @rule("KB206", "quant-state-intact", Level.MUST)
@@ -168,10 +168,12 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
             continue  # KB207 tells
         for field, digest in old.state.items():
             same = new.state.get(field) == digest
-            yield Observation(f"{old.name}.{field}", same, "the same", "the same" if same else "changed")
-        yield Observation(f"{old.name}.compute_dtype", new.compute == old.compute, old.compute, new.compute)
+            yield Observation(f"{old.name}.{field}", "the same", "the same" if same else "changed", ok=same)
+        yield Observation(f"{old.name}.compute_dtype", old.compute, new.compute, ok=new.compute == old.compute)
         same = new.dequantized == old.dequantized
-        yield Observation(f"{old.name} (unpacked)", same, "the same numbers", "the same" if same else "other numbers")
+        yield Observation(
+            f"{old.name} (unpacked)", "the same numbers", "the same" if same else "other numbers", ok=same
+        )
 
 
 @rule("KB207", "still-quantized", Level.MUST)
@@ -188,7 +190,7 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
         new = prepared.get(old.name)
         same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
         yield Observation(
-            old.name, same, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})"
+            old.name, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})", ok=same
         )
 
 
@@ -208,7 +210,9 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("the model ties no parameters")
     for group in sorted(before, key=sorted):
         kept = any(group <= other for other in after)
-        yield Observation(" = ".join(sorted(group)), kept, "one tensor", "one tensor" if kept else "separate tensors")
+        yield Observation(
+            " = ".join(sorted(group)), "one tensor", "one tensor" if kept else "separate tensors", ok=kept
+        )
 
 
 ## KB209-KB212: the model as a function
@@ -246,13 +250,13 @@ def same_function(facts: Facts) -> Iterable[Observation]:
             far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
             where = f"logits ({forward.condition})"
             ok = forward.apart <= far
-            yield Observation(where, ok, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}")
+            yield Observation(where, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}", ok=ok)
     left = f"; {f.left_out} of {f.tokens} tokens left out, their experts changed" if f.left_out else ""
     yield Observation(
         "logits",
-        f.error <= bound,
         f"relative error at most {bound:.2e} (the base's: {f.base_error:.2e})",
         f"{f.error:.2e}{left}",
+        ok=f.error <= bound,
     )
 
 
@@ -274,22 +278,22 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         if PROMISES[facts.profile].autocast and not f.autocast:
             continue
         ok = f.finite and not f.raised
+        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok)
         if not ok and (f.base_raised or not f.base_finite):
-            blamed = Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}"
+            yield forward.attributed(Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}")
         elif f.raised and f.wide_raised == f.raised:
-            blamed = Party.MODEL, "the same model in float32, not quantized at all, does the same"
+            yield forward.attributed(Party.MODEL, "the same model in float32, not quantized at all, does the same")
         else:
-            # Whose inputs require grad, which some models cannot bear.
-            blamed = blame(facts, ok, Party.MODEL, partial(_fails_so, f))
-        yield Observation(f"forward ({f.condition})", ok, "finite, no error", str(f.raised or "not finite"), *blamed)
+            # The inputs of the unprepared base require grad too, which some models cannot bear.
+            yield unless_unprepared(forward, facts, Party.MODEL, partial(_fails_so, f))
     raised = facts.step_raised
-    blamed = blame(facts, not raised, Party.MODEL, lambda bare: bare.step_raised == raised)
-    yield Observation("training step", not raised, "no error", str(raised or "none"), *blamed)
+    step = Observation("training step", "no error", str(raised or "none"), ok=not raised)
+    yield unless_unprepared(step, facts, Party.MODEL, lambda base: base.step_raised == raised)
 
 
 def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:
-    told = (forward.condition, forward.raised, forward.finite)
-    return any((f.condition, f.raised, f.finite) == told for f in facts.forwards)
+    failure = (forward.condition, forward.raised, forward.finite)
+    return any((f.condition, f.raised, f.finite) == failure for f in facts.forwards)
 
 
 @rule("KB211", "no-half-trainables", Level.MUST)
@@ -303,7 +307,7 @@ def no_half_trainables(facts: Facts) -> Iterable[Observation]:
     """
     for p in facts.wrapped.parameters.values():
         if p.requires_grad:
-            yield Observation(p.name, p.dtype != "float16", "not float16", p.dtype)
+            yield Observation(p.name, "not float16", p.dtype, ok=p.dtype != "float16")
 
 
 @rule("KB212", "one-device", Level.MUST)
@@ -319,10 +323,10 @@ def one_device(facts: Facts) -> Iterable[Observation]:
     for old in [*facts.loaded.parameters.values(), *facts.loaded.buffers.values()]:
         new = after.get(old.name)
         if new is not None:
-            yield Observation(old.name, new.device == old.device, old.device, new.device)
+            yield Observation(old.name, old.device, new.device, ok=new.device == old.device)
     for group in facts.prepared.ties():
         devices = {facts.prepared.parameters[n].device for n in group}
-        yield Observation(" = ".join(sorted(group)), len(devices) == 1, "one device", ", ".join(sorted(devices)))
+        yield Observation(" = ".join(sorted(group)), "one device", ", ".join(sorted(devices)), ok=len(devices) == 1)
 
 
 def _pairs(facts: Facts) -> Iterator[tuple[TensorFacts, TensorFacts]]:

@@ -118,7 +118,7 @@ def _result(rule: str, status: Status, *failures: Observation, level: Level = Le
 
 def test_what_the_cells_of_a_row_mean() -> None:
     facts = {"parameters": 100, "quantized": 40, "bytes_prepared": 250, "adapters": 8, "dead_adapters": 2}
-    model = Observation("x", False, "a", "b", Party.MODEL, "the base")
+    model = Observation("x", "a", "b", ok=False, party=Party.MODEL, witness="the base")
     made = row("n", "C", "arch:n", [_result("KB309", Status.PASS), _result("KB401", Status.PASS)], facts)
     assert (made.quantized, made.growth, made.trains, made.checkpointing) == (0.4, 1.25, True, "works")
     assert not made.broken
@@ -131,7 +131,7 @@ def test_what_the_cells_of_a_row_mean() -> None:
 
 
 def test_what_preparation_raised_is_told_once() -> None:
-    raised = Observation("prepare(model, ...)", False, "returns", "raised ValueError: no")
+    raised = Observation("prepare(model, ...)", "returns", "raised ValueError: no", ok=False)
     found = row(
         "n",
         "C",

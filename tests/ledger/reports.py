@@ -9,8 +9,8 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 
 CODES = ("KB101", "KB201", "KB505")
-OWN = Observation("model.norm", False, "float32", "float16")
-STACK = Observation("model.norm", False, "float32", "float16", Party.STACK, "a bare layer")
+OWN = Observation("model.norm", "float32", "float16", ok=False)
+STACK = Observation("model.norm", "float32", "float16", ok=False, party=Party.STACK, witness="a bare layer")
 SPECS = tuple(
     CaseSpec(model="tiny:llama", quant=quant, implementation="fork:prepare", checkpointing="off", device="auto")
     for quant in ("int8", "nf4")

@@ -23,9 +23,9 @@ from kbitcheck.core.report import SCHEMA, NonConformance, Report, assemble
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.core.rule import Rule, judge, rule, rules, select
 
-GOOD = Observation("a", True, "1", "1")
-OWN = Observation("b", False, "1", "2")
-STACK = Observation("c", False, "1", "2", Party.STACK, "a bare layer")
+GOOD = Observation("a", "1", "1", ok=True)
+OWN = Observation("b", "1", "2", ok=False)
+STACK = Observation("c", "1", "2", ok=False, party=Party.STACK, witness="a bare layer")
 
 
 def judged(*seen: Any, **changes: Any) -> Result:
@@ -64,7 +64,7 @@ def test_judging(seen: tuple[Any, ...], status: Status, party: Party | None, rea
 
 def test_blaming_another_needs_a_witness() -> None:
     with pytest.raises(ValueError, match="witness"):
-        Observation("a", False, "1", "2", Party.MODEL)
+        Observation("a", "1", "2", ok=False, party=Party.MODEL)
 
 
 def test_codes_are_registered_once() -> None:
@@ -86,7 +86,7 @@ def test_a_report_without_its_rules_has_its_message() -> None:
     code = (
         "import sys; sys.modules['kbitcheck.judge'] = sys.modules['kbitcheck.report'] = None; "
         "from kbitcheck.core import report, rule, result as r; rule.REGISTRY.load_on_demand(''); "
-        "seen = r.Observation('a', False, '1', '2'); "
+        "seen = r.Observation('a', '1', '2', ok=False); "
         "fail = r.Result(rule='KB101', case='c', level=r.Level.MUST, status=r.Status.FAIL, failures=(seen,)); "
         "made = report.Report(tool='t', environment={}, subject={}, results=(fail,), blame='own'); "
         "assert str(report.NonConformance(made)) == 'KB101 [c]: a: 2'"
@@ -147,7 +147,17 @@ def test_exit_codes(results: tuple[Result, ...], changes: dict[str, Any], code: 
 
 words = st.text(max_size=20)
 few = st.sampled_from(["a", "b"])  # so that neighbours agree now and then
-observations = st.builds(Observation, words, st.booleans(), few, few, st.sampled_from(Party), few, st.just("") | words)
+observations = st.builds(
+    Observation,
+    words,
+    few,
+    few,
+    ok=st.booleans(),
+    party=st.sampled_from(Party),
+    witness=few,
+    note=st.just("") | words,
+    traits=st.none() | st.dictionaries(few, few, min_size=1, max_size=1),
+)
 results_ = st.builds(
     Result,
     rule=st.sampled_from(["KB101", "KB999"]),

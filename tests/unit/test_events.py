@@ -16,7 +16,7 @@ FAILED = Result(
     case="c",
     level=Level.MUST,
     status=Status.FAIL,
-    failures=(Observation("a", False, "1", "2"),),
+    failures=(Observation("a", "1", "2", ok=False),),
     notes=("n",),
 )
 EXAMPLES = [

@@ -41,7 +41,7 @@ NASTY = "a\x00\x1b[31m|`b``c```<script>&amp;\ud800\uffff ](x) *d* @me #1 ]]> -->
 
 
 def nasty(text: str = NASTY) -> Report:
-    seen = Observation(text, False, text, text, Party.STACK, text or "?")
+    seen = Observation(text, text, text, ok=False, party=Party.STACK, witness=text or "?")
     return report(
         result("KB505", NF4, FAIL, seen, level=Level.MUST),
         result("KB201", NF4, ERROR, reason=text),
@@ -62,7 +62,7 @@ def large() -> Report:
         for j, code in enumerate(codes):
             seen = [
                 Observation(
-                    f"model.layers.{n}.self_attn.{proj}_proj.weight", False, f"at most {i * j:,}", f"{n * i:,} B"
+                    f"model.layers.{n}.self_attn.{proj}_proj.weight", f"at most {i * j:,}", f"{n * i:,} B", ok=False
                 )
                 for n in range(6)
                 for proj in "qkvo"

@@ -91,8 +91,8 @@ def report(*results: Result, specs: tuple[CaseSpec, ...] = (spec(),), **changes:
 
 
 CASE = spec().id
-OWN = Observation("model.norm", False, "float32", "float16")
-STACK = Observation("model.norm", False, "float32", "float16", Party.STACK, "a bare layer")
+OWN = Observation("model.norm", "float32", "float16", ok=False)
+STACK = Observation("model.norm", "float32", "float16", ok=False, party=Party.STACK, witness="a bare layer")
 
 
 def test_findings_come_worst_first_and_each_says_who_it_is_attributed_to() -> None:
@@ -124,7 +124,7 @@ def test_one_failure_in_several_cases_is_told_once() -> None:
 
 def test_a_rule_that_fails_in_several_ways_is_told_once_with_each() -> None:
     specs = tuple(spec(model=f"m{i}") for i in range(8))
-    other = Observation("lm_head", False, "float32", "bfloat16")
+    other = Observation("lm_head", "float32", "bfloat16", ok=False)
     found = report(*(failed("KB201", s.id, OWN if i < 6 else other) for i, s in enumerate(specs)), specs=specs)
     text = render(found, "text")
     assert text.count("✗ KB201") == text.count("You will see: ") == text.count("Again: ") == 1
@@ -137,7 +137,7 @@ def test_a_rule_that_fails_in_several_ways_is_told_once_with_each() -> None:
 
 def test_a_long_name_stays_beside_its_dash_and_a_unit_beside_its_number() -> None:
     name = "model.layers." + "x" * 80
-    sizes = Observation(name, False, "at most 12 MB " * 40, "1 GB")
+    sizes = Observation(name, "at most 12 MB " * 40, "1 GB", ok=False)
     text = page.render(report(failed("KB405", CASE, sizes)), width=80)
     assert f"\n    - {name}\n" in text
     assert not [line for line in text.splitlines() if re.match(r" *(MB|GB)\b", line)]
@@ -227,7 +227,7 @@ def test_one_cause_of_many_errors_is_told_once() -> None:
 
 
 def test_long_findings_are_cut_unless_verbose() -> None:
-    many = [Observation(f"{chr(97 + i)}.norm.x" * (i + 1), False, "float32", f"found {i}") for i in range(9)]
+    many = [Observation(f"{chr(97 + i)}.norm.x" * (i + 1), "float32", f"found {i}", ok=False) for i in range(9)]
     specs = tuple(spec(seed=0, model=f"m{i}") for i in range(6))
     found = report(*(failed("KB201", s.id, *many[: 4 + i]) for i, s in enumerate(specs)), specs=specs)
     brief, whole = (render(found, "text", verbose=v) for v in (False, True))
@@ -239,7 +239,7 @@ def test_long_findings_are_cut_unless_verbose() -> None:
 
 def test_no_name_or_command_is_broken_and_nothing_is_coloured_when_piped() -> None:
     name = "model.language_model." * 12 + "weight"
-    found = report(failed("KB201", CASE, Observation(name, False, "x " * 200, "\x1b[31mred")))
+    found = report(failed("KB201", CASE, Observation(name, "x " * 200, "\x1b[31mred", ok=False)))
     text = render(found, "text")
     assert name in text
     assert "\x1b" not in text

@@ -9,38 +9,40 @@ import pytest
 
 from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.result import Observation, Party
-from kbitcheck.judge.attribution import blame, unless_bare
+from kbitcheck.judge.attribution import unless_bare, unless_unprepared
 
-OWN = (Party.IMPLEMENTATION, "")
+GOOD = Observation("here", "whole", "whole", ok=True)
+BROKEN = Observation("here", "whole", "broken", ok=False)
 
 
-class Unasked:
+class Unexamined:
     @property
     def unprepared(self) -> Any:
         raise AssertionError("the base costs a run, and nothing failed")
 
 
-def test_the_base_is_not_asked_where_nothing_failed() -> None:
-    assert blame(Unasked(), True, Party.STACK, lambda bare: True) == OWN  # type: ignore[arg-type]
+def test_the_base_is_not_run_where_nothing_failed() -> None:
+    facts: Any = Unexamined()
+    assert unless_unprepared(GOOD, facts, Party.STACK, lambda base: True) is GOOD
 
 
-def test_what_the_base_does_too_is_the_partys_and_names_its_witness() -> None:
+def test_a_failure_that_the_base_shows_too_is_attributed_with_its_witness() -> None:
     facts: Any = SimpleNamespace(unprepared=SimpleNamespace(raised="it broke"))
-    party, witness = blame(facts, False, Party.MODEL, lambda bare: bare.raised == "it broke")  # type: ignore[attr-defined]
-    assert party is Party.MODEL
-    assert "unprepared base" in witness
-    assert blame(facts, False, Party.MODEL, lambda bare: bare.raised == "otherwise") == OWN  # type: ignore[attr-defined]
+    shown = unless_unprepared(BROKEN, facts, Party.MODEL, lambda base: base.raised == "it broke")  # type: ignore[attr-defined]
+    assert shown.party is Party.MODEL
+    assert "unprepared base" in shown.witness
+    assert unless_unprepared(BROKEN, facts, Party.MODEL, lambda base: base.raised == "otherwise") is BROKEN  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     "error", [NotApplicable("no cache"), Unavailable("no step"), Unavailable("it raised", failed=True)]
 )
-def test_a_base_that_cannot_be_asked_excuses_nothing(error: Exception) -> None:
-    def alike(bare: Any) -> bool:
+def test_a_base_that_cannot_be_run_excuses_nothing(error: Exception) -> None:
+    def shows(base: Any) -> bool:
         raise error
 
     facts: Any = SimpleNamespace(unprepared=None)
-    assert blame(facts, False, Party.STACK, alike) == OWN
+    assert unless_unprepared(BROKEN, facts, Party.STACK, shows) is BROKEN
 
 
 def judge(facts: Any) -> Any:
@@ -48,7 +50,7 @@ def judge(facts: Any) -> Any:
     if facts.broken is None:
         raise NotApplicable("nothing to judge")
     for where in ("here", "there"):
-        yield Observation(where, where not in facts.broken, "whole", "broken")
+        yield Observation(where, "whole", "broken", ok=where not in facts.broken)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ __path__ = [str(Path(kbitcheck.__file__).parent / "judge")]  # where findings.to
 @rule("KB101", "always-kept", Level.MUST)
 def always_kept(facts: Any) -> Iterator[Observation]:
     """The sun rises."""
-    yield Observation("sun", True, "up", "up")
+    yield Observation("sun", "up", "up", ok=True)
 
 
 @rule("KB102", "not-applicable", Level.MUST)
@@ -25,7 +25,7 @@ def not_applicable(facts: Any) -> Iterator[Observation]:
     """Nothing here can be examined."""
     if facts:
         raise NotApplicable("there is nothing")
-    yield Observation("nothing", True, "", "")
+    yield Observation("nothing", "", "", ok=True)
 
 
 @rule("KB103", "returns", Level.MUST)
@@ -36,13 +36,13 @@ def returns(facts: Any) -> Iterator[Observation]:
     Fix: return it.
     """
     found = facts.returned
-    yield Observation("prepare", found is not None, "the model", repr(found))
+    yield Observation("prepare", "the model", repr(found), ok=found is not None)
 
 
 @rule("KB201", "says-please", Level.SHOULD)
 def says_please(facts: Any) -> Iterator[Observation]:
     """The function says please."""
-    yield Observation("prepare.please", hasattr(facts.function, "please"), "please", "nothing")
+    yield Observation("prepare.please", "please", "nothing", ok=hasattr(facts.function, "please"))
 
 
 @rule("KB901", "stack-works", Level.MUST)
@@ -51,9 +51,9 @@ def stack_works(facts: Any) -> Iterator[Observation]:
     for layer in range(12):
         yield Observation(
             f"model.layers.{layer}.mlp",
-            "int8" not in facts.spec.quant,
             "works",
             "does not",
-            Party.STACK,
-            "a bare layer",
+            ok="int8" not in facts.spec.quant,
+            party=Party.STACK,
+            witness="a bare layer",
         )
