@@ -20,19 +20,18 @@ MARKS = {"broken": "✗", "not judged": "?", "warning": "!", "kept": "✓", "not
 
 
 def render(report: Report) -> str:
-    """A whole page. Findings are grouped by family, worst first; what passed is in the table of all results."""
+    """A whole page. Findings are grouped by family, the family of the worst first; the table has all results."""
     families: dict[str, list[Finding]] = {}
     for finding in findings(report):
         family = finding.rule.family if finding.rule and not finding.error else NOT_JUDGED
         families.setdefault(FAMILIES.get(family, family), []).append(finding)
-    order = [*FAMILIES.values(), *families]
     breaches = [Breach.from_json(breach) for breach in (report.gate or {"breaches": ()})["breaches"]]
     return template("report.html").render(
         report=report,
         good=report.exit_code == 0,
         verdict=verdict(report),
         breaches=[(breach, named(breach.rules)) for breach in breaches],
-        families=sorted(families.items(), key=lambda family: order.index(family[0])),
+        families=families,
         charts=charts(report),
         table=_table(report),
         marks=MARKS,

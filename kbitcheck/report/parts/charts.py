@@ -77,6 +77,7 @@ def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[s
         axes.set_yticks(places, [stage for _, stage, _ in bars])
         for place, (name, _, _) in list(zip(places, bars, strict=True))[::2]:
             axes.text(0, place + 0.5, f" {name}", va="bottom")
+        axes.set_ylim(places[-1] - 0.6, 1.5)
         axes.set_xlabel(unit)
         _plain(axes, grid="x")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
