@@ -106,7 +106,7 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#28536, trl#480, axolotl#1021.
     """
     needs_checkpointing(facts)
-    asked, run, _ = facts.honoured
+    asked, run = facts.honoured.arguments, facts.honoured.run
     if not run.checkpoints:
         yield Observation("torch.utils.checkpoint", "called", "never called", ok=False)
     for key, value in asked.items():

@@ -89,7 +89,9 @@ def arguments_untouched(facts: Facts) -> Iterable[Observation]:
     Sources: trl#3981, specification KB503.
     """
     calls = (
-        [facts.call, facts.honoured[2]] if facts.checkpointing != "off" and facts.base.can_checkpoint else [facts.call]
+        [facts.call, facts.honoured.call]
+        if facts.checkpointing != "off" and facts.base.can_checkpoint
+        else [facts.call]
     )
     passed = [call for call in calls if not call.kwargs_before == "None" == call.kwargs_after]
     if not passed:
@@ -155,7 +157,7 @@ def all_or_nothing(facts: Facts) -> Iterable[Observation]:
     Fix: check before the first change.
     Sources: llm-foundry#399, LLaMA-Factory#1550, peft#1142.
     """
-    call, before, after = facts.refused
+    call, before, after = facts.refused.call, facts.refused.before, facts.refused.after
     if not call.raised:
         told = bool(call.warnings)
         on = any(b.checkpointing for b in after.blocks)

@@ -138,7 +138,7 @@ def prepared_adapter_model_kept(facts: Facts) -> Iterable[Observation]:
     Fix: recognise adapter layers by the adapter library's type and leave them unchanged, or raise.
     Sources: trl#3926, trl#4029, trl#4081, transformers#26098, peft#1253.
     """
-    call, before, kept = facts.adapters_first
+    call, before, kept = facts.adapters_first.call, facts.adapters_first.before, facts.adapters_first.after
     if call.raised:
         yield Observation("preparing a model with adapters", "kept or refused", f"raised {call.raised}", ok=True)
         return

@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.anatomy import unquantized
-from kbitcheck.core.facts import GradientFacts, MemoryFacts, ModelFacts
+from kbitcheck.core.facts import Facts, GradientFacts, MemoryFacts, ModelFacts
+from kbitcheck.models.inputs.choose import kinds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRADIENT_BOUND = 4.0  # yardsticks (KB304)
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|default|weight|bias)(?=\.|$)")
+
+
+def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """The figures of a case; ``computed`` names the facts and stages that are there, ``batch`` is what was fed, if anything."""
+    base = facts.base
+    quantized = sum(layer.in_features * layer.out_features for layer in base.layers.values())
+    others = {t.storage: prod(t.shape) for t in base.parameters.values() if not t.packed}
+    figures: dict[str, Any] = {
+        "model_class": base.cls,
+        "parameters": quantized + sum(others.values()),
+        "quantized": quantized,
+        "bytes_loaded": base.nbytes,
+    }
+    if batch is not None:
+        figures["inputs"] = kinds(batch)
+    if "_prepared" in computed:
+        figures["bytes_prepared"] = facts.prepared.nbytes
+        figures["bytes_by_group"] = {"loaded": by_group(base), "prepared": by_group(facts.prepared)}
+    if "forecast" in computed and facts.forecast.activations:
+        figures["forecast"] = facts.forecast.as_json()
+    if "gradients" in computed:
+        figures["adapters"] = len(facts.gradients)
+        figures["dead_adapters"] = sum(not g.live for g in facts.gradients.values())
+        figures["gradient_errors"] = by_layer(facts.gradients)
+    if batch is not None and "memory" in computed:
+        figures |= {"activations": facts.memory.plain, "checkpointed": facts.memory.held}
+        figures["batch"] = list(next(iter(batch.values())).shape[:2])
+        figures["activations_by_block"] = by_block(facts.memory)
+    if "_trained" in computed:
+        figures["losses"], figures["twin_losses"] = list(facts.training.losses), list(facts.training.twin_losses)
+    return figures
 
 
 def by_group(model: ModelFacts) -> dict[str, int]:
@@ -39,8 +75,8 @@ def by_layer(gradients: Mapping[str, GradientFacts]) -> dict[str, Any]:
     for name, gradient in gradients.items():
         if gradient.live:
             layer = ADAPTER_PARTS.sub("", name)
-            found = (gradient.error, GRADIENT_BOUND * gradient.yardstick)
-            worst[layer] = max(worst.get(layer, found), found, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
+            error = (gradient.error, GRADIENT_BOUND * gradient.yardstick)
+            worst[layer] = max(worst.get(layer, error), error, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
     return {
         "layers": list(worst),
         "error": [float(f"{error:.3g}") for error, _ in worst.values()],

@@ -1,4 +1,4 @@
-"""A base: one model, quantized one way, and what is derived from it alone: twins, original weights, forwards, targets."""
+"""A loaded model, never run, and what is derived from it alone: twins, original weights, forwards, adapter targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -19,15 +19,16 @@ from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.models.sources.live import Given
+from kbitcheck.models.sources.live import Given as LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
-from kbitcheck.observe import heap
+from kbitcheck.observe import process_memory
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, layers, snapshot, step, targets
+from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.twin import twins as twin
 
-Attached = tuple[nn.Module, dict[str, nn.Parameter]]
+Attach = Callable[[nn.Module, CaseSpec], Attached]
 
 
 class Function(NamedTuple):
@@ -38,36 +39,67 @@ class Function(NamedTuple):
     rounded: targets.Routed
 
 
-class Base:
-    """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases."""
+class Loaded:
+    """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases.
+
+    ``attach`` puts adapters on a copy (by default the spec's, on the target layers); ``twin_errors`` are the exceptions
+    by which the float64 twin says that the model's code does not run in float64.
+    """
 
     _no_twin = ""  # why there is none
     _forwards: Sequence[forwards.Forward] | None = None
 
     def __init__(
-        self, source: Source | Given, quant: Quantization, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
+        self,
+        model: Any,
+        source: Source | LiveModel,
+        spec: CaseSpec,
+        *,
+        batch: step.Batch | None = None,
+        attach: Attach | None = None,
+        twin_errors: tuple[type[Exception], ...] = (RuntimeError,),
     ) -> None:
+        self.pristine = model
         self.source = source
-        self.quant = quant
-        self.pristine: Any = source.load(quant, spec.device)
-        if spoil is not None:
-            spoil(self.pristine)
-        self.facts = snapshot.snapshot(self.pristine)
-        self.batch: step.Batch = source.batch(self.pristine, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
-        self.targets = adapter_probe.target_layers(self.pristine, spec.targets)
-        self.weights, self.misread = layers.originals(self.pristine)
+        self.quant = Quantization.parse(spec.quant)
+        self.facts = snapshot.snapshot(model)
+        self.batch = batch or source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
+        self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
+        self.unfit_targets = targets.unfit(model, self.targets)
+        self.weights, self.misread = layers.originals(model)
+        self.attach: Attach = attach or self._attach_targets
+        self._twin_errors = twin_errors
         self._functions: dict[str, Function] = {}
         self._twins: dict[tuple[str, ...], twin.Twins] = {}
 
+    @classmethod
+    def from_source(
+        cls, source: Source | LiveModel, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
+    ) -> Self:
+        """Load the model; ``spoil`` damages it first.
+
+        Raises:
+            UsageError: the model cannot be loaded as requested.
+        """
+        model = source.load(Quantization.parse(spec.quant), spec.device)
+        if spoil is not None:
+            spoil(model)
+        return cls(model, source, spec)
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether the model's code comes from its repository."""
+        return self.source.remote_code or bool(getattr(getattr(self.pristine, "config", None), "auto_map", None))
+
     @property
     def large(self) -> bool:
-        """Whether what comes of a forward is made again when it is asked for again, so that nobody holds it."""
-        return self.facts.nbytes > heap.LARGE_BYTES
+        """True if forward results are recomputed on demand, not cached, to save memory."""
+        return self.facts.nbytes > process_memory.LARGE_BYTES
 
     def _room(self) -> None:
         """Before one more model is made."""
         if self.large:
-            heap.give_back()
+            process_memory.return_free_pages()
 
     def copy(self) -> Any:
         """A fresh base."""
@@ -95,9 +127,9 @@ class Base:
 
     @contextmanager
     def _in_float64(self) -> Iterator[None]:
-        """Runs the twin in float64, for which some models' own code is not made: tried once.
+        """Runs the twin in float64, which some models' own code does not support: tried once.
 
-        torch tells of that by a ``RuntimeError``; anything else is an error of the twin, and stays one.
+        What is no ``twin_errors`` is an error of the twin, and stays one.
 
         Raises:
             Unavailable: it does not run.
@@ -108,22 +140,22 @@ class Base:
                 return
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except self._twin_errors as error:
                 self._no_twin = f"the float64 twin of this model does not run: {cause(error)}"
         raise Unavailable(self._no_twin)
 
     def forecast(self, spec: CaseSpec) -> ForecastFacts:
-        """What the model takes as its configuration tells it; of the training steps only for ``kbitcheck model``.
+        """Bytes predicted from the model's configuration; those of training steps for ``kbitcheck model`` alone.
 
         Raises:
-            Unavailable: there is no configuration to tell from.
+            Unavailable: there is no configuration to predict from.
         """
         if not isinstance(self.source, Source):
             raise Unavailable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
-        told = forecast.of_weights(model, facts, spec, self.source.notes)
-        return told if spec.static == "never" else forecast.with_steps(told, self.source, model, facts, spec)
+        weights = forecast.of_weights(model, facts, spec, self.source.notes)
+        return weights if spec.static == "never" else forecast.with_steps(weights, self.source, model, facts, spec)
 
     @property
     def half(self) -> torch.dtype:
@@ -134,10 +166,10 @@ class Base:
     def forwards(self) -> Sequence[forwards.Forward]:
         """The unprepared base under every condition."""
         if self._forwards is None:
-            found = list(forwards.everywhere(self.copy(), self.batch, self.half))
+            results = list(forwards.everywhere(self.copy(), self.batch, self.half))
             if self.large:
-                return found
-            self._forwards = found
+                return results
+            self._forwards = results
         return self._forwards
 
     def wide(self) -> nn.Module:
@@ -165,10 +197,10 @@ class Base:
             raise
         except RuntimeError as error:
             raise Unavailable(f"the unprepared base does not run: {cause(error)}") from error
-        found = Function(exact=exact, original=original, rounded=rounded)
+        function = Function(exact=exact, original=original, rounded=rounded)
         if not self.large:
-            self._functions[profile] = found
-        return found
+            self._functions[profile] = function
+        return function
 
     def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
@@ -186,8 +218,8 @@ class Base:
         device = next(iter(self.batch.values())).device.type
         return lambda: torch.autocast(device, dtype=self.half, cache_enabled=caching)
 
-    def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
-        """The spec's adapters on the base's target layers, with the same numbers each time."""
+    def _attach_targets(self, model: nn.Module, spec: CaseSpec) -> Attached:
+        """The spec's adapters on the target layers, with the same numbers each time."""
         return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
 
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
@@ -195,29 +227,29 @@ class Base:
         batches = (self.batch, self.single)
         model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
         rounded = [
-            step.train_step(model, b, adapters, seed=spec.seed, watch=False, autocast=autocast and autocast())[1]
+            step.train_step(model, b, adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()).gradients
             for b in batches
         ]
         model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
         adapter_probe.recast(adapters, torch.float64)
-        exact = [step.train_step(model, b, adapters, seed=spec.seed, watch=False)[1] for b in batches]
+        exact = [step.train_step(model, b, adapters, seed=spec.seed, watch=False).gradients for b in batches]
         whole, single = map(twin.Pair, exact, rounded)
         rate, losses = twin.smooth_training(model, self.batch, adapters, seed=spec.seed)
         return twin.Twins(whole=whole, single=single, losses=losses, learning_rate=rate)
 
 
-_bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
+_cache: OrderedDict[tuple[Any, ...], Loaded] = OrderedDict()
 
 
-def base_of(spec: CaseSpec) -> Base:
-    """The spec's base; the last few are kept, as cases come grouped by model and quantization."""
+def loaded_model(spec: CaseSpec) -> Loaded:
+    """The spec's model; the last two are kept, as cases come grouped by model and quantization."""
     key = (
         spec.model, spec.quant, spec.device, spec.batch, spec.seq_len, spec.seed, spec.targets, spec.random_weights,
         spec.dtype, spec.revision,
     )  # fmt: skip
-    if key not in _bases:
-        while len(_bases) > 1:
-            _bases.popitem(last=False)
-        _bases[key] = Base(source_of(spec), Quantization.parse(spec.quant), spec)
-    _bases.move_to_end(key)
-    return _bases[key]
+    if key not in _cache:
+        while len(_cache) > 1:
+            _cache.popitem(last=False)
+        _cache[key] = Loaded.from_source(source_of(spec), spec)
+    _cache.move_to_end(key)
+    return _cache[key]

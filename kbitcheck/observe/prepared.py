@@ -1,4 +1,4 @@
-"""Judges a model as it stands, prepared by someone else, before or in the middle of training.
+"""The facts of a model as it stands, prepared by someone else, before or in the middle of training.
 
 The caller's object is only read. What has to run runs on copies, and the random states are put back.
 """
@@ -11,8 +11,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -21,23 +20,29 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kbitcheck.core.cases import CaseSpec, Checkpointing
-from kbitcheck.core.errors import Unavailable, UsageError, cause
-from kbitcheck.core.facts import ModelFacts, RunFacts
+from kbitcheck.core.errors import Raised, Unavailable, UsageError
+from kbitcheck.core.facts import (
+    Distance,
+    ForwardFacts,
+    GradientFacts,
+    LayerBackward,
+    MemoryFacts,
+    ModelFacts,
+    RunFacts,
+    TrainingFacts,
+)
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import never_repacked, quiet
-from kbitcheck.models.sources.live import Given
+from kbitcheck.models.sources.live import Given as LiveModel
+from kbitcheck.observe import figures
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import Attached, Base
+from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import adapters as adapter_probe
-from kbitcheck.observe.probes import layers, snapshot, step
-from kbitcheck.observe.twin import twins as twin
+from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.snapshot import snapshot
 
-# Rules whose facts a prepared model still shows, by itself or in a step of a copy.
-JUDGED = frozenset({
-    "KB101", "KB102", "KB103", "KB104", "KB105", "KB201", "KB202", "KB211", "KB301", "KB302", "KB303", "KB304", "KB305",
-    "KB306", "KB307", "KB309", "KB401", "KB402", "KB403", "KB405", "KB406", "KB407", "KB408", "KB901", "KB903", "KB904",
-    "KB905", "KB907", "KB908",
-})  # fmt: skip
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
 
 
@@ -47,10 +52,10 @@ def mode_of(model: nn.Module) -> Checkpointing:
     if not on:
         return "off"
     functions = [getattr(m, "_gradient_checkpointing_func", None) for m in on]
-    asked = {f.keywords.get("use_reentrant") for f in functions if isinstance(f, functools.partial)}
-    if asked == {True}:
+    modes = {f.keywords.get("use_reentrant") for f in functions if isinstance(f, functools.partial)}
+    if modes == {True}:
         return "reentrant"
-    return "non-reentrant" if asked == {False} else "default"
+    return "non-reentrant" if modes == {False} else "default"
 
 
 def owned(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,9 +74,9 @@ def owned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _resting(model: nn.Module) -> set[str]:
     """Names of PEFT's adapters that are loaded and not active."""
-    known: set[str] = set(getattr(model, "peft_config", None) or {})
+    names: set[str] = set(getattr(model, "peft_config", None) or {})
     layers = [getattr(m, "active_adapters", None) for m in model.modules() if is_adapter_module(m)]
-    return known.difference(*(active for active in layers if isinstance(active, list)))
+    return names.difference(*(active for active in layers if isinstance(active, list)))
 
 
 @contextmanager
@@ -94,112 +99,137 @@ def undisturbed(*, threads: int) -> Iterator[None]:
         numpy.random.set_state(states[1])
 
 
-class Present(Base):
-    """Copies of a model as it stands, with its own adapters or, where it has none, the reference's.
+def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None) -> Loaded:
+    """A copy of the model as it stands, with its own adapters or, where it has none, the spec's.
 
     Raises:
         Unavailable: no copy of the model can run by itself.
     """
-
-    def __init__(self, model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None) -> None:
-        if tied := captures(model):
-            raise Unavailable(f"nothing can run on a copy: {tied} holds on to the model itself")
-        try:
-            self.pristine = never_repacked(copy.deepcopy(model))
-        except (RuntimeError, TypeError) as error:
-            raise Unavailable(f"the model cannot be copied: {error}".splitlines()[0]) from None
-        self.pristine.state_dict()  # on a CPU, bitsandbytes undoes its repacking for inference when it saves
-        step.set_dropout(self.pristine, 0.0)  # or no step compares with another; KB307 raises it
-        self.source = Given(self.pristine)
-        self.facts = snapshot.snapshot(self.pristine)
-        self.batch: step.Batch = batch or _drawn(self.pristine, spec.seed)
-        adapters = owned(self.pristine)
-        self.targets = [] if adapters else adapter_probe.target_layers(self.pristine, spec.targets)
-        self._dtypes = {name: p.dtype for name, p in adapters.items()}
-        self.weights, self.misread = layers.originals(self.pristine)
-        self._twins = {}
-
-    def attach(self, model: nn.Module, spec: CaseSpec) -> Attached:
-        """The model's own adapters, in their own dtypes; what is zero is drawn, or half their gradients would be zero."""
-        if not self._dtypes:
-            return super().attach(model, spec)
-        found = {name: p for name, p in model.named_parameters() if name in self._dtypes}
-        for name, parameter in found.items():
-            parameter.data = parameter.data.to(self._dtypes[name])
-        adapter_probe.draw({name: p for name, p in found.items() if not p.any()}, spec.seed)
-        return model, found
-
-    def twins(self, spec: CaseSpec) -> twin.Twins:
-        try:
-            return super().twins(spec)
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            told = cause(error)
-            raise Unavailable(f"the float64 twin of this model cannot be computed ({told})") from None
+    if tied := captures(model):
+        raise Unavailable(f"nothing can run on a copy: {tied} holds on to the model itself")
+    try:
+        pristine = never_repacked(copy.deepcopy(model))
+    except (RuntimeError, TypeError) as error:
+        raise Unavailable(f"the model cannot be copied: {error}".splitlines()[0]) from None
+    pristine.state_dict()  # on a CPU, bitsandbytes undoes its repacking for inference when it saves
+    step.set_dropout(pristine, 0.0)  # or no step compares with another; KB307 raises it
+    dtypes = {name: p.dtype for name, p in owned(pristine).items()}
+    return Loaded(
+        pristine,
+        LiveModel(pristine),
+        spec,
+        batch=batch or _drawn(pristine, spec.seed),
+        attach=OwnAdapters(dtypes) if dtypes else None,
+        twin_errors=(AttributeError, TypeError, ValueError, RuntimeError),
+    )
 
 
-class PresentCase(Case):
-    """The facts that a prepared model still shows."""
+@dataclasses.dataclass(frozen=True)
+class OwnAdapters:
+    """The adapters that a copy carries already, by name and dtype; called as ``Loaded.attach``."""
 
-    live = True
+    dtypes: Mapping[str, torch.dtype]
+
+    def __call__(self, model: nn.Module, spec: CaseSpec) -> Attached:
+        """The model with its adapters; a parameter that is zero is drawn, or half of the gradients would be zero."""
+        adapters = {name: p for name, p in model.named_parameters() if name in self.dtypes}
+        for name, parameter in adapters.items():
+            parameter.data = parameter.data.to(self.dtypes[name])
+        adapter_probe.draw({name: p for name, p in adapters.items() if not p.any()}, spec.seed)
+        return Attached(model, adapters)
+
+
+def open_prepared(spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> OpenCase:
+    """The case of a model that someone else prepared; ``batch`` is fed to its copies, one is drawn where there is none."""
+    return cast(OpenCase, PreparedCase(spec, model, batch))
+
+
+@other_facts_missing(GONE)
+class PreparedCase:
+    """The facts that a prepared model still shows: what is read off it, and the steps of a copy.
+
+    The copy is a case whose preparation does nothing.
+    """
 
     def __init__(self, spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> None:
-        self._given = model
-        self._given_batch = batch
         self.spec = spec
-        self.prepare = _as_it_is
         self.case = spec.id
-        self.profile = spec.profile
-        self.freezes = spec.freezes
-        self.checkpointing = spec.checkpointing
+        self.profile: str = spec.profile
+        self.freezes: str = spec.freezes
+        self.checkpointing: str = spec.checkpointing
+        self.computed: dict[str, Any] = {}
+        self._model = model
+        self._batch = batch
 
-    @cached_property
-    def _base(self) -> Base:  # type: ignore[override]
-        return Present(self._given, self.spec, self._given_batch)
+    def close(self) -> None:
+        """Drop every copy."""
+        self.computed.clear()
 
-    @property
-    def _model(self) -> Any:
-        return self._base.copy()
+    @Fact
+    def _copy(self) -> Case:
+        return Case(self.spec, _unchanged, copy_of(self._model, self.spec, self._batch))
 
-    @cached_property
+    # Read off the model itself
+
+    @Fact
     def prepared(self) -> ModelFacts:
-        return snapshot.snapshot(self._given, owned(self._given), keys=False)
+        return snapshot(self._model, owned(self._model), keys=False)
 
-    @property
+    @Fact
     def base(self) -> ModelFacts:
-        """The model without its adapters; whether it checkpointed before is not known."""
-        found = self.prepared
+        """The model without its adapters; whether it checkpointed before cannot be seen."""
         return dataclasses.replace(
-            found,
-            parameters={n: p for n, p in found.parameters.items() if not p.adapter},
-            modules={n: dataclasses.replace(m, checkpointing=None) for n, m in found.modules.items()},
+            self.prepared,
+            parameters={n: p for n, p in self.prepared.parameters.items() if not p.adapter},
+            modules={n: dataclasses.replace(m, checkpointing=None) for n, m in self.prepared.modules.items()},
         )
 
-    @property
-    def loaded(self) -> ModelFacts:
-        raise Unavailable(GONE)
-
-    @cached_property
+    @Fact
     def wrapped(self) -> ModelFacts:
         if any(p.adapter for p in self.prepared.parameters.values()):
             return self.prepared
-        return snapshot.snapshot(*self._attached)
+        return self._copy.wrapped
 
-    @property
-    def run(self) -> RunFacts:
-        """One step of a copy. A gradient that a base parameter holds already is told too."""
-        found = super().run
-        held = [n for n, p in self.prepared.parameters.items() if p.has_grad and not p.adapter]
-        return dataclasses.replace(found, base_grads=tuple(dict.fromkeys((*found.base_grads, *held))))
-
-    @property
-    def unprepared(self) -> Case:
-        raise Unavailable("the model before its preparation is not there to compare with")
-
-    bare = unprepared
-
-    @property
+    @Fact
     def remote_code(self) -> bool:
-        return Given(self._given).remote_code
+        return LiveModel(self._model).remote_code
+
+    # Steps of the copy
+
+    @Fact
+    def run(self) -> RunFacts:
+        """A step of the copy, with the gradients that base parameters of the model itself hold already."""
+        run = self._copy.run
+        held = [n for n, p in self.prepared.parameters.items() if p.has_grad and not p.adapter]
+        return dataclasses.replace(run, base_grads=tuple(dict.fromkeys((*run.base_grads, *held))))
+
+    compute_ulp = Fact[float](lambda case: case._copy.compute_ulp)
+    half_ulp = Fact[float](lambda case: case._copy.half_ulp)
+    generator = Fact[bool](lambda case: case._copy.generator)
+    unfit_targets = Fact[Mapping[str, str]](lambda case: case._copy.unfit_targets)
+    plain_run = Fact[RunFacts](lambda case: case._copy.plain_run)
+    repeated_run = Fact[RunFacts](lambda case: case._copy.repeated_run)
+    step_raised = Fact[Raised | None](lambda case: case._copy.step_raised)
+    other_mode_raised = Fact[Raised | None](lambda case: case._copy.other_mode_raised)
+    gradients = Fact[Mapping[str, GradientFacts]](lambda case: case._copy.gradients)
+    single_gradients = Fact[Mapping[str, GradientFacts]](lambda case: case._copy.single_gradients)
+    against_plain = Fact[Mapping[str, Distance]](lambda case: case._copy.against_plain)
+    against_other_mode = Fact[Mapping[str, Distance]](lambda case: case._copy.against_other_mode)
+    against_plain_dropout = Fact[Mapping[str, Distance]](lambda case: case._copy.against_plain_dropout)
+    layer_backwards = Fact[Mapping[str, LayerBackward]](lambda case: case._copy.layer_backwards)
+    memory = Fact[MemoryFacts](lambda case: case._copy.memory)
+    training = Fact[TrainingFacts](lambda case: case._copy.training)
+    trained = Fact[ModelFacts](lambda case: case._copy.trained)
+    generates = Fact[ForwardFacts](lambda case: case._copy.generates)
+    rounded_biases = Fact[Mapping[str, str]](lambda case: case._copy.rounded_biases)
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of a report, as ``Case.summary``."""
+        if "_copy" not in self.computed:  # where nothing ran, nothing was fed
+            return figures.summary(cast(OpenCase, self), {"_prepared"}, batch=None)
+        return figures.summary(
+            cast(OpenCase, self), {"_prepared", *self.computed, *self._copy.computed}, batch=self._copy.batch
+        )
 
 
 def _drawn(model: nn.Module, seed: int) -> step.Batch:
@@ -214,7 +244,8 @@ def _drawn(model: nn.Module, seed: int) -> step.Batch:
     return draw(inner, batch=2, seq_len=24, seed=seed)
 
 
-def _as_it_is(model: Any) -> Any:
+def _unchanged(model: Any) -> Any:
+    """The preparation that does nothing."""
     return model
 
 

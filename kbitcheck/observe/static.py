@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import cache, cached_property
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,22 +13,21 @@ from torch import nn
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source, source_of
-from kbitcheck.observe.forecast import predict as forecast
-from kbitcheck.observe.heap import LARGE_BYTES
+from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
+from kbitcheck.observe.forecast import predict
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot, targets
+from kbitcheck.observe.process_memory import LARGE_BYTES
 
 NEEDS_A_RUN = "needs a run: the audit is static"
 
 
+@other_facts_missing(NEEDS_A_RUN)
 class StaticCase:
     """Facts of a model on the meta device. What needs a run is not applicable."""
-
-    live = False
 
     def __init__(self, spec: CaseSpec, source: Source, why: str = "no weights were read") -> None:
         self.spec = spec
@@ -39,16 +38,14 @@ class StaticCase:
         self.profile = spec.profile
         self.freezes = spec.freezes
         self.checkpointing = spec.checkpointing
+        self.computed: dict[str, Any] = {}
         self._source = source
         self._model: Any = source.meta(Quantization.parse(spec.quant))
         self.base: ModelFacts = snapshot.snapshot(self._model)
         self.remote_code = source.remote_code
-        self._weights = forecast.of_weights(self._model, self.base, spec, source.notes)
+        self._weights = predict.of_weights(self._model, self.base, spec, source.notes)
         wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
         self.unfit_targets: Mapping[str, str] = targets.unfit(self._model, wanted)
-
-    def __getattr__(self, name: str) -> Any:
-        raise Unavailable(NEEDS_A_RUN)
 
     def close(self) -> None:
         """Drop the model."""
@@ -59,9 +56,9 @@ class StaticCase:
         """The forecast without steps, which is cheap."""
         return self._weights
 
-    @cached_property
+    @Fact
     def forecast(self) -> ForecastFacts:
-        return forecast.with_steps(self._weights, self._source, self._model, self.base, self.spec)
+        return predict.with_steps(self._weights, self._source, self._model, self.base, self.spec)
 
     @property
     def widened(self) -> Mapping[str, int]:
@@ -75,14 +72,14 @@ class StaticCase:
 
     def summary(self) -> dict[str, Any]:
         """Facts for the head and the memory table of a report."""
-        told = self.forecast if "forecast" in vars(self) else self._weights
+        forecast = self.forecast if "forecast" in self.computed else self._weights
         return {
             "static": self.why,
             "model_class": self.base.cls,
-            "parameters": told.parameters,
-            "bytes_loaded": told.loaded,
-            "bytes_prepared": told.loaded + told.upcast,
-            "forecast": told.as_json(),
+            "parameters": forecast.parameters,
+            "bytes_loaded": forecast.loaded,
+            "bytes_prepared": forecast.loaded + forecast.upcast,
+            "forecast": forecast.as_json(),
         }
 
 
@@ -104,22 +101,22 @@ def too_large(source: Source, spec: CaseSpec, seconds: float) -> StaticCase | No
     return case
 
 
-def audit_bytes(told: ForecastFacts) -> int:
+def audit_bytes(forecast: ForecastFacts) -> int:
     """About what a full audit takes at its peak: the model three times over.
 
-    A base is copied before it is prepared or run (``Base.copy``), and copies come one at a time: there are the pristine
+    A base is copied before it is prepared or run (``Loaded.copy``), and copies come one at a time: there are the pristine
     one, the one under audit, and the copy of it that KB308 makes. Float twins read the pristine one's weights.
     """
-    return 3 * (told.loaded + told.upcast)
+    return 3 * (forecast.loaded + forecast.upcast)
 
 
-def audit_seconds(told: ForecastFacts) -> float:
+def audit_seconds(forecast: ForecastFacts) -> float:
     """About what a full audit takes on this CPU.
 
     0.8 s for a million parameters, as it took on the Xeon of ``benchmarks/sizes.json``, and what half-precision products
     cost more elsewhere: on an EPYC, where one with a million weights takes 6 ms, it was 3.4 s.
     """
-    return told.parameters / 1e6 * (0.8 + 400 * product_seconds())
+    return forecast.parameters / 1e6 * (0.8 + 400 * product_seconds())
 
 
 @cache
@@ -143,7 +140,7 @@ def free_bytes(device: str) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
+def static_case(spec: CaseSpec, seconds: float) -> OpenCase | None:
     """The static case that a spec asks for; None where it is to be audited in full, and ``seconds`` may suffice.
 
     Raises:
@@ -152,4 +149,5 @@ def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
     if spec.static == "never":
         return None
     source = source_of(spec, static=spec.static)
-    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)
+    case = StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)
+    return cast("OpenCase | None", case)

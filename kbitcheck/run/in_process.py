@@ -14,10 +14,10 @@ from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.events import Collector, Event, Figures, Judged, Loaded, Started
 from kbitcheck.core.report import Report, assemble
-from kbitcheck.core.result import Result, Status
+from kbitcheck.core.result import Result
 from kbitcheck.core.rule import Rule, judge, select
 from kbitcheck.judge.conditions import settle
-from kbitcheck.observe.heap import LARGE_BYTES
+from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.examine import examine, not_reached
 from kbitcheck.run.subject import Implementation
@@ -161,8 +161,8 @@ def assert_prepared(
     small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
     environment = machine.describe(spec.device, spec.seed)
     with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
-        case = prepared.PresentCase(spec, model, batch)
-        results = [judge(rule, case) if rule.code in prepared.JUDGED else _gone(rule, case.case) for rule in rules]
+        case = prepared.open_prepared(spec, model, batch)
+        results = [judge(rule, case) for rule in rules]
         figures = Figures(case=case.case, facts=case.summary())
         case.close()
     loaded = Loaded(implementation={"name": "your code"}, environment=environment)
@@ -175,12 +175,6 @@ def assert_prepared(
         strict=strict,
         seconds=time.perf_counter() - start,
     )
-
-
-def _gone(rule: Rule, case: str) -> Result:
-    from kbitcheck.observe.prepared import GONE
-
-    return Result(rule=rule.code, case=case, level=rule.level, status=Status.SKIP, reason=GONE)
 
 
 def _collected(

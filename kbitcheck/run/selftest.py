@@ -6,26 +6,25 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.events import FaultTried
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import Base
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.sabotage.fault import Fault, faults
 
 
 def run(codes: Sequence[str] = (), *, matrix: bool = False) -> Iterator[FaultTried]:
     """Try the faults of the rules whose codes start with any of ``codes`` (default: all), with ``matrix`` by all rules."""
-    bases: dict[tuple[str, str, str], Base] = {}
+    bases: dict[tuple[str, str, str], Loaded] = {}
     for fault in faults():
         if not codes or fault.code.startswith(tuple(c.upper() for c in codes)):
             yield try_fault(fault, bases, matrix=matrix)
 
 
-def case_of(fault: Fault, bases: dict[tuple[str, str, str], Base]) -> Case:
+def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
     """The fault's case, with the broken implementation or the spoiled base."""
     spec = CaseSpec(
         model=fault.model,
@@ -36,15 +35,15 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Base]) -> Case:
     )
     key = (fault.model, fault.quant, spec.device)
     if fault.spoil is not None:
-        base = Base(resolve(fault.model), Quantization.parse(fault.quant), spec, spoil=fault.spoil)
+        base = Loaded.from_source(resolve(fault.model), spec, spoil=fault.spoil)
     else:
         if key not in bases:
-            bases[key] = Base(resolve(fault.model), Quantization.parse(fault.quant), spec)
+            bases[key] = Loaded.from_source(resolve(fault.model), spec)
         base = bases[key]
     return Case(spec, fault.prepare, base)
 
 
-def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Base], *, matrix: bool = False) -> FaultTried:
+def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix: bool = False) -> FaultTried:
     """Judge one fault by its own rule, with ``matrix`` by all others too."""
     if fault.accelerator and not torch.cuda.is_available():
         return _tried(fault, "", None, "needs an accelerator", None)

@@ -24,7 +24,7 @@ from kbitcheck.core import events
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.events import Event
 from kbitcheck.core.rule import log, rules
-from kbitcheck.observe.heap import LARGE_BYTES
+from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import requests
 from kbitcheck.run.examine import examine
 from kbitcheck.run.subject import Implementation, Missing, load, unused

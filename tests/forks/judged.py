@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Level, Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import Base
+from kbitcheck.observe.loaded import Loaded
 
 # What reads flags, dtypes and bytes alone, and takes no step.
 STRUCTURE = ("KB101", "KB102", "KB201", "KB202", "KB203", "KB204", "KB205", "KB206", "KB207", "KB208")
@@ -19,7 +18,7 @@ def broken(prepare, bases, *, model, quant, checkpointing, codes=None, levels=(L
     spec = CaseSpec(model=model, quant=quant, implementation="given", checkpointing=checkpointing, **options)
     key = (model, quant)
     if key not in bases:
-        bases[key] = Base(resolve(model), Quantization.parse(quant), spec)
+        bases[key] = Loaded.from_source(resolve(model), spec)
     case = Case(spec, prepare, bases[key])
     results = [judge(rule, case) for rule in rules().values() if codes is None or rule.code in codes]
     case.close()

@@ -10,14 +10,13 @@ from bitsandbytes.autograd._functions import MatMul8bitLt
 from kbitcheck_reference import prepare_model_for_kbit_training as reference
 
 from kbitcheck.backends.bitsandbytes import layers as backend_layers
-from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.judge.attribution import BARE
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import Base
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.run.suites import RECIPES
 
 
@@ -67,7 +66,7 @@ def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, L
     spec = CaseSpec(model=model, quant=quant, implementation="given", checkpointing=checkpointing, **options)
     key = (model, quant)
     if key not in bases:
-        bases[key] = Base(resolve(model), Quantization.parse(quant), spec)
+        bases[key] = Loaded.from_source(resolve(model), spec)
     case = Case(spec, prepare, bases[key])
     results = [judge(rule, case) for rule in rules().values() if not codes or rule.code in codes]
     case.close()

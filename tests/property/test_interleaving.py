@@ -13,13 +13,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import Base
-from kbitcheck.observe.probes.interleaving import Session
-from kbitcheck.observe.step_sequences import STEPS
+from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.probes.interleaving import STEPS, Session
 from kbitcheck.run.subject import load
 from kbitcheck.sabotage import faults
 
@@ -34,7 +32,7 @@ def case_of(implementation, quant, bases, *, prepare=None, model="tiny:gpt2"):
     spec = CaseSpec(model=model, quant=quant, implementation=implementation, checkpointing="reentrant")
     key = (model, quant)
     if key not in bases:
-        bases[key] = Base(resolve(model), Quantization.parse(quant), spec)
+        bases[key] = Loaded.from_source(resolve(model), spec)
     return Case(spec, prepare or load(implementation).function, bases[key])
 
 

@@ -109,7 +109,7 @@ def test_what_there_is_no_time_for_is_static(monkeypatch):
     )
     case = static_case.static_case(spec, 60.0)
     assert case is not None
-    assert case.why == "a full audit takes about 3 minutes on a CPU, which `--timeout 323` allows for"
+    assert case.summary()["static"] == "a full audit takes about 3 minutes on a CPU, which `--timeout 323` allows for"
     assert static_case.static_case(spec, 600.0) is None
     monkeypatch.setattr(static_case, "product_seconds", lambda: 0.02)
     assert static_case.static_case(spec, 600.0) is not None

@@ -8,9 +8,9 @@ import pytest
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.observe import heap
+from kbitcheck.observe import process_memory
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import base_of
+from kbitcheck.observe.loaded import loaded_model
 from kbitcheck.observe.probes import layers
 from kbitcheck.observe.twin import twins as twin
 from kbitcheck.run.subject import load
@@ -22,15 +22,15 @@ def test_it_is_judged_the_same(model: str, quant: str, monkeypatch: pytest.Monke
     spec = CaseSpec(model=model, quant=quant, implementation="reference", checkpointing="reentrant")
 
     def judged() -> tuple[dict[str, str], int]:
-        kept = base_of(spec)
-        base = type(kept)(kept.source, kept.quant, spec)
+        kept = loaded_model(spec)
+        base = type(kept).from_source(kept.source, spec)
         case = Case(spec, load("reference").function, base)
         copied = Mock(side_effect=base.copy)
         monkeypatch.setattr(base, "copy", copied)
         return {code: judge(rule, case).status.value for code, rule in rules().items()}, copied.call_count
 
     small, copies = judged()
-    for module, limit in ((heap, "LARGE_BYTES"), (layers, "KEPT_BYTES"), (twin, "LARGE_BYTES")):
+    for module, limit in ((process_memory, "LARGE_BYTES"), (layers, "KEPT_BYTES"), (twin, "LARGE_BYTES")):
         monkeypatch.setattr(module, limit, 0)
     large, more = judged()
     assert large == small

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.observe.loaded import Base, base_of
+from kbitcheck.observe.loaded import loaded_model
 from kbitcheck.observe.probes import layers
 from kbitcheck.observe.twin import twins as twin
 from kbitcheck.observe.twin import wide_parameter as widened
@@ -74,8 +74,8 @@ def test_twins_are_the_same_however_weights_are_held(model: str, quant: str, mon
     def held(limit: int) -> tuple[twin.Twins, list[torch.Tensor]]:
         monkeypatch.setattr(twin, "LARGE_BYTES", limit)
         monkeypatch.setattr(layers, "KEPT_BYTES", limit)
-        kept = base_of(spec)
-        base = Base(kept.source, kept.quant, spec)
+        kept = loaded_model(spec)
+        base = type(kept).from_source(kept.source, spec)
         made = twin.float64(base.pristine, base.weights)
         assert any(isinstance(p.data, Widened) for p in made.parameters()) is (limit == 0)
         function = base.function("peft")

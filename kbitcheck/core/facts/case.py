@@ -8,12 +8,13 @@ from typing import Protocol
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts.forecast import ForecastFacts
 from kbitcheck.core.facts.memory import CostFacts, MemoryFacts
-from kbitcheck.core.facts.model import CallFacts, ModelFacts
+from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.step import (
     Distance,
     ForwardFacts,
     FunctionFacts,
     GradientFacts,
+    HonouredArguments,
     LayerBackward,
     RunFacts,
     StepOutcome,
@@ -33,11 +34,6 @@ class Facts(Protocol):
     def freezes(self) -> str: ...
     @property
     def checkpointing(self) -> str: ...
-    @property
-    def live(self) -> bool:
-        """Whether the subject is a model someone else prepared: nothing before it is known."""
-        ...
-
     @property
     def compute_ulp(self) -> float: ...
     @property
@@ -146,11 +142,11 @@ class Facts(Protocol):
     @property
     def switched_off(self) -> ModelFacts: ...
     @property
-    def refused(self) -> tuple[CallFacts, ModelFacts, ModelFacts]: ...
+    def refused(self) -> RefusedCall: ...
     @property
-    def adapters_first(self) -> tuple[CallFacts, frozenset[str], frozenset[str]]: ...
+    def adapters_first(self) -> AdaptersFirst: ...
     @property
-    def honoured(self) -> tuple[Mapping[str, str], RunFacts, CallFacts]: ...
+    def honoured(self) -> HonouredArguments: ...
     @property
     def repeated_run(self) -> RunFacts: ...
     @property

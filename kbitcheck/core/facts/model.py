@@ -127,3 +127,21 @@ class CallFacts:
     parameters: Mapping[str, str] | None = None
     accepts_any: bool = False
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedCall:
+    """A call on an architecture that does not support checkpointing, with the model before and after it."""
+
+    call: CallFacts
+    before: ModelFacts
+    after: ModelFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptersFirst:
+    """A call on a model that already carries adapters: the names of those that were trainable, and of those that still are."""
+
+    call: CallFacts
+    before: frozenset[str]
+    after: frozenset[str]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kbitcheck.core.errors import Raised
+from kbitcheck.core.facts.model import CallFacts
 
 CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
 
@@ -163,3 +164,12 @@ class StoreFacts:
     raised: Raised | None = None
     base_raised: Raised | None = None
     logits: Distance | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HonouredArguments:
+    """Checkpointing arguments that are not torch's defaults, the call they were passed to, and a step after it."""
+
+    arguments: Mapping[str, str]
+    run: RunFacts
+    call: CallFacts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kbitcheck_reference import lora
@@ -45,13 +45,15 @@ def target_layers(model: nn.Module, targets: str) -> list[str]:
     return quantized
 
 
-def attach(
-    model: nn.Module, layers: Sequence[str], *, library: str, rank: int, seed: int
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Put adapters on the named layers and draw both factors, so that every adapter has a gradient by construction.
+class Attached(NamedTuple):
+    """A model to train (PEFT wraps the one that it was given), and the adapters' parameters by name."""
 
-    Returns the model to train (PEFT wraps it) and the adapters' parameters by name.
-    """
+    model: nn.Module
+    adapters: dict[str, nn.Parameter]
+
+
+def attach(model: nn.Module, layers: Sequence[str], *, library: str, rank: int, seed: int) -> Attached:
+    """Adapters on the named layers, both factors drawn, so that every adapter has a gradient by construction."""
     if library == "peft":
         from peft import LoraConfig, get_peft_model
 
@@ -61,7 +63,7 @@ def attach(
         wrapped = lora.attach(model, rank=rank, alpha=2.0 * rank, targets=list(layers))
         owned = lora.parameters(wrapped)
     draw(owned, seed)
-    return wrapped, owned
+    return Attached(wrapped, owned)
 
 
 def draw(parameters: Mapping[str, nn.Parameter], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Runs programs (``kbitcheck.observe.step_sequences``) on one prepared model, and holds every training step against a fresh model's."""
+"""Steps that a user may take between two training steps, in any order, each training step beside a fresh model's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from kbitcheck_reference import lora
@@ -18,13 +18,27 @@ from kbitcheck import backends
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, StepOutcome
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.observe import heap
+from kbitcheck.observe import process_memory
 from kbitcheck.observe.probes import digest, step
+from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.forwards import generate
 from kbitcheck.observe.probes.layers import base_name
-from kbitcheck.observe.step_sequences import Step
 
-Attached = tuple[Any, dict[str, nn.Parameter]]
+StepName = Literal[
+    "train", "accumulate", "update",
+    "evaluate", "infer", "generate",
+    "prepare", "reattach", "save",
+    "checkpointing-off", "checkpointing-reentrant", "checkpointing-non-reentrant",
+    "train-mode", "eval-mode", "autocast-on", "autocast-off",
+    "batch-one", "batch-whole", "copy", "move",
+]  # fmt: skip
+STEPS: tuple[StepName, ...] = get_args(StepName)
+
+# What KB308 runs in each case.
+STANDARD_ORDER: tuple[StepName, ...] = (
+    "train", "evaluate", "infer", "generate", "eval-mode", "copy", "train", "prepare", "save", "update", "accumulate",
+    "checkpointing-off", "evaluate", "move", "checkpointing-non-reentrant", "train",
+)  # fmt: skip
 HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
 MODES = {"checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
 
@@ -89,17 +103,17 @@ class Session:
         self.model, self.adapters = self.subject.make()
         self._packed = fingerprints(self.model, self.subject.layers)
 
-    def run(self, names: Sequence[Step]) -> list[StepOutcome]:
+    def run(self, names: Sequence[StepName]) -> list[StepOutcome]:
         """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
         taken = [self._take(name) for name in names]
         self.model, self.adapters = None, {}
         return [self._judge(one) for one in taken]
 
-    def do(self, name: Step) -> StepOutcome:
+    def do(self, name: StepName) -> StepOutcome:
         """Take one step; what it raises, and what it changed, is in the outcome."""
         return self._judge(self._take(name))
 
-    def _take(self, name: Step) -> Taken:
+    def _take(self, name: StepName) -> Taken:
         hooks, raised, trained = _hooks(self.model), None, None
         try:
             trained = self._act(name)
@@ -134,7 +148,7 @@ class Session:
         }
         return replace(taken.outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
 
-    def _act(self, name: Step) -> _Trained | None:
+    def _act(self, name: StepName) -> _Trained | None:
         if name.startswith("autocast"):
             self.settings = replace(self.settings, autocast=name == "autocast-on")
         elif name == "train-mode":
@@ -273,7 +287,7 @@ class Session:
     def _copy(self, name: str) -> None:
         names = list(self.adapters)
         memo: dict[int, Any] = {}
-        heap.give_back()
+        process_memory.return_free_pages()
         self.model = copy.deepcopy(self.model, memo)
         self.adapters = {n: memo[id(self.adapters[n])] for n in names}
 

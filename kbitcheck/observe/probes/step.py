@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -22,6 +22,14 @@ from kbitcheck.observe.probes.snapshot import is_block, tower
 
 Batch = Mapping[str, torch.Tensor]
 Gradients = dict[str, torch.Tensor | None]
+
+
+class Step(NamedTuple):
+    """One training step: its facts, and copies of the adapters' gradients by name."""
+
+    facts: RunFacts
+    gradients: Gradients
+
 
 # Bound before any subject is imported, which may patch them.
 _REENTRANT = torch_checkpoint.CheckpointFunction
@@ -315,8 +323,8 @@ def train_step(
     autocast: AbstractContextManager[Any] | None = None,
     watch: bool = True,
     gathered: Gradients | None = None,
-) -> tuple[RunFacts, Gradients]:
-    """One forward and backward in train mode; the facts, and the adapters' gradients (copies). Leaves no gradient.
+) -> Step:
+    """One forward and backward in train mode. Leaves no gradient.
 
     ``gathered`` are gradients of earlier steps that this one adds to, as in gradient accumulation.
     """
@@ -361,7 +369,7 @@ def train_step(
         inexact=watcher.inexact if watcher else (),
         base_grads=tuple(base),
     )
-    return facts, grads
+    return Step(facts, grads)
 
 
 def _cached(cache: Any) -> Iterator[torch.Tensor]:

@@ -1,0 +1,142 @@
+"""Further calls of the implementation: in other forms, a second time, refused, with other arguments, after adapters."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from kbitcheck.core.errors import Unavailable, cause
+from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, HonouredArguments, ModelFacts, RefusedCall
+from kbitcheck.observe.outputs import Outputs
+from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes import adapters, memory, step, targets
+from kbitcheck.observe.probes.call import SECOND, THIRD, call
+from kbitcheck.observe.probes.snapshot import snapshot
+from kbitcheck.observe.stages import mix_training_flags
+
+
+class Calls:
+    """Facts of calls, each on a fresh base."""
+
+    def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
+        self._preparation = preparation
+        self._outputs = outputs
+
+    @cached_property
+    def default_call(self) -> CallFacts:
+        """``prepare(model)`` on a model as loaded."""
+        return call(self._preparation.function, self._preparation.copy())[1]
+
+    @cached_property
+    def positional_call(self) -> CallFacts:
+        """``prepare(model, False)`` on a model all in train mode."""
+        return call(self._preparation.function, self._preparation.copy().train(), False)[1]
+
+    @cached_property
+    def _repeated(self) -> _Repeated:
+        return _Repeated(self._preparation)
+
+    @property
+    def cost(self) -> CostFacts:
+        """Bytes while preparing."""
+        return self._repeated.cost
+
+    @property
+    def repeated(self) -> ModelFacts:
+        """Another fresh base, prepared in the same way."""
+        return self._repeated.once
+
+    @property
+    def prepared_again(self) -> ModelFacts:
+        """The model of ``repeated``, prepared a second time."""
+        return self._repeated.twice
+
+    @cached_property
+    def switched_off(self) -> ModelFacts:
+        """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
+        model = self._preparation.prepared_copy()
+        # transformers before 5 raises where nothing was enabled
+        if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
+            model.disable_input_require_grads()
+        if self._preparation.loaded.facts.can_checkpoint and hasattr(model, "gradient_checkpointing_disable"):
+            step.quietly(model.gradient_checkpointing_disable)
+        return snapshot(model)
+
+    @cached_property
+    def refused(self) -> RefusedCall:
+        """A call on the same architecture, said not to support checkpointing."""
+        model = self._preparation.copy()
+        cls = type(model)
+        model.__class__ = type(
+            cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__}
+        )
+        before = snapshot(model)
+        _, facts = call(self._preparation.function, model, **{SECOND: True})
+        return RefusedCall(call=facts, before=before, after=snapshot(model))
+
+    @cached_property
+    def adapters_first(self) -> AdaptersFirst:
+        """A call on a model that already carries adapters.
+
+        Raises:
+            Unavailable: the model takes no adapters before it is prepared.
+        """
+        preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
+        library = "peft" if spec.adapters == "peft" or targets.peft_installed() else "reference"
+        # PEFT refuses some targets, which KB905 reports.
+        fit = [name for name in loaded.targets if name not in loaded.unfit_targets]
+        try:
+            model, owned = adapters.attach(
+                preparation.copy(), fit or loaded.targets, library=library, rank=spec.rank, seed=spec.seed
+            )
+        except NotImplementedError as error:  # some classes do not give their embedding
+            raise Unavailable(f"{library} cannot put adapters on this model: {cause(error)}") from error
+        before = frozenset(n for n, p in owned.items() if p.requires_grad)
+        result, facts = call(preparation.function, model, **preparation.keywords)
+        after: nn.Module = preparation.returned(result, model)
+        trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
+        return AdaptersFirst(call=facts, before=before, after=before & trainable)
+
+    @cached_property
+    def honoured(self) -> HonouredArguments:
+        """Checkpointing arguments that are not torch's defaults, and what reached torch when they were passed."""
+        self._outputs.require_forward()
+        mode = self._preparation.spec.checkpointing
+        passed: dict[str, Any] = {"preserve_rng_state": False}
+        if mode != "default":
+            passed["use_reentrant"] = mode == "reentrant"
+        if mode == "non-reentrant":
+            passed["determinism_check"] = "none"
+        model, facts = self._preparation.observed_copy(**{SECOND: True, THIRD: passed})
+        attached = self._preparation.attach(model)
+        # Without dropout: with the random state not preserved another mask, and other experts, are recomputed.
+        with step.dropout_raised(attached.model, 0.0):
+            run = self._preparation.step(attached).facts
+        return HonouredArguments(arguments={k: str(v) for k, v in passed.items()}, run=run, call=facts)
+
+
+class _Repeated:
+    """A base prepared while its memory is watched, then prepared again.
+
+    Raises:
+        Unavailable: the preparation raised.
+    """
+
+    def __init__(self, preparation: Preparation) -> None:
+        self._preparation = preparation
+        self._model = preparation.copy()
+        mix_training_flags(self._model)
+        self.cost = memory.cost(self._prepare, self._model)
+        self.once = snapshot(self._model)
+        self._prepare(self._model)
+        self.twice = snapshot(self._model)
+        del self._model
+
+    def _prepare(self, model: nn.Module) -> None:
+        # Not by ``call``, whose copies of random states would count as the preparation's memory.
+        try:
+            self._model = self._preparation.apply(model)
+        except Exception as error:
+            raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error

@@ -1,0 +1,87 @@
+"""What a prepared model computes: its outputs under every condition, its logits, and what an evaluation or a save leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.facts import CANNOT_RUN, ForwardFacts, FunctionFacts, StoreFacts
+from kbitcheck.core.profile import PROMISES
+from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes import forwards, memory, store, targets
+from kbitcheck.observe.twin import twins
+
+
+class Outputs:
+    """Facts of forwards, each on a fresh prepared copy, without adapters."""
+
+    def __init__(self, preparation: Preparation) -> None:
+        self._preparation = preparation
+        self._loaded = preparation.loaded
+        self._profile = preparation.spec.profile
+
+    @cached_property
+    def forwards(self) -> Sequence[ForwardFacts]:
+        """A forward of the prepared model under every condition, beside the base's."""
+
+        def everywhere(model: nn.Module) -> Iterator[forwards.Forward]:
+            return forwards.everywhere(model, self._loaded.batch, self._loaded.half)
+
+        self._preparation.make_room()
+        base = self._loaded.forwards  # first, so that its copy of the base is gone
+        return forwards.compare(
+            everywhere(self._preparation.prepared_copy()), base, lambda: everywhere(self._loaded.wide())
+        )
+
+    def require_forward(self) -> None:
+        """Return if a training forward of the prepared model runs, or if the base's does not run either.
+
+        Raises:
+            Unavailable: it does not run, which KB210 reports.
+        """
+        for f in self.forwards:
+            # Fed embeddings, it fails where a gradient is cut, and runs all the same.
+            trains = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
+            if f.raised and not f.base_raised and f.autocast is PROMISES[self._profile].autocast and trains:
+                raise Unavailable(f"{CANNOT_RUN}{f.raised}", raised=f.raised)
+
+    @cached_property
+    def function(self) -> FunctionFacts:
+        """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
+        self.require_forward()
+        expected = self._loaded.function(self._profile)
+        exact = expected.exact.logits
+        logits, routes = self._loaded.logits(self._preparation.prepared_copy(), self._profile)
+        keep = targets.unmoved(exact, expected.exact.routes, routes, expected.original.routes, expected.rounded.routes)
+        return FunctionFacts(
+            base_error=twins.root_mean_square_error(expected.original.logits, exact, keep),
+            error=twins.root_mean_square_error(logits, exact, keep),
+            twin_error=twins.root_mean_square_error(expected.rounded.logits, exact, keep),
+            ulp=float(torch.finfo(torch.float32).eps),
+            left_out=int((~keep).sum()),
+            tokens=keep.numel(),
+        )
+
+    @cached_property
+    def left_by_evaluation(self) -> int:
+        """Bytes that stay alive after a forward in eval mode."""
+        model = self._preparation.prepared_copy()
+        return memory.left_by_evaluation(model, self._loaded.batch, self._loaded.autocast(self._profile))
+
+    @cached_property
+    def store(self) -> StoreFacts:
+        """Save and reload of a prepared model that never ran, and of its adapters."""
+        preparation = self._preparation
+        subject = store.Subject(
+            prepared=preparation.prepared_copy,
+            base=preparation.copy,
+            reload=lambda folder: self._loaded.source.reload(folder, preparation.spec.device),
+            prepare=preparation.apply,
+            attach=preparation.attach,
+            autocast=self._loaded.autocast(self._profile),
+        )
+        return store.round_trip(subject, self._loaded.facts.state_keys, self._loaded.batch)

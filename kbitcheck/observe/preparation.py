@@ -1,0 +1,100 @@
+"""An implementation applied to a loaded model: how it is called, and fresh copies of the model that it prepares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.facts import CallFacts
+from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call
+from kbitcheck.observe.probes.step import Batch, Step, train_step
+
+
+class Preparation:
+    """Calls an implementation as the case asks. Each copy that it gives is of the base as loaded, which never runs.
+
+    ``make_room`` is called before each copy: whoever holds a prepared model of a large base drops it then.
+    ``patches`` names what the import of the implementation replaced in the libraries.
+    """
+
+    def __init__(
+        self, spec: CaseSpec, function: Callable[..., Any], loaded: Loaded, *, patches: Sequence[str] = ()
+    ) -> None:
+        self.spec = spec
+        self.function = function
+        self.loaded = loaded
+        self.patches = patches
+        self.make_room: Callable[[], None] = lambda: None
+
+    @property
+    def batch(self) -> Batch:
+        """The inputs of every forward and step."""
+        return self.loaded.batch
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the case's call."""
+        mode = self.spec.checkpointing
+        if mode == "off":
+            return {SECOND: False}
+        if mode == "default":
+            return {SECOND: True}
+        return {SECOND: True, THIRD: {"use_reentrant": mode == "reentrant"}}
+
+    def autocast(self) -> AbstractContextManager[Any] | None:
+        """A fresh context in which training runs under the profile; None where it needs none."""
+        context = self.loaded.autocast(self.spec.profile)
+        return context() if context else None
+
+    def copy(self) -> Any:
+        """A fresh base."""
+        self.make_room()
+        return self.loaded.copy()
+
+    def apply(self, model: Any) -> Any:
+        """The model, prepared by an unobserved call."""
+        return self.returned(self.function(model, **arguments(self.function, self.keywords)), model)
+
+    @staticmethod
+    def returned(result: Any, model: Any) -> Any:
+        """What a call returned if it is a model; otherwise the model that was passed in."""
+        return result if isinstance(result, nn.Module) else model
+
+    def prepared_copy(self, **keywords: Any) -> Any:
+        """A fresh base, prepared with the keyword arguments of the case or with other ones.
+
+        Raises:
+            Unavailable: the preparation raised.
+        """
+        return self.observed_copy(**keywords)[0]
+
+    def observed_copy(self, **keywords: Any) -> tuple[Any, CallFacts]:
+        """As ``prepared_copy``, with the facts of the call."""
+        model = self.copy()
+        result, facts = call(self.function, model, **(keywords or self.keywords))
+        if facts.raised:
+            how = f" with {keywords[THIRD]}" if THIRD in keywords else ""
+            raise Unavailable(f"preparation{how} raised {facts.raised}", failed=True, raised=facts.raised)
+        return self.returned(result, model), facts
+
+    def attach(self, model: nn.Module) -> Attached:
+        """The case's adapters on a model, with the same numbers each time."""
+        return self.loaded.attach(model, self.spec)
+
+    def step(self, attached: Attached, *, batch: Batch | None = None, watch: bool = False) -> Step:
+        """A training step as the case takes it: its batch, its seed, and autocast under the profiles that need it."""
+        return train_step(
+            attached.model,
+            batch or self.batch,
+            attached.adapters,
+            seed=self.spec.seed,
+            autocast=self.autocast(),
+            watch=watch,
+        )

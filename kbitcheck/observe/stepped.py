@@ -1,0 +1,196 @@
+"""Training steps of one prepared model with adapters, none of which changes it, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.core.errors import Raised, Unavailable
+from kbitcheck.core.facts import Distance, GradientFacts, LayerBackward, MemoryFacts, RunFacts
+from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.observe.outputs import Outputs
+from kbitcheck.observe.probes import layers, memory, step
+from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.stages import Wrapped
+
+
+class Stepped:
+    """Facts of steps of a wrapped model.
+
+    Raises:
+        Unavailable: no forward of the prepared model runs.
+    """
+
+    def __init__(self, wrapped: Wrapped, outputs: Outputs) -> None:
+        outputs.require_forward()
+        self._wrapped = wrapped
+        self._outputs = outputs
+        self._preparation = wrapped.preparation
+        self._loaded = wrapped.preparation.loaded
+        self._spec = wrapped.preparation.spec
+
+    # One step, plain or checkpointed
+
+    @cached_property
+    def _plain(self) -> step.Step:
+        attached = self._wrapped.attached
+        with step.checkpointing_off(attached.model):
+            return self._preparation.step(attached, watch=True)
+
+    @cached_property
+    def _checkpointed(self) -> step.Step:
+        return self._preparation.step(self._wrapped.attached, watch=True)
+
+    @property
+    def plain_run(self) -> RunFacts:
+        """A step with checkpointing off."""
+        return self._plain.facts
+
+    @property
+    def run(self) -> RunFacts:
+        """A step as the case checkpoints it."""
+        return self._checkpointed.facts
+
+    @cached_property
+    def step_raised(self) -> Raised | None:
+        """What the step of ``run`` raised; None where it ran."""
+        return raised_by(lambda: self.run)
+
+    @cached_property
+    def other_mode_raised(self) -> Raised | None:
+        """What the step in the other checkpointing mode raised; None where it ran."""
+        return raised_by(lambda: self.against_other_mode)
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether any block ran under reentrant checkpointing."""
+        return any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
+
+    @cached_property
+    def repeated_run(self) -> RunFacts:
+        """The step of ``run`` once more, after everything else that ran on this model."""
+        _ = (self.memory, self.layer_backwards, self.against_plain_dropout)
+        return self._preparation.step(self._wrapped.attached).facts
+
+    # Gradients, beside those of other runs
+
+    @cached_property
+    def gradients(self) -> Mapping[str, GradientFacts]:
+        """Adapter gradients of ``run``, beside the float64 twin's."""
+        return self._loaded.twins(self._spec).whole.beside(self._checkpointed.gradients)
+
+    @cached_property
+    def single_gradients(self) -> Mapping[str, GradientFacts]:
+        """Adapter gradients for the batch's first row, without an attention mask, beside the float64 twin's."""
+        gradients = self._preparation.step(self._wrapped.attached, batch=self._loaded.single).gradients
+        return self._loaded.twins(self._spec).single.beside(gradients)
+
+    @cached_property
+    def against_plain(self) -> Mapping[str, Distance]:
+        """Adapter gradients of ``run`` against those of ``plain_run``."""
+        return step.distances(self._checkpointed.gradients, self._plain.gradients, self._yardsticks)
+
+    @cached_property
+    def against_other_mode(self) -> Mapping[str, Distance]:
+        """Adapter gradients of ``run`` against those of a step in the other checkpointing mode."""
+        attached = self._wrapped.attached
+        with step.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
+            other = self._preparation.step(attached).gradients
+        return step.distances(self._checkpointed.gradients, other, self._yardsticks)
+
+    @cached_property
+    def against_plain_dropout(self) -> Mapping[str, Distance]:
+        """As ``against_plain``, with every dropout raised and one seed."""
+        attached = self._wrapped.attached
+        gradients = []
+        with step.dropout_raised(attached.model):
+            for plain in (False, True):
+                with step.checkpointing_off(attached.model) if plain else nullcontext():
+                    gradients.append(self._preparation.step(attached).gradients)
+        return step.distances(gradients[0], gradients[1], self._yardsticks)
+
+    @property
+    def _yardsticks(self) -> Mapping[str, float]:
+        twins = self._loaded.twins(self._spec)
+        # The single row's yardstick, where the whole batch gives none.
+        yardsticks = {**twins.single.yardsticks, **twins.whole.yardsticks}
+        least = twins.whole.median_yardstick or twins.single.median_yardstick
+        return {n: max(yardsticks.get(n, 0.0), least) for n in twins.whole.exact}
+
+    # Layers and memory
+
+    @cached_property
+    def layer_backwards(self) -> Mapping[str, LayerBackward]:
+        """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
+        attached = self._wrapped.attached
+        originals = (self._loaded.weights, self._loaded.misread)
+        autocast = self._preparation.autocast()
+        backwards = layers.backwards(
+            attached.model, self._loaded.batch, attached.adapters, *originals, autocast, extremes=True
+        )
+        if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.forwards):
+            return backwards  # KB210 reports it
+        if any(p.quantized_bias for p in self._wrapped.facts.parameters.values()):
+            # An int8 layer casts its bias in place to the dtype of its input.
+            del attached
+            attached = self._preparation.attach(self._preparation.prepared_copy())
+        try:
+            mixed = self._mixed_backwards(attached)
+        except RuntimeError:
+            if self._base_runs_under_autocast:
+                raise
+            return backwards
+        return {**backwards, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
+
+    def _mixed_backwards(self, attached: Attached) -> Mapping[str, LayerBackward]:
+        """The backwards of a step on a single row under autocast, as trainers with mixed precision run it."""
+        loaded = self._loaded
+        half = torch.autocast(next(iter(loaded.batch.values())).device.type, dtype=loaded.half)
+        single = first_rows(loaded.batch, 1)
+        if not getattr(getattr(loaded.pristine, "config", None), "is_encoder_decoder", False):
+            del single["labels"]  # as for a caller with a loss of its own; a decoder's inputs are made from labels
+        return layers.backwards(
+            attached.model, single, attached.adapters, loaded.weights, loaded.misread, half, loaded.half
+        )
+
+    @cached_property
+    def _base_runs_under_autocast(self) -> bool:
+        """Whether a step under autocast runs in half precision and in float32: some models' own code assumes a dtype."""
+        models: tuple[Callable[[], nn.Module], ...] = (self._loaded.copy, self._loaded.wide)
+        try:
+            for model in models:
+                self._mixed_backwards(Attached(model(), {}))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+        return True
+
+    @cached_property
+    def memory(self) -> MemoryFacts:
+        """Bytes of activations in a plain and in a checkpointed step."""
+        attached = self._wrapped.attached
+        _ = self._checkpointed  # the first step of a model allocates what it keeps for good
+        return memory.activations(
+            attached.model,
+            self._loaded.batch,
+            attached.adapters,
+            seed=self._spec.seed,
+            autocast=self._loaded.autocast(self._spec.profile, caching=False),
+        )
+
+
+def raised_by(fact: Callable[[], Any]) -> Raised | None:
+    """What reading a fact raised; None where it was read, or where no forward runs, which is reported already."""
+    try:
+        fact()
+    except Unavailable as gap:
+        return Raised.of(gap) if gap.failed else None
+    except Exception as error:
+        return Raised.of(error)
+    return None
