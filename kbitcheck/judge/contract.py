@@ -220,7 +220,7 @@ def quiet(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB510", "saves-and-loads", Level.MUST)
 def saves_and_loads(facts: Facts) -> Iterable[Observation]:
-    """State-dict keys are unchanged; saving and loading adapters, and the model if its base can be, reproduces the logits.
+    """State-dict keys are unchanged; reloaded adapters, and the reloaded model if its base can be saved, give the same logits.
 
     Why: wrapped or renamed modules train well and cannot be loaded.
     Symptom: "Some weights were not initialized"; another model after reloading.
