@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kbitcheck.core.errors import NotApplicable, Unavailable, UsageError, cause
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
+from kbitcheck.core.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from kbitcheck.core.facts import Facts
@@ -96,7 +97,9 @@ class Registry(Mapping[str, Rule]):
         ignored = ignore or {}
         for prefix in (*codes, *ignored):
             if not any(code.startswith(prefix.upper()) for code in self):
-                raise UsageError(f"no rule matches {prefix!r}; see `kbitcheck rules`")
+                raise UsageError(
+                    f"no rule matches {prefix!r}{did_you_mean(prefix.upper(), self)}; see `kbitcheck rules`"
+                )
         wanted, unwanted = ([prefix.upper() for prefix in prefixes] for prefixes in (codes, ignored))
         return [
             rule

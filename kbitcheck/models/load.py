@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
@@ -23,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.models.checkpoint import CONFIG, read_config
 
 AUTO = (
@@ -161,8 +161,7 @@ def refuse_unknown(fields: Mapping[str, Any], options: Options) -> None:
 
     kind = fields["model_type"]
     if kind not in CONFIG_MAPPING and not (options.trust_remote_code and fields.get("auto_map")):
-        close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = did_you_mean(kind, CONFIG_MAPPING)
         raise UsageError(f"{options.name}: transformers {transformers.__version__} knows no model type {kind!r}{hint}")
 
 

@@ -132,6 +132,11 @@ WRONG = [
     (("show", "absent.json"), "cannot read absent.json"),
     (("show", "good.py"), "is not a kbitcheck report"),
     (("dance",), "No such command"),
+    (("imple", "good.py:prepare"), "(did you mean impl?)"),
+    (("impl", "good.py:prepare", "--modle", "tiny:llama"), "No such option: --modle (did you mean --model?)"),
+    (("impl", "good.py:prepare", "--profile", "pef"), "no such --profile: 'pef' (did you mean peft?)"),
+    (("impl", "good.py:prepare", "and.py:another"), "unexpected argument: and.py:another"),
+    (("rules", "KB1O1"), "no rule matches 'KB1O1' (did you mean KB101?)"),
 ]
 
 

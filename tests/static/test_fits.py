@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kbitcheck.core import memory_sizes as fits
 from kbitcheck.core.errors import UsageError
-from kbitcheck.observe.forecast import memory_sizes as fits
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 
 from kbitcheck.cli.cases import audit
 from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, option
+from kbitcheck.core import memory_sizes
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources import resolve as models
-from kbitcheck.observe.forecast import memory_sizes
 from kbitcheck.run.subject import default
 from kbitcheck.run.suites import cases
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.models.sources.source import Source
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Architecture(Source):
 
         known = listed(self.task)
         if self.model_type not in known:
-            close = get_close_matches(self.model_type, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = did_you_mean(self.model_type, known)
             raise UsageError(f"transformers has no {self.task} model of type {self.model_type!r}{hint}")
         name = known[self.model_type]
         with loading.quiet(), loading.told(self.name):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.models import checkpoint
 from kbitcheck.models.sources import config, local
 from kbitcheck.models.sources.source import Source, config_dtype
@@ -109,5 +109,4 @@ def _fetch(name: str, wanted: tuple[str, ...], revision: str | None) -> Path:
 
 
 def _hint(name: str) -> str:
-    close = get_close_matches(name, cached(), n=1, cutoff=0.8)
-    return f"; did you mean {close[0]}, which is cached?" if close else ""
+    return did_you_mean(name, cached(), cutoff=0.8)

@@ -7,12 +7,12 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.models.sources.source import Source, asked_dtype
 
 if TYPE_CHECKING:
@@ -123,11 +123,10 @@ def named(name: str, *, dtype: str | None = None) -> Recipe:
     Raises:
         UsageError: there is no such recipe; the message lists those there are.
     """
-    known = names()
-    if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {PREFIX}{close[0]}? " if close else ""
-        raise UsageError(f"no recipe {PREFIX}{name}; {hint}known: {', '.join(known)}")
+    recipes = names()
+    if name not in recipes:
+        hint = did_you_mean(PREFIX + name, [PREFIX + each for each in recipes], cutoff=0.75)
+        raise UsageError(f"no recipe {PREFIX}{name}{hint}; there are {', '.join(recipes)}")
     return read(_shelf() / f"{name}.toml", name=f"{PREFIX}{name}", dtype=dtype)
 
 

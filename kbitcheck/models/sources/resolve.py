@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from kbitcheck.core.cases import CaseSpec, Static
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.models import checkpoint
 from kbitcheck.models.sources import architecture, config, gguf, hub, local, recipe
 from kbitcheck.models.sources.source import Source, asked_dtype
@@ -104,9 +104,6 @@ def _what_it_is(folder: Path) -> str:
 
 
 def _hint(model: str) -> str:
-    known = [recipe.PREFIX + name for name in recipe.names()]
-    for candidate in (model, recipe.PREFIX + model) if model else ():
-        close = get_close_matches(candidate.lower(), known, n=1, cutoff=0.75)
-        if close:
-            return f" (did you mean {close[0]}?)"
-    return ""
+    recipes = [recipe.PREFIX + name for name in recipe.names()]
+    candidates = (model, recipe.PREFIX + model) if model else ()
+    return next(filter(None, (did_you_mean(each.lower(), recipes, cutoff=0.75) for each in candidates)), "")

@@ -10,13 +10,13 @@ import torch
 from kbitcheck_reference import prepare, upcast
 from torch import Tensor, nn
 
+from kbitcheck.core import memory_sizes as fits
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
-from kbitcheck.observe.forecast import memory_sizes as fits
 from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.forecast.activations import Step, thin
 from kbitcheck.observe.forecast.fake_tensors import HALF, World

@@ -79,7 +79,7 @@ def test_remote_code_needs_trust(cache: Cache, llama: Any) -> None:
 def test_typos_get_a_hint_from_the_cache(cache: Cache, llama: Any) -> None:
     cache("org/some-model", llama())
     assert hub.cached() == ["org/some-model"]
-    with pytest.raises(UsageError, match="did you mean org/some-model, which is cached"):
+    with pytest.raises(UsageError, match="did you mean org/some-model"):
         resolve("org/some-modle")
     with pytest.raises(UsageError, match=r"org/some-model at revision v2 is neither"):
         resolve("org/some-model", revision="v2")
