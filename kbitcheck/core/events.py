@@ -130,15 +130,16 @@ def from_json(data: Any) -> Event:
         raise ValueError(f"no event: {type(error).__name__}: {error}") from None
 
 
+Settle = Callable[[Result, Mapping[str, Any]], Result]
+
+
 class Collector:
     """Gathers what a report is assembled from: results in the order in which they came, and facts by case.
 
-    ``settle`` sees each result first, to excuse it by a finding.
+    ``settle`` sees each result first, with the environment, to excuse it by a finding.
     """
 
-    def __init__(
-        self, settle: Callable[[Result], Result] = lambda result: result, *, loaded: Loaded | None = None
-    ) -> None:
+    def __init__(self, settle: Settle = lambda result, environment: result, *, loaded: Loaded | None = None) -> None:
         self._settle = settle
         self.results: list[Result] = []
         self.facts: dict[str, Mapping[str, Any]] = {}
@@ -147,7 +148,7 @@ class Collector:
     def add(self, event: Event) -> Event:
         """Gather from an event; the event itself, with its result settled."""
         if isinstance(event, Judged):
-            event = Judged(result=self._settle(event.result), fatal=event.fatal)
+            event = Judged(result=self._settle(event.result, self.loaded.environment), fatal=event.fatal)
             self.results.append(event.result)
         elif isinstance(event, Figures):
             self.facts[event.case] = event.facts

@@ -1,49 +1,43 @@
-"""Which committed finding excuses a failure."""
+"""Which finding explains a failure, and whether it excuses the implementation."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kbitcheck.core.cases import REFERENCE
-from kbitcheck.core.result import Observation, Party, Result, Status
+from kbitcheck.core.cases import REFERENCE, CaseSpec
+from kbitcheck.core.events import Settle
+from kbitcheck.core.finding import Finding, read_findings
+from kbitcheck.core.result import Result, Status
 
 
 @cache
-def findings() -> Mapping[tuple[str, Party], str]:
-    """The committed list: why each (rule, party) may fail for the reference, and the script that shows it."""
-    return {(f["rule"], Party(f["party"])): f"{f['why']} ({f['script']})" for f in _committed()}
+def findings() -> tuple[Finding, ...]:
+    """The findings that belong to no backend."""
+    return read_findings(Path(__file__).with_name("findings.toml"))
 
 
-@cache
-def _committed() -> list[dict[str, Any]]:
-    text = (Path(__file__).with_name("findings.toml")).read_text(encoding="utf-8")
-    listed: list[dict[str, Any]] = tomllib.loads(text)["finding"]
-    return listed
+def settler(specs: Iterable[CaseSpec], listed: Sequence[Finding] | None = None) -> Settle:
+    """A function that excuses the results of these cases by findings, for a ``Collector``."""
+    cases = {spec.id: spec for spec in specs}
+    chosen = findings() if listed is None else listed
+    return lambda result, environment: settle(result, cases[result.case], environment, chosen)
 
 
-def settle(result: Result, implementation: str) -> Result:
-    """The result, excused where every failure has a committed finding: it is then reported and not counted.
+def settle(result: Result, spec: CaseSpec, environment: Mapping[str, Any], listed: Sequence[Finding]) -> Result:
+    """The result, excused where a finding explains each of its failures: it is then reported and not counted.
 
-    A finding excuses the reference; one with ``decides_model = false`` excuses every implementation, and one with
-    ``where`` only failures of that name.
+    A finding excuses the reference; one that does not decide ``kbitcheck model`` excuses every implementation.
     """
     if result.status is not Status.FAIL:
         return result
-    excuses = [_excuse(result.rule, failure, implementation) for failure in result.failures]
-    if "" in excuses:
-        return result
-    return dataclasses.replace(result, finding=excuses[0])
-
-
-def _excuse(rule: str, failure: Observation, implementation: str) -> str:
-    for finding in _committed():
-        mine = (finding["rule"], finding["party"]) == (rule, failure.party.value)
-        here = finding.get("where", failure.where) == failure.where
-        if mine and here and (implementation == REFERENCE or not finding.get("decides_model", True)):
-            return f"{finding['why']} ({finding['script']})"
-    return ""
+    eligible = [finding for finding in listed if spec.implementation == REFERENCE or not finding.decides_model]
+    explanations = [
+        next((f for f in eligible if f.explains(result.rule, failure, spec, environment)), None)
+        for failure in result.failures
+    ]
+    first = explanations[0]
+    return result if first is None or None in explanations else dataclasses.replace(result, finding=first.line)

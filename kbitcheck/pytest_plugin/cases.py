@@ -22,7 +22,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.rule import rules
-from kbitcheck.judge.conditions import settle
+from kbitcheck.judge.conditions import settler
 from kbitcheck.pytest_plugin.outcome import Outcome
 from kbitcheck.report.output_file import replace_file
 from kbitcheck.run.pool import Worker
@@ -108,7 +108,7 @@ class Cases:
     def _judge(self, job: Job) -> Outcome:
         self._base = job.base
         registered = rules()
-        collector = Collector(lambda result: settle(result, job.spec.implementation))
+        collector = Collector(settler([job.spec]))
         usage = ""
         try:
             worker = self._worker_for(job.spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import shlex
 import tempfile
@@ -20,7 +19,7 @@ from kbitcheck.core.events import Collector, Event, Loaded, Started
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report, assemble
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import Rule
-from kbitcheck.judge.conditions import settle
+from kbitcheck.judge.conditions import settler
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.pool import Worker
 from kbitcheck.strategies import Drawn, cases
@@ -151,9 +150,9 @@ class _Run:
     def _judge(self, drawn: Drawn, rules: Sequence[Rule]) -> tuple[CaseSpec, tuple[Result, ...]]:
         spec = drawn.spec(self._model(drawn), self.plan.implementation, **self.plan.options)
         self.on_event(Started(case=spec.id))
-        collector = Collector(functools.partial(settle, implementation=self.plan.implementation))
         # Nobody reads the files but this run's worker.
         outside = dataclasses.replace(spec, model=str(self.scratch / spec.model)) if drawn.toml else spec
+        collector = Collector(settler([outside]), loaded=self.loaded)
         try:
             for event in self.worker.examine(outside, rules):
                 collector.add(event)

@@ -7,16 +7,14 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, get_args
 
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError, cause
-from kbitcheck.core.events import Collector, Event, Figures, Judged, Loaded, Started
+from kbitcheck.core.events import Collector, Event, Figures, Judged, Loaded, Settle, Started
 from kbitcheck.core.report import Report, assemble
-from kbitcheck.core.result import Result
 from kbitcheck.core.rule import Rule, judge, select
-from kbitcheck.judge.conditions import settle
+from kbitcheck.judge.conditions import settler
 from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.examine import examine, not_reached
@@ -105,7 +103,7 @@ def audit(
         size_threads(case.base.nbytes)
         environment = machine.describe(str(next(model.parameters()).device), case.spec.seed)
         loaded = Loaded(implementation=implementation.as_json(), environment=environment)
-        collected = _collected(loaded, examine(case, rules), partial(settle, implementation=implementation.name))
+        collected = _collected(loaded, examine(case, rules), settler([case.spec]))
     return assemble(
         collected,
         {case.case: case.spec.as_json()},
@@ -178,7 +176,7 @@ def assert_prepared(
 
 
 def _collected(
-    loaded: Loaded, events: Iterable[Event], settle: Callable[[Result], Result] = lambda result: result
+    loaded: Loaded, events: Iterable[Event], settle: Settle = lambda result, environment: result
 ) -> Collector:
     collector = Collector(settle)
     for event in (loaded, *events):

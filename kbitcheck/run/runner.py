@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Broken, Collector, Event, FaultTried, Started, WrongUsage
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
-from kbitcheck.judge.conditions import settle
+from kbitcheck.judge.conditions import settler
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
@@ -52,8 +51,7 @@ def run(
     """
     start = time.perf_counter()
     live = in_process or implementation is not None
-    name = specs[0].implementation if specs else ""
-    collector = Collector(partial(settle, implementation=name))
+    collector = Collector(settler(specs))
     complete = True
     events = examine_all(specs, rules, implementation) if live else _isolated(specs, rules, timeout, echo, jobs)
     try:

@@ -52,7 +52,7 @@ def test_what_is_no_event_is_refused(data: Any) -> None:
 
 
 def test_a_collector_gathers_settled_results_facts_and_what_was_loaded() -> None:
-    collector = events.Collector(lambda result: dataclasses.replace(result, finding="f"))
+    collector = events.Collector(lambda result, environment: dataclasses.replace(result, finding="f"))
     passed_on = [collector.add(event) for event in EXAMPLES]
     assert collector.results == [dataclasses.replace(FAILED, finding="f")]
     assert passed_on[3] == events.Judged(result=collector.results[0], fatal=True)

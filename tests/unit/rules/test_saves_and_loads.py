@@ -15,7 +15,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Observation, Party, Result, Status
 from kbitcheck.core.rule import judge, select
-from kbitcheck.judge.conditions import settle
+from kbitcheck.judge.conditions import settler
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import open_case
 from kbitcheck.run import subject as implementations
@@ -42,6 +42,10 @@ def failures(result: Result) -> dict[str, Observation]:
     return {f.where: f for f in result.failures}
 
 
+def settled(result: Result, checkpoint: tuple[str, str], implementation: str) -> Result:
+    return settler([spec(checkpoint, implementation)])(result, {})
+
+
 @pytest.mark.transformers5("transformers 4 saves what it loaded")
 def test_a_base_that_nobody_can_save_is_the_stacks_and_is_not_counted(checkpoint: tuple[str, str]) -> None:
     result = judge(KB510, open_case(spec(checkpoint), implementations.load("reference")))
@@ -50,7 +54,7 @@ def test_a_base_that_nobody_can_save_is_the_stacks_and_is_not_counted(checkpoint
     assert failure.party is Party.STACK
     assert failure.actual.startswith("NotImplementedError (transformers/core_model_loading.py:")
     for implementation in ("reference", "peft", "somebody:prepare"):
-        assert "transformers#45743" in settle(result, implementation).finding
+        assert "transformers#45743" in settled(result, checkpoint, implementation).finding
 
 
 @pytest.mark.transformers5("transformers 4 saves what it loaded")
@@ -76,7 +80,7 @@ def test_adapters_that_do_not_load_again_count_all_the_same(checkpoint: tuple[st
 
     result = judge(KB510, open_case(spec(checkpoint), implementations.describe(prepare)))
     assert failures(result)["logits"].party is Party.IMPLEMENTATION
-    assert not settle(result, "somebody:prepare").finding
+    assert not settled(result, checkpoint, "somebody:prepare").finding
 
 
 def test_a_preparation_that_cannot_be_saved_counts_where_its_base_can(monkeypatch: pytest.MonkeyPatch) -> None:
