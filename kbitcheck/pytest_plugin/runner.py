@@ -202,7 +202,7 @@ def not_counted(result: Result) -> str:
     from kbitcheck.core.rule import rules
 
     party = result.attributed_to.value if result.attributed_to else "implementation"
-    return f"{rules()[result.rule].name} ({result.level.value}, the {party}'s): reported, not counted"
+    return f"{rules()[result.rule].name} ({result.level.value}, attributed to the {party}): reported, not counted"
 
 
 def fail(report: Report) -> NoReturn:
