@@ -52,7 +52,7 @@ def audit(
     """Audit a live quantized model in this process, as ``kbitcheck model`` audits a named one.
 
     ``prepare`` is the preparation to use (peft where it is installed, else the reference); ``ignore`` maps rule codes
-    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.core.cases.CaseSpec``.
+    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.extend.CaseSpec``.
 
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
@@ -81,7 +81,7 @@ def check_implementation(
     A string names it (``peft``, ``module:function``, ``file.py:function``) and runs in ``jobs``
     worker processes (0: one a core where all models are recipes), with ``timeout`` seconds for each case; a callable
     runs in this process, without a time limit. ``options`` are those of
-    ``kbitcheck.core.cases.CaseSpec``.
+    ``kbitcheck.extend.CaseSpec``.
 
     Raises:
         UsageError: an option, rule, model or implementation is wrong.
