@@ -76,7 +76,7 @@ def _gate_tests(report: Report) -> int:
 
 
 def _gate(report: Report, suites: ET.Element, totals: Counter[str]) -> None:
-    """A suite of the gate's own: what is lost, stale or unexplained belongs to no test case."""
+    """Add a suite for the gate: lost, stale and unexplained entries belong to no test case."""
     assert report.gate is not None
     breaches = [Breach.from_json(b) for b in report.gate["breaches"] if b["counted"]]
     suite = ET.SubElement(suites, "testsuite", {"name": _plain(f"gate against {report.gate['against']}")})

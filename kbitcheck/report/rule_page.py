@@ -103,7 +103,7 @@ def first_sentence(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """With a capital, and a full stop, where a word begins and ends it."""
+    """The text with a capital where it begins with a word, and with a full stop."""
     text = text[:1].upper() + text[1:] if re.match(r"[a-z]+[ ,;]", text) else text
     return text if not text or text.endswith((".", "?", "!")) else f"{text}."
 

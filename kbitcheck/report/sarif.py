@@ -63,7 +63,7 @@ def render(report: Report, *, root: Path | None = None) -> str:
 
 
 def _held(report: Report, result: Result) -> bool:
-    """Whether it is held against the implementation, counted or not."""
+    """Whether the implementation answers for the failure, counted or not."""
     return report.counts(result) or (not result.finding and (result.own or report.blame == "any"))
 
 

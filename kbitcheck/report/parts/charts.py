@@ -100,7 +100,7 @@ def _place(group: str) -> tuple[int, str]:
 
 
 def _coloured(groups: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> tuple[list[str], list[str]]:
-    """The groups that get a colour of their own, in their order, and those that share the last one."""
+    """The groups with a colour of their own, in their order, and the groups that share the last colour."""
     if len(groups) <= len(SERIES):
         return list(groups), []
     largest = sorted(groups, key=lambda g: -max(counts.get(g, 0) for counts in sizes))[: len(SERIES) - 1]

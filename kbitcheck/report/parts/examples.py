@@ -32,7 +32,7 @@ class Example:
 
     @property
     def title(self) -> str:
-        """What is done to which model, in words."""
+        """How the fault comes about, in words."""
         return KINDS[self.kind]
 
 

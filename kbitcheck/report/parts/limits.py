@@ -11,7 +11,7 @@ ENDING = 100  # characters: a long message ends with the place that raised it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The largest number of each that is shown of one rule."""
+    """How many of each are shown under one rule."""
 
     variants: int  # ways in which the rule failed
     cases: int  # in which it failed in one way

@@ -15,7 +15,7 @@ from kbitcheck.report.parts.limits import BRIEF, listed
 
 @cache
 def template(name: str) -> Template:
-    """A template by its file's name; what is filled into HTML is escaped, Markdown has filters for it."""
+    """The template in ``NAME.jinja``. Values are escaped in HTML; in Markdown the template applies the filters."""
     environment = Environment(
         loader=PackageLoader("kbitcheck.report", "templates"),
         autoescape=select_autoescape(("html.jinja",)),
