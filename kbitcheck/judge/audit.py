@@ -14,8 +14,8 @@ from kbitcheck.core.rule import rule
 MOST = 0.5
 
 
-@rule("KB901", "quantized-share", Level.SHOULD)
-def quantized_share(facts: Facts) -> Iterable[Observation]:
+@rule("KB901", "mostly-quantized", Level.SHOULD)
+def mostly_quantized(facts: Facts) -> Iterable[Observation]:
     """Most weights are really quantized; the report names the largest groups that are not.
 
     Embeddings and head do not count: no backend quantizes them.
@@ -61,8 +61,8 @@ def _largest(model: ModelFacts) -> list[TensorFacts]:
     return sorted(max(groups, key=lambda ts: sum(prod(t.shape) for t in ts), default=[]), key=lambda t: t.name)
 
 
-@rule("KB902", "upcast-cost", Level.SHOULD)
-def upcast_cost(facts: Facts) -> Iterable[Observation]:
+@rule("KB902", "upcast-affordable", Level.SHOULD)
+def upcast_affordable(facts: Facts) -> Iterable[Observation]:
     """The prepared model is no larger than the unquantized half-precision model; the report says what the upcast
     adds, by group.
 
@@ -117,8 +117,8 @@ def _towers(model: ModelFacts) -> dict[str, int]:
     return counts
 
 
-@rule("KB904", "dead-adapters", Level.SHOULD)
-def dead_adapters(facts: Facts) -> Iterable[Observation]:
+@rule("KB904", "adapters-reachable", Level.SHOULD)
+def adapters_reachable(facts: Facts) -> Iterable[Observation]:
     """A gradient reaches every adapter target, in the float64 twin without checkpointing.
 
     Why: an adapter without a gradient is stored and counted as trainable, and never trained; every tool that
@@ -138,8 +138,8 @@ def dead_adapters(facts: Facts) -> Iterable[Observation]:
         )
 
 
-@rule("KB905", "unfit-targets", Level.SHOULD)
-def unfit_targets(facts: Facts) -> Iterable[Observation]:
+@rule("KB905", "targets-supported", Level.SHOULD)
+def targets_supported(facts: Facts) -> Iterable[Observation]:
     """Every adapter target is a layer that the adapter library accepts and may wrap.
 
     Why: an adapter on a router changes which experts run; an adapter beside a weight that the model reads directly
@@ -153,8 +153,8 @@ def unfit_targets(facts: Facts) -> Iterable[Observation]:
         yield Observation(name, "can take an adapter", reason, ok=False, party=Party.MODEL, witness="its type")
 
 
-@rule("KB906", "fits", Level.INFO)
-def fits(facts: Facts) -> Iterable[Observation]:
+@rule("KB906", "fits-memory", Level.INFO)
+def fits_memory(facts: Facts) -> Iterable[Observation]:
     """The model takes the memory that its configuration predicts, and training fits ``--memory``.
 
     Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, for
@@ -192,8 +192,8 @@ def fits(facts: Facts) -> Iterable[Observation]:
         )
 
 
-@rule("KB907", "unknown-norms", Level.INFO)
-def unknown_norms(facts: Facts) -> Iterable[Observation]:
+@rule("KB907", "norms-recognised", Level.INFO)
+def norms_recognised(facts: Facts) -> Iterable[Observation]:
     """Every layer whose shape looks like a norm's is of a class that says so.
 
     Why: code that finds norms by class misses the others; KB201 counts them as norms.
@@ -210,8 +210,8 @@ def unknown_norms(facts: Facts) -> Iterable[Observation]:
         )
 
 
-@rule("KB908", "remote-code", Level.INFO)
-def remote_code(facts: Facts) -> Iterable[Observation]:
+@rule("KB908", "no-remote-code", Level.INFO)
+def no_remote_code(facts: Facts) -> Iterable[Observation]:
     """The model's code is part of transformers; code from its repository runs only with ``--trust-remote-code``.
 
     Why: such code runs with your rights.

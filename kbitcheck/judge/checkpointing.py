@@ -15,8 +15,8 @@ from kbitcheck.judge.gradients import needs_checkpointing
 ## KB401-KB404: asked for and done
 
 
-@rule("KB401", "on-when-asked", Level.MUST)
-def on_when_asked(facts: Facts) -> Iterable[Observation]:
+@rule("KB401", "on-when-requested", Level.MUST)
+def on_when_requested(facts: Facts) -> Iterable[Observation]:
     """If checkpointing is requested, it is enabled in every block that supports it, in every tower.
 
     Why: some preparations enable it only if the model has certain attributes. Some quantizers and wrappers do not set
@@ -44,8 +44,8 @@ def on_when_asked(facts: Facts) -> Iterable[Observation]:
         )
 
 
-@rule("KB402", "off-when-not", Level.MUST)
-def off_when_not(facts: Facts) -> Iterable[Observation]:
+@rule("KB402", "off-when-not-requested", Level.MUST)
+def off_when_not_requested(facts: Facts) -> Iterable[Observation]:
     """If checkpointing is not requested, preparation enables it nowhere, and no block recomputes.
 
     Why: a default that overrides a configured "off" costs a third of the speed, and breaks methods that do not work

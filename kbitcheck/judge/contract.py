@@ -185,8 +185,8 @@ def no_global_effects(facts: Facts) -> Iterable[Observation]:
         yield Observation(name, before, after, ok=False)
 
 
-@rule("KB508", "no-hoarding", Level.MUST)
-def no_hoarding(facts: Facts) -> Iterable[Observation]:
+@rule("KB508", "tensors-released", Level.MUST)
+def tensors_released(facts: Facts) -> Iterable[Observation]:
     """No tensor outlives its use: old half-precision storages are freed, and no activation survives a step.
 
     Why: a second copy of each upcast weight costs half of the model again; an activation that stays is a leak in
@@ -206,8 +206,8 @@ def no_hoarding(facts: Facts) -> Iterable[Observation]:
     yield unless_unprepared(evaluation, facts, Party.MODEL, lambda base: 2 * base.left_by_evaluation >= left)
 
 
-@rule("KB509", "quiet", Level.SHOULD)
-def quiet(facts: Facts) -> Iterable[Observation]:
+@rule("KB509", "no-warnings", Level.SHOULD)
+def no_warnings(facts: Facts) -> Iterable[Observation]:
     """On a supported stack, preparation causes no deprecation or user warning.
 
     Why: such warnings hide the warnings that matter.

@@ -14,8 +14,8 @@ from kbitcheck.core.rule import rule
 LARGE_BLOCK = 20 << 20
 
 
-@rule("KB601", "peak-while-preparing", Level.SHOULD)
-def peak_while_preparing(facts: Facts) -> Iterable[Observation]:
+@rule("KB601", "peak-bounded", Level.SHOULD)
+def peak_bounded(facts: Facts) -> Iterable[Observation]:
     """Peak memory of preparation is at most the memory before, plus the upcast's bytes, plus the largest parameter.
 
     Why: a model that fits and could be trained may still run out of memory in preparation.

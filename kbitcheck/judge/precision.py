@@ -296,8 +296,8 @@ def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:
     return any((f.condition, f.raised, f.finite) == failure for f in facts.forwards)
 
 
-@rule("KB211", "no-half-trainables", Level.MUST)
-def no_half_trainables(facts: Facts) -> Iterable[Observation]:
+@rule("KB211", "trainables-not-fp16", Level.MUST)
+def trainables_not_fp16(facts: Facts) -> Iterable[Observation]:
     """No trainable parameter is fp16: the gradient scaler refuses it.
 
     Why: gradients of fp16 parameters cannot be unscaled.
