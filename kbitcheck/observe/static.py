@@ -16,6 +16,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source, source_of
+from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
 from kbitcheck.observe.forecast import predict
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -129,15 +130,6 @@ def product_seconds() -> float:
         nn.functional.linear(x, weight)
         took.append(time.perf_counter() - start)
     return min(took)
-
-
-def free_bytes(device: str) -> int:
-    """Bytes that are free on a device now."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
-        fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def static_case(spec: CaseSpec, seconds: float) -> OpenCase | None:

@@ -48,13 +48,13 @@ def examine_all(
     Raises:
         UsageError: a model, implementation or option is wrong.
     """
-    from kbitcheck.core import machine
+    from kbitcheck.observe import device as devices
     from kbitcheck.observe.case import open_case
 
-    device = machine.resolve_device(specs[0].device)
+    device = devices.resolve_device(specs[0].device)
     static = specs[0].static == "always"
     loaded = implementation or (implementations.unused if static else implementations.load)(specs[0].implementation)
-    yield Loaded(implementation=loaded.as_json(), environment=machine.describe(device, specs[0].seed))
+    yield Loaded(implementation=loaded.as_json(), environment=devices.describe(device, specs[0].seed))
     for spec in specs:
         yield Started(case=spec.id)
         events: list[Event] = []
@@ -86,7 +86,7 @@ def audit(
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
-    from kbitcheck.core import machine
+    from kbitcheck.observe import device as devices
     from kbitcheck.observe.case import open_live
 
     if not callable(getattr(model, "parameters", None)):
@@ -101,7 +101,7 @@ def audit(
     with like_a_worker() as size_threads:
         case = open_live(model, implementation=implementation, **options)
         size_threads(case.base.nbytes)
-        environment = machine.describe(str(next(model.parameters()).device), case.spec.seed)
+        environment = devices.describe(str(next(model.parameters()).device), case.spec.seed)
         loaded = Loaded(implementation=implementation.as_json(), environment=environment)
         collected = _collected(loaded, examine(case, rules), settler([case.spec]))
     return assemble(
@@ -133,8 +133,8 @@ def assert_prepared(
     """
     import torch
 
-    from kbitcheck.core import machine
     from kbitcheck.models.sources.live import Given
+    from kbitcheck.observe import device as devices
     from kbitcheck.observe import prepared
 
     for name, value, choices in (
@@ -157,7 +157,7 @@ def assert_prepared(
     )
     start = time.perf_counter()
     small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
-    environment = machine.describe(spec.device, spec.seed)
+    environment = devices.describe(spec.device, spec.seed)
     with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
         case = prepared.open_prepared(spec, model, batch)
         results = [judge(rule, case) for rule in rules]

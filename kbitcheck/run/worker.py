@@ -104,10 +104,10 @@ class Server:
         return events.Ready()
 
     def _load(self, request: requests.Load) -> Event:
-        from kbitcheck.core import machine
+        from kbitcheck.observe import device as devices
 
-        self._device = machine.resolve_device(request.device)
-        environment = machine.describe(self._device, request.seed)
+        self._device = devices.resolve_device(request.device)
+        environment = devices.describe(self._device, request.seed)
         # In front, in their order, and only now: nothing of the subject's may stand in for the stack.
         sys.path[:0] = [directory for directory in request.path if directory not in sys.path]
         self._implementation = (unused if request.static else load)(request.implementation)

@@ -1,0 +1,48 @@
+"""Devices as torch sees them, and what of a machine selects kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kbitcheck.core import machine
+from kbitcheck.core.errors import UsageError
+
+
+def resolve_device(text: str) -> str:
+    """The device that ``text`` names on this machine; ``auto`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        UsageError: torch has no such device here.
+    """
+    kind, _, index = machine.validate_device(text).partition(":")
+    if kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return kind
+    backend = getattr(torch, kind, None)
+    count = backend.device_count() if backend is not None and backend.is_available() else 0
+    if int(index or 0) >= count:
+        raise UsageError(f"no such device here: {text!r}; torch sees {count} of kind {kind}")
+    return text
+
+
+def describe(device: str, seed: int) -> dict[str, Any]:
+    """JSON-able facts about this machine, the installed packages and the device: a report's environment."""
+    backend = getattr(torch, device.partition(":")[0])
+    name_of = getattr(backend, "get_device_name", None)
+    facts = machine.describe(device, seed)
+    return {
+        **facts,
+        "cuda": torch.version.cuda or "",
+        "device_name": name_of(device) if name_of is not None else machine.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that are free on a device now."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return machine.free_memory()
