@@ -1,4 +1,4 @@
-"""A preparation with a mistake that PEFT's first release had: it looks for norms by name, and Llama's are called otherwise."""
+"""A preparation with a defect of PEFT's first release: it looks for norms by name, and Llama's norms have other names."""
 
 import torch
 
