@@ -1,4 +1,4 @@
-"""Writes a ledger: what a run found becomes what is accepted, and what people wrote stays."""
+"""Writes a ledger: the results of a run become the accepted ones, and what people wrote stays."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ ABOUT = """\
 def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     """The text of a ledger that accepts ``report``; ``before`` is the text of the one it replaces, or empty.
 
-    An accepted cell keeps its entry. A new one gets an entry without a reason, which the gate complains of until a
-    person has written one; only a committed finding of kbitcheck's own brings its reason along. Where nothing changed
-    the text is the same.
+    An accepted cell keeps its entry. A new one gets an entry without a reason, and the gate fails until a person has
+    written one; only kbitcheck's own findings bring their reason along. Where nothing changed, the text is the same.
 
     Raises:
         UsageError: the run was cut short, lacks cells or judged nothing, or ``before`` is no ledger.
@@ -38,8 +37,8 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
 
     cases = sorted({r.case for r in report.results})
     rules = sorted({r.rule for r in report.results})
-    found = {(r.rule, r.case): r for r in report.results}
-    if not report.complete or len(found) != len(cases) * len(rules):
+    results = {(r.rule, r.case): r for r in report.results}
+    if not report.complete or len(results) != len(cases) * len(rules):
         raise UsageError(f"{name} is not written: the run is not complete")
     if report.exit_code == EXIT_NOTHING:
         raise UsageError(f"{name} is not written: nothing was checked")
@@ -55,10 +54,10 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     _fill(document, "options", options_of(spec))
     _fill(document, "judged", {"rules": rules, "cases": cases})
     skips = {
-        case: sorted(rule for rule, c in found if c == case and _is(found[rule, c], Status.SKIP)) for case in cases
+        case: sorted(rule for rule, c in results if c == case and _is(results[rule, c], Status.SKIP)) for case in cases
     }
     _fill(document, "skipped", {case: codes for case, codes in skips.items() if codes})
-    blocks = [*_kept(before, starts, old, found), *_added(old, found)]
+    blocks = [*_kept(before, starts, old, results), *_added(old, results)]
     texts = [text.strip("\n") + "\n" for _, text in sorted(blocks, key=lambda b: b[0])]
     return "\n".join([document.as_string().rstrip("\n") + "\n", *texts])
 
@@ -68,17 +67,17 @@ def _is(result: Result, *statuses: Status) -> bool:
 
 
 def _matches(entry: Entry, result: Result | None) -> bool:
-    return result is not None and result.status is entry.status and result.attributed_to is entry.whose
+    return result is not None and result.status is entry.status and result.attributed_to is entry.attributed_to
 
 
 def _kept(
-    before: str, starts: list[int], old: Ledger, found: Mapping[Cell, Result]
+    before: str, starts: list[int], old: Ledger, results: Mapping[Cell, Result]
 ) -> Iterable[tuple[tuple[str, ...], str]]:
-    """The blocks of the old ledger, less the cells that they no longer hold for."""
+    """The blocks of the old ledger, without the cells that no longer match."""
     import tomlkit
 
     for entry, start, end in zip(old.accepted, starts, [*starts[1:], len(before)][: len(starts)], strict=True):
-        cases = [case for case in entry.cases if _matches(entry, found.get((entry.rule, case)))]
+        cases = [case for case in entry.cases if _matches(entry, results.get((entry.rule, case)))]
         text = before[start:end]
         if len(cases) < len(entry.cases):
             block = tomlkit.parse(text)
@@ -91,25 +90,25 @@ def _kept(
             yield (entry.rule, cases[0]), text
 
 
-def _added(old: Ledger, found: Mapping[Cell, Result]) -> Iterable[tuple[tuple[str, ...], str]]:
-    """Blocks for what no entry holds yet, one for each rule, status, party and reason."""
-    held = {(e.rule, case) for e in old.accepted for case in e.cases if _matches(e, found.get((e.rule, case)))}
-    fresh = [r for cell, r in found.items() if cell not in held and _is(r, Status.FAIL, Status.ERROR)]
+def _added(old: Ledger, results: Mapping[Cell, Result]) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Blocks for cells without an entry, one for each rule, status, party and reason."""
+    held = {(e.rule, case) for e in old.accepted for case in e.cases if _matches(e, results.get((e.rule, case)))}
+    fresh = [r for cell, r in results.items() if cell not in held and _is(r, Status.FAIL, Status.ERROR)]
 
     def key(result: Result) -> tuple[str, ...]:
-        whose = result.attributed_to.value if result.attributed_to else ""
-        return result.rule, result.status.value, whose, result.finding
+        party = result.attributed_to.value if result.attributed_to else ""
+        return result.rule, result.status.value, party, result.finding
 
-    for (rule, status, whose, why), group in groupby(sorted(fresh, key=lambda r: (key(r), r.case)), key):
+    for (rule, status, party, why), group in groupby(sorted(fresh, key=lambda r: (key(r), r.case)), key):
         cases = [r.case for r in group]
-        yield (rule, cases[0]), _block(rule, status, whose, why, cases)
+        yield (rule, cases[0]), _block(rule, status, party, why, cases)
 
 
-def _block(rule: str, status: str, whose: str, why: str, cases: list[str]) -> str:
+def _block(rule: str, status: str, party: str, why: str, cases: list[str]) -> str:
     import tomlkit
 
     table = tomlkit.table()
-    for name, text in (("rule", rule), ("status", status), ("whose", whose), ("reason", why)):
+    for name, text in (("rule", rule), ("status", status), ("attributed_to", party), ("reason", why)):
         if text or name == "reason":
             table[name] = text
     table["cases"] = _list(cases)
@@ -120,19 +119,19 @@ def _block(rule: str, status: str, whose: str, why: str, cases: list[str]) -> st
     return document.as_string()
 
 
-def _fill(document: TOMLDocument, name: str, wanted: Mapping[str, Any]) -> None:
-    """Make the table hold what is wanted, and leave alone what it holds already."""
+def _fill(document: TOMLDocument, name: str, values: Mapping[str, Any]) -> None:
+    """Make the table hold these values; those that it holds already keep their form and comments."""
     import tomlkit
 
-    if not wanted and name not in document:
+    if not values and name not in document:
         return
     if name not in document:
         document.add(tomlkit.nl())
         document.add(name, tomlkit.table())
     table: Table = document[name]
-    for key in [key for key in table if key not in wanted]:
+    for key in [key for key in table if key not in values]:
         del table[key]
-    for key, value in wanted.items():
+    for key, value in values.items():
         _set(table, key, value)
 
 

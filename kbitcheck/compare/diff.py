@@ -1,4 +1,4 @@
-"""Compares two reports, cell by cell: what got worse, better, or fails otherwise."""
+"""Compares two reports cell by cell: what got worse, what got better, what fails in another way."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BAD = (Status.FAIL, Status.ERROR)
 
 
 def compare(before: Report, after: Report, *, names: tuple[str, str] = ("before", "after")) -> list[Breach]:
-    """What changed from one report to another, worst first; what got worse is counted.
+    """The changes from one report to another, worst first; changes for the worse are counted.
 
-    ``names`` is what to call the two. That both could not judge a cell (ERROR) is counted too: nothing was compared.
+    ``names`` are those of the two reports. A cell that neither could judge (ERROR) is counted too: nothing was compared.
     """
     then = {(r.rule, r.case): r for r in before.results}
     now = {(r.rule, r.case): r for r in after.results}
@@ -32,26 +32,26 @@ def _changes(
 ) -> Iterator[Change]:
     a, b = names
     if now is None:
-        yield Kind.LOST, f"{a}: {_told(then)}; {b}: did not run", True
+        yield Change(Kind.LOST, f"{a}: {_outcome(then)}; {b}: did not run")
     elif then is None:
         worse = now.status in BAD
-        yield Kind.NEW, f"{a}: did not run; {b}: {_told(now)}", worse and binding(after, now)
+        yield Change(Kind.NEW, f"{a}: did not run; {b}: {_outcome(now)}", worse and binding(after, now))
     elif now.status in BAD and (then.status not in BAD or (now.status is Status.ERROR and then.status is Status.FAIL)):
-        yield Kind.REGRESSED, f"{a}: {_told(then)}; {b}: {_told(now)}", binding(after, now)
+        yield Change(Kind.REGRESSED, f"{a}: {_outcome(then)}; {b}: {_outcome(now)}", binding(after, now))
     elif now.status is Status.ERROR:
-        yield Kind.CHANGED, f"{a} and {b}: {_told(now)}", True
+        yield Change(Kind.CHANGED, f"{a} and {b}: {_outcome(now)}")
     elif now.status is Status.FAIL and then.status is Status.FAIL and set(now.failures) != set(then.failures):
         more = {f.where for f in now.failures if f.party in _parties(now)} - {f.where for f in then.failures}
         worse = bool(more) or (now.own and not then.own)
         kind = Kind.REGRESSED if worse else Kind.CHANGED
-        yield kind, f"{a}: {_told(then)}; {b}: {_told(now)}", worse and binding(after, now)
+        yield Change(kind, f"{a}: {_outcome(then)}; {b}: {_outcome(now)}", worse and binding(after, now))
     elif then.status is Status.PASS and now.status is Status.SKIP:
-        yield Kind.LOST, f"{a}: PASS; {b}: {_told(now)}", True
+        yield Change(Kind.LOST, f"{a}: PASS; {b}: {_outcome(now)}")
     elif then.status in BAD and now.status is not then.status:
-        yield Kind.FIXED, f"{a}: {_told(then)}; {b}: {_told(now)}", False
+        yield Change(Kind.FIXED, f"{a}: {_outcome(then)}; {b}: {_outcome(now)}", counted=False)
 
 
-def _told(result: Result | None) -> str:
+def _outcome(result: Result | None) -> str:
     if result is None:
         return "did not run"
     if result.status in BAD:

@@ -1,9 +1,8 @@
-"""The gate: has a run changed against what was accepted? A pure function of a report and a ledger."""
+"""The gate: how a report differs from a ledger. A pure function of the two."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from enum import StrEnum
@@ -17,10 +16,11 @@ from kbitcheck.core.rule import rules
 
 EVIDENCE = 160  # characters
 CASES_SHOWN = 3
+TINY = "tiny:"  # begins the cases of models that a recipe draws
 
 
 class Kind(StrEnum):
-    """What a change is. ``FIXED`` and ``CHANGED`` come of comparing two reports only."""
+    """The kinds of changes. ``FIXED`` and ``CHANGED`` occur between two reports only."""
 
     REGRESSED = "regressed"
     NEW = "new"
@@ -29,7 +29,7 @@ class Kind(StrEnum):
     UNEXPLAINED = "unexplained"
     EXPIRED = "expired"
     STALE = "stale"
-    UNKNOWN = "unknown"
+    GONE = "unknown"
     FIXED = "fixed"
 
 
@@ -41,21 +41,21 @@ REMEDIES = {
     Kind.STALE: "remove the entry, or let --accept do it",
     Kind.UNEXPLAINED: "write a reason",
     Kind.EXPIRED: "fix it, or set a later date",
-    Kind.UNKNOWN: "correct the name, or drop it with --accept",
+    Kind.GONE: "correct the name, or drop it with --accept",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Breach:
-    """One change: of these rules on these cases. ``todo`` is what to do about it.
+    """One change of these rules on these cases. ``difference`` says what changed, ``todo`` what to do about it.
 
-    ``counted`` is False for what is only told: what is not the implementation's own, and what got better.
+    ``counted`` is False for a change that is only reported: what others are to blame for, and what got better.
     """
 
     kind: Kind
     rules: tuple[str, ...]
     cases: tuple[str, ...]
-    told: str
+    difference: str
     todo: str = ""
     counted: bool = True
 
@@ -64,7 +64,7 @@ class Breach:
         """All of it on one line."""
         rest = len(self.cases) - CASES_SHOWN
         cases = ", ".join(self.cases[:CASES_SHOWN]) + (f", and {rest} more" if rest > 0 else "")
-        return f"{self.kind} {named(self.rules)} [{cases}]: {self.told}" + (f"; {self.todo}" if self.todo else "")
+        return f"{self.kind} {named(self.rules)} [{cases}]: {self.difference}" + (f"; {self.todo}" if self.todo else "")
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; ``from_json`` reads it back."""
@@ -72,55 +72,70 @@ class Breach:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Breach:
-        """Inverse of ``as_json``."""
-        return cls(**{**data, "kind": Kind(data["kind"]), "rules": tuple(data["rules"]), "cases": tuple(data["cases"])})
+        """Inverse of ``as_json``; reads the form of 0.1.0 too, which has ``told`` for ``difference``."""
+        fields = {"difference" if name == "told" else name: value for name, value in data.items()}
+        kind, codes, cases = Kind(fields["kind"]), tuple(fields["rules"]), tuple(fields["cases"])
+        return cls(**{**fields, "kind": kind, "rules": codes, "cases": cases})
 
 
-def compare(report: Report, ledger: Ledger, *, today: date | None = None) -> list[Breach]:
-    """Every way in which a report departs from a ledger, worst first.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of one cell; equal changes are merged to one ``Breach``."""
 
-    A rule left out with a reason (``--ignore``) is not missed. ``today`` decides what has expired (UTC's by default).
+    kind: Kind
+    difference: str
+    counted: bool = True
+
+
+def compare(
+    report: Report, ledger: Ledger, *, today: date | None = None, recipes: Collection[str] = ()
+) -> list[Breach]:
+    """Every difference between a report and a ledger, worst first.
+
+    A rule left out with a reason (``--ignore``) is not missed. ``today`` decides which entries have expired (default:
+    the date in UTC). ``recipes`` are the names of the tiny models that exist (default: not checked).
     """
     today = today or datetime.now(UTC).date()
     ignored = tuple(code.upper() for code in report.subject.get("ignored", {}))
-    found = {(r.rule, r.case): r for r in report.results}
+    results = {(r.rule, r.case): r for r in report.results}
     expected = {
         cell: status for cell, status in ledger.expected.items() if not (ignored and cell[0].startswith(ignored))
     }
     entries = {(e.rule, case): e for e in ledger.accepted for case in e.cases}
     changes = [
         (cell, change)
-        for cell in dict.fromkeys([*expected, *found])
-        if (change := _change(cell, expected.get(cell), entries.get(cell), found.get(cell), report))
+        for cell in dict.fromkeys([*expected, *results])
+        if (change := _change(cell, expected.get(cell), entries.get(cell), results.get(cell), report, recipes))
     ]
-    kept = {cell for cell in found if cell in entries and found[cell].status is entries[cell].status}
+    kept = {cell for cell in results if cell in entries and results[cell].status is entries[cell].status}
     for entry in ledger.accepted:
         cases = tuple(case for case in entry.cases if (entry.rule, case) in kept)
         changes += [((entry.rule, case), change) for case in cases for change in _complaints(entry, ledger, today)]
     return merged(changes)
 
 
-Change = tuple[Kind, str, bool]  # kind, told, counted
-
-
 def _change(
-    cell: Cell, expected: Status | None, entry: Entry | None, result: Result | None, report: Report
+    cell: Cell,
+    expected: Status | None,
+    entry: Entry | None,
+    result: Result | None,
+    report: Report,
+    recipes: Collection[str],
 ) -> Change | None:
     if result is None:
-        unknown = _unknown(cell)
-        if unknown:
-            return Kind.UNKNOWN, unknown, True
-        return Kind.LOST, f"{_was(expected)}, did not run", True
+        if gone := _gone(cell, recipes):
+            return Change(Kind.GONE, gone)
+        return Change(Kind.LOST, f"{_was(expected)}, did not run")
     now = result.status
     if now in (Status.FAIL, Status.ERROR):
         if expected is now and entry is not None and not _worse_party(entry, result):
             return None
         kind = Kind.REGRESSED if expected in (Status.PASS, Status.FAIL) else Kind.NEW
-        return kind, f"{_was(expected)}, is {now} now: {evidence(result)}", binding(report, result)
+        return Change(kind, f"{_was(expected)}, now {now}: {evidence(result)}", binding(report, result))
     if entry is not None:
-        return Kind.STALE, f"accepted as {entry.status}, is {now} now", True
+        return Change(Kind.STALE, f"was accepted as {entry.status}, now {now}")
     if now is Status.SKIP and expected is Status.PASS:
-        return Kind.LOST, f"passed when accepted, is not judged now: {result.reason}", True
+        return Change(Kind.LOST, f"{_was(expected)}, not judged now: {result.reason}")
     return None
 
 
@@ -128,55 +143,53 @@ def _was(expected: Status | None) -> str:
     if expected is None:
         return "not in the ledger"
     return {
-        Status.PASS: "passed when accepted",
-        Status.SKIP: "did not apply when accepted",
-        Status.FAIL: "accepted as FAIL",
-        Status.ERROR: "accepted as ERROR",
+        Status.PASS: "was PASS in the ledger",
+        Status.SKIP: "was SKIP in the ledger",
+        Status.FAIL: "was accepted as FAIL",
+        Status.ERROR: "was accepted as ERROR",
     }[expected]
 
 
 def _worse_party(entry: Entry, result: Result) -> bool:
-    """Whether what was accepted as someone else's has become the implementation's own."""
-    return result.own and entry.whose not in (None, Party.IMPLEMENTATION)
+    """True if a failure that was accepted as another party's is now the implementation's."""
+    return result.own and entry.attributed_to not in (None, Party.IMPLEMENTATION)
 
 
-def _unknown(cell: Cell) -> str:
-    """Why a cell cannot be judged at all any more, or an empty string."""
-    from kbitcheck.models.sources import recipe
-
+def _gone(cell: Cell, recipes: Collection[str]) -> str:
+    """Why a cell can never be judged again, or an empty string."""
     code, case = cell
     if code not in rules():
         return f"there is no rule {code}"
-    tiny = re.match(rf"{recipe.PREFIX}(.+?)-(nf4|fp4|int8)", case)
-    if tiny and tiny[1] not in recipe.names():
-        return f"there is no recipe {recipe.PREFIX}{tiny[1]}"
+    recipe = case.removeprefix(TINY).partition("-")[0]
+    if recipes and case.startswith(TINY) and recipe not in recipes:
+        return f"there is no recipe {TINY}{recipe}"
     return ""
 
 
 def _complaints(entry: Entry, ledger: Ledger, today: date) -> Iterator[Change]:
     where = f"{ledger.name}:{entry.line}"
     if not entry.reason:
-        yield Kind.UNEXPLAINED, f"{where}: accepted without a reason", True
+        yield Change(Kind.UNEXPLAINED, f"{where}: accepted without a reason")
     if entry.expires is not None and entry.expires < today:
-        yield Kind.EXPIRED, f"{where}: accepted until {entry.expires}", True
+        yield Change(Kind.EXPIRED, f"{where}: accepted until {entry.expires}")
 
 
 def binding(report: Report, result: Result) -> bool:
-    """Whether a failure or error is held against the implementation: others' faults, known findings and facts are only told."""
+    """True if a failure or error counts against the implementation: not other parties', a finding's or an INFO's."""
     if result.status is Status.ERROR:
         return True
     return result.level is not Level.INFO and not result.finding and (report.blame == "any" or result.own)
 
 
 def evidence(result: Result) -> str:
-    """What a failure or error saw, on one short line; the implementation's own first."""
+    """The first failure, or the reason of an error, on one short line; the implementation's failures come first."""
     if not result.failures:
         return _clipped(result.reason)
-    first = min(result.failures, key=lambda seen: seen.party is not Party.IMPLEMENTATION)
+    first = min(result.failures, key=lambda failure: failure.party is not Party.IMPLEMENTATION)
     rest = len(result.failures) - 1
-    told = _clipped(f"{first.where}: expected {first.expected}, found {first.actual}")
-    whose = "" if first.party is Party.IMPLEMENTATION else f" (the {first.party}'s)"
-    return told + (f" (and {rest} more)" if rest else "") + whose
+    text = _clipped(f"{first.where}: expected {first.expected}, found {first.actual}")
+    party = "" if first.party is Party.IMPLEMENTATION else f" (attributed to the {first.party})"
+    return text + (f" (and {rest} more)" if rest else "") + party
 
 
 def _clipped(text: str) -> str:
@@ -186,14 +199,14 @@ def _clipped(text: str) -> str:
 
 def named(codes: Sequence[str]) -> str:
     """Codes in words: one with its name, many by number."""
-    known = rules()
     if len(codes) == 1:
-        return f"{codes[0]} {known[codes[0]].name}" if codes[0] in known else codes[0]
+        rule = rules().get(codes[0])
+        return f"{codes[0]} {rule.name}" if rule else codes[0]
     return ", ".join(codes) if len(codes) < 5 else f"{len(codes)} rules ({codes[0]} to {codes[-1]})"
 
 
 def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = REMEDIES) -> list[Breach]:
-    """The same change of several cells told once, worst first: cases of one rule, then rules of the same cases."""
+    """Equal changes of several cells in one breach, worst first: cases of one rule, then rules of the same cases."""
     by_rule: dict[tuple[str, Change], list[str]] = {}
     for (rule, case), change in changes:
         by_rule.setdefault((rule, change), []).append(case)
@@ -202,24 +215,32 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
         by_cases.setdefault((change, tuple(sorted(set(cases)))), []).append(rule)
     breaches = [
         Breach(
-            kind=kind,
+            kind=change.kind,
             rules=tuple(sorted(codes)),
             cases=cases,
-            told=told,
-            todo=todo.get(kind, "") if counted or kind in (Kind.REGRESSED, Kind.NEW) else "",
-            counted=counted,
+            difference=change.difference,
+            todo=todo.get(change.kind, "") if change.counted or change.kind in (Kind.REGRESSED, Kind.NEW) else "",
+            counted=change.counted,
         )
-        for ((kind, told, counted), cases), codes in by_cases.items()
+        for (change, cases), codes in by_cases.items()
     ]
     return sorted(breaches, key=lambda b: (not b.counted, KINDS.index(b.kind), b.rules, b.cases))
 
 
-def judge(report: Report, ledger: Ledger, *, accepted: bool = False, today: date | None = None) -> Report:
+def judge(
+    report: Report,
+    ledger: Ledger,
+    *,
+    accepted: bool = False,
+    today: date | None = None,
+    recipes: Collection[str] = (),
+) -> Report:
     """The report with its comparison against a ledger, which then decides its verdict and exit code.
 
-    ``accepted`` says that the ledger was just written from it: what is still to be explained is then told, not counted.
+    ``accepted`` says that the ledger was just written from the report: entries without a reason are then reported, not
+    counted. ``today`` and ``recipes`` are those of ``compare``.
     """
-    breaches = compare(report, ledger, today=today)
+    breaches = compare(report, ledger, today=today, recipes=recipes)
     if accepted:
         breaches = [replace(b, counted=False) for b in breaches]
     expected = ledger.expected
@@ -243,7 +264,7 @@ def settle(
     notes: Sequence[str] = (),
     accepted: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
-    """The report with what a comparison found."""
+    """The report with the breaches of a comparison, which then decide its verdict and exit code."""
     return replace(
         report,
         gate={
@@ -256,10 +277,10 @@ def settle(
 
 
 def check_options(ledger: Ledger, report_options: Mapping[str, Any]) -> None:
-    """Check that a run takes place under the options that the ledger was accepted under.
+    """Check that a run has the options that the ledger was accepted with.
 
     Raises:
-        UsageError: it does not, and so nothing could be compared.
+        UsageError: it has others, so that nothing could be compared.
     """
     for name in sorted({*ledger.options, *report_options}):
         then, now = ledger.options.get(name), report_options.get(name)

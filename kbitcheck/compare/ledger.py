@@ -1,10 +1,11 @@
-"""The ledger: what a maintainer has accepted, as a TOML file to commit and review.
+"""The ledger: the results that a maintainer has accepted, as a TOML file to commit and review.
 
-Every rule under ``judged`` was judged on every case there; what is listed neither as skipped nor as accepted passed.
+Every rule under ``judged`` was judged on every case there; a cell that is neither skipped nor accepted passed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from kbitcheck.core.rule import CODE
 
 SCHEMA = 1
 ENVIRONMENT = ("python", "torch", "transformers", "bitsandbytes", "peft", "device")
-# What changes results without showing in a case's id; written down where it is not the default.
+# Options that change results without showing in a case's id; a ledger has those that are not at their default.
 OPTIONS = ("profile", "adapters", "freezes", "targets", "rank", "batch", "seq_len", "seed", "dtype", "random_weights")
 KEYS = ("schema", "implementation", "environment", "options", "judged", "skipped", "accepted")
-FIELDS = ("rule", "status", "whose", "reason", "issue", "expires", "cases")
+FIELDS = ("rule", "status", "attributed_to", "reason", "issue", "expires", "cases")
+OLD_NAMES = {"whose": "attributed_to"}  # of 0.1.0
 HEAD = re.compile(r"^[ \t]*\[\[ *accepted *\]\]", re.MULTILINE)
 
 Cell = tuple[str, str]  # rule and case
@@ -31,16 +33,16 @@ Cell = tuple[str, str]  # rule and case
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Cells that are accepted although they are no plain pass, and why. ``line`` is where the entry starts (from 1).
+    """Cells that are accepted though they did not pass, and why. ``line`` is where the entry starts (from 1).
 
-    ``whose`` is the party a failure belonged to (None for an ERROR); the entry holds through the day of ``expires``.
+    ``attributed_to`` is the party of a failure (None for an ERROR); the entry holds through the day of ``expires``.
     """
 
     rule: str
     status: Status
     cases: tuple[str, ...]
     reason: str = ""
-    whose: Party | None = None
+    attributed_to: Party | None = None
     issue: str = ""
     expires: date | None = None
     line: int = 1
@@ -85,14 +87,14 @@ class Ledger:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             message, _, at = str(error).partition(" (at ")
-            found = re.match(r"line (\d+)", at)
-            line = int(found[1]) if found else text.count("\n") + 1
+            position = re.match(r"line (\d+)", at)
+            line = int(position[1]) if position else text.count("\n") + 1
             raise UsageError(f"{name}:{line}: not TOML: {message}") from None
         return cls(name=name, **_Reader(name, text).read(data))
 
     @property
     def expected(self) -> dict[Cell, Status]:
-        """What was accepted, by cell."""
+        """The accepted status of each cell."""
         cells = {(rule, case): Status.PASS for case in self.cases for rule in self.rules}
         cells |= {(rule, case): Status.SKIP for case, rules in self.skipped.items() for rule in rules}
         return cells | {(e.rule, case): e.status for e in self.accepted for case in e.cases}
@@ -107,8 +109,12 @@ class _Reader:
 
     def read(self, data: Mapping[str, Any]) -> dict[str, Any]:
         for key in data:
-            self._check(key in KEYS, key, f"unknown key {key!r}; known: {', '.join(KEYS)}")
-        self._check(data.get("schema") == SCHEMA, "schema", f"not a kbitcheck ledger of schema {SCHEMA}")
+            self._check(key in KEYS, key, f"unknown key {key!r}; use {', '.join(KEYS)}")
+        self._check(
+            data.get("schema") == SCHEMA,
+            "schema",
+            f"not a kbitcheck ledger of schema {SCHEMA}; `kbitcheck gate IMPL --ledger FILE --accept` writes one",
+        )
         judged, skipped = self._table(data, "judged"), self._table(data, "skipped")
         accepted = data.get("accepted", [])
         self._check(
@@ -129,36 +135,39 @@ class _Reader:
         }
 
     def _entry(self, data: Mapping[str, Any], line: int) -> Entry:
+        data = {OLD_NAMES.get(key, key): value for key, value in data.items()}
         for key in data:
-            self._check(key in FIELDS, line, f"unknown field {key!r}; known: {', '.join(FIELDS)}")
+            self._check(key in FIELDS, line, f"unknown field {key!r}; use {', '.join(FIELDS)}")
         rule, status, cases = data.get("rule"), data.get("status"), data.get("cases")
         self._check(
             isinstance(rule, str) and CODE.fullmatch(rule), line, f"rule must be a code such as KB101: {rule!r}"
         )
         self._check(status in ("FAIL", "ERROR"), line, f"status must be FAIL or ERROR, not {status!r}")
         self._check(bool(cases), line, "an entry needs its cases")
-        whose = data.get("whose")
-        self._check(whose is None or whose in tuple(Party), line, f"whose must be {', '.join(Party)}, not {whose!r}")
+        party = data.get("attributed_to")
+        self._check(
+            party is None or party in tuple(Party), line, f"attributed_to must be {', '.join(Party)}, not {party!r}"
+        )
         return Entry(
             rule=str(rule),
             status=Status(str(status)),
             cases=self._strings(cases, line),
             reason=self._str(data.get("reason", ""), line).strip(),
-            whose=None if whose is None else Party(whose),
+            attributed_to=None if party is None else Party(party),
             issue=self._str(data.get("issue", ""), line),
             expires=self._date(data.get("expires"), line),
             line=line,
         )
 
-    def _date(self, found: Any, line: int) -> date | None:
-        if isinstance(found, str):
-            try:
-                return date.fromisoformat(found) if found else None
-            except ValueError:
-                found = None, found
-        fits = found is None or (isinstance(found, date) and not isinstance(found, datetime))
+    def _date(self, value: Any, line: int) -> date | None:
+        if not value and isinstance(value, str):
+            return None
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = date.fromisoformat(value)
+        fits = value is None or (isinstance(value, date) and not isinstance(value, datetime))
         self._check(fits, line, "expires must be a date such as 2030-12-31")
-        return found if isinstance(found, date) else None
+        return value if isinstance(value, date) else None
 
     def _distinct(self, entries: Iterable[Entry]) -> None:
         seen: dict[Cell, int] = {}
@@ -171,30 +180,30 @@ class _Reader:
         yield from self._heads if len(self._heads) == len(entries) else [1] * len(entries)
 
     def _table(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
-        found = data.get(key, {})
-        self._check(isinstance(found, dict), key, f"{key} must be a table")
-        return dict(found)
+        value = data.get(key, {})
+        self._check(isinstance(value, dict), key, f"{key} must be a table")
+        return dict(value)
 
-    def _strings(self, found: Any, where: str | int) -> tuple[str, ...]:
-        fits = isinstance(found, list) and all(isinstance(text, str) for text in found)
+    def _strings(self, value: Any, where: str | int) -> tuple[str, ...]:
+        fits = isinstance(value, list) and all(isinstance(text, str) for text in value)
         self._check(fits, where, "must be a list of strings")
-        return tuple(found)
+        return tuple(value)
 
-    def _str(self, found: Any, where: str | int) -> str:
-        self._check(isinstance(found, str), where, f"must be a string, not {found!r}")
-        return str(found)
+    def _str(self, value: Any, where: str | int) -> str:
+        self._check(isinstance(value, str), where, f"must be a string, not {value!r}")
+        return str(value)
 
     def _check(self, fits: object, where: str | int, complaint: str) -> None:
         """``where`` is a line, or a key to find the line of."""
         if fits:
             return
         if isinstance(where, str):
-            found = re.search(rf"^[ \t]*\[*\"?{re.escape(where)}\"?\b", self._text, re.MULTILINE)
-            where = self._text.count("\n", 0, found.start()) + 1 if found else 1
+            place = re.search(rf"^[ \t]*\[*\"?{re.escape(where)}\"?\b", self._text, re.MULTILINE)
+            where = self._text.count("\n", 0, place.start()) + 1 if place else 1
         raise UsageError(f"{self._name}:{where}: {complaint}")
 
 
 def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a case (``CaseSpec.as_json``) that a ledger writes down: those that are not the default."""
+    """The options of a case (``CaseSpec.as_json``) that a ledger records: those that are not at their default."""
     defaults = CaseSpec(model="", quant="", implementation="").as_json()
     return {name: spec[name] for name in OPTIONS if name in spec and spec[name] != defaults[name]}

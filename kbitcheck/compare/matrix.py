@@ -13,13 +13,12 @@ from kbitcheck.compare.gate import evidence
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report, exit_code
 from kbitcheck.core.result import Level, Result, Status
-from kbitcheck.run import subject as implementations
 
 Format = Literal["text", "json", "markdown", "html"]
 
 
 class Mark(StrEnum):
-    """What became of a rule over all cases of an implementation; of several, the worst, which is the last here."""
+    """The outcome of a rule over all cases of an implementation: the worst of them, which is the last in this order."""
 
     SKIPPED = "skipped"
     KEPT = "kept"
@@ -30,7 +29,7 @@ class Mark(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A row to be: what to call it, and the implementation, or why it is left out."""
+    """The name of a row, and its implementation or why it is left out."""
 
     name: str
     implementation: str
@@ -39,9 +38,9 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What came of an implementation: ``marks`` by rule, or ``error`` in one line where it could not be run at all.
+    """The results of an implementation: ``marks`` by rule, or ``error`` in one line where it could not be run at all.
 
-    ``versions`` are those of the stack it ran on; ``broken`` tells, by rule, what was seen in each case that has the mark.
+    ``versions`` are those of the stack it ran on; ``broken`` is, by rule, the evidence of each case that has the mark.
     """
 
     subject: Subject
@@ -86,29 +85,29 @@ class Matrix:
         return {"schema": 1, **asdict(self), "rules": self.rules, "exit_code": self.exit_code}
 
 
-def subjects(names: Iterable[str]) -> list[Subject]:
-    """The subjects that a command line names; what ends in ``.toml`` is a list of them.
+def subjects(names: Iterable[str], validate: Callable[[str], None]) -> list[Subject]:
+    """The subjects that a command line names; a name that ends in ``.toml`` is a file that lists them.
 
-    A list is ``[[subject]]`` tables with an ``implementation``, and a ``name`` if it is to be called otherwise; one that
-    is only to be told has ``left_out``, the reason why, instead.
+    A file has ``[[subject]]`` tables with an ``implementation`` and, to call it otherwise, a ``name``; a subject that is
+    only mentioned has a ``name`` and ``left_out``, the reason why. ``validate`` raises where an implementation cannot
+    be one.
 
     Raises:
-        UsageError: a list is wrong, or an implementation cannot be one; nothing is installed to find out.
+        UsageError: a file or an implementation is wrong.
     """
-    found = [one for name in names for one in (_listed(name) if name.endswith(".toml") else [Subject(name, name)])]
-    for one in found:
-        if one.left_out:
-            continue
-        implementations.validate(one.implementation)
-    if not found:
+    listed = [one for name in names for one in (_read(name) if name.endswith(".toml") else [Subject(name, name)])]
+    for subject in listed:
+        if not subject.left_out:
+            validate(subject.implementation)
+    if not listed:
         raise UsageError("a matrix wants at least one implementation, or a TOML file that lists them")
-    if len({one.name for one in found}) < len(found):
+    if len({subject.name for subject in listed}) < len(listed):
         raise UsageError("a matrix wants each subject once: give one of the same name another")
-    return found
+    return listed
 
 
 def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
-    """Judge a subject; one that cannot be installed or loaded is a row with the error."""
+    """The row of a subject, from the report that ``judge`` returns; an error where it raises ``UsageError``."""
     if subject.left_out:
         return Row(subject, {}, {}, {}, error=f"left out: {subject.left_out}")
     try:
@@ -118,17 +117,17 @@ def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
     by_rule: dict[str, list[Result]] = {}
     for result in report.results:
         by_rule.setdefault(result.rule, []).append(result)
-    marks = {code: max((_mark(r, report) for r in found), key=list(Mark).index) for code, found in by_rule.items()}
+    marks = {code: max(map(_mark, results), key=list(Mark).index) for code, results in by_rule.items()}
     broken = {
-        code: {r.case: evidence(r) for r in found if _mark(r, report) is marks[code]}
-        for code, found in by_rule.items()
+        code: {r.case: evidence(r) for r in results if _mark(r) is marks[code]}
+        for code, results in by_rule.items()
         if marks[code] not in (Mark.KEPT, Mark.SKIPPED)
     }
     return Row(subject, marks, broken, dict(report.environment), complete=report.complete)
 
 
-def _mark(result: Result, report: Report) -> Mark:
-    """Only what is the implementation's own counts: the stack's and the models' faults are every row's."""
+def _mark(result: Result) -> Mark:
+    """The mark of a result. Only the implementation's failures count: the stack's and the models' are in every row."""
     if result.status is Status.ERROR:
         return Mark.ERROR
     if result.status is Status.SKIP:
@@ -138,22 +137,23 @@ def _mark(result: Result, report: Report) -> Mark:
     return {Level.MUST: Mark.MUST, Level.SHOULD: Mark.SHOULD}.get(result.level, Mark.KEPT)
 
 
-def _listed(name: str) -> list[Subject]:
+def _read(name: str) -> list[Subject]:
     try:
-        listed = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        data = tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{name} is not TOML: {str(error).splitlines()[0]}") from error
-    tables = listed.pop("subject", [])
-    if listed or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+    tables = data.pop("subject", [])
+    if data or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"{name} wants [[subject]] tables and nothing else")
-    found = []
-    for table in tables:
-        if set(table) - {"name", "implementation", "left_out"} or not all(isinstance(v, str) for v in table.values()):
-            raise UsageError(f"{name}: a [[subject]] has an implementation and a name, both texts")
-        given, why = table.get("implementation", ""), table.get("left_out", "")
-        if bool(given) == bool(why) or not (given or table.get("name")):
-            raise UsageError(f"{name}: a [[subject]] has an implementation, or a name and why it is left_out")
-        found.append(Subject(table.get("name") or given, given, why))
-    return found
+    return [_subject(table, name) for table in tables]
+
+
+def _subject(table: Mapping[str, Any], name: str) -> Subject:
+    if set(table) - {"name", "implementation", "left_out"} or not all(isinstance(v, str) for v in table.values()):
+        raise UsageError(f"{name}: a [[subject]] has an implementation and a name, both texts")
+    implementation, why = table.get("implementation", ""), table.get("left_out", "")
+    if bool(implementation) == bool(why) or not (implementation or table.get("name")):
+        raise UsageError(f"{name}: a [[subject]] has an implementation, or a name and why it is left_out")
+    return Subject(table.get("name") or implementation, implementation, why)

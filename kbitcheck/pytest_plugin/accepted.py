@@ -11,6 +11,7 @@ from kbitcheck.compare.gate import Breach
 from kbitcheck.compare.ledger import Cell, Ledger
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Status
+from kbitcheck.models.sources import recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Accepted:
                     replace(e, cases=(case,)) for e in self.ledger.accepted if e.rule == rule and case in e.cases
                 ),
             ),
+            recipes=recipe.names(),
         )
 
     def judge_cell(self, report: Report, cell: Cell) -> Report:
@@ -60,6 +62,6 @@ class Accepted:
             if cell not in left_out
             for breach in self.breaches(report, cell)
         ]
-        breaches = gate.merged((cell, (b.kind, b.told, b.counted)) for cell, b in changes)
+        breaches = gate.merged((cell, gate.Change(b.kind, b.difference, b.counted)) for cell, b in changes)
         judged = gate.judge(report, self.ledger)
         return replace(judged, gate={**(judged.gate or {}), "breaches": [b.as_json() for b in breaches]})

@@ -44,7 +44,7 @@ def _parts(report: Report) -> Iterator[str]:
 def _changes(breaches: list[dict[str, object]]) -> Iterator[tuple[str, ...]]:
     for breach in map(Breach.from_json, breaches):
         cases = listed([code(case) for case in breach.cases], BRIEF.cases)
-        rules, difference = prose(named(breach.rules)), code(BRIEF.text(breach.told))
+        rules, difference = prose(named(breach.rules)), code(BRIEF.text(breach.difference))
         yield "✗" if breach.counted else "!", breach.kind, rules, cases, difference, prose(breach.todo)
 
 

@@ -37,13 +37,13 @@ def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
     assert ledger.read_text() == first.replace('reason = ""', 'reason = "known"')
     worse = door("gate", "nothing.py:prepare", "--ledger", "ledger.toml", *ONE)
     assert worse.returncode == 1
-    assert "✗ regressed KB103 returns [tiny:llama-nf4-off]: passed when accepted" in worse.stdout
+    assert "✗ regressed KB103 returns [tiny:llama-nf4-off]: was PASS in the ledger, now FAIL" in worse.stdout
     better = door("gate", "good.py:prepare", "--ledger", "ledger.toml", *ONE)
     assert better.returncode == 1
     assert "✗ stale KB201" in better.stdout
     narrower = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--select", "KB1", *ONE)
     assert narrower.returncode == 1
-    assert "✗ lost KB201 says-please [tiny:llama-nf4-off]: accepted as FAIL, did not run" in narrower.stdout
+    assert "✗ lost KB201 says-please [tiny:llama-nf4-off]: was accepted as FAIL, did not run" in narrower.stdout
     assert "✗ lost KB901" in narrower.stdout
     assert door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *ONE, "--ignore", "KB201=later").returncode == 0
     broken = door("gate", "raises.py:prepare", "--ledger", "ledger.toml", *ONE)
@@ -56,7 +56,7 @@ RULE = '"KB901"]'
 CASE = '"tiny:llama-nf4-off",\n]\n\n[skipped]'
 BREACHES = [
     # What is done to a ledger that rude.py keeps; who is run; what comes of it.
-    ("new", '["KB102"]', '["KB102", "KB103"]', "nothing", "KB103 returns [tiny:llama-nf4-off]: did not apply"),
+    ("new", '["KB102"]', '["KB102", "KB103"]', "nothing", "KB103 returns [tiny:llama-nf4-off]: was SKIP in the ledger"),
     ("expired", 'reason = "known"', 'reason = "known"\nexpires = 2020-01-31', "rude", "accepted until 2020-01-31"),
     ("unknown", RULE, f'"KB899", {RULE}', "rude", "there is no rule KB899"),
     ("unknown", CASE, f'"tiny:lama-nf4-off", {CASE}', "rude", "there is no recipe tiny:lama"),

@@ -99,8 +99,8 @@ def test_an_entry_needs_a_reason_and_holds_until_it_expires() -> None:
 
 def test_a_rule_or_recipe_that_is_no_more_is_unknown() -> None:
     text = acceptance.accept(report()).replace('"KB505"', '"KB899"').replace("tiny:llama-nf4", "tiny:lama-nf4")
-    breaches = gate.compare(report(), Ledger.parse(text))
-    told = [b.told for b in breaches if b.kind is Kind.UNKNOWN]
+    breaches = gate.compare(report(), Ledger.parse(text), recipes=["llama"])
+    told = [b.difference for b in breaches if b.kind is Kind.GONE]
     assert "there is no rule KB899" in told
     assert "there is no recipe tiny:lama" in told
     assert not [b for b in breaches if b.kind is Kind.LOST]
@@ -117,7 +117,7 @@ def test_what_is_not_the_implementations_own_is_told_and_not_counted() -> None:
 
 def test_a_stacks_failure_that_becomes_the_implementations_has_regressed() -> None:
     ledger = accepted(result("KB505", NF4, FAIL, STACK))
-    assert ledger.accepted[0].whose is Party.STACK
+    assert ledger.accepted[0].attributed_to is Party.STACK
     assert kinds(report(result("KB505", NF4, FAIL, STACK)), ledger) == []
     assert kinds(report(result("KB505", NF4, FAIL, OWN)), ledger) == [("regressed", "KB505", True)]
 
@@ -125,7 +125,7 @@ def test_a_stacks_failure_that_becomes_the_implementations_has_regressed() -> No
 def test_a_line_says_what_where_and_what_to_do() -> None:
     (breach,) = gate.compare(report(result("KB505", NF4, FAIL)), accepted())
     assert breach.line == (
-        f"regressed KB505 one-hook-and-removable [{NF4}]: passed when accepted, is FAIL now: model.norm: expected "
+        f"regressed KB505 one-hook-and-removable [{NF4}]: was PASS in the ledger, now FAIL: model.norm: expected "
         "float32, found float16; fix it, or accept it with --accept and a reason"
     )
     assert gate.Breach.from_json(json.loads(json.dumps(breach.as_json()))) == breach

@@ -29,7 +29,7 @@ def test_a_ledger_says_what_was_judged_skipped_and_accepted() -> None:
     assert ledger.environment["torch"] == "2.13.0"
     assert (ledger.rules, ledger.cases) == (CODES, (INT8, NF4))
     assert ledger.skipped == {NF4: ("KB101",)}
-    assert [(e.rule, e.status, e.whose, e.cases, e.reason) for e in ledger.accepted] == [
+    assert [(e.rule, e.status, e.attributed_to, e.cases, e.reason) for e in ledger.accepted] == [
         ("KB201", FAIL, Party.STACK, (INT8,), ""),
         ("KB505", FAIL, Party.IMPLEMENTATION, (INT8, NF4), ""),
     ]
@@ -70,7 +70,7 @@ cases = [
 [[accepted]]
 rule = "KB201"
 status = "FAIL"
-whose = "implementation"
+attributed_to = "implementation"
 reason = "half on purpose"
 cases = ["tiny:llama-nf4-off"]
 
@@ -78,7 +78,7 @@ cases = ["tiny:llama-nf4-off"]
 [[accepted]]
 rule = "KB505"
 status = "FAIL"
-whose = "implementation"
+attributed_to = "implementation"
 reason = "two hooks" # see the issue
 issue = "https://example.org/1"
 expires = 2030-01-31
@@ -149,7 +149,7 @@ BAD = [
     (ENTRY.replace("FAIL", "PASS"), "l.toml:2: status must be FAIL or ERROR"),
     (ENTRY.replace('["a"]', "[]"), "l.toml:2: an entry needs its cases"),
     (ENTRY.replace('["a"]', '"a"'), "l.toml:2: must be a list of strings"),
-    (ENTRY + "whose = 'mine'", "l.toml:2: whose must be"),
+    (ENTRY + "attributed_to = 'mine'", "l.toml:2: attributed_to must be"),
     (ENTRY + "reason = 1", "l.toml:2: must be a string"),
     (ENTRY + "expires = 'soon'", "l.toml:2: expires must be a date"),
     (ENTRY + "expires = 2030-01-01T00:00:00", "l.toml:2: expires must be a date"),

@@ -25,7 +25,7 @@ ACCEPTED = f"""
 [[accepted]]
 rule = "KB201"
 status = "FAIL"
-whose = "implementation"
+attributed_to = "implementation"
 reason = "manners can wait"
 cases = ["{CASE}"]
 """

@@ -15,6 +15,7 @@ from kbitcheck.compare.ledger import Ledger, options_of
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_NOTHING, Report
+from kbitcheck.models.sources import recipe
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run.subject import validate
 
@@ -55,7 +56,7 @@ def comparing(name: str, specs: Sequence[CaseSpec]) -> Compare:
     """
     accepted = Ledger.read(name)
     gate.check_options(accepted, options_of(specs[0].as_json()))
-    return lambda report: gate.judge(report, accepted)
+    return lambda report: gate.judge(report, accepted, recipes=recipe.names())
 
 
 def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
@@ -74,11 +75,11 @@ def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
             return report
         text = accept.accept(report, before, name=name)
         if text != before:
-            for breach in gate.compare(report, old):
+            for breach in gate.compare(report, old, recipes=recipe.names()):
                 say(f"accepted: {breach.line}")
             output.write(text)
         say(f"{name} is {'as it was' if text == before else 'written'}")
-        return gate.judge(report, Ledger.parse(text, name=name), accepted=True)
+        return gate.judge(report, Ledger.parse(text, name=name), accepted=True, recipes=recipe.names())
 
     return compare
 

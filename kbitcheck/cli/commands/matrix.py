@@ -16,6 +16,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.version import TOOL
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.tables.matrix import render, verdict
+from kbitcheck.run.subject import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Options(SuiteOptions):
 
 def run(options: Options) -> int:
     """Check each implementation on the same cases; one row each."""
-    chosen = subjects(options.subjects)
+    chosen = subjects(options.subjects, validate)
     output = OutputFile(options.output)
     specs = suite_cases("", options)
     if options.in_process:
