@@ -52,7 +52,8 @@ def audit(
     """Audit a live quantized model in this process, as ``kbitcheck model`` audits a named one.
 
     ``prepare`` is the preparation to use (peft where it is installed, else the reference); ``ignore`` maps rule codes
-    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.extend.CaseSpec``.
+    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.extend.CaseSpec``. The
+    default profile is ``auto``, which also reads off whether the preparation freezes the base: see ``assert_prepared``.
 
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
@@ -118,7 +119,7 @@ def check_implementation(
 
 def assert_prepared(
     model: Any,
-    profile: Profile = "peft",
+    profile: Profile = "auto",
     *,
     freezes: Freezes = "at-prepare",
     checkpointing: Checkpointing | None = None,
@@ -130,7 +131,9 @@ def assert_prepared(
     """Assert that a quantized model is ready for k-bit training as it stands, with or without adapters.
 
     The model is only read: steps run on copies, with ``batch`` (keyword arguments of its forward, labels among them;
-    drawn where none is given). Rules that need what was before preparation are skipped. ``checkpointing`` is what was
+    drawn where none is given). Rules that need what was before preparation are skipped. Profile ``auto`` reads the
+    recipe of dtypes off the model and judges by it, and so it cannot see that an upcast is missing: if your code promises
+    one, name its ``profile``. ``checkpointing`` is what was
     asked for (``None``: whatever is on). Returns the report where it conforms.
 
     Raises:

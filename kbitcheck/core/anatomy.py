@@ -59,3 +59,19 @@ def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
     for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
         groups.setdefault(group_of(tensor, model, norms), []).append(tensor)
     return groups
+
+
+def towers(model: ModelFacts) -> tuple[str, ...]:
+    """The model's stacks of blocks, in the order of its modules."""
+    return tuple(dict.fromkeys(block.tower for block in model.blocks))
+
+
+def tower_of(name: str, towers: tuple[str, ...]) -> str:
+    """The tower that shares the longest path with a parameter's name; of several the first; empty without towers."""
+    path = name.split(".")
+
+    def shared(tower: str) -> int:
+        pairs = zip(path, tower.split("."), strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(path), tower.count(".") + 1))
+
+    return max(towers, key=shared, default="")

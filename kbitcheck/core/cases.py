@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
 
 
-Profile = Literal["peft", "qlora", "frozen-half"]
+Profile = Literal["auto", "peft", "qlora", "frozen-half"]
 
 
 Freezes = Literal["at-prepare", "at-attach"]

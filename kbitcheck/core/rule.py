@@ -63,7 +63,7 @@ class Rule:
 
     @property
     def family(self) -> str:
-        """The module the rule lives in: freezing, precision, gradients, checkpointing, contract, cost or audit."""
+        """The module the rule lives in: freezing, precision, recipe, gradients, checkpointing, contract, cost or audit."""
         return self.check.__module__.rpartition(".")[2]
 
 

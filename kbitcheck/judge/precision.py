@@ -27,6 +27,7 @@ def norms_fp32(facts: Facts) -> Iterable[Observation]:
     Fix: cast every unquantized half-precision parameter, not parameters in a list of names.
     Sources: peft#130, alpaca-lora#313, unsloth-zoo#680.
     """
+    _needs_one_recipe(facts)
     if not PROMISES[facts.profile].norms:
         raise NotApplicable(f"the {facts.profile} profile promises nothing about norms")
     names = norm_parameters(facts.prepared)
@@ -46,6 +47,7 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     Fix: cast every unquantized half-precision parameter, or name the profile that you intend (``--profile qlora``).
     Sources: peft#389, peft#1515.
     """
+    _needs_one_recipe(facts)
     if not PROMISES[facts.profile].others:
         raise NotApplicable(f"the {facts.profile} profile lets embeddings and head stay half")
     norms = norm_parameters(facts.prepared)
@@ -53,6 +55,11 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     for p in examined:
         if p.name not in norms:
             yield Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
+
+
+def _needs_one_recipe(facts: Facts) -> None:
+    if facts.recipe is not None and (facts.recipe.mixed or facts.recipe.towers_differ):
+        raise NotApplicable("the dtypes follow no single recipe that could be judged: see KB215")
 
 
 @rule("KB203", "upcast-exact", Level.MUST)

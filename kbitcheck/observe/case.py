@@ -39,6 +39,7 @@ from kbitcheck.core.facts import (
     StoreFacts,
     TrainingFacts,
 )
+from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.sources.live import Given as LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
@@ -47,6 +48,7 @@ from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, step
+from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Prepared, Wrapped
 from kbitcheck.observe.static import static_case
 from kbitcheck.observe.stepped import Stepped
@@ -73,9 +75,8 @@ def open_case(spec: CaseSpec, implementation: Prepares, *, seconds: float = math
     Raises:
         UsageError: the model cannot be loaded as requested.
     """
-    return static_case(spec, seconds) or Case(
-        spec, implementation.function, loaded_model(spec), patches=implementation.patches
-    )
+    assumed = dataclasses.replace(spec, profile="peft") if spec.profile == "auto" else spec  # nothing is prepared
+    return static_case(assumed, seconds) or _opened(spec, implementation, loaded_model(spec))
 
 
 def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
@@ -92,16 +93,29 @@ def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
         )
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from None
-    return Case(spec, implementation.function, Loaded.from_source(source, spec), patches=implementation.patches)
+    return _opened(spec, implementation, Loaded.from_source(source, spec))
+
+
+def _opened(spec: CaseSpec, implementation: Prepares, loaded: Loaded) -> Case:
+    recipe = recipe_of_preparation(spec, implementation.function, loaded)
+    spec = settled(spec, recipe)
+    return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
 
 
 class Case:
     """The facts of one case, as ``kbitcheck.core.facts.Facts`` describes them."""
 
     def __init__(
-        self, spec: CaseSpec, function: Callable[..., Any], loaded: Loaded, *, patches: Sequence[str] = ()
+        self,
+        spec: CaseSpec,
+        function: Callable[..., Any],
+        loaded: Loaded,
+        *,
+        patches: Sequence[str] = (),
+        recipe: Recipe | None = None,
     ) -> None:
         self.spec = spec
+        self.recipe = recipe
         self.case = spec.id
         self.profile: str = spec.profile
         self.freezes: str = spec.freezes

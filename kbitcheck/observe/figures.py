@@ -29,6 +29,8 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         "quantized": quantized,
         "bytes_loaded": base.nbytes,
     }
+    if facts.recipe is not None:
+        figures["recipe"] = str(facts.recipe)
     if batch is not None:
         figures["inputs"] = kinds(batch)
     if "_prepared" in computed:

@@ -42,6 +42,7 @@ from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.snapshot import snapshot
+from kbitcheck.observe.recipe import recipe_of_prepared, settled
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
 
@@ -152,14 +153,15 @@ class PreparedCase:
     """
 
     def __init__(self, spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> None:
-        self.spec = spec
+        self.computed: dict[str, Any] = {}
+        self._model = model
+        self._batch = batch
+        self.recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
+        self.spec = spec = settled(spec, self.recipe)
         self.case = spec.id
         self.profile: str = spec.profile
         self.freezes: str = spec.freezes
         self.checkpointing: str = spec.checkpointing
-        self.computed: dict[str, Any] = {}
-        self._model = model
-        self._batch = batch
 
     def close(self) -> None:
         """Drop every copy."""

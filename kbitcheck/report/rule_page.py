@@ -15,6 +15,7 @@ from kbitcheck.report.parts.examples import Example, examples
 FAMILIES = {
     "freezing": "Freezing",
     "precision": "Precision and storage",
+    "recipe": "Recipe of dtypes",
     "gradients": "Gradient flow",
     "checkpointing": "Gradient checkpointing",
     "contract": "Contract",

@@ -82,11 +82,13 @@ class _Page:
         )
         where = " ".join(filter(None, [environment.get("device", ""), environment.get("device_name", "")]))
         static = next((f["static"] for f in facts.values() if "static" in f), "")
+        recipes = dict.fromkeys(f["recipe"] for f in facts.values() if "recipe" in f)
         parts = [
             self._report.tool,
             next(iter(models)) if len(models) == 1 else f"{len(models)} models",
             " and ".join(dict.fromkeys(s["quant"] for s in specs)) if len(specs) < 4 else f"{len(specs)} cases",
             *([f"static audit: {static}"] if static else [f"prepared by {by}", where]),
+            " and ".join(recipes),
             "in this process" if subject.get("in_process") else "",
         ]
         return " · ".join(filter(None, parts))

@@ -99,7 +99,7 @@ def audit(
     )
     start = time.perf_counter()
     with like_a_worker() as size_threads:
-        case = open_live(model, implementation=implementation, **options)
+        case = open_live(model, implementation=implementation, **{"profile": "auto", **options})
         size_threads(case.base.nbytes)
         environment = devices.describe(str(next(model.parameters()).device), case.spec.seed)
         loaded = Loaded(implementation=implementation.as_json(), environment=environment)

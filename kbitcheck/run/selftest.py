@@ -31,6 +31,7 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
         quant=fault.quant,
         implementation=fault.name,
         checkpointing=fault.checkpointing,  # type: ignore[arg-type]
+        profile=fault.profile,  # type: ignore[arg-type]
         device="cuda" if fault.accelerator else "cpu",
     )
     key = (fault.model, fault.quant, spec.device)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kbitcheck.core.cases import REFERENCE
+from kbitcheck.core.cases import REFERENCE, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe import library_attributes
 from kbitcheck.run import requirements as requirement
@@ -55,6 +55,13 @@ class Implementation:
     def as_json(self) -> dict[str, Any]:
         """Everything but the function itself."""
         return {"name": self.name, "version": self.version, "file": self.file, "line": self.line}
+
+
+def default_profile(name: str) -> Profile:
+    """The profile under which ``kbitcheck model`` judges: PEFT and the reference promise PEFT's recipe, others their own."""
+    release = requirement.parse(name)
+    function = release.function if release else ALIASES.get(name, name)
+    return "peft" if function in ALIASES.values() else "auto"
 
 
 def default() -> str:

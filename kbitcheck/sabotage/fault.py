@@ -34,6 +34,7 @@ class Fault:
     model: str = "tiny:gpt2"
     quant: str = "nf4"
     checkpointing: str = "reentrant"
+    profile: str = "peft"
     prepare: Prepare = prepare_model_for_kbit_training
     spoil: Callable[[Any], None] | None = None
     accelerator: bool = False

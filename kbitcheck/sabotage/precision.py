@@ -24,6 +24,13 @@ def last_norm_left_half(model: Any) -> None:
     norm.bias.data = norm.bias.data.bfloat16()
 
 
+@breaks("KB215", profile="frozen-half")
+def one_norm_of_a_tower_in_half(model: Any) -> None:
+    norm = model.transformer.h[1].ln_2
+    norm.weight.data = norm.weight.data.bfloat16()
+    norm.bias.data = norm.bias.data.bfloat16()
+
+
 @breaks("KB202")
 def positions_left_half(model: Any) -> None:
     weight = model.transformer.wpe.weight

@@ -144,16 +144,65 @@ def half_head(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "codes"), [(unfrozen, {"KB101", "KB102"}), (half_norm, {"KB201"}), (half_head, {"KB202"})]
+    ("fault", "profile", "codes"),
+    [
+        (unfrozen, "auto", {"KB101", "KB102"}),
+        (half_norm, "auto", {"KB215"}),
+        (half_norm, "peft", {"KB201", "KB215"}),
+        (half_head, "peft", {"KB202"}),
+    ],
 )
-def test_what_is_wrong_is_named_as_in_a_report(model: Any, fault: Callable[[Any], None], codes: set[str]) -> None:
+def test_what_is_wrong_is_named_as_in_a_report(
+    model: Any, fault: Callable[[Any], None], profile: Any, codes: set[str]
+) -> None:
     lora.attach(model, rank=2, alpha=4.0)
     fault(model)
-    found, told = broken(model, select=STATIC)
+    found, told = broken(model, profile=profile, select=STATIC)
     assert found == codes
     assert "expected" in told
     assert "Do: " in told
     assert "attributed to your code" in told
+
+
+def as_trl_prepares(loaded: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """PEFT's adapters on the bare base, cast, and the forward replaced by a closure over the model."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(loaded), peft.LoraConfig(r=4, target_modules="all-linear"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    inner = model.base_model.model
+    original = inner.forward
+    inner.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    return model.train()
+
+
+def test_a_trainers_recipe_conforms_and_is_named(loaded: Any) -> None:
+    model = as_trl_prepares(loaded)
+    text = str(kbitcheck.assert_prepared(model)).replace("\n", " ")
+    assert "dtypes as TRL prepares them: nothing upcast, adapters bf16 ·" in text
+    assert "no gradient rule was judged: nothing can run on a copy" in text
+    assert broken(model, profile="peft", select=STATIC)[0] == {"KB201", "KB202"}
+
+
+def test_the_wrapper_of_mixed_precision_is_read_off(loaded: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = as_trl_prepares(loaded, torch.float32)
+    try:
+        accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    report = kbitcheck.assert_prepared(model, select=["KB2"])
+    assert "dtypes as LLaMA-Factory prepares them: nothing upcast, adapters fp32, autocast" in str(report).replace(
+        "\n", " "
+    )
+
+
+def test_adapters_in_several_dtypes_are_no_recipe(loaded: Any) -> None:
+    model = as_trl_prepares(loaded)
+    odd = next(p for p in model.parameters() if p.requires_grad)
+    odd.data = odd.data.float()
+    assert broken(model)[0] == {"KB215"}
 
 
 def test_a_model_nobody_prepared(loaded: Any) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from kbitcheck.cli.cases import audit
-from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, option
+from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, choice, option
 from kbitcheck.core import memory_sizes
+from kbitcheck.core.cases import Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources import resolve as models
-from kbitcheck.run.subject import default
+from kbitcheck.run.subject import default, default_profile
 from kbitcheck.run.suites import cases
+
+PROFILE_HELP = "The dtypes to judge by; default: peft for peft and reference, otherwise auto, read off the model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,7 @@ class Options(RunOptions):
 
     model: str = argument("MODEL", "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config.")
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
+    profile: Profile = choice(PROFILE_HELP, None, Profile)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
     memory: str = option("Memory that training has to fit into: 24GiB, 80GB.", "", metavar="SIZE")
     random_weights: bool = option("Give a config without weights random ones.", False)
@@ -46,15 +50,16 @@ def run(options: Options) -> int:
         raise UsageError("--static makes no weights: leave out --random-weights")
     source = models.resolve(options.model, static="always" if options.static else "if-too-large", **options.source)
     only_static = options.static or not getattr(source, "loadable", True)
+    implementation = options.prepare or default()
     specs = cases(
         (),
         models=[options.model],
         quants=options.quant or [getattr(source, "quant", None) or "nf4"],
         checkpointing=options.checkpointing or ["default"],
-        implementation=options.prepare or default(),
+        implementation=implementation,
         static="always" if only_static else "if-too-large",
         memory=memory_sizes.parse(options.memory) if options.memory else None,
-        **options.case,
+        **{**options.case, "profile": cast("Profile | None", options.profile) or default_profile(implementation)},
         **options.source,
     )
     return audit("model", specs, options, blame="any")

@@ -9,6 +9,7 @@ from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts.forecast import ForecastFacts
 from kbitcheck.core.facts.memory import CostFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
+from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.facts.step import (
     Distance,
     ForwardFacts,
@@ -32,6 +33,11 @@ class Facts(Protocol):
     def profile(self) -> str: ...
     @property
     def freezes(self) -> str: ...
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe that was read off the prepared model under profile ``auto``; None where a profile was requested."""
+        ...
+
     @property
     def checkpointing(self) -> str: ...
     @property

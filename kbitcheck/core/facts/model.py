@@ -71,7 +71,10 @@ class ModuleFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model at one stage: loaded, prepared, wrapped or stepped."""
+    """A model at one stage: loaded, prepared, wrapped or stepped.
+
+    ``kept_in_float32`` are the parts of parameter names that the model's class loads in float32, whatever dtype is requested.
+    """
 
     cls: str
     parameters: Mapping[str, TensorFacts]
@@ -84,6 +87,7 @@ class ModelFacts:
     can_checkpoint: bool
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    kept_in_float32: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> list[ModuleFacts]:

@@ -41,6 +41,7 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         can_checkpoint=can_checkpoint(model),
         embeddings=tuple(_names(model, embeddings(model))),
         heads=tuple(_names(model, heads(model))),
+        kept_in_float32=_kept_in_float32(model),
     )
 
 
@@ -121,6 +122,12 @@ def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
         except Exception as error:  # a layer whose state was broken is a fact, not a crash
             return f"{type(error).__name__}: {error}"
     return _known[key]
+
+
+def _kept_in_float32(model: nn.Module) -> tuple[str, ...]:
+    """The lists of transformers' classes: private names, seen in 4.56 and 5.23; None where a class keeps nothing."""
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return tuple(sorted({part for m in model.modules() for each in lists for part in getattr(m, each, None) or ()}))
 
 
 def _names(model: nn.Module, wanted: list[nn.Module]) -> Iterator[str]:

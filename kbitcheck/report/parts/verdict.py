@@ -17,6 +17,7 @@ OUTCOMES = {
     "not applicable": ("not applicable", "not applicable"),
 }
 WORST_FIRST = tuple(OUTCOMES)
+ORACLE = "KB304"
 
 
 def outcome(report: Report, result: Result) -> str:
@@ -69,5 +70,7 @@ def _not_covered(report: Report) -> list[str]:
     results = [result for result in report.results if result.rule in gradients]
     if not results or any(result.status is not Status.SKIP for result in results):
         return []
-    ((reason, _),) = Counter(result.reason for result in results).most_common(1)
+    # Rules on checkpointing are skipped without it, whatever else there is; the oracle's reason holds for all.
+    oracle = [result for result in results if result.rule == ORACLE] or results
+    ((reason, _),) = Counter(result.reason for result in oracle).most_common(1)
     return [f"no gradient rule was judged: {reason}"]

@@ -24,6 +24,17 @@ def casts_what_is_called_layer_norm(
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
+@implements("KB215", model="tiny:llama", profile="frozen-half")
+def casts_norms_of_attention_alone(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for name, parameter in half(model):
+        if "input_layernorm" in name:
+            parameter.data = parameter.data.float()
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
 @implements("KB202")
 def casts_norms_alone(
     model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None

@@ -1,0 +1,46 @@
+"""The recipe of dtypes that a model follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kbitcheck.core.cases import Freezes, Profile
+
+CAST = {"peft": "everything upcast", "qlora": "norms upcast", "frozen-half": "nothing upcast"}
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+# Who prepares models so, by profile and dtype of the adapters: measured on their default settings.
+TRAINERS = {
+    ("peft", "float32"): "PEFT",
+    ("peft", ""): "PEFT",
+    ("frozen-half", "bfloat16"): "TRL",
+    ("frozen-half", "float32"): "LLaMA-Factory",
+    ("qlora", "float32"): "QLoRA",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The recipe that a model's dtypes follow, under the name of the profile that promises it.
+
+    ``adapters`` is their dtype (empty: none attached yet). ``mixed`` is True if the dtypes follow no single recipe, and
+    ``profile`` is then the closest one. ``towers_differ`` is True if norms are upcast in some towers alone.
+    """
+
+    profile: Profile
+    freezes: Freezes
+    adapters: str = ""
+    autocast: bool = False
+    mixed: bool = False
+    towers_differ: bool = False
+
+    def __str__(self) -> str:
+        """``dtypes as TRL prepares them: nothing upcast, adapters bf16, autocast``."""
+        trainer = TRAINERS.get((self.profile, self.adapters), "")
+        start = f"dtypes as {trainer} prepares them" if trainer else "dtypes"
+        cast = CAST[self.profile]
+        if self.towers_differ:
+            start, cast = "dtypes", "norms upcast in some towers"
+        if self.mixed:
+            start, cast = "dtypes of no single recipe", f"closest to {self.profile}"
+        adapters = f"adapters {SHORT.get(self.adapters, self.adapters)}" if self.adapters else ""
+        return f"{start}: " + ", ".join(filter(None, (cast, adapters, "autocast" if self.autocast else "")))

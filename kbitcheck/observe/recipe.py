@@ -1,0 +1,54 @@
+"""Profile ``auto``: the recipe that a model's dtypes follow is read off the model before its case is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.facts import ModelFacts
+from kbitcheck.core.facts.recipe import Recipe
+from kbitcheck.core.recipe import read
+from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes.call import call
+from kbitcheck.observe.probes.snapshot import snapshot
+
+
+def settled(spec: CaseSpec, recipe: Recipe | None) -> CaseSpec:
+    """The spec under the profile of the recipe, and with its time of freezing; unchanged without a recipe."""
+    if recipe is None:
+        return spec
+    freezes = "at-attach" if spec.freezes == "at-attach" else recipe.freezes
+    return dataclasses.replace(spec, profile=recipe.profile, freezes=freezes)
+
+
+def recipe_of_preparation(spec: CaseSpec, prepare: Callable[..., Any], loaded: Loaded) -> Recipe | None:
+    """The recipe of a preparation, read off a fresh base that it prepares; None where a profile was requested.
+
+    If the preparation raises, the recipe is that of the model as it is left.
+    """
+    if spec.profile != "auto":
+        return None
+    model = loaded.copy()
+    preparation = Preparation(spec, prepare, loaded)
+    model = preparation.returned(call(prepare, model, **preparation.keywords)[0], model)
+    return read(snapshot(model), loaded.facts, autocast=runs_under_autocast(model))
+
+
+def recipe_of_prepared(model: nn.Module, facts: ModelFacts) -> Recipe:
+    """The recipe of a model that is prepared already.
+
+    Its base has to be frozen as it stands: with adapters the adapter library has done so, and without them nobody has
+    prepared a base that is trainable.
+    """
+    return dataclasses.replace(read(facts, autocast=runs_under_autocast(model)), freezes="at-prepare")
+
+
+def runs_under_autocast(model: nn.Module) -> bool:
+    """Whether autocast is on, or accelerate has wrapped the model's forward, as it does for mixed precision alone."""
+    return torch.is_autocast_enabled() or any("_original_forward" in vars(m) for m in model.modules())
