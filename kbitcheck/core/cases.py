@@ -1,4 +1,4 @@
-"""A case as plain data: a model, its quantization, who prepares it, and how it is checkpointed."""
+"""A case as plain data: a model, its quantization, the implementation that prepares it, and its checkpointing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFERENCE = "reference"  # the implementation that comes with kbitcheck
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSpec:
-    """One case: a model, how it is quantized, who prepares it, and how it is checkpointed. JSON-able.
+    """One case: a model, its quantization, the implementation that prepares it, and its checkpointing. JSON-able.
 
     ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
     comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the

@@ -29,26 +29,26 @@ GPUS: Mapping[int, str] = {
 
 
 def anywhere(nbytes: int, memory: int | None) -> bool:
-    """Whether this takes so little of the smallest GPU, and no memory was given, that how much more fits is no question."""
+    """Whether these bytes fit any GPU many times: less than 1 % of the smallest, and no memory was requested."""
     return memory is None and nbytes * 100 < min(GPUS)
 
 
 def named(memory: int | None) -> dict[int, str]:
-    """Sizes by what has them, from small to large: the GPUs, and the size that was given."""
-    given = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}
-    return dict(sorted({**GPUS, **given}.items()))
+    """Names by size, from small to large: the GPUs, and the size that was requested."""
+    requested = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}
+    return dict(sorted({**GPUS, **requested}.items()))
 
 
 def parse(text: str) -> int:
-    """The bytes that ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes mean.
+    """The bytes that a text means: ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes.
 
     Raises:
-        UsageError: it is none of these, or nothing at all.
+        UsageError: the text is none of these, or zero.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = found[2].upper() if found else "?"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else "?"
     unit = f"{unit}IB" if unit in ("K", "M", "G", "T") else unit
-    size = int(float(found[1]) * UNITS[unit]) if found and unit in UNITS else 0
+    size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
     if size < 1:
         raise UsageError(f"--memory wants a size such as 24GiB, 80GB or 512MiB, not {text!r}")
     return size

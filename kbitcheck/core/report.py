@@ -48,12 +48,12 @@ def exit_code(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything one run found, as plain data; its JSON form is what ``--format json`` prints and ``show`` reads.
+    """The results of one run, as plain data; its JSON form is what ``--format json`` prints and ``show`` reads.
 
     ``subject`` says what was run (command, model or implementation, options); ``environment`` holds versions, device and
     seed; ``blame`` is ``"any"`` where a failure counts whoever is at fault and ``"own"`` where only the
     implementation's do. ``complete`` is False when the run was cut short. ``gate`` is what a comparison with a ledger or
-    another report found (``kbitcheck.compare.gate.judge``); then it decides, and no longer the rules alone.
+    another report yields (``kbitcheck.compare.gate.judge``); then it decides, and no longer the rules alone.
     """
 
     tool: str

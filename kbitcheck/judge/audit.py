@@ -165,8 +165,8 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
     Fix: a smaller batch or length, ``--checkpointing non-reentrant``, ``--profile qlora``, a paged optimizer.
     Sources: bitsandbytes#1569, peft#816.
     """
-    told = facts.forecast
-    predicted = told.loaded - sum(g.state for g in told.groups.values())
+    forecast = facts.forecast
+    predicted = forecast.loaded - sum(g.state for g in forecast.groups.values())
     yield Observation(
         "weights",
         f"{predicted:,} bytes as loaded",
@@ -175,20 +175,20 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
         party=Party.MODEL,
         witness="its configuration",
     )
-    if told.memory is not None:
-        total = told.total(told.mode)
+    if forecast.memory is not None:
+        total = forecast.total(forecast.mode)
         if total is None:  # without a step, what stays through training is still known
-            what, total, fitting = "weights, adapters and optimizer", told.resident, f"no step: {told.missing}"
+            where, total, fitting = "weights, adapters and optimizer", forecast.resident, f"no step: {forecast.missing}"
         else:
-            what = f"{told.batch} x {told.seq_len} tokens"
-            fitting = f"largest batch that fits: {told.largest_batch[told.memory]:,}"
+            where = f"{forecast.batch} x {forecast.seq_len} tokens"
+            fitting = f"largest batch that fits: {forecast.largest_batch[forecast.memory]:,}"
         yield Observation(
-            what,
-            f"at most {told.memory:,} bytes",
+            where,
+            f"at most {forecast.memory:,} bytes",
             f"{total:,} bytes; {fitting}",
-            ok=total <= told.memory,
+            ok=total <= forecast.memory,
             party=Party.MODEL,
-            witness=f"predicted, {told.mode} checkpointing",
+            witness=f"predicted, {forecast.mode} checkpointing",
         )
 
 
@@ -205,9 +205,7 @@ def norms_recognised(facts: Facts) -> Iterable[Observation]:
     if not looked:
         raise NotApplicable("nothing in the model looks like a norm")
     for m in looked:
-        yield Observation(
-            m.name, "a known norm class", m.cls, ok="class" in m.norm, party=Party.MODEL, witness="its shape"
-        )
+        yield Observation(m.name, "a norm class", m.cls, ok="class" in m.norm, party=Party.MODEL, witness="its shape")
 
 
 @rule("KB908", "no-remote-code", Level.INFO)

@@ -27,8 +27,8 @@ def signature(facts: Facts) -> Iterable[Observation]:
     call = facts.call
     if call.parameters is not None:
         for name, default in DEFAULTS.items():
-            found = call.parameters.get(name)
-            if found is None:
+            declared = call.parameters.get(name)
+            if declared is None:
                 yield Observation(
                     name,
                     f"a parameter, default {default}",
@@ -36,7 +36,9 @@ def signature(facts: Facts) -> Iterable[Observation]:
                     ok=call.accepts_any,
                 )
             else:
-                yield Observation(name, f"default {default}", f"default {found or 'missing'}", ok=found == default)
+                yield Observation(
+                    name, f"default {default}", f"default {declared or 'missing'}", ok=declared == default
+                )
         order = [n for n in call.parameters if n in DEFAULTS]
         yield Observation(
             "order of parameters", ", ".join(DEFAULTS), ", ".join(order), ok=order in (list(DEFAULTS), order[:1], [])
@@ -159,9 +161,9 @@ def all_or_nothing(facts: Facts) -> Iterable[Observation]:
     """
     call, before, after = facts.refused.call, facts.refused.before, facts.refused.after
     if not call.raised:
-        told = bool(call.warnings)
+        warned = bool(call.warnings)
         on = any(b.checkpointing for b in after.blocks)
-        yield Observation("an architecture that cannot checkpoint", "an error or a warning", "silence", ok=told or on)
+        yield Observation("an architecture that cannot checkpoint", "an error or a warning", "silence", ok=warned or on)
         return
     yield from same_model(before, after, "before the call", "after it raised")
     message = f"{call.raised.type}: {call.raised.text}"

@@ -39,7 +39,7 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
-    """One quantized layer, found by type and quantization state. ``state`` maps each field of the state to a digest."""
+    """One quantized layer, recognised by its type and its quantization state. ``state`` maps each field of the state to a digest."""
 
     name: str
     cls: str
@@ -112,8 +112,8 @@ class ModelFacts:
 class CallFacts:
     """One call of an implementation. ``raised`` is what it raised, if anything.
 
-    ``class_kept`` is whether the model is of the very class it was, ``checkpoints`` whether any block's flag is on after
-    the call, ``modes_changed`` the modules whose train or eval mode is another. ``process`` maps what changed in the
+    ``class_kept``: the model still has its class. ``checkpoints``: a block's flag is on after the call. ``modes_changed``
+    are the modules whose train or eval mode changed. ``process`` maps what changed in the
     process (a seed, a default, a class attribute) to ``(before, after)``; ``parameters`` maps the signature's names to
     the text of their defaults ("" where there is none).
     """
@@ -130,7 +130,6 @@ class CallFacts:
     process: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     parameters: Mapping[str, str] | None = None
     accepts_any: bool = False
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,8 @@ class RunFacts:
     """One training forward and backward. ``grads`` maps adapter names to their gradients' digests (None: no gradient).
 
     ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``order`` is the order in
-    which blocks were recomputed; ``inexact`` are blocks that checkpointed round otherwise.
+    which blocks were recomputed; ``inexact`` are blocks whose gradients may differ in the last bits
+    when checkpointed.
     """
 
     loss: float
@@ -58,7 +59,7 @@ class Distance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientFacts:
-    """One adapter's gradient against the float64 twin's. ``live`` is the twin's word; norms are Frobenius norms."""
+    """One adapter's gradient against the float64 twin's. ``live``: the twin has a gradient there; norms are Frobenius norms."""
 
     live: bool
     norm: float | None

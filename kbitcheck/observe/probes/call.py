@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -64,12 +63,10 @@ def call(
         modes = {name: module.training for name, module in model.named_modules()}
         cls = type(model)
         before = process.state()
-        start = time.perf_counter()
         try:
             returned = prepare(model, *positional, **kwargs)
         except Exception as error:
             raised = Raised.of(error)
-        seconds = time.perf_counter() - start
         after = process.state()
     changed = {**process.changed(before, after), **replaced(original)}
     return returned, CallFacts(
@@ -87,5 +84,4 @@ def call(
         process=changed,
         parameters=parameters,
         accepts_any=anything,
-        seconds=seconds,
     )
