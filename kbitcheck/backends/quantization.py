@@ -4,144 +4,132 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Self
 
+from kbitcheck.backends import registry
+from kbitcheck.backends.protocol import Backend
+from kbitcheck.backends.schemes import Option, Scheme
 from kbitcheck.core.errors import UsageError
 
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
-
-Kind = Literal["nf4", "fp4", "int8"]
-Compute = Literal["bf16", "fp16", "fp32"]
-Storage = Literal["uint8", "bf16", "fp16", "fp32"]
-
-KINDS = ("nf4", "fp4", "int8")
-LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
-SHORT = {
-    **{name: name for name in LONG},
-    **{long: short for short, long in LONG.items()},
-    "half": "fp16",
-    "float": "fp32",
-}
-KNOWN = (
-    "nf4 or fp4, then any of double, compute=bf16|fp16|fp32, storage=uint8|bf16|fp16|fp32, skip=MODULE[+MODULE]; "
-    "or int8, then skip=MODULE[+MODULE]"
-)
+DEFAULT = "nf4"
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """One bitsandbytes quantization. ``skip`` names modules that stay as they are, beside the head and tied modules.
+    """One scheme of one backend. ``options`` holds those that are not at their default, in the scheme's order.
 
-    ``double`` (nested quantization of the scales), ``compute`` (dtype of the matrix products) and ``storage`` (dtype
-    that the packed weights are stored as) mean nothing for int8 and keep their defaults there.
+    ``skip`` names modules that stay as they are, beside the head and tied modules.
     """
 
-    kind: Kind = "nf4"
-    double: bool = False
-    compute: Compute = "bf16"
-    storage: Storage = "uint8"
+    scheme: str = DEFAULT
+    options: tuple[tuple[str, str], ...] = ()
     skip: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.kind == "int8" and (self.double, self.compute, self.storage) != (False, "bf16", "uint8"):
-            raise UsageError(f"quantization int8 takes only skip=MODULE; known: {KNOWN}")
+    @property
+    def backend(self) -> Backend:
+        """The backend that quantizes so."""
+        return registry.of_scheme(self.scheme)
+
+    def __getitem__(self, name: str) -> str:
+        """The value of an option: its default where it is left out, "" for a flag that is not set, its name for one that is."""
+        option = self.backend.scheme(self.scheme).option(name)
+        return dict(self.options).get(name, option.default if option else "")
+
+    @classmethod
+    def of(cls, scheme: Scheme, values: Mapping[str, object], skip: Iterable[str] = ()) -> Self:
+        """The quantization with these option values: of a flag its truth, of another option any spelling of a choice.
+
+        Raises:
+            UsageError: the scheme has no such option or choice.
+        """
+        chosen: dict[str, str] = {}
+        for name, value in values.items():
+            option = scheme.option(name)
+            if option is None:
+                raise UsageError(f"quantization {scheme.name} takes only {_options(scheme)}, not {name}")
+            if option.choices:
+                read = option.read(value)
+                if read is None:
+                    raise UsageError(f"unknown {name} dtype {value!r}; known: {', '.join(sorted(option.choices))}")
+                chosen[name] = read
+            elif value:
+                chosen[name] = name
+        options = tuple((o.name, chosen[o.name]) for o in scheme.options if chosen.get(o.name, o.default) != o.default)
+        return cls(scheme=scheme.name, options=options, skip=tuple(dict.fromkeys(skip)))
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``nf4,double,compute=bf16,storage=uint8,skip=lm_head``.
 
-        Dtypes may be given by their long names; ``skip`` may be repeated and takes several names separated by ``+``.
+        Dtypes may have their long names; ``skip`` may be repeated and takes several names separated by ``+``.
 
         Raises:
-            UsageError: anything unknown, in one line that lists what is known.
+            UsageError: an unknown scheme, option or choice, in one line that lists the right ones.
         """
-        kind, *options = (part.strip() for part in text.split(","))
-        if kind not in KINDS:
-            raise UsageError(f"unknown quantization {kind!r} in {text!r}; known: {KNOWN}")
-        fields: dict[str, Any] = {}
+        name, *parts = (part.strip() for part in text.split(","))
+        schemes = registry.schemes()
+        if name not in schemes:
+            raise UsageError(f"unknown quantization {name!r} in {text!r}; known: {usage()}")
+        values: dict[str, object] = {}
         skip: list[str] = []
-        for option in options:
-            key, given, value = option.partition("=")
+        for part in parts:
+            key, equals, value = part.partition("=")
             if key == "skip" and value.strip("+ "):
-                skip += [name.strip() for name in value.split("+") if name.strip()]
-            elif key in fields:
-                raise UsageError(f"{key} is given twice in {text!r}")
-            elif option == "double":
-                fields["double"] = True
-            elif key in ("compute", "storage") and given:
-                fields[key] = _dtype(value, storage=key == "storage", text=text)
+                skip += [module.strip() for module in value.split("+") if module.strip()]
+            elif key in values:
+                raise UsageError(f"{key} stands twice in {text!r}")
+            elif not _writes(registry.option(key), equals):
+                raise UsageError(f"unknown quantization option {part!r} in {text!r}; known: {usage()}")
             else:
-                raise UsageError(f"unknown quantization option {option!r} in {text!r}; known: {KNOWN}")
-        if kind == "int8" and fields:
-            raise UsageError(f"quantization int8 takes only skip=MODULE, not {', '.join(fields)}; known: {KNOWN}")
-        return cls(kind=cast(Kind, kind), skip=tuple(dict.fromkeys(skip)), **fields)
+                values[key] = value or True
+        try:
+            return cls.of(schemes[name], values, skip)
+        except UsageError as error:
+            raise UsageError(f"{error} in {text!r}") from None
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
         """The quantization that a checkpoint's ``quantization_config`` (the JSON object) describes.
 
         Raises:
-            UsageError: it was quantized by something other than bitsandbytes.
+            UsageError: no backend of kbitcheck knows it.
         """
-        method = config.get("quant_method", "bitsandbytes")
-        if method != "bitsandbytes":
-            raise UsageError(f"this checkpoint is quantized with {method}; kbitcheck supports bitsandbytes")
-        skip = tuple(config.get("llm_int8_skip_modules") or ())
-        if not config.get("load_in_4bit"):
-            return cls(kind="int8", skip=skip)
-        kind = config.get("bnb_4bit_quant_type", "fp4")
-        if kind not in KINDS[:2]:
-            raise UsageError(f"this checkpoint is quantized as {kind!r}; kbitcheck knows {', '.join(KINDS)}")
-        return cls(
-            kind=kind,
-            double=bool(config.get("bnb_4bit_use_double_quant", False)),
-            compute=_dtype(config.get("bnb_4bit_compute_dtype", "float32"), text="bnb_4bit_compute_dtype"),
-            storage=_dtype(config.get("bnb_4bit_quant_storage", "uint8"), storage=True, text="bnb_4bit_quant_storage"),
-            skip=skip,
-        )
+        backend = registry.of_method(config)
+        if backend is None:
+            names = ", ".join(b.name for b in registry.registered())
+            raise UsageError(f"this checkpoint is quantized with {config.get('quant_method')}; kbitcheck supports {names}")
+        scheme, values, skip = backend.described(config)
+        return cls.of(backend.scheme(scheme), values, skip)
 
     def __str__(self) -> str:
         """The canonical text: defaults are left out, and ``parse`` reads it back."""
-        parts: list[str] = [self.kind]
-        if self.double:
-            parts.append("double")
-        if self.compute != "bf16":
-            parts.append(f"compute={self.compute}")
-        if self.storage != "uint8":
-            parts.append(f"storage={self.storage}")
-        if self.skip:
-            parts.append(f"skip={'+'.join(self.skip)}")
-        return ",".join(parts)
+        options = (name if name == value else f"{name}={value}" for name, value in self.options)
+        return ",".join([self.scheme, *options, *([f"skip={'+'.join(self.skip)}"] if self.skip else [])])
 
-    def config(self, extra_skip: Iterable[str] = ()) -> BitsAndBytesConfig:
+    def config(self, extra_skip: Iterable[str] = ()) -> Any:
         """The same as a transformers configuration.
 
-        ``extra_skip`` is put before ``skip``. transformers leaves the head and tied modules out of quantization only
-        where no skip list is given at all: who passes one adds those names here (``models.loading`` does).
+        ``extra_skip`` stands before ``skip``. transformers leaves the head and tied modules out of quantization only
+        where no skip list is passed at all: a caller who passes one adds those names here (``models.load`` does).
         """
-        import torch
-        import transformers
-
-        make: Any = transformers.BitsAndBytesConfig
-        skip = list(dict.fromkeys((*extra_skip, *self.skip))) or None
-        if self.kind == "int8":
-            return cast("BitsAndBytesConfig", make(load_in_8bit=True, llm_int8_skip_modules=skip))
-        configured = make(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.kind,
-            bnb_4bit_use_double_quant=self.double,
-            bnb_4bit_compute_dtype=getattr(torch, LONG[self.compute]),
-            bnb_4bit_quant_storage=getattr(torch, LONG[self.storage]),
-            llm_int8_skip_modules=skip,
-        )
-        return cast("BitsAndBytesConfig", configured)
+        return self.backend.config(self, list(dict.fromkeys((*extra_skip, *self.skip))) or None)
 
 
-def _dtype(value: object, *, text: str, storage: bool = False) -> Any:
-    known = [name for name in LONG if storage or name != "uint8"]
-    short = SHORT.get(str(value).strip().removeprefix("torch."))
-    if short not in known:
-        what = "storage" if storage else "compute"
-        raise UsageError(f"unknown {what} dtype {value!r} in {text!r}; known: {', '.join(known)}")
-    return short
+def usage() -> str:
+    """What ``--quant`` takes, in one line: each scheme with its options."""
+    groups: dict[tuple[Option, ...], list[str]] = {}
+    for scheme in registry.schemes().values():
+        groups.setdefault(scheme.options, []).append(scheme.name)
+    lines = []
+    for options, names in groups.items():
+        any_of = f"any of {', '.join(map(str, options))}, " if options else ""
+        lines.append(f"{' or '.join(names)}, then {any_of}skip=MODULE[+MODULE]")
+    return "; ".join(lines)
+
+
+def _options(scheme: Scheme) -> str:
+    return ", ".join([*map(str, scheme.options), "skip=MODULE"])
+
+
+def _writes(option: Option | None, equals: str) -> bool:
+    return option is not None and bool(option.choices) == bool(equals)

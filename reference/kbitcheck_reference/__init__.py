@@ -3,15 +3,9 @@
 Imports torch and nothing of kbitcheck.
 """
 
-from . import lora
-from .dequantize import (
-    FP4,
-    NF4,
-    dequantize_absmax,
-    dequantize_blockwise4,
-    dequantize_int8,
-    dequantized_weight,
-)
+from . import formats, lora
+from .formats import dequantized_weight
+from .formats.bitsandbytes import FP4, NF4, dequantize_absmax, dequantize_blockwise4, dequantize_int8
 from .lora_layer import LoraLinear
 from .prepare import prepare_model_for_kbit_training
 from .quantized import is_quantized, is_quantized_parameter, quantized_layers
@@ -24,6 +18,7 @@ __all__ = [
     "dequantize_blockwise4",
     "dequantize_int8",
     "dequantized_weight",
+    "formats",
     "is_quantized",
     "is_quantized_parameter",
     "lora",

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from . import formats
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-BITSANDBYTES_PARAMETERS = frozenset({"Params4bit", "Int8Params"})
-_STATE_ATTRIBUTES = ("quant_state", "SCB", "CB")
 
 # Packages whose modules and tensor classes exist only to hold packed weights.
 _BACKEND_PACKAGES = frozenset(
@@ -43,17 +42,13 @@ def is_quantized_parameter(parameter: torch.Tensor) -> bool:
     """Whether a parameter's storage is packed or int8 weights rather than plain numbers (KB205).
 
     Args:
-        parameter: any tensor registered as a parameter; any dtype, as ``bnb_4bit_quant_storage`` may be a float.
+        parameter: any tensor registered as a parameter; of any dtype, as packed weights may be stored in a float one.
 
     Returns:
-        True for bitsandbytes' ``Params4bit`` and ``Int8Params`` and their subclasses, for whatever carries a
-        ``quant_state``, ``SCB`` or ``CB``, and for the tensor subclasses of torchao, quanto and their like.
+        True for the packed weights of every registered format, whatever their subclass, and for the tensor subclasses
+        of torchao, quanto and their like.
     """
-    if any(base.__name__ in BITSANDBYTES_PARAMETERS for base in type(parameter).__mro__):
-        return True
-    if any(getattr(parameter, name, None) is not None for name in _STATE_ATTRIBUTES):
-        return True
-    return _is_wrapper_of_packed_data(parameter)
+    return formats.packs(parameter) or _is_wrapper_of_packed_data(parameter)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -63,21 +58,19 @@ def is_quantized(module: nn.Module) -> bool:
         module: any module; its children are not looked at.
 
     Returns:
-        True where a parameter it owns is quantized, or where it is a packed layer of a backend other than bitsandbytes.
-        An unquantized bitsandbytes layer (``has_fp16_weights=True``, or packed data not yet made) is not quantized.
+        True where a format recognises a packed weight of the module's own together with its state, where a parameter
+        wraps packed data, and for a packed layer of a backend that has no format here. A layer whose weight is not
+        packed yet is not quantized.
     """
-    if is_foreign_layer(module):
-        return True
-    for parameter in module.parameters(recurse=False):
-        if _is_wrapper_of_packed_data(parameter):
-            return True
-        if is_quantized_parameter(parameter) and _has_packed_state(module, parameter):
-            return True
-    return False
+    return (
+        is_foreign_layer(module)
+        or formats.of(module) is not None
+        or any(_is_wrapper_of_packed_data(parameter) for parameter in module.parameters(recurse=False))
+    )
 
 
 def is_foreign_layer(module: nn.Module) -> bool:
-    """Whether a module is a packed layer of a backend other than bitsandbytes; its kernels fix its dtypes.
+    """Whether a module is a packed layer of a backend without a format here; the layer's kernels fix its dtypes.
 
     Args:
         module: any module.
@@ -95,7 +88,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_foreign_class(cls: type) -> bool:
     path = cls.__module__.split(".")
-    if path[0] in ("peft", "torch", "bitsandbytes"):
+    if path[0] in {"peft", "torch", *(form.PACKAGE for form in formats.registered())}:
         return False
     if path[0] in _BACKEND_PACKAGES or ".".join(path[:2]) in _BACKEND_PACKAGES:
         return issubclass(cls, nn.Module)
@@ -108,8 +101,3 @@ def _is_wrapper_of_packed_data(parameter: torch.Tensor) -> bool:
     # DTensor is a wrapper too, but what it wraps are plain numbers.
     return hasattr(cls, "__tensor_flatten__") and not cls.__module__.startswith("torch.")
 
-
-def _has_packed_state(module: nn.Module, parameter: torch.Tensor) -> bool:
-    if getattr(parameter, "quant_state", None) is not None or getattr(module, "quant_state", None) is not None:
-        return True
-    return parameter.dtype == torch.int8

@@ -23,7 +23,7 @@ def castable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Returns:
         Every unquantized float16 or bfloat16 parameter, each once. Left out: packed weights, whatever dtype they are
-        stored in, and all that a packed layer of a backend other than bitsandbytes owns.
+        stored in, and all that a packed layer of a backend without a format here owns.
     """
     foreign = {
         id(parameter)

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .quantized import is_quantized
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,9 +43,11 @@ FP4 = (torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.fl
 FP4 = torch.cat([FP4, -FP4])
 """The 16 values of bitsandbytes' 4-bit float by code (sign, two exponent bits, one mantissa bit), as ``NF4``."""
 
+PACKAGE = "bitsandbytes"
+PARAMETERS = frozenset({"Params4bit", "Int8Params"})
+STATE_ATTRIBUTES = ("quant_state", "SCB", "CB")
 TABLES = {"nf4": NF4, "fp4": FP4}
 INT8_STEPS = 127.0
-_BYTES = 1 << 13  # that are looked up at once: their indices take four times as much, which fits a cache
 _CPU_ROWS = 32  # rows that bitsandbytes interleaves in the layout of its AVX-512 kernel
 
 
@@ -107,12 +107,7 @@ def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> 
 
 
 def dequantize_blockwise4(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor,
-    blocksize: int,
-    shape: Sequence[int],
-    out: torch.Tensor | None = None,
+    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, blocksize: int, shape: Sequence[int]
 ) -> torch.Tensor:
     """Dequantize 4-bit weights: ``table[code] * absmax[block]``.
 
@@ -122,7 +117,6 @@ def dequantize_blockwise4(
         table: the 16 values by code, such as ``NF4`` or ``FP4``.
         blocksize: elements a block, counted along the flattened weight.
         shape: shape of the weight; its element count may be odd or no multiple of ``blocksize``.
-        out: where to, if given: float64, of ``shape``, contiguous.
 
     Returns:
         float64, of ``shape``, on the device of ``packed``.
@@ -130,16 +124,9 @@ def dequantize_blockwise4(
     Raises:
         ValueError: there are too few codes or scales for ``shape``.
     """
-    count = prod(shape)
-    raw = raw_bytes(packed, count)
-    table = table.to(packed.device, torch.float64)
-    # Two values a byte: their 256 pairs are looked up, which moves half as much memory as looking up each code.
-    pairs = table[unpack_nibbles(torch.arange(256, dtype=torch.uint8, device=packed.device), 512)].view(256, 2)
-    even = torch.empty(2 * raw.numel(), dtype=torch.float64, device=packed.device) if out is None or count % 2 else out
-    for codes, piece in zip(raw.split(_BYTES), even.view(-1, 2).split(_BYTES), strict=True):
-        torch.index_select(pairs, 0, codes.int(), out=piece)
-    found = scale_blocks(even.view(-1)[:count], absmax, blocksize).view(tuple(shape))
-    return found if out is None or even is out else out.copy_(found)
+    codes = unpack_nibbles(packed, prod(shape))
+    values = table.to(packed.device, torch.float64)[codes.long()]
+    return scale_blocks(values, absmax, blocksize).view(tuple(shape))
 
 
 def dequantize_absmax(
@@ -161,13 +148,12 @@ def dequantize_absmax(
     return scale_blocks(values, nested_absmax, nested_blocksize) + offset.double()
 
 
-def dequantize_int8(CB: torch.Tensor, SCB: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:  # noqa: N803  (bitsandbytes' names)
+def dequantize_int8(CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:  # noqa: N803  (bitsandbytes' names)
     """Dequantize row-wise int8 weights: ``CB * SCB / 127``.
 
     Args:
         CB: int8 weights, shape ``(out, in)``.
         SCB: the largest magnitude of each row, shape ``(out,)``.
-        out: where to, if given: float64, shape ``(out, in)``.
 
     Returns:
         float64, shape ``(out, in)``.
@@ -178,57 +164,88 @@ def dequantize_int8(CB: torch.Tensor, SCB: torch.Tensor, out: torch.Tensor | Non
     if SCB.numel() != CB.shape[0]:
         message = f"{CB.shape[0]} rows need as many scales, got {SCB.numel()}"
         raise ValueError(message)
-    values = CB.detach().double() if out is None else out.copy_(CB.detach())
-    return values.mul_(SCB.detach().double().reshape(-1, 1) / INT8_STEPS)
+    return CB.detach().double() * (SCB.detach().double().reshape(-1, 1) / INT8_STEPS)
 
 
-def dequantized_weight(layer: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Read the weight that a bitsandbytes layer stands for.
+def packs(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a packed weight: by the names of its classes, or by the state that it carries."""
+    if any(base.__name__ in PARAMETERS for base in type(parameter).__mro__):
+        return True
+    return any(getattr(parameter, name, None) is not None for name in STATE_ATTRIBUTES)
 
-    Reads only: nothing of the layer changes. Whatever storage dtype packs the weight, whether or not its scales are
-    quantized again, before and after a forward has moved int8 state about, and in the layout that
+
+def holds(module: nn.Module) -> bool:
+    """Whether a module owns a packed weight with its state; weights that are not packed yet are not quantized."""
+    for parameter in module.parameters(recurse=False):
+        if packs(parameter):
+            states = (getattr(owner, "quant_state", None) for owner in (parameter, module))
+            if parameter.dtype == torch.int8 or any(state is not None for state in states):
+                return True
+    return False
+
+
+def unpack(layer: nn.Module) -> torch.Tensor:
+    """Read the weight that a layer stands for.
+
+    Reads only: nothing of the layer changes. Works for whatever storage dtype packs the weight, whether or not its
+    scales are quantized again, before and after a forward has moved int8 state about, and in the layout that
     bitsandbytes repacks to for AVX-512 in an eval forward on a CPU.
 
     Args:
-        layer: a quantized ``Linear4bit`` or ``Linear8bitLt``, or a subclass.
-        out: where to, if given: float64, shape ``(out, in)``, contiguous, on the layer's device.
+        layer: a layer that ``holds`` a packed weight.
 
     Returns:
         float64, shape ``(out, in)``, on the layer's device.
-
-    Raises:
-        TypeError: the layer is not quantized, or not by bitsandbytes.
     """
-    weight: Any = getattr(layer, "weight", None)
-    if weight is not None and is_quantized(layer):
-        state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
-        if state is not None:
-            return _dequantize_4bit(weight.data, state, out)
-        scales = _int8_scales(layer)
-        if scales is not None:
-            return dequantize_int8(weight.data, scales, out)
-    message = f"{type(layer).__name__} is no layer quantized by bitsandbytes"
-    raise TypeError(message)
-
-
-def _int8_scales(layer: nn.Module) -> torch.Tensor | None:
-    """Find the scales: the weight's until the first forward hands them to the layer's state."""
-    for owner in (layer.weight, getattr(layer, "state", None)):
-        scales = getattr(owner, "SCB", None)
-        if isinstance(scales, torch.Tensor):
-            return scales
-    return None
-
-
-def _dequantize_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor | None) -> torch.Tensor:
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is None:
+        return dequantize_int8(weight.data, _int8_scales(layer))
     table = TABLES[state.quant_type]
     if getattr(state, "packing_format_for_cpu", False):
-        found = _dequantize_cpu_layout(packed, state.absmax, table, state.blocksize, state.shape)
-        return found if out is None else out.copy_(found)
-    absmax = state.absmax
-    if state.nested:
-        absmax = dequantize_absmax(absmax, state.state2.code, state.state2.absmax, state.state2.blocksize, state.offset)
-    return dequantize_blockwise4(packed, absmax, table, state.blocksize, state.shape, out)
+        return _dequantize_cpu_layout(weight.data, state.absmax, table, state.blocksize, state.shape)
+    return dequantize_blockwise4(weight.data, absmax(state), table, state.blocksize, state.shape)
+
+
+def absmax(state: Any) -> torch.Tensor:
+    """The scales of a 4-bit state, free of double quantization."""
+    if not state.nested:
+        scales: torch.Tensor = state.absmax
+        return scales
+    nested = state.state2
+    return dequantize_absmax(state.absmax, nested.code, nested.absmax, nested.blocksize, state.offset)
+
+
+def pack(weight: torch.Tensor, scheme: str, blocksize: int = 64) -> dict[str, torch.Tensor]:
+    """Quantize a weight: each value to the nearest code of its block (or row, for ``int8``).
+
+    Args:
+        weight: floating, shape ``(out, in)``.
+        scheme: ``nf4``, ``fp4`` or ``int8``.
+        blocksize: elements a block of a 4-bit scheme, counted along the flattened weight.
+
+    Returns:
+        ``packed`` (uint8, two codes a byte, the first in the high nibble) and ``absmax`` (float32, one a block) for
+        4 bits; ``CB`` (int8, ``(out, in)``) and ``SCB`` (float32, ``(out,)``) for int8.
+    """
+    if scheme == "int8":
+        rows = weight.abs().amax(dim=1).float()
+        codes = (weight.double() * INT8_STEPS / rows.double().clamp(min=1e-30).unsqueeze(1)).round()
+        return {"CB": codes.to(torch.int8), "SCB": rows}
+    table = TABLES[scheme]
+    flat = weight.detach().reshape(-1).double()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % (2 * blocksize))).view(-1, blocksize)
+    scales = padded.abs().amax(dim=1).float()
+    relative = padded / scales.double().clamp(min=1e-30).unsqueeze(1)
+    codes = (relative.unsqueeze(-1) - table).abs().argmin(dim=-1).reshape(-1, 2).to(torch.uint8)
+    count, blocks = -(-flat.numel() // 2), -(-flat.numel() // blocksize)
+    return {"packed": (codes[:, 0] << 4 | codes[:, 1])[:count], "absmax": scales[:blocks]}
+
+
+def _int8_scales(layer: Any) -> torch.Tensor:
+    """The scales: the weight's until the first forward hands them to the layer's state."""
+    owners = (layer.weight, getattr(layer, "state", None))
+    return next(s for s in (getattr(owner, "SCB", None) for owner in owners) if isinstance(s, torch.Tensor))
 
 
 def _dequantize_cpu_layout(

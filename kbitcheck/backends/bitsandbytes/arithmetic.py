@@ -1,0 +1,69 @@
+"""How bitsandbytes' layers compute in training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+
+from kbitcheck.backends.bitsandbytes.recognise import BitsAndBytesLayers, is_4bit, scales
+from kbitcheck.backends.bitsandbytes.unpacking import unpack
+from kbitcheck.backends.protocol import Arithmetic
+
+# Devices whose int8 layers train on unpacked weights, and on inputs as they are (``bitsandbytes.matmul``, 0.50.2).
+UNROUNDED = ("cpu", "xpu")
+
+
+class BitsAndBytesArithmetic(Arithmetic):
+    """4-bit layers unpack their weight to the compute dtype; int8 layers follow their input."""
+
+    def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
+        dtype = getattr(module, "compute_dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def unpacked_dtype(self, module: Any) -> torch.dtype | None:
+        """The quantization state's dtype: the 4-bit backward unpacks to it first, and the forward does not."""
+        state = getattr(module.weight, "quant_state", None)
+        return None if state is None else state.dtype
+
+    def unpacked(self, module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """In ``dtype`` or the state's for 4 bits, always in float32 for int8."""
+        weight = module.weight
+        if is_4bit(module):
+            state = copy.copy(weight.quant_state)
+            state.dtype = dtype or state.dtype
+            unpacked: torch.Tensor = dequantize_4bit(weight.data, state)
+            return unpacked
+        rows: torch.Tensor = weight.data.to(torch.float32) * (scales(module).to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)
+        return rows
+
+    def exact(self, module: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
+        return unpack(module, out)
+
+    def rounds_input(self, module: nn.Module) -> bool:
+        """int8 does: on accelerators always, on a CPU in eval mode."""
+        return not is_4bit(module)
+
+    def round_input(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """int8 on an accelerator rounds its input to int8 too.
+
+        Each row by its largest value, and columns with an outlier not at all (LLM.int8, Dettmers et al. 2022, section 3);
+        everything passes through fp16 first. On a CPU the training kernel leaves inputs as they are.
+        """
+        if is_4bit(module) or x.device.type in UNROUNDED:
+            return x
+        half = x.to(torch.float16).float()
+        threshold = float(BitsAndBytesLayers().state(module)["threshold"] or 0.0)
+        outlier = half.abs() >= threshold if threshold else torch.zeros_like(half, dtype=torch.bool)
+        scale = half.masked_fill(outlier, 0).abs().amax(dim=-1, keepdim=True) / 127
+        rounded = half.div(scale).nan_to_num(0).round() * scale
+        columns = outlier.flatten(0, -2).any(dim=0)
+        return torch.where(columns, x, rounded.to(x.dtype))
+
+    def bias_after_forward(self, module: Any) -> torch.Tensor:
+        """A forward casts the bias in place: to the compute dtype, for int8 to the input's (float32 once prepared)."""
+        bias: torch.Tensor = module.bias.to(self.compute_dtype(module) or torch.float32)
+        return bias

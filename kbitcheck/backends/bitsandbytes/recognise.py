@@ -1,0 +1,91 @@
+"""Which modules hold a weight that bitsandbytes packed, and what they hold. Found by parameter class and state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+from torch import nn
+
+from kbitcheck.backends.protocol import Recognition
+from kbitcheck.core.errors import NotApplicable
+
+
+class BitsAndBytesLayers(Recognition):
+    """``Linear4bit`` and ``Linear8bitLt``, and whatever else owns their parameters."""
+
+    def holds(self, module: nn.Module) -> bool:
+        weight: Any = module._parameters.get("weight")  # its own: an adapter's wrapper shows its base layer's
+        if isinstance(weight, Params4bit):
+            return weight.quant_state is not None
+        return isinstance(weight, Int8Params) and scales(module) is not None
+
+    def packs(self, parameter: torch.Tensor) -> bool:
+        return isinstance(parameter, Params4bit | Int8Params)
+
+    def scheme(self, module: Any) -> str:
+        return str(module.weight.quant_state.quant_type) if is_4bit(module) else "int8"
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        rows, columns = module.weight.quant_state.shape if is_4bit(module) else module.weight.shape
+        return int(rows), int(columns)
+
+    def state(self, module: Any) -> Mapping[str, Any]:
+        """The fields of ``QuantState``, nested ones too; or the int8 scales and settings."""
+        weight = module.weight
+        if not is_4bit(module):
+            state = getattr(module, "state", None)
+            settings = {n: getattr(state, n, None) for n in ("threshold", "has_fp16_weights")}
+            return {"SCB": scales(module), **settings}
+        settings = {n: getattr(weight, n, None) for n in ("bnb_quantized", "quant_storage", "compress_statistics")}
+        settings["kept by the layer too"] = getattr(module, "quant_state", None) is not None
+        return {**dict(_fields(weight.quant_state)), **settings}
+
+    def scratch(self, module: nn.Module) -> list[torch.Tensor]:
+        """The outliers' columns, which int8 keeps."""
+        state = getattr(module, "state", None)
+        return [v for v in vars(state).values() if isinstance(v, torch.Tensor)] if state is not None else []
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        layer = copy.copy(module)
+        layer.__class__ = next(c for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes."))
+        vars(layer).pop("forward", None)
+        vars(layer).update({name: empty for name, empty in vars(nn.Module()).items() if name.endswith("_hooks")})
+        return layer
+
+    def corrupt(self, module: Any, part: str, factor: float = 1.02) -> None:
+        state = getattr(module.weight, "quant_state", None)
+        if part == "code":
+            module.weight.data.view(torch.uint8).view(-1)[0] ^= 1
+        elif part == "nested" and state is not None and state.nested:
+            state.offset = torch.zeros_like(state.offset)
+        elif part == "scale" and state is not None:
+            state.absmax[0] *= factor
+        elif part == "scale":
+            scales(module)[0] *= factor
+        else:
+            raise NotApplicable(f"{self.scheme(module)} has no {part}")
+
+
+def is_4bit(module: Any) -> bool:
+    """True for NF4 and FP4, False for int8."""
+    return isinstance(module.weight, Params4bit)
+
+
+def scales(module: Any) -> Any:
+    """The row scales of an int8 layer: its weight's until the first forward hands them to the layer's state."""
+    own = getattr(module.weight, "SCB", None)
+    return own if own is not None else getattr(getattr(module, "state", None), "SCB", None)
+
+
+def _fields(quant_state: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    names = ("absmax", "code", "blocksize", "quant_type", "dtype", "shape", "offset")
+    fields = [(prefix + n, getattr(quant_state, n, None)) for n in names]
+    fields.append((prefix + "packing", bool(getattr(quant_state, "packing_format_for_cpu", False))))
+    nested = getattr(quant_state, "state2", None)
+    if nested is None:
+        return [*fields, (prefix + "nested", None)]
+    return [*fields, *_fields(nested, prefix + "nested.")]

@@ -1,0 +1,186 @@
+"""What a backend is: a folder that holds all that is known of one quantizer. Importing this imports no torch.
+
+Every hook has a neutral default. A backend whose ``recognition`` alone is filled in is recognised; with ``config`` and
+``packing`` it gets the static audit; with all parts the full audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kbitcheck.backends.schemes import Scheme
+from kbitcheck.core.errors import NotApplicable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from kbitcheck.backends.quantization import Quantization
+
+
+class Recognition:
+    """Which modules and parameters hold packed weights, and what they hold."""
+
+    def holds(self, module: nn.Module) -> bool:
+        """True for a module that owns a packed weight together with the state that unpacks it."""
+        return False
+
+    def packs(self, parameter: Tensor) -> bool:
+        """True for a packed weight, of a subclass too."""
+        return False
+
+    def scheme(self, module: nn.Module) -> str:
+        """Name of the module's scheme."""
+        raise NotImplementedError
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """(out features, in features) of the unpacked weight."""
+        return int(module.out_features), int(module.in_features)
+
+    def state(self, module: nn.Module) -> Mapping[str, Any]:
+        """The fields of the quantization state by name: tensors and plain values."""
+        return {}
+
+    def scratch(self, module: nn.Module) -> list[Tensor]:
+        """Tensors that the layer's own kernels keep from one call to the next."""
+        return []
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """The library's own layer on the same weight and state: no subclass, no hook, no forward of the instance's."""
+        return module
+
+    def corrupt(self, module: nn.Module, part: str, factor: float = 1.02) -> None:
+        """Break the packed weight in place: a ``code``, a ``scale`` (times ``factor``) or the ``nested`` state.
+
+        Raises:
+            NotApplicable: the scheme has no such part.
+        """
+        raise NotApplicable(f"{type(module).__name__} has no {part} to corrupt")
+
+
+class Arithmetic:
+    """How a layer computes. The float twins and the bound of KB303 read this and nothing else."""
+
+    def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """The dtype of the layer's products; None where the products follow the layer's input."""
+        return None
+
+    def unpacked_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """The dtype that the backward unpacks the weight to; None where the weight is unpacked to float32."""
+        return None
+
+    def unpacked(self, module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as the layer's own kernels unpack it, (out, in), in ``dtype`` (None: as the kernels choose)."""
+        raise NotImplementedError
+
+    def exact(self, module: nn.Module, out: Tensor | None = None) -> Tensor:
+        """The weight in float64, (out, in), as its format says; in ``out`` where that is passed. Default: the oracle's."""
+        from kbitcheck_reference import dequantized_weight
+
+        weight = dequantized_weight(module)
+        return weight if out is None else out.copy_(weight)
+
+    def rounds_input(self, module: nn.Module) -> bool:
+        """Whether some kernel of the layer rounds its input."""
+        return False
+
+    def round_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The input that the layer really computes with in training."""
+        return x
+
+    def bias_after_forward(self, module: Any) -> Tensor:
+        """The bias as a forward leaves it."""
+        bias: Tensor = module.bias
+        return bias
+
+
+class Packing:
+    """Packed weights without numbers."""
+
+    def quantize_empty(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Give each replaced layer of a model on the meta device the weight and state that quantizing would leave.
+
+        ``dtype`` is that of the weights before they are quantized. By default the layers that transformers put in are
+        on the meta device already as they will be.
+        """
+
+
+class Kernels:
+    """What a training step saves and allocates where operators run on tensors without numbers (the forecast)."""
+
+    def fake(self, module: nn.Module, parameters: Mapping[int, nn.Parameter], tensor: Any) -> None:
+        """Give a layer's state fakes in place of its tensors.
+
+        ``parameters`` maps the identity of each real parameter to its fake, which the module holds already; ``tensor``
+        makes the fake of any other tensor.
+        """
+
+    def on_device(self, device: str) -> AbstractContextManager[Any]:
+        """Calls go to the kernels that the library takes on ``device`` while the context is open."""
+        return nullcontext()
+
+    def operator(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """The call that stands in for one of the library's operators where its answer depends on numbers."""
+        return func, args, kwargs
+
+
+class Backend:
+    """One quantizer. The parts may import torch; this class may not, before a part is asked for."""
+
+    name: ClassVar[str] = ""
+    schemes: ClassVar[Sequence[Scheme]] = ()
+    # transformers' own word for the method in ``quantization_config``.
+    method: ClassVar[str] = ""
+
+    @property
+    def recognition(self) -> Recognition:
+        return Recognition()
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic()
+
+    @property
+    def packing(self) -> Packing:
+        return Packing()
+
+    @property
+    def kernels(self) -> Kernels:
+        return Kernels()
+
+    def unavailable(self) -> str:
+        """Why nothing of this backend runs here (package, device, compute capability); empty where it does."""
+        return ""
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme of that name."""
+        return next(scheme for scheme in self.schemes if scheme.name == name)
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's ``quantization_config`` (the JSON object) is this backend's."""
+        return bool(self.method) and config.get("quant_method") == self.method
+
+    def described(self, config: Mapping[str, Any]) -> tuple[str, Mapping[str, object], Sequence[str]]:
+        """Scheme, option values and skipped modules of a ``quantization_config`` that this backend ``describes``.
+
+        Raises:
+            UsageError: a scheme that this backend does not know.
+        """
+        return self.schemes[0].name, {}, ()
+
+    def config(self, quantization: Quantization, skip: Sequence[str] | None) -> Any:
+        """The transformers configuration that quantizes so on load; ``skip`` names the modules that stay.
+
+        Raises:
+            NotApplicable: transformers cannot quantize so.
+        """
+        raise NotApplicable(f"transformers cannot quantize with {self.name} while it loads")
+
+    def steady(self, model: nn.Module) -> None:
+        """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""
+
+    def findings(self) -> Sequence[Any]:
+        """Deviations of the library itself that are documented, each with its condition and script."""
+        return ()

@@ -1,0 +1,99 @@
+"""The backends that kbitcheck knows: the folders beside this file, then those of the entry-point group. No torch here."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.backends.schemes import Option, Scheme
+from kbitcheck.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kbitcheck.backends.protocol import Backend
+
+GROUP = "kbitcheck.backends"
+
+_added: list[Backend] = []
+
+
+@cache
+def _installed() -> tuple[Backend, ...]:
+    folders = pkgutil.iter_modules([str(Path(__file__).parent)])
+    built_in = [import_module(f"kbitcheck.backends.{f.name}").BACKEND for f in folders if f.ispkg]
+    return (*built_in, *(point.load() for point in entry_points(group=GROUP)))
+
+
+def registered() -> tuple[Backend, ...]:
+    """Every backend, each a ``Backend`` object; built-in ones first.
+
+    Raises:
+        UsageError: two backends have the same name, or write a scheme alike.
+    """
+    backends = (*_installed(), *_added)
+    for what in ([b.name for b in backends], [s.name for b in backends for s in b.schemes]):
+        twice = {name for name in what if what.count(name) > 1}
+        if twice:
+            raise UsageError(f"two backends are called {', '.join(sorted(twice))}: uninstall one")
+    return backends
+
+
+@contextmanager
+def added(backend: Backend) -> Iterator[None]:
+    """Register one more backend for a while, without an entry point."""
+    _added.append(backend)
+    try:
+        yield
+    finally:
+        _added.remove(backend)
+
+
+def available() -> tuple[Backend, ...]:
+    """The backends whose library is installed here."""
+    return tuple(backend for backend in registered() if not backend.unavailable())
+
+
+def named(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for backend in registered():
+        if backend.name == name:
+            return backend
+    raise UsageError(f"no such backend {name!r}; known: {', '.join(b.name for b in registered())}")
+
+
+def schemes() -> dict[str, Scheme]:
+    """Every scheme of every backend by the name that ``--quant`` takes."""
+    return {scheme.name: scheme for backend in registered() for scheme in backend.schemes}
+
+
+def of_scheme(name: str) -> Backend:
+    """The backend that quantizes by the scheme.
+
+    Raises:
+        UsageError: none does.
+    """
+    for backend in registered():
+        if any(scheme.name == name for scheme in backend.schemes):
+            return backend
+    raise UsageError(f"unknown quantization {name!r}; known: {', '.join(schemes())}")
+
+
+def option(name: str) -> Option | None:
+    """The first option of that name in any scheme."""
+    return next((o for scheme in schemes().values() for o in scheme.options if o.name == name), None)
+
+
+def of_method(config: Mapping[str, Any]) -> Backend | None:
+    """The backend that a ``quantization_config`` (the JSON object) belongs to; None where none knows it."""
+    return next((backend for backend in registered() if backend.describes(config)), None)

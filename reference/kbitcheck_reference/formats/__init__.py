@@ -1,0 +1,72 @@
+"""Formats of packed weights: the modules beside this file, then those of the entry-point group.
+
+A format is a module or an object with ``PACKAGE`` (the library whose classes it knows), ``packs(parameter) -> bool``,
+``holds(module) -> bool``, ``unpack(layer)`` -> float64 ``(out, in)`` and ``pack(weight, scheme)`` -> tensors by name.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from . import bitsandbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+
+GROUP = "kbitcheck_reference.formats"
+BUILT_IN = (bitsandbytes,)
+
+_added: list[Any] = []
+
+
+@cache
+def _installed() -> tuple[Any, ...]:
+    return (*BUILT_IN, *(point.load() for point in entry_points(group=GROUP)))
+
+
+def registered() -> tuple[Any, ...]:
+    """Every format, built-in ones first."""
+    return (*_installed(), *_added)
+
+
+@contextmanager
+def added(form: Any) -> Iterator[None]:
+    """Register one more format for a while, without an entry point."""
+    _added.append(form)
+    try:
+        yield
+    finally:
+        _added.remove(form)
+
+
+def of(module: nn.Module) -> Any:
+    """The format of the packed weight that a module holds; None where none knows it."""
+    return next((form for form in registered() if form.holds(module)), None)
+
+
+def packs(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a packed weight of any format."""
+    return any(form.packs(parameter) for form in registered())
+
+
+def dequantized_weight(layer: nn.Module) -> torch.Tensor:
+    """Read the weight that a quantized layer stands for; nothing of the layer changes.
+
+    Returns:
+        float64, shape ``(out, in)``, on the layer's device.
+
+    Raises:
+        TypeError: no format knows the layer.
+    """
+    form = of(layer)
+    if form is None:
+        message = f"{type(layer).__name__} is no quantized layer of a format that is registered here"
+        raise TypeError(message)
+    weight: torch.Tensor = form.unpack(layer)
+    return weight
