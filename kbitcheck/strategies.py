@@ -13,7 +13,8 @@ from typing import Any, cast, get_args
 
 from hypothesis import strategies as st
 
-from kbitcheck.backends.quantization import KINDS, Compute, Kind, Quantization, Storage
+from kbitcheck.backends import registry
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.models.sources import recipe as recipes_of
 
@@ -22,8 +23,6 @@ __all__ = ["batches", "call_arguments", "cases", "quantizations", "recipes"]
 Data = dict[str, Any]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
-COMPUTES: tuple[Compute, ...] = get_args(Compute)
-STORAGES: tuple[Storage, ...] = get_args(Storage)
 MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
 DTYPES = ("bf16", "fp16", "fp32")
 RATES = (0.0, 0.1, 0.5)
@@ -345,14 +344,15 @@ def family_of(recipe: Mapping[str, Any]) -> str:
 
 
 @st.composite
-def quantizations(draw: Draw, kinds: Sequence[Kind] = KINDS, skippable: Sequence[str] = ()) -> str:  # type: ignore[assignment]
-    """The text of a ``--quant``; of ``skippable``, module names, at most one stays unquantized."""
-    kind = draw(st.sampled_from(kinds))
+def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[str] = ()) -> str:
+    """The text of a ``--quant``, of any scheme or one of ``schemes``; of ``skippable``, module names, at most one stays
+    unquantized.
+    """
+    every = registry.schemes()
+    scheme = every[draw(st.sampled_from(schemes or list(every)))]
     skip = draw(st.one_of(st.just(()), st.tuples(st.sampled_from(skippable)))) if skippable else ()
-    if kind == "int8":
-        return str(Quantization(kind=kind, skip=skip))
-    compute, storage = draw(st.sampled_from(COMPUTES)), draw(st.sampled_from(STORAGES))
-    return str(Quantization(kind=kind, double=draw(st.booleans()), compute=compute, storage=storage, skip=skip))
+    values = {o.name: draw(st.sampled_from(o.choices) if o.choices else st.booleans()) for o in scheme.options}
+    return str(Quantization.of(scheme, values, skip))
 
 
 def modes() -> st.SearchStrategy[Checkpointing]:
@@ -409,8 +409,8 @@ def cases(
 ) -> Drawn:
     """A case; what is named is chosen from, everything else is drawn."""
     quant = Quantization.parse(draw(st.sampled_from(list(quants)) if quants else quantizations()))
-    # Wider words than bytes hold whole layers alone: bitsandbytes packs 4-bit weights of a layer into as many as fit.
-    grain = 1 if quant.storage == "uint8" else 4
+    # Wider words than bytes hold whole layers alone: 4-bit weights of a layer are packed into as many as fit.
+    grain = 1 if quant["storage"] in ("", "uint8") else 4
     model: Data | str = draw(st.sampled_from(list(models)) if models else recipes(grain=grain))
     if not quants and not isinstance(model, str) and draw(st.booleans()):
         quant = replace(quant, skip=(draw(st.sampled_from(FAMILIES[family_of(model)].layers)),))

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbitcheck.backends.schemes import Scheme
-from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.errors import NotApplicable, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -110,11 +110,10 @@ class Packing:
 class Kernels:
     """What a training step saves and allocates where operators run on tensors without numbers (the forecast)."""
 
-    def fake(self, module: nn.Module, parameters: Mapping[int, nn.Parameter], tensor: Any) -> None:
-        """Give a layer's state fakes in place of its tensors.
+    def fake(self, module: nn.Module, real: Mapping[str, Any], tensor: Any) -> None:
+        """Give a layer, whose parameters are fakes already, a state of fakes.
 
-        ``parameters`` maps the identity of each real parameter to its fake, which the module holds already; ``tensor``
-        makes the fake of any other tensor.
+        ``real`` holds the parameters that the layer had, by name; ``tensor`` makes the fake of any other tensor.
         """
 
     def on_device(self, device: str) -> AbstractContextManager[Any]:
@@ -173,10 +172,17 @@ class Backend:
     def config(self, quantization: Quantization, skip: Sequence[str] | None) -> Any:
         """The transformers configuration that quantizes so on load; ``skip`` names the modules that stay.
 
-        Raises:
-            NotApplicable: transformers cannot quantize so.
+        None where transformers cannot: ``quantize`` is then called on the loaded model.
         """
-        raise NotApplicable(f"transformers cannot quantize with {self.name} while it loads")
+        return None
+
+    def quantize(self, model: nn.Module, quantization: Quantization, skip: Sequence[str]) -> None:
+        """Quantize a loaded model in place, also one on the meta device; the modules named in ``skip`` stay.
+
+        Raises:
+            UsageError: there is no way to quantize so on load; checkpoints that are quantized already are.
+        """
+        raise UsageError(f"{quantization} cannot be quantized on load: give a checkpoint that is quantized already")
 
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""

@@ -97,7 +97,9 @@ class Quantization:
         backend = registry.of_method(config)
         if backend is None:
             names = ", ".join(b.name for b in registry.registered())
-            raise UsageError(f"this checkpoint is quantized with {config.get('quant_method')}; kbitcheck supports {names}")
+            raise UsageError(
+                f"this checkpoint is quantized with {config.get('quant_method')}; kbitcheck supports {names}"
+            )
         scheme, values, skip = backend.described(config)
         return cls.of(backend.scheme(scheme), values, skip)
 
@@ -117,14 +119,13 @@ class Quantization:
 
 def usage() -> str:
     """What ``--quant`` takes, in one line: each scheme with its options."""
-    groups: dict[tuple[Option, ...], list[str]] = {}
+    names: dict[str, list[str]] = {}
     for scheme in registry.schemes().values():
-        groups.setdefault(scheme.options, []).append(scheme.name)
-    lines = []
-    for options, names in groups.items():
-        any_of = f"any of {', '.join(map(str, options))}, " if options else ""
-        lines.append(f"{' or '.join(names)}, then {any_of}skip=MODULE[+MODULE]")
-    return "; ".join(lines)
+        options = ", ".join(map(str, scheme.options))
+        names.setdefault(f"any of {options}, " if options else "", []).append(scheme.name)
+    return "; ".join(
+        f"{' or '.join(schemes)}, then {options}skip=MODULE[+MODULE]" for options, schemes in names.items()
+    )
 
 
 def _options(scheme: Scheme) -> str:

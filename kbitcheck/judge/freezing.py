@@ -91,7 +91,7 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
         if new is None:
             yield Observation(old.name, "still there", "gone", ok=False)
         elif old.quantized_bias and new.dtype != old.dtype:
-            rounded = facts.rounded_biases.get(old.name)
+            rounded = facts.bias_after_forward.get(old.name)
             yield Observation(
                 old.name,
                 "the old value rounded once",

@@ -195,9 +195,12 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     prepared = facts.prepared.layers
     for old in facts.loaded.layers.values():
         new = prepared.get(old.name)
-        same = new is not None and (new.cls, new.kind) == (old.cls, old.kind)
+        same = new is not None and (new.cls, new.scheme) == (old.cls, old.scheme)
         yield Observation(
-            old.name, f"{old.cls} ({old.kind})", "not quantized" if new is None else f"{new.cls} ({new.kind})", ok=same
+            old.name,
+            f"{old.cls} ({old.scheme})",
+            "not quantized" if new is None else f"{new.cls} ({new.scheme})",
+            ok=same,
         )
 
 
@@ -247,11 +250,11 @@ def same_function(facts: Facts) -> Iterable[Observation]:
     if f.left_out == f.tokens:
         raise NotApplicable("rounding moved the experts of every token")
     bound = 4 * max(f.twin_error, f.ulp) + (0 if PROMISES[facts.profile].others else f.base_error)
-    rounds_inputs = any(layer.kind == "int8" for layer in facts.base.layers.values())
+    rounds_inputs = any(layer.rounds_input for layer in facts.base.layers.values())
     for forward in facts.forwards:
         if forward.apart is not None and not f.left_out:
             # The base and the prepared model are each this far from the twin; modes and masks change little of that.
-            # In eval an int8 layer rounds its input too, by as much as the base's own logits show against train.
+            # In eval such a layer rounds its input, by as much as the base's own logits show against train.
             # Autocast rounds both, each by about as much as the base shows.
             far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
             far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))

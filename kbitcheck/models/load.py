@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
@@ -86,9 +87,11 @@ def _loaded(
         more["attn_implementation"] = options.attention
         if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
             more["experts_implementation"] = options.attention
+    configured = None
     if quant is not None:
-        automatic = automatic_skip(cls, config) if quant.skip else []
-        more["quantization_config"] = quant.config(automatic)
+        configured = quant.config(automatic_skip(cls, config) if quant.skip else [])
+    if configured is not None:
+        more["quantization_config"] = configured
     loaded = cls.from_pretrained(
         folder,
         config=config,
@@ -107,7 +110,10 @@ def _loaded(
             raise UsageError(
                 f"{options.name}: not this model's weights: {_listed(fault.replace('_', ' '), info[fault])}"
             )
-    return never_repacked(model)
+    if quant is not None and configured is None:
+        quant.backend.quantize(model, quant, [*automatic_skip(cls, config), *quant.skip])
+    backends.steady(model)
+    return model
 
 
 def still(config: PretrainedConfig) -> None:
@@ -222,19 +228,6 @@ def quiet() -> Iterator[None]:
         logging.disable(threshold)
         if bars:
             hf.enable_progress_bar()
-
-
-def never_repacked(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch off bitsandbytes' repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.
-
-    It rewrites the packed weights in place, rounds their scales to bfloat16, drops the nested state, and raises where
-    the rows are no multiple of 32 or the columns of 64 (0.50.2, ``_convert_weight_packed_for_cpu``). It serves
-    inference alone; with it, what a check sees would depend on the CPU, and looking at a model would change it.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.__dict__["support_avx512bf16_for_cpu"] = False
-    return model
 
 
 def _mapped(config: PretrainedConfig) -> Any:

@@ -232,14 +232,14 @@ class Case:
         return self._loaded.forecast(self.spec)
 
     @Fact
-    def rounded_biases(self) -> Mapping[str, str]:
+    def bias_after_forward(self) -> Mapping[str, str]:
         """Bitsandbytes casts a bias to the compute dtype, or to its input's for int8: fp32 unless the profile is half."""
         rounded = {}
         for name, parameter in self.wrapped.parameters.items():
             if parameter.quantized_bias:
                 layer = layers.base_name(name.removesuffix(".bias"), self._loaded.weights)
                 module = self._loaded.pristine.get_submodule(layer)
-                rounded[name] = digest.bits(module.bias.to(backends.compute_dtype(module) or torch.float32))
+                rounded[name] = digest.bits(backends.bias_after_forward(module))
         return rounded
 
     @Fact

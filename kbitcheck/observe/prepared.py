@@ -19,6 +19,7 @@ from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_
 from torch import nn
 from transformers import PreTrainedModel
 
+from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import Raised, Unavailable, UsageError
 from kbitcheck.core.facts import (
@@ -32,7 +33,7 @@ from kbitcheck.core.facts import (
     TrainingFacts,
 )
 from kbitcheck.models.inputs.text import draw
-from kbitcheck.models.load import never_repacked, quiet
+from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import Given as LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.case import Case
@@ -109,10 +110,10 @@ def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None
     if tied := captures(model):
         raise Unavailable(f"nothing can run on a copy: {tied} holds on to the model itself")
     try:
-        pristine = never_repacked(copy.deepcopy(model))
+        pristine = backends.steady(copy.deepcopy(model))
     except (RuntimeError, TypeError) as error:
         raise Unavailable(f"the model cannot be copied: {error}".splitlines()[0]) from None
-    pristine.state_dict()  # on a CPU, bitsandbytes undoes its repacking for inference when it saves
+    pristine.state_dict()  # a backend may undo what it repacked for inference when it saves
     step.set_dropout(pristine, 0.0)  # or no step compares with another; KB307 raises it
     dtypes = {name: p.dtype for name, p in owned(pristine).items()}
     return Loaded(
@@ -223,7 +224,7 @@ class PreparedCase:
     training = Fact[TrainingFacts](lambda case: case._copy.training)
     trained = Fact[ModelFacts](lambda case: case._copy.trained)
     generates = Fact[ForwardFacts](lambda case: case._copy.generates)
-    rounded_biases = Fact[Mapping[str, str]](lambda case: case._copy.rounded_biases)
+    bias_after_forward = Fact[Mapping[str, str]](lambda case: case._copy.bias_after_forward)
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``."""

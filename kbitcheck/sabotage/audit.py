@@ -22,7 +22,7 @@ def most_layers_left_unquantized(model: Any) -> None:
         if backends.is_quantized(layer) and not name.endswith("c_attn"):
             rows, columns = backends.shape(layer)
             plain = nn.Linear(columns, rows, bias=layer.bias is not None, dtype=torch.bfloat16)
-            plain.weight.data.copy_(backends.dequantized(layer))
+            plain.weight.data.copy_(backends.unpacked(layer))
             plain.bias = layer.bias
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)

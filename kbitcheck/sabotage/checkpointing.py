@@ -82,7 +82,7 @@ def one_checkpoint_round_the_whole_stack(model: Any) -> None:
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps a copy of its input where no checkpoint can drop it, as bitsandbytes' int8 functions keep theirs."""
+    """Keeps a copy of its input where no checkpoint can drop it, as some int8 kernels keep theirs."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kbitcheck import backends
 from kbitcheck.sabotage.fault import Prepare, around, breaks, wraps
 from kbitcheck.sabotage.precision import quantized
 
@@ -123,7 +124,7 @@ def evaluation_nudges_a_scale(model: Any) -> None:
 
     def nudge(module: Any, args: Any, output: Any) -> None:
         if not module.training:
-            (module.state.SCB if module.state.SCB is not None else module.weight.SCB).mul_(1.02)
+            backends.corrupt(module, "scale")
 
     layer.register_forward_hook(nudge)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from kbitcheck import backends
@@ -56,7 +55,7 @@ def rotary_table_cast(model: Any) -> None:
 
 @breaks("KB205")
 def one_nibble_flipped(model: Any) -> None:
-    quantized(model)[3].weight.data.view(-1)[5] ^= 0x10
+    backends.corrupt(quantized(model)[3], "code")
 
 
 @breaks("KB205", quant="nf4,storage=bf16")
@@ -67,26 +66,24 @@ def packed_bytes_upcast(model: Any) -> None:
 
 @breaks("KB206")
 def one_scale_off_by_two_per_cent(model: Any) -> None:
-    quantized(model)[1].weight.quant_state.absmax[0] *= 1.02
+    backends.corrupt(quantized(model)[1], "scale")
 
 
 @breaks("KB206", quant="nf4,double")
 def nested_offset_dropped(model: Any) -> None:
-    state = quantized(model)[1].weight.quant_state
-    state.offset = torch.zeros_like(state.offset)
+    backends.corrupt(quantized(model)[1], "nested")
 
 
 @breaks("KB206", quant="int8")
 def row_scale_off(model: Any) -> None:
-    weight: Any = quantized(model)[1].weight
-    weight.SCB[0] *= 1.02
+    backends.corrupt(quantized(model)[1], "scale")
 
 
 @breaks("KB207")
 def layer_dequantized(model: Any) -> None:
     name, layer = next((n, m) for n, m in model.named_modules() if backends.is_quantized(m))
     plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(backends.dequantized(layer).float(), requires_grad=False)
+    plain.weight = nn.Parameter(backends.unpacked(layer).float(), requires_grad=False)
     plain.bias = layer.bias
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, plain)

@@ -100,4 +100,3 @@ def _is_wrapper_of_packed_data(parameter: torch.Tensor) -> bool:
     cls = type(parameter)
     # DTensor is a wrapper too, but what it wraps are plain numbers.
     return hasattr(cls, "__tensor_flatten__") and not cls.__module__.startswith("torch.")
-

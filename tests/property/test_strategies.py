@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from kbitcheck import strategies
-from kbitcheck.backends.quantization import KINDS, Quantization
+from kbitcheck.backends import registry
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources import recipe as recipes_of
 from kbitcheck.strategies import Drawn
@@ -40,11 +41,11 @@ def test_both_ties_are_drawn(drawn):
 
 def test_every_quantization_is_drawn(drawn):
     found = [Quantization.parse(c.quant) for c in drawn]
-    four = [q for q in found if q.kind != "int8"]
-    assert {q.kind for q in found} == set(KINDS)
-    assert {q.double for q in four} == {True, False}
-    assert {q.compute for q in four} == set(strategies.COMPUTES)
-    assert {q.storage for q in four} == set(strategies.STORAGES)
+    four = [q for q in found if q.scheme != "int8"]
+    assert {q.scheme for q in found} == set(registry.schemes())
+    assert {q["double"] for q in four} == {"", "double"}
+    assert {q["compute"] for q in four} == {"bf16", "fp16", "fp32"}
+    assert {q["storage"] for q in four} == {"uint8", "bf16", "fp16", "fp32"}
     assert {bool(q.skip) for q in found} == {True, False}
 
 
@@ -72,7 +73,7 @@ def test_batches_are_of_one_to_four_rows_and_some_are_ragged(drawn):
 
 def test_words_wider_than_a_byte_are_drawn_for_widths_that_they_divide(drawn):
     """bitsandbytes packs a layer's nibbles into whole words, and cannot load what does not fill them."""
-    wide = [c for c in drawn if Quantization.parse(c.quant).storage != "uint8"]
+    wide = [c for c in drawn if Quantization.parse(c.quant)["storage"] not in ("", "uint8")]
     llamas = [c.model["config"] for c in wide if strategies.family_of(c.model) == "llama"]
     assert llamas
     assert {n["hidden_size"] % 4 for n in llamas} | {n["intermediate_size"] % 4 for n in llamas} == {0}

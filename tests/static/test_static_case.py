@@ -141,7 +141,7 @@ def test_a_published_config_of_another_quantizer_is_told_of(tmp_path):
 def test_the_checkpoints_own_quantization_is_kept(tmp_path):
     own = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     case = opened(with_fields(tmp_path, quantization_config=own), quant="int8")
-    assert {layer.kind for layer in case.base.layers.values()} == {"int8"}
+    assert {layer.scheme for layer in case.base.layers.values()} == {"int8"}
     with pytest.raises(UsageError, match="already quantized"):
         opened(tmp_path, quant="nf4")
 

@@ -53,8 +53,8 @@ def test_it_weighs_what_the_real_model_weighs(recipe, quant, dtype):
     facts, expected = snapshot(predicted), snapshot(real)
     assert described(facts) == described(expected)
     assert facts.ties() == expected.ties()
-    assert {n: (la.kind, la.in_features, la.out_features) for n, la in facts.layers.items()} == {
-        n: (la.kind, la.in_features, la.out_features) for n, la in expected.layers.items()
+    assert {n: (la.scheme, la.in_features, la.out_features) for n, la in facts.layers.items()} == {
+        n: (la.scheme, la.in_features, la.out_features) for n, la in expected.layers.items()
     }
     groups = weights.groups(predicted, facts)
     assert sum(g.nbytes for g in groups.values()) == storages(real)

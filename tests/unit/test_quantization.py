@@ -9,19 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 
 NAMES = st.lists(st.from_regex(r"[a-z_][a-z_.0-9]{0,9}", fullmatch=True), max_size=3, unique=True).map(tuple)
 FOUR_BIT = st.builds(
-    Quantization,
-    kind=st.sampled_from(["nf4", "fp4"]),
+    lambda scheme, skip, **values: Quantization.of(registry.schemes()[scheme], values, skip),
+    scheme=st.sampled_from(["nf4", "fp4"]),
     double=st.booleans(),
     compute=st.sampled_from(["bf16", "fp16", "fp32"]),
     storage=st.sampled_from(["uint8", "bf16", "fp16", "fp32"]),
     skip=NAMES,
 )
-QUANTIZATIONS = FOUR_BIT | st.builds(Quantization, kind=st.just("int8"), skip=NAMES)
+QUANTIZATIONS = FOUR_BIT | st.builds(Quantization, scheme=st.just("int8"), skip=NAMES)
 
 
 @given(QUANTIZATIONS)
@@ -58,8 +59,8 @@ def test_canonical_text(text: str, canonical: str) -> None:
         ("nf4,storage=int8", "known: bf16, fp16, fp32, uint8"),
         ("nf4,skip=", "unknown quantization option 'skip='"),
         ("nf4,skip=+", "unknown quantization option 'skip=+'"),
-        ("nf4,double,double", "double is given twice"),
-        ("nf4,compute=bf16,compute=fp16", "compute is given twice"),
+        ("nf4,double,double", "double stands twice"),
+        ("nf4,compute=bf16,compute=fp16", "compute stands twice"),
         ("int8,double", "int8 takes only skip=MODULE, not double"),
         ("int8,compute=bf16", "int8 takes only skip=MODULE, not compute"),
     ],
@@ -74,12 +75,12 @@ def test_unknown_options_are_told_in_one_line(text: str, told: str) -> None:
 @given(st.text())
 def test_any_text_is_read_or_refused(text: str) -> None:
     with suppress(UsageError):
-        assert text.strip().startswith(Quantization.parse(text).kind)
+        assert text.strip().startswith(Quantization.parse(text).scheme)
 
 
 def test_int8_has_no_4_bit_options() -> None:
     with pytest.raises(UsageError, match="int8 takes only skip"):
-        Quantization(kind="int8", double=True)
+        Quantization.of(registry.schemes()["int8"], {"double": True})
 
 
 @given(QUANTIZATIONS)

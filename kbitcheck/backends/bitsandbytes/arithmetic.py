@@ -37,7 +37,9 @@ class BitsAndBytesArithmetic(Arithmetic):
             state.dtype = dtype or state.dtype
             unpacked: torch.Tensor = dequantize_4bit(weight.data, state)
             return unpacked
-        rows: torch.Tensor = weight.data.to(torch.float32) * (scales(module).to(torch.float32) * (1.0 / 127.0)).unsqueeze(1)
+        rows: torch.Tensor = weight.data.to(torch.float32) * (
+            scales(module).to(torch.float32) * (1.0 / 127.0)
+        ).unsqueeze(1)
         return rows
 
     def exact(self, module: nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -49,7 +49,9 @@ def described(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, object], Seq
         return "int8", {}, skip
     scheme = fields.get("bnb_4bit_quant_type", "fp4")
     if scheme not in ("nf4", "fp4"):
-        raise UsageError(f"this checkpoint is quantized as {scheme!r}; kbitcheck knows {', '.join(s.name for s in SCHEMES)}")
+        raise UsageError(
+            f"this checkpoint is quantized as {scheme!r}; kbitcheck knows {', '.join(s.name for s in SCHEMES)}"
+        )
     dtypes = {
         "compute": fields.get("bnb_4bit_compute_dtype", "float32"),
         "storage": fields.get("bnb_4bit_quant_storage", "uint8"),

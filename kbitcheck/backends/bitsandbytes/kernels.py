@@ -12,9 +12,9 @@ import bitsandbytes
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
 from bitsandbytes.functional import QuantState
-from torch import Tensor, nn
+from bitsandbytes.nn.modules import Params4bit
+from torch import Tensor
 
-from kbitcheck.backends.bitsandbytes.recognise import is_4bit, scales
 from kbitcheck.backends.protocol import Kernels
 
 Fake = Callable[[Tensor], Tensor]
@@ -23,13 +23,13 @@ Fake = Callable[[Tensor], Tensor]
 class BitsAndBytesKernels(Kernels):
     """States become fakes; int8 takes the CUDA function where the device is one, and no feature is an outlier."""
 
-    def fake(self, module: Any, parameters: Mapping[int, nn.Parameter], tensor: Fake) -> None:
-        real = module.weight
-        weight: Any = parameters[id(real)]
+    def fake(self, module: Any, real: Mapping[str, Any], tensor: Fake) -> None:
+        weight, packed = module.weight, real["weight"]
         vars(weight).update(CB=None, SCB=None)  # what the layers look for on their weight
-        if is_4bit(module):
-            weight.quant_state = _state(real.quant_state, tensor)
-        elif (rows := scales(module)) is not None:
+        if isinstance(packed, Params4bit):
+            weight.quant_state = _state(packed.quant_state, tensor)
+        else:
+            rows = module.state.SCB if packed.SCB is None else packed.SCB
             module.state.CB, module.state.SCB = weight, tensor(rows)
 
     def on_device(self, device: str) -> AbstractContextManager[Any]:

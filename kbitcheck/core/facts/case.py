@@ -77,8 +77,8 @@ class Facts(Protocol):
         """The wrapped model after a few optimizer steps."""
 
     @property
-    def rounded_biases(self) -> Mapping[str, str]:
-        """Bits of each quantized layer's bias, rounded once to the dtype that the layer computes in."""
+    def bias_after_forward(self) -> Mapping[str, str]:
+        """Bits of each quantized layer's bias as a forward leaves it."""
 
     @property
     def training_flags(self) -> Mapping[str, bool]:

@@ -43,10 +43,11 @@ class LayerFacts:
 
     name: str
     cls: str
-    kind: str
+    scheme: str
     in_features: int
     out_features: int
     compute: str
+    rounds_input: bool
     state: Mapping[str, str]
     dequantized: str
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources.source import Source
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from kbitcheck.models.random_weights import Plan
 
-BITSANDBYTES = "bitsandbytes"
 NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
 
 
@@ -25,7 +25,7 @@ class Config(Source):
     """A model of this configuration's size and kind, whose every tensor is drawn from the name of the tensor.
 
     Where ``drawn`` is False it has no tensors at all, and only its static facts can be told; ``foreign`` then names the
-    quantizer, other than bitsandbytes, that its weights were saved with.
+    quantizer, without a backend here, that its weights were saved with.
     """
 
     has_weights: ClassVar[bool] = False
@@ -83,12 +83,12 @@ def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: 
 
 
 def foreign(config: Mapping[str, Any]) -> str:
-    """The quantizer, other than bitsandbytes, that a configuration's weights were saved with; empty where none."""
+    """The quantizer without a backend here that a configuration's weights were saved with; empty where none."""
     # Compressed-tensors had a key of its own.
-    described = config.get("quantization_config") or config.get("compression_config") or {}
-    unnamed = "compressed-tensors" if "config_groups" in described else BITSANDBYTES
-    method = str(described.get("quant_method", unnamed))
-    return "" if method == BITSANDBYTES else method
+    described = config.get("quantization_config") or config.get("compression_config")
+    if not described or registry.of_method(described):
+        return ""
+    return str(described.get("quant_method", "compressed-tensors"))
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

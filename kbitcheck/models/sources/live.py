@@ -35,7 +35,7 @@ class Given:
         """
         from kbitcheck import backends
 
-        kinds = sorted({backends.kind(m) for m in self.model.modules() if backends.is_quantized(m)})
+        kinds = sorted({backends.scheme(m) for m in self.model.modules() if backends.is_quantized(m)})
         if not kinds:
             raise UsageError(f"{self.name} has no quantized layer: load it with a quantization_config first")
         return str(kinds[0])
@@ -47,9 +47,9 @@ class Given:
 
     def load(self, quant: Quantization, device: str) -> Any:
         """A copy of the model, wherever it is; ``quant`` and ``device`` are its own."""
-        from kbitcheck.models.load import never_repacked
+        from kbitcheck import backends
 
-        return never_repacked(copy.deepcopy(self.model))
+        return backends.steady(copy.deepcopy(self.model))
 
     def reload(self, folder: Path | str, device: str = "cpu") -> Any:
         """The model as ``save_pretrained`` left it in ``folder``."""

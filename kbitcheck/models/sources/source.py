@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kbitcheck.backends.quantization import LONG, SHORT, Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.backends.schemes import DTYPES, short_dtype
 from kbitcheck.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def asked_dtype(text: str | None) -> str | None:
     """
     if text is None:
         return None
-    short = SHORT.get(text.removeprefix("torch."))
+    short = short_dtype(text)
     if short is None or short == "uint8":
         raise UsageError(f"unknown dtype {text!r}; known: bf16, fp16, fp32")
-    return LONG[short]
+    return DTYPES[short]

@@ -1,24 +1,19 @@
 """Tensors without numbers: a model on the meta device runs as if on a CPU or a GPU, and nothing is computed.
 
-Fake tensors carry a device, so that bitsandbytes, autocast and attention pick the kernels they pick on that device; what
+Fake tensors carry a device, so that quantizers, autocast and attention pick the kernels they pick on that device; what
 they save for the backward is then what they save there.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import bitsandbytes
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own name)
-from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
@@ -58,38 +53,23 @@ class World:
 
     def move(self, model: nn.Module) -> None:
         """Put a fake twin in the place of every parameter, buffer and state of the model. Ties survive."""
-        parameters: dict[int, nn.Parameter] = {}
-        quantized = [m for m in model.modules() if backends.is_quantized(m)]
-        states = {id(m): getattr(m.weight, "quant_state", None) for m in quantized}
-        scales: dict[int, Any] = {id(m): backends.state(m).get("SCB") for m in quantized}
+        fakes: dict[int, nn.Parameter] = {}
+        holders = [(module, dict(module._parameters), backends.of(module)) for module in model.modules()]
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = parameters.setdefault(id(parameter), self._parameter(parameter))
+                    module._parameters[name] = fakes.setdefault(id(parameter), self._parameter(parameter))
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = self.tensor(buffer)
-            state = states.get(id(module))
-            if state is not None:
-                module._parameters["weight"].quant_state = self._state(state)  # type: ignore[union-attr]
-            elif isinstance(module, Linear8bitLt) and scales.get(id(module)) is not None:
-                module.state.CB, module.state.SCB = module._parameters["weight"], self.tensor(scales[id(module)])
+        for module, real, backend in holders:
+            if backend is not None:
+                backend.kernels.fake(module, real, self.tensor)
 
     def _parameter(self, parameter: nn.Parameter) -> nn.Parameter:
         with self.mode:
             twin = nn.Parameter(self.tensor(parameter), requires_grad=parameter.requires_grad)
         self._twins[id(twin)] = (twin, twin)
-        if backends.is_packed(parameter):
-            vars(twin).update(CB=None, SCB=None)  # what bitsandbytes' layers look for on their weight
-        return twin
-
-    def _state(self, state: QuantState) -> QuantState:
-        twin = copy.copy(state)
-        for name in ("absmax", "code", "offset"):
-            if isinstance(getattr(state, name), Tensor):
-                setattr(twin, name, self.tensor(getattr(state, name)))
-        if state.state2 is not None:
-            twin.state2 = self._state(state.state2)
         return twin
 
     @contextmanager
@@ -104,7 +84,8 @@ class World:
                 stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             if self.device == "cuda":
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
-                stack.enter_context(mock.patch.object(bitsandbytes, "matmul", _int8_product_on_cuda))
+            for backend in backends.available():
+                stack.enter_context(backend.kernels.on_device(self.device))
             stack.enter_context(self.mode)
             yield
 
@@ -112,13 +93,14 @@ class World:
 class Counted(Live):
     """Counts storages, and answers what operators ask of numbers as if tokens were spread evenly over experts.
 
-    A look at one number answers zero (or False), and no feature is an outlier to int8. ``trace`` is what was alive
+    A look at one number answers zero (or False). ``trace`` is what was alive
     after each operator that makes a storage, on ``device``.
     """
 
     def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu") -> None:
         super().__init__(existing)
         self._device = device
+        self._backends = backends.available()
         self._readers, self._taken = 1, 0
         self.trace: list[int] = []
 
@@ -127,15 +109,13 @@ class Counted(Live):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].dtype.is_floating_point else 0
-        given = kwargs or {}
+        kwargs = kwargs or {}
         if func is torch.ops.aten.nonzero.default:
-            func, args, given = args[0].new_empty, ((self._rows(args[0]), args[0].dim()),), {"dtype": torch.int64}
-        elif func is torch.ops.bitsandbytes.int8_vectorwise_quant.default:
-            args, given = args[:1], {}  # without a threshold: no feature is an outlier
-        elif func is torch.ops.bitsandbytes.int8_mixed_scaled_mm.default:
-            func, args, given = _without_outliers(*args)
+            func, args, kwargs = args[0].new_empty, ((self._rows(args[0]), args[0].dim()),), {"dtype": torch.int64}
+        for backend in self._backends:
+            func, args, kwargs = backend.kernels.operator(func, args, kwargs)
         before = self.now
-        out = super().__torch_dispatch__(func, types, args, given)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.now > before:
             self.trace.append(self.now)
         if func is torch.ops.aten._softmax_backward_data.default and self._device == "cuda":
@@ -155,18 +135,6 @@ class Counted(Live):
         before = mask.numel() * self._taken // self._readers
         self._taken += 1
         return mask.numel() * self._taken // self._readers - before
-
-
-def _without_outliers(
-    full: Tensor, packed: Tensor, weight: Tensor, scales: Tensor, weight_scales: Tensor, *rest: Tensor | None
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The int8 product that is left when no feature is an outlier, and which is returned in a pair."""
-    bias = rest[1] if len(rest) > 1 else None  # the first of the rest lists the outliers
-
-    def product(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.ops.bitsandbytes.int8_scaled_mm.default(*args, **kwargs), None
-
-    return product, (packed, weight, scales, weight_scales), {"bias": bias, "dtype": full.dtype}
 
 
 def attention_on_cuda(
@@ -203,19 +171,6 @@ def attention_on_cuda(
         query, key, value, bias, True, dropout_p, is_causal, scale=scale
     )[0]
     return efficient
-
-
-def _int8_product_on_cuda(
-    A: Tensor,  # noqa: N803  (bitsandbytes' names)
-    B: Tensor,  # noqa: N803
-    out: Tensor | None = None,
-    state: MatmulLtState | None = None,
-    threshold: float = 0.0,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``bitsandbytes.matmul`` with the function it takes for CUDA tensors."""
-    product: Tensor = MatMul8bitLt.apply(A, B, out, bias, state)
-    return product
 
 
 @contextmanager

@@ -18,8 +18,7 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
     """Parameters and bytes of each group of ``model``, whose snapshot is ``facts``; every storage counts once.
 
     Packed weights count as the numbers they stand for. The bytes are those of the tensors themselves, as
-    bitsandbytes stores them: packed weights, and as state their scales, the nested state of double quantization and
-    the code tables.
+    the backend stores them: packed weights, and as state whatever unpacks them.
     """
     norms = norm_parameters(facts)
     found: dict[str, GroupFacts] = {}

@@ -211,7 +211,7 @@ class Session:
             model, adapters = self.subject.make()
             for mine, other in zip(adapters.values(), trained.adapters, strict=True):
                 mine.data.copy_(other)
-            # A quantized layer's own bias is recast by bitsandbytes in its forward: KB104 tells, and this goes on from it.
+            # A forward may recast a quantized layer's own bias: KB104 tells, and this goes on from it.
             for name, module in _quantized(model, self.subject.layers):
                 if name in biases:
                     module.bias.data = biases[name].clone()

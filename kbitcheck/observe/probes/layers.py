@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-import kbitcheck_reference as oracle
 import torch
 from torch import nn
 
@@ -22,8 +21,8 @@ from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
 from kbitcheck.observe.probes import step
 
-_dequantized = oracle.dequantized_weight
-
+# Bound before any subject is imported, which may patch it.
+_exact = backends.exact
 
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
 # than all its arithmetic, and keeping those of a large one eight bytes a weight.
@@ -54,7 +53,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._kept:
             return self._kept[name]
-        found = self._kernels[name].double() if name in self._kernels else _dequantized(self._layers[name])
+        found = self._kernels[name].double() if name in self._kernels else _exact(self._layers[name])
         if self._all_kept:
             self._kept[name] = found
         return found
@@ -83,7 +82,7 @@ class Weights(Mapping[str, torch.Tensor]):
             return self[name]
         layer: Any = self._layers[name]
         out = self._scratch(backends.shape(layer), dtype=torch.float64, device=layer.weight.device)
-        return _dequantized(layer, out)
+        return _exact(layer, out)
 
     def _scratch(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory that was used before: the page faults of fresh memory take longer than unpacking into it."""
@@ -106,11 +105,11 @@ def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
     quantized = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
     weights = Weights(quantized, kernels)
     for name, module in quantized.items():
-        weight = _dequantized(module)
+        weight = _exact(module)
         # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
-        kernel = backends.dequantized(module, torch.float32)
+        kernel = backends.unpacked(module, torch.float32)
         gap = (kernel.double() - weight).abs()
-        unpacked = backends.state_dtype(module) or torch.float32
+        unpacked = backends.unpacked_dtype(module) or torch.float32
         bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
         if bool((gap > bound).any()):
             misread[name] = float(gap.norm() / weight.norm())
@@ -190,7 +189,7 @@ class _Probe:
 
     @property
     def _ulp(self) -> float:
-        unpacked = backends.state_dtype(self._module) or self._compute
+        unpacked = backends.unpacked_dtype(self._module) or self._compute
         dtypes = {self._compute, unpacked, self.dtype or self._compute, self._half or self._compute}
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
@@ -200,7 +199,7 @@ class _Probe:
 
     def _judge(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
         weight, compute = self._weight(), self._compute
-        rounded = weight.to(backends.state_dtype(self._module) or compute).to(compute).double()
+        rounded = weight.to(backends.unpacked_dtype(self._module) or compute).to(compute).double()
         magnitudes = weight.abs()
         # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
         vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))

@@ -20,7 +20,7 @@ NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True) -> ModelFacts:
     """Facts of every parameter, buffer, quantized layer and module; ``adapters`` names the adapters' parameters.
 
-    Without ``keys`` no ``state_dict`` is made, in which bitsandbytes may rewrite weights that it repacked for a CPU.
+    Without ``keys`` no ``state_dict`` is made, in which a backend may rewrite weights that it repacked.
     """
     storages = _Storages()
     owned = {id(p) for p in (adapters or {}).values()}
@@ -101,10 +101,11 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
     return LayerFacts(
         name=name,
         cls=type(module).__name__,
-        kind=backends.kind(module),
+        scheme=backends.scheme(module),
         in_features=columns,
         out_features=rows,
         compute=str(backends.compute_dtype(module)).removeprefix("torch."),
+        rounds_input=backends.rounds_input(module),
         state=state,
         dequantized=_unpacked(module, state),
     )
@@ -118,7 +119,7 @@ def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
     key = (digest.of(weight), *state.items())  # all that unpacking goes by
     if key not in _known:
         try:
-            _known[key] = digest.value(backends.dequantized(module))
+            _known[key] = digest.value(backends.unpacked(module))
         except Exception as error:  # a layer whose state was broken is a fact, not a crash
             return f"{type(error).__name__}: {error}"
     return _known[key]

@@ -60,9 +60,9 @@ class _Product(torch.autograd.Function):
 class TwinLinear(nn.Linear):
     """A quantized layer's arithmetic with a plain weight: compute in ``compute``, answer in the input's dtype.
 
-    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to whatever dtype comes in). bitsandbytes'
-    4-bit backward unpacks the weight to the quantization state's dtype first and its forward does not;
-    ``backward_read`` is that rounding, where it differs. ``rounded`` is what the kernel makes of its input first; the
+    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to whatever dtype comes in). A backward
+    may unpack the weight to another dtype than the forward: ``backward_read`` is the weight rounded so.
+    ``rounded`` is what the kernel makes of its input first; the
     gradient passes it by. ``weight`` itself has the shape and dtype but no numbers.
     """
 
@@ -119,22 +119,18 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
     """The twin of a base that rounds as an ideal preparation under ``profile`` must; the base is left alone."""
 
     def plain(name: str, module: Any) -> TwinLinear:
-        compute, unpacked = backends.compute_dtype(module), backends.state_dtype(module)
-        shape, device = backends.shape(module), module.weight.device
+        compute, backward = backends.compute_dtype(module), backends.unpacked_dtype(module)
         bias = None if module.bias is None else module.bias.detach().clone()
-        if compute is None or unpacked is None:
-            # int8 has no dtype of its own: its kernel's arithmetic is float32, rounded as the kernel rounds.
-            rounded = partial(backends.rounded_input, module)
-            read = weights.reader(name, partial(_unpacked, dtype=torch.float32))
-            return TwinLinear(shape, read, bias, None, device, rounded=rounded)
-        other = None if unpacked == compute else weights.reader(name, partial(_unpacked, dtype=unpacked))
+        same = backward is None or compute is None or backward == compute
         return TwinLinear(
-            shape,
-            weights.reader(name, partial(_unpacked, dtype=compute)),
-            None if bias is None else bias.to(compute),
+            backends.shape(module),
+            # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
+            weights.reader(name, partial(_unpacked, dtype=compute or torch.float32)),
+            bias if bias is None or compute is None else bias.to(compute),
             compute,
-            device,
-            backward_read=other,
+            module.weight.device,
+            backward_read=None if same else weights.reader(name, partial(_unpacked, dtype=backward or torch.float32)),
+            rounded=partial(backends.round_input, module),
         )
 
     twin = _replaced(base, plain, partial(promised, profile))
@@ -144,7 +140,7 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
 
 def _unpacked(layer: Any, empty: Empty, dtype: torch.dtype) -> torch.Tensor:
     """As the kernel unpacks: scales that are themselves quantized round once more than the format says."""
-    wide = backends.dequantized(layer, torch.float32)  # which bitsandbytes cannot write to given memory on a CPU
+    wide = backends.unpacked(layer, torch.float32)
     return wide if dtype == wide.dtype else empty(wide.shape, dtype=dtype, device=wide.device).copy_(wide)
 
 
@@ -252,7 +248,7 @@ def forward_logits(
 ) -> torch.Tensor:
     """Logits of one forward without gradients, in train mode with every dropout at 0.
 
-    Train mode, because in eval mode bitsandbytes repacks 4-bit weights for some processors.
+    Train mode, because in eval mode kernels may repack weights.
     """
     flags = [(m, m.training) for m in model.modules()]
     model.train()

@@ -83,10 +83,8 @@ def casts_packed_weights_too(
 
 @adds("KB206", quant="nf4,double")
 def flattens_nested_scales(model: Any) -> None:
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            state.absmax, state.state2, state.offset = state.absmax.float() / 255, None, None
+    for _, layer in backends.quantized_layers(model):
+        backends.corrupt(layer, "nested")
 
 
 @implements("KB207")
@@ -97,7 +95,7 @@ def dequantizes_projections(
         if backends.is_quantized(layer) and name.endswith("c_fc"):
             rows, columns = backends.shape(layer)
             plain = nn.Linear(columns, rows, bias=layer.bias is not None)
-            plain.weight.data.copy_(backends.dequantized(layer))
+            plain.weight.data.copy_(backends.unpacked(layer))
             plain.bias = layer.bias
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)

@@ -6,12 +6,12 @@ A format is a module or an object with ``PACKAGE`` (the library whose classes it
 
 from __future__ import annotations
 
+import pkgutil
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
-
-from . import bitsandbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 GROUP = "kbitcheck_reference.formats"
-BUILT_IN = (bitsandbytes,)
 
 _added: list[Any] = []
 
 
 @cache
 def _installed() -> tuple[Any, ...]:
-    return (*BUILT_IN, *(point.load() for point in entry_points(group=GROUP)))
+    built_in = (import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    return (*built_in, *(point.load() for point in entry_points(group=GROUP)))
 
 
 def registered() -> tuple[Any, ...]:

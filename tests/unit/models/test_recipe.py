@@ -22,7 +22,7 @@ from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.run import suites as suite
 
 RECIPES = recipe.names()
-NF4, INT8 = Quantization(), Quantization(kind="int8")
+NF4, INT8 = Quantization(), Quantization("int8")
 TOWERS = {
     "bert": ["bert.encoder.layer"],
     "gemma": ["model.layers"],

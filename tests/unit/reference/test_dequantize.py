@@ -201,23 +201,6 @@ def test_reads_int8_before_and_after_a_forward() -> None:
     assert bool(((before - weight.double()).abs() <= 0.51 * step).all())
 
 
-@pytest.mark.parametrize("kind", ["even", "odd", "nested", "repacked", "int8"])
-def test_writes_to_memory_that_it_is_given(kind: str) -> None:
-    layer: Any
-    if kind == "int8":
-        layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False).to("cpu")
-    else:
-        sizes = (9, 7) if kind == "odd" else (128, 64)
-        layer, _ = four_bit(*sizes, quant_type="nf4", compress_statistics=kind == "nested")
-    if kind == "repacked":
-        layer.weight.data, state = F._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
-        assert state.packing_format_for_cpu
-    expected = dequantized_weight(layer)
-    out = torch.full_like(expected, torch.nan)
-    assert dequantized_weight(layer, out).data_ptr() == out.data_ptr()
-    assert torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "fp4", "int8"])
 def test_a_layers_output_is_that_of_its_float_weight(load: Any, quantization: str) -> None:
     options = {} if quantization == "int8" else {"bnb_4bit_compute_dtype": torch.float32}

@@ -1,0 +1,20 @@
+"""Each built-in backend has its format in the oracle, under the same name, and the other way round."""
+
+import pkgutil
+from pathlib import Path
+
+import kbitcheck_reference.formats as formats
+
+import kbitcheck.backends
+
+
+def test_the_two_trees_pair() -> None:
+    folders = {f.name for f in pkgutil.iter_modules([str(Path(kbitcheck.backends.__file__).parent)]) if f.ispkg}
+    modules = {m.name for m in pkgutil.iter_modules([str(Path(formats.__file__).parent)])}
+    assert folders == modules
+
+
+def test_each_format_has_what_the_registry_asks_of_it() -> None:
+    for form in formats.registered():
+        for name in ("PACKAGE", "packs", "holds", "unpack", "pack"):
+            assert hasattr(form, name), (form, name)
