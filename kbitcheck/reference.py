@@ -4,13 +4,9 @@ This is the package ``kbitcheck_reference`` under a name that is easy to remembe
 """
 
 from kbitcheck_reference import (
-    FP4,
-    NF4,
     LoraLinear,
-    dequantize_absmax,
-    dequantize_blockwise4,
-    dequantize_int8,
     dequantized_weight,
+    formats,
     is_quantized,
     is_quantized_parameter,
     lora,
@@ -19,13 +15,9 @@ from kbitcheck_reference import (
 )
 
 __all__ = [
-    "FP4",
-    "NF4",
     "LoraLinear",
-    "dequantize_absmax",
-    "dequantize_blockwise4",
-    "dequantize_int8",
     "dequantized_weight",
+    "formats",
     "is_quantized",
     "is_quantized_parameter",
     "lora",

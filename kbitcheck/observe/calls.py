@@ -91,7 +91,10 @@ class Calls:
             model, owned = adapters.attach(
                 preparation.copy(), fit or loaded.targets, library=library, rank=spec.rank, seed=spec.seed
             )
-        except NotImplementedError as error:  # some classes do not give their embedding
+        except (
+            NotImplementedError,
+            ValueError,
+        ) as error:  # a class without an embedding, layers that PEFT does not know
             raise Unavailable(f"{library} cannot put adapters on this model: {cause(error)}") from error
         before = frozenset(n for n, p in owned.items() if p.requires_grad)
         result, facts = call(preparation.function, model, **preparation.keywords)

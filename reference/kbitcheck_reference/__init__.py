@@ -1,22 +1,16 @@
-"""The oracle: a preparation, a minimal LoRA and float64 dequantization, written from the specification.
+"""The oracle: a preparation, a minimal LoRA and float64 dequantization (``formats``), written from the specification.
 
 Imports torch and nothing of kbitcheck.
 """
 
 from . import formats, lora
 from .formats import dequantized_weight
-from .formats.bitsandbytes import FP4, NF4, dequantize_absmax, dequantize_blockwise4, dequantize_int8
 from .lora_layer import LoraLinear
 from .prepare import prepare_model_for_kbit_training
 from .quantized import is_quantized, is_quantized_parameter, quantized_layers
 
 __all__ = [
-    "FP4",
-    "NF4",
     "LoraLinear",
-    "dequantize_absmax",
-    "dequantize_blockwise4",
-    "dequantize_int8",
     "dequantized_weight",
     "formats",
     "is_quantized",

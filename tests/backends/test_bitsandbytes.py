@@ -8,6 +8,8 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 import pytest
 import torch
+from bitsandbytes.autograd import _functions
+from bitsandbytes.nn import modules
 from hypothesis import given
 from hypothesis import strategies as st
 from kbitcheck_reference.formats import bitsandbytes as oracle
@@ -81,11 +83,11 @@ def test_every_corruption_shows_in_the_weight_it_stands_for() -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (bnb.nn.Params4bit, "_quantize"),
-        (bnb.nn.Int8Params, "_quantize"),
+        (modules.Params4bit, "_quantize"),
+        (modules.Int8Params, "_quantize"),
         (F, "_convert_weight_packed_for_cpu"),
-        (bnb.autograd._functions, "MatMul8bitLt"),
-        (bnb.autograd._functions, "MatmulLtState"),
+        (_functions, "MatMul8bitLt"),
+        (_functions, "MatmulLtState"),
         (F, "name2qmap"),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),

@@ -10,12 +10,13 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from kbitcheck_reference.formats import bitsandbytes as bitsandbytes_format
 
 from kbitcheck import backends
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCKS = (64, 128, 256, 512)
-CODES = {"nf4": oracle.NF4.double(), "fp4": oracle.FP4.double()}
+CODES = {"nf4": bitsandbytes_format.NF4.double(), "fp4": bitsandbytes_format.FP4.double()}
 FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 # One row, odd inner sizes, less than a block, not a multiple of one; an empty batch, 3-D and non-contiguous inputs.

@@ -11,12 +11,14 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kbitcheck_reference import (
+    dequantized_weight,
+)
+from kbitcheck_reference.formats.bitsandbytes import (
     FP4,
     NF4,
     dequantize_absmax,
     dequantize_blockwise4,
     dequantize_int8,
-    dequantized_weight,
 )
 from torch import nn
 

@@ -1,0 +1,94 @@
+"""The seam holds: a backend that kbitcheck has never heard of is loaded, judged, forecast and sabotaged like its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kbitcheck_reference import formats
+from kbitcheck_reference import prepare_model_for_kbit_training as reference
+from torch import nn
+
+import kbitcheck
+from kbitcheck import backends
+from kbitcheck.backends import registry
+from kbitcheck.backends.quantization import Quantization, usage
+from kbitcheck.models.sources.resolve import resolve
+from tests.backends.rowwise import BACKEND, FORMAT, RowwiseLinear
+
+MODES = ["reentrant", "non-reentrant", "off"]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    with registry.added(BACKEND), formats.added(FORMAT):
+        yield
+
+
+def failing(prepare: Any, codes: list[str], model: str = "tiny:llama", mode: str = "reentrant") -> set[str]:
+    report = kbitcheck.check_implementation(
+        prepare, models=[model], quants=["rowwise-int8"], checkpointing=[mode], select=codes
+    )
+    return {result.rule for result in report.results if result.status.value in ("FAIL", "ERROR")}
+
+
+@pytest.mark.parametrize("model", ["tiny:llama", "tiny:gpt2"])
+def test_the_reference_conforms(model: str) -> None:
+    report = kbitcheck.check_implementation(
+        reference, models=[model], quants=["rowwise-int8"], checkpointing=MODES, strict=True
+    )
+    broken = {
+        (r.rule, r.case): r.reason or r.failures[0] for r in report.results if r.status.value in ("FAIL", "ERROR")
+    }
+    assert broken == {}
+    assert report.exit_code == 0
+
+
+def test_the_static_audit_is_right_to_the_byte() -> None:
+    source, quant = resolve("tiny:llama"), Quantization.parse("rowwise-int8")
+    real, empty = source.load(quant), source.meta(quant)
+
+    def sizes(model: Any) -> dict[str, int]:
+        state = {
+            f"{n}:{k}": v.nbytes for n, m in backends.quantized_layers(model) for k, v in backends.state(m).items()
+        }
+        return {**{n: p.nbytes for n, p in model.named_parameters()}, **state}
+
+    assert any(isinstance(m, RowwiseLinear) for m in real.modules())
+    assert sizes(empty) == sizes(real)
+    assert all(p.is_meta for p in empty.parameters())
+
+
+def damaged(damage: Any) -> Any:
+    def prepare(model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None) -> Any:
+        reference(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        damage([module for _, module in backends.quantized_layers(model)])
+        return model
+
+    return prepare
+
+
+@pytest.mark.parametrize(("part", "code"), [("code", "KB205"), ("scale", "KB206")])
+def test_a_corrupted_weight_is_caught(part: str, code: str) -> None:
+    assert code in failing(damaged(lambda layers: backends.corrupt(layers[1], part)), [code])
+
+
+def test_a_cut_layer_is_caught() -> None:
+    def cut(layers: list[nn.Module]) -> None:
+        layers[1].register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+
+    assert failing(damaged(cut), ["KB303"]) == {"KB303"}
+
+
+def test_help_and_errors_name_its_scheme() -> None:
+    assert "rowwise-int8, then skip=MODULE" in usage()
+    assert registry.named("rowwise") is BACKEND
+    with pytest.raises(kbitcheck.UsageError, match="rowwise-int8 takes only skip=MODULE, not double"):
+        Quantization.parse("rowwise-int8,double")
+
+
+def test_plain_numbers_are_no_packed_weight() -> None:
+    assert backends.of(nn.Linear(2, 2)) is None
+    assert backends.of_parameter(nn.Parameter(torch.zeros(2))) is None
