@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kbitcheck.backends.schemes import Scheme
+from kbitcheck.backends.schemes import Choice, Scheme
 from kbitcheck.core.errors import NotApplicable, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from kbitcheck.backends.quantization import Quantization
+    from kbitcheck.core.finding import Finding
 
 
 class Recognition:
@@ -169,24 +169,24 @@ class Backend:
         """
         return self.schemes[0].name, {}, ()
 
-    def config(self, quantization: Quantization, skip: Sequence[str] | None) -> Any:
+    def config(self, choice: Choice, skip: Sequence[str] | None) -> Any:
         """The transformers configuration that quantizes so on load; ``skip`` names the modules that stay.
 
         None where transformers cannot: ``quantize`` is then called on the loaded model.
         """
         return None
 
-    def quantize(self, model: nn.Module, quantization: Quantization, skip: Sequence[str]) -> None:
+    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
         """Quantize a loaded model in place, also one on the meta device; the modules named in ``skip`` stay.
 
         Raises:
             UsageError: there is no way to quantize so on load; checkpoints that are quantized already are.
         """
-        raise UsageError(f"{quantization} cannot be quantized on load: give a checkpoint that is quantized already")
+        raise UsageError(f"{choice} cannot be quantized on load: give a checkpoint that is quantized already")
 
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""
 
-    def findings(self) -> Sequence[Any]:
+    def findings(self) -> Sequence[Finding]:
         """Deviations of the library itself that are documented, each with its condition and script."""
         return ()

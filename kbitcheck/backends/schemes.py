@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "uint8": "uint8"}
 SHORT_DTYPES: Mapping[str, str] = {
@@ -54,3 +55,14 @@ class Scheme:
 def dtype_option(name: str, *choices: str) -> Option:
     """An option whose value is a dtype; the first choice is the default, and long names are read too."""
     return Option(name, choices, choices[0], SHORT_DTYPES)
+
+
+class Choice(Protocol):
+    """A scheme with its options chosen, as a backend reads it; ``kbitcheck.backends.quantization.Quantization`` is one."""
+
+    @property
+    def scheme(self) -> str: ...
+
+    def __getitem__(self, name: str) -> str:
+        """The value of an option; "" for a flag that is not set."""
+        ...

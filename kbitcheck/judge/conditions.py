@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kbitcheck.core.cases import REFERENCE, CaseSpec
-from kbitcheck.core.events import Settle
 from kbitcheck.core.finding import Finding, read_findings
 from kbitcheck.core.result import Result, Status
 
@@ -18,13 +17,6 @@ from kbitcheck.core.result import Result, Status
 def findings() -> tuple[Finding, ...]:
     """The findings that belong to no backend."""
     return read_findings(Path(__file__).with_name("findings.toml"))
-
-
-def settler(specs: Iterable[CaseSpec], listed: Sequence[Finding] | None = None) -> Settle:
-    """A function that excuses the results of these cases by findings, for a ``Collector``."""
-    cases = {spec.id: spec for spec in specs}
-    chosen = findings() if listed is None else listed
-    return lambda result, environment: settle(result, cases[result.case], environment, chosen)
 
 
 def settle(result: Result, spec: CaseSpec, environment: Mapping[str, Any], listed: Sequence[Finding]) -> Result:

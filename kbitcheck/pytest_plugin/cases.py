@@ -22,9 +22,9 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.rule import rules
-from kbitcheck.judge.conditions import settler
 from kbitcheck.pytest_plugin.outcome import Outcome
 from kbitcheck.report.output_file import replace_file
+from kbitcheck.run.findings import settler
 from kbitcheck.run.pool import Worker
 from kbitcheck.run.virtualenvs import interpreter
 

@@ -19,8 +19,8 @@ from kbitcheck.core.events import Collector, Event, Loaded, Started
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report, assemble
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import Rule
-from kbitcheck.judge.conditions import settler
 from kbitcheck.run import virtualenvs
+from kbitcheck.run.findings import settler
 from kbitcheck.run.pool import Worker
 from kbitcheck.strategies import Drawn, cases
 

@@ -14,10 +14,10 @@ from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.events import Collector, Event, Figures, Judged, Loaded, Settle, Started
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.rule import Rule, judge, select
-from kbitcheck.judge.conditions import settler
 from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.examine import examine, not_reached
+from kbitcheck.run.findings import settler
 from kbitcheck.run.subject import Implementation
 
 

@@ -15,8 +15,8 @@ from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Broken, Collector, Event, FaultTried, Started, WrongUsage
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
-from kbitcheck.judge.conditions import settler
 from kbitcheck.run import virtualenvs
+from kbitcheck.run.findings import settler
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
 from kbitcheck.run.requests import TryFaults

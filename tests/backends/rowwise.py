@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kbitcheck.backends.protocol import Arithmetic, Backend, Recognition
-from kbitcheck.backends.quantization import Quantization
-from kbitcheck.backends.schemes import Scheme
+from kbitcheck.backends.schemes import Choice, Scheme
 from kbitcheck.core.errors import NotApplicable
 
 STEPS = 127.0
@@ -36,7 +35,7 @@ class RowwiseLinear(nn.Module):
 
     def __init__(self, dense: nn.Module) -> None:
         super().__init__()
-        weight: Tensor = dense.weight.detach()  # type: ignore[assignment, operator]
+        weight: Tensor = dense.weight.detach()  # type: ignore[operator]
         weight = weight.T if type(dense).__name__ == "Conv1D" else weight
         self.out_features, self.in_features = weight.shape
         scales = weight.abs().amax(dim=1).float() / STEPS
@@ -94,7 +93,7 @@ class Rowwise(Backend):
     def arithmetic(self) -> Arithmetic:
         return RowwiseArithmetic()
 
-    def quantize(self, model: nn.Module, quantization: Quantization, skip: Sequence[str]) -> None:
+    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
         for name, module in list(model.named_modules()):
             dense = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
             if dense and not any(f".{skipped}." in f".{name}." for skipped in skip):

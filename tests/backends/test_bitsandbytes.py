@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes as bnb
 import bitsandbytes.functional as F
 import pytest
 import torch
@@ -25,9 +24,9 @@ def layer_of(scheme: str, rows: int, columns: int, *, nested: bool = False, seed
     weight = torch.randn(rows, columns, generator=generator)
     layer: Any
     if scheme == "int8":
-        layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
+        layer = modules.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
     else:
-        layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type=scheme, compress_statistics=nested)
+        layer = modules.Linear4bit(columns, rows, bias=False, quant_type=scheme, compress_statistics=nested)
     layer.weight.data = weight
     return layer.to("cpu")
 

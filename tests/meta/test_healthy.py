@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from kbitcheck_reference import prepare_model_for_kbit_training as reference
 
-from kbitcheck.backends.bitsandbytes import layers as backend_layers
+from kbitcheck.backends.bitsandbytes import arithmetic
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import judge, rules
@@ -146,7 +146,7 @@ def test_the_reference_keeps_everything_where_int8_layers_round_their_inputs(mod
     monkeypatch.setattr(bitsandbytes, "matmul", matmul)
     told = ("KB209", "KB304")  # from a CPU's arithmetic, by the yardstick
     assert set(broken(reference, {}, **case, codes=told)) == set(told)
-    monkeypatch.setattr(backend_layers, "UNROUNDED", ())
+    monkeypatch.setattr(arithmetic, "UNROUNDED", ())
     assert broken(reference, {}, **case) == {}
 
 

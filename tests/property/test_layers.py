@@ -144,7 +144,7 @@ def test_the_yardstick_rounds_inputs_as_int8_kernels_of_accelerators_do(sizes, d
     layer.train(False)  # where the kernel is the same on a CPU
     found = layer(x).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kbitcheck.backends.bitsandbytes.layers.UNROUNDED", ())
+        patch.setattr("kbitcheck.backends.bitsandbytes.arithmetic.UNROUNDED", ())
         rounded = backends.round_input(layer, x).double()
     weight = oracle.dequantized_weight(layer)
     spread = rounded.abs() @ weight.abs().T

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.bitsandbytes import config
 from kbitcheck.backends.protocol import Arithmetic, Backend, Kernels, Packing, Recognition
+from kbitcheck.backends.schemes import Choice
+from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from kbitcheck.backends.quantization import Quantization
 
 
 class BitsAndBytes(Backend):
@@ -56,13 +57,16 @@ class BitsAndBytes(Backend):
     def described(self, fields: Mapping[str, Any]) -> tuple[str, Mapping[str, object], Sequence[str]]:
         return config.described(fields)
 
-    def config(self, quantization: Quantization, skip: Sequence[str] | None) -> Any:
-        return config.transformers_config(quantization, skip)
+    def config(self, choice: Choice, skip: Sequence[str] | None) -> Any:
+        return config.transformers_config(choice, skip)
 
     def steady(self, model: nn.Module) -> None:
         from kbitcheck.backends.bitsandbytes.quirks import never_repacked
 
         never_repacked(model)
+
+    def findings(self) -> Sequence[Finding]:
+        return read_findings(Path(__file__).with_name("findings.toml"))
 
 
 BACKEND = BitsAndBytes()

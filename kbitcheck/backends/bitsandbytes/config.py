@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kbitcheck.backends.schemes import DTYPES, Option, Scheme, dtype_option, short_dtype
+from kbitcheck.backends.schemes import DTYPES, Choice, Option, Scheme, dtype_option, short_dtype
 from kbitcheck.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from kbitcheck.backends.quantization import Quantization
 
 # Nested quantization of the scales, the dtype of the matrix products, the dtype that packed weights are stored as.
 OPTIONS = (
@@ -20,20 +17,20 @@ OPTIONS = (
 SCHEMES = (Scheme("nf4", 4, OPTIONS), Scheme("fp4", 4, OPTIONS), Scheme("int8", 8))
 
 
-def transformers_config(quantization: Quantization, skip: Sequence[str] | None) -> Any:
+def transformers_config(choice: Choice, skip: Sequence[str] | None) -> Any:
     """A ``transformers.BitsAndBytesConfig``."""
     import torch
     import transformers
 
     make: Any = transformers.BitsAndBytesConfig
-    if quantization.scheme == "int8":
+    if choice.scheme == "int8":
         return make(load_in_8bit=True, llm_int8_skip_modules=skip)
     return make(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.scheme,
-        bnb_4bit_use_double_quant=bool(quantization["double"]),
-        bnb_4bit_compute_dtype=getattr(torch, DTYPES[quantization["compute"]]),
-        bnb_4bit_quant_storage=getattr(torch, DTYPES[quantization["storage"]]),
+        bnb_4bit_quant_type=choice.scheme,
+        bnb_4bit_use_double_quant=bool(choice["double"]),
+        bnb_4bit_compute_dtype=getattr(torch, DTYPES[choice["compute"]]),
+        bnb_4bit_quant_storage=getattr(torch, DTYPES[choice["storage"]]),
         llm_int8_skip_modules=skip,
     )
 

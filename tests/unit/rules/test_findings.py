@@ -9,7 +9,8 @@ import pytest
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.finding import Condition, Finding
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
-from kbitcheck.judge.conditions import findings, settler
+from kbitcheck.judge.conditions import settle
+from kbitcheck.run.findings import findings, settler
 
 ENVIRONMENT = {"device": "cpu", "cpu_capability": "AVX512"}
 RAGGED = Observation(
@@ -69,8 +70,8 @@ def test_who_is_excused(decides: bool, excused: bool) -> None:
         condition=Condition(dtypes=("float32",), where="q_proj"),
     )  # fmt: skip
     case = spec(implementation="somebody:prepare")
-    told = settler([case], [finding])(failed(case, RAGGED), ENVIRONMENT).finding
-    assert told == ("why (s.py, t#1)" if excused else "")
+    line = settle(failed(case, RAGGED), case, ENVIRONMENT, [finding]).finding
+    assert line == ("why (s.py, t#1)" if excused else "")
 
 
 def test_what_passed_is_left_alone() -> None:

@@ -15,10 +15,10 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Observation, Party, Result, Status
 from kbitcheck.core.rule import judge, select
-from kbitcheck.judge.conditions import settler
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import open_case
 from kbitcheck.run import subject as implementations
+from kbitcheck.run.findings import settler
 from kbitcheck.run.runner import run
 
 QUANTS = ("nf4,double", "int8")
