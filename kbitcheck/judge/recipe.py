@@ -13,13 +13,14 @@ from kbitcheck.core.rule import rule
 
 @rule("KB215", "one-recipe", Level.MUST)
 def one_recipe(facts: Facts) -> Iterable[Observation]:
-    """The dtypes follow one recipe: all norms of a tower have one dtype, and so have its embeddings, the heads and the adapters.
+    """Dtypes follow one recipe: the norms of a tower share a dtype, and so do its embeddings, the heads, and the adapters.
 
-    The rule holds under every profile. Parameters that were loaded in float32 do not count.
+    The rule holds under every profile. Parameters that were loaded in float32 do not count; a mixture that the base was
+    loaded with is noted, and is no failure.
 
-    Why: no trainer prepares a model in such a mixture, so a cast has missed some parameters, or has reached too many.
-    Symptom: "expected scalar type Float but found BFloat16" in some layers alone.
-    Fix: cast by type of parameter, not by a list of names; cast adapters all or not at all.
+    Why: no trainer prepares a model with a mixture of dtypes. A cast missed some parameters, or reached too many.
+    Symptom: "expected scalar type Float but found BFloat16", in some layers only.
+    Fix: cast by kind of parameter, not by a list of names; cast all adapters or none.
     Sources: unsloth-zoo#680, trl#7268, specification KB215.
     """
     try:
