@@ -16,9 +16,16 @@ from kbitcheck.report import FORMATS
 
 IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
 PREPARE_HELP = "Preparation to use; default: peft if installed, else reference."
-QUANT_HELP = "nf4|fp4[,double][,compute=bf16][,storage=uint8][,skip=lm_head] or int8[,skip=..]; repeatable."
 
 Read = Callable[[str, str], Any]  # the option as the user writes it, and its value
+Help = str | Callable[[], str]  # a text, or what gives it where help is printed
+
+
+def quant_help() -> str:
+    """The schemes of all registered backends, with their options."""
+    from kbitcheck.backends.quantization import usage  # searches the installed packages for backends
+
+    return f"Quantization: {usage()}; repeatable."
 
 
 def as_text(option: str, value: str) -> str:
@@ -63,7 +70,7 @@ def seconds(option: str, value: str) -> float:
     return number
 
 
-def option(text: str, default: Any, *, metavar: str = "", read: Read = as_text, short: str = "") -> Any:
+def option(text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: str = "") -> Any:
     """A field that is an option. A default of False makes it a switch, an empty tuple makes it repeatable."""
     return field(default=default, metadata={"help": text, "metavar": metavar, "read": read, "short": short})
 
@@ -127,6 +134,7 @@ def add_options(parser: Parser, kind: type) -> None:
 
 def _add(parser: Parser, each: Field[Any]) -> None:
     text, metavar = each.metadata["help"], each.metadata["metavar"]
+    text = text() if callable(text) else text
     if "nargs" in each.metadata:
         extra = {} if each.default is MISSING else {"default": each.default}
         parser.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
@@ -161,7 +169,7 @@ class ReportOptions:
 class RunOptions(ReportOptions):
     """What all commands that run cases share."""
 
-    quant: Sequence[str] = option(QUANT_HELP, (), metavar="Q")
+    quant: Sequence[str] = option(quant_help, (), metavar="Q")
     checkpointing: Sequence[Checkpointing] = choice("Gradient checkpointing; repeatable.", (), Checkpointing)
     profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile)
     select: Sequence[str] = option("Only these rules; prefixes (KB3) too; repeatable.", (), metavar="CODES")

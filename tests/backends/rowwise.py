@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from kbitcheck.backends.protocol import Arithmetic, Backend, Recognition
-from kbitcheck.backends.schemes import Choice, Scheme
-from kbitcheck.core.errors import NotApplicable
+from kbitcheck.extend import Arithmetic, Backend, Choice, NotApplicable, Recognition, Scheme
 
 STEPS = 127.0
 
