@@ -13,6 +13,7 @@ from kbitcheck.core.rule import judge, rules
 from kbitcheck.observe import static as static_case
 from kbitcheck.observe.case import Case, open_case
 from kbitcheck.observe.device import free_bytes
+from kbitcheck.observe.forecast.predict import default_mode
 from kbitcheck.observe.static import NEEDS_A_RUN, StaticCase
 from kbitcheck.run.subject import describe
 
@@ -164,3 +165,21 @@ def test_a_config_without_weights_can_only_be_static(tmp_path):
 def test_a_broken_config_is_wrong_usage(tmp_path, fields, told):
     with pytest.raises(UsageError, match=told):
         opened(with_fields(tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mode"),
+    [
+        ("peft", "reentrant"),
+        ("peft==0.13.2", "reentrant"),
+        ("peft>=0.13,<1", "reentrant"),
+        ("peft:prepare_model_for_kbit_training", "reentrant"),
+        ("peft.utils.other:prepare_model_for_kbit_training", "reentrant"),
+        ("peft.py:prepare", "non-reentrant"),
+        ("peft-fork==1.0", "non-reentrant"),
+        ("my/peft.py:prepare", "non-reentrant"),
+        ("reference", "non-reentrant"),
+    ],
+)
+def test_peft_is_predicted_reentrant_however_it_is_named(implementation: str, mode: str) -> None:
+    assert default_mode(implementation) == mode

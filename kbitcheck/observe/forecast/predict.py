@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +25,14 @@ from kbitcheck.observe.forecast.growth import USUAL, Growth, shapes
 from kbitcheck.observe.probes import adapters as adapter_probe
 
 BATCH, SEQ_LEN = 1, 2048
+# PEFT however it is named (peft, peft==0.13.2, peft:function, peft.utils:function), and no file peft.py.
+PEFT = re.compile(r"peft(?![\w-]|\.py\b)")
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
 def default_mode(implementation: str) -> str:
-    """The mode where none is named: PEFT passes none on, and torch's is reentrant (docs/findings/peft_implicit_reentrant.py)."""
-    return "reentrant" if implementation == "peft" else "non-reentrant"
+    """The mode of a call that names none: PEFT passes none on, and torch's is reentrant (docs/findings/peft_implicit_reentrant.py)."""
+    return "reentrant" if PEFT.match(implementation) else "non-reentrant"
 
 
 def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, ...] = ()) -> ForecastFacts:
