@@ -156,8 +156,8 @@ def _failures(by_rule: Mapping[str, Result], rule: str) -> Iterable[Any]:
 
 def _kept(by_rule: Mapping[str, Result], rule: str) -> bool | None:
     """Whether a rule holds; None where it was not judged."""
-    found = by_rule.get(rule)
-    return None if found is None or found.status in (Status.SKIP, Status.ERROR) else found.status is Status.PASS
+    result = by_rule.get(rule)
+    return None if result is None or result.status in (Status.SKIP, Status.ERROR) else result.status is Status.PASS
 
 
 def _trains(by_rule: Mapping[str, Result]) -> bool | None:

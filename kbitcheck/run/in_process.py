@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError, cause
-from kbitcheck.core.events import Collector, Event, Figures, Judged, Loaded, Settle, Started
+from kbitcheck.core.events import Collector, Event, Judged, Loaded, Settle, Started
 from kbitcheck.core.report import Report, assemble
-from kbitcheck.core.rule import Rule, judge, select
+from kbitcheck.core.rule import Rule, select
 from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.examine import examine, not_reached
@@ -160,12 +160,10 @@ def assert_prepared(
     environment = devices.describe(spec.device, spec.seed)
     with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
         case = prepared.open_prepared(spec, model, batch)
-        results = [judge(rule, case) for rule in rules]
-        figures = Figures(case=case.case, facts=case.summary())
-        case.close()
-    loaded = Loaded(implementation={"name": "your code"}, environment=environment)
+        loaded = Loaded(implementation={"name": "your code"}, environment=environment)
+        collected = _collected(loaded, examine(case, rules))
     return assemble(
-        _collected(loaded, [*(Judged(result=result) for result in results), figures]),
+        collected,
         {case.case: spec.as_json()},
         subject={"command": "assert_prepared", "ignored": dict(ignore)},
         blame="own",

@@ -65,35 +65,35 @@ class Requirement:
             )
 
     def content(self) -> str:
-        """What tells one content of a moving requirement from another: a branch's commit, a path's files; else empty."""
+        """The version of a requirement that can change under its name: a branch's commit, a digest of a path's files; or ""."""
         if self.path is not None:
             return _digest(self.path)
         address = self.text.partition("@")[2].strip() if self.project and "@" in self.text else self.text
-        found = GIT.fullmatch(address)
-        return "" if found is None else _commit(found["url"], found["ref"] or "HEAD")
+        git = GIT.fullmatch(address)
+        return "" if git is None else _commit(git["url"], git["ref"] or "HEAD")
 
 
 def parse(text: str) -> Requirement | None:
     """The requirement that an implementation's name begins with; None where it names what is installed here.
 
     Raises:
-        UsageError: it is a requirement, and says not which function of it.
+        UsageError: it is a requirement that does not say which of its functions prepares.
     """
-    requirement, separator, function = text.rpartition(SEPARATOR)
+    package, separator, function = text.rpartition(SEPARATOR)
     if separator:
-        if not requirement.strip():
+        if not package.strip():
             raise UsageError(f"implementation {text!r} names nothing to install before {SEPARATOR}")
-        return Requirement(requirement.strip(), function.strip())
+        return Requirement(package.strip(), function.strip())
     if not PINNED.fullmatch(text) and not text.startswith("git+"):
         return None
-    found = Requirement(text.strip(), "")
-    if found.project not in FUNCTIONS:
+    release = Requirement(text.strip(), "")
+    if release.project not in FUNCTIONS:
         raise UsageError(f"implementation {text!r} names no function: write {text}{SEPARATOR}module:function")
-    return Requirement(found.text, FUNCTIONS[found.project])
+    return Requirement(release.text, FUNCTIONS[release.project])
 
 
 def _digest(path: Path) -> str:
-    """Of the names and bytes of a file, or of all source files in a directory."""
+    """A digest of the name and bytes of a file, or of all source files in a directory."""
     total = hashlib.blake2b(digest_size=16)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _source(p, path))
     for file in files:
@@ -108,12 +108,12 @@ def _source(file: Path, root: Path) -> bool:
 
 
 def _commit(url: str, ref: str) -> str:
-    """The commit that a branch or tag of a repository is at; the name itself where the repository does not tell."""
+    """The commit of a branch or tag in a repository; the name itself where the repository does not answer."""
     if COMMIT.fullmatch(ref):
         return ref
     words = [shutil.which("git") or "git", "ls-remote", "--exit-code", url, ref, f"{ref}^{{}}"]
     try:
-        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
+        listed = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return ref
-    return told.stdout.split()[0] if told.stdout else ref
+    return listed.stdout.split()[0] if listed.stdout else ref

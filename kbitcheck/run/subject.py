@@ -23,7 +23,7 @@ from typing import Any
 from kbitcheck.core.cases import REFERENCE, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe import library_attributes
-from kbitcheck.run import requirements as requirement
+from kbitcheck.run import requirements
 
 ALIASES = {
     REFERENCE: "kbitcheck_reference:prepare_model_for_kbit_training",
@@ -59,7 +59,7 @@ class Implementation:
 
 def default_profile(name: str) -> Profile:
     """The profile under which ``kbitcheck model`` judges: PEFT and the reference promise PEFT's recipe, others their own."""
-    release = requirement.parse(name)
+    release = requirements.parse(name)
     function = release.function if release else ALIASES.get(name, name)
     return "peft" if function in ALIASES.values() else "auto"
 
@@ -75,18 +75,18 @@ def validate(text: str) -> None:
     Raises:
         UsageError: wrong syntax, or no such file or top-level module.
     """
-    wanted = requirement.parse(text)
+    requirement = requirements.parse(text)
     where, attribute = _split(text)
     if not where or not DOTTED.fullmatch(attribute):
         raise UsageError(f"implementation {text!r} names no function: write {FORMS}")
-    if wanted is not None:
-        wanted.validate()
+    if requirement is not None:
+        requirement.validate()
     if _is_file(where):
         if not Path(where).is_file():
             raise UsageError(f"implementation {text!r}: no such file: {where}")
     elif not DOTTED.fullmatch(where):
         raise UsageError(f"implementation {text!r} is not one of {FORMS}")
-    elif wanted is None:
+    elif requirement is None:
         top = where.partition(".")[0]
         if top not in sys.modules and PathFinder.find_spec(top, [str(Path.cwd()), *sys.path]) is None:
             raise UsageError(f"implementation {text!r}: no module named {top!r} is installed or in this directory")
@@ -109,15 +109,15 @@ def load(text: str) -> Implementation:
         raise (Missing if gone else UsageError)(
             f"implementation {text!r} cannot be imported: {cause(error)}"
         ) from error
-    found: Any = module
+    function: Any = module
     for name in attribute.split("."):
         try:
-            found = getattr(found, name)
+            function = getattr(function, name)
         except AttributeError:
             raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
-    if not callable(found):
-        raise Missing(f"implementation {text!r} is a {type(found).__name__}, which cannot be called")
-    subject = describe(found, name=text, version=_version(module))
+    if not callable(function):
+        raise Missing(f"implementation {text!r} is a {type(function).__name__}, which cannot be called")
+    subject = describe(function, name=text, version=_version(module))
     return replace(subject, patches=library_attributes.replaced_at_import(before))
 
 
@@ -149,8 +149,8 @@ def describe(function: Callable[..., Any], *, name: str = "", version: str = "")
 
 
 def _split(text: str) -> tuple[str, str]:
-    wanted = requirement.parse(text)
-    where, _, attribute = (ALIASES.get(text, text) if wanted is None else wanted.function).rpartition(":")
+    requirement = requirements.parse(text)
+    where, _, attribute = (ALIASES.get(text, text) if requirement is None else requirement.function).rpartition(":")
     return where, attribute
 
 
@@ -159,11 +159,11 @@ def _is_file(where: str) -> bool:
 
 
 def _import(name: str, text: str) -> ModuleType:
-    if (wanted := requirement.parse(text)) is not None:
+    if (requirement := requirements.parse(text)) is not None:
         # Before PYTHONPATH, which may hold another state of the same package.
         packages = sysconfig.get_path("purelib")
-        if not Path(packages, requirement.PARENT).exists():
-            raise ImportError(f"{wanted.text} has an environment of its own, and cannot be loaded in this process")
+        if not Path(packages, requirements.PARENT).exists():
+            raise ImportError(f"{requirement.text} has an environment of its own, and cannot be loaded in this process")
         sys.path.insert(0, packages)
     elif text not in ALIASES:
         _first_on_path(Path.cwd())
@@ -199,5 +199,5 @@ def _version(module: ModuleType) -> str:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
-    found = getattr(module, "__version__", "")
-    return found if isinstance(found, str) else ""
+    version = getattr(module, "__version__", "")
+    return version if isinstance(version, str) else ""

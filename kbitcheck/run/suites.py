@@ -52,9 +52,9 @@ def cases(
     Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
     quantizations or modes crosses the suite's models with them.
     """
-    for name, given in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
-        if isinstance(given, str):
-            raise UsageError(f"{name} is a list, of one: [{given!r}]")
+    for name, value in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
+        if isinstance(value, str):
+            raise UsageError(f"{name} is a list, of one: [{value!r}]")
     if models or quants:
         cells = [
             (model, quant, checkpointing or ("reentrant", "non-reentrant", "off"))

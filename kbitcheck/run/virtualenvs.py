@@ -8,7 +8,6 @@ the subject brings stands before them.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -25,9 +24,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Broken, WrongUsage
-from kbitcheck.run import requirements as requirement
+from kbitcheck.run import requirements
 from kbitcheck.run.requests import Load
 from kbitcheck.run.requirements import Requirement
 from kbitcheck.run.worker_process import WorkerProcess
@@ -41,7 +42,7 @@ TIED_TO_TORCH = ("torchvision", "torchaudio", "xformers")
 OLDER_TRANSFORMERS = ("4.57.6", "4.56.2")
 LOAD_SECONDS = 300.0  # importing two stacks with a cold cache
 LAYOUT = 2  # of what is in an environment; a new number makes new ones
-TOLD = "kbitcheck.json"
+RECORD = "kbitcheck.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class Environment:
 
 def cache() -> Path:
     """Where environments are kept: ``$KBITCHECK_CACHE``, or the user's cache directory."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given).expanduser().absolute() / "environments"
+    if directory := os.environ.get(VARIABLE):
+        return Path(directory).expanduser().absolute() / "environments"
     import platformdirs
 
     return platformdirs.user_cache_path("kbitcheck") / "environments"
@@ -69,45 +70,45 @@ def cache() -> Path:
 def interpreter(implementation: str, say: Callable[[str], None] = lambda line: None) -> str:
     """The Python that runs an implementation: this one, or that of an environment, which is built where there is none.
 
-    ``say`` is told, in a line, of what takes long.
+    ``say`` gets a line where something takes long.
 
     Raises:
         UsageError: the requirement cannot be installed, or its function cannot be imported beside any transformers.
     """
-    wanted = requirement.parse(implementation)
-    return sys.executable if wanted is None else ready(wanted, say).python
+    requirement = requirements.parse(implementation)
+    return sys.executable if requirement is None else ready(requirement, say).python
 
 
-def ready(wanted: Requirement, say: Callable[[str], None] = lambda line: None) -> Environment:
+def ready(requirement: Requirement, say: Callable[[str], None] = lambda line: None) -> Environment:
     """The environment of a requirement, built where there is none.
 
     Raises:
         UsageError: it cannot be built.
     """
-    wanted.validate()
-    folder = cache() / f"{wanted.project or 'subject'}-{_key(wanted)}"
-    if (found := _read(folder)) is not None:
-        return found
+    requirement.validate()
+    folder = cache() / f"{requirement.project or 'subject'}-{_key(requirement)}"
+    if (built := _read(folder)) is not None:
+        return built
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock"), lambda: say(f"another process is installing {wanted.text}")):
-            if (found := _read(folder)) is None:
-                say(f"installing {wanted.text} into an environment of its own, once")
-                found = _build(wanted, folder)
+        with _locked(folder.with_suffix(".lock"), lambda: say(f"another process is installing {requirement.text}")):
+            if (built := _read(folder)) is None:
+                say(f"installing {requirement.text} into an environment of its own, once")
+                built = _build(requirement, folder)
     except OSError as error:
-        raise UsageError(f"{wanted.text} cannot be installed in {folder.parent}: {error}") from error
-    return found
+        raise UsageError(f"{requirement.text} cannot be installed in {folder.parent}: {error}") from error
+    return built
 
 
 class Refused(Exception):
-    """The subject does not go with this transformers; another may do."""
+    """The implementation cannot be imported beside this transformers; another version may do."""
 
 
 class Conflict(Refused):
-    """It says itself that it does not, and so which one does."""
+    """The implementation's own requirements exclude this transformers, and so say which version they allow."""
 
 
-def _build(wanted: Requirement, folder: Path) -> Environment:
+def _build(requirement: Requirement, folder: Path) -> Environment:
     """Build beside the place and move there when all is done: an environment is whole, or is not there."""
     draft = folder.with_suffix(".draft")
     for old in (draft, folder):
@@ -116,26 +117,34 @@ def _build(wanted: Requirement, folder: Path) -> Environment:
     todo = _candidates()
     try:
         while todo:
-            asked = todo.pop(0)
+            version = todo.pop(0)
             try:
-                _furnish(wanted, draft, asked)
+                _furnish(requirement, draft, version)
             except Refused as error:
                 if isinstance(error, Conflict):
                     # Its own requirements decide: whichever they allow, or none.
-                    todo = [""] if asked else []
-                refused.append(f"transformers {asked or 'of its own choice'}: {error}")
+                    todo = [""] if version else []
+                refused.append(f"transformers {version or 'of its own choice'}: {error}")
                 continue
-            transformers = asked or _chosen(draft)
-            told = {"requirement": wanted.text, "function": wanted.function, "transformers": transformers}
-            (draft / TOLD).write_text(json.dumps({**told, "refused": refused}, indent=1) + "\n", encoding="utf-8")
+            transformers = version or _chosen(draft)
+            record = {
+                "requirement": requirement.text,
+                "function": requirement.function,
+                "transformers": transformers,
+                "refused": refused,
+            }
+            (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             draft.rename(folder)
             return Environment(folder, transformers)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    raise UsageError(f"{wanted.text} goes with no transformers that kbitcheck runs on: {'; '.join(refused)}")
+    raise UsageError(
+        f"{requirement.text} is incompatible with every transformers version that kbitcheck supports: "
+        f"{'; '.join(refused)}"
+    )
 
 
-def _furnish(wanted: Requirement, draft: Path, transformers: str) -> None:
+def _furnish(requirement: Requirement, draft: Path, transformers: str) -> None:
     """Install the subject and a transformers, and load the function once.
 
     Raises:
@@ -143,16 +152,16 @@ def _furnish(wanted: Requirement, draft: Path, transformers: str) -> None:
         UsageError: not at all.
     """
     venv.create(draft, with_pip=False, clear=True)
-    (_packages(draft) / requirement.PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
+    (_packages(draft) / requirements.PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
     pins = draft / "constraints.txt"
     held = {name: _version(name) for name in PINNED}
     lines = [f"{name}=={version}" for name, version in held.items() if version]
     pins.write_text("\n".join([*lines, f"transformers>={OLDER_TRANSFORMERS[-1]}", ""]), encoding="utf-8")
-    _install(wanted, draft, [f"transformers=={transformers}"] if transformers else [])
-    _load(wanted, draft)
+    _install(requirement, draft, [f"transformers=={transformers}"] if transformers else [])
+    _load(requirement, draft)
 
 
-def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
+def _install(requirement: Requirement, draft: Path, beside: Sequence[str]) -> None:
     python = _python(draft)
     held = ["--constraint", str(draft / "constraints.txt")]
     if uv := shutil.which("uv"):
@@ -161,22 +170,22 @@ def _install(wanted: Requirement, draft: Path, beside: Sequence[str]) -> None:
         names = (*PINNED, *TIED_TO_TORCH)
         spared.write_text("".join(f"{name}; python_version < '3'\n" for name in names), encoding="utf-8")
         uses = [uv, "pip", "install", "--quiet", "--python", str(python), "--overrides", str(spared), *held]
-        return _succeed(wanted, [*uses, wanted.pip, *beside])
+        return _succeed(requirement, [*uses, requirement.pip, *beside])
     if importlib.util.find_spec("pip") is None:
         raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
     options = ["--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
     uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
-    if wanted.project and not _version(wanted.project):
-        return _succeed(wanted, [*uses, wanted.pip, *beside])
+    if requirement.project and not _version(requirement.project):
+        return _succeed(requirement, [*uses, requirement.pip, *beside])
     # pip takes what is on the path for installed: the subject itself must be in the environment in any case.
-    _succeed(wanted, [*uses, "--no-deps", "--ignore-installed", wanted.pip])
+    _succeed(requirement, [*uses, "--no-deps", "--ignore-installed", requirement.pip])
     [subject] = metadata.distributions(path=[str(_packages(draft))])
-    extras = re.fullmatch(r"[^\[]*(\[[^\]]*\])?.*", wanted.text)
+    extras = re.fullmatch(r"[^\[]*(\[[^\]]*\])?.*", requirement.text)
     named = f"{subject.name}{(extras and extras[1]) or ''}=={subject.version}"
-    return _succeed(wanted, [*uses, named, *beside])
+    return _succeed(requirement, [*uses, named, *beside])
 
 
-def _succeed(wanted: Requirement, words: Sequence[str]) -> None:
+def _succeed(requirement: Requirement, words: Sequence[str]) -> None:
     """Run an installer.
 
     Raises:
@@ -186,10 +195,11 @@ def _succeed(wanted: Requirement, words: Sequence[str]) -> None:
     code, printed = _run(words)
     if code == 0:
         return
-    told = _complaint(printed) or f"the installer ended with {code}"
-    if "transformers" in told and not any(f"constraint) {name}" in told for name in PINNED):
-        raise Conflict(told)
-    raise UsageError(f"{wanted.text} cannot be installed: {told}")
+    complaint = _complaint(printed) or f"the installer ended with {code}"
+    # Installers report conflicts in prose alone.
+    if "transformers" in complaint and not any(f"constraint) {name}" in complaint for name in PINNED):
+        raise Conflict(complaint)
+    raise UsageError(f"{requirement.text} cannot be installed: {complaint}")
 
 
 def _complaint(printed: str) -> str:
@@ -219,9 +229,9 @@ def _run(words: Sequence[str]) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def _load(wanted: Requirement, draft: Path) -> None:
+def _load(requirement: Requirement, draft: Path) -> None:
     """Load the function in the environment, as a run will."""
-    text = f"{wanted.text}{requirement.SEPARATOR}{wanted.function}"
+    text = f"{requirement.text}{requirements.SEPARATOR}{requirement.function}"
     scratch = draft / "scratch"
     scratch.mkdir()
     worker = WorkerProcess(scratch, python=str(_python(draft)))
@@ -246,47 +256,50 @@ def _candidates() -> list[str]:
 def _chosen(folder: Path) -> str:
     """The transformers that an environment brings, or sees."""
     own = metadata.distributions(name="transformers", path=[str(_packages(folder))])
-    return next((found.version for found in own), _version("transformers"))
+    return next((one.version for one in own), _version("transformers"))
 
 
 def parents() -> list[str]:
     """The directories where kbitcheck, its oracle and the stack are imported from here; imports none of them."""
-    found = []
+    directories = []
     for name in SHARED:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
             file = Path(spec.origin)
-            found.append(str(file.parents[1] if spec.submodule_search_locations else file.parent))
-    return list(dict.fromkeys(found))
+            directories.append(str(file.parents[1] if spec.submodule_search_locations else file.parent))
+    return list(dict.fromkeys(directories))
 
 
-def _key(wanted: Requirement) -> str:
-    what = (
-        LAYOUT, wanted.text if wanted.path is None else str(wanted.path), wanted.content(), wanted.function,
+def _key(requirement: Requirement) -> str:
+    parts = (
+        LAYOUT, requirement.text if requirement.path is None else str(requirement.path), requirement.content(), requirement.function,
         platform.python_version(), sys.prefix, parents(), _candidates(), [_version(name) for name in PINNED],
     )  # fmt: skip
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def _read(folder: Path) -> Environment | None:
     """A built environment, if it is there and its interpreter still is."""
     try:
-        told = json.loads((folder / TOLD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return Environment(folder, told["transformers"]) if _python(folder).exists() else None
+    return Environment(folder, record["transformers"]) if _python(folder).exists() else None
 
 
 @contextlib.contextmanager
 def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold a lock that the system drops when its holder dies; ``waiting`` is called where another holds it."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _packages(folder: Path) -> Path:

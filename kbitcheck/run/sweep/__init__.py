@@ -12,13 +12,13 @@ from typing import Any
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.compare.sweep import Finding, Row, Table, row
-from kbitcheck.core import machine as environment
+from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import rules
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.core.version import VERSION
-from kbitcheck.run import requirements as requirement
+from kbitcheck.run import requirements
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.sweep.journal import Journal
 from kbitcheck.run.sweep.request import SweepRequest
@@ -35,7 +35,7 @@ def shard(names: Iterable[str], index: int, total: int) -> Iterator[str]:
 def swept(request: SweepRequest, *, say: Callable[[str], None], echo: Callable[[str], None] | None = None) -> Table:
     """Run a sweep; an interrupt ends it with ``complete=False`` and the rows so far.
 
-    ``say`` is told each row as it comes.
+    ``say`` gets a line for each row as it comes.
 
     Raises:
         Lost: the architectures cannot be listed.
@@ -43,15 +43,15 @@ def swept(request: SweepRequest, *, say: Callable[[str], None], echo: Callable[[
     """
     implementation = request.prepare or implementations.default()
     implementations.validate(implementation)
-    if requirement.parse(implementation):
+    if requirements.parse(implementation):
         raise UsageError(f"--prepare {implementation}: a sweep is of the transformers that is installed here")
-    environment.validate_device(request.device)
+    machine.validate_device(request.device)
     quant = str(Quantization.parse(request.quant))
     common: dict[str, Any] = {"checkpointing": request.checkpointing, "profile": request.profile, "seed": request.seed}
     key = {"task": request.task, "quant": quant, "prepare": implementation, "device": request.device, **common}
     journal = Journal(
         Path(f"{request.output}.jsonl") if request.output else None,
-        {**key, "kbitcheck": VERSION, **environment.versions()},
+        {**key, "kbitcheck": VERSION, **machine.versions()},
     )
     if journal.stale:
         say("the rows beside the output are of another sweep: starting anew")
@@ -60,7 +60,7 @@ def swept(request: SweepRequest, *, say: Callable[[str], None], echo: Callable[[
         model = f"arch:{request.task}/{name}"
         return CaseSpec(model=model, quant=quant, implementation=implementation, device=request.device, **common)
 
-    told: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
     chosen: dict[str, str] = {}
     complete = True
     try:
@@ -70,19 +70,19 @@ def swept(request: SweepRequest, *, say: Callable[[str], None], echo: Callable[[
             say(f"{len(chosen) - len(todo)} of {len(chosen)} rows are there already")
         rows = examine(
             todo, spec, list(rules().values()), jobs=request.jobs, timeout=request.timeout,
-            on_environment=told.update, echo=echo,
+            on_environment=environment.update, echo=echo,
         )  # fmt: skip
         with contextlib.closing(rows):
-            for number, found in enumerate(rows, len(chosen) - len(todo) + 1):
-                journal.add(found)
-                say(f"{number}/{len(chosen)} {found.architecture}: {found.reason or 'audited'}")
+            for number, finished in enumerate(rows, len(chosen) - len(todo) + 1):
+                journal.add(finished)
+                say(f"{number}/{len(chosen)} {finished.architecture}: {finished.reason or 'audited'}")
     except KeyboardInterrupt:
         complete = False
     return Table(
         task=request.task,
         selected=len(chosen),
         options={"command": request.command, **key},
-        environment=told or {"python": platform.python_version(), **environment.versions()},
+        environment=environment or {"python": platform.python_version(), **machine.versions()},
         rows=[journal.rows[name] for name in sorted(chosen) if name in journal.rows],
         complete=complete,
     )
