@@ -27,7 +27,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.sources.resolve import Source, resolve
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.forecast import weights
-from kbitcheck.observe.probes import adapters, step
+from kbitcheck.observe.probes import adapters, step, switches
 from kbitcheck.observe.probes.live import Live
 from kbitcheck.observe.probes.memory import returnable
 from kbitcheck.observe.probes.snapshot import snapshot
@@ -175,7 +175,7 @@ def _steps(
 
 def _step(wrapped: Any, fed: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, device: str) -> int:
     """One training step; returns the bytes of cuBLAS's workspaces, which torch's allocator counts."""
-    with step.cache_off(wrapped):
+    with switches.cache_off(wrapped):
         output = wrapped(**step.feed(wrapped, fed))
         output.loss.backward()
     del output  # held till here, logits and all, as a plain loop does
@@ -191,10 +191,10 @@ def _step(wrapped: Any, fed: Mapping[str, torch.Tensor], optimizer: torch.optim.
 
 def _switch(model: Any, mode: str) -> None:
     if mode == "off":
-        step.quietly(model.gradient_checkpointing_disable)
+        switches.quietly(model.gradient_checkpointing_disable)
     else:
         kwargs = {"use_reentrant": mode == "reentrant"}
-        step.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs))
+        switches.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs))
 
 
 def row(plan: Plan, device: str) -> dict[str, Any]:

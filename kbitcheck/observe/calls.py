@@ -11,7 +11,7 @@ from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, HonouredArguments, ModelFacts, RefusedCall
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import adapters, memory, step, targets
+from kbitcheck.observe.probes import adapters, memory, switches, targets
 from kbitcheck.observe.probes.call import SECOND, THIRD, call
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.stages import mix_training_flags
@@ -61,7 +61,7 @@ class Calls:
         if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
             model.disable_input_require_grads()
         if self._preparation.loaded.facts.can_checkpoint and hasattr(model, "gradient_checkpointing_disable"):
-            step.quietly(model.gradient_checkpointing_disable)
+            switches.quietly(model.gradient_checkpointing_disable)
         return snapshot(model)
 
     @cached_property
@@ -115,7 +115,7 @@ class Calls:
         model, facts = self._preparation.observed_copy(**{SECOND: True, THIRD: passed})
         attached = self._preparation.attach(model)
         # Without dropout: with the random state not preserved another mask, and other experts, are recomputed.
-        with step.dropout_raised(attached.model, 0.0):
+        with switches.dropout_raised(attached.model, 0.0):
             run = self._preparation.step(attached).facts
         return HonouredArguments(arguments={k: str(v) for k, v in passed.items()}, run=run, call=facts)
 

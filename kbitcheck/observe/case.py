@@ -47,7 +47,7 @@ from kbitcheck.observe.fact import Fact, OpenCase
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import digest, layers, step
+from kbitcheck.observe.probes import digest, layers, step, switches
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Prepared, Wrapped
 from kbitcheck.observe.static import static_case
@@ -299,6 +299,6 @@ def checkpointed_alone(
     """No preparation: the base frozen, so that adapters alone train, and checkpointed as transformers does it."""
     model.requires_grad_(False)
     if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
-        step.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs))
+        switches.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs))
         model.enable_input_require_grads()
     return model

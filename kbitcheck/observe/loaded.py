@@ -205,7 +205,7 @@ class Loaded:
     def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
         autocast = self.autocast(profile) if profile else None
-        run = partial(twin.forward_logits, model, self.batch, autocast() if autocast else None)
+        run = partial(forwards.forward_logits, model, self.batch, autocast() if autocast else None)
         return targets.Routed(*targets.routed(model, run))
 
     def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:

@@ -40,7 +40,7 @@ from kbitcheck.observe.case import Case
 from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import adapters as adapter_probe
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
@@ -114,7 +114,7 @@ def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None
     except (RuntimeError, TypeError) as error:
         raise Unavailable(f"the model cannot be copied: {error}".splitlines()[0]) from None
     pristine.state_dict()  # a backend may undo what it repacked for inference when it saves
-    step.set_dropout(pristine, 0.0)  # or no step compares with another; KB307 raises it
+    switches.set_dropout(pristine, 0.0)  # or no step compares with another; KB307 raises it
     dtypes = {name: p.dtype for name, p in owned(pristine).items()}
     return Loaded(
         pristine,

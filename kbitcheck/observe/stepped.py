@@ -14,7 +14,7 @@ from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import Distance, GradientFacts, LayerBackward, MemoryFacts, RunFacts
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.outputs import Outputs
-from kbitcheck.observe.probes import layers, memory, step
+from kbitcheck.observe.probes import layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.stages import Wrapped
 
@@ -39,7 +39,7 @@ class Stepped:
     @cached_property
     def _plain(self) -> step.Step:
         attached = self._wrapped.attached
-        with step.checkpointing_off(attached.model):
+        with switches.checkpointing_off(attached.model):
             return self._preparation.step(attached, watch=True)
 
     @cached_property
@@ -99,7 +99,7 @@ class Stepped:
     def against_other_mode(self) -> Mapping[str, Distance]:
         """Adapter gradients of ``run`` against those of a step in the other checkpointing mode."""
         attached = self._wrapped.attached
-        with step.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
+        with switches.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
             other = self._preparation.step(attached).gradients
         return step.distances(self._checkpointed.gradients, other, self._yardsticks)
 
@@ -108,9 +108,9 @@ class Stepped:
         """As ``against_plain``, with every dropout raised and one seed."""
         attached = self._wrapped.attached
         gradients = []
-        with step.dropout_raised(attached.model):
+        with switches.dropout_raised(attached.model):
             for plain in (False, True):
-                with step.checkpointing_off(attached.model) if plain else nullcontext():
+                with switches.checkpointing_off(attached.model) if plain else nullcontext():
                     gradients.append(self._preparation.step(attached).gradients)
         return step.distances(gradients[0], gradients[1], self._yardsticks)
 

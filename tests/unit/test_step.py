@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import blocks
 
 layers: Any = pytest.importorskip("transformers.modeling_layers", reason="this transformers has no such layer")
 
@@ -49,7 +49,7 @@ def test_a_block_is_inexact_where_its_input_is_read_after_it_too(
     taps: tuple[int, ...], inexact: tuple[str, ...]
 ) -> None:
     model = Tapped(taps)
-    watch = step.Watch(model)
+    watch = blocks.Watch(model)
     watch.follow(model(torch.ones(2, 4)))
     watch.remove()
     assert watch.inexact == inexact

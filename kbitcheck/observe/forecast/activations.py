@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kbitcheck.core.facts import HeldFacts
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import only_new_garbage, tensors
 from kbitcheck.observe.probes.snapshot import is_block, tower
 
@@ -131,7 +131,7 @@ class Step:
         with (
             only_new_garbage(),
             _checkpointing(self.model, reentrant),
-            step.cache_off(self.model),
+            switches.cache_off(self.model),
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             self.world.entered(),
@@ -319,7 +319,7 @@ class _checkpointing:  # noqa: N801  (a context manager)
 
         def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
             own = {"use_reentrant": self._reentrant, "preserve_rng_state": False}
-            return step.CHECKPOINT(function, *args, **{**kwargs, **own})
+            return switches.CHECKPOINT(function, *args, **{**kwargs, **own})
 
         for module in self._flagged:
             if not isinstance(module, Passed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import ForwardFacts
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.observe.probes import step, targets
+from kbitcheck.observe.probes import step, switches, targets
 from kbitcheck.observe.probes.live import tensors
 
 
@@ -74,7 +74,7 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
     model.train(training)
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
-        with torch.set_grad_enabled(training), context, step.seeded(0, device), step.dropout_raised(model, 0.0):
+        with torch.set_grad_enabled(training), context, switches.seeded(0, device), switches.dropout_raised(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs))
     except Exception as error:
         return False, Raised.of(error), None
@@ -105,7 +105,7 @@ def embedded(model: Any, batch: step.Batch) -> Ran:
     model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
     try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
-        with step.seeded(0, device), step.dropout_raised(model, 0.0):
+        with switches.seeded(0, device), switches.dropout_raised(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
             output.loss.backward()
     except Exception as error:
@@ -154,6 +154,34 @@ def generated(model: Any, batch: step.Batch) -> Ran:
     except Exception as error:
         return False, Raised.of(error), None
     return bool(torch.isfinite(logits).all()), None, targets.Routed(logits, routes)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The model's logits, as (…, classes)."""
+    logits = output.logits
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError("the model's output has no logits tensor")
+    return logits.detach()
+
+
+def forward_logits(
+    model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None = None
+) -> torch.Tensor:
+    """Logits of one forward without gradients, in train mode with every dropout at 0.
+
+    Train mode, because in eval mode kernels may repack weights.
+    """
+    flags = [(m, m.training) for m in model.modules()]
+    model.train()
+    try:
+        with torch.no_grad(), switches.checkpointing_off(model), switches.dropout_raised(model, 0.0):
+            if autocast is None:
+                return logits_of(model(**step.feed(model, batch)))
+            with autocast:
+                return logits_of(model(**step.feed(model, batch)))
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def compare(

@@ -19,7 +19,7 @@ from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, StepOutcome
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe import process_memory
-from kbitcheck.observe.probes import digest, step
+from kbitcheck.observe.probes import digest, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.forwards import generate
 from kbitcheck.observe.probes.layers import base_name
@@ -188,7 +188,7 @@ class Session:
         total: step.Gradients = {}
         calls = 0
         for turn in range(times):
-            with step.dropout_raised(model, 0.0):
+            with switches.dropout_raised(model, 0.0):
                 run, found = step.train_step(
                     model,
                     self._batch_of(settings),
@@ -298,9 +298,9 @@ class Session:
 def switch(model: Any, name: str) -> None:
     """Checkpointing off, or on in a mode, by the model's own methods."""
     if name == "checkpointing-off":
-        step.quietly(model.gradient_checkpointing_disable)
+        switches.quietly(model.gradient_checkpointing_disable)
     else:
-        step.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": MODES[name]}))
+        switches.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": MODES[name]}))
         model.enable_input_require_grads()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import step, switches
 
 # Bound before any subject is imported, which may patch it.
 _exact = backends.exact
@@ -253,7 +253,7 @@ def backwards(
     modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
     probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}
     try:
-        with step.checkpointing_off(model), autocast or nullcontext():
+        with switches.checkpointing_off(model), autocast or nullcontext():
             model.train()
             output = model(**step.feed(model, batch))
         # Without labels the caller has a loss of its own; a square keeps every logit's gradient apart.

@@ -14,7 +14,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import CostFacts, MemoryFacts
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import Live, only_new_garbage, storage_id, tensors
 from kbitcheck.observe.probes.snapshot import is_block
 
@@ -48,7 +48,7 @@ def activations(
 ) -> MemoryFacts:
     """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
     with only_new_garbage():
-        with step.checkpointing_off(model):
+        with switches.checkpointing_off(model):
             plain = _measure(model, batch, seed, autocast)
         checkpointed = _measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
@@ -144,7 +144,7 @@ def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _
     floor = live.now
     boundaries = _Boundaries(model, live, found)
     try:
-        with step.seeded(seed, str(next(iter(batch.values())).device)), live:
+        with switches.seeded(seed, str(next(iter(batch.values())).device)), live:
             with autocast() if autocast else nullcontext():
                 output = model(**step.feed(model, batch))
             gc.collect()
@@ -219,7 +219,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
 
             handles.append(module.register_forward_pre_hook(saw))
     try:
-        with torch.no_grad(), step.seeded(0, "cpu"), autocast() if autocast else nullcontext():
+        with torch.no_grad(), switches.seeded(0, "cpu"), autocast() if autocast else nullcontext():
             model(**step.feed(model, batch))
     finally:
         for handle in handles:
@@ -248,7 +248,7 @@ def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) ->
         return y
 
     with live:
-        y = step.CHECKPOINT(inner, x, use_reentrant=False, preserve_rng_state=False)
+        y = switches.CHECKPOINT(inner, x, use_reentrant=False, preserve_rng_state=False)
         kept = live.now - floor - y.untyped_storage().nbytes()
     return max(int(kept), 0)
 

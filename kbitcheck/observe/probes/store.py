@@ -12,8 +12,7 @@ from torch import nn
 
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, StoreFacts
-from kbitcheck.observe.probes import step
-from kbitcheck.observe.twin import twins as twin
+from kbitcheck.observe.probes import forwards, step, switches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +45,8 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
 
     def logits(model: nn.Module) -> torch.Tensor:
         # From one seed, as some models draw noise in every forward.
-        with step.seeded(0, str(next(iter(batch.values())).device)):
-            return twin.forward_logits(model, batch, subject.autocast() if subject.autocast else None)
+        with switches.seeded(0, str(next(iter(batch.values())).device)):
+            return forwards.forward_logits(model, batch, subject.autocast() if subject.autocast else None)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
         error = _attempt(prepared.save_pretrained, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from kbitcheck import backends
 from kbitcheck.core.facts import GradientFacts
 from kbitcheck.core.profile import PROMISES
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
 from kbitcheck.observe.twin.wide_parameter import Widened
@@ -235,34 +235,6 @@ def live(gradient: torch.Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """The model's logits, as (…, classes)."""
-    logits = output.logits
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError("the model's output has no logits tensor")
-    return logits.detach()
-
-
-def forward_logits(
-    model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None = None
-) -> torch.Tensor:
-    """Logits of one forward without gradients, in train mode with every dropout at 0.
-
-    Train mode, because in eval mode kernels may repack weights.
-    """
-    flags = [(m, m.training) for m in model.modules()]
-    model.train()
-    try:
-        with torch.no_grad(), step.checkpointing_off(model), step.dropout_raised(model, 0.0):
-            if autocast is None:
-                return logits_of(model(**step.feed(model, batch)))
-            with autocast:
-                return logits_of(model(**step.feed(model, batch)))
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def root_mean_square_error(found: torch.Tensor, exact: torch.Tensor, keep: torch.Tensor) -> float:
     """Root mean square of the difference over that of the exact values, over the tokens kept; row by row."""
     apart, size = 0.0, 0.0
@@ -305,7 +277,7 @@ def train(
     losses = []
     model.train()
     device = str(next(iter(batch.values())).device)
-    with step.seeded(seed, device):
+    with switches.seeded(seed, device):
         for _ in range(STEPS):
             with autocast() if autocast else nullcontext():
                 loss = model(**step.feed(model, batch)).loss

@@ -1,0 +1,156 @@
+"""What each block of a model did in one training step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.core.facts import BlockFacts
+from kbitcheck.observe.probes.live import tensors
+from kbitcheck.observe.probes.snapshot import is_block, tower
+
+
+@dataclass(slots=True)
+class _Block:
+    """What one block did in one step."""
+
+    forward: Counter[int] = field(default_factory=Counter)
+    backward: Counter[int] = field(default_factory=Counter)
+    marker: int | None = None
+    input_requires_grad: bool | None = None
+    without_grad: int = 0
+    on_path: bool = False
+
+
+class Watch:
+    """Hooks on every block and everything inside it, for one step. ``phase`` is ``forward`` or ``backward``.
+
+    Runs of a block are counted on a module inside it: transformers 5 checkpoints ``forward``, so hooks on the block
+    itself fire once; 4.56 checkpoints ``__call__``; and a non-reentrant recompute stops early and skips post hooks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.phase = "forward"
+        self.order: list[str] = []
+        self.blocks = {name: _Block() for name, module in model.named_modules() if is_block(module)}
+        self.readers: dict[int, set[str]] = {}
+        self.turned: set[str] = set()
+        self.entered: Counter[str] = Counter()
+        self.branching: set[str] = set()
+        self._inputs: list[tuple[str, Any, int]] = []
+        self._last: dict[str, int] = {}
+        self._kept: list[torch.Tensor] = []
+        self._handles: list[Any] = []
+        for name in self.blocks:
+            module = model.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._left(name)))
+            for inner in list(module.modules())[1:]:
+                self._handles.append(inner.register_forward_pre_hook(self._ran(name)))
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._kept.clear()
+        self._inputs.clear()
+
+    def follow(self, loss: torch.Tensor) -> None:
+        """See which blocks' inputs something after the block reads too: taps on hidden states, for one."""
+        readers: dict[tuple[Any, int], list[int]] = {}
+        seen, todo = {loss.grad_fn}, [loss.grad_fn]
+        while todo:
+            node: Any = todo.pop()
+            for source, number in node.next_functions if node is not None else ():
+                readers.setdefault((source, number), []).append(node._sequence_nr())
+                if source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+        for name, source, number in self._inputs:
+            # Nodes are numbered as they are made: what a block makes comes before the end of its output.
+            inside = [nr <= self._last.get(name, -1) for nr in readers.get((source, number), ())]
+            if any(inside) and not all(inside):
+                self.branching.add(name)
+
+    def _entered(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.phase != "forward":
+                return
+            block = self.blocks[name]
+            floating = [t for t in tensors(args, kwargs) if t.is_floating_point()]
+            block.without_grad += not torch.is_grad_enabled()
+            self.entered[name] += torch.is_grad_enabled()
+            if floating:  # a block may run several times in a step, some of them without gradients
+                block.input_requires_grad = bool(block.input_requires_grad) or floating[0].requires_grad
+            for tensor in floating:
+                if tensor.requires_grad:
+                    if tensor.grad_fn is not None:
+                        self._inputs.append((name, tensor.grad_fn, tensor.output_nr))
+                    self._kept.append(tensor)
+                    self.readers.setdefault(id(tensor), set()).add(name)
+                    if not tensor.is_contiguous():
+                        self.turned.add(name)
+
+        return hook
+
+    def _left(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            def reached(gradient: torch.Tensor) -> None:
+                self.blocks[name].on_path = True
+
+            for tensor in tensors(output):
+                if tensor.grad_fn is not None and self.phase == "forward":
+                    self._last[name] = max(self._last.get(name, -1), tensor.grad_fn._sequence_nr())
+                if tensor.requires_grad:
+                    tensor.register_hook(reached)
+
+        return hook
+
+    def _ran(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            block = self.blocks[name]
+            if block.marker is None:
+                block.marker = id(module)
+            if id(module) != block.marker:
+                return
+            if self.phase == "forward":
+                block.forward[id(module)] += 1
+            else:
+                block.backward[id(module)] += 1
+                self.order.append(name)
+
+        return hook
+
+    def facts(self) -> dict[str, BlockFacts]:
+        """What each block did."""
+        return {
+            name: BlockFacts(
+                name=name,
+                tower=tower(name),
+                computed=sum(block.forward.values()),
+                recomputed=sum(block.backward.values()),
+                without_grad=block.without_grad,
+                on_path=block.on_path,
+                input_requires_grad=block.input_requires_grad,
+            )
+            for name, block in self.blocks.items()
+        }
+
+    @property
+    def inexact(self) -> tuple[str, ...]:
+        """Blocks whose gradients round otherwise when they are checkpointed, or gathered.
+
+        Those of an input that is read elsewhere too are added up in another order, and so are those of a block that
+        runs several times. Those of an input whose rows are not contiguous take its layout (it is a leaf then), and
+        kernels pick their order by layout.
+        """
+        shared = (name for names in self.readers.values() if len(names) > 1 for name in names)
+        return tuple(
+            sorted(
+                {*shared, *self.branching, *self.turned, *(name for name, times in self.entered.items() if times > 1)}
+            )
+        )
