@@ -9,6 +9,7 @@ from torch import nn
 
 from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, HonouredArguments, ModelFacts, RefusedCall
+from kbitcheck.observe import internals
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import adapters, memory, switches, targets
@@ -57,8 +58,7 @@ class Calls:
     def switched_off(self) -> ModelFacts:
         """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
         model = self._preparation.prepared_copy()
-        # transformers before 5 raises where nothing was enabled
-        if hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks"):
+        if internals.inputs_hooked(model):  # transformers before 5 raises where they are not
             model.disable_input_require_grads()
         if self._preparation.loaded.facts.can_checkpoint and hasattr(model, "gradient_checkpointing_disable"):
             switches.quietly(model.gradient_checkpointing_disable)

@@ -35,7 +35,7 @@ from kbitcheck.core.facts import (
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import Given as LiveModel
-from kbitcheck.observe import figures
+from kbitcheck.observe import figures, internals
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
 from kbitcheck.observe.loaded import Loaded
@@ -53,7 +53,7 @@ def mode_of(model: nn.Module) -> Checkpointing:
     on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     if not on:
         return "off"
-    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in on]
+    functions = [internals.checkpoint_function(m) for m in on]
     modes = {f.keywords.get("use_reentrant") for f in functions if isinstance(f, functools.partial)}
     if modes == {True}:
         return "reentrant"
@@ -259,8 +259,7 @@ def captures(model: nn.Module) -> str:
     """
     own = {id(m) for m in model.modules()}
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        for function in (*hooks, *vars(module).values()):
+        for function in (*internals.forward_hooks(module), *vars(module).values()):
             if _closes_over(function, own):
                 return f"{name or type(module).__name__}.{getattr(function, '__qualname__', 'function')}"
     return ""

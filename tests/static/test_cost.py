@@ -38,3 +38,20 @@ def test_deeper_models_cost_hardly_more(mode, monkeypatch):
         run.step(2, 40, mode)
         counts.append(sum(f.namespace == "aten" for f in asked))
     assert counts[1] - counts[0] <= MOST_OF_A_BLOCK * 20 < counts[0] / 4
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mode"),
+    [
+        ("peft", "reentrant"),
+        ("peft==0.13.2", "reentrant"),
+        ("peft==0.13.2::peft:prepare_model_for_kbit_training", "reentrant"),
+        ("peft:prepare_model_for_kbit_training", "reentrant"),
+        ("peft.utils.other:prepare_model_for_kbit_training", "reentrant"),
+        ("reference", "non-reentrant"),
+        ("peft.py:prepare", "non-reentrant"),
+        ("peftlike:prepare", "non-reentrant"),
+    ],
+)
+def test_every_version_of_peft_leaves_the_mode_to_torch(implementation, mode):
+    assert forecast.default_mode(implementation) == mode

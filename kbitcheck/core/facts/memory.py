@@ -22,7 +22,6 @@ class MemoryFacts:
     stack: int
     blocks: int
     peak: int
-    peak_plain: int
     steps: Mapping[str, int]
     step_allowed: Mapping[str, int]
     step_stack: Mapping[str, int]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kbitcheck.core.facts import HeldFacts
+from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import only_new_garbage, tensors
@@ -33,13 +34,13 @@ def signature(block: nn.Module) -> Signature:
 
     A block's own place in the stack is left out; what a model makes of it (a window, a kind of attention) is a setting.
     """
-    found: list[object] = []
+    parts: list[object] = []
     for name, module in block.named_modules():
         settings = sorted((k, repr(v)) for k, v in vars(module).items() if k not in PLACE and _plain(v))
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         shapes = [(n, type(t).__name__, tuple(t.shape), t.dtype, t.requires_grad) for n, t in own]
-        found.append((name, type(module).__qualname__, tuple(settings), tuple(shapes)))
-    return tuple(found)
+        parts.append((name, type(module).__qualname__, tuple(settings), tuple(shapes)))
+    return tuple(parts)
 
 
 def _plain(value: Any) -> bool:
@@ -92,7 +93,7 @@ def thin(model: nn.Module) -> None:
             like = kinds.setdefault(signature(block), block)
             if like is not block:
                 parent, _, child = name.rpartition(".")
-                model.get_submodule(parent)._modules[child] = Passed.standing_for(block, like)
+                internals.replace_child(model.get_submodule(parent), child, Passed.standing_for(block, like))
 
 
 class Step:
@@ -219,10 +220,10 @@ class _Watch:
         for like in self._back:
             missing += self._ran[like].left
             offsets.append(missing)
-        found = [*self._forward, *(now + offsets[passed] for alive, passed in self._between for now in alive)]
+        places = [*self._forward, *(now + offsets[passed] for alive, passed in self._between for now in alive)]
         for i, (now, like) in enumerate(self._entries):
-            found += [now + offsets[i] + rise for rise in self._ran[like].rises]
-        return found
+            places += [now + offsets[i] + rise for rise in self._ran[like].rises]
+        return places
 
     def turn(self) -> None:
         """The forward is over."""
@@ -301,10 +302,10 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
     named = kwargs.get("hidden_states", kwargs.get("hidden_state"))
-    found = next(tensors(*args), None) if args else named
-    if found is None:
+    hidden = next(tensors(*args), None) if args else named
+    if hidden is None:
         raise NotImplementedError("a block that is called without hidden states")
-    return found
+    return hidden
 
 
 class _checkpointing:  # noqa: N801  (a context manager)
@@ -315,7 +316,7 @@ class _checkpointing:  # noqa: N801  (a context manager)
         self._reentrant = reentrant
 
     def __enter__(self) -> None:
-        self._before = [(m.gradient_checkpointing, vars(m).get("_gradient_checkpointing_func")) for m in self._flagged]
+        self._before = [(m.gradient_checkpointing, internals.checkpoint_function(m)) for m in self._flagged]
 
         def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
             own = {"use_reentrant": self._reentrant, "preserve_rng_state": False}
@@ -324,13 +325,10 @@ class _checkpointing:  # noqa: N801  (a context manager)
         for module in self._flagged:
             if not isinstance(module, Passed):
                 module.gradient_checkpointing = self._reentrant is not None  # type: ignore[assignment]
-                module._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
+                internals.set_checkpoint_function(module, checkpoint)
 
     def __exit__(self, *_: object) -> None:
         for module, (flag, function) in zip(self._flagged, self._before, strict=True):
             if not isinstance(module, Passed):
                 module.gradient_checkpointing = flag
-                if function is None:
-                    vars(module).pop("_gradient_checkpointing_func", None)
-                else:
-                    module._gradient_checkpointing_func = function
+                internals.set_checkpoint_function(module, function)

@@ -15,10 +15,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own name)
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from kbitcheck import backends
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes.live import Live
 
 HALF = (torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ class World:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = internals.FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # the originals are kept: an identity is one while they live
 
     def tensor(self, real: Tensor) -> Tensor:
@@ -54,14 +54,14 @@ class World:
     def move(self, model: nn.Module) -> None:
         """Put a fake twin in the place of every parameter, buffer and state of the model. Ties survive."""
         fakes: dict[int, nn.Parameter] = {}
-        holders = [(module, dict(module._parameters), backends.of(module)) for module in model.modules()]
+        holders = [(module, dict(internals.own_parameters(module)), backends.of(module)) for module in model.modules()]
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            for name, parameter in internals.own_parameters(module).items():
                 if parameter is not None:
-                    module._parameters[name] = fakes.setdefault(id(parameter), self._parameter(parameter))
-            for name, buffer in module._buffers.items():
+                    internals.own_parameters(module)[name] = fakes.setdefault(id(parameter), self._parameter(parameter))
+            for name, buffer in internals.own_buffers(module).items():
                 if buffer is not None:
-                    module._buffers[name] = self.tensor(buffer)
+                    internals.own_buffers(module)[name] = self.tensor(buffer)
         for module, real, backend in holders:
             if backend is not None:
                 backend.kernels.fake(module, real, self.tensor)
@@ -78,7 +78,7 @@ class World:
         with ExitStack() as stack:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
-            stack.enter_context(_no_grouped_kernel())
+            stack.enter_context(internals.without_grouped_kernel())
             # It looks for sequences packed into one, which cannot be told of positions without numbers.
             if hasattr(masking_utils, "find_packed_sequence_indices"):
                 stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
@@ -107,7 +107,7 @@ class Counted(Live):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all that is asked
             return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is internals.READ_NUMBER:
             return 0.0 if args[0].dtype.is_floating_point else 0
         kwargs = kwargs or {}
         if func is torch.ops.aten.nonzero.default:
@@ -118,7 +118,7 @@ class Counted(Live):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.now > before:
             self.trace.append(self.now)
-        if func is torch.ops.aten._softmax_backward_data.default and self._device == "cuda":
+        if func is internals.SOFTMAX_BACKWARD and self._device == "cuda":
             # The kernel multiplies its arguments first (torch: aten/src/ATen/native/cuda/SoftMax.cu).
             self.trace.append(self.now + out.nbytes)
         return out
@@ -152,13 +152,12 @@ def attention_on_cuda(
     Half precision without a mask: flash attention; else the memory-efficient kernel, for which a boolean mask becomes a
     bias in the query's dtype, and which knows no grouped queries: those are computed in full (``sdp_utils.cpp``).
     """
-    ops: Any = torch.ops.aten
     head = query.shape[-1]
     if attn_mask is None and query.dtype in HALF and head == value.shape[-1] and head <= LARGEST_FLASH_HEAD:
-        flash: Tensor = ops._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        flash: Tensor = internals.FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return flash
     if enable_gqa and query.shape[-3] != key.shape[-3]:
-        full: Tensor = ops._scaled_dot_product_attention_math(
+        full: Tensor = internals.MATH_ATTENTION(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True
         )[0]
         return full
@@ -167,19 +166,7 @@ def attention_on_cuda(
         bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
     if bias is not None:
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    efficient: Tensor = ops._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, dropout_p, is_causal, scale=scale
-    )[0]
+    efficient: Tensor = internals.EFFICIENT_ATTENTION(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[
+        0
+    ]
     return efficient
-
-
-@contextmanager
-def _no_grouped_kernel() -> Iterator[None]:
-    """Experts by transformers' own grouped product, which saves what torch's does; torch's wants bfloat16 if fake."""
-    try:
-        from transformers.integrations import moe
-    except ImportError:  # before transformers 5
-        yield
-        return
-    with mock.patch.object(moe, "_can_use_grouped_mm", return_value=False):
-        yield

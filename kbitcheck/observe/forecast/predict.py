@@ -62,39 +62,39 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
     )
 
 
-def with_steps(told: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
     """The same with training steps predicted, and what fits. The model cannot be used otherwise any more.
 
-    A model whose code looks at numbers, or that nobody knows how to feed, still has its weights told; ``missing`` is
+    A model whose code looks at numbers, or that nobody knows how to feed, still has its weights forecast; ``missing`` is
     then why no step is.
     """
     limit = _limit(model)
     if not facts.layers:
-        return dataclasses.replace(told, missing="no layer is quantized, so that there are no adapters to train")
+        return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
     try:
-        run = Training(source, model, facts, spec, device=told.device)
+        run = Training(source, model, facts, spec, device=forecast.device)
         batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
-        mode = told.mode if run.checkpoints else "off"
+        mode = forecast.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
-        taken = told.resident + max(steps[mode].peak, told.adapters)
-        growth = None if fits.anywhere(taken, told.memory) else run.growth(min(length, limit // 2), mode)
+        taken = forecast.resident + max(steps[mode].peak, forecast.adapters)
+        growth = None if fits.anywhere(taken, forecast.memory) else run.growth(min(length, limit // 2), mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return dataclasses.replace(told, missing=cause(error))
-    told = dataclasses.replace(
-        told,
+        return dataclasses.replace(forecast, missing=cause(error))
+    forecast = dataclasses.replace(
+        forecast,
         batch=batch,
         seq_len=length,
         mode=mode,
         activations=steps,
         logits=run.logits,
-        rooms=fits.named(told.memory),
-        notes=(*told.notes, *run.notes),
+        rooms=fits.named(forecast.memory),
+        notes=(*forecast.notes, *run.notes),
     )
     if growth is None:
-        return told
-    rooms = {size: size - told.resident for size in told.rooms}
+        return forecast
+    rooms = {size: size - forecast.resident for size in forecast.rooms}
     return dataclasses.replace(
-        told,
+        forecast,
         largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
         usual={
             usual: {size: growth.largest_batch(usual, room) for size, room in rooms.items()}

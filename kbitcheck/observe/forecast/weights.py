@@ -12,6 +12,7 @@ from kbitcheck import backends
 from kbitcheck.core.anatomy import group_of, group_of_buffer, norm_parameters
 from kbitcheck.core.facts import HALF, GroupFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.observe import internals
 
 
 def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
@@ -21,7 +22,7 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
     the backend stores them: packed weights, and as state whatever unpacks them.
     """
     norms = norm_parameters(facts)
-    found: dict[str, GroupFacts] = {}
+    sizes: dict[str, GroupFacts] = {}
     seen: set[int] = set()
     shared: set[int] = set()
     for name, tensor in facts.parameters.items():
@@ -48,19 +49,19 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
                 },
             )
         key = group_of(tensor, facts, norms)
-        found[key] = found.get(key, GroupFacts()) + added
+        sizes[key] = sizes.get(key, GroupFacts()) + added
     for tensor in facts.buffers.values():
         if tensor.storage not in seen:
             seen.add(tensor.storage)
             key = group_of_buffer(tensor.name)
-            found[key] = found.get(key, GroupFacts()) + GroupFacts(buffers=tensor.nbytes)
-    return found
+            sizes[key] = sizes.get(key, GroupFacts()) + GroupFacts(buffers=tensor.nbytes)
+    return sizes
 
 
 def _once(tensor: torch.Tensor, seen: set[int]) -> int:
-    storage = tensor.untyped_storage()
-    new = storage._cdata not in seen
-    seen.add(storage._cdata)
+    storage = internals.storage_id(tensor)
+    new = storage not in seen
+    seen.add(storage)
     return tensor.nbytes if new else 0
 
 

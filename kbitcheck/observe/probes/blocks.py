@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kbitcheck.core.facts import BlockFacts
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes.live import tensors
 from kbitcheck.observe.probes.snapshot import is_block, tower
 
@@ -66,7 +67,7 @@ class Watch:
         while todo:
             node: Any = todo.pop()
             for source, number in node.next_functions if node is not None else ():
-                readers.setdefault((source, number), []).append(node._sequence_nr())
+                readers.setdefault((source, number), []).append(internals.sequence_number(node))
                 if source not in seen:
                     seen.add(source)
                     todo.append(source)
@@ -104,7 +105,7 @@ class Watch:
 
             for tensor in tensors(output):
                 if tensor.grad_fn is not None and self.phase == "forward":
-                    self._last[name] = max(self._last.get(name, -1), tensor.grad_fn._sequence_nr())
+                    self._last[name] = max(self._last.get(name, -1), internals.sequence_number(tensor.grad_fn))
                 if tensor.requires_grad:
                     tensor.register_hook(reached)
 

@@ -55,7 +55,7 @@ def call(
     """
     parameters, anything = signature(prepare)
     kwargs = arguments(prepare, wanted)
-    given = copy.deepcopy(kwargs.get(THIRD))
+    passed = copy.deepcopy(kwargs.get(THIRD))
     original = attributes(of=classes_of(model), libraries=libraries)
     raised, returned = None, None
     with warnings.catch_warnings(record=True) as heard:
@@ -74,7 +74,7 @@ def call(
         same_object=returned is model,
         returned=type(returned).__name__,
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
-        kwargs_before=repr(given),
+        kwargs_before=repr(passed),
         kwargs_after=repr(kwargs.get(THIRD)),
         class_kept=type(model) is cls,
         checkpoints=any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()),

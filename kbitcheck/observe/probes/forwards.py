@@ -31,7 +31,7 @@ class Forward:
     autocast: bool
     finite: bool
     raised: Raised | None
-    made: targets.Routed | None
+    routed: targets.Routed | None
     optional: bool = False
 
 
@@ -137,7 +137,7 @@ def generated(model: Any, batch: step.Batch) -> Ran:
     plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
     try:
         with torch.no_grad():
-            told, routes = targets.routed(
+            output, routes = targets.routed(
                 model,
                 lambda: model.generate(
                     **inputs,
@@ -150,7 +150,7 @@ def generated(model: Any, batch: step.Batch) -> Ran:
                     return_dict_in_generate=True,
                 ),
             )
-        logits = torch.stack(list(told.logits), dim=1)
+        logits = torch.stack(list(output.logits), dim=1)
     except Exception as error:
         return False, Raised.of(error), None
     return bool(torch.isfinite(logits).all()), None, targets.Routed(logits, routes)
@@ -185,15 +185,15 @@ def forward_logits(
 
 
 def compare(
-    found: Iterable[Forward], base: Sequence[Forward], wide: Callable[[], Iterable[Forward]]
+    prepared: Iterable[Forward], base: Sequence[Forward], wide: Callable[[], Iterable[Forward]]
 ) -> list[ForwardFacts]:
     """The prepared model's forwards beside the unprepared base's; ``wide`` runs the float32 model's, where they tell.
 
-    ``found`` is read one by one, so that no more than one of its logits need be there.
+    ``prepared`` is read one by one, so that no more than one of its logits need be there.
     """
-    uncast = {b.condition.replace("no autocast", "autocast"): b.made for b in base if not b.autocast}
-    trained = {bare.condition.replace("train", "eval"): bare.made for bare in base if "train" in bare.condition}
-    steps = {b.condition: _apart(b.made, trained.get(b.condition)) or 0.0 for b in base if b.finite}
+    uncast = {b.condition.replace("no autocast", "autocast"): b.routed for b in base if not b.autocast}
+    trained = {bare.condition.replace("train", "eval"): bare.routed for bare in base if "train" in bare.condition}
+    steps = {b.condition: _apart(b.routed, trained.get(b.condition)) or 0.0 for b in base if b.finite}
     # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
     farthest = max(steps.values(), default=0.0)
     compared = [
@@ -204,11 +204,11 @@ def compare(
             raised=mine.raised,
             base_raised=bare.raised,
             base_finite=bare.finite,
-            apart=_apart(mine.made, bare.made) if mine.finite and bare.finite else None,
-            base_cast=(_apart(bare.made, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
+            apart=_apart(mine.routed, bare.routed) if mine.finite and bare.finite else None,
+            base_cast=(_apart(bare.routed, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
             base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
         )
-        for mine, bare in zip(found, base, strict=True)
+        for mine, bare in zip(prepared, base, strict=True)
         if not (bare.optional and (bare.raised or not bare.finite))
     ]
     if any(f.raised and not f.base_raised for f in compared):
@@ -217,15 +217,15 @@ def compare(
     return compared
 
 
-def _apart(found: targets.Routed | None, base: targets.Routed | None) -> float | None:
+def _apart(prepared: targets.Routed | None, base: targets.Routed | None) -> float | None:
     """How far logits are from others, relative, over the tokens whose experts are the same; None where none are."""
-    if found is None or base is None:
+    if prepared is None or base is None:
         return None
-    ours, theirs = found.logits.double(), base.logits.double()
-    if any(not torch.equal(a, b) for a, b in zip(found.routes, base.routes, strict=True)):
+    ours, theirs = prepared.logits.double(), base.logits.double()
+    if any(not torch.equal(a, b) for a, b in zip(prepared.routes, base.routes, strict=True)):
         if any(route.shape[0] != theirs.shape[:-1].numel() for route in base.routes):
             return None
-        keep = targets.unmoved(theirs, base.routes, found.routes)
+        keep = targets.unmoved(theirs, base.routes, prepared.routes)
         ours, theirs = ours[keep], theirs[keep]
     return float((ours - theirs).norm() / theirs.norm()) if theirs.numel() else None
 

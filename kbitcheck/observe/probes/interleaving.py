@@ -18,7 +18,7 @@ from kbitcheck import backends
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, StepOutcome
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.observe import process_memory
+from kbitcheck.observe import internals, process_memory
 from kbitcheck.observe.probes import digest, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.forwards import generate
@@ -189,7 +189,7 @@ class Session:
         calls = 0
         for turn in range(times):
             with switches.dropout_raised(model, 0.0):
-                run, found = step.train_step(
+                run, gradients = step.train_step(
                     model,
                     self._batch_of(settings),
                     adapters,
@@ -198,15 +198,15 @@ class Session:
                     watch=False,
                     gathered=None if apart else total,
                 )
-            total = {n: _sum(total.get(n), g) for n, g in found.items()} if apart else found
+            total = {n: _sum(total.get(n), g) for n, g in gradients.items()} if apart else gradients
             calls += len(run.checkpoints)
         return total, calls
 
     def _fresh_gradients(self, trained: _Trained) -> tuple[step.Gradients, int]:
         settings, biases = trained.settings, trained.biases
         drawn = tuple(map(digest.bits, trained.adapters))
-        told = tuple(f"{b.dtype}{digest.bits(b)}" for b in biases.values())
-        key = (settings, trained.times, drawn, told)
+        bias_bits = tuple(f"{b.dtype}{digest.bits(b)}" for b in biases.values())
+        key = (settings, trained.times, drawn, bias_bits)
         if key not in self._fresh:
             model, adapters = self.subject.make()
             for mine, other in zip(adapters.values(), trained.adapters, strict=True):
@@ -245,9 +245,9 @@ class Session:
         if not self.subject.generator:
             return
         with self._autocast(self.settings):
-            told = generate(self.model, self._batch_of(self.settings))
-        if told.raised:
-            raise RuntimeError(str(told.raised))
+            result = generate(self.model, self._batch_of(self.settings))
+        if result.raised:
+            raise RuntimeError(str(result.raised))
 
     # Changing
 
@@ -319,7 +319,7 @@ def _quantized(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, A
 
 
 def _hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+    return sum(internals.hook_count(m) for m in model.modules())
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

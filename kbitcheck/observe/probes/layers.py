@@ -53,10 +53,10 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._kept:
             return self._kept[name]
-        found = self._kernels[name].double() if name in self._kernels else _exact(self._layers[name])
+        weight = self._kernels[name].double() if name in self._kernels else _exact(self._layers[name])
         if self._all_kept:
-            self._kept[name] = found
-        return found
+            self._kept[name] = weight
+        return weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -204,18 +204,18 @@ class _Probe:
         # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
         vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))
         flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
-        found = dx.reshape(-1, dx.shape[-1]).double()
+        actual = dx.reshape(-1, dx.shape[-1]).double()
         spread = flat.abs() @ magnitudes
         bound = (3 * self._ulp + self._accumulation) * spread + vanished
-        excess = ((found - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
-        self._excess = max(self._excess, float(excess.max()) if found.numel() else 0.0)
+        excess = ((actual - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
+        self._excess = max(self._excess, float(excess.max()) if actual.numel() else 0.0)
         # The gain is taken against operands rounded as the kernel rounds them: only the result's own rounding is left.
         expected = flat @ rounded
-        self._products += float((found * expected).sum())
+        self._products += float((actual * expected).sum())
         self._squares += float(expected.square().sum())
         self._rounding += float((spread * expected.abs()).sum())
 
-    def told(self, misread: float) -> LayerBackward:
+    def result(self, misread: float) -> LayerBackward:
         """What came of it; ``misread`` is the layer's."""
         if not self._carried:
             return LayerBackward(reached=True, carried=False)
@@ -265,12 +265,12 @@ def backwards(
             for handle in probe.handles:
                 handle.remove()
         step.clear_gradients(model)
-    found = {}
+    results = {}
     for name, probe in probes.items():
         if probe.ran:
-            judged = probe.told(misread.get(base_name(name, weights), 0.0))
-            found[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
-    return found
+            judged = probe.result(misread.get(base_name(name, weights), 0.0))
+            results[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
+    return results
 
 
 def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -305,9 +305,9 @@ def own_loss(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().square().mean() / 2
 
 
-def base_name(name: str, known: Any) -> str:
+def base_name(name: str, names: Any) -> str:
     """The base model's name of a layer that an adapter library wrapped."""
     plain = name.removesuffix(".base_layer")
-    while plain not in known and "." in plain:
+    while plain not in names and "." in plain:
         plain = plain.partition(".")[2]
-    return plain if plain in known else name
+    return plain if plain in names else name

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from kbitcheck.observe import internals
 
 
-class Live(TorchDispatchMode):
+class Live(internals.TorchDispatchMode):
     """Counts the storages that operators make while it is entered, each until it is freed. Bytes throughout.
 
     ``now`` and ``peak`` are totals; ``tag`` labels what is made from now on.
@@ -35,7 +36,7 @@ class Live(TorchDispatchMode):
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage from now on, once."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = internals.storage_id(tensor)
         if key in self._alive:
             return
         size = storage.nbytes()
@@ -49,14 +50,14 @@ class Live(TorchDispatchMode):
 
     def is_tagged(self, tensor: torch.Tensor, tag: str) -> bool:
         """Whether a tensor's storage was made under a tag."""
-        found = self._alive.get(storage_id(tensor))
-        return found is not None and found[2] == tag
+        counted = self._alive.get(internals.storage_id(tensor))
+        return counted is not None and counted[2] == tag
 
     def _freed(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
-            found = self._alive.pop(key, None)
-            if found is not None:
-                self.now -= found[1]
+            counted = self._alive.pop(key, None)
+            if counted is not None:
+                self.now -= counted[1]
 
         return forget
 
@@ -93,8 +94,3 @@ def tensors(*items: Any) -> Iterator[torch.Tensor]:
             yield from tensors(*item.values())
         elif isinstance(item, (tuple, list)):
             yield from tensors(*item)
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    """Identity of a tensor's storage, for as long as it lives."""
-    return int(tensor.untyped_storage()._cdata)

@@ -14,15 +14,16 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import CostFacts, MemoryFacts
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.probes.live import Live, only_new_garbage, storage_id, tensors
+from kbitcheck.observe.probes.live import Live, only_new_garbage, tensors
 from kbitcheck.observe.probes.snapshot import is_block
 
 MODEL, OUTSIDE = "model", ""
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """What one watched step held. ``crossing`` is what is handed into and out of blocks, each storage once.
 
     ``entries`` is what was alive when each block was entered, ``added`` what crossed a boundary for the first time from
@@ -49,8 +50,8 @@ def activations(
     """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
     with only_new_garbage():
         with switches.checkpointing_off(model):
-            plain = _measure(model, batch, seed, autocast)
-        checkpointed = _measure(model, batch, seed, autocast)
+            plain = measure(model, batch, seed, autocast)
+        checkpointed = measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
     random_state = _random_state(model)
     allowed = plain.outside + plain.crossing + random_state * len(blocks)
@@ -65,7 +66,6 @@ def activations(
         stack=sum(kept.values()),
         blocks=plain.held - plain.outside - plain.crossing,
         peak=checkpointed.peak,
-        peak_plain=plain.peak,
         steps=increments,
         step_allowed=step_allowed,
         step_stack={n: sum(b for layer, b in kept.items() if layer.startswith(n + ".")) for n in blocks},
@@ -88,8 +88,8 @@ def _increments(entries: Mapping[str, int]) -> dict[str, int]:
 class _Boundaries:
     """Hooks on the blocks that tag what is made inside them and note what is handed in and out."""
 
-    def __init__(self, model: nn.Module, live: Live, found: _Held) -> None:
-        self._live, self._found = live, found
+    def __init__(self, model: nn.Module, live: Live, held: Held) -> None:
+        self._live, self._held = live, held
         # Kept alive meanwhile: an identity is only one while its storage lives.
         self._crossing: dict[int, torch.Tensor] = {}
         self._last = ""
@@ -112,17 +112,17 @@ class _Boundaries:
         return sum(t.untyped_storage().nbytes() for t in inside)
 
     def _cross(self, *items: Any) -> None:
-        added = self._found.added
+        added = self._held.added
         for tensor in tensors(*items):
-            if storage_id(tensor) not in self._crossing and not self._live.is_tagged(tensor, MODEL):
-                self._crossing[storage_id(tensor)] = tensor
+            if internals.storage_id(tensor) not in self._crossing and not self._live.is_tagged(tensor, MODEL):
+                self._crossing[internals.storage_id(tensor)] = tensor
                 if self._last:
                     added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
 
     def _entered(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._cross(args, kwargs)
-            self._found.entries[name] = self._live.now
+            self._held.entries[name] = self._live.now
             self._last = self._live.tag = name
 
         return hook
@@ -132,37 +132,38 @@ class _Boundaries:
         self._live.tag = OUTSIDE
 
 
-def _measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> _Held:
+def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> Held:
+    """What one training step holds. Leaves no gradient."""
     model.train()
     step.clear_gradients(model)
-    found = _Held()
+    held = Held()
     live = Live()
     live.tag = MODEL
     for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
         live.add(tensor)
     live.tag = OUTSIDE
     floor = live.now
-    boundaries = _Boundaries(model, live, found)
+    boundaries = _Boundaries(model, live, held)
     try:
         with switches.seeded(seed, str(next(iter(batch.values())).device)), live:
             with autocast() if autocast else nullcontext():
                 output = model(**step.feed(model, batch))
             gc.collect()
-            found.crossing = boundaries.nbytes
-            found.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
+            held.crossing = boundaries.nbytes
+            held.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
             boundaries.remove()
-            found.held = live.now - floor
-            found.entries["end"] = live.now
+            held.held = live.now - floor
+            held.entries["end"] = live.now
             if output.loss.requires_grad:
                 output.loss.backward()
-            found.peak = live.peak - floor
+            held.peak = live.peak - floor
     finally:
         boundaries.remove()
     del output
     step.clear_gradients(model)
     gc.collect()
-    found.survivors = live.now - floor - _scratch(model, live)
-    return found
+    held.survivors = live.now - floor - _scratch(model, live)
+    return held
 
 
 def left_by_evaluation(
@@ -192,7 +193,7 @@ def left_by_evaluation(
 def _scratch(model: nn.Module, live: Live) -> int:
     """Bytes alive that the quantized layers' own kernels keep from one call to the next, but their weights."""
     layers = (m for m in model.modules() if backends.is_quantized(m))
-    kept = {storage_id(t) for layer in layers for t in backends.scratch(layer)}
+    kept = {internals.storage_id(t) for layer in layers for t in backends.scratch(layer)}
     return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != MODEL)
 
 
@@ -225,14 +226,14 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
         for handle in handles:
             handle.remove()
     by_shape: dict[object, int] = {}
-    found = {}
+    kept = {}
     for name, (module, shape, dtype) in shapes.items():
         key = (type(module), backends.shape(module), shape, dtype)
         if key not in by_shape:
             by_shape[key] = bare_layer_keeps(backends.bare(module), shape, dtype)
         if by_shape[key]:
-            found[name] = by_shape[key]
-    return found
+            kept[name] = by_shape[key]
+    return kept
 
 
 def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) -> int:
@@ -269,7 +270,7 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         prepare(model)
         gc.collect()
         peak = live.peak
-    current = {storage_id(t) for t in (*model.parameters(), *model.buffers(), *_states(model))}
+    current = {internals.storage_id(t) for t in (*model.parameters(), *model.buffers(), *_states(model))}
     stale = sum(size for key, (size, _) in live.holds().items() if key not in current)
     return CostFacts(
         before=before,

@@ -10,22 +10,17 @@ import pickle
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
+from kbitcheck.observe import internals
 from kbitcheck.observe.library_attributes import LIBRARIES
 
 State = Mapping[str, str]
-
-_GLOBAL_HOOKS = [
-    hooks
-    for name, hooks in vars(torch.nn.modules.module).items()
-    if name.startswith("_global") and isinstance(hooks, dict)
-]
 
 
 def state() -> State:
@@ -57,11 +52,11 @@ def state() -> State:
         ),
         "denormals flushed": str(float(torch.tensor(1e-40) * 0.5) == 0.0),
         "recursion limit": str(sys.getrecursionlimit()),
-        "hooks on every module": str(sum(len(hooks) for hooks in _GLOBAL_HOOKS)),
+        "hooks on every module": str(sum(len(hooks) for hooks in internals.GLOBAL_HOOKS)),
         "logging": str(
             (logging.root.level, logging.root.manager.disable, [logging.getLogger(n).level for n in LIBRARIES])
         ),
-        "registries of transformers": _digest(repr(sorted(_registered())).encode()),
+        "registries of transformers": _digest(repr(sorted(internals.registered())).encode()),
         "numpy errors": str(numpy.geterr()),
         "garbage collection": str((gc.isenabled(), gc.get_threshold())),
         "working directory": str(Path.cwd()),
@@ -74,23 +69,6 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     """What differs, by name; a name that only appeared counts for classes' attributes and settings alike."""
     names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
     return {n: (str(before.get(n, "absent")), str(after.get(n, "absent"))) for n in sorted(names)}
-
-
-REGISTRIES = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ACT2FN", "ROPE_INIT_FUNCTIONS")
-
-
-def _registered() -> Iterator[tuple[str, str, int]]:
-    """What transformers looks up by name at run time: registry, key and identity of each entry."""
-    for place in ("modeling_utils", "masking_utils", "activations", "modeling_rope_utils"):
-        for name in REGISTRIES:
-            registry = getattr(sys.modules.get(f"transformers.{place}"), name, None)
-            for mapping in (
-                registry,
-                getattr(registry, "_global_mapping", None),
-                getattr(registry, "_local_mapping", None),
-            ):
-                if isinstance(mapping, dict):
-                    yield from ((name, str(key), id(value)) for key, value in mapping.items())
 
 
 def _digest(data: bytes) -> str:

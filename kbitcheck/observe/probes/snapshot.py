@@ -11,6 +11,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerFacts, ModelFacts, ModuleFacts, TensorFacts
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes import digest
 
 NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
@@ -37,11 +38,11 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         modules={n: _module(n, m, n in blocks) for n, m in model.named_modules()},
         config=_config(model),
         state_keys=_keys(model) if keys else frozenset(),
-        input_hooks={n: len(m._forward_hooks) for n, m in model.named_modules() if m._forward_hooks},
+        input_hooks={n: len(hooks) for n, m in model.named_modules() if (hooks := internals.output_hooks(m))},
         can_checkpoint=can_checkpoint(model),
         embeddings=tuple(_names(model, embeddings(model))),
         heads=tuple(_names(model, heads(model))),
-        kept_in_float32=_kept_in_float32(model),
+        kept_in_float32=internals.kept_in_float32(model),
     )
 
 
@@ -73,7 +74,7 @@ def can_checkpoint(model: nn.Module) -> bool:
 
 def embeddings(model: nn.Module) -> list[nn.Module]:
     """Input embeddings of the model and of every model inside it."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for module in model.modules():
         get = getattr(module, "get_input_embeddings", None)
         if get is None:
@@ -82,9 +83,9 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
             embedding = get()
         except (NotImplementedError, AttributeError):
             continue
-        if isinstance(embedding, nn.Module) and not any(embedding is e for e in found):
-            found.append(embedding)
-    return found
+        if isinstance(embedding, nn.Module) and not any(embedding is e for e in modules):
+            modules.append(embedding)
+    return modules
 
 
 def heads(model: nn.Module) -> list[nn.Module]:
@@ -111,24 +112,18 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
     )
 
 
-_known: dict[object, str] = {}
+_digests: dict[object, str] = {}
 
 
 def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
     weight: Any = module.weight
     key = (digest.of(weight), *state.items())  # all that unpacking goes by
-    if key not in _known:
+    if key not in _digests:
         try:
-            _known[key] = digest.value(backends.unpacked(module))
+            _digests[key] = digest.value(backends.unpacked(module))
         except Exception as error:  # a layer whose state was broken is a fact, not a crash
             return f"{type(error).__name__}: {error}"
-    return _known[key]
-
-
-def _kept_in_float32(model: nn.Module) -> tuple[str, ...]:
-    """The lists of transformers' classes: private names, seen in 4.56 and 5.23; None where a class keeps nothing."""
-    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return tuple(sorted({part for m in model.modules() for each in lists for part in getattr(m, each, None) or ()}))
+    return _digests[key]
 
 
 def _names(model: nn.Module, wanted: list[nn.Module]) -> Iterator[str]:
@@ -173,13 +168,12 @@ def _tensor(
 
 def _module(name: str, module: nn.Module, block: bool) -> ModuleFacts:
     flag = getattr(module, "gradient_checkpointing", None)
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return ModuleFacts(
         name=name,
         cls=type(module).__name__,
         training=module.training,
         checkpointing=flag if isinstance(flag, bool) else None,
-        hooks=tuple(getattr(h, "__qualname__", type(h).__qualname__) for h in hooks),
+        hooks=tuple(getattr(h, "__qualname__", type(h).__qualname__) for h in internals.forward_hooks(module)),
         norm=norm_evidence(name, module),
         block=block,
         tower=tower(name) if block else "",
@@ -211,7 +205,7 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return {}
-    more = {"attention": getattr(config, "_attn_implementation", None)}
+    more = {"attention": internals.attention(config)}
     generates: Any = getattr(model, "generation_config", None)
     if hasattr(generates, "to_dict"):
         more["generation"] = generates.to_dict()

@@ -105,17 +105,17 @@ def clear_gradients(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def distance(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+def distance(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     """Relative Frobenius distance; a missing tensor is zero, and infinitely far from one that is not."""
-    if found is None or expected is None:
-        return 0.0 if equal(found, expected) else math.inf
-    wide, target = found.double(), expected.double()
+    if actual is None or expected is None:
+        return 0.0 if equal(actual, expected) else math.inf
+    wide, target = actual.double(), expected.double()
     norm = float(target.norm())
     gap = float((wide - target).norm())
     return gap / norm if norm else (0.0 if gap == 0 else math.inf)
 
 
-def distances(found: Gradients, expected: Gradients, yardsticks: Mapping[str, float]) -> dict[str, Distance]:
+def distances(actual: Gradients, expected: Gradients, yardsticks: Mapping[str, float]) -> dict[str, Distance]:
     """Each gradient against its counterpart, beside its yardstick."""
     return {
         name: Distance(
@@ -123,7 +123,7 @@ def distances(found: Gradients, expected: Gradients, yardsticks: Mapping[str, fl
             relative=distance(gradient, expected[name]),
             yardstick=yardsticks.get(name, 0.0),
         )
-        for name, gradient in found.items()
+        for name, gradient in actual.items()
     }
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 
+from kbitcheck.observe import internals
+
 # Bound before any subject is imported, which may patch them.
-_REENTRANT = torch_checkpoint.CheckpointFunction
-_NON_REENTRANT = torch_checkpoint._checkpoint_without_reentrant_generator
 CHECKPOINT = torch_checkpoint.checkpoint
 
 
@@ -54,7 +54,7 @@ def cache_off(model: nn.Module) -> Iterator[None]:
 def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator[None]:
     """The same blocks under the other mode; their inputs are made to require grad, as reentrant checkpointing needs."""
     on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    before = [m.__dict__.get("_gradient_checkpointing_func") for m in on]
+    before = [internals.checkpoint_function(m) for m in on]
 
     def checkpoint(function: Any, *args: Any) -> Any:
         floating = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -63,15 +63,12 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
         return CHECKPOINT(function, *args, use_reentrant=use_reentrant)
 
     for module in on:
-        module._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
+        internals.set_checkpoint_function(module, checkpoint)
     try:
         yield
     finally:
         for module, function in zip(on, before, strict=True):
-            if function is None:
-                del module._gradient_checkpointing_func
-            else:
-                module._gradient_checkpointing_func = function
+            internals.set_checkpoint_function(module, function)
 
 
 def quietly(function: Callable[[], Any]) -> None:
@@ -94,18 +91,18 @@ def dropout_raised(model: nn.Module, p: float = 0.1) -> Iterator[None]:
 
 def set_dropout(model: nn.Module, p: float) -> list[tuple[nn.Module, str, float]]:
     """Give every dropout of the built model a rate, modules and rates kept as plain numbers alike; returns what was."""
-    found: list[tuple[nn.Module, str, float]] = []
+    rates: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            found.append((module, "p", module.p))
-        found.extend(
+            rates.append((module, "p", module.p))
+        rates.extend(
             (module, name, value)
             for name, value in vars(module).items()
             if "dropout" in name and isinstance(value, float) and "layer" not in name
         )
-    for module, name, _ in found:
+    for module, name, _ in rates:
         setattr(module, name, p)
-    return found
+    return rates
 
 
 @contextmanager
@@ -121,13 +118,13 @@ def seeded(seed: int, device: str) -> Iterator[None]:
 def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
     """Record the arguments of each call that reaches torch's checkpoint, in both modes."""
     calls: list[dict[str, str]] = []
-    signature = inspect.signature(_NON_REENTRANT)
+    signature = inspect.signature(internals.NON_REENTRANT)
 
     class Reentrant:
         @staticmethod
         def apply(function: Any, preserve: Any, *args: Any) -> Any:
             calls.append({"use_reentrant": "True", "preserve_rng_state": str(preserve)})
-            return _REENTRANT.apply(function, preserve, *args)
+            return internals.REENTRANT.apply(function, preserve, *args)
 
     def non_reentrant(function: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(function, *args, **kwargs)
@@ -136,12 +133,7 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
             k: str(v) for k, v in bound.arguments.items() if k in ("preserve_rng_state", "determinism_check", "debug")
         }
         calls.append({"use_reentrant": "False", **named})
-        return _NON_REENTRANT(function, *args, **kwargs)
+        return internals.NON_REENTRANT(function, *args, **kwargs)
 
-    saved = torch_checkpoint.CheckpointFunction, torch_checkpoint._checkpoint_without_reentrant_generator
-    torch_checkpoint.CheckpointFunction = Reentrant  # type: ignore[assignment, misc]
-    torch_checkpoint._checkpoint_without_reentrant_generator = non_reentrant  # type: ignore[assignment]
-    try:
+    with internals.checkpoint_entries(Reentrant, non_reentrant):
         yield calls
-    finally:
-        torch_checkpoint.CheckpointFunction, torch_checkpoint._checkpoint_without_reentrant_generator = saved  # type: ignore[misc]

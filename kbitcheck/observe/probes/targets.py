@@ -25,13 +25,13 @@ def peft_installed() -> bool:
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that choose experts: by class, or a linear named ``gate`` beside experts."""
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
         beside_experts = hasattr(model.get_submodule(parent), "experts") if name else False
         if ROUTER.search(type(module).__name__) or (beside_experts and last in ("gate", "router")):
-            found[name] = module
-    return found
+            modules[name] = module
+    return modules
 
 
 def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:

@@ -203,8 +203,8 @@ class Pair:
         """The median over adapters with a gradient."""
         return median(self.yardsticks.values()) if self.yardsticks else 0.0
 
-    def beside(self, found: step.Gradients) -> dict[str, GradientFacts]:
-        """Each gradient found, beside its counterpart."""
+    def beside(self, gradients: step.Gradients) -> dict[str, GradientFacts]:
+        """Each adapter's gradient, beside its counterpart in both twins."""
         return {
             name: GradientFacts(
                 live=live(self.exact[name]),
@@ -216,7 +216,7 @@ class Pair:
                 yardstick=max(self.yardsticks.get(name, 0.0), self.median_yardstick),
                 bitwise=gradient is not None and step.equal(gradient, self.rounded[name]),
             )
-            for name, gradient in found.items()
+            for name, gradient in gradients.items()
         }
 
 
@@ -235,10 +235,10 @@ def live(gradient: torch.Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
 
 
-def root_mean_square_error(found: torch.Tensor, exact: torch.Tensor, keep: torch.Tensor) -> float:
+def root_mean_square_error(actual: torch.Tensor, exact: torch.Tensor, keep: torch.Tensor) -> float:
     """Root mean square of the difference over that of the exact values, over the tokens kept; row by row."""
     apart, size = 0.0, 0.0
-    for mine, theirs, kept in zip(found, exact, keep, strict=True):
+    for mine, theirs, kept in zip(actual, exact, keep, strict=True):
         apart = math.hypot(apart, float((mine[kept].double() - theirs[kept]).norm()))
         size = math.hypot(size, float(theirs[kept].norm()))
     return apart / size if size else 0.0

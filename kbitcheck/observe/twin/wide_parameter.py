@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+
+from kbitcheck.observe import internals
 
 aten = torch.ops.aten
 # What only says otherwise which elements are meant, or in what order.
@@ -30,9 +31,7 @@ class Widened(torch.Tensor):
 
     @staticmethod
     def __new__(cls, stored: torch.Tensor, dtype: torch.dtype) -> Widened:
-        made: Widened = torch.Tensor._make_wrapper_subclass(
-            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
-        )
+        made: Widened = internals.tensor_that_computes_as(cls, stored, dtype)
         made.stored = stored
         return made
 
@@ -40,16 +39,16 @@ class Widened(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         first: Any = args[0]
-        if isinstance(first, cls) and func._schema.is_mutable:
+        if isinstance(first, cls) and internals.writes_to_arguments(func):
             raise RuntimeError(f"{func} writes to a weight of the float twin")
         if func in VIEWS:
             stored = func(first.stored, *args[1:], **kwargs)
-            return tree_map_only(torch.Tensor, lambda t: cls(t, first.dtype), stored)
+            return internals.tree_map_only(torch.Tensor, lambda t: cls(t, first.dtype), stored)
         if func in PICKS and isinstance(first, cls):
             return func(first.stored, *args[1:], **kwargs).to(first.dtype)
         if func is aten.mm.default and isinstance(args[1], cls) and args[1].dtype == torch.float64:
             return _product(args[0], args[1].stored)
-        args, kwargs = tree_map_only(cls, lambda t: t.stored.to(t.dtype), (args, kwargs))
+        args, kwargs = internals.tree_map_only(cls, lambda t: t.stored.to(t.dtype), (args, kwargs))
         return func(*args, **kwargs)
 
 

@@ -42,14 +42,14 @@ def test_gradients_that_die_out_may_vanish(off: float, right: bool) -> None:
     probe.dtype = torch.float32
     probe._enters(dy)
     probe._leaves(torch.full((1, 4), off))
-    assert (probe.told(misread=0.0).excess <= 1) is right
+    assert (probe.result(misread=0.0).excess <= 1) is right
 
 
 def test_a_gradient_that_leaves_before_one_entered_is_not_the_layers() -> None:
     probe = layers._Probe(nn.Linear(4, 32), lambda: torch.zeros(32, 4).double(), None)
     probe._leaves(torch.ones(1, 4))
     probe._enters(torch.ones(1, 32))
-    assert not probe.told(misread=0.0).carried
+    assert not probe.result(misread=0.0).carried
 
 
 class Noisy(nn.Module):

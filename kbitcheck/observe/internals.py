@@ -1,0 +1,159 @@
+"""Every private name of torch and transformers that observing needs: this file alone uses them.
+
+Each is there in torch 2.11 to 2.13 and in transformers 4.56 and 5.23, but where a line says otherwise.
+``tests/unit/test_internals.py`` fails by name where one has moved. A quantizer's own are used in its backend's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_map_only"]
+
+aten: Any = torch.ops.aten
+
+# Bound before any implementation is imported, which may patch them.
+REENTRANT: Any = torch.utils.checkpoint.CheckpointFunction
+NON_REENTRANT: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+
+READ_NUMBER = aten._local_scalar_dense.default
+SOFTMAX_BACKWARD = aten._softmax_backward_data.default
+FLASH_ATTENTION = aten._scaled_dot_product_flash_attention
+EFFICIENT_ATTENTION = aten._scaled_dot_product_efficient_attention
+MATH_ATTENTION = aten._scaled_dot_product_attention_math
+
+GLOBAL_HOOKS = tuple(
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global") and isinstance(hooks, dict)
+)
+REGISTRIES = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ACT2FN", "ROPE_INIT_FUNCTIONS")
+REGISTRY_MODULES = ("modeling_utils", "masking_utils", "activations", "modeling_rope_utils")
+
+
+def checkpoint_entries(reentrant: Any, non_reentrant: Any) -> AbstractContextManager[Any]:
+    """Replace what torch's checkpoint calls, for a while: the function of reentrant mode, the generator of the other."""
+    return mock.patch.multiple(
+        torch.utils.checkpoint,
+        CheckpointFunction=reentrant,
+        _checkpoint_without_reentrant_generator=non_reentrant,
+    )
+
+
+def output_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks of a module itself."""
+    return list(module._forward_hooks.values())
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks of a module itself, and then its forward pre-hooks."""
+    return [*output_hooks(module), *module._forward_pre_hooks.values()]
+
+
+def hook_count(module: nn.Module) -> int:
+    """Number of forward, forward pre- and backward hooks of a module itself."""
+    return len(forward_hooks(module)) + len(module._backward_hooks)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters, to be replaced in place."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The module's own buffers, to be replaced in place."""
+    return module._buffers
+
+
+def replace_child(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Put another module in a child's place, also in a container that checks types."""
+    parent._modules[name] = child
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage, for as long as the storage lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def sequence_number(node: Any) -> int:
+    """The place of an autograd node in the order in which nodes were made."""
+    return int(node._sequence_nr())
+
+
+def tensor_that_computes_as(cls: type, stored: torch.Tensor, dtype: torch.dtype) -> Any:
+    """A tensor of a subclass without numbers of its own, of the shape, strides and device of ``stored``."""
+    return torch.Tensor._make_wrapper_subclass(
+        cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
+    )
+
+
+def writes_to_arguments(operator: Any) -> bool:
+    """Whether an operator changes one of its arguments in place."""
+    return bool(operator._schema.is_mutable)
+
+
+def checkpoint_function(module: nn.Module) -> Callable[..., Any] | None:
+    """What transformers checkpoints a module's blocks with; None where checkpointing was never enabled."""
+    function = vars(module).get("_gradient_checkpointing_func")
+    return cast("Callable[..., Any] | None", function)
+
+
+def set_checkpoint_function(module: nn.Module, function: Callable[..., Any] | None) -> None:
+    """Have a module's blocks checkpointed with another function; None removes it."""
+    if function is None:
+        vars(module).pop("_gradient_checkpointing_func", None)
+    else:
+        module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def inputs_hooked(model: nn.Module) -> bool:
+    """Whether ``enable_input_require_grads`` was called: ``_require_grads_hooks`` since transformers 5."""
+    return hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks")
+
+
+def attention(config: Any) -> str | None:
+    """The attention that a configuration chooses, which its ``to_dict`` leaves out."""
+    chosen: str | None = getattr(config, "_attn_implementation", None)
+    return chosen
+
+
+def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
+    """The parts of names of parameters that transformers' classes keep in float32."""
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return tuple(sorted({part for m in model.modules() for each in lists for part in getattr(m, each, None) or ()}))
+
+
+def forward_before_wrapping(model: nn.Module) -> Callable[..., Any] | None:
+    """The ``forward`` that accelerate wrapped in place; None where it wrapped none. Seen in accelerate 1.15."""
+    return cast("Callable[..., Any] | None", getattr(model, "_original_forward", None))
+
+
+def registered() -> Iterator[tuple[str, str, int]]:
+    """What transformers looks up by name at run time: registry, key and identity of each entry."""
+    for module in REGISTRY_MODULES:
+        for name in REGISTRIES:
+            registry = getattr(sys.modules.get(f"transformers.{module}"), name, None)
+            inner = (getattr(registry, "_global_mapping", None), getattr(registry, "_local_mapping", None))
+            for mapping in (registry, *inner):
+                if isinstance(mapping, dict):
+                    yield from ((name, str(key), id(value)) for key, value in mapping.items())
+
+
+def without_grouped_kernel() -> AbstractContextManager[Any]:
+    """Experts by transformers' own grouped product, for a while; it has none before transformers 5."""
+    try:
+        from transformers.integrations import moe
+    except ImportError:
+        return nullcontext()
+    return mock.patch.object(moe, "_can_use_grouped_mm", return_value=False)
