@@ -181,9 +181,8 @@ def no_global_effects(facts: Facts) -> Iterable[Observation]:
     Fix: change the model and nothing else; use no random numbers.
     Sources: unsloth-zoo#549, ms-swift ``torch.utils.checkpoint`` patch.
     """
-    changed = facts.call.process
     yield Observation("process", "unchanged", "looked at", ok=True)
-    for name, (before, after) in changed.items():
+    for name, (before, after) in facts.call.process.items():
         yield Observation(name, before, after, ok=False)
 
 

@@ -53,7 +53,7 @@ def test_a_registry_of_transformers_has_the_mapping(name: str) -> None:
 
 
 def model() -> transformers.PreTrainedModel:
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 8,
         "intermediate_size": 8,
         "num_hidden_layers": 1,
