@@ -134,9 +134,9 @@ def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted({part for m in model.modules() for each in lists for part in getattr(m, each, None) or ()}))
 
 
-def forward_before_wrapping(model: nn.Module) -> Callable[..., Any] | None:
-    """The ``forward`` that accelerate wrapped in place; None where it wrapped none. Seen in accelerate 1.15."""
-    return cast("Callable[..., Any] | None", getattr(model, "_original_forward", None))
+def forward_is_wrapped(module: nn.Module) -> bool:
+    """Whether accelerate wrapped the module's ``forward``, as it does for mixed precision. Seen in accelerate 1.15."""
+    return "_original_forward" in vars(module)
 
 
 def registered() -> Iterator[tuple[str, str, int]]:

@@ -13,6 +13,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import ModelFacts
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.recipe import read
+from kbitcheck.observe import internals
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.call import call
@@ -51,4 +52,4 @@ def recipe_of_prepared(model: nn.Module, facts: ModelFacts) -> Recipe:
 
 def runs_under_autocast(model: nn.Module) -> bool:
     """Whether autocast is on, or accelerate has wrapped the model's forward, as it does for mixed precision alone."""
-    return torch.is_autocast_enabled() or any("_original_forward" in vars(m) for m in model.modules())
+    return torch.is_autocast_enabled() or any(internals.forward_is_wrapped(m) for m in model.modules())
