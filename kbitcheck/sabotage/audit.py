@@ -1,4 +1,4 @@
-"""Models that the rules of KB9xx must tell about."""
+"""Faults of KB9xx."""
 
 from __future__ import annotations
 

@@ -7,22 +7,33 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from kbitcheck import backends
-from kbitcheck.observe.probes.snapshot import is_block
-from kbitcheck.sabotage.fault import Prepare, breaks, wraps
-
-
-def blocks(model: Any) -> list[Any]:
-    """The model's blocks."""
-    return [m for m in model.modules() if is_block(m)]
+from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
+from kbitcheck.sabotage.helpers import (
+    blocks,
+    cast,
+    doing_first,
+    freeze,
+    hoard,
+    subclass,
+    switch_on,
+)
 
 
 @breaks("KB401")
 def every_other_block_off(model: Any) -> None:
     for block in blocks(model)[1::2]:
         block.gradient_checkpointing = False
+
+
+@adds("KB401", last=True, model="tiny:t5")
+def checkpoints_the_decoder_alone(model: Any) -> None:
+    for module in model.encoder.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
 
 
 @wraps("KB402", checkpointing="off")
@@ -35,10 +46,31 @@ def always_on(prepare: Prepare) -> Prepare:
     return prepare_model
 
 
+@breaks("KB402", checkpointing="off")
+def flags_switched_on_afterwards(model: Any) -> None:
+    for block in blocks(model)[1:]:
+        block.gradient_checkpointing = True
+
+
+@implements("KB402", checkpointing="off")
+def checkpoints_whatever_is_asked(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    cast(model)
+    return switch_on(model, True, gradient_checkpointing_kwargs)
+
+
 @breaks("KB403")
 def flag_on_but_plain_calls(model: Any) -> None:
     block = blocks(model)[1]
     block._gradient_checkpointing_func = lambda function, *args: function(*args)
+
+
+@adds("KB403", last=True)
+def leaves_out_the_last_block(model: Any) -> None:
+    """It would be recomputed at once."""
+    blocks(model)[-1]._gradient_checkpointing_func = lambda function, *args: function(*args)
 
 
 @wraps("KB404")
@@ -51,19 +83,25 @@ def kwargs_dropped(prepare: Prepare) -> Prepare:
     return prepare_model
 
 
-def _hoard(model: Any, where: list[Any]) -> None:
-    """Keep every activation of the blocks' insides until the next forward."""
-    model.register_forward_pre_hook(lambda module, args: where.clear())
-    for block in blocks(model):
-        for inner in block.modules():
-            inner.register_forward_hook(
-                lambda module, args, output: where.append(output) if isinstance(output, torch.Tensor) else None
-            )
+@spoils("KB404")
+def a_model_that_drops_the_arguments(model: Any) -> None:
+    subclass(model, **doing_first(lambda self, kwargs: kwargs.pop("preserve_rng_state", None) if kwargs else None))
+
+
+@implements("KB404", checkpointing="non-reentrant")
+def reentrant_whatever_is_asked(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    cast(model)
+    return switch_on(
+        model, use_gradient_checkpointing, {**(gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+    )
 
 
 @breaks("KB405")
 def activations_kept_on_the_side(model: Any) -> None:
-    _hoard(model, [])
+    hoard(model, [])
 
 
 @breaks("KB405", checkpointing="non-reentrant")
@@ -103,6 +141,26 @@ def more_kept_than_the_stack_keeps(model: Any) -> None:
             )
 
 
+@breaks("KB405", model="tiny:llama", quant="nf4", checkpointing="reentrant")
+def outputs_of_quantized_layers_kept(model: Any) -> None:
+    kept: list[Any] = []
+    for block in blocks(model):
+        for inner in block.modules():
+            if backends.is_quantized(inner):
+                inner.register_forward_hook(lambda module, args, output: kept.append(output))
+    model.register_forward_pre_hook(lambda module, args: kept.clear())
+
+
+@adds("KB405")
+def collects_inputs_to_initialise_adapters(model: Any) -> None:
+    def collect(module: nn.Module, args: Any) -> None:
+        module.calibration = args[0].detach()
+
+    for module in model.modules():
+        if backends.is_quantized(module):
+            module.register_forward_pre_hook(collect)
+
+
 @breaks("KB406")
 def a_copy_kept_by_each_block(model: Any) -> None:
     kept: list[Any] = []
@@ -116,11 +174,35 @@ def a_copy_kept_by_each_block(model: Any) -> None:
         block.register_forward_hook(hoard)
 
 
+def _offloading(function: Any, *args: Any) -> Any:
+    """A checkpoint that copies its inputs to the host, and keeps them."""
+    with saved_tensors_hooks(lambda t: (t, t.to("cpu", copy=True)), lambda pair: pair[1].to(pair[0].device)):
+        return checkpoint(function, *args, use_reentrant=True)
+
+
+@adds("KB406", last=True)
+def keeps_what_it_offloads(model: Any) -> None:
+    for block in blocks(model):
+        block._gradient_checkpointing_func = _offloading
+
+
 @breaks("KB407", checkpointing="default")
 def mode_left_implicit(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = checkpoint
+
+
+@implements("KB407", checkpointing="default")
+def an_empty_dictionary_for_none(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    cast(model)
+    if use_gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs or {})
+    return model
 
 
 @breaks("KB408")
@@ -131,6 +213,23 @@ def generate_broken(model: Any) -> None:
     model.generate = generate
 
 
+@adds("KB408")
+def takes_the_arguments_that_trainers_pass(model: Any) -> None:
+    inner = model.forward
+
+    def forward(
+        input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None
+    ) -> Any:
+        return inner(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels)
+
+    model.forward = forward
+
+
 @breaks("KB409")
 def left_in_eval(model: Any) -> None:
     model.eval()
+
+
+@adds("KB409", last=True)
+def readies_the_model_for_training(model: Any) -> None:
+    model.train()

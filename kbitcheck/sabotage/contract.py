@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import warnings
 from typing import Any
 
 import torch
+from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 
-from kbitcheck.sabotage.checkpointing import _hoard
-from kbitcheck.sabotage.fault import Prepare, around, breaks, wraps
+from kbitcheck.sabotage.fault import Prepare, adds, around, breaks, implements, spoils, wraps
+from kbitcheck.sabotage.helpers import (
+    blocks,
+    cast,
+    doing_first,
+    freeze,
+    hoard,
+    subclass,
+    switch_on,
+)
 
 
 @wraps("KB501")
@@ -20,6 +30,12 @@ def older_signature(prepare: Prepare) -> Prepare:
         return prepare(model, use_gradient_checkpointing)
 
     return prepare_model
+
+
+@breaks("KB501")
+def a_model_that_cannot_be_left_off(model: Any) -> None:
+    for block in blocks(model):
+        block.gradient_checkpointing = True
 
 
 @wraps("KB502")
@@ -42,6 +58,24 @@ def nothing_returned(prepare: Prepare) -> Prepare:
     return prepare_model
 
 
+@wraps("KB502", alone=True)
+def a_copy_returned_when_checkpointing_is_off(prepare: Prepare) -> Prepare:
+    import copy
+
+    def prepare_model(
+        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+    ) -> Any:
+        either = model if use_gradient_checkpointing else copy.deepcopy(model)
+        return prepare(either, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+    return prepare_model
+
+
+@breaks("KB502", alone=True)
+def a_class_swapped(model: Any) -> None:
+    subclass(model)
+
+
 @wraps("KB503")
 def kwargs_filled_in_place(prepare: Prepare) -> Prepare:
     def prepare_model(
@@ -54,9 +88,32 @@ def kwargs_filled_in_place(prepare: Prepare) -> Prepare:
     return prepare_model
 
 
+def _handing_the_dictionary_on(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    """The reference gives a model a copy of the caller's dictionary; many an implementation does not."""
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    if use_gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs)
+    return model
+
+
+@spoils("KB503", prepare=_handing_the_dictionary_on)
+def a_model_that_fills_in_its_arguments(model: Any) -> None:
+    subclass(
+        model, **doing_first(lambda self, kwargs: kwargs.setdefault("preserve_rng_state", True) if kwargs else None)
+    )
+
+
 @breaks("KB504")
 def hooks_that_pile_up(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: None)
+
+
+@adds("KB504", last=True)
+def hooks_again_with_every_call(model: Any) -> None:
+    model.enable_input_require_grads()
 
 
 @breaks("KB505")
@@ -67,6 +124,20 @@ def a_hook_that_nobody_can_remove(model: Any) -> None:
     model.get_input_embeddings().register_forward_hook(require)
 
 
+@implements("KB505")
+def hooks_beside_what_the_model_hooks(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    def make_inputs_require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.requires_grad_(True)
+
+    freeze(model)
+    cast(model)
+    if use_gradient_checkpointing:
+        model.get_input_embeddings().register_forward_hook(make_inputs_require_grad)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
 @wraps("KB506")
 def frozen_before_it_is_checked(prepare: Prepare) -> Prepare:
     def freeze(model: Any) -> None:
@@ -74,6 +145,18 @@ def frozen_before_it_is_checked(prepare: Prepare) -> Prepare:
             parameter.requires_grad_(False)
 
     return around(prepare, freeze, lambda model, token: None)
+
+
+@spoils("KB506")
+def a_model_that_refuses_half_way(model: Any) -> None:
+    """It says that it can checkpoint; it raises when the first of its blocks is on."""
+
+    def switch(self: Any, enable: bool = True, **how: Any) -> None:
+        blocks(self)[0].gradient_checkpointing = enable
+        raise ValueError(f"{type(self).__name__} cannot checkpoint; pass use_gradient_checkpointing=False")
+
+    subclass(model, _set_gradient_checkpointing=switch)
+    model.supports_gradient_checkpointing = True
 
 
 @wraps("KB507")
@@ -90,6 +173,20 @@ def class_patched(prepare: Prepare) -> Prepare:
     return around(prepare, patch, lambda model, token: None)
 
 
+@wraps("KB507", alone=True)
+def logging_turned_down(prepare: Prepare) -> Prepare:
+    def turn(model: Any) -> None:
+        log = logging.getLogger("accelerate")
+        log.setLevel(log.level + 1)
+
+    return around(prepare, turn, lambda model, token: None)
+
+
+@spoils("KB507")
+def a_model_that_draws_when_switched_on(model: Any) -> None:
+    subclass(model, **doing_first(lambda self, kwargs: torch.rand(1)))
+
+
 _old: list[torch.Tensor] = []
 
 
@@ -103,7 +200,18 @@ def old_weights_kept(prepare: Prepare) -> Prepare:
 
 @breaks("KB508")
 def activations_outlive_the_step(model: Any) -> None:
-    _hoard(model, [])
+    hoard(model, [])
+
+
+@breaks("KB508")
+def evaluations_hoarded(model: Any) -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if not module.training and not torch.is_inference_mode_enabled():
+            kept.append(output.logits.detach())
+
+    model.register_forward_hook(keep)
 
 
 @wraps("KB509")
@@ -114,14 +222,35 @@ def a_warning_a_call(prepare: Prepare) -> Prepare:
     return around(prepare, warn, lambda model, token: None)
 
 
+@spoils("KB509")
+def a_model_that_warns_when_switched_on(model: Any) -> None:
+    subclass(model, **doing_first(lambda self, kwargs: warnings.warn("switching on", FutureWarning, stacklevel=2)))
+
+
 @breaks("KB510")
 def a_module_renamed(model: Any) -> None:
     model.transformer.last_norm = model.transformer.ln_f
 
 
+class _CastOutputToFloat(nn.Sequential):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x).float()
+
+
+@adds("KB510")
+def wraps_the_head(model: Any) -> None:
+    """As PEFT 0.2 did."""
+    model.lm_head = _CastOutputToFloat(model.lm_head)
+
+
 @breaks("KB511")
 def config_rewritten(model: Any) -> None:
     model.config.layer_norm_epsilon = 0.5
+
+
+@adds("KB511")
+def rewrites_the_configuration(model: Any) -> None:
+    model.config._attn_implementation = "sdpa"
 
 
 _calls = {"n": 0}
@@ -132,3 +261,9 @@ def depends_on_earlier_calls(model: Any) -> None:
     _calls["n"] += 1
     with torch.no_grad():
         model.transformer.ln_f.weight.add_(1e-3 * _calls["n"])
+
+
+@adds("KB512")
+def draws_the_embedding_of_the_padding(model: Any) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1].normal_(std=0.02)

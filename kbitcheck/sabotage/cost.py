@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from kbitcheck.sabotage.fault import Prepare, around, breaks, wraps
+from kbitcheck.sabotage.fault import Prepare, around, breaks, implements, spoils, wraps
+from kbitcheck.sabotage.helpers import (
+    doing_first,
+    freeze,
+    half,
+    subclass,
+    switch_on,
+)
 
 
 @wraps("KB601")
@@ -16,6 +23,11 @@ def everything_cast_before_anything_is_freed(prepare: Prepare) -> Prepare:
         del wide
 
     return around(prepare, cast, lambda model, token: None)
+
+
+@spoils("KB601")
+def a_model_that_allocates_when_switched_on(model: Any) -> None:
+    subclass(model, **doing_first(lambda self, kwargs: torch.zeros(1 << 20)))
 
 
 @wraps("KB602", accelerator=True)
@@ -31,3 +43,15 @@ def a_large_block_left_in_the_cache(prepare: Prepare) -> Prepare:
 def positions_widened_to_float64(model: Any) -> None:
     weight = model.transformer.wpe.weight
     weight.data = weight.data.double()
+
+
+@implements("KB603")
+def keeps_weights_in_larger_storages(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for _, parameter in half(model):
+        room = torch.zeros(2 * parameter.numel(), dtype=torch.float32)
+        room[: parameter.numel()] = parameter.data.float().flatten()
+        parameter.data = room[: parameter.numel()].view(parameter.shape)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)

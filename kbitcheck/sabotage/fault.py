@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from kbitcheck_reference import prepare_model_for_kbit_training
 
+from kbitcheck.sabotage.helpers import cast, freeze, switch_on
+
 Prepare = Callable[..., Any]
 FaultLevel = Literal["model", "implementation"]
 
@@ -23,9 +25,9 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 class Fault:
     """One way to be wrong. ``prepare`` is the broken implementation, ``spoil`` what is done to the base before.
 
-    ``code`` is the rule that must catch it, on the case given; ``alone`` says that no other may; ``accelerator`` that no
+    ``code`` is the rule that must catch it, on its case; ``alone`` says that no other may; ``accelerator`` that no
     CPU can show it. ``level`` is what is broken: a ``model`` after or before a good preparation, or the
-    ``implementation``.
+    ``implementation``, which is ``standalone`` if it is none of the reference's.
     """
 
     code: str
@@ -39,6 +41,7 @@ class Fault:
     spoil: Callable[[Any], None] | None = None
     accelerator: bool = False
     alone: bool = False
+    standalone: bool = False
 
 
 _faults: list[Fault] = []
@@ -90,8 +93,31 @@ def implements(code: str, **case: Any) -> Callable[[Prepare], Prepare]:
     """Register a broken implementation that owes the reference nothing."""
 
     def register(prepare: Prepare) -> Prepare:
-        _faults.append(Fault(code=code, name=prepare.__name__, prepare=prepare, **case))
+        _faults.append(Fault(code=code, name=prepare.__name__, prepare=prepare, standalone=True, **case))
         return prepare
+
+    return register
+
+
+def adds(code: str, *, last: bool = False, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Register an implementation that does this to the model besides: before it switches on, or ``last`` of all."""
+
+    def register(do: Callable[[Any], None]) -> Callable[[Any], None]:
+        def prepare(
+            model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+        ) -> Any:
+            freeze(model)
+            cast(model)
+            if not last:
+                do(model)
+            switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+            if last:
+                do(model)
+            return model
+
+        prepare.__name__, prepare.__module__ = do.__name__, do.__module__
+        implements(code, **case)(prepare)
+        return do
 
     return register
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from kbitcheck import backends
-from kbitcheck.sabotage.fault import breaks
-from kbitcheck.sabotage.freezing import refuse_freezing
-
-
-def quantized(model: Any) -> list[Any]:
-    """The model's quantized layers."""
-    return [m for m in model.modules() if backends.is_quantized(m)]
+from kbitcheck.sabotage.fault import adds, breaks, implements
+from kbitcheck.sabotage.helpers import (
+    HALF,
+    cast,
+    freeze,
+    half,
+    quantized,
+    refuse_freezing,
+    switch_on,
+)
 
 
 @breaks("KB201")
@@ -23,11 +27,15 @@ def last_norm_left_half(model: Any) -> None:
     norm.bias.data = norm.bias.data.bfloat16()
 
 
-@breaks("KB215", profile="frozen-half")
-def one_norm_of_a_tower_in_half(model: Any) -> None:
-    norm = model.transformer.h[1].ln_2
-    norm.weight.data = norm.weight.data.bfloat16()
-    norm.bias.data = norm.bias.data.bfloat16()
+@implements("KB201")
+def casts_what_is_called_layer_norm(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for name, parameter in half(model):
+        if "layer_norm" in name:
+            parameter.data = parameter.data.float()
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 @breaks("KB202")
@@ -36,9 +44,39 @@ def positions_left_half(model: Any) -> None:
     weight.data = weight.data.bfloat16()
 
 
+@implements("KB202")
+def casts_norms_alone(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
 @breaks("KB203")
 def norm_nudged(model: Any) -> None:
     model.transformer.h[2].ln_2.weight.data += 1e-4
+
+
+@breaks("KB203", model="tiny:t5", quant="int8", checkpointing="non-reentrant")
+def norms_rounded_through_bfloat16(model: Any) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "T5LayerNorm":
+            module.weight.data = module.weight.data.bfloat16().float()
+
+
+@implements("KB203", model="tiny:llama")
+def scales_norms_before_the_cast(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for name, parameter in half(model):
+        if "norm" in name:
+            parameter.data = parameter.data * (1 + 2.0**-6)
+    cast(model)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 @breaks("KB204")
@@ -53,6 +91,23 @@ def rotary_table_cast(model: Any) -> None:
     rotary.inv_freq = rotary.inv_freq.bfloat16()
 
 
+@breaks("KB204", alone=True)
+def epsilon_moved_by_a_hundredth(model: Any) -> None:
+    model.transformer.ln_f.eps = 1.01e-5  # however often it is called: another rule tells of what is not idempotent
+
+
+@implements("KB204", model="tiny:t5", quant="nf4,storage=fp16,compute=fp32")
+def casts_everything_to_bfloat16_first(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32 and not backends.is_packed(parameter):
+            parameter.data = parameter.data.bfloat16().float()
+    cast(model)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
 @breaks("KB205")
 def one_nibble_flipped(model: Any) -> None:
     backends.corrupt(quantized(model)[3], "code")
@@ -62,6 +117,17 @@ def one_nibble_flipped(model: Any) -> None:
 def packed_bytes_upcast(model: Any) -> None:
     weight = quantized(model)[0].weight
     weight.data = weight.data.float()
+
+
+@implements("KB205", quant="nf4,storage=bf16")
+def casts_packed_weights_too(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    freeze(model)
+    for parameter in model.parameters():
+        if parameter.dtype in HALF:
+            parameter.data = parameter.data.float()
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 @breaks("KB206")
@@ -79,6 +145,18 @@ def row_scale_off(model: Any) -> None:
     backends.corrupt(quantized(model)[1], "scale")
 
 
+@breaks("KB206", model="tiny:t5", quant="int8", checkpointing="non-reentrant")
+def a_row_scale_off_in_the_encoder(model: Any) -> None:
+    layer: Any = next(m for n, m in model.named_modules() if backends.is_quantized(m) and n.startswith("encoder"))
+    backends.corrupt(layer, "scale", 1.001)
+
+
+@adds("KB206", quant="nf4,double")
+def flattens_nested_scales(model: Any) -> None:
+    for _, layer in backends.quantized_layers(model):
+        backends.corrupt(layer, "nested")
+
+
 @breaks("KB207")
 def layer_dequantized(model: Any) -> None:
     name, layer = next((n, m) for n, m in model.named_modules() if backends.is_quantized(m))
@@ -89,10 +167,48 @@ def layer_dequantized(model: Any) -> None:
     setattr(model.get_submodule(parent), child, plain)
 
 
+@breaks("KB207", model="tiny:llama", quant="int8")
+def last_layer_dequantized(model: Any) -> None:
+    name, layer = [(n, m) for n, m in model.named_modules() if backends.is_quantized(m)][-1]
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight = nn.Parameter(backends.unpacked(layer), requires_grad=False)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, plain)
+
+
+@implements("KB207")
+def dequantizes_projections(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    for name, layer in list(model.named_modules()):
+        if backends.is_quantized(layer) and name.endswith("c_fc"):
+            rows, columns = backends.shape(layer)
+            plain = nn.Linear(columns, rows, bias=layer.bias is not None)
+            plain.weight.data.copy_(backends.unpacked(layer))
+            plain.bias = layer.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    freeze(model)
+    cast(model)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
 @breaks("KB208")
 def head_untied(model: Any) -> None:
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+@implements("KB208")
+def rebinds_what_it_casts(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in HALF and not backends.is_packed(parameter):
+                setattr(module, name, nn.Parameter(parameter.float()))
+    freeze(model)
+    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
 @breaks("KB209", quant="nf4,compute=fp32")
@@ -100,6 +216,31 @@ def norm_epsilon_changed(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-2
+
+
+@breaks("KB209")
+def decodes_wrongly(model: Any) -> None:
+    """With a cache, where one token comes in at a time, alone."""
+    norm = model.transformer.ln_f
+    norm.register_forward_hook(lambda module, args, output: output.flip(-1) if output.shape[1] == 1 else output)
+
+
+@breaks("KB209")
+def padding_in_front_is_read(model: Any) -> None:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask[:, 0].all():
+            kwargs = {**kwargs, "attention_mask": None}
+        return args, kwargs
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@adds("KB209", quant="nf4,compute=fp32")
+def runs_norms_in_bfloat16(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda module, args, output: output.bfloat16().float())
 
 
 @breaks("KB210")
@@ -111,6 +252,20 @@ def fails_in_eval(model: Any) -> None:
     model.transformer.h[0].register_forward_pre_hook(refuse)
 
 
+@breaks("KB210")
+def embeddings_of_ones_own_get_no_gradient(model: Any) -> None:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        embeddings = kwargs.get("inputs_embeds")
+        return args, kwargs if embeddings is None else {**kwargs, "inputs_embeds": embeddings.detach()}
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@adds("KB210", model="tiny:llama")
+def casts_the_head_back(model: Any) -> None:
+    model.lm_head.to(torch.bfloat16)
+
+
 @breaks("KB211")
 def a_half_norm_that_refuses_freezing(model: Any) -> None:
     weight = model.transformer.ln_f.weight
@@ -118,7 +273,18 @@ def a_half_norm_that_refuses_freezing(model: Any) -> None:
     refuse_freezing(weight)
 
 
+@adds("KB211")
+def trains_positions_in_float16(model: Any) -> None:
+    positions = model.transformer.wpe.half()
+    refuse_freezing(positions.weight)
+
+
 @breaks("KB212")
 def norm_moved_to_meta(model: Any) -> None:
     norm = model.transformer.ln_f
     norm.weight = nn.Parameter(norm.weight.to("meta"), requires_grad=False)
+
+
+@adds("KB212")
+def offloads_positions(model: Any) -> None:
+    model.transformer.wpe.to("meta")

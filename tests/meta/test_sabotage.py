@@ -10,9 +10,9 @@ from kbitcheck.core.events import FaultTried
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.run.selftest import case_of, run, try_fault
-from kbitcheck.sabotage import WITHOUT, Fault, faults, implementations
+from kbitcheck.sabotage import WITHOUT, Fault, faults
 from kbitcheck.sabotage.fault import FaultLevel
-from kbitcheck.sabotage.implementations.steps import cast, freeze, switch_on
+from kbitcheck.sabotage.helpers import cast, freeze, switch_on
 
 
 def lacking(found):
@@ -48,7 +48,7 @@ def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwar
     return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
 
-OWN = [fault for fault in faults() if fault.prepare.__module__.startswith(implementations.__name__)]
+OWN = [fault for fault in faults() if fault.standalone]
 
 
 @pytest.mark.slow
