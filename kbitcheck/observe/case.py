@@ -40,7 +40,7 @@ from kbitcheck.core.facts import (
     TrainingFacts,
 )
 from kbitcheck.core.facts.recipe import Recipe
-from kbitcheck.models.sources.live import Given as LiveModel
+from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.fact import Fact, OpenCase

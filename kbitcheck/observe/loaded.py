@@ -19,7 +19,7 @@ from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.models.sources.live import Given as LiveModel
+from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe import process_memory
 from kbitcheck.observe.forecast import predict as forecast

@@ -34,7 +34,7 @@ from kbitcheck.core.facts import (
 )
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import quiet
-from kbitcheck.models.sources.live import Given as LiveModel
+from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing

@@ -133,7 +133,7 @@ def assert_prepared(
     """
     import torch
 
-    from kbitcheck.models.sources.live import Given
+    from kbitcheck.models.sources.live import LiveModel
     from kbitcheck.observe import device as devices
     from kbitcheck.observe import prepared
 
@@ -145,7 +145,7 @@ def assert_prepared(
         if value not in choices:
             raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, choices))}")
     rules = select(select_codes, ignore)
-    source = Given(model)
+    source = LiveModel(model)
     spec = CaseSpec(
         model=source.name,
         quant=source.quant,

@@ -37,7 +37,6 @@ class Architecture(Source):
     task: str
     model_type: str
 
-    has_weights: ClassVar[bool] = False
     attention: ClassVar[str | None] = "eager"
 
     @property

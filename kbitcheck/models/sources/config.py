@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
@@ -27,8 +27,6 @@ class Config(Source):
     Where ``drawn`` is False it has no tensors at all, and only its static facts can be told; ``foreign`` then names the
     quantizer, without a backend here, that its weights were saved with.
     """
-
-    has_weights: ClassVar[bool] = False
 
     drawn: bool = True
     foreign: str = ""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class LiveModel:
     """Stands for a live model. ``load`` copies it, so that the caller's own is never prepared or run."""
 
     model: Any

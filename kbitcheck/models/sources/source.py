@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Source(ABC):
-    """Where a model comes from. ``config`` is its ``config.json`` as read; ``dtype`` is what the user asked for.
-
-    ``has_weights`` is False where the weights are drawn at random because the model comes without any.
-    """
+    """Where a model comes from. ``config`` is its ``config.json`` as read; ``dtype`` is what the user asked for."""
 
     name: str
     config: Mapping[str, Any]
@@ -33,7 +30,6 @@ class Source(ABC):
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
-    has_weights: ClassVar[bool] = True
     attention: ClassVar[str | None] = None
 
     @property

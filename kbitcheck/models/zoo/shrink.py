@@ -2,7 +2,7 @@
 
 A field's name says how large it may be, and a default that is already smaller stays. The caps fit each other: 4 heads
 of 16 make a hidden size of 64, and so on. Lists with an entry for each layer are cut so that every kind of layer comes
-twice. What names do not tell is in ``families.toml``.
+twice. The caps are in ``caps.toml``, exceptions by family in ``families.toml``.
 """
 
 from __future__ import annotations
@@ -25,47 +25,6 @@ HEADS = 4
 BLOCKS_OF_A_KIND = 2
 MOST_KINDS = 4
 
-# The first pattern that matches a field's whole name caps it.
-CAPS: tuple[tuple[str, int], ...] = (
-    # Vocabularies and lengths
-    (r".*vocab(_size.*)?", VOCABULARY),
-    (r"max_.*(length|len)|max_(position_embeddings|.*positions)|(n|num)_position(_embedding)?s|n_ctx", 128),
-    (r"context_length|model_max_length", 128),
-    (r".*window(_size|_len.*)?|.*chunk_(size|length)|(index_)?block_size|original_max_position_embeddings", 16),
-    (r"chunk_.*_context", 4),
-    # Attention
-    (r"qk_rope_head_dim|rotary_dim", 8),
-    (r".*head_?dim|.*d_head|dim_head|d_kv|kv_channels|attention_head_size", 16),
-    (r"mamba_(n|num)_heads", 2 * HEADS),  # the inner width is twice the hidden size
-    (r"(.*_)?(n_|num_)?(.*_)?n?heads?(_per_layer)?", HEADS),
-    (r".*_rank|.*lowrank|d_rel", 16),
-    (r"index_topk(_blocks)?", 64),  # more than a batch's tokens: a choice among them would be rounding's
-    # Experts
-    (r"(n|num)_shared_experts|moe_num_shared_experts", 1),
-    (r"(.*_)?(n|num)(_.*)?_experts|zero_expert_num|num_centroids", 4),
-    (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k(_experts)?|centroid_.*top_k", 2),
-    (r"n_group|num_expert_group", 2),
-    (r"topk_group", 1),
-    # State spaces
-    (r".*(d_state|state_size)", 16),
-    (r"(.*_)?n?_?groups", 2),
-    (r"mamba_d_ssm", 128),
-    # Pictures and sounds
-    (r"image_size|image_grid_pinpoints", 16),
-    (r"patch_size", 8),
-    (r"mm_tokens_per_image", 4),  # as many as the picture has patches
-    (r"num_mel_bins|.*mel_bins|input_feat_per_channel", 16),
-    # Widths
-    (r"hidden_size_per_layer_input", 16),
-    (r".*(intermediate|inner|ffn|feed_?forward|d_ff|dff|dim_ff|mlp_dim|_mid_).*|d_inner", 128),
-    (r".*(hidden|embed|embedding|emb|proj|projection|out|output)_?(size|dim|width|channels?).*", 64),
-    (r"(d|dim)_?model|n_embd|dim|lru_width|.*conv_(dim|channels|out_channels|hidden_size)", 64),
-    (r".*(in|out)_dim|.*_out_channel|(.*_)?input_(size|dim)|.*conv_in_channels|downsample_channels", 64),
-    (r"latent_query_num|num_query_tokens|.*n(um)?_latents", 4),
-    # What a picture is turned into by an autoencoder
-    (r"base_channels|latent_channels", 32),
-    (r"codebook_size|num_embeddings", 64),
-)
 DEPTH = re.compile(r"(num_|n_)?(.*_)?layers?|num_blocks|depths?|.*_depth|num_self_attends_per_block")
 NO_DEPTH = re.compile(
     r"(use|is|num_ln|num_kv|every|no|first|mtp|num_dense|num_nextn|feature|n_layers_per).*|.*(feature|idx|drop)_?layer.*"
@@ -113,33 +72,33 @@ class _Shrinker:
         self,
         cls: type[PretrainedConfig],
         default: PretrainedConfig | None = None,
-        told: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> Fields:
-        told = {**families().get(cls.model_type, {}), **(told or {})}
-        told.pop(SKIP, None)
+        overrides = {**families().get(cls.model_type, {}), **(overrides or {})}
+        overrides.pop(SKIP, None)
         plain = cls()
         default = default or plain
         # A part that the default leaves open is of the type that families.toml tells.
-        given = {name: _part(told.get(name)) if v is None else v for name, v in _values(default).items()}
-        fixed = {k: v for k, v in told.items() if not isinstance(given.get(k), PretrainedConfig)}
+        values = {name: _part(overrides.get(name)) if v is None else v for name, v in _values(default).items()}
+        fixed = {k: v for k, v in overrides.items() if not isinstance(values.get(k), PretrainedConfig)}
         left_out = _values(plain)  # a part's default within the whole need not be the default of its class
-        layers, depth = _layers(given), _depth(given)
-        found: Fields = {}
-        for name, value in given.items():
+        layers, depth = _layers(values), _depth(values)
+        fields: Fields = {}
+        for name, value in values.items():
             if isinstance(value, PretrainedConfig):
-                part = self.fields(type(value), value, told.get(name))
-                found[name] = {"model_type": value.model_type, **part}
-            elif name not in told:
-                new = self._field(name, value, given, layers, depth)
+                part = self.fields(type(value), value, overrides.get(name))
+                fields[name] = {"model_type": value.model_type, **part}
+            elif name not in overrides:
+                new = self._field(name, value, values, layers, depth)
                 if new != left_out.get(name):
-                    found[name] = new
-        if "vocab_size" in given:
-            found |= {k: OPEN[k] for k in NEEDED if given.get(k) is None}
-        if given.get("is_encoder_decoder") or getattr(default, "is_encoder_decoder", False):
-            found.setdefault("decoder_start_token_id", given.get("decoder_start_token_id") or 0)
-        return {**found, **fixed}
+                    fields[name] = new
+        if "vocab_size" in values:
+            fields |= {k: OPEN[k] for k in NEEDED if values.get(k) is None}
+        if values.get("is_encoder_decoder") or getattr(default, "is_encoder_decoder", False):
+            fields.setdefault("decoder_start_token_id", values.get("decoder_start_token_id") or 0)
+        return {**fields, **fixed}
 
-    def _field(self, name: str, value: Any, given: Fields, layers: int, depth: int) -> Any:
+    def _field(self, name: str, value: Any, values: Fields, layers: int, depth: int) -> Any:
         if value is None:
             return OPEN.get(name)
         if TOKEN.fullmatch(name):
@@ -148,7 +107,7 @@ class _Shrinker:
             if _are_indices(value, layers):
                 return [v for v in value if v < depth] or [depth - 1]
             # What is inside an entry is no list with an entry for each layer.
-            return _cut([self._field(name, v, given, 0, depth) for v in value], name, layers, depth)
+            return _cut([self._field(name, v, values, 0, depth) for v in value], name, layers, depth)
         if not isinstance(value, int) or isinstance(value, bool):
             return value
         if _is_depth(name):
@@ -158,8 +117,8 @@ class _Shrinker:
         if OFFSET.fullmatch(name):
             return min(value, 1)
         if KEY_VALUE_HEADS.fullmatch(name):
-            return min(value, HEADS if value in _query_heads(given) else HEADS // 2)
-        return min(value, next((cap for pattern, cap in CAPS if re.fullmatch(pattern, name)), value))
+            return min(value, HEADS if value in _query_heads(values) else HEADS // 2)
+        return min(value, next((cap for pattern, cap in caps().items() if re.fullmatch(pattern, name)), value))
 
     def _token(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -173,37 +132,37 @@ def _is_depth(name: str) -> bool:
     return bool(DEPTH.fullmatch(name)) and not NO_DEPTH.fullmatch(name)
 
 
-def _layers(given: Fields) -> int:
-    depths = (v for k, v in given.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool))
+def _layers(values: Fields) -> int:
+    depths = (v for k, v in values.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool))
     # Some count their layers by naming the kind of each.
-    named = (len(v) for k, v in given.items() if LAYER_KINDS.fullmatch(k) and isinstance(v, list | tuple))
+    named = (len(v) for k, v in values.items() if LAYER_KINDS.fullmatch(k) and isinstance(v, list | tuple))
     return max(depths, default=0) or max(named, default=0)
 
 
-def _depth(given: Fields) -> int:
+def _depth(values: Fields) -> int:
     """Blocks enough for each kind of layer to come twice."""
-    layers = _layers(given)
-    lists = [v for v in given.values() if isinstance(v, list | tuple) and v]
+    layers = _layers(values)
+    lists = [v for v in values.values() if isinstance(v, list | tuple) and v]
     kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not _are_indices(v, layers)]
     kinds += [
-        len(v) for k, v in given.items() if k.endswith("types") and isinstance(v, list | tuple) and len(v) < layers
+        len(v) for k, v in values.items() if k.endswith("types") and isinstance(v, list | tuple) and len(v) < layers
     ]
-    if any(PERIOD.fullmatch(k) and isinstance(v, int) and v > 1 for k, v in given.items()):
+    if any(PERIOD.fullmatch(k) and isinstance(v, int) and v > 1 for k, v in values.items()):
         kinds.append(2)
     return BLOCKS_OF_A_KIND * min(max(kinds, default=1), MOST_KINDS)
 
 
-def _query_heads(given: Fields) -> set[int]:
-    heads = {k: v for k, v in given.items() if QUERY_HEADS.fullmatch(k) and not KEY_VALUE_HEADS.fullmatch(k)}
+def _query_heads(values: Fields) -> set[int]:
+    heads = {k: v for k, v in values.items() if QUERY_HEADS.fullmatch(k) and not KEY_VALUE_HEADS.fullmatch(k)}
     return {v for v in heads.values() if isinstance(v, int)}
 
 
 def _kinds(values: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
+    kinds: list[Any] = []
     for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+        if value not in kinds:
+            kinds.append(value)
+    return kinds
 
 
 def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]:
@@ -229,8 +188,8 @@ def _values(config: PretrainedConfig) -> Fields:
     return {name: stored.get(inner, stored.get(name)) for name, inner in names.items()}
 
 
-def _part(told: Any) -> PretrainedConfig | None:
-    kind = told.get("model_type") if isinstance(told, Mapping) else None
+def _part(overrides: Any) -> PretrainedConfig | None:
+    kind = overrides.get("model_type") if isinstance(overrides, Mapping) else None
     return None if kind is None else CONFIG_MAPPING[kind]()
 
 
@@ -245,3 +204,9 @@ def _parameters(cls: type[PretrainedConfig]) -> frozenset[str]:
 def families() -> Mapping[str, Mapping[str, Any]]:
     """By model type, the fields that names and defaults get wrong."""
     return tomllib.loads((files("kbitcheck.models.zoo") / "families.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def caps() -> Mapping[str, int]:
+    """The largest value by the pattern of a field's name, in the order in which patterns are tried."""
+    return tomllib.loads((files("kbitcheck.models.zoo") / "caps.toml").read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ def test_cached_model_loads_without_a_network(cache: Cache, llama: Any) -> None:
     snapshot = cache("org/name", llama())
     source = resolve("org/name")
     assert source.checkpoint == snapshot
-    assert (source.name, source.quant, source.has_weights) == ("org/name", None, True)
+    assert (source.name, source.quant) == ("org/name", None)
     assert type(source.load(NF4)).__name__ == "LlamaForCausalLM"
 
 
