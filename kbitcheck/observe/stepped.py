@@ -74,8 +74,12 @@ class Stepped:
     @cached_property
     def repeated_run(self) -> RunFacts:
         """The step of ``run`` once more, after everything else that ran on this model."""
-        _ = (self.memory, self.layer_backwards, self.against_plain_dropout)
-        return self._preparation.step(self._wrapped.attached).facts
+        attached = self._attached_after(self.memory, self.layer_backwards, self.against_plain_dropout)
+        return self._preparation.step(attached).facts
+
+    def _attached_after(self, *facts: object) -> Attached:
+        """The wrapped model; its caller has it only after these facts were computed on it."""
+        return self._wrapped.attached
 
     # Gradients, beside those of other runs
 
@@ -174,8 +178,7 @@ class Stepped:
     @cached_property
     def memory(self) -> MemoryFacts:
         """Bytes of activations in a plain and in a checkpointed step."""
-        attached = self._wrapped.attached
-        _ = self._checkpointed  # the first step of a model allocates what it keeps for good
+        attached = self._attached_after(self.run)  # the first step of a model allocates what it keeps for good
         return memory.activations(
             attached.model,
             self._loaded.batch,

@@ -116,7 +116,7 @@ class Session:
     def _take(self, name: StepName) -> Taken:
         hooks, raised, trained = _hooks(self.model), None, None
         try:
-            trained = self._act(name)
+            trained = ACTIONS[name](self, name)
         except Exception as error:
             raised = Raised.of(error)
         now = fingerprints(self.model, self.subject.layers)
@@ -148,29 +148,19 @@ class Session:
         }
         return replace(taken.outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
 
-    def _act(self, name: StepName) -> _Trained | None:
-        if name.startswith("autocast"):
-            self.settings = replace(self.settings, autocast=name == "autocast-on")
-        elif name == "train-mode":
-            self.model.train()
-        else:
-            action: Callable[[str], _Trained | None] = getattr(self, "_" + name.partition("-")[0])
-            return action(name)
-        return None
-
     # Training
 
-    def _train(self, name: str, times: int = 1) -> _Trained:
+    def train(self, name: str, times: int = 1) -> _Trained:
         adapters = [p.detach().clone() for p in self.adapters.values()]
         layers = _quantized(self.model, self.subject.layers)
         biases = {n: m.bias.detach().clone() for n, m in layers if m.bias is not None}
         gradients, calls = self._gradients(self.model, self.adapters, self.settings, times)
         return _Trained(gradients, calls, times, self.settings, adapters, biases)
 
-    def _accumulate(self, name: str) -> _Trained:
-        return self._train(name, times=2)
+    def accumulate(self, name: str) -> _Trained:
+        return self.train(name, times=2)
 
-    def _update(self, name: str) -> None:
+    def update(self, name: str) -> None:
         optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-3, weight_decay=0.1)
         gradients, _ = self._gradients(self.model, self.adapters, self.settings, 1)
         for parameter, gradient in zip(self.adapters.values(), gradients.values(), strict=True):
@@ -231,17 +221,17 @@ class Session:
 
     # Looking
 
-    def _evaluate(self, name: str) -> None:
+    def evaluate(self, name: str) -> None:
         self.model.eval()
         with torch.no_grad(), self._autocast(self.settings):
             self.model(**step.feed(self.model, self._batch_of(self.settings)))
 
-    def _infer(self, name: str) -> None:
+    def infer(self, name: str) -> None:
         self.model.eval()
         with torch.inference_mode(), self._autocast(self.settings):
             self.model(**step.feed(self.model, self._batch_of(self.settings)))
 
-    def _generate(self, name: str) -> None:
+    def generate(self, name: str) -> None:
         if not self.subject.generator:
             return
         with self._autocast(self.settings):
@@ -251,7 +241,7 @@ class Session:
 
     # Changing
 
-    def _prepare(self, name: str) -> None:
+    def prepare(self, name: str) -> None:
         returned = self.subject.prepare(self.model)
         self.model = returned if isinstance(returned, nn.Module) else self.model
         for parameter in self.adapters.values():  # whether they stay trainable is KB106's to say
@@ -259,11 +249,11 @@ class Session:
         if self.settings.checkpointing:
             switch(self.model, self.settings.checkpointing)
 
-    def _reattach(self, name: str) -> None:
+    def reattach(self, name: str) -> None:
         bare = self.model.unload() if hasattr(self.model, "unload") else lora.detach(self.model)
         self.model, self.adapters = self.subject.attach(bare)
 
-    def _save(self, name: str) -> None:
+    def save(self, name: str) -> None:
         """Adapters through a file; what was there in between is lost."""
         file = io.BytesIO()
         torch.save({n: p.detach() for n, p in self.adapters.items()}, file)
@@ -273,26 +263,54 @@ class Session:
         for name, saved in torch.load(file, weights_only=True).items():
             self.adapters[name].data.copy_(saved)
 
-    def _checkpointing(self, name: str) -> None:
+    def checkpointing(self, name: str) -> None:
         if getattr(self.model, "supports_gradient_checkpointing", False):
             switch(self.model, name)
             self.settings = replace(self.settings, checkpointing=name)
 
-    def _eval(self, name: str) -> None:
-        self.model.eval()
+    def mode(self, name: str) -> None:
+        self.model.train(name == "train-mode")
 
-    def _batch(self, name: str) -> None:
+    def switch_autocast(self, name: str) -> None:
+        self.settings = replace(self.settings, autocast=name == "autocast-on")
+
+    def batch(self, name: str) -> None:
         self.settings = replace(self.settings, rows=1 if name == "batch-one" else 0)
 
-    def _copy(self, name: str) -> None:
+    def copy(self, name: str) -> None:
         names = list(self.adapters)
         memo: dict[int, Any] = {}
         process_memory.return_free_pages()
         self.model = copy.deepcopy(self.model, memo)
         self.adapters = {n: memo[id(self.adapters[n])] for n in names}
 
-    def _move(self, name: str) -> None:
+    def move(self, name: str) -> None:
         self.model.to(next(self.model.parameters()).device)
+
+
+Action = Callable[[Session, str], _Trained | None]
+ACTIONS: Mapping[StepName, Action] = {
+    "train": Session.train,
+    "accumulate": Session.accumulate,
+    "update": Session.update,
+    "evaluate": Session.evaluate,
+    "infer": Session.infer,
+    "generate": Session.generate,
+    "prepare": Session.prepare,
+    "reattach": Session.reattach,
+    "save": Session.save,
+    "checkpointing-off": Session.checkpointing,
+    "checkpointing-reentrant": Session.checkpointing,
+    "checkpointing-non-reentrant": Session.checkpointing,
+    "train-mode": Session.mode,
+    "eval-mode": Session.mode,
+    "autocast-on": Session.switch_autocast,
+    "autocast-off": Session.switch_autocast,
+    "batch-one": Session.batch,
+    "batch-whole": Session.batch,
+    "copy": Session.copy,
+    "move": Session.move,
+}
 
 
 def switch(model: Any, name: str) -> None:
