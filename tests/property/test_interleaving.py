@@ -39,7 +39,9 @@ def case_of(implementation, quant, bases, *, prepare=None, model="tiny:gpt2"):
 def faulty(outcome):
     """What an outcome breaks, on one line."""
     wrong = [n for n, d in outcome.gradients.items() if not d.equal]
-    return " ".join(map(str, (*outcome.changed[:1], outcome.raised or "", *wrong[:1], outcome.hooks_added or ""))).strip()
+    return " ".join(
+        map(str, (*outcome.changed[:1], outcome.raised or "", *wrong[:1], outcome.hooks_added or ""))
+    ).strip()
 
 
 def machine(case):
