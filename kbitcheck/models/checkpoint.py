@@ -47,12 +47,12 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         UsageError: the file cannot be read or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{name}: {path.name} cannot be read as JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{name}: {path.name} holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(content, dict):
+        raise UsageError(f"{name}: {path.name} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def weight_files(folder: Path, name: str, *, allow_pickle: bool = False) -> list[Path]:
@@ -109,8 +109,8 @@ def read_header(path: Path, name: str) -> Mapping[str, Mapping[str, Any]]:
 
 def floating_dtype(headers: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Torch's name of the dtype that most floating tensors have; None where there are none."""
-    found = [FLOATING[entry["dtype"]] for entry in headers.values() if entry["dtype"] in FLOATING]
-    return max(found, key=found.count, default=None)
+    dtypes = [FLOATING[entry["dtype"]] for entry in headers.values() if entry["dtype"] in FLOATING]
+    return max(dtypes, key=dtypes.count, default=None)
 
 
 def _end(tensor: str, entry: Mapping[str, Any], start: int) -> int:

@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a quantized transformers model, silently, with every failure told in one line."""
+"""From a checkpoint directory to a quantized transformers model, silently, with every failure as one line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
     Raises:
         UsageError: transformers cannot load it, or tensors are missing or have another shape.
     """
-    with quiet(), told(options.name):
+    with quiet(), errors_as_usage(options.name):
         refuse_unknown(read_config(folder / CONFIG, options.name), options)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         return _loaded(folder, config, quant, options)
@@ -74,7 +74,7 @@ def stream(
     Raises:
         UsageError: transformers cannot build such a model, or tensors are missing or have another shape.
     """
-    with quiet(), told(options.name):
+    with quiet(), errors_as_usage(options.name):
         return _loaded(None, config, quant, options, state_dict=dict(tensors))
 
 
@@ -145,17 +145,17 @@ def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -
             raise UsageError(f"{name} computes no loss: give a model with a head, such as one for causal modelling")
         if cls is not None:
             return cls
-    known = f"transformers {transformers.__version__}"
-    raise UsageError(f"{known} has no class {' or '.join(names) or f'with a head for {config.model_type}'}")
+    library = f"transformers {transformers.__version__}"
+    raise UsageError(f"{library} has no class {' or '.join(names) or f'with a head for {config.model_type}'}")
 
 
-def known_config(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
+def configuration(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
     """A configuration from the fields of a ``config.json``.
 
     Raises:
         UsageError: transformers does not know the model type, or refuses the fields.
     """
-    with quiet(), told(name):
+    with quiet(), errors_as_usage(name):
         refuse_unknown(fields, Options(name=name))
         kind = fields["model_type"]
         return AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
@@ -191,7 +191,7 @@ def automatic_skip(cls: Any, config: PretrainedConfig) -> list[str]:
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
+def errors_as_usage(name: str) -> Iterator[None]:
     """Turns whatever loading raises into a ``UsageError`` of one line. Running out of memory is not wrong usage."""
     try:
         yield
@@ -232,9 +232,9 @@ def quiet() -> Iterator[None]:
 
 def _mapped(config: PretrainedConfig) -> Any:
     def name(auto: str) -> str | None:
-        found = getattr(transformers, auto)._model_mapping.get(type(config), None)
-        found = found[0] if isinstance(found, tuple) else found
-        return None if found is None else str(found.__name__)
+        classes = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        first = classes[0] if isinstance(classes, tuple) else classes
+        return None if first is None else str(first.__name__)
 
     return name
 

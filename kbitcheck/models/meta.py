@@ -30,8 +30,8 @@ def build(source: Source, quant: Quantization) -> PreTrainedModel:
     """
     fields = {k: v for k, v in source.config.items() if k != "quantization_config"}
     dtype: torch.dtype = getattr(torch, source.unquantized_dtype)
-    config: Any = loading.known_config(fields, name=source.name)
-    with loading.quiet(), loading.told(source.name):
+    config: Any = loading.configuration(fields, name=source.name)
+    with loading.quiet(), loading.errors_as_usage(source.name):
         cls = loading.architecture(config, trust_remote_code=source.trust_remote_code)
         if source.attention:
             config._attn_implementation = source.attention

@@ -54,15 +54,15 @@ def checkpoint(plan: Plan) -> Path:
     Raises:
         UsageError: transformers cannot build such a model.
     """
-    found = _folders.get(plan.key)
-    if found is None or not found.exists():
-        config = loading.known_config(dict(plan.config), name=plan.name)
-        with loading.quiet(), loading.told(plan.name):
+    folder = _folders.get(plan.key)
+    if folder is None or not folder.exists():
+        config = loading.configuration(dict(plan.config), name=plan.name)
+        with loading.quiet(), loading.errors_as_usage(plan.name):
             model = loading.empty(loading.architecture(config), config)
             fill(model, plan)
-            found = _folders[plan.key] = temporary()
-            model.save_pretrained(found)
-    return found
+            folder = _folders[plan.key] = temporary()
+            model.save_pretrained(folder)
+    return folder
 
 
 def load(plan: Plan, quant: Quantization, options: loading.Options) -> PreTrainedModel:
@@ -75,8 +75,8 @@ def load(plan: Plan, quant: Quantization, options: loading.Options) -> PreTraine
     """
     if transformers.__version__ < "5":
         return loading.load(checkpoint(plan), quant, options)
-    config = loading.known_config(dict(plan.config), name=plan.name)
-    with loading.quiet(), loading.told(plan.name):
+    config = loading.configuration(dict(plan.config), name=plan.name)
+    with loading.quiet(), loading.errors_as_usage(plan.name):
         model: Any = loading.empty(loading.architecture(config), config)
         model.tie_weights()
         # Of a tied tensor's names only the one that tying reads from is loaded.
@@ -115,17 +115,17 @@ def tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Callable[[], Tensor
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Callable[[], Tensor]] = {}
     # A tied tensor has several names, and tying may prefer the one that was not drawn.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
         kept = torch.float32 if wide.intersection(name.split(".")) else dtype
-        found[name] = partial(_parameter, owner, leaf, name, tuple(parameter.shape), plan, kept)
+        tensors[name] = partial(_parameter, owner, leaf, name, tuple(parameter.shape), plan, kept)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved:
-            found[name] = partial(_buffer, f"{plan.seed}/{name}", tuple(buffer.shape), buffer.dtype)
-    return found
+            tensors[name] = partial(_buffer, f"{plan.seed}/{name}", tuple(buffer.shape), buffer.dtype)
+    return tensors
 
 
 def _parameter(

@@ -168,7 +168,7 @@ def test_a_shrunk_architecture_runs_and_learns(task: str, kind: str) -> None:
     assert isinstance(source, Architecture)
     fields = source.fields()
     assert json.loads(json.dumps(fields)) == fields
-    config = loading.known_config(fields, name=kind)
+    config = loading.configuration(fields, name=kind)
     model = loading.architecture(config)(config)
     assert sum(p.numel() for p in model.parameters()) < SMALL
     output = model.train()(**source.batch(model))

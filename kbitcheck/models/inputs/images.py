@@ -55,12 +55,12 @@ def _with_pictures(
 
 def _parts(features: Any) -> Sequence[Tensor]:
     """What pictures became, whatever holds it: one tensor, or one for each picture."""
-    found = getattr(features, "pooler_output", None)
-    if found is None and (layers := getattr(features, "deepstack_features", None)):
-        found = layers[0][1]  # for each layer that reads them; the same number in all
-    if found is None:
-        found = getattr(features, "last_hidden_state", features)
-    return found if isinstance(found, list | tuple) else [found]
+    states = getattr(features, "pooler_output", None)
+    if states is None and (layers := getattr(features, "deepstack_features", None)):
+        states = layers[0][1]  # for each layer that reads them; the same number in all
+    if states is None:
+        states = getattr(features, "last_hidden_state", features)
+    return states if isinstance(states, list | tuple) else [states]
 
 
 def _reader(model: Any) -> Callable[..., Any] | None:
@@ -194,7 +194,7 @@ def _tiles_in_one(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 
 def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
-    """Patches along a side, numbers in a patch, and the same told to models that read patches."""
+    """Patches along a side, numbers in a patch, and the keyword arguments that say so to models that read patches."""
     vision = _vision(config)
     merges = (
         getattr(part, name, None)
@@ -221,15 +221,15 @@ def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
 
 def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
     """Patches in a row, with the grid that they come from, as Qwen-VL and its kin read pictures."""
-    side, width, told = _grid(config, batch)
-    return {"pixel_values": tokens.features(batch * side * side, width), **told}
+    side, width, sizes = _grid(config, batch)
+    return {"pixel_values": tokens.features(batch * side * side, width), **sizes}
 
 
 def _squares(config: Any, tokens: Tokens, batch: int) -> Batch:
     """Patches in a row that still are pictures."""
-    vision, (side, _, told) = _vision(config), _grid(config, batch)
+    vision, (side, _, sizes) = _vision(config), _grid(config, batch)
     patch = _number(vision.patch_size)
-    return {"pixel_values": tokens.features(batch * side * side, _channels(vision), patch, patch), **told}
+    return {"pixel_values": tokens.features(batch * side * side, _channels(vision), patch, patch), **sizes}
 
 
 def _strip(config: Any, tokens: Tokens, batch: int) -> Batch:

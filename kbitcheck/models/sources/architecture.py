@@ -65,12 +65,12 @@ class Architecture(Source):
         from kbitcheck.models import load as loading
         from kbitcheck.models.zoo import shrink as shrinking
 
-        known = listed(self.task)
-        if self.model_type not in known:
-            hint = did_you_mean(self.model_type, known)
+        classes = listed(self.task)
+        if self.model_type not in classes:
+            hint = did_you_mean(self.model_type, classes)
             raise UsageError(f"transformers has no {self.task} model of type {self.model_type!r}{hint}")
-        name = known[self.model_type]
-        with loading.quiet(), loading.told(self.name):
+        name = classes[self.model_type]
+        with loading.quiet(), loading.errors_as_usage(self.name):
             configured = CONFIG_MAPPING[self.model_type]
             # The class for text alone, of a type that also sees or hears, takes the text model's configuration.
             own = getattr(getattr(transformers, name), "config_class", None)
@@ -95,7 +95,7 @@ class Architecture(Source):
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch: pictures or sounds where the task is about them and their form is known, else text alone.
+        """A training batch: pictures or sounds where the task is about them and kbitcheck has their form, else text alone.
 
         A model that runs on nothing, quantized or in half precision, gets what its plain float32 self runs on.
         """
@@ -135,5 +135,5 @@ def listed(task: str) -> dict[str, str]:
     """Class by model type: every architecture of the installed transformers that has a head for the task."""
     from transformers.models.auto import modeling_auto
 
-    known: Mapping[str, Any] = getattr(modeling_auto, TASKS[task])
-    return {kind: found if isinstance(found, str) else found[0] for kind, found in known.items()}
+    classes: Mapping[str, Any] = getattr(modeling_auto, TASKS[task])
+    return {kind: each if isinstance(each, str) else each[0] for kind, each in classes.items()}

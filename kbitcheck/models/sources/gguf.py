@@ -46,7 +46,7 @@ class Gguf(Source):
         return (f"GGUF was dequantized to {self.unquantized_dtype} and then quantized anew: {self.file.name}",)
 
 
-def found(path: Path, name: str) -> Path | None:
+def file_of(path: Path, name: str) -> Path | None:
     """The GGUF file that a path is, or that is the only one in a directory; None where there is none.
 
     Raises:
@@ -64,7 +64,7 @@ def read(file: Path, *, name: str, random_weights: bool, static: bool, **options
     """The source for a GGUF file, once its header is read; ``static`` says that its sizes are all that is wanted.
 
     Raises:
-        UsageError: the gguf package is not installed, or the file is damaged or of no known architecture.
+        UsageError: the gguf package is not installed, or the file is damaged or of an unsupported architecture.
     """
     if find_spec("gguf") is None:
         raise UsageError(f"{name} is GGUF, which is read by the gguf package: pip install 'kbitcheck[gguf]'")

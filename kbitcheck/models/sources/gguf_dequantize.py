@@ -22,8 +22,8 @@ def config(file: Path, name: str) -> dict[str, Any]:
     Raises:
         UsageError: the file is damaged, or transformers does not know its architecture.
     """
-    with loading.quiet(), loading.told(name):
-        return _known(file).to_dict()
+    with loading.quiet(), loading.errors_as_usage(name):
+        return _configuration(file).to_dict()
 
 
 @cache
@@ -33,29 +33,29 @@ def checkpoint(file: Path, options: loading.Options) -> Path:
     Raises:
         UsageError: transformers cannot read the file.
     """
-    with loading.quiet(), loading.told(options.name):
-        known = _known(file)
-        model = loading.empty(loading.architecture(known), known)
-        found = _read(file, return_tensors=True, model_to_load=model)["tensors"]
+    with loading.quiet(), loading.errors_as_usage(options.name):
+        config = _configuration(file)
+        model = loading.empty(loading.architecture(config), config)
+        content = _read(file, return_tensors=True, model_to_load=model)["tensors"]
         dtype = getattr(torch, options.dtype)
         folder = temporary()
-        known.dtype = dtype
-        known.save_pretrained(folder)
-        wide = {name: found.pop(name).to(dtype).contiguous() for name in list(found)}
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        wide = {name: content.pop(name).to(dtype).contiguous() for name in list(content)}
         save_file(wide, folder / SINGLE, metadata={"format": "pt"})
     return folder
 
 
-def _known(file: Path) -> PretrainedConfig:
+def _configuration(file: Path) -> PretrainedConfig:
     fields = _read(file)["config"]
-    known = AutoConfig.for_model(fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"})
-    known.architectures = [loading.architecture(known).__name__]
-    return known
+    config = AutoConfig.for_model(fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"})
+    config.architectures = [loading.architecture(config).__name__]
+    return config
 
 
 def _read(file: Path, **options: Any) -> dict[str, Any]:
     """What transformers reads, without its progress bar."""
     module: Any = modeling_gguf_pytorch_utils
     with mock.patch.object(module, "tqdm", partial(module.tqdm, disable=True)):
-        found: dict[str, Any] = module.load_gguf_checkpoint(str(file), **options)
-    return found
+        content: dict[str, Any] = module.load_gguf_checkpoint(str(file), **options)
+    return content

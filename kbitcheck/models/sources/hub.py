@@ -59,8 +59,8 @@ def cached() -> list[str]:
     """The ids of the models that the hub cache holds, sorted."""
     from huggingface_hub import constants
 
-    found = Path(constants.HF_HUB_CACHE).glob("models--*--*")
-    return sorted("/".join(path.name.split("--", 2)[1:]) for path in found)
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*--*")
+    return sorted("/".join(path.name.split("--", 2)[1:]) for path in folders)
 
 
 def _config(folder: Path, name: str) -> Mapping[str, Any]:
@@ -98,11 +98,11 @@ def _fetch(name: str, wanted: tuple[str, ...], revision: str | None) -> Path:
     except errors.RevisionNotFoundError:
         raise UsageError(f"{name} has no revision {revision}") from None
     except errors.RepositoryNotFoundError:
-        raise UsageError(f"the hub has no model {name}{_hint(name)}; a directory would be given as ./{name}") from None
+        raise UsageError(f"the hub has no model {name}{_hint(name)}; a directory is written ./{name}") from None
     except Exception as error:
         reason = type(error).__name__
-        told = f"{name}{at} is neither a directory nor in the hub cache, and the hub cannot be reached ({reason})"
-        raise UsageError(told + _hint(name)) from error
+        message = f"{name}{at} is neither a directory nor in the hub cache, and the hub cannot be reached ({reason})"
+        raise UsageError(message + _hint(name)) from error
     finally:
         if bars:
             enable_progress_bars()

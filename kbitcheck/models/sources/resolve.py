@@ -64,22 +64,22 @@ def resolve(
     if path.is_file() and path.suffix == ".toml":
         return recipe.read(path, name=model, dtype=wanted)
     if model and path.exists():
-        found = _at(path, name=model, random_weights=random_weights, static=static, **options)
+        source = _at(path, name=model, random_weights=random_weights, static=static, **options)
     elif hub.ID.fullmatch(model) and path.suffix not in (".toml", ".json"):
-        found = hub.read(
+        source = hub.read(
             model, random_weights=random_weights, static=static == "always", predicted=static != "never", **options
         )
     else:
         raise UsageError(f"no such model {model!r}{_hint(model)}; a model is {FORMS}")
-    if found.remote_code and not trust_remote_code and found.loadable:
+    if source.remote_code and not trust_remote_code and source.loadable:
         raise UsageError(f"{model} needs code from its repository: --trust-remote-code lets it run")
-    _ = found.quant  # refuses what something other than bitsandbytes quantized
-    return found
+    _ = source.quant  # refuses what something other than bitsandbytes quantized
+    return source
 
 
 def _at(path: Path, *, name: str, random_weights: bool, static: Static, **options: Any) -> Source:
     made: dict[str, Any] = {"name": name, "random_weights": random_weights, "static": static != "never", **options}
-    quantized = gguf.found(path, name) if path.is_file() or not (path / checkpoint.CONFIG).exists() else None
+    quantized = gguf.file_of(path, name) if path.is_file() or not (path / checkpoint.CONFIG).exists() else None
     if quantized is not None:
         return gguf.read(quantized, **{**made, "static": static == "always"})
     if path.is_file() and path.suffix == ".json":

@@ -73,7 +73,7 @@ class Source(ABC):
 
         self._same_quantization(quant)
         model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
-        return self._with_known_skips(model, quant)
+        return self._check_skips(model, quant)
 
     def meta(self, quant: Quantization) -> PreTrainedModel:
         """The model that ``load`` gives, on the meta device: no weights are read or made.
@@ -85,7 +85,7 @@ class Source(ABC):
 
         self._same_quantization(quant)
         model = meta.build(self, Quantization.parse(self.quant) if self.quant else self._complete(quant))
-        return self._with_known_skips(model, quant)
+        return self._check_skips(model, quant)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
         """A quantized model of this kind as ``save_pretrained`` left it in ``folder``.
@@ -108,7 +108,7 @@ class Source(ABC):
     def _complete(self, quant: Quantization) -> Quantization:
         return quant
 
-    def _with_known_skips(self, model: PreTrainedModel, quant: Quantization) -> PreTrainedModel:
+    def _check_skips(self, model: PreTrainedModel, quant: Quantization) -> PreTrainedModel:
         names = [f".{name}." for name, _ in model.named_modules()]
         for skipped in quant.skip:
             if not any(f".{skipped}." in name for name in names):
@@ -154,5 +154,5 @@ def asked_dtype(text: str | None) -> str | None:
         return None
     short = short_dtype(text)
     if short is None or short == "uint8":
-        raise UsageError(f"unknown dtype {text!r}; known: bf16, fp16, fp32")
+        raise UsageError(f"unknown dtype {text!r}; use bf16, fp16, fp32")
     return DTYPES[short]

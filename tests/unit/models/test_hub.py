@@ -90,7 +90,7 @@ def test_typos_get_a_hint_from_the_cache(cache: Cache, llama: Any) -> None:
     [
         (errors.GatedRepoError, "is gated: accept its terms"),
         (errors.RevisionNotFoundError, "has no revision v2"),
-        (errors.RepositoryNotFoundError, "the hub has no model org/name; a directory would be given as ./org/name"),
+        (errors.RepositoryNotFoundError, "the hub has no model org/name; a directory is written ./org/name"),
         (ConnectionError, "the hub cannot be reached"),
     ],
 )

@@ -209,7 +209,7 @@ def test_bars_that_were_off_stay_off() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no memory"), UsageError("as it was")])
 def test_running_out_of_memory_is_not_wrong_usage(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, loading.told("it"):
+    with pytest.raises(type(error)) as caught, loading.errors_as_usage("it"):
         raise error
     assert caught.value is error
 

@@ -71,7 +71,7 @@ def test_files_that_are_no_model_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "float99", ""])
 def test_unknown_dtypes_are_told(dtype: str) -> None:
-    with pytest.raises(UsageError, match="known: bf16, fp16, fp32"):
+    with pytest.raises(UsageError, match="use bf16, fp16, fp32"):
         resolve("tiny:llama", dtype=dtype)
 
 
