@@ -7,8 +7,10 @@ shrinks, prints as a file to paste, and replays with one command.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any, cast, get_args
 
 from hypothesis import strategies as st
@@ -26,9 +28,6 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)
 DTYPES = ("bf16", "fp16", "fp32")
 RATES = (0.0, 0.1, 0.5)
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GATED = ("gate_proj", "up_proj", "down_proj")
-ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,190 +50,60 @@ class _Sizes:
         return self.heads * self.head
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """An architecture: how sizes become its configuration, which norm it has, what its linear layers are called."""
+    """An architecture, a row of ``drawn.toml``, which explains the fields."""
 
     architecture: str
     norm: str
-    configure: Callable[[_Sizes, Draw], Data]
-    layers: tuple[str, ...]
+    layers: Sequence[str]
     scale: Mapping[str, float]
-    ties: tuple[bool, ...] = (False, True)
-    head_step: int = 2  # rotary positions turn pairs of numbers
+    ties: Sequence[bool]
+    head_step: int
+    config: Mapping[str, Any]
+    skip: Sequence[str] = ()
+
+
+_TABLES: Data = tomllib.loads((files("kbitcheck.models.zoo") / "drawn.toml").read_text(encoding="utf-8"))
+FAMILIES: dict[str, Family] = {name: Family(**row) for name, row in _TABLES["families"].items()}
+NORMS = tuple(dict.fromkeys(family.norm for family in FAMILIES.values()))
 
 
 def _multiples(low: int, high: int, step: int) -> st.SearchStrategy[int]:
     return st.integers(-(-low // step), high // step).map(lambda n: n * step)
 
 
-def _head_dims(s: _Sizes) -> st.SearchStrategy[int]:
-    """Of families whose heads need not divide the width."""
-    return _multiples(4, 16, math.lcm(2, s.grain))
+def _more(draw: Draw, family: str, s: _Sizes) -> Data:
+    """Fields of a configuration that no other family has, or that the other sizes do not decide."""
+    match family:
+        case "gemma" | "qwen3":  # heads need not divide the width
+            return {"head_dim": draw(_multiples(4, 16, math.lcm(2, s.grain)))}
+        case "mixtral":
+            experts = draw(st.integers(2, 4))
+            return {"num_local_experts": experts, "num_experts_per_tok": draw(st.integers(1, experts))}
+        case "gpt_neox":
+            return {"use_parallel_residual": draw(st.booleans())}
+        case "opt":
+            return {"do_layer_norm_before": draw(st.booleans())}
+        case "bert":
+            return {"num_labels": draw(st.integers(2, 5))}
+        case "t5":
+            layers = draw(st.integers(1, 2))
+            return {"num_decoder_layers": layers, "feed_forward_proj": draw(st.sampled_from(["relu", "gated-gelu"]))}
+        case "whisper":
+            sizes = {"decoder_layers": (1, 2), "num_mel_bins": (2, 20), "max_source_positions": (4, 16)}
+            return {name: draw(st.integers(*bounds)) for name, bounds in sizes.items()}
+        case "llava":
+            return _vision(draw, s)
+    return {}
 
 
-def _decoder(kind: str, s: _Sizes, **more: Any) -> Data:
-    """What the Llama-like families share."""
+def _vision(draw: Draw, s: _Sizes) -> Data:
+    side, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     return {
-        "model_type": kind,
-        "vocab_size": s.vocab,
-        "hidden_size": s.width,
-        "intermediate_size": s.inner,
-        "num_hidden_layers": s.depth,
-        "num_attention_heads": s.heads,
-        "num_key_value_heads": s.groups,
-        "max_position_embeddings": 64,
-        "attention_dropout": s.dropout,
-        "tie_word_embeddings": s.tied,
-        **TOKENS,
-        **more,
-    }
-
-
-def _llama(s: _Sizes, draw: Draw) -> Data:
-    return _decoder("llama", s, attention_bias=s.bias, mlp_bias=s.bias, rms_norm_eps=1e-5)
-
-
-def _gemma(s: _Sizes, draw: Draw) -> Data:
-    return _decoder("gemma", s, head_dim=draw(_head_dims(s)), attention_bias=s.bias, hidden_act="gelu_pytorch_tanh")
-
-
-def _qwen2(s: _Sizes, draw: Draw) -> Data:
-    return _decoder("qwen2", s, rms_norm_eps=1e-6)
-
-
-def _qwen3(s: _Sizes, draw: Draw) -> Data:
-    return _decoder("qwen3", s, head_dim=draw(_head_dims(s)), attention_bias=s.bias, rms_norm_eps=1e-6)
-
-
-def _mixtral(s: _Sizes, draw: Draw) -> Data:
-    experts = draw(st.integers(2, 4))
-    chosen = draw(st.integers(1, experts))
-    return _decoder("mixtral", s, num_local_experts=experts, num_experts_per_tok=chosen, output_router_logits=False)
-
-
-def _gpt_neox(s: _Sizes, draw: Draw) -> Data:
-    config = _decoder("gpt_neox", s, hidden_dropout=s.dropout, attention_bias=s.bias)
-    config["use_parallel_residual"] = draw(st.booleans())
-    del config["num_key_value_heads"]
-    return config
-
-
-def _gpt2(s: _Sizes, draw: Draw) -> Data:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": s.vocab,
-        "n_positions": 64,
-        "n_embd": s.width,
-        "n_inner": s.inner,
-        "n_layer": s.depth,
-        "n_head": s.heads,
-        "attn_pdrop": s.dropout,
-        "embd_pdrop": s.dropout,
-        "resid_pdrop": s.dropout,
-        "tie_word_embeddings": s.tied,
-        **TOKENS,
-    }
-
-
-def _opt(s: _Sizes, draw: Draw) -> Data:
-    return {
-        "model_type": "opt",
-        "vocab_size": s.vocab,
-        "hidden_size": s.width,
-        "word_embed_proj_dim": s.width,
-        "ffn_dim": s.inner,
-        "num_hidden_layers": s.depth,
-        "num_attention_heads": s.heads,
-        "max_position_embeddings": 64,
-        "do_layer_norm_before": draw(st.booleans()),
-        "enable_bias": s.bias,
-        "dropout": s.dropout,
-        "attention_dropout": s.dropout,
-        "layerdrop": 0.0,
-        "tie_word_embeddings": s.tied,
-        **TOKENS,
-    }
-
-
-def _bert(s: _Sizes, draw: Draw) -> Data:
-    return {
-        "model_type": "bert",
-        "vocab_size": s.vocab,
-        "hidden_size": s.width,
-        "intermediate_size": s.inner,
-        "num_hidden_layers": s.depth,
-        "num_attention_heads": s.heads,
-        "max_position_embeddings": 64,
-        "num_labels": draw(st.integers(2, 5)),
-        "problem_type": "single_label_classification",
-        "hidden_dropout_prob": s.dropout,
-        "attention_probs_dropout_prob": s.dropout,
-        "classifier_dropout": s.dropout,
-        "pad_token_id": 0,
-    }
-
-
-def _t5(s: _Sizes, draw: Draw) -> Data:
-    return {
-        "model_type": "t5",
-        "vocab_size": s.vocab,
-        "d_model": s.width,
-        "d_ff": s.inner,
-        "d_kv": s.head,
-        "num_layers": s.depth,
-        "num_decoder_layers": draw(st.integers(1, 2)),
-        "num_heads": s.heads,
-        "dropout_rate": s.dropout,
-        "feed_forward_proj": draw(st.sampled_from(["relu", "gated-gelu"])),
-        "tie_word_embeddings": True,
-        "decoder_start_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-
-
-def _whisper(s: _Sizes, draw: Draw) -> Data:
-    return {
-        "model_type": "whisper",
-        "vocab_size": s.vocab,
-        "d_model": s.width,
-        "encoder_layers": s.depth,
-        "decoder_layers": draw(st.integers(1, 2)),
-        "encoder_attention_heads": s.heads,
-        "decoder_attention_heads": s.heads,
-        "encoder_ffn_dim": s.inner,
-        "decoder_ffn_dim": s.inner,
-        "num_mel_bins": draw(st.integers(2, 20)),
-        "max_source_positions": draw(st.integers(4, 16)),
-        "max_target_positions": 64,
-        "dropout": s.dropout,
-        "attention_dropout": s.dropout,
-        "activation_dropout": s.dropout,
-        "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0,
-        "tie_word_embeddings": True,
-        "decoder_start_token_id": 3,
-        "suppress_tokens": [],
-        "begin_suppress_tokens": [],
-        **TOKENS,
-    }
-
-
-def _llava(s: _Sizes, draw: Draw) -> Data:
-    side = draw(st.integers(1, 3))
-    heads = draw(st.integers(1, 3))
-    text = _decoder("llama", s)
-    del text["tie_word_embeddings"]
-    return {
-        "model_type": "llava",
         "image_token_id": s.vocab - 1,
         "image_token_index": s.vocab - 1,
         "image_seq_length": side * side,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_size": heads * draw(_multiples(-(-16 // heads), 24, s.grain)),
@@ -246,47 +115,21 @@ def _llava(s: _Sizes, draw: Draw) -> Data:
             "projection_dim": 12,
             "attention_dropout": s.dropout,
         },
-        "text_config": text,
     }
 
 
-# Scales keep logits near one, where the embedding is the head; and T5 does not divide its attention scores.
-_HEAD = {"*lm_head.weight": 2.0, "*embed_tokens.weight": 0.2}
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "rms", _llama, (*ATTENTION, "o_proj", *GATED), _HEAD),
-    "gemma": Family("GemmaForCausalLM", "one-plus", _gemma, (*ATTENTION, "o_proj", *GATED), _HEAD),
-    "qwen2": Family("Qwen2ForCausalLM", "rms", _qwen2, (*ATTENTION, "o_proj", *GATED), _HEAD),
-    "qwen3": Family("Qwen3ForCausalLM", "rms-by-head", _qwen3, (*ATTENTION, "o_proj", *GATED), _HEAD),
-    "mixtral": Family("MixtralForCausalLM", "rms", _mixtral, ("q_proj", "v_proj"), _HEAD),
-    "gpt_neox": Family(
-        "GPTNeoXForCausalLM", "layer", _gpt_neox, ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
-        {"embed_out.weight": 2.0, "gpt_neox.embed_in.weight": 0.2},
-    ),
-    "gpt2": Family(
-        "GPT2LMHeadModel", "layer", _gpt2, ("c_attn", "c_fc"),
-        {"transformer.wte.weight": 0.2, "transformer.wpe.weight": 0.2, "lm_head.weight": 2.0}, head_step=1,
-    ),
-    "opt": Family(
-        "OPTForCausalLM", "layer", _opt, (*ATTENTION, "out_proj", "fc1", "fc2"),
-        {**_HEAD, "*embed_positions.weight": 0.2}, head_step=1,
-    ),
-    "bert": Family(
-        "BertForSequenceClassification", "layer", _bert, ("query", "key", "value", "intermediate.dense"),
-        {"classifier.weight": 3.0}, ties=(False,), head_step=1,
-    ),
-    "t5": Family(
-        "T5ForConditionalGeneration", "rms", _t5, ("SelfAttention.v", "EncDecAttention.o"),
-        {"*.q.weight": 0.06, "*.o.weight": 0.4, "*.wo.weight": 0.4}, ties=(True,), head_step=1,
-    ),
-    "whisper": Family(
-        "WhisperForConditionalGeneration", "layer", _whisper, (*ATTENTION, "out_proj", "fc1", "fc2"),
-        {"*decoder.embed_tokens.weight": 0.2, "*.embed_positions.weight": 0.2}, ties=(True,), head_step=2,
-    ),
-    "llava": Family(
-        "LlavaForConditionalGeneration", "rms and layer", _llava, (*ATTENTION, *GATED), _HEAD, ties=(False,),
-    ),
-}  # fmt: skip
-NORMS = tuple(dict.fromkeys(family.norm for family in FAMILIES.values()))
+def _with_sizes(table: Mapping[str, Any], s: _Sizes) -> Data:
+    """A table of ``drawn.toml`` with the tables that it is like, and with the drawn sizes."""
+    filled: Data = {}
+    for name, value in table.items():
+        if name == "like":
+            filled |= _with_sizes(_TABLES[value], s)
+        elif isinstance(value, Mapping):
+            filled[name] = _with_sizes(value, s)
+        else:
+            drawn = isinstance(value, str) and value.startswith("$")
+            filled[name] = getattr(s, value[1:]) if drawn else value
+    return filled
 
 
 @st.composite
@@ -331,10 +174,10 @@ def recipes(
         "seed": str(draw(st.integers(0, 9))),
         "lengths": draw(batches()),
         "scale": dict(family.scale),
-        "config": family.configure(drawn, draw),
+        "config": _with_sizes(family.config, drawn) | _more(draw, name, drawn),
     }
-    if name == "bert":
-        recipe["skip"] = ["classifier"]
+    if family.skip:
+        recipe["skip"] = list(family.skip)
     return recipe
 
 
