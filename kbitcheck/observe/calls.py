@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from kbitcheck.core.errors import Unavailable, cause
-from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, HonouredArguments, ModelFacts, RefusedCall
+from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, Fact, HonouredArguments, ModelFacts, RefusedCall
 from kbitcheck.observe import internals
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
@@ -24,37 +23,22 @@ class Calls:
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
         self._preparation = preparation
         self._outputs = outputs
+        self.computed = preparation.computed
 
-    @cached_property
+    @Fact
     def default_call(self) -> CallFacts:
-        """``prepare(model)`` on a model as loaded."""
         return call(self._preparation.function, self._preparation.copy())[1]
 
-    @cached_property
+    @Fact
     def positional_call(self) -> CallFacts:
-        """``prepare(model, False)`` on a model all in train mode."""
         return call(self._preparation.function, self._preparation.copy().train(), False)[1]
 
-    @cached_property
-    def _repeated(self) -> _Repeated:
-        return _Repeated(self._preparation)
+    _repeated = Fact(lambda self: _Repeated(self._preparation))
+    cost = Fact[CostFacts](lambda self: self._repeated.cost)
+    repeated = Fact[ModelFacts](lambda self: self._repeated.once)
+    prepared_again = Fact[ModelFacts](lambda self: self._repeated.twice)
 
-    @property
-    def cost(self) -> CostFacts:
-        """Bytes while preparing."""
-        return self._repeated.cost
-
-    @property
-    def repeated(self) -> ModelFacts:
-        """Another fresh base, prepared in the same way."""
-        return self._repeated.once
-
-    @property
-    def prepared_again(self) -> ModelFacts:
-        """The model of ``repeated``, prepared a second time."""
-        return self._repeated.twice
-
-    @cached_property
+    @Fact
     def switched_off(self) -> ModelFacts:
         """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
         model = self._preparation.prepared_copy()
@@ -64,9 +48,8 @@ class Calls:
             switches.quietly(model.gradient_checkpointing_disable)
         return snapshot(model)
 
-    @cached_property
+    @Fact
     def refused(self) -> RefusedCall:
-        """A call on the same architecture, said not to support checkpointing."""
         model = self._preparation.copy()
         cls = type(model)
         model.__class__ = type(
@@ -76,13 +59,9 @@ class Calls:
         _, facts = call(self._preparation.function, model, **{SECOND: True})
         return RefusedCall(call=facts, before=before, after=snapshot(model))
 
-    @cached_property
+    @Fact
     def adapters_first(self) -> AdaptersFirst:
-        """A call on a model that already carries adapters.
-
-        Raises:
-            Unavailable: the model takes no adapters before it is prepared.
-        """
+        """Raises ``Unavailable`` where the model takes no adapters before it is prepared."""
         preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
         library = "peft" if spec.adapters == "peft" or targets.peft_installed() else "reference"
         # PEFT refuses some targets, which KB905 reports.
@@ -91,10 +70,7 @@ class Calls:
             model, owned = adapters.attach(
                 preparation.copy(), fit or loaded.targets, library=library, rank=spec.rank, seed=spec.seed
             )
-        except (
-            NotImplementedError,
-            ValueError,
-        ) as error:  # a class without an embedding, layers that PEFT does not know
+        except (NotImplementedError, ValueError) as error:  # no embedding, or layers that PEFT does not support
             raise Unavailable(f"{library} cannot put adapters on this model: {cause(error)}") from error
         before = frozenset(n for n, p in owned.items() if p.requires_grad)
         result, facts = call(preparation.function, model, **preparation.keywords)
@@ -102,9 +78,8 @@ class Calls:
         trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
         return AdaptersFirst(call=facts, before=before, after=before & trainable)
 
-    @cached_property
+    @Fact
     def honoured(self) -> HonouredArguments:
-        """Checkpointing arguments that are not torch's defaults, and what reached torch when they were passed."""
         self._outputs.require_forward()
         mode = self._preparation.spec.checkpointing
         passed: dict[str, Any] = {"preserve_rng_state": False}

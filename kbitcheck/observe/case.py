@@ -2,12 +2,13 @@
 
 The stages follow one another: ``Loaded`` (never run), ``Called`` (by the implementation), ``Prepared``, ``Wrapped`` (with
 adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared anew: ``Outputs``, ``Calls``, ``Trained``,
-``Interleaved``. To add a fact, add a property to its stage, and a line here and in ``kbitcheck.core.facts.Facts``.
+``Interleaved``. To add a fact, add its name and type to ``kbitcheck.core.facts.Facts``, and a ``Fact`` of that name to its stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,37 +18,18 @@ import torch
 
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import Raised, Unavailable, UsageError
-from kbitcheck.core.facts import (
-    HALF,
-    AdaptersFirst,
-    CallFacts,
-    CostFacts,
-    Distance,
-    Facts,
-    ForecastFacts,
-    ForwardFacts,
-    FunctionFacts,
-    GradientFacts,
-    HonouredArguments,
-    LayerBackward,
-    MemoryFacts,
-    ModelFacts,
-    RefusedCall,
-    RunFacts,
-    StepOutcome,
-    StoreFacts,
-    TrainingFacts,
-)
+from kbitcheck.core.errors import Unavailable, UsageError
+from kbitcheck.core.facts import HALF, Fact, Facts, ForecastFacts, ModelFacts
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
-from kbitcheck.observe.fact import Fact, OpenCase
 from kbitcheck.observe.loaded import Loaded, loaded_model
+from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, step, switches
+from kbitcheck.observe.probes.interleaving import Subject
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Prepared, Wrapped
 from kbitcheck.observe.static import static_case
@@ -102,8 +84,19 @@ def _opened(spec: CaseSpec, implementation: Prepares, loaded: Loaded) -> Case:
     return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
 
 
-class Case:
-    """The facts of one case, as ``kbitcheck.core.facts.Facts`` describes them."""
+STAGES = (Called, Prepared, Wrapped, Stepped, Outputs, Calls, Trained, Interleaved)
+
+
+def facts_of(stage: type) -> frozenset[str]:
+    """Names of the facts that a stage has: those of its public attributes."""
+    return frozenset({*vars(stage), *inspect.get_annotations(stage)} & Facts.__annotations__.keys())
+
+
+STAGE_OF = {fact: f"_{stage.__name__.lower()}" for stage in STAGES for fact in facts_of(stage)}
+
+
+class Case(OpenCase):
+    """The facts of one case: those of its stages, and here those of the loaded model and across stages."""
 
     def __init__(
         self,
@@ -114,126 +107,52 @@ class Case:
         patches: Sequence[str] = (),
         recipe: Recipe | None = None,
     ) -> None:
-        self.spec = spec
-        self.recipe = recipe
-        self.case = spec.id
-        self.profile: str = spec.profile
-        self.freezes: str = spec.freezes
-        self.checkpointing: str = spec.checkpointing
-        self.computed: dict[str, Any] = {}
+        super().__init__(spec, recipe)
         self._loaded = loaded
         self._preparation = Preparation(spec, function, loaded, patches=patches)
         self._preparation.make_room = self._make_room
+        self.computed = self._preparation.computed
 
-    def close(self) -> None:
-        """Drop every model of the case."""
-        self.computed.clear()
+    def compute(self, name: str) -> Any:
+        """The fact of that name, from its stage."""
+        return getattr(getattr(self, STAGE_OF[name]), name)
 
     def _make_room(self) -> None:
         """Drop the one prepared model of a large base, as another copy is needed; its facts stay."""
         if self._loaded.large:
-            for name in ("_wrapped", "_called"):
-                if name in self.computed:
-                    self.computed[name].drop()
+            for name in self.computed.keys() & {"_wrapped", "_called"}:
+                self.computed[name].drop()
 
-    # Stages
-
-    @Fact
-    def _called(self) -> Called:
-        return Called(self._preparation)
-
-    @Fact
-    def _prepared(self) -> Prepared:
-        return Prepared(self._called)
-
-    @Fact
-    def _wrapped(self) -> Wrapped:
-        return Wrapped(self._prepared)
-
-    @Fact
-    def _stepped(self) -> Stepped:
-        return Stepped(self._wrapped, self._outputs)
-
-    @Fact
-    def _outputs(self) -> Outputs:
-        return Outputs(self._preparation)
-
-    @Fact
-    def _calls(self) -> Calls:
-        return Calls(self._preparation, self._outputs)
-
-    @Fact
-    def _trained(self) -> Trained:
-        return Trained(self._preparation, self._outputs)
-
-    @Fact
-    def _interleaved(self) -> Interleaved:
-        return Interleaved(self._preparation, self._outputs)
-
-    # Facts, by stage
+    _called = Fact(lambda self: Called(self._preparation))
+    _prepared = Fact(lambda self: Prepared(self._called))
+    _wrapped = Fact(lambda self: Wrapped(self._prepared))
+    _stepped = Fact(lambda self: Stepped(self._wrapped, self._outputs))
+    _outputs = Fact(lambda self: Outputs(self._preparation))
+    _calls = Fact(lambda self: Calls(self._preparation, self._outputs))
+    _trained = Fact(lambda self: Trained(self._preparation, self._outputs))
+    _interleaved = Fact(lambda self: Interleaved(self._preparation, self._outputs))
 
     @property
     def batch(self) -> step.Batch:
         """The inputs of every forward and step."""
         return self._loaded.batch
 
-    base = Fact[ModelFacts](lambda case: case._loaded.facts)
-    loaded = Fact[ModelFacts](lambda case: case._loaded.facts)
-    compute_ulp = Fact[float](lambda case: float(torch.finfo(case._loaded.compute).eps))
-    half_ulp = Fact[float](lambda case: float(torch.finfo(case._loaded.half).eps))
-    remote_code = Fact[bool](lambda case: case._loaded.remote_code)
-    generator = Fact[bool](lambda case: case._loaded.generator)
-    unfit_targets = Fact[Mapping[str, str]](lambda case: case._loaded.unfit_targets)
+    @property
+    def interleaving(self) -> Subject:
+        """What a session of steps runs on."""
+        return self._interleaved.subject
 
-    call = Fact[CallFacts](lambda case: case._called.facts)
-    training_flags = Fact[Mapping[str, bool]](lambda case: case._called.training_flags)
-    prepared = Fact[ModelFacts](lambda case: case._prepared.facts)
-    wrapped = Fact[ModelFacts](lambda case: case._wrapped.facts)
-
-    plain_run = Fact[RunFacts](lambda case: case._stepped.plain_run)
-    run = Fact[RunFacts](lambda case: case._stepped.run)
-    step_raised = Fact[Raised | None](lambda case: case._stepped.step_raised)
-    other_mode_raised = Fact[Raised | None](lambda case: case._stepped.other_mode_raised)
-    repeated_run = Fact[RunFacts](lambda case: case._stepped.repeated_run)
-    gradients = Fact[Mapping[str, GradientFacts]](lambda case: case._stepped.gradients)
-    single_gradients = Fact[Mapping[str, GradientFacts]](lambda case: case._stepped.single_gradients)
-    against_plain = Fact[Mapping[str, Distance]](lambda case: case._stepped.against_plain)
-    against_other_mode = Fact[Mapping[str, Distance]](lambda case: case._stepped.against_other_mode)
-    against_plain_dropout = Fact[Mapping[str, Distance]](lambda case: case._stepped.against_plain_dropout)
-    layer_backwards = Fact[Mapping[str, LayerBackward]](lambda case: case._stepped.layer_backwards)
-    memory = Fact[MemoryFacts](lambda case: case._stepped.memory)
-
-    forwards = Fact[Sequence[ForwardFacts]](lambda case: case._outputs.forwards)
-    function = Fact[FunctionFacts](lambda case: case._outputs.function)
-    left_by_evaluation = Fact[int](lambda case: case._outputs.left_by_evaluation)
-    store = Fact[StoreFacts](lambda case: case._outputs.store)
-
-    default_call = Fact[CallFacts](lambda case: case._calls.default_call)
-    positional_call = Fact[CallFacts](lambda case: case._calls.positional_call)
-    cost = Fact[CostFacts](lambda case: case._calls.cost)
-    repeated = Fact[ModelFacts](lambda case: case._calls.repeated)
-    prepared_again = Fact[ModelFacts](lambda case: case._calls.prepared_again)
-    switched_off = Fact[ModelFacts](lambda case: case._calls.switched_off)
-    refused = Fact[RefusedCall](lambda case: case._calls.refused)
-    adapters_first = Fact[AdaptersFirst](lambda case: case._calls.adapters_first)
-    honoured = Fact[HonouredArguments](lambda case: case._calls.honoured)
-
-    training = Fact[TrainingFacts](lambda case: case._trained.training)
-    trained = Fact[ModelFacts](lambda case: case._trained.facts)
-    generates = Fact[ForwardFacts](lambda case: case._trained.generates)
-    interleaved = Fact[Sequence[StepOutcome]](lambda case: case._interleaved.outcomes)
-    interleaving = Fact(lambda case: case._interleaved.subject)
-
-    # Facts across stages
-
-    @Fact
-    def forecast(self) -> ForecastFacts:
-        """Predicted from the configuration; the steps only where a user asks about this model."""
-        return self._loaded.forecast(self.spec)
+    base = Fact[ModelFacts](lambda self: self._loaded.facts)
+    loaded = Fact[ModelFacts](lambda self: self._loaded.facts)
+    compute_ulp = Fact[float](lambda self: float(torch.finfo(self._loaded.compute).eps))
+    half_ulp = Fact[float](lambda self: float(torch.finfo(self._loaded.half).eps))
+    remote_code = Fact[bool](lambda self: self._loaded.remote_code)
+    generator = Fact[bool](lambda self: self._loaded.generator)
+    unfit_targets = Fact[Mapping[str, str]](lambda self: self._loaded.unfit_targets)
+    forecast = Fact[ForecastFacts](lambda self: self._loaded.forecast(self.spec))
 
     @Fact
     def bias_after_forward(self) -> Mapping[str, str]:
-        """Bitsandbytes casts a bias to the compute dtype, or to its input's for int8: fp32 unless the profile is half."""
         rounded = {}
         for name, parameter in self.wrapped.parameters.items():
             if parameter.quantized_bias:
@@ -244,15 +163,12 @@ class Case:
 
     @Fact
     def widened(self) -> Mapping[str, int]:
-        """Bytes that preparation adds to each half-precision parameter that it widens."""
         after = self.prepared.parameters
         return {
             name: after[name].nbytes - t.nbytes
             for name, t in self.base.parameters.items()
             if not t.packed and t.dtype in HALF and name in after and after[name].dtype not in HALF
         }
-
-    # Witnesses
 
     @Fact
     def unprepared(self) -> Facts:

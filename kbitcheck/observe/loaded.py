@@ -138,9 +138,9 @@ class Loaded:
             try:
                 yield
                 return
-            except torch.OutOfMemoryError:
-                raise
             except self._twin_errors as error:
+                if isinstance(error, torch.OutOfMemoryError) and torch.OutOfMemoryError not in self._twin_errors:
+                    raise
                 self._no_twin = f"the float64 twin of this model does not run: {cause(error)}"
         raise Unavailable(self._no_twin)
 

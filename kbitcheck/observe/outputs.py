@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
 import torch
 from torch import nn
 
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CANNOT_RUN, ForwardFacts, FunctionFacts, StoreFacts
+from kbitcheck.core.facts import CANNOT_RUN, Fact, ForwardFacts, FunctionFacts, StoreFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import forwards, memory, store, targets
@@ -23,10 +22,10 @@ class Outputs:
         self._preparation = preparation
         self._loaded = preparation.loaded
         self._profile = preparation.spec.profile
+        self.computed = preparation.computed
 
-    @cached_property
+    @Fact
     def forwards(self) -> Sequence[ForwardFacts]:
-        """A forward of the prepared model under every condition, beside the base's."""
 
         def everywhere(model: nn.Module) -> Iterator[forwards.Forward]:
             return forwards.everywhere(model, self._loaded.batch, self._loaded.half)
@@ -49,9 +48,8 @@ class Outputs:
             if f.raised and not f.base_raised and f.autocast is PROMISES[self._profile].autocast and trains:
                 raise Unavailable(f"{CANNOT_RUN}{f.raised}", raised=f.raised)
 
-    @cached_property
+    @Fact
     def function(self) -> FunctionFacts:
-        """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
         self.require_forward()
         expected = self._loaded.function(self._profile)
         exact = expected.exact.logits
@@ -66,15 +64,13 @@ class Outputs:
             tokens=keep.numel(),
         )
 
-    @cached_property
+    @Fact
     def left_by_evaluation(self) -> int:
-        """Bytes that stay alive after a forward in eval mode."""
         model = self._preparation.prepared_copy()
         return memory.left_by_evaluation(model, self._loaded.batch, self._loaded.autocast(self._profile))
 
-    @cached_property
+    @Fact
     def store(self) -> StoreFacts:
-        """Save and reload of a prepared model that never ran, and of its adapters."""
         preparation = self._preparation
         subject = store.Subject(
             prepared=preparation.prepared_copy,

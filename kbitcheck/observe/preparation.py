@@ -21,7 +21,7 @@ class Preparation:
     """Calls an implementation as the case asks. Each copy that it gives is of the base as loaded, which never runs.
 
     ``make_room`` is called before each copy: whoever holds a prepared model of a large base drops it then.
-    ``patches`` names what the import of the implementation replaced in the libraries.
+    ``patches`` names what the import of the implementation replaced in the libraries. ``computed`` has the facts of the case's stages.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Preparation:
         self.loaded = loaded
         self.patches = patches
         self.make_room: Callable[[], None] = lambda: None
+        self.computed: dict[str, Any] = {}
 
     @property
     def batch(self) -> Batch:

@@ -11,7 +11,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -21,31 +21,27 @@ from transformers import PreTrainedModel
 
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Checkpointing
-from kbitcheck.core.errors import Raised, Unavailable, UsageError
-from kbitcheck.core.facts import (
-    Distance,
-    ForwardFacts,
-    GradientFacts,
-    LayerBackward,
-    MemoryFacts,
-    ModelFacts,
-    RunFacts,
-    TrainingFacts,
-)
+from kbitcheck.core.errors import Unavailable, UsageError
+from kbitcheck.core.facts import Fact, ModelFacts, RunFacts
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
-from kbitcheck.observe.case import Case
-from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
+from kbitcheck.observe.case import Case, facts_of
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
+from kbitcheck.observe.stepped import Stepped
+from kbitcheck.observe.trained import Trained
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
+FROM_COPY = {
+    *facts_of(Stepped), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets", "bias_after_forward"
+}  # fmt: skip
 
 
 def mode_of(model: nn.Module) -> Checkpointing:
@@ -122,7 +118,7 @@ def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None
         spec,
         batch=batch or _drawn(pristine, spec.seed),
         attach=OwnAdapters(dtypes) if dtypes else None,
-        twin_errors=(AttributeError, TypeError, ValueError, RuntimeError),
+        twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),
     )
 
 
@@ -141,42 +137,28 @@ class OwnAdapters:
         return Attached(model, adapters)
 
 
-def open_prepared(spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> OpenCase:
-    """The case of a model that someone else prepared; ``batch`` is fed to its copies, one is drawn where there is none."""
-    return cast(OpenCase, PreparedCase(spec, model, batch))
+class PreparedCase(OpenCase):
+    """The facts that a model still shows which someone else prepared: what is read off it, and the steps of a copy.
 
-
-@other_facts_missing(GONE)
-class PreparedCase:
-    """The facts that a prepared model still shows: what is read off it, and the steps of a copy.
-
-    The copy is a case whose preparation does nothing.
+    The copy is a case whose preparation does nothing; ``batch`` is fed to it, one is drawn where there is none.
     """
 
     def __init__(self, spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> None:
-        self.computed: dict[str, Any] = {}
         self._model = model
         self._batch = batch
-        self.recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
-        self.spec = spec = settled(spec, self.recipe)
-        self.case = spec.id
-        self.profile: str = spec.profile
-        self.freezes: str = spec.freezes
-        self.checkpointing: str = spec.checkpointing
+        self.prepared = snapshot(model, owned(model), keys=False)
+        recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
+        super().__init__(settled(spec, recipe), recipe)
 
-    def close(self) -> None:
-        """Drop every copy."""
-        self.computed.clear()
+    def compute(self, name: str) -> Any:
+        """The fact of that name, from the copy."""
+        if name not in FROM_COPY:
+            raise Unavailable(GONE)
+        return getattr(self._copy, name)
 
     @Fact
     def _copy(self) -> Case:
         return Case(self.spec, _unchanged, copy_of(self._model, self.spec, self._batch))
-
-    # Read off the model itself
-
-    @Fact
-    def prepared(self) -> ModelFacts:
-        return snapshot(self._model, owned(self._model), keys=False)
 
     @Fact
     def base(self) -> ModelFacts:
@@ -193,11 +175,7 @@ class PreparedCase:
             return self.prepared
         return self._copy.wrapped
 
-    @Fact
-    def remote_code(self) -> bool:
-        return LiveModel(self._model).remote_code
-
-    # Steps of the copy
+    remote_code = Fact[bool](lambda self: LiveModel(self._model).remote_code)
 
     @Fact
     def run(self) -> RunFacts:
@@ -206,33 +184,11 @@ class PreparedCase:
         held = [n for n, p in self.prepared.parameters.items() if p.has_grad and not p.adapter]
         return dataclasses.replace(run, base_grads=tuple(dict.fromkeys((*run.base_grads, *held))))
 
-    compute_ulp = Fact[float](lambda case: case._copy.compute_ulp)
-    half_ulp = Fact[float](lambda case: case._copy.half_ulp)
-    generator = Fact[bool](lambda case: case._copy.generator)
-    unfit_targets = Fact[Mapping[str, str]](lambda case: case._copy.unfit_targets)
-    plain_run = Fact[RunFacts](lambda case: case._copy.plain_run)
-    repeated_run = Fact[RunFacts](lambda case: case._copy.repeated_run)
-    step_raised = Fact[Raised | None](lambda case: case._copy.step_raised)
-    other_mode_raised = Fact[Raised | None](lambda case: case._copy.other_mode_raised)
-    gradients = Fact[Mapping[str, GradientFacts]](lambda case: case._copy.gradients)
-    single_gradients = Fact[Mapping[str, GradientFacts]](lambda case: case._copy.single_gradients)
-    against_plain = Fact[Mapping[str, Distance]](lambda case: case._copy.against_plain)
-    against_other_mode = Fact[Mapping[str, Distance]](lambda case: case._copy.against_other_mode)
-    against_plain_dropout = Fact[Mapping[str, Distance]](lambda case: case._copy.against_plain_dropout)
-    layer_backwards = Fact[Mapping[str, LayerBackward]](lambda case: case._copy.layer_backwards)
-    memory = Fact[MemoryFacts](lambda case: case._copy.memory)
-    training = Fact[TrainingFacts](lambda case: case._copy.training)
-    trained = Fact[ModelFacts](lambda case: case._copy.trained)
-    generates = Fact[ForwardFacts](lambda case: case._copy.generates)
-    bias_after_forward = Fact[Mapping[str, str]](lambda case: case._copy.bias_after_forward)
-
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``."""
         if "_copy" not in self.computed:  # where nothing ran, nothing was fed
-            return figures.summary(cast(OpenCase, self), {"_prepared"}, batch=None)
-        return figures.summary(
-            cast(OpenCase, self), {"_prepared", *self.computed, *self._copy.computed}, batch=self._copy.batch
-        )
+            return figures.summary(self, {"_prepared"}, batch=None)
+        return figures.summary(self, {"_prepared", *self.computed, *self._copy.computed}, batch=self._copy.batch)
 
 
 def _drawn(model: nn.Module, seed: int) -> step.Batch:

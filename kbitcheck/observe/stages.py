@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CallFacts
+from kbitcheck.core.facts import CallFacts, ModelFacts
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import call
@@ -27,9 +27,12 @@ class Called:
     ``training_flags`` is the ``training`` of each module when the model was handed over: a mixture.
     """
 
+    call: CallFacts
+    training_flags: Mapping[str, bool]
+
     def __init__(self, preparation: Preparation) -> None:
         self.preparation = preparation
-        self._model, self.facts, self.training_flags = self._run()
+        self._model, self.call, self.training_flags = self._run()
 
     def _run(self) -> tuple[Any, CallFacts, Mapping[str, bool]]:
         model = self.preparation.loaded.copy()
@@ -44,8 +47,8 @@ class Called:
         Raises:
             Unavailable: the preparation raised.
         """
-        if self.facts.raised:
-            raise Unavailable(f"preparation raised {self.facts.raised}", failed=True, raised=self.facts.raised)
+        if raised := self.call.raised:
+            raise Unavailable(f"preparation raised {raised}", failed=True, raised=raised)
         if self._model is None:
             self._model = self._run()[0]
         return self._model
@@ -57,7 +60,7 @@ class Called:
     @property
     def patches_libraries(self) -> bool:
         """Whether the import or the call of the implementation replaced something in the libraries."""
-        return bool(self.preparation.patches) or any("." in name for name in self.facts.process)
+        return bool(self.preparation.patches) or any("." in name for name in self.call.process)
 
 
 class Prepared:
@@ -67,19 +70,23 @@ class Prepared:
         Unavailable: the preparation raised.
     """
 
+    prepared: ModelFacts
+
     def __init__(self, called: Called) -> None:
         self.called = called
-        self.facts = snapshot(called.model)
+        self.prepared = snapshot(called.model)
 
 
 class Wrapped:
     """The prepared model with adapters. What runs on it has to leave it as it was."""
 
+    wrapped: ModelFacts
+
     def __init__(self, prepared: Prepared) -> None:
         self.preparation = prepared.called.preparation
         self._called = prepared.called
         self._attached: Attached | None = self.preparation.attach(prepared.called.model)
-        self.facts = snapshot(*self._attached)
+        self.wrapped = snapshot(*self._attached)
 
     @property
     def attached(self) -> Attached:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +13,13 @@ from torch import nn
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
+from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.facts import HALF, Fact, ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.device import free_bytes
-from kbitcheck.observe.fact import Fact, OpenCase, other_facts_missing
 from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot, targets
 from kbitcheck.observe.process_memory import LARGE_BYTES
@@ -26,44 +27,36 @@ from kbitcheck.observe.process_memory import LARGE_BYTES
 NEEDS_A_RUN = "needs a run: the audit is static"
 
 
-@other_facts_missing(NEEDS_A_RUN)
-class StaticCase:
-    """Facts of a model on the meta device. What needs a run is not applicable."""
+class StaticCase(OpenCase):
+    """Facts of a model on the meta device. What needs a run is not applicable; ``weights`` is the forecast without steps."""
 
     def __init__(self, spec: CaseSpec, source: Source, why: str = "no weights were read") -> None:
-        self.spec = spec
+        super().__init__(spec)
         foreign = getattr(source, "foreign", "")
         own = f"; its own {foreign} quantization is not verified, sizes are those of {spec.quant}" if foreign else ""
         self.why = why + own
-        self.case = spec.id
-        self.profile = spec.profile
-        self.freezes = spec.freezes
-        self.checkpointing = spec.checkpointing
-        self.computed: dict[str, Any] = {}
         self._source = source
         self._model: Any = source.meta(Quantization.parse(spec.quant))
-        self.base: ModelFacts = snapshot.snapshot(self._model)
+        self.base = snapshot.snapshot(self._model)
         self.remote_code = source.remote_code
-        self._weights = predict.of_weights(self._model, self.base, spec, source.notes)
+        self.weights = predict.of_weights(self._model, self.base, spec, source.notes)
         wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
-        self.unfit_targets: Mapping[str, str] = targets.unfit(self._model, wanted)
+        self.unfit_targets = targets.unfit(self._model, wanted)
+
+    def compute(self, name: str) -> Any:
+        """Raises ``Unavailable``: the case has no other facts."""
+        raise Unavailable(NEEDS_A_RUN)
 
     def close(self) -> None:
         """Drop the model."""
         self._model = None
 
-    @property
-    def weights(self) -> ForecastFacts:
-        """The forecast without steps, which is cheap."""
-        return self._weights
-
     @Fact
     def forecast(self) -> ForecastFacts:
-        return predict.with_steps(self._weights, self._source, self._model, self.base, self.spec)
+        return predict.with_steps(self.weights, self._source, self._model, self.base, self.spec)
 
-    @property
+    @Fact
     def widened(self) -> Mapping[str, int]:
-        """Bytes that the profile adds to each unquantized parameter."""
         norms, promise = norm_parameters(self.base), PROMISES[self.profile]
         return {
             name: t.nbytes
@@ -73,7 +66,7 @@ class StaticCase:
 
     def summary(self) -> dict[str, Any]:
         """Facts for the head and the memory table of a report."""
-        forecast = self.forecast if "forecast" in self.computed else self._weights
+        forecast = self.forecast if "forecast" in self.computed else self.weights
         return {
             "static": self.why,
             "model_class": self.base.cls,
@@ -132,7 +125,7 @@ def product_seconds() -> float:
     return min(took)
 
 
-def static_case(spec: CaseSpec, seconds: float) -> OpenCase | None:
+def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
     """The static case that a spec asks for; None where it is to be audited in full, and ``seconds`` may suffice.
 
     Raises:
@@ -141,5 +134,4 @@ def static_case(spec: CaseSpec, seconds: float) -> OpenCase | None:
     if spec.static == "never":
         return None
     source = source_of(spec, static=spec.static)
-    case = StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)
-    return cast("OpenCase | None", case)
+    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from kbitcheck.core.errors import Raised, Unavailable
-from kbitcheck.core.facts import Distance, GradientFacts, LayerBackward, MemoryFacts, RunFacts
+from kbitcheck.core.facts import Distance, Fact, GradientFacts, LayerBackward, MemoryFacts, RunFacts
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import layers, memory, step, switches
@@ -33,6 +32,7 @@ class Stepped:
         self._preparation = wrapped.preparation
         self._loaded = wrapped.preparation.loaded
         self._spec = wrapped.preparation.spec
+        self.computed = wrapped.preparation.computed
 
     # One step, plain or checkpointed
 
@@ -46,32 +46,17 @@ class Stepped:
     def _checkpointed(self) -> step.Step:
         return self._preparation.step(self._wrapped.attached, watch=True)
 
-    @property
-    def plain_run(self) -> RunFacts:
-        """A step with checkpointing off."""
-        return self._plain.facts
-
-    @property
-    def run(self) -> RunFacts:
-        """A step as the case checkpoints it."""
-        return self._checkpointed.facts
-
-    @cached_property
-    def step_raised(self) -> Raised | None:
-        """What the step of ``run`` raised; None where it ran."""
-        return raised_by(lambda: self.run)
-
-    @cached_property
-    def other_mode_raised(self) -> Raised | None:
-        """What the step in the other checkpointing mode raised; None where it ran."""
-        return raised_by(lambda: self.against_other_mode)
+    plain_run = Fact[RunFacts](lambda self: self._plain.facts)
+    run = Fact[RunFacts](lambda self: self._checkpointed.facts)
+    step_raised = Fact(lambda self: raised_by(lambda: self.run))
+    other_mode_raised = Fact(lambda self: raised_by(lambda: self.against_other_mode))
 
     @property
     def reentrant(self) -> bool:
         """Whether any block ran under reentrant checkpointing."""
         return any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
 
-    @cached_property
+    @Fact
     def repeated_run(self) -> RunFacts:
         """The step of ``run`` once more, after everything else that ran on this model."""
         attached = self._attached_after(self.memory, self.layer_backwards, self.against_plain_dropout)
@@ -83,40 +68,39 @@ class Stepped:
 
     # Gradients, beside those of other runs
 
-    @cached_property
+    @Fact
     def gradients(self) -> Mapping[str, GradientFacts]:
-        """Adapter gradients of ``run``, beside the float64 twin's."""
         return self._loaded.twins(self._spec).whole.beside(self._checkpointed.gradients)
 
-    @cached_property
+    @Fact
     def single_gradients(self) -> Mapping[str, GradientFacts]:
-        """Adapter gradients for the batch's first row, without an attention mask, beside the float64 twin's."""
         gradients = self._preparation.step(self._wrapped.attached, batch=self._loaded.single).gradients
         return self._loaded.twins(self._spec).single.beside(gradients)
 
-    @cached_property
+    @Fact
     def against_plain(self) -> Mapping[str, Distance]:
-        """Adapter gradients of ``run`` against those of ``plain_run``."""
-        return step.distances(self._checkpointed.gradients, self._plain.gradients, self._yardsticks)
+        return self._distances(self._checkpointed, self._plain)
 
-    @cached_property
+    @Fact
     def against_other_mode(self) -> Mapping[str, Distance]:
-        """Adapter gradients of ``run`` against those of a step in the other checkpointing mode."""
         attached = self._wrapped.attached
         with switches.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
-            other = self._preparation.step(attached).gradients
-        return step.distances(self._checkpointed.gradients, other, self._yardsticks)
+            other = self._preparation.step(attached)
+        return self._distances(self._checkpointed, other)
 
-    @cached_property
+    @Fact
     def against_plain_dropout(self) -> Mapping[str, Distance]:
         """As ``against_plain``, with every dropout raised and one seed."""
         attached = self._wrapped.attached
-        gradients = []
         with switches.dropout_raised(attached.model):
-            for plain in (False, True):
-                with switches.checkpointing_off(attached.model) if plain else nullcontext():
-                    gradients.append(self._preparation.step(attached).gradients)
-        return step.distances(gradients[0], gradients[1], self._yardsticks)
+            checkpointed = self._preparation.step(attached)
+            with switches.checkpointing_off(attached.model):
+                plain = self._preparation.step(attached)
+        return self._distances(checkpointed, plain)
+
+    def _distances(self, one: step.Step, other: step.Step) -> Mapping[str, Distance]:
+        """By adapter, how far its gradients in two steps are from each other."""
+        return step.distances(one.gradients, other.gradients, self._yardsticks)
 
     @property
     def _yardsticks(self) -> Mapping[str, float]:
@@ -128,7 +112,7 @@ class Stepped:
 
     # Layers and memory
 
-    @cached_property
+    @Fact
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
         attached = self._wrapped.attached
@@ -139,7 +123,7 @@ class Stepped:
         )
         if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.forwards):
             return backwards  # KB210 reports it
-        if any(p.quantized_bias for p in self._wrapped.facts.parameters.values()):
+        if any(p.quantized_bias for p in self._wrapped.wrapped.parameters.values()):
             # An int8 layer casts its bias in place to the dtype of its input.
             del attached
             attached = self._preparation.attach(self._preparation.prepared_copy())
@@ -175,9 +159,8 @@ class Stepped:
             return False
         return True
 
-    @cached_property
+    @Fact
     def memory(self) -> MemoryFacts:
-        """Bytes of activations in a plain and in a checkpointed step."""
         attached = self._attached_after(self.run)  # the first step of a model allocates what it keeps for good
         return memory.activations(
             attached.model,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
-from kbitcheck.core.facts import ForwardFacts, ModelFacts, StepOutcome, TrainingFacts
+from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, StepOutcome, TrainingFacts
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import forwards, interleaving
@@ -16,6 +15,10 @@ from kbitcheck.observe.twin import twins
 
 class Trained:
     """A fresh prepared copy with adapters after a few optimizer steps."""
+
+    training: TrainingFacts
+    trained: ModelFacts
+    generates: ForwardFacts
 
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
         preparation.make_room()
@@ -33,8 +36,8 @@ class Trained:
         after = fingerprints(adapters)
         changed = frozenset(n for n in before if before[n] != after[n])
         self.training = TrainingFacts(losses=losses, twin_losses=expected.losses, changed=changed)
-        self.facts: ModelFacts = snapshot(model, adapters)
-        self.generates: ForwardFacts = forwards.generate(model, preparation.batch)
+        self.trained = snapshot(model, adapters)
+        self.generates = forwards.generate(model, preparation.batch)
 
 
 class Interleaved:
@@ -43,6 +46,7 @@ class Interleaved:
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
         self._preparation = preparation
         self._outputs = outputs
+        self.computed = preparation.computed
 
     @property
     def subject(self) -> interleaving.Subject:
@@ -60,9 +64,8 @@ class Interleaved:
             seed=preparation.spec.seed,
         )
 
-    @cached_property
-    def outcomes(self) -> Sequence[StepOutcome]:
-        """What each step of the standard order did."""
+    @Fact
+    def interleaved(self) -> Sequence[StepOutcome]:
         return interleaving.Session(self.subject).run(interleaving.STANDARD_ORDER)
 
 

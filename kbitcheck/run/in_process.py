@@ -159,7 +159,7 @@ def assert_prepared(
     small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
     environment = devices.describe(spec.device, spec.seed)
     with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
-        case = prepared.open_prepared(spec, model, batch)
+        case = prepared.PreparedCase(spec, model, batch)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
         collected = _collected(loaded, examine(case, rules))
     return assemble(

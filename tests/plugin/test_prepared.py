@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -20,6 +21,7 @@ from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import prepared
+from kbitcheck.observe.twin import twins
 
 # The rules whose facts a prepared model still shows, by itself or in a step of a copy.
 JUDGED = {
@@ -309,3 +311,13 @@ def test_random_states_and_threads_are_put_back() -> None:
         torch.rand(1), numpy.random.rand(), random.random()
         assert not any(a == b for a, b in zip(before, states(), strict=True))
     assert states() == before
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory is left"), RuntimeError("another dtype")])
+def test_a_twin_that_does_not_run_skips_the_rules_that_need_it(
+    model: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(twins, "float64", Mock(side_effect=error))
+    report = kbitcheck.assert_prepared(model, select=["KB101", "KB304"])
+    result = next(r for r in report if r.rule == "KB304")
+    assert (result.status, str(error) in result.reason) == (Status.SKIP, True)

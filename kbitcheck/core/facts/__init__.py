@@ -3,7 +3,7 @@
 A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equal numbers (``value``).
 """
 
-from kbitcheck.core.facts.case import Facts
+from kbitcheck.core.facts.case import Fact, Facts
 from kbitcheck.core.facts.forecast import ForecastFacts, GroupFacts, HeldFacts
 from kbitcheck.core.facts.memory import CostFacts, MemoryFacts
 from kbitcheck.core.facts.model import (
@@ -41,6 +41,7 @@ __all__ = [
     "CallFacts",
     "CostFacts",
     "Distance",
+    "Fact",
     "Facts",
     "ForecastFacts",
     "ForwardFacts",

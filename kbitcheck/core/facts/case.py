@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
+from typing import Any, Generic, TypeVar
 
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts.forecast import ForecastFacts
@@ -23,183 +24,153 @@ from kbitcheck.core.facts.step import (
     TrainingFacts,
 )
 
+T = TypeVar("T", covariant=True)
+C = TypeVar("C", bound=type)
 
-class Facts(Protocol):
+
+class Fact(Generic[T]):
+    """An attribute that is computed when it is first read, and then kept in its owner's ``computed``.
+
+    ``"memory" in case.computed`` says whether a fact has been computed; clearing ``computed`` frees all of them.
+    """
+
+    def __init__(self, compute: Callable[[Any], T], name: str = "") -> None:
+        self.compute = compute
+        self._name = name
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, cls: type | None = None) -> T:
+        computed: dict[str, T] = owner.computed
+        if self._name not in computed:
+            computed[self._name] = self.compute(owner)
+        return computed[self._name]
+
+
+def computed_when_read(cls: C) -> C:
+    """Make each annotated attribute of a class a fact that its method ``compute`` returns by name."""
+    for name in cls.__annotations__:
+        setattr(cls, name, Fact(methodcaller("compute", name), name))
+    return cls
+
+
+@computed_when_read
+class Facts:
     """The facts of one case, each computed when a rule first reads it, and then kept.
 
     Stages: ``base`` as loaded, ``prepared``, ``wrapped`` with adapters, ``trained`` after a few optimizer steps. A fact
     that the case does not have raises ``Unavailable``.
     """
 
-    @property
-    def case(self) -> str:
-        """The case's id."""
+    case: str
+    """The case's id."""
+    profile: str
+    """Name of the profile whose dtypes the case is judged by."""
+    freezes: str
+    """When the base is frozen: ``at-prepare`` or ``at-attach``."""
+    checkpointing: str
+    """The requested mode of checkpointing."""
+    recipe: Recipe | None
+    """The recipe that was read off the prepared model under profile ``auto``; None where a profile was requested."""
+    compute_ulp: float
+    """The relative rounding error of the dtype that quantized layers compute in."""
+    half_ulp: float
+    """The ulp of the half-precision dtype that autocast runs in."""
+    base: ModelFacts
+    """The model without adapters, where it is prepared already; else as loaded."""
+    loaded: ModelFacts
+    """The model before its preparation."""
+    call: CallFacts
+    """The call that prepared the model."""
+    prepared: ModelFacts
+    """The model after preparation."""
+    wrapped: ModelFacts
+    """The prepared model with adapters."""
+    trained: ModelFacts
+    """The wrapped model after a few optimizer steps."""
+    bias_after_forward: Mapping[str, str]
+    """Bits of each quantized layer's bias as a forward leaves it."""
+    training_flags: Mapping[str, bool]
+    """By module name, whether it was in train mode before preparation."""
+    plain_run: RunFacts
+    """A training step without checkpointing."""
+    run: RunFacts
+    """A training step of the wrapped model, checkpointed as the case requests."""
+    step_raised: Raised | None
+    """What the training step of ``run`` raised; None if it ran."""
+    other_mode_raised: Raised | None
+    """What a training step raised in the other checkpointing mode; None if it ran."""
+    unprepared: Facts
+    """A witness: the same case of a base that nothing prepares and that transformers itself checkpoints."""
+    bare: Facts
+    """A witness: the same case of a base that is only cast as the profile promises, not prepared or checkpointed."""
+    gradients: Mapping[str, GradientFacts]
+    """By adapter, its gradient against the float64 twin's."""
+    single_gradients: Mapping[str, GradientFacts]
+    """Adapter gradients for the batch's first row, without an attention mask."""
+    against_plain: Mapping[str, Distance]
+    """By adapter, how far checkpointing moves its gradient."""
+    against_other_mode: Mapping[str, Distance]
+    """By adapter, how far the other checkpointing mode moves its gradient."""
+    against_plain_dropout: Mapping[str, Distance]
+    """By adapter, how far checkpointing moves its gradient under dropout."""
+    layer_backwards: Mapping[str, LayerBackward]
+    """By quantized layer, its own backward."""
+    memory: MemoryFacts
+    """Bytes of activations in a plain and in a checkpointed step."""
+    cost: CostFacts
+    """Bytes while the model is prepared."""
+    forwards: Sequence[ForwardFacts]
+    """A forward under each condition: train or eval, with or without mask and autocast."""
+    left_by_evaluation: int
+    """Bytes that stay alive after a forward in eval mode."""
+    function: FunctionFacts
+    """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
+    training: TrainingFacts
+    """A few optimizer steps, beside the float64 twin's."""
+    store: StoreFacts
+    """Save and reload of a prepared model that never ran, and of its adapters."""
+    interleaved: Sequence[StepOutcome]
+    """The steps of programs that interleave training with evaluation, saving and the like."""
+    generator: bool
+    """Whether the unprepared model can generate."""
+    generates: ForwardFacts
+    """Generation with the wrapped model after a few optimizer steps."""
+    default_call: CallFacts
+    """The call ``prepare(model)``."""
+    positional_call: CallFacts
+    """The call ``prepare(model, False)``, on a model all in train mode."""
+    repeated: ModelFacts
+    """A second model, prepared by the same call."""
+    prepared_again: ModelFacts
+    """The second model after it is prepared once more."""
+    switched_off: ModelFacts
+    """The second model after checkpointing and its hooks are disabled."""
+    refused: RefusedCall
+    """A call on the same architecture, declared not to support checkpointing."""
+    adapters_first: AdaptersFirst
+    """A call on a model that already carries adapters."""
+    honoured: HonouredArguments
+    """Checkpointing arguments that are not torch's defaults, and what reached torch when they were passed."""
+    repeated_run: RunFacts
+    """A later training step of the same model."""
+    remote_code: bool
+    """Whether the model needs code from its repository."""
+    unfit_targets: Mapping[str, str]
+    """By adapter target, why it cannot take an adapter."""
+    forecast: ForecastFacts
+    """Bytes that training is predicted to take."""
+    widened: Mapping[str, int]
+    """Bytes that preparation adds to each half-precision parameter that it widens."""
 
-    @property
-    def profile(self) -> str: ...
-    @property
-    def freezes(self) -> str: ...
-    @property
-    def recipe(self) -> Recipe | None:
-        """The recipe that was read off the prepared model under profile ``auto``; None where a profile was requested."""
-        ...
+    def __init__(self) -> None:
+        self.computed: dict[str, Any] = {}
 
-    @property
-    def checkpointing(self) -> str: ...
-    @property
-    def compute_ulp(self) -> float:
-        """The relative rounding error of the dtype that quantized layers compute in."""
+    def compute(self, name: str) -> Any:
+        """The fact of that name, computed anew.
 
-    @property
-    def half_ulp(self) -> float:
-        """The ulp of the half-precision dtype that autocast runs in."""
-
-    @property
-    def base(self) -> ModelFacts:
-        """The model without adapters, where it is prepared already; else as loaded."""
-
-    @property
-    def loaded(self) -> ModelFacts:
-        """The model before its preparation."""
-
-    @property
-    def call(self) -> CallFacts: ...
-    @property
-    def prepared(self) -> ModelFacts:
-        """The model after preparation."""
-
-    @property
-    def wrapped(self) -> ModelFacts:
-        """The prepared model with adapters."""
-
-    @property
-    def trained(self) -> ModelFacts:
-        """The wrapped model after a few optimizer steps."""
-
-    @property
-    def bias_after_forward(self) -> Mapping[str, str]:
-        """Bits of each quantized layer's bias as a forward leaves it."""
-
-    @property
-    def training_flags(self) -> Mapping[str, bool]:
-        """By module name, whether it was in train mode before preparation."""
-
-    @property
-    def plain_run(self) -> RunFacts:
-        """A training step without checkpointing."""
-
-    @property
-    def run(self) -> RunFacts:
-        """A training step of the wrapped model, checkpointed as the case requests."""
-
-    @property
-    def step_raised(self) -> Raised | None:
-        """What the training step of ``run`` raised; None if it ran."""
-
-    @property
-    def other_mode_raised(self) -> Raised | None:
-        """What a training step raised in the other checkpointing mode; None if it ran."""
-
-    @property
-    def unprepared(self) -> Facts:
-        """A witness: the same case of a base that nothing prepares and that transformers itself checkpoints."""
-
-    @property
-    def bare(self) -> Facts:
-        """A witness: the same case of a base that is only cast as the profile promises, not prepared or checkpointed."""
-
-    @property
-    def gradients(self) -> Mapping[str, GradientFacts]:
-        """By adapter, its gradient against the float64 twin's."""
-
-    @property
-    def single_gradients(self) -> Mapping[str, GradientFacts]:
-        """Adapter gradients for the batch's first row, without an attention mask."""
-
-    @property
-    def against_plain(self) -> Mapping[str, Distance]:
-        """By adapter, how far checkpointing moves its gradient."""
-
-    @property
-    def against_other_mode(self) -> Mapping[str, Distance]:
-        """By adapter, how far the other checkpointing mode moves its gradient."""
-
-    @property
-    def against_plain_dropout(self) -> Mapping[str, Distance]:
-        """By adapter, how far checkpointing moves its gradient under dropout."""
-
-    @property
-    def layer_backwards(self) -> Mapping[str, LayerBackward]:
-        """By quantized layer, its own backward."""
-
-    @property
-    def memory(self) -> MemoryFacts: ...
-    @property
-    def cost(self) -> CostFacts: ...
-    @property
-    def forwards(self) -> Sequence[ForwardFacts]:
-        """A forward under each condition: train or eval, with or without mask and autocast."""
-
-    @property
-    def left_by_evaluation(self) -> int:
-        """Bytes that stay alive after a forward in eval mode."""
-
-    @property
-    def function(self) -> FunctionFacts: ...
-    @property
-    def training(self) -> TrainingFacts: ...
-    @property
-    def store(self) -> StoreFacts: ...
-    @property
-    def interleaved(self) -> Sequence[StepOutcome]:
-        """The steps of programs that interleave training with evaluation, saving and the like."""
-
-    @property
-    def generator(self) -> bool:
-        """Whether the unprepared model can generate."""
-
-    @property
-    def generates(self) -> ForwardFacts: ...
-    @property
-    def default_call(self) -> CallFacts:
-        """The call ``prepare(model)``."""
-
-    @property
-    def positional_call(self) -> CallFacts:
-        """The call ``prepare(model, False)``."""
-
-    @property
-    def repeated(self) -> ModelFacts:
-        """A second model, prepared by the same call."""
-
-    @property
-    def prepared_again(self) -> ModelFacts:
-        """The second model after it is prepared once more."""
-
-    @property
-    def switched_off(self) -> ModelFacts:
-        """The second model after checkpointing and its hooks are disabled."""
-
-    @property
-    def refused(self) -> RefusedCall: ...
-    @property
-    def adapters_first(self) -> AdaptersFirst: ...
-    @property
-    def honoured(self) -> HonouredArguments: ...
-    @property
-    def repeated_run(self) -> RunFacts:
-        """A later training step of the same model."""
-
-    @property
-    def remote_code(self) -> bool:
-        """Whether the model needs code from its repository."""
-
-    @property
-    def unfit_targets(self) -> Mapping[str, str]:
-        """By adapter target, why it cannot take an adapter."""
-
-    @property
-    def forecast(self) -> ForecastFacts: ...
-    @property
-    def widened(self) -> Mapping[str, int]:
-        """Bytes that preparation adds to each half-precision parameter that it widens."""
+        Raises:
+            Unavailable: the case does not have it.
+        """
+        raise NotImplementedError
