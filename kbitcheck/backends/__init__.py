@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "available", "named", "of", "of_parameter"]
 
 
+def load() -> None:
+    """Import every available backend's library, before a subject is imported that may patch it."""
+    for backend in available():
+        _ = backend.recognition, backend.arithmetic, backend.packing, backend.kernels
+
+
 def of(module: nn.Module) -> Backend | None:
     """The backend that holds a packed weight in the module; None for an unquantized one."""
     return next((backend for backend in available() if backend.recognition.holds(module)), None)

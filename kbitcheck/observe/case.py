@@ -37,6 +37,9 @@ from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.trained import Interleaved, Trained
 from kbitcheck.observe.twin import twins
 
+# Before any subject is imported: one that patches a quantizer's library must be seen to.
+backends.load()
+
 
 class Prepares(Protocol):
     """What a case needs of an implementation: a name, a callable, and what its import replaced in the libraries."""

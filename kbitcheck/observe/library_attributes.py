@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from kbitcheck.backends import registry
+
 if TYPE_CHECKING:
     import torch
 
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate")
 # Counters and caches that classes keep for themselves, and what the standard library writes.
 UNWATCHED = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
 
@@ -19,14 +20,20 @@ Attributes = Mapping[type | ModuleType, Mapping[str, Any]]
 ABSENT = object()
 
 
+def libraries_watched() -> list[str]:
+    """Top-level names of the packages that training rests on: the stack and every backend's library."""
+    return ["torch", "transformers", "accelerate", *(backend.name for backend in registry.registered())]
+
+
 def attributes(*, of: Iterable[type] = (), libraries: bool = True) -> Attributes:
     """The attributes of the classes ``of`` and, with ``libraries``, of every loaded module of them and each class there."""
     owners: dict[type | ModuleType, None] = dict.fromkeys(of)
-    modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in LIBRARIES and isinstance(m, ModuleType)]
+    watched = libraries_watched()
+    modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
     for module in modules if libraries else ():
         owners[module] = None
         for item in list(vars(module).values()):
-            if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in LIBRARIES:
+            if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in watched:
                 owners[item] = None
     return {owner: dict(vars(owner)) for owner in owners}
 

@@ -195,7 +195,10 @@ def test_model_counts_the_stacks_failures_too(door: Door) -> None:
     assert "✗ KB901 stack-works  (MUST)" in ran.stdout
     assert "model.layers.{0..11}.mlp" in ran.stdout
     assert "attributed to the stack: a bare layer" in ran.stdout
-    assert "Again: kbitcheck model tiny:llama --prepare rude.py:prepare --quant int8 --select KB901" in ran.stdout
+    assert (
+        "Again: kbitcheck model tiny:llama --prepare rude.py:prepare --quant int8 --profile auto --select KB901"
+        in ran.stdout
+    )
     assert "weights  2 kB → 3 MB after preparing" in ran.stdout
     again = door(*ran.stdout.partition("Again: kbitcheck ")[2].splitlines()[0].split())
     assert again.returncode == 1

@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from kbitcheck.observe import internals
-from kbitcheck.observe.library_attributes import LIBRARIES
+from kbitcheck.observe.library_attributes import libraries_watched
 
 State = Mapping[str, str]
 
@@ -54,7 +54,11 @@ def state() -> State:
         "recursion limit": str(sys.getrecursionlimit()),
         "hooks on every module": str(sum(len(hooks) for hooks in internals.GLOBAL_HOOKS)),
         "logging": str(
-            (logging.root.level, logging.root.manager.disable, [logging.getLogger(n).level for n in LIBRARIES])
+            (
+                logging.root.level,
+                logging.root.manager.disable,
+                [logging.getLogger(n).level for n in libraries_watched()],
+            )
         ),
         "registries of transformers": _digest(repr(sorted(internals.registered())).encode()),
         "numpy errors": str(numpy.geterr()),
