@@ -24,6 +24,7 @@ from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
+from kbitcheck.models import internals
 from kbitcheck.models.checkpoint import CONFIG, read_config
 
 AUTO = (
@@ -59,7 +60,7 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
         UsageError: transformers cannot load it, or tensors are missing or have another shape.
     """
     with quiet(), errors_as_usage(options.name):
-        refuse_unknown(read_config(folder / CONFIG, options.name), options)
+        _check_type(read_config(folder / CONFIG, options.name), options)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         return _loaded(folder, config, quant, options)
 
@@ -67,9 +68,7 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
 def stream(
     tensors: Mapping[str, Any], config: PretrainedConfig, quant: Quantization | None, options: Options
 ) -> PreTrainedModel:
-    """A model whose tensors are read one at a time, quantized, and let go of: ``tensors[name][...]`` is one of them.
-
-    No more than one tensor is held in its own dtype. Needs transformers 5.
+    """A model whose tensors, ``tensors[name][...]``, are read and quantized one at a time. Needs transformers 5.
 
     Raises:
         UsageError: transformers cannot build such a model, or tensors are missing or have another shape.
@@ -87,9 +86,7 @@ def _loaded(
         more["attn_implementation"] = options.attention
         if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
             more["experts_implementation"] = options.attention
-    configured = None
-    if quant is not None:
-        configured = quant.config(automatic_skip(cls, config) if quant.skip else [])
+    configured = quant and quant.config(automatic_skip(cls, config) if quant.skip else [])
     if configured is not None:
         more["quantization_config"] = configured
     loaded = cls.from_pretrained(
@@ -117,10 +114,10 @@ def _loaded(
 
 
 def still(config: PretrainedConfig) -> None:
-    """Switch off, in place and in every part, what is random beside dropout.
+    """Disable, in place and in every part, whatever is random besides dropout: LayerDrop, router jitter, SpecAugment.
 
-    A layer that is skipped leaves its adapters without gradients, jitter of another dtype is other noise, and masks over
-    sounds come from numpy's generator: no step could be compared with another, or with the float64 twin's.
+    LayerDrop leaves adapters without gradients, jitter depends on the dtype, and SpecAugment draws its masks over audio
+    from numpy's generator: no step could be compared with another, or with the float64 twin's.
     """
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
@@ -138,7 +135,8 @@ def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -
     remote = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     if trust_remote_code and remote:
         return getattr(transformers, max(remote, key=lambda name: name.startswith("AutoModelFor")))
-    names = config.architectures or [name for name in map(_mapped(config), AUTO) if name]
+    mapped = (internals.mapped_class(auto, config) for auto in AUTO)
+    names = config.architectures or [cls.__name__ for cls in mapped if cls is not None]
     for name in names:
         cls = getattr(transformers, name, None)
         if cls is not None and "labels" not in inspect.signature(cls.forward).parameters:
@@ -156,13 +154,12 @@ def configuration(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
         UsageError: transformers does not know the model type, or refuses the fields.
     """
     with quiet(), errors_as_usage(name):
-        refuse_unknown(fields, Options(name=name))
-        kind = fields["model_type"]
-        return AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
+        _check_type(fields, Options(name=name))
+        return AutoConfig.for_model(fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"})
 
 
-def refuse_unknown(fields: Mapping[str, Any], options: Options) -> None:
-    """Raise ``UsageError`` where transformers does not know the model type and no code that does is allowed to run."""
+def _check_type(fields: Mapping[str, Any], options: Options) -> None:
+    # Code from the repository, where it may run, brings a type of its own.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = fields["model_type"]
@@ -173,11 +170,10 @@ def refuse_unknown(fields: Mapping[str, Any], options: Options) -> None:
 
 def empty(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
     """A model of this class on the meta device: names and shapes, no numbers."""
+    own = copy.deepcopy(config)
     with torch.device("meta"):
-        # An Auto class stands for code that the user trusts.
-        trusted = hasattr(cls, "from_config")
-        own = copy.deepcopy(config)
-        built = cls.from_config(own, trust_remote_code=True) if trusted else cls(own)
+        # Only an Auto class, which stands for code that the user trusts, has ``from_config``.
+        built = cls.from_config(own, trust_remote_code=True) if hasattr(cls, "from_config") else cls(own)
     return cast(PreTrainedModel, built)
 
 
@@ -228,15 +224,6 @@ def quiet() -> Iterator[None]:
         logging.disable(threshold)
         if bars:
             hf.enable_progress_bar()
-
-
-def _mapped(config: PretrainedConfig) -> Any:
-    def name(auto: str) -> str | None:
-        classes = getattr(transformers, auto)._model_mapping.get(type(config), None)
-        first = classes[0] if isinstance(classes, tuple) else classes
-        return None if first is None else str(first.__name__)
-
-    return name
 
 
 def _listed(what: str, keys: Any, limit: int = 3) -> str:

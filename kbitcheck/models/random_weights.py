@@ -1,4 +1,4 @@
-"""Checkpoints whose every tensor is drawn: the same numbers in every process, from the name of the tensor alone."""
+"""Checkpoints of random weights: each tensor is drawn from its name alone, so that every process has the same numbers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.models import internals
 from kbitcheck.models import load as loading
 
 
@@ -66,9 +67,9 @@ def checkpoint(plan: Plan) -> Path:
 
 
 def load(plan: Plan, quant: Quantization, options: loading.Options) -> PreTrainedModel:
-    """The plan's model, quantized tensor by tensor as it is drawn: never more than one is there unquantized.
+    """The plan's model, each tensor quantized as soon as it is drawn: never more than one is in memory unquantized.
 
-    transformers before 5 reads only from files, so that the whole is drawn to a temporary checkpoint first.
+    transformers before 5 reads only from files, so that the whole model is drawn to a temporary checkpoint first.
 
     Raises:
         UsageError: transformers cannot build such a model.
@@ -96,7 +97,7 @@ class Drawn:
 
 
 def fill(model: PreTrainedModel, plan: Plan) -> None:
-    """Give every tensor that a model on the meta device saves numbers, in the dtype that loading will keep it in."""
+    """Give numbers to every tensor that a model on the meta device saves, in the dtype that loading keeps it in."""
     model.config.dtype = getattr(torch, plan.dtype)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, draw in tensors(model, plan).items():
@@ -108,12 +109,9 @@ def fill(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Callable[[], Tensor]]:
-    """By name, what draws each parameter and saved buffer of a model on the meta device. Order plays no part."""
+    """By name, the function that draws each parameter and saved buffer of a model on the meta device, in any order."""
     dtype = getattr(torch, plan.dtype)
-    wide = {
-        *(getattr(model, "_keep_in_fp32_modules", None) or () if dtype is torch.float16 else ()),
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-    }
+    wide = internals.kept_in_float32(model, dtype)
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors: dict[str, Callable[[], Tensor]] = {}
     # A tied tensor has several names, and tying may prefer the one that was not drawn.
@@ -169,7 +167,7 @@ def _is_scale(owner: nn.Module, leaf: str) -> bool:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Whether a norm scales by ``1 + weight``: then something is left of its output when the weight is zero."""
+    """Whether a norm scales by ``1 + weight``: then its output is not zero when the weight is."""
     probe = copy.deepcopy(norm).to_empty(device="cpu").eval()
     for tensor in (*probe.parameters(), *probe.buffers()):
         tensor.data.zero_()

@@ -14,7 +14,7 @@ QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
     # Untied, grouped-query, RMSNorm, the plain path in both quantizations; nested state, half-precision packed storage.
     ("tiny:llama", "nf4,double,storage=bf16", ("non-reentrant",)),
     ("tiny:llama", "int8", ("reentrant", "off")),
-    # Several towers: adapters in the one that reads pictures, whose input comes from a convolution.
+    # Several towers: adapters in the one that reads images, whose input comes from a convolution.
     ("tiny:llava", "fp4,compute=fp32", ("reentrant",)),
     # Encoder-decoder, several readers of one tensor, fp16 weights beside fp32 ones.
     ("tiny:t5", "nf4,storage=fp16,compute=fp32", ("reentrant",)),

@@ -9,40 +9,31 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.sabotage.fault import spoils
+from kbitcheck.sabotage.helpers import dequantize, subclass
 
 
-def _named(module: Any, name: str) -> None:
-    """Give a module a class of another name, which is otherwise its own."""
+def _rename_class(module: Any, name: str) -> None:
     module.__class__ = type(name, (type(module),), {})
 
 
 @spoils("KB901")
 def most_layers_left_unquantized(model: Any) -> None:
-    for name, layer in list(model.named_modules()):
-        if backends.is_quantized(layer) and not name.endswith("c_attn"):
-            rows, columns = backends.shape(layer)
-            plain = nn.Linear(columns, rows, bias=layer.bias is not None, dtype=torch.bfloat16)
-            plain.weight.data.copy_(backends.unpacked(layer))
-            plain.bias = layer.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+    for name in [name for name, _ in backends.quantized_layers(model) if not name.endswith("c_attn")]:
+        dequantize(model, name, torch.bfloat16)
 
 
 @spoils("KB902", model="tiny:mixtral")
 def experts_unquantized_and_upcast(model: Any) -> None:
-    """Experts of transformers 5 are so already, 3-D parameters; those of transformers 4 are linear layers."""
-    for name, module in [*model.named_modules()]:
-        if ".experts." in name and backends.is_quantized(module):
-            rows, columns = backends.shape(module)
+    """Needed in transformers 4, where experts are linear layers; in transformers 5 they are unquantized 3-D parameters."""
+    for name, layer in list(backends.quantized_layers(model)):
+        if ".experts." in name:
+            rows, columns = backends.shape(layer)
             model.set_submodule(name, nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
 
 
 @spoils("KB903", checkpointing="off")
 def an_architecture_that_cannot_checkpoint(model: Any) -> None:
-    cls = type(model)
-    model.__class__ = type(
-        cls.__name__, (cls,), {"supports_gradient_checkpointing": False, "__module__": cls.__module__}
-    )
+    subclass(model, supports_gradient_checkpointing=False)
 
 
 @spoils("KB904")
@@ -54,7 +45,7 @@ def a_block_nothing_reads(model: Any) -> None:
 
 @spoils("KB905")
 def a_router_among_the_targets(model: Any) -> None:
-    _named(model.transformer.h[0].mlp.c_fc, "TopKRouter")
+    _rename_class(model.transformer.h[0].mlp.c_fc, "TopKRouter")
 
 
 @spoils("KB906")
@@ -64,7 +55,7 @@ def a_parameter_the_configuration_does_not_tell_of(model: Any) -> None:
 
 @spoils("KB907")
 def a_norm_of_an_unknown_class(model: Any) -> None:
-    _named(model.transformer.ln_f, "Scale")
+    _rename_class(model.transformer.ln_f, "Scale")
 
 
 @spoils("KB908")

@@ -10,17 +10,21 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from kbitcheck import backends
+from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
 from kbitcheck.sabotage.helpers import (
+    before_enabling,
     blocks,
+    call,
     cast,
-    doing_first,
+    change_input,
+    enable,
+    first_output,
     freeze,
     hoard,
-    subclass,
+    quantized,
     switch_on,
-)
+)  # fmt: skip
 
 
 @breaks("KB401")
@@ -37,13 +41,8 @@ def checkpoints_the_decoder_alone(model: Any) -> None:
 
 
 @wraps("KB402", checkpointing="off")
-def always_on(prepare: Prepare) -> Prepare:
-    def prepare_model(
-        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-    ) -> Any:
-        return prepare(model, True, gradient_checkpointing_kwargs)
-
-    return prepare_model
+def always_on(prepare: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+    return prepare(model, True, kwargs)
 
 
 @breaks("KB402", checkpointing="off")
@@ -53,55 +52,43 @@ def flags_switched_on_afterwards(model: Any) -> None:
 
 
 @implements("KB402", checkpointing="off")
-def checkpoints_whatever_is_asked(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def checkpoints_whatever_is_asked(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     cast(model)
-    return switch_on(model, True, gradient_checkpointing_kwargs)
+    switch_on(model, True, kwargs)
 
 
 @breaks("KB403")
 def flag_on_but_plain_calls(model: Any) -> None:
-    block = blocks(model)[1]
-    block._gradient_checkpointing_func = lambda function, *args: function(*args)
+    set_checkpoint_function(blocks(model)[1], call)
 
 
 @adds("KB403", last=True)
 def leaves_out_the_last_block(model: Any) -> None:
-    """It would be recomputed at once."""
-    blocks(model)[-1]._gradient_checkpointing_func = lambda function, *args: function(*args)
+    """To save time: the last block's recompute follows its forward at once."""
+    set_checkpoint_function(blocks(model)[-1], call)
 
 
 @wraps("KB404")
-def kwargs_dropped(prepare: Prepare) -> Prepare:
-    def prepare_model(
-        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-    ) -> Any:
-        return prepare(model, use_gradient_checkpointing)
-
-    return prepare_model
+def kwargs_dropped(prepare: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+    return prepare(model, checkpointing)
 
 
 @spoils("KB404")
 def a_model_that_drops_the_arguments(model: Any) -> None:
-    subclass(model, **doing_first(lambda self, kwargs: kwargs.pop("preserve_rng_state", None) if kwargs else None))
+    before_enabling(model, lambda self, kwargs: kwargs.pop("preserve_rng_state", None) if kwargs else None)
 
 
 @implements("KB404", checkpointing="non-reentrant")
-def reentrant_whatever_is_asked(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def reentrant_whatever_is_asked(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     cast(model)
-    return switch_on(
-        model, use_gradient_checkpointing, {**(gradient_checkpointing_kwargs or {}), "use_reentrant": True}
-    )
+    switch_on(model, checkpointing, {**(kwargs or {}), "use_reentrant": True})
 
 
 @breaks("KB405")
 def activations_kept_on_the_side(model: Any) -> None:
-    hoard(model, [])
+    hoard(model)
 
 
 @breaks("KB405", checkpointing="non-reentrant")
@@ -109,7 +96,7 @@ def one_checkpoint_round_the_whole_stack(model: Any) -> None:
     stack = model.transformer
     inner = stack.forward
     for block in blocks(model):
-        block._gradient_checkpointing_func = lambda function, *args: function(*args)
+        set_checkpoint_function(block, call)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if stack.training and any(b.gradient_checkpointing for b in blocks(stack)):
@@ -120,7 +107,7 @@ def one_checkpoint_round_the_whole_stack(model: Any) -> None:
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps a copy of its input where no checkpoint can drop it, as some int8 kernels keep theirs."""
+    """Keeps a copy of its input where no checkpoint can free it, as some int8 kernels keep theirs."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -134,20 +121,16 @@ class _Kept(torch.autograd.Function):
 
 @breaks("KB405", quant="int8", checkpointing="non-reentrant")
 def more_kept_than_the_stack_keeps(model: Any) -> None:
-    for module in model.modules():
-        if backends.is_quantized(module):
-            module.register_forward_pre_hook(
-                lambda module, args: (_Kept.apply(args[0]), *args[1:]) if torch.is_grad_enabled() else None
-            )
+    for layer in quantized(model):
+        change_input(layer, lambda x: _Kept.apply(x) if torch.is_grad_enabled() else x)
 
 
 @breaks("KB405", model="tiny:llama", quant="nf4", checkpointing="reentrant")
 def outputs_of_quantized_layers_kept(model: Any) -> None:
     kept: list[Any] = []
     for block in blocks(model):
-        for inner in block.modules():
-            if backends.is_quantized(inner):
-                inner.register_forward_hook(lambda module, args, output: kept.append(output))
+        for layer in quantized(block):
+            layer.register_forward_hook(lambda module, args, output: kept.append(output))
     model.register_forward_pre_hook(lambda module, args: kept.clear())
 
 
@@ -156,22 +139,16 @@ def collects_inputs_to_initialise_adapters(model: Any) -> None:
     def collect(module: nn.Module, args: Any) -> None:
         module.calibration = args[0].detach()
 
-    for module in model.modules():
-        if backends.is_quantized(module):
-            module.register_forward_pre_hook(collect)
+    for layer in quantized(model):
+        layer.register_forward_pre_hook(collect)
 
 
 @breaks("KB406")
 def a_copy_kept_by_each_block(model: Any) -> None:
     kept: list[Any] = []
     model.register_forward_pre_hook(lambda module, args: kept.clear())
-
-    def hoard(module: nn.Module, args: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        kept.append(tensor.detach().clone())
-
     for block in blocks(model):
-        block.register_forward_hook(hoard)
+        block.register_forward_hook(lambda module, args, output: kept.append(first_output(output).detach().clone()))
 
 
 def _offloading(function: Any, *args: Any) -> Any:
@@ -183,26 +160,22 @@ def _offloading(function: Any, *args: Any) -> Any:
 @adds("KB406", last=True)
 def keeps_what_it_offloads(model: Any) -> None:
     for block in blocks(model):
-        block._gradient_checkpointing_func = _offloading
+        set_checkpoint_function(block, _offloading)
 
 
 @breaks("KB407", checkpointing="default")
 def mode_left_implicit(model: Any) -> None:
     for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = checkpoint
+        if checkpoint_function(module) is not None:
+            set_checkpoint_function(module, checkpoint)
 
 
 @implements("KB407", checkpointing="default")
-def an_empty_dictionary_for_none(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def an_empty_dictionary_for_none(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     cast(model)
-    if use_gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs or {})
-    return model
+    if checkpointing:
+        enable(model, kwargs or {})
 
 
 @breaks("KB408")

@@ -12,24 +12,13 @@ import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 
-from kbitcheck.sabotage.fault import Prepare, adds, around, breaks, implements, spoils, wraps
-from kbitcheck.sabotage.helpers import (
-    blocks,
-    cast,
-    doing_first,
-    freeze,
-    hoard,
-    subclass,
-    switch_on,
-)
+from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
+from kbitcheck.sabotage.helpers import before_enabling, blocks, cast, enable, freeze, hoard, subclass, switch_on
 
 
-@wraps("KB501")
-def older_signature(prepare: Prepare) -> Prepare:
-    def prepare_model(model: Any, use_gradient_checkpointing: bool = True) -> Any:
-        return prepare(model, use_gradient_checkpointing)
-
-    return prepare_model
+@wraps("KB501", own_signature=True)
+def older_signature(model: Any, use_gradient_checkpointing: bool = True) -> Any:
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing)
 
 
 @breaks("KB501")
@@ -39,36 +28,18 @@ def a_model_that_cannot_be_left_off(model: Any) -> None:
 
 
 @wraps("KB502")
-def a_copy_returned(prepare: Prepare) -> Prepare:
-    def prepare_model(
-        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-    ) -> Any:
-        return prepare(copy.deepcopy(model), use_gradient_checkpointing, gradient_checkpointing_kwargs)
-
-    return prepare_model
+def a_copy_returned(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    return prepare(copy.deepcopy(model), *arguments)
 
 
 @wraps("KB502")
-def nothing_returned(prepare: Prepare) -> Prepare:
-    def prepare_model(
-        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-    ) -> None:
-        prepare(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-
-    return prepare_model
+def nothing_returned(prepare: Prepare, model: Any, *arguments: Any) -> None:
+    prepare(model, *arguments)
 
 
 @wraps("KB502", alone=True)
-def a_copy_returned_when_checkpointing_is_off(prepare: Prepare) -> Prepare:
-    import copy
-
-    def prepare_model(
-        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-    ) -> Any:
-        either = model if use_gradient_checkpointing else copy.deepcopy(model)
-        return prepare(either, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-
-    return prepare_model
+def a_copy_returned_when_checkpointing_is_off(prepare: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+    return prepare(model if checkpointing else copy.deepcopy(model), checkpointing, kwargs)
 
 
 @breaks("KB502", alone=True)
@@ -77,33 +48,25 @@ def a_class_swapped(model: Any) -> None:
 
 
 @wraps("KB503")
-def kwargs_filled_in_place(prepare: Prepare) -> Prepare:
-    def prepare_model(
-        model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-    ) -> Any:
-        if gradient_checkpointing_kwargs is not None:
-            gradient_checkpointing_kwargs.setdefault("preserve_rng_state", True)
-        return prepare(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-
-    return prepare_model
+def kwargs_filled_in_place(prepare: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+    if kwargs is not None:
+        kwargs.setdefault("preserve_rng_state", True)
+    return prepare(model, checkpointing, kwargs)
 
 
-def _handing_the_dictionary_on(
+def _passing_the_dictionary_on(
     model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
 ) -> Any:
-    """The reference gives a model a copy of the caller's dictionary; many an implementation does not."""
+    """Gives the model the caller's dictionary, as many implementations do; the reference gives it a copy."""
     prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
     if use_gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs)
+        enable(model, gradient_checkpointing_kwargs)
     return model
 
 
-@spoils("KB503", prepare=_handing_the_dictionary_on)
+@spoils("KB503", prepare=_passing_the_dictionary_on)
 def a_model_that_fills_in_its_arguments(model: Any) -> None:
-    subclass(
-        model, **doing_first(lambda self, kwargs: kwargs.setdefault("preserve_rng_state", True) if kwargs else None)
-    )
+    before_enabling(model, lambda self, kwargs: kwargs.setdefault("preserve_rng_state", True) if kwargs else None)
 
 
 @breaks("KB504")
@@ -116,40 +79,33 @@ def hooks_again_with_every_call(model: Any) -> None:
     model.enable_input_require_grads()
 
 
+def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
 @breaks("KB505")
 def a_hook_that_nobody_can_remove(model: Any) -> None:
-    def require(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        output.requires_grad_(True)
-
-    model.get_input_embeddings().register_forward_hook(require)
+    model.get_input_embeddings().register_forward_hook(_require_grad)
 
 
 @implements("KB505")
-def hooks_beside_what_the_model_hooks(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    def make_inputs_require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        output.requires_grad_(True)
-
+def hooks_beside_what_the_model_hooks(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     cast(model)
-    if use_gradient_checkpointing:
-        model.get_input_embeddings().register_forward_hook(make_inputs_require_grad)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    if checkpointing:
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+    switch_on(model, checkpointing, kwargs)
 
 
 @wraps("KB506")
-def frozen_before_it_is_checked(prepare: Prepare) -> Prepare:
-    def freeze(model: Any) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-
-    return around(prepare, freeze, lambda model, token: None)
+def frozen_before_it_is_checked(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    freeze(model)
+    return prepare(model, *arguments)
 
 
 @spoils("KB506")
 def a_model_that_refuses_half_way(model: Any) -> None:
-    """It says that it can checkpoint; it raises when the first of its blocks is on."""
+    """The model says that it supports checkpointing, and raises when the first block is enabled."""
 
     def switch(self: Any, enable: bool = True, **how: Any) -> None:
         blocks(self)[0].gradient_checkpointing = enable
@@ -160,47 +116,44 @@ def a_model_that_refuses_half_way(model: Any) -> None:
 
 
 @wraps("KB507")
-def seed_set(prepare: Prepare) -> Prepare:
-    return around(prepare, lambda model: random.seed(0), lambda model, token: torch.manual_seed(0))
+def seed_set(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    random.seed(0)
+    prepare(model, *arguments)
+    torch.manual_seed(0)
+    return model
 
 
 @wraps("KB507")
-def class_patched(prepare: Prepare) -> Prepare:
-    def patch(model: Any) -> None:
-        cls = type(model.get_input_embeddings())
-        cls.forward = lambda self, x, original=cls.forward: original(self, x)
-
-    return around(prepare, patch, lambda model, token: None)
+def class_patched(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    cls = type(model.get_input_embeddings())
+    cls.forward = lambda self, x, original=cls.forward: original(self, x)
+    return prepare(model, *arguments)
 
 
 @wraps("KB507", alone=True)
-def logging_turned_down(prepare: Prepare) -> Prepare:
-    def turn(model: Any) -> None:
-        log = logging.getLogger("accelerate")
-        log.setLevel(log.level + 1)
-
-    return around(prepare, turn, lambda model, token: None)
+def logging_turned_down(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    log = logging.getLogger("accelerate")
+    log.setLevel(log.level + 1)
+    return prepare(model, *arguments)
 
 
 @spoils("KB507")
 def a_model_that_draws_when_switched_on(model: Any) -> None:
-    subclass(model, **doing_first(lambda self, kwargs: torch.rand(1)))
+    before_enabling(model, lambda self, kwargs: torch.rand(1))
 
 
 _old: list[torch.Tensor] = []
 
 
 @wraps("KB508")
-def old_weights_kept(prepare: Prepare) -> Prepare:
-    def keep(model: Any) -> None:
-        _old[:] = [p.data for p in model.parameters()]
-
-    return around(prepare, keep, lambda model, token: None)
+def old_weights_kept(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    _old[:] = [p.data for p in model.parameters()]
+    return prepare(model, *arguments)
 
 
 @breaks("KB508")
 def activations_outlive_the_step(model: Any) -> None:
-    hoard(model, [])
+    hoard(model)
 
 
 @breaks("KB508")
@@ -215,16 +168,14 @@ def evaluations_hoarded(model: Any) -> None:
 
 
 @wraps("KB509")
-def a_warning_a_call(prepare: Prepare) -> Prepare:
-    def warn(model: Any) -> None:
-        warnings.warn("preparing a model", UserWarning, stacklevel=2)
-
-    return around(prepare, warn, lambda model, token: None)
+def a_warning_a_call(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    warnings.warn("preparing a model", UserWarning, stacklevel=2)
+    return prepare(model, *arguments)
 
 
 @spoils("KB509")
 def a_model_that_warns_when_switched_on(model: Any) -> None:
-    subclass(model, **doing_first(lambda self, kwargs: warnings.warn("switching on", FutureWarning, stacklevel=2)))
+    before_enabling(model, lambda self, kwargs: warnings.warn("switching on", FutureWarning, stacklevel=2))
 
 
 @breaks("KB510")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps as keeping_signature
 from typing import Any, Literal
 
 from kbitcheck_reference import prepare_model_for_kbit_training
@@ -12,9 +11,10 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from kbitcheck.sabotage.helpers import cast, freeze, switch_on
 
 Prepare = Callable[..., Any]
+Register = Callable[[Callable[..., Any]], Callable[..., Any]]
 FaultLevel = Literal["model", "implementation"]
 
-# Why rules whose codes begin so have no fault of a level; every other rule has one of each.
+# Why the rules whose codes begin so have no fault of a level; every other rule has one on each level.
 WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
     ("KB602", "model"): "the cache is the process's: what a model's switch leaves there is emptied afterwards",
     ("KB9", "implementation"): "a fact about the model, whoever prepares it",
@@ -23,11 +23,11 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One way to be wrong. ``prepare`` is the broken implementation, ``spoil`` what is done to the base before.
+    """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
-    ``code`` is the rule that must catch it, on its case; ``alone`` says that no other may; ``accelerator`` that no
-    CPU can show it. ``level`` is what is broken: a ``model`` after or before a good preparation, or the
-    ``implementation``, which is ``standalone`` if it is none of the reference's.
+    The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may fail. No CPU shows an
+    ``accelerator`` fault. ``level`` says what is broken: the ``model``, before or after a good preparation, or the
+    ``implementation``, which is ``standalone`` if it does not call the reference.
     """
 
     code: str
@@ -52,35 +52,19 @@ def faults() -> list[Fault]:
     return sorted(_faults, key=lambda f: f.code)
 
 
-def breaks(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register a function that breaks a model which the reference prepared."""
+def breaks(code: str, **case: Any) -> Register:
+    """Register ``f(model)``, which damages a model that the reference prepared."""
 
-    def register(damage: Callable[[Any], None]) -> Callable[[Any], None]:
-        def broken(
-            model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-        ) -> Any:
-            prepare_model_for_kbit_training(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-            damage(model)
-            return model
+    def prepare(damage: Callable[[Any], None], model: Any, checkpointing: bool, kwargs: Any) -> Any:
+        prepare_model_for_kbit_training(model, checkpointing, kwargs)
+        damage(model)
+        return model
 
-        _faults.append(Fault(code=code, name=damage.__name__, level="model", prepare=broken, **case))
-        return damage
-
-    return register
+    return _registering(code, prepare, level="model", **case)
 
 
-def wraps(code: str, **case: Any) -> Callable[[Callable[[Prepare], Prepare]], Callable[[Prepare], Prepare]]:
-    """Register a function that makes a broken implementation of a good one."""
-
-    def register(make: Callable[[Prepare], Prepare]) -> Callable[[Prepare], Prepare]:
-        _faults.append(Fault(code=code, name=make.__name__, prepare=make(prepare_model_for_kbit_training), **case))
-        return make
-
-    return register
-
-
-def spoils(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register a function that spoils the base before anything looks at it; the reference prepares, or ``prepare``."""
+def spoils(code: str, **case: Any) -> Register:
+    """Register ``f(model)``, which damages a loaded model before it is prepared, by the reference or by ``prepare``."""
 
     def register(spoil: Callable[[Any], None]) -> Callable[[Any], None]:
         _faults.append(Fault(code=code, name=spoil.__name__, level="model", spoil=spoil, **case))
@@ -89,47 +73,53 @@ def spoils(code: str, **case: Any) -> Callable[[Callable[[Any], None]], Callable
     return register
 
 
-def implements(code: str, **case: Any) -> Callable[[Prepare], Prepare]:
-    """Register a broken implementation that owes the reference nothing."""
+def wraps(code: str, **case: Any) -> Register:
+    """Register ``f(prepare, model, checkpointing, kwargs)``, a broken implementation that calls ``prepare``."""
 
-    def register(prepare: Prepare) -> Prepare:
-        _faults.append(Fault(code=code, name=prepare.__name__, prepare=prepare, standalone=True, **case))
-        return prepare
+    def prepare(wrapper: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+        return wrapper(prepare_model_for_kbit_training, model, checkpointing, kwargs)
 
-    return register
+    return _registering(code, prepare, **case)
 
 
-def adds(code: str, *, last: bool = False, **case: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register an implementation that does this to the model besides: before it switches on, or ``last`` of all."""
+def implements(code: str, **case: Any) -> Register:
+    """Register ``f(model, checkpointing, kwargs)``, the steps of a broken implementation without the reference."""
 
-    def register(do: Callable[[Any], None]) -> Callable[[Any], None]:
-        def prepare(
+    def prepare(steps: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+        steps(model, checkpointing, kwargs)
+        return model
+
+    return _registering(code, prepare, standalone=True, **case)
+
+
+def adds(code: str, *, last: bool = False, **case: Any) -> Register:
+    """Register ``f(model)``, which a good implementation runs too: before it enables checkpointing, or ``last``."""
+
+    def prepare(addition: Callable[[Any], None], model: Any, checkpointing: bool, kwargs: Any) -> Any:
+        freeze(model)
+        cast(model)
+        if not last:
+            addition(model)
+        switch_on(model, checkpointing, kwargs)
+        if last:
+            addition(model)
+        return model
+
+    return _registering(code, prepare, standalone=True, **case)
+
+
+def _registering(code: str, prepare: Prepare, *, own_signature: bool = False, **fields: Any) -> Register:
+    """Registers ``prepare`` with the decorated function as its first argument, behind the reference's signature."""
+
+    def register(fault: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_model(
             model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
         ) -> Any:
-            freeze(model)
-            cast(model)
-            if not last:
-                do(model)
-            switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-            if last:
-                do(model)
-            return model
+            return prepare(fault, model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
 
-        prepare.__name__, prepare.__module__ = do.__name__, do.__module__
-        implements(code, **case)(prepare)
-        return do
+        prepare_model.__name__, prepare_model.__module__ = fault.__name__, fault.__module__
+        implementation = fault if own_signature else prepare_model
+        _faults.append(Fault(code=code, name=fault.__name__, prepare=implementation, **fields))
+        return fault
 
     return register
-
-
-def around(prepare: Prepare, before: Callable[[Any], Any], after: Callable[[Any, Any], Any]) -> Prepare:
-    """An implementation with the same signature that does something before and after."""
-
-    @keeping_signature(prepare)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        token = before(args[0])
-        returned = prepare(*args, **kwargs)
-        after(args[0], token)
-        return returned
-
-    return wrapped

@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitcheck.sabotage.fault import Prepare, adds, around, breaks, implements, spoils, wraps
-from kbitcheck.sabotage.helpers import (
-    cast,
-    doing_first,
-    freeze,
-    refuse_freezing,
-    subclass,
-    switch_on,
-)
+from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
+from kbitcheck.sabotage.helpers import before_enabling, cast, freeze, refuse_freezing, switch_on
 
 
 @breaks("KB101")
@@ -24,36 +17,32 @@ def embedding_left_trainable(model: Any) -> None:
 
 
 @implements("KB101")
-def freezes_matrices_alone(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def freezes_matrices_alone(model: Any, checkpointing: bool, kwargs: Any) -> None:
     cast(model)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() < 2 and parameter.is_floating_point())
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB102")
 def freezing_undone_when_adapters_are_attached(model: Any) -> None:
-    """What attaching freezes is made trainable again: the parameter refuses to be frozen twice."""
+    """The parameter becomes trainable again when attaching adapters freezes it once more."""
     refuse_freezing(model.transformer.ln_f.weight)
 
 
 @implements("KB102")
-def trains_norms_beside_the_adapters(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    """As LongLoRA does, whatever attaching adapters freezes."""
+def trains_norms_beside_the_adapters(model: Any, checkpointing: bool, kwargs: Any) -> None:
+    """As LongLoRA does, although attaching adapters freezes the base."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             refuse_freezing(module.weight)
     freeze(model)
     cast(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
-def _thaw_in_forward(model: Any) -> None:
-    """A hook that makes the last norm trainable as soon as anything looks at the model in train mode."""
+@breaks("KB103")
+def norm_thawed_in_forward(model: Any) -> None:
     norm = model.transformer.ln_f
 
     def thaw(module: nn.Module, args: Any) -> None:
@@ -63,30 +52,24 @@ def _thaw_in_forward(model: Any) -> None:
 
 
 @breaks("KB103")
-def norm_thawed_in_forward(model: Any) -> None:
-    _thaw_in_forward(model)
-
-
-@breaks("KB103")
 def zero_gradients_left_on_the_base(model: Any) -> None:
     norm = model.transformer.ln_f.weight
     norm.grad = torch.zeros_like(norm)
 
 
 @implements("KB103")
-def asks_the_weight_where_the_output_should(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    def ask(module: nn.Module, args: Any) -> None:
+def asks_the_weight_where_the_output_should(model: Any, checkpointing: bool, kwargs: Any) -> None:
+    """The embedding's weight requires grad instead of its output."""
+
+    def require_grad(module: nn.Module, args: Any) -> None:
         module.weight.requires_grad_(True)
 
     freeze(model)
     cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-    if use_gradient_checkpointing:
+    switch_on(model, checkpointing, kwargs)
+    if checkpointing:
         model.disable_input_require_grads()
-        model.get_input_embeddings().register_forward_pre_hook(ask)
-    return model
+        model.get_input_embeddings().register_forward_pre_hook(require_grad)
 
 
 @breaks("KB104")
@@ -112,20 +95,17 @@ def rounds_the_base_as_it_will_be_merged(model: Any) -> None:
 
 @breaks("KB105")
 def adapter_gradients_dropped(model: Any) -> None:
-    """Hooks zero the gradient that reaches each block's second half, for good."""
-    block = model.transformer.h[0]
+    """The first forward freezes the adapters of the first block's MLP, for good."""
 
-    def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
+    def cut(module: nn.Module, args: Any) -> None:
+        freeze(module)
 
-    block.mlp.register_forward_pre_hook(cut, with_kwargs=True)
+    model.transformer.h[0].mlp.register_forward_pre_hook(cut)
 
 
 @adds("KB105")
 def rebinds_the_adapters_it_casts(model: Any) -> None:
-    """In the first forward, when an optimizer holds them already."""
+    """The first forward puts new parameters in the place of those that an optimizer already holds."""
 
     def widen(module: nn.Module, args: Any) -> None:
         for inner in module.modules():
@@ -137,15 +117,13 @@ def rebinds_the_adapters_it_casts(model: Any) -> None:
 
 
 @wraps("KB106")
-def adapters_frozen_with_the_base(prepare: Prepare) -> Prepare:
-    def freeze(model: Any, _: Any) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-
-    return around(prepare, lambda model: None, freeze)
+def adapters_frozen_with_the_base(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    prepare(model, *arguments)
+    freeze(model)
+    return model
 
 
 @spoils("KB106")
 def a_model_that_freezes_when_switched_on(model: Any) -> None:
-    """Everything, and with it the adapters that it carries."""
-    subclass(model, **doing_first(lambda self, kwargs: self.requires_grad_(False)))
+    """Enabling checkpointing freezes the whole model, with the adapters that it carries."""
+    before_enabling(model, lambda self, kwargs: self.requires_grad_(False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,61 +12,76 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from kbitcheck import backends
-from kbitcheck.sabotage.fault import Prepare, adds, around, breaks, implements, wraps
+from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
+from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, wraps
 from kbitcheck.sabotage.helpers import (
     blocks,
     cast,
+    change_input,
+    first_output,
     freeze,
     quantized,
+    remove_hooks,
     switch_on,
-)
+)  # fmt: skip
 
 EXACT = {"model": "tiny:gpt2", "quant": "nf4,compute=fp32"}
 
 
-class ScaledGradient(torch.autograd.Function):
-    """The identity, with a gradient that is not."""
+class ChangedGradient(torch.autograd.Function):
+    """The identity, with another gradient: ``ChangedGradient.apply(x, change)``."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
+    def forward(ctx: Any, x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.change = change
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient * ctx.factor, None
+        return ctx.change(gradient), None
 
 
-def scale_after(module: nn.Module, factor: float, when: Any = lambda args: True) -> None:
-    """Scale the gradient that comes back through a module, on the calls that ``when`` picks by their first input."""
+def scaled(x: torch.Tensor, factor: float) -> Any:
+    """``x`` itself, with its gradient multiplied by ``factor``."""
+    return ChangedGradient.apply(x, lambda gradient: gradient * factor)
+
+
+def scale_after(module: nn.Module, factor: float, when: Callable[[Any], bool] = lambda x: True) -> None:
+    """Scale the gradient that comes back through a module, on the calls whose first input ``when`` picks."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not when(args[0] if args else None):
             return output
         if isinstance(output, tuple):
-            return (ScaledGradient.apply(output[0], factor), *output[1:])
-        return ScaledGradient.apply(output, factor)
+            return (scaled(output[0], factor), *output[1:])
+        return scaled(output, factor)
 
     module.register_forward_hook(hook)
 
 
+def _scale_by_mask(model: Any, *, masked: bool) -> None:
+    """Scale gradients in the steps with an attention mask, or in those without."""
+    present: list[bool] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        present[:] = [kwargs.get("attention_mask") is not None]
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    scale_after(model.transformer.h[1].ln_2, 1.05, lambda x: present[0] is masked)
+
+
 @breaks("KB301")
 def input_hooks_removed(model: Any) -> None:
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    remove_hooks(model)
 
 
 @implements("KB301")
-def checkpoints_without_input_hooks(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def checkpoints_without_input_hooks(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-    if use_gradient_checkpointing:
+    switch_on(model, checkpointing, kwargs)
+    if checkpointing:
         model.disable_input_require_grads()
-    return model
 
 
 @breaks("KB302", checkpointing="non-reentrant")
@@ -84,79 +101,50 @@ def hooks_the_text_embedding_alone(model: Any) -> None:
 
 @breaks("KB303")
 def cut_hidden_by_the_residual_stream(model: Any) -> None:
-    layer = quantized(model)[2]
-    layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+    change_input(quantized(model)[2], torch.Tensor.detach)
 
 
 @breaks("KB303", model="tiny:llama", quant="int8")
 def gradient_scaled_in_one_layer(model: Any) -> None:
-    layer = quantized(model)[4]
-    layer.register_forward_pre_hook(lambda module, args: (ScaledGradient.apply(args[0], 1.02), *args[1:]))
-
-
-class _Clamped(torch.autograd.Function):
-    """The identity; its gradient is made finite and small."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.nan_to_num().clamp(-1, 1)
+    change_input(quantized(model)[4], lambda x: scaled(x, 1.02))
 
 
 @breaks("KB303")
 def large_gradients_clamped(model: Any) -> None:
-    """No step of a tiny model has one as large."""
-    layer = quantized(model)[2]
-    layer.register_forward_pre_hook(lambda module, args: (_Clamped.apply(args[0]), *args[1:]))
+    """Clamps gradients that are larger than those in any step of a tiny model."""
+    change_input(quantized(model)[2], lambda x: ChangedGradient.apply(x, lambda g: g.nan_to_num().clamp(-1, 1)))
 
 
 @breaks("KB303", quant="int8")
 def cut_in_one_int8_layer(model: Any) -> None:
-    layer = quantized(model)[1]
-    layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+    change_input(quantized(model)[1], torch.Tensor.detach)
 
 
 @adds("KB303")
 def runs_quantized_layers_without_a_graph(model: Any) -> None:
-    for module in [m for m in model.modules() if backends.is_quantized(m)][1::4]:
-        module.forward = torch.no_grad()(module.forward)
+    for layer in quantized(model)[1::4]:
+        layer.forward = torch.no_grad()(layer.forward)
 
 
 @breaks("KB304", quant="int8")
 def gradient_scaled_between_layers(model: Any) -> None:
-    norm = model.transformer.h[1].ln_2
-    norm.register_forward_hook(lambda module, args, output: ScaledGradient.apply(output, 1.01))
+    scale_after(model.transformer.h[1].ln_2, 1.01)
 
 
 @breaks("KB304", **EXACT)
 def gradient_scaled_for_one_row(model: Any) -> None:
-    """Batches of one row alone."""
+    """Only in batches of one row."""
     scale_after(model.transformer.h[1].ln_2, 1.05, lambda x: x is not None and x.shape[0] == 1)
 
 
 @breaks("KB304", **EXACT)
 def gradient_scaled_without_a_mask(model: Any) -> None:
-    masked: list[bool] = []
-
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        masked[:] = [kwargs.get("attention_mask") is not None]
-
-    model.register_forward_pre_hook(look, with_kwargs=True)
-    scale_after(model.transformer.h[1].ln_2, 1.05, lambda x: not masked[0])
+    _scale_by_mask(model, masked=False)
 
 
 @breaks("KB304", **EXACT)
 def gradient_scaled_with_a_mask(model: Any) -> None:
-    masked: list[bool] = []
-
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        masked[:] = [kwargs.get("attention_mask") is not None]
-
-    model.register_forward_pre_hook(look, with_kwargs=True)
-    scale_after(model.transformer.h[1].ln_2, 1.05, lambda x: masked[0])
+    _scale_by_mask(model, masked=True)
 
 
 @breaks("KB304", model="tiny:t5", quant="nf4,storage=fp16,compute=fp32")
@@ -173,7 +161,7 @@ def gradient_scaled_where_the_head_is_tied(model: Any) -> None:
 @adds("KB304", quant="int8")
 def sends_gradients_between_blocks_in_bfloat16(model: Any) -> None:
     def narrow(module: nn.Module, args: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
+        states = first_output(output)
         if states.requires_grad:
             states.register_hook(lambda gradient: gradient.bfloat16().to(gradient.dtype))
 
@@ -183,14 +171,13 @@ def sends_gradients_between_blocks_in_bfloat16(model: Any) -> None:
 
 @breaks("KB305")
 def recompute_sees_another_scale(model: Any) -> None:
-    """The first run of a block's inside in a step is honest, the recompute is not."""
-    norm = model.transformer.h[0].ln_1
+    """The forward computes what it should, the recompute does not."""
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         recomputing = torch._C._current_graph_task_id() != -1
         return output * 1.5 if recomputing else output
 
-    norm.register_forward_hook(hook)
+    model.transformer.h[0].ln_1.register_forward_hook(hook)
 
 
 def _stashing(function: Any, *args: Any) -> Any:
@@ -206,13 +193,12 @@ def _stashing(function: Any, *args: Any) -> Any:
 @adds("KB305", last=True)
 def stashes_inputs_in_bfloat16(model: Any) -> None:
     for block in blocks(model):
-        block._gradient_checkpointing_func = _stashing
+        set_checkpoint_function(block, _stashing)
 
 
 @breaks("KB306", checkpointing="non-reentrant")
 def other_mode_detached(model: Any) -> None:
-    """Works only where hooks see a graph: under reentrant checkpointing the first forward has none."""
-    norm = model.transformer.h[0].ln_1
+    """Changes the recompute only under reentrant checkpointing, whose first forward records no graph."""
     without_graph: list[bool] = []
 
     def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -220,12 +206,12 @@ def other_mode_detached(model: Any) -> None:
             without_graph.append(True)
         return output * 2 if without_graph and torch.is_grad_enabled() else output
 
-    norm.register_forward_hook(hook)
+    model.transformer.h[0].ln_1.register_forward_hook(hook)
 
 
 @adds("KB306", checkpointing="non-reentrant")
 def takes_no_grad_for_inference(model: Any) -> None:
-    """Runs norms in half there; reentrant checkpointing runs its first forward there."""
+    """Runs norms in bfloat16 without grad, where the first forward of reentrant checkpointing runs too."""
 
     def narrow(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output if torch.is_grad_enabled() else output.bfloat16().float()
@@ -238,76 +224,60 @@ def takes_no_grad_for_inference(model: Any) -> None:
 @breaks("KB307")
 def dropout_not_replayed(model: Any) -> None:
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None:
-            module._gradient_checkpointing_func = lambda *args, f=function: f(*args, preserve_rng_state=False)
+        if (function := checkpoint_function(module)) is not None:
+            set_checkpoint_function(module, partial(function, preserve_rng_state=False))
 
 
 @implements("KB307")
-def saves_no_random_state(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def saves_no_random_state(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     cast(model)
-    return switch_on(
-        model, use_gradient_checkpointing, {**(gradient_checkpointing_kwargs or {}), "preserve_rng_state": False}
-    )
+    switch_on(model, checkpointing, {**(kwargs or {}), "preserve_rng_state": False})
 
 
 @breaks("KB308")
 def third_step_in_a_row_forgets(model: Any) -> None:
-    """An evaluation, then a generation, then a training step: no two of them show it."""
-    seen: list[str] = []
+    """Shows only in a training step that follows both an evaluation and a generation."""
+    modes: set[str] = set()
 
     def look(module: nn.Module, args: Any, output: Any) -> Any:
-        kind = "train" if module.training else "infer" if torch.is_inference_mode_enabled() else "evaluate"
-        seen.append(kind)
-        recent = list(dict.fromkeys(seen))
-        return (
-            ScaledGradient.apply(output, 1.01) if kind == "train" and {"evaluate", "infer"} <= set(recent) else output
-        )
+        if not module.training:
+            modes.add("generate" if torch.is_inference_mode_enabled() else "evaluate")
+        return scaled(output, 1.01) if module.training and len(modes) == 2 else output
 
     model.transformer.h[1].ln_2.register_forward_hook(look)
 
 
 @breaks("KB308", quant="int8")
 def evaluation_nudges_a_scale(model: Any) -> None:
-    layer = quantized(model)[2]
-
     def nudge(module: Any, args: Any, output: Any) -> None:
         if not module.training:
             backends.corrupt(module, "scale")
 
-    layer.register_forward_hook(nudge)
+    quantized(model)[2].register_forward_hook(nudge)
 
 
 @wraps("KB308")
-def second_preparation_spoils(prepare: Prepare) -> Prepare:
-    def after(model: Any, prepared_before: bool) -> None:
-        model.prepared_before = True
-        if prepared_before:
-            model.transformer.h[1].ln_2.register_forward_hook(
-                lambda module, args, output: ScaledGradient.apply(output, 1.01)
-            )
-
-    return around(prepare, lambda model: getattr(model, "prepared_before", False), after)
+def second_preparation_spoils(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    prepare(model, *arguments)
+    if getattr(model, "prepared_before", False):
+        scale_after(model.transformer.h[1].ln_2, 1.01)
+    model.prepared_before = True
+    return model
 
 
 @breaks("KB308")
 def input_hook_works_once(model: Any) -> None:
-    """The embedding's output requires grad in the first forward alone."""
-    embedding = model.get_input_embeddings()
+    """Only in the first forward does the embedding's output require grad."""
     ran: list[int] = []
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    remove_hooks(model)
 
     def once(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if not ran and torch.is_grad_enabled():
             output.requires_grad_(True)
             ran.append(1)
 
-    embedding.register_forward_hook(once)
+    model.get_input_embeddings().register_forward_hook(once)
 
 
 @breaks("KB308", **EXACT)
@@ -319,7 +289,7 @@ def gradient_scaled_from_the_second_step(model: Any) -> None:
 
 @breaks("KB308")
 def accumulation_forgets(model: Any) -> None:
-    """Each training forward drops the gradients that the steps before have gathered."""
+    """Each training forward drops the gradients that earlier steps accumulated."""
 
     def forget(module: nn.Module, args: Any) -> None:
         if module.training:
@@ -332,13 +302,7 @@ def accumulation_forgets(model: Any) -> None:
 @breaks("KB309")
 def logits_detached_from_the_loss(model: Any) -> None:
     for block in model.transformer.h:
-        block.register_forward_hook(
-            lambda module, args, output: (
-                tuple(ScaledGradient.apply(t, -1.0) for t in output)
-                if isinstance(output, tuple)
-                else ScaledGradient.apply(output, -1.0)
-            )
-        )
+        scale_after(block, -1.0)
 
 
 @adds("KB309")

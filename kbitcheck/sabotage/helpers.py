@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from kbitcheck import backends
@@ -15,7 +16,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def freeze(model: Any) -> None:
-    """No parameter requires grad."""
+    """Make no parameter require grad."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
@@ -25,22 +26,26 @@ def half(model: Any) -> Iterator[tuple[str, Any]]:
     return ((n, p) for n, p in model.named_parameters() if p.dtype in HALF and not backends.is_packed(p))
 
 
-def cast(model: Any) -> None:
-    """Unquantized half-precision parameters become float32."""
-    for _, parameter in half(model):
-        parameter.data = parameter.data.float()
+def cast(model: Any, part: str = "") -> None:
+    """Cast the unquantized half-precision parameters with ``part`` in their names to float32."""
+    for name, parameter in half(model):
+        if part in name:
+            parameter.data = parameter.data.float()
 
 
-def switch_on(model: Any, checkpointing: bool, kwargs: Any) -> Any:
-    """Checkpointing with its arguments, reentrant by default; the model's own hooks come with it, once."""
+def switch_on(model: Any, checkpointing: bool, kwargs: Any) -> None:
+    """Enable checkpointing, reentrant unless ``kwargs`` says otherwise, and the model's input hooks, once."""
     if checkpointing:
         if hasattr(model, "_require_grads_hooks") or hasattr(model, "_require_grads_hook"):
             model.disable_input_require_grads()
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": True, **(kwargs or {})})
+        enable(model, {"use_reentrant": True, **(kwargs or {})})
         if not getattr(model, "_require_grads_hooks", None):
             model.enable_input_require_grads()
-    return model
+
+
+def enable(model: Any, kwargs: Any) -> None:
+    """Enable checkpointing by the method that the installed transformers has."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(kwargs)
 
 
 def blocks(model: Any) -> list[Any]:
@@ -53,8 +58,40 @@ def quantized(model: Any) -> list[Any]:
     return [m for m in model.modules() if backends.is_quantized(m)]
 
 
+def dequantize(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
+    """Replace a quantized layer by a frozen plain one, in ``dtype`` or else in the dtype of the unpacked weight."""
+    layer = model.get_submodule(name)
+    weight = backends.unpacked(layer)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+    plain.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    plain.bias = layer.bias
+    model.set_submodule(name, plain)
+
+
+def call(function: Any, *args: Any) -> Any:
+    """Stands for a checkpoint function, and recomputes nothing."""
+    return function(*args)
+
+
+def first_output(output: Any) -> Any:
+    """The hidden states that a block returns: alone, or in a tuple in transformers 4."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def change_input(module: nn.Module, change: Callable[[Any], Any]) -> None:
+    """Run a module on ``change`` of its first input."""
+    module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
+
+
+def remove_hooks(model: Any) -> None:
+    """Remove every forward hook and forward pre-hook."""
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
 def refuse_freezing(weight: Any) -> None:
-    """Make a parameter trainable, and keep it so when it is frozen."""
+    """Make a parameter trainable, and keep it trainable when it is frozen."""
 
     class Stubborn(type(weight)):  # type: ignore[misc]
         def requires_grad_(self, requires_grad: bool = True) -> Any:
@@ -63,13 +100,14 @@ def refuse_freezing(weight: Any) -> None:
     weight.__class__ = Stubborn
 
 
-def hoard(model: Any, where: list[Any]) -> None:
-    """Keep every activation of the blocks' insides until the next forward."""
-    model.register_forward_pre_hook(lambda module, args: where.clear())
+def hoard(model: Any) -> None:
+    """Keep every activation of the blocks' modules until the next forward."""
+    kept: list[Any] = []
+    model.register_forward_pre_hook(lambda module, args: kept.clear())
     for block in blocks(model):
         for inner in block.modules():
             inner.register_forward_hook(
-                lambda module, args, output: where.append(output) if isinstance(output, torch.Tensor) else None
+                lambda module, args, output: kept.append(output) if isinstance(output, torch.Tensor) else None
             )
 
 
@@ -79,15 +117,15 @@ def subclass(model: Any, **methods: Any) -> None:
     model.__class__ = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
 
 
-def doing_first(before: Any) -> dict[str, Any]:
-    """The names under which transformers switches checkpointing on (4.x has one), with something done first."""
+def before_enabling(model: Any, action: Any) -> None:
+    """Have ``action(model, kwargs)`` run before transformers enables checkpointing, by any name (4.x has one)."""
 
-    def named(name: str) -> Any:
+    def method(name: str) -> Any:
         def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
-            before(self, next(iter((*args, *kwargs.values())), None))
+            action(self, next(iter((*args, *kwargs.values())), None))
             return getattr(super(type(self), self), name)(*args, **kwargs)
 
         return enable
 
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    return {name: named(name) for name in names if hasattr(PreTrainedModel, name)}
+    subclass(model, **{name: method(name) for name in names if hasattr(PreTrainedModel, name)})

@@ -12,47 +12,39 @@ from kbitcheck.sabotage.fault import adds, breaks, implements
 from kbitcheck.sabotage.helpers import (
     HALF,
     cast,
+    dequantize,
     freeze,
     half,
     quantized,
     refuse_freezing,
     switch_on,
-)
+)  # fmt: skip
 
 
 @breaks("KB201")
 def last_norm_left_half(model: Any) -> None:
-    norm = model.transformer.ln_f
-    norm.weight.data = norm.weight.data.bfloat16()
-    norm.bias.data = norm.bias.data.bfloat16()
+    model.transformer.ln_f.bfloat16()
 
 
 @implements("KB201")
-def casts_what_is_called_layer_norm(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def casts_what_is_called_layer_norm(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
-    for name, parameter in half(model):
-        if "layer_norm" in name:
-            parameter.data = parameter.data.float()
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    cast(model, "layer_norm")
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB202")
 def positions_left_half(model: Any) -> None:
-    weight = model.transformer.wpe.weight
-    weight.data = weight.data.bfloat16()
+    model.transformer.wpe.bfloat16()
 
 
 @implements("KB202")
-def casts_norms_alone(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def casts_norms_alone(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.float()
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB203")
@@ -68,20 +60,18 @@ def norms_rounded_through_bfloat16(model: Any) -> None:
 
 
 @implements("KB203", model="tiny:llama")
-def scales_norms_before_the_cast(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def scales_norms_before_the_cast(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     for name, parameter in half(model):
         if "norm" in name:
             parameter.data = parameter.data * (1 + 2.0**-6)
     cast(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB204")
 def float32_parameter_rounded_through_bf16(model: Any) -> None:
-    parameter = dict(model.named_parameters())["transformer.h.1.attn.decay"]
+    parameter = model.get_parameter("transformer.h.1.attn.decay")
     parameter.data = parameter.data.bfloat16().float()
 
 
@@ -93,19 +83,17 @@ def rotary_table_cast(model: Any) -> None:
 
 @breaks("KB204", alone=True)
 def epsilon_moved_by_a_hundredth(model: Any) -> None:
-    model.transformer.ln_f.eps = 1.01e-5  # however often it is called: another rule tells of what is not idempotent
+    model.transformer.ln_f.eps = 1.01e-5  # a second call changes nothing more, which another rule would report
 
 
 @implements("KB204", model="tiny:t5", quant="nf4,storage=fp16,compute=fp32")
-def casts_everything_to_bfloat16_first(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def casts_everything_to_bfloat16_first(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     for parameter in model.parameters():
         if parameter.dtype == torch.float32 and not backends.is_packed(parameter):
             parameter.data = parameter.data.bfloat16().float()
     cast(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB205")
@@ -120,14 +108,12 @@ def packed_bytes_upcast(model: Any) -> None:
 
 
 @implements("KB205", quant="nf4,storage=bf16")
-def casts_packed_weights_too(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def casts_packed_weights_too(model: Any, checkpointing: bool, kwargs: Any) -> None:
     freeze(model)
     for parameter in model.parameters():
         if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB206")
@@ -147,50 +133,32 @@ def row_scale_off(model: Any) -> None:
 
 @breaks("KB206", model="tiny:t5", quant="int8", checkpointing="non-reentrant")
 def a_row_scale_off_in_the_encoder(model: Any) -> None:
-    layer: Any = next(m for n, m in model.named_modules() if backends.is_quantized(m) and n.startswith("encoder"))
-    backends.corrupt(layer, "scale", 1.001)
+    backends.corrupt(quantized(model.encoder)[0], "scale", 1.001)
 
 
 @adds("KB206", quant="nf4,double")
 def flattens_nested_scales(model: Any) -> None:
-    for _, layer in backends.quantized_layers(model):
+    for layer in quantized(model):
         backends.corrupt(layer, "nested")
 
 
 @breaks("KB207")
 def layer_dequantized(model: Any) -> None:
-    name, layer = next((n, m) for n, m in model.named_modules() if backends.is_quantized(m))
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(backends.unpacked(layer).float(), requires_grad=False)
-    plain.bias = layer.bias
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, plain)
+    dequantize(model, next(name for name, _ in backends.quantized_layers(model)), torch.float32)
 
 
 @breaks("KB207", model="tiny:llama", quant="int8")
 def last_layer_dequantized(model: Any) -> None:
-    name, layer = [(n, m) for n, m in model.named_modules() if backends.is_quantized(m)][-1]
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    plain.weight = nn.Parameter(backends.unpacked(layer), requires_grad=False)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, plain)
+    dequantize(model, [name for name, _ in backends.quantized_layers(model)][-1])
 
 
 @implements("KB207")
-def dequantizes_projections(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
-    for name, layer in list(model.named_modules()):
-        if backends.is_quantized(layer) and name.endswith("c_fc"):
-            rows, columns = backends.shape(layer)
-            plain = nn.Linear(columns, rows, bias=layer.bias is not None)
-            plain.weight.data.copy_(backends.unpacked(layer))
-            plain.bias = layer.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+def dequantizes_projections(model: Any, checkpointing: bool, kwargs: Any) -> None:
+    for name in [name for name, _ in backends.quantized_layers(model) if name.endswith("c_fc")]:
+        dequantize(model, name, torch.float32)
     freeze(model)
     cast(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB208")
@@ -200,15 +168,13 @@ def head_untied(model: Any) -> None:
 
 
 @implements("KB208")
-def rebinds_what_it_casts(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
-) -> Any:
+def rebinds_what_it_casts(model: Any, checkpointing: bool, kwargs: Any) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype in HALF and not backends.is_packed(parameter):
                 setattr(module, name, nn.Parameter(parameter.float()))
     freeze(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB209", quant="nf4,compute=fp32")
@@ -220,9 +186,10 @@ def norm_epsilon_changed(model: Any) -> None:
 
 @breaks("KB209")
 def decodes_wrongly(model: Any) -> None:
-    """With a cache, where one token comes in at a time, alone."""
-    norm = model.transformer.ln_f
-    norm.register_forward_hook(lambda module, args, output: output.flip(-1) if output.shape[1] == 1 else output)
+    """Only with a cache, where tokens come in one at a time."""
+    model.transformer.ln_f.register_forward_hook(
+        lambda module, args, output: output.flip(-1) if output.shape[1] == 1 else output
+    )
 
 
 @breaks("KB209")
@@ -268,9 +235,9 @@ def casts_the_head_back(model: Any) -> None:
 
 @breaks("KB211")
 def a_half_norm_that_refuses_freezing(model: Any) -> None:
-    weight = model.transformer.ln_f.weight
-    weight.data = weight.data.half()
-    refuse_freezing(weight)
+    norm = model.transformer.ln_f
+    norm.weight.data = norm.weight.data.half()
+    refuse_freezing(norm.weight)
 
 
 @adds("KB211")
@@ -288,3 +255,15 @@ def norm_moved_to_meta(model: Any) -> None:
 @adds("KB212")
 def offloads_positions(model: Any) -> None:
     model.transformer.wpe.to("meta")
+
+
+@breaks("KB215", profile="frozen-half")
+def one_norm_of_a_tower_in_half(model: Any) -> None:
+    model.transformer.h[1].ln_2.bfloat16()
+
+
+@implements("KB215", model="tiny:llama", profile="frozen-half")
+def casts_norms_of_attention_alone(model: Any, checkpointing: bool, kwargs: Any) -> None:
+    freeze(model)
+    cast(model, "input_layernorm")
+    switch_on(model, checkpointing, kwargs)

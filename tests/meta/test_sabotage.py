@@ -45,7 +45,8 @@ def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwar
     """The steps of which the implementations are made, and nothing wrong."""
     freeze(model)
     cast(model)
-    return switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    return model
 
 
 OWN = [fault for fault in faults() if fault.standalone]

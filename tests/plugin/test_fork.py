@@ -31,13 +31,13 @@ import pytest
 
 import fork
 import kbitcheck.testing
-from kbitcheck import models
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.models.sources.resolve import resolve
 
 
 @pytest.fixture(scope="module")
 def model():
-    loaded = models.resolve("tiny:gpt2").load(Quantization.parse("nf4"))
+    loaded = resolve("tiny:gpt2").load(Quantization.parse("nf4"))
     return fork.prepare(loaded, True, {"use_reentrant": True})
 
 

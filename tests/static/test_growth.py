@@ -43,7 +43,7 @@ def test_the_largest_that_fits_is_the_largest():
     assert growth.largest_batch(128, 500) == growth.longest(500, 100) == 0
 
 
-LOOKS = pytest.mark.transformers5("looks at numbers where it merges pictures")
+LOOKS = pytest.mark.transformers5("looks at numbers where it merges images")
 
 
 @pytest.mark.parametrize(("recipe", "mode"), [("qwen3", "reentrant"), pytest.param("llava", "off", marks=LOOKS)])

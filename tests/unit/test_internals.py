@@ -1,10 +1,10 @@
-"""Private names of torch and transformers stand in one file, and are there in the installed versions."""
+"""Private names of torch and transformers stand in one file a package, and are there in the installed versions."""
 
 from __future__ import annotations
 
 import ast
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -12,10 +12,11 @@ import torch
 import torch.utils.checkpoint
 import transformers
 
-import kbitcheck.observe
+import kbitcheck
+from kbitcheck.models import internals as loading
 from kbitcheck.observe import internals
 
-FOLDER = Path(kbitcheck.observe.__file__).parent
+PACKAGE = Path(kbitcheck.__file__).parent
 OF_TRANSFORMERS_5 = pytest.mark.transformers5("the name is new there")
 
 
@@ -34,11 +35,18 @@ OF_TRANSFORMERS_5 = pytest.mark.transformers5("the name is new there")
         ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
         ("transformers.activations", "ACT2FN"),
         ("transformers.modeling_rope_utils", "ROPE_INIT_FUNCTIONS"),
+        ("transformers.AutoModelForCausalLM", "_model_mapping"),
+        ("transformers.PreTrainedModel", "_keep_in_fp32_modules"),
+        ("transformers.PreTrainedModel", "_keep_in_fp32_modules_strict"),
+        ("transformers.quantizers.base.HfQuantizer", "_process_model_before_weight_loading"),
+        ("transformers.PretrainedConfig", "_attn_implementation"),
+        pytest.param("transformers.PretrainedConfig", "_experts_implementation", marks=OF_TRANSFORMERS_5),
+        pytest.param("transformers.PreTrainedModel", "set_experts_implementation", marks=OF_TRANSFORMERS_5),
         pytest.param("transformers.integrations.moe", "_can_use_grouped_mm", marks=OF_TRANSFORMERS_5),
     ],
 )
-def test_a_module_has_the_name(owner: str, name: str) -> None:
-    assert hasattr(import_module(owner), name)
+def test_a_module_or_class_has_the_name(owner: str, name: str) -> None:
+    assert hasattr(resolve_name(owner), name)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,24 @@ def test_a_configuration_keeps_its_attention_where_it_is_read() -> None:
     assert internals.attention(config) == "eager"
 
 
+def test_a_configuration_keeps_the_implementation_where_it_is_chosen() -> None:
+    config = model().config
+    loading.choose_implementation(config, "eager")
+    assert internals.attention(config) == "eager"
+
+
+def test_an_auto_class_maps_a_configuration() -> None:
+    assert loading.mapped_class("AutoModelForCausalLM", transformers.LlamaConfig()) is transformers.LlamaForCausalLM
+    assert loading.mapped_class("AutoModelForCausalLM", transformers.PretrainedConfig()) is None
+
+
+def test_parameters_that_stay_in_float32_are_read_where_transformers_lists_them() -> None:
+    llama = model()
+    llama._keep_in_fp32_modules, llama._keep_in_fp32_modules_strict = ["wo"], ["norm"]
+    assert loading.kept_in_float32(llama, torch.float16) == {"wo", "norm"}
+    assert loading.kept_in_float32(llama, torch.bfloat16) == {"norm"}
+
+
 def test_storages_nodes_and_operators_are_told_apart() -> None:
     x = torch.ones(2, requires_grad=True)
     first, second = x * 2, x * 3
@@ -135,10 +161,11 @@ def private_names(source: str) -> list[str]:
     return [*attributes, *imported]
 
 
-def test_no_other_file_uses_a_private_name() -> None:
+@pytest.mark.parametrize("package", ["models", "observe"])
+def test_no_other_file_uses_a_private_name(package: str) -> None:
     used = {
         path.name: names
-        for path in FOLDER.rglob("*.py")
+        for path in (PACKAGE / package).rglob("*.py")
         if path.name != "internals.py" and (names := private_names(path.read_text(encoding="utf-8")))
     }
     assert used == {}

@@ -125,7 +125,7 @@ def test_a_kind_per_layer_in_runs_meets_a_kind_in_turns() -> None:
     assert len({*zip(config.layer_types, config.mlp_layer_types, strict=True)}) == 4
 
 
-# One of each kind: dense, tied, grouped, experts, latent attention, state space, hybrid, encoder-decoder, pictures, sounds.
+# One of each kind: dense, tied, grouped, experts, latent attention, state space, hybrid, encoder-decoder, images, audio.
 KINDS = (
     ("causal-lm", "llama"),
     ("causal-lm", "gpt2"),

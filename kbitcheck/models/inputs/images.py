@@ -1,9 +1,10 @@
-"""Pictures that a model may read: what a text holds in their place, and how their pixels lie."""
+"""Images that a model may read: the tokens that stand for them in a text, and the layout of their pixels."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,35 +14,36 @@ from transformers import PreTrainedModel
 from kbitcheck.models.inputs.text import IGNORED, Batch, Tokens, draw, fit
 
 PIXELS = ("pixel_values", "flattened_patches")
-READERS = ("get_image_features", "get_video_features")
+ENCODERS = ("get_image_features", "get_video_features")
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
 MARKS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "pooling_kernel_size")
+
+Layout = Callable[[Any, Tokens, int], Batch]
 
 
-def forms_of_pictures(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
-    """Batches with pictures to try, each made when called on a copy of ``model``; ``shape`` is batch, length and seed."""
+def batches_with_images(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
+    """Functions that make a batch with images for a copy of ``model``, to be tried in this order.
+
+    ``shape`` holds ``batch``, ``seq_len`` and ``seed``.
+    """
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" in accepted:
         yield lambda m: draw(m, **shape)
     for layout in WITHIN_TEXT:
-        if _reader(model) and "input_ids" in accepted:
-            yield lambda m, layout=layout: _with_pictures(m, layout, **shape)  # type: ignore[misc]
+        if _encoder(model) and "input_ids" in accepted:
+            yield partial(_images_in_text, layout=layout, **shape)
     for layout in BESIDE_TEXT:
         for labels in (None, shape["seq_len"]):
-            yield lambda m, layout=layout, labels=labels: _with_pictures_beside(m, layout, labels, **shape)  # type: ignore[misc]
+            yield partial(_images_beside_text, layout=layout, length=labels, **shape)
 
 
-# What text holds in their place
-
-
-def _with_pictures(
-    model: Any, layout: Callable[[Any, Tokens, int], Batch], *, batch: int, seq_len: int, seed: int
-) -> Batch:
-    """Text in which as many tokens stand for the picture as the model itself makes of it."""
+def _images_in_text(model: Any, *, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
+    """Text with as many tokens for each image as the model itself computes features of it."""
     tokens, accepted = Tokens(model, seed), inspect.signature(model.forward).parameters
-    read = _taken(layout(model.config, tokens, batch), accepted)
+    pixels = _accepted(layout(model.config, tokens, batch), accepted)
     with torch.no_grad():
-        features = _reader(model.eval())(**fit(read, model))  # type: ignore[misc]
+        features = _encoder(model.eval())(**fit(pixels, model))  # type: ignore[misc]
     count = sum(part.numel() // part.shape[-1] for part in _parts(features)) // batch
     made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
     made["input_ids"][:, 1 : 1 + count] = _image_token(model.config)
@@ -50,22 +52,22 @@ def _with_pictures(
     marks = torch.zeros_like(made["input_ids"])
     marks[:, 1 : 1 + count] = 1
     made |= {key: marks for key in MARKS if key in accepted}
-    return fit({**made, **read}, model)
+    return fit({**made, **pixels}, model)
 
 
 def _parts(features: Any) -> Sequence[Tensor]:
-    """What pictures became, whatever holds it: one tensor, or one for each picture."""
+    """The features of images, from any form of output: one tensor, or one for each image."""
     states = getattr(features, "pooler_output", None)
     if states is None and (layers := getattr(features, "deepstack_features", None)):
-        states = layers[0][1]  # for each layer that reads them; the same number in all
+        states = layers[0][1]  # as many in each layer that reads them
     if states is None:
         states = getattr(features, "last_hidden_state", features)
     return states if isinstance(states, list | tuple) else [states]
 
 
-def _reader(model: Any) -> Callable[..., Any] | None:
-    """What turns pictures, or the frames of a film, into features: of the model, or of what its head sits on."""
-    places = [(part, name) for name in READERS for part in (model, model.base_model)]
+def _encoder(model: Any) -> Callable[..., Any] | None:
+    """The method that computes features of images, or of a video's frames: of the model, or of its base model."""
+    places = [(part, name) for name in ENCODERS for part in (model, model.base_model)]
     return next((getattr(part, name) for part, name in places if hasattr(part, name)), None)
 
 
@@ -76,41 +78,31 @@ def _image_token(config: Any) -> int:
     return int(config.vocabulary_map["<image>"])
 
 
-def _with_pictures_beside(
-    model: Any,
-    layout: Callable[[Any, Tokens, int], Batch],
-    length: int | None,
-    *,
-    batch: int,
-    seq_len: int,
-    seed: int,
+def _images_beside_text(
+    model: Any, *, layout: Layout, length: int | None, batch: int, seq_len: int, seed: int
 ) -> Batch:
-    """A picture for each row, in no place of its text: what cross-attention reads, or what is put before the text."""
+    """An image for each row, without tokens in its text: cross-attention reads it, or it precedes the text."""
     accepted, tokens = inspect.signature(model.forward).parameters, Tokens(model, seed)
-    read = _taken(layout(getattr(model.config, "encoder", model.config), tokens, batch), accepted)
+    read = _accepted(layout(getattr(model.config, "encoder", model.config), tokens, batch), accepted)
     if "input_ids" in accepted:
         made = draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False, labels=length)
         places = _places(model.config, tokens, batch, seq_len)
         read |= {key: value for key, value in places.items() if key in accepted}
     else:
-        made = {"labels": tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)}
+        made = {"labels": tokens.labels(batch, seq_len)}
     return fit({**made, **read}, model)
 
 
-def _taken(read: Batch, accepted: Container[str]) -> Batch:
-    """What the model takes of a layout.
-
-    Raises:
-        ValueError: it does not take the pixels.
-    """
-    taken = {key: value for key, value in read.items() if key in accepted}
+def _accepted(layout: Batch, accepted: Container[str]) -> Batch:
+    """The part of a layout that the model accepts; raises ``ValueError`` if that is without the pixels."""
+    taken = {key: value for key, value in layout.items() if key in accepted}
     if not any(key in taken for key in PIXELS):
-        raise ValueError(f"pictures do not come as {', '.join(PIXELS)}")
+        raise ValueError(f"images are not passed as {', '.join(PIXELS)}")
     return taken
 
 
 def _places(config: Any, tokens: Tokens, batch: int, seq_len: int) -> Batch:
-    """For each token of a text where it is on its page, and what it may see of one picture."""
+    """For each token of a text its position on the page, and a mask over one image."""
     made = {
         "bbox": tokens.features(batch, seq_len, 4).abs() / 2,
         "image_attention_mask": torch.ones(batch, seq_len, 1, dtype=torch.int64),
@@ -127,7 +119,7 @@ def _places(config: Any, tokens: Tokens, batch: int, seq_len: int) -> Batch:
 
 
 def _vision(config: Any) -> Any:
-    """The configuration that tells the sizes of pictures."""
+    """The configuration that states the sizes of images."""
     parts = (config, getattr(config, "encoder", None))
     return next((v for c in parts if (v := getattr(c, "vision_config", None)) is not None), config)
 
@@ -137,7 +129,7 @@ def _number(value: Any) -> int:
 
 
 def _size(config: Any) -> tuple[int, int]:
-    """Channels and width of a picture of a few patches."""
+    """Channels and width of an image of a few patches."""
     vision = _vision(config)
     size, patch = getattr(vision, "image_size", None), _number(getattr(vision, "patch_size", 8))
     return _channels(vision), _number(size or 4 * patch)
@@ -152,7 +144,7 @@ def _tiles_of(config: Any) -> int:
 
 
 def _plain(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """Pictures as they are, with their sizes, and what else some models want to see of them."""
+    """Whole images, with their sizes, and the further inputs that some models need."""
     channels, size = _size(config)
     made = {
         "pixel_values": tokens.features(batch, channels, size, size),
@@ -165,25 +157,25 @@ def _plain(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 
 def _nested(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """A list of pictures for each row, of one."""
+    """For each row a list of one image."""
     made = _plain(config, tokens, batch)
     return {**made, "pixel_values": made["pixel_values"].unsqueeze(1)}
 
 
 def _tiles(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """A list of tiles for each row, of one, and which of them are no padding."""
+    """For each row a list of one tile, with a mask of those that are no padding."""
     return {**_nested(config, tokens, batch), "pixel_attention_mask": torch.ones(batch, 1, dtype=torch.bool)}
 
 
 def _tiled(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """Of each picture the whole and one tile, with its size, as LLaVA-NeXT reads them."""
+    """The whole of each image and one tile of it, with its size, as LLaVA-NeXT reads them."""
     made = _plain(config, tokens, 2 * batch)
     pixels = made["pixel_values"]
     return {"pixel_values": pixels.view(batch, 2, *pixels.shape[1:]), "image_sizes": made["image_sizes"][:batch]}
 
 
 def _tiles_in_one(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """For each row a list of pictures, of one, of as many tiles as there can be, of which one is seen (Llama 3.2)."""
+    """For each row a list of one image of the largest number of tiles, all but one of them masked (Llama 3.2)."""
     (channels, size), tiles = _size(config), _tiles_of(config)
     seen = (torch.arange(tiles) == 0).long().expand(batch, 1, tiles)
     return {
@@ -194,19 +186,9 @@ def _tiles_in_one(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 
 def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
-    """Patches along a side, numbers in a patch, and the keyword arguments that say so to models that read patches."""
+    """Patches along a side, numbers in a patch, and the keyword arguments that tell a model so."""
     vision = _vision(config)
-    merges = (
-        getattr(part, name, None)
-        for part in (vision, config)
-        for name in (
-            "spatial_merge_size",
-            "merge_size",
-            "merge_kernel_size",
-            "downsample_factor",
-            "pooling_kernel_size",
-        )
-    )
+    merges = (getattr(part, name, None) for part in (vision, config) for name in MERGES)
     merge = _number(next((m for m in merges if m is not None), 1))
     frames = getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1))
     side = 2 * merge
@@ -220,26 +202,26 @@ def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
 
 
 def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """Patches in a row, with the grid that they come from, as Qwen-VL and its kin read pictures."""
+    """A sequence of patches, with the grid that they come from, as in Qwen-VL."""
     side, width, sizes = _grid(config, batch)
     return {"pixel_values": tokens.features(batch * side * side, width), **sizes}
 
 
 def _squares(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """Patches in a row that still are pictures."""
+    """A sequence of patches, each still a small image."""
     vision, (side, _, sizes) = _vision(config), _grid(config, batch)
     patch = _number(vision.patch_size)
     return {"pixel_values": tokens.features(batch * side * side, _channels(vision), patch, patch), **sizes}
 
 
 def _strip(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """All patches of all pictures beside each other in one low picture, as MiniCPM-V reads them."""
+    """The patches of all images side by side in one low image, as in MiniCPM-V."""
     made = _squares(config, tokens, batch)
     return {**made, "pixel_values": torch.cat(list(made["pixel_values"]), dim=-1).unsqueeze(0)}
 
 
 def _blocks(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """Squares of the patches that become one token, colours last, with the grid of these squares."""
+    """Squares of patches that become one token, colours last, with the grid of these squares."""
     vision, (side, _, _) = _vision(config), _grid(config, batch)
     width = side // 2 * _number(vision.patch_size)
     pixels = tokens.features(batch * 4, width, width, _channels(vision))
@@ -247,14 +229,14 @@ def _blocks(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 
 def _cubes(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """Patches in a row, each with its moments, colours last."""
+    """A sequence of patches, each with its frames, colours last."""
     vision = _vision(config)
-    moments, patch = getattr(vision, "temporal_patch_size", 1), _number(vision.patch_size)
-    return {"pixel_values": tokens.features(batch * 4, moments, patch, patch, _channels(vision))}
+    frames, patch = getattr(vision, "temporal_patch_size", 1), _number(vision.patch_size)
+    return {"pixel_values": tokens.features(batch * 4, frames, patch, patch, _channels(vision))}
 
 
 def _rows(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """For each picture its patches in a row, with the place of each, padded to one length: here none is."""
+    """For each image a sequence of patches, with the position of each; padded to one length, but none needs it here."""
     side, width, _ = _grid(config, batch)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     return {
@@ -269,7 +251,7 @@ def _rows(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 
 def _flattened(config: Any, tokens: Tokens, batch: int) -> Batch:
-    """For each picture its patches in a row, each with its row and column before its numbers, as Pix2Struct reads them."""
+    """For each image a sequence of patches, each with its row and column before its numbers, as in Pix2Struct."""
     vision = _vision(config)
     width = getattr(vision, "patch_embed_hidden_size", None) or _channels(vision) * _number(vision.patch_size) ** 2
     places = torch.cartesian_prod(torch.arange(1.0, 3.0), torch.arange(1.0, 3.0)).expand(batch, -1, -1)

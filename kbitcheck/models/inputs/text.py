@@ -31,15 +31,14 @@ def draw(
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
-    or more is padded on the right, with a mask of zeros and labels of -100; ``lengths`` says otherwise how many tokens
-    of ``seq_len`` each row has. A classifier's labels have shape (batch,);
-    an encoder-decoder's have half the length, or ``labels``. Image tokens come on top of ``seq_len``.
-    ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins, frames) are floating, in
-    the dtype of the model as it is now: see ``fit``. Without ``images`` a model that reads text gets text alone. The global
-    generator is not used.
+    or more is padded on the right, with a mask of zeros and labels of -100, unless ``lengths`` states the tokens of each
+    row. A classifier's labels have shape (batch,); an encoder-decoder's have half the length, or ``labels``. Image tokens
+    come on top of ``seq_len``. ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins,
+    frames) are floating, in the dtype that ``fit`` chooses. Without ``images`` a model that reads text gets text alone.
+    The global generator is not used.
 
     Raises:
-        UsageError: the model takes inputs of a kind that is not known here.
+        UsageError: kbitcheck does not support the kind of input that the model takes.
     """
     accepted = inspect.signature(model.forward).parameters
     drawn = Tokens(model, seed, [length / seq_len for length in lengths])
@@ -57,8 +56,8 @@ def draw(
 def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """The batch on the device of the model's embeddings, floating inputs in the dtype of its first convolution.
 
-    A speech encoder does not cast its input: what fits the loaded model does not fit the prepared one. Values are drawn
-    so that float16, bfloat16 and wider hold the same numbers.
+    A speech encoder does not cast its input, so that the loaded and the prepared model need different dtypes. float16,
+    bfloat16 and wider dtypes hold the same numbers.
     """
     try:
         embeddings: Any = model.get_input_embeddings()
@@ -71,10 +70,9 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def first_rows(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """A batch of the first ``rows`` rows of another, each with its pictures.
+    """A batch of the first ``rows`` rows of another, each with its images.
 
-    Pictures may come as patches, several for each row, in the first dimension or, where that holds all pictures, in the
-    longest one.
+    Images may be patches, several for each row, in the first dimension or, where that holds all images, in the longest.
     """
     total = len(next((batch[key] for key in ("input_ids", "labels") if key in batch), next(iter(batch.values()))))
     if rows >= total:
@@ -107,6 +105,9 @@ class Tokens:
     def ids(self, batch: int, seq_len: int) -> Tensor:
         return self.plain[torch.randint(len(self.plain), (batch, seq_len), generator=self.generator)]
 
+    def labels(self, batch: int, seq_len: int) -> Tensor:
+        return self.ids(batch, seq_len).where(self.mask(batch, seq_len).bool(), IGNORED)
+
     def features(self, *shape: int) -> Tensor:
         # Multiples of 1/64 up to 2 are exact in every floating dtype.
         return torch.randint(-127, 128, shape, generator=self.generator) / 64.0
@@ -135,12 +136,10 @@ def _text(
         labels = ids.where(mask.bool() & (torch.arange(seq_len) % 3 == 0), IGNORED)
     elif config.is_encoder_decoder:
         length = length or max(4, seq_len // 2)
-        labels = tokens.ids(batch, length).where(tokens.mask(batch, length).bool(), IGNORED)
+        labels = tokens.labels(batch, length)
     else:
         labels = ids.where(mask.bool(), IGNORED)
-        if isinstance(
-            model.get_input_embeddings(), torch.nn.ModuleList
-        ):  # one for each codebook, of which there is one
+        if isinstance(model.get_input_embeddings(), torch.nn.ModuleList):  # one for each codebook: here one
             labels = labels.unsqueeze(-1)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -156,7 +155,7 @@ def _classes(config: Any, tokens: Tokens, batch: int) -> Tensor:
 def _speech(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
     config: Any = model.config
     frames = 2 * config.max_source_positions
-    labels = tokens.ids(batch, seq_len).where(tokens.mask(batch, seq_len).bool(), IGNORED)
+    labels = tokens.labels(batch, seq_len)
     return {"input_features": tokens.features(batch, config.num_mel_bins, frames), "labels": labels}
 
 
@@ -165,7 +164,7 @@ def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int
     vision, image = config.vision_config, getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if not (isinstance(size, int) and isinstance(patch, int) and isinstance(image, int)):
-        raise UsageError(f"{type(model).__name__}: its images come in a form that is not known here")
+        raise UsageError(f"{type(model).__name__}: its images come in a form that kbitcheck does not support")
     patches = (size // patch) ** 2 + (getattr(config, "vision_feature_select_strategy", "") == "full")
     made = _text(model, tokens, batch, seq_len + patches)
     made["input_ids"][:, 1 : 1 + patches] = image

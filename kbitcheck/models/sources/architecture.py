@@ -1,10 +1,9 @@
-"""``arch:TASK/TYPE``: any architecture that transformers knows, shrunk, with drawn weights. No torch at import."""
+"""``arch:TASK/TYPE``: any architecture of transformers, shrunk, with random weights. No torch at import."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbitcheck.core.errors import UsageError
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kbitcheck.backends.quantization import Quantization
+    from kbitcheck.models.random_weights import Plan
 
 PREFIX = "arch:"
 CAUSAL_LM = "causal-lm"
@@ -32,7 +32,7 @@ TASKS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Architecture(Source):
-    """A model type's class for one task, as small as it can be; every tensor is drawn from the name of the tensor."""
+    """A model type's class for one task, as small as it can be, with random weights."""
 
     task: str
     model_type: str
@@ -40,18 +40,9 @@ class Architecture(Source):
     attention: ClassVar[str | None] = "eager"
 
     @property
-    def checkpoint(self) -> Path:
-        """The drawn, unquantized checkpoint; made once a process.
-
-        Raises:
-            UsageError: transformers has no such type for the task, or cannot build it.
-        """
-        from kbitcheck.models import random_weights as drawing
-
-        fields = self.fields()
-        return drawing.checkpoint(
-            drawing.Plan(name=self.name, seed=self.model_type, config=fields, dtype=self.unquantized_dtype)
-        )
+    def plan(self) -> Plan:
+        """What the weights are drawn by; errors as of ``fields``."""
+        return replace(super(Architecture, self).plan, config=self.fields())
 
     def fields(self) -> dict[str, Any]:
         """The tiny ``config.json``.
@@ -72,19 +63,18 @@ class Architecture(Source):
         name = classes[self.model_type]
         with loading.quiet(), loading.errors_as_usage(self.name):
             configured = CONFIG_MAPPING[self.model_type]
-            # The class for text alone, of a type that also sees or hears, takes the text model's configuration.
+            # The class for text alone, of a type that also reads images or audio, takes the text model's configuration.
             own = getattr(getattr(transformers, name), "config_class", None)
-            parts = (getattr(configured, "sub_configs", None) or {}).values()
-            fields = shrinking.tiny(
-                own if own in parts and own is not None else configured, decoder=self.task == CAUSAL_LM
-            )
+            if own is not None and own in (getattr(configured, "sub_configs", None) or {}).values():
+                configured = own
+            fields = shrinking.tiny(configured, decoder=self.task == CAUSAL_LM)
         return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
 
     def meta(self, quant: Quantization) -> PreTrainedModel:
         """The shrunk model on the meta device."""
         from kbitcheck.models import meta
 
-        return meta.build(replace(self, config=self.fields()), quant)
+        return meta.build(self.fields(), quant, self._options("cpu"))
 
     def _complete(self, quant: Quantization) -> Quantization:
         from kbitcheck.models.zoo import shrink as shrinking
@@ -95,9 +85,9 @@ class Architecture(Source):
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch: pictures or sounds where the task is about them and kbitcheck has their form, else text alone.
+        """A training batch: images or audio where the task needs them and kbitcheck supports their form, else text alone.
 
-        A model that runs on nothing, quantized or in half precision, gets what its plain float32 self runs on.
+        A model that runs on no form, quantized or in half precision, gets the one that its float32 checkpoint runs on.
         """
         from kbitcheck.models.inputs.choose import first_fitting
         from kbitcheck.models.inputs.text import draw, fit
@@ -106,8 +96,8 @@ class Architecture(Source):
         shape: dict[str, Any] = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
         if self.task == CAUSAL_LM:
             return draw(model, **shape, images=False)
-        shape["pictures"] = self.task == "image-text-to-text"
-        shape["sounds"] = self.task in ("speech-seq2seq", "seq2seq-lm")
+        shape["images"] = self.task == "image-text-to-text"
+        shape["audio"] = self.task in ("speech-seq2seq", "seq2seq-lm")
         try:
             return first_fitting(model, **shape)
         except Exception:  # the model's own code: it may raise anything, and does so again when it is judged

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends import registry
@@ -22,61 +21,50 @@ NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Config(Source):
-    """A model of this configuration's size and kind, whose every tensor is drawn from the name of the tensor.
+    """A model of this configuration, with random weights; a static audit alone examines one that is not ``loadable``.
 
-    Where ``drawn`` is False it has no tensors at all, and only its static facts can be told; ``foreign`` then names the
-    quantizer, without a backend here, that its weights were saved with.
+    ``foreign`` names the quantizer, without a backend here, that the weights were saved with.
     """
 
-    drawn: bool = True
     foreign: str = ""
-
-    @property
-    def checkpoint(self) -> Path:
-        """The drawn, unquantized checkpoint; made once a process. ``load`` does without it.
-
-        Raises:
-            UsageError: nothing was to be drawn.
-        """
-        from kbitcheck.models import random_weights as drawing
-
-        return drawing.checkpoint(self._plan)
 
     def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
         """A fresh model, each tensor quantized on ``device`` as soon as it is drawn.
 
         Raises:
-            UsageError: nothing was to be drawn.
+            UsageError: the source is not loadable.
         """
-        from kbitcheck.models import random_weights as drawing
+        from kbitcheck.models import random_weights
 
-        return drawing.load(self._plan, quant, self._options(device))
+        return random_weights.load(self.plan, quant, self._options(device))
 
     @property
-    def _plan(self) -> Plan:
-        from kbitcheck.models.random_weights import Plan
+    def plan(self) -> Plan:
+        """What random weights are drawn by.
 
-        if not self.drawn:
+        Raises:
+            UsageError: the source is not loadable.
+        """
+        if not self.loadable:
             raise UsageError(NO_WEIGHTS.format(name=self.name))
-        seed = str(self.config["model_type"])
-        return Plan(name=self.name, seed=seed, config=self.config, dtype=self.unquantized_dtype)
+        return super(Config, self).plan
 
 
 def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: bool = False, **options: Any) -> Config:
-    """The source for a configuration as read; ``static`` says that it will do without weights.
+    """The source for a configuration as read; ``static`` says that no weights are needed.
 
     Raises:
-        UsageError: the user did not ask for random weights, or they would need code from the model's repository.
+        UsageError: the user did not request random weights, or they need code from the model's repository.
     """
     if static and not random_weights:
         method = foreign(config)
         own = _plain(config) if method else config
-        return Config(name=name, config=own, drawn=False, foreign=method, **options)
+        return Config(name=name, config=own, loadable=False, foreign=method, **options)
     if not random_weights:
         raise UsageError(NO_WEIGHTS.format(name=name))
     if config.get("auto_map"):
         raise UsageError(f"{name} needs code from its repository; --random-weights is for transformers' own classes")
-    # Drawn weights are not quantized yet, whatever the configuration says of those it was written for.
+    # Random weights are not quantized yet, even if the configuration says so of those it was written for.
     return Config(name=name, config=_plain(config), **options)
 
 

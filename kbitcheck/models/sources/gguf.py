@@ -37,12 +37,12 @@ class Gguf(Source):
 
     @property
     def unquantized_dtype(self) -> str:
-        """What the user asked for, else bfloat16: what the file was made from is not in it."""
+        """What the user requests, else bfloat16: the file does not say what it was made from."""
         return self.dtype or "bfloat16"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That these are not the weights that were trained."""
+        """A remark that these are not the weights that were trained."""
         return (f"GGUF was dequantized to {self.unquantized_dtype} and then quantized anew: {self.file.name}",)
 
 
@@ -61,7 +61,7 @@ def file_of(path: Path, name: str) -> Path | None:
 
 
 def read(file: Path, *, name: str, random_weights: bool, static: bool, **options: Any) -> Source:
-    """The source for a GGUF file, once its header is read; ``static`` says that its sizes are all that is wanted.
+    """The source for a GGUF file, once its header is read; ``static`` says that its sizes are enough.
 
     Raises:
         UsageError: the gguf package is not installed, or the file is damaged or of an unsupported architecture.

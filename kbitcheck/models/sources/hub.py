@@ -20,7 +20,7 @@ ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hub(Source):
-    """A model on the hub. Its weights are fetched when ``checkpoint`` is first asked for, not before."""
+    """A model on the hub. Its weights are fetched when ``checkpoint`` is first read, not before."""
 
     @property
     def checkpoint(self) -> Path:
@@ -33,7 +33,7 @@ class Hub(Source):
 
     @property
     def unquantized_dtype(self) -> str:
-        """What the user asked for, else what the configuration states, else what the tensors have (fetches them)."""
+        """What the user requests, else what the configuration states, else what the tensors have (fetches them)."""
         return self.dtype or config_dtype(self.config) or self._fetched.unquantized_dtype
 
     @property

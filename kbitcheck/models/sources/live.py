@@ -24,7 +24,7 @@ class LiveModel:
     def name(self) -> str:
         """Where the model says it came from, or its class."""
         config = getattr(self.model, "config", None)
-        return str(getattr(config, "_name_or_path", "") or type(self.model).__name__)
+        return str(getattr(config, "name_or_path", "") or type(self.model).__name__)
 
     @property
     def quant(self) -> str:
@@ -52,7 +52,7 @@ class LiveModel:
         return backends.steady(copy.deepcopy(self.model))
 
     def reload(self, folder: Path | str, device: str = "cpu") -> Any:
-        """The model as ``save_pretrained`` left it in ``folder``."""
+        """The model that ``save_pretrained`` saved in ``folder``."""
         from kbitcheck.models import load as loading
 
         dtype = str(getattr(self.model, "dtype", "auto")).removeprefix("torch.")
@@ -61,7 +61,7 @@ class LiveModel:
     def batch(
         self, model: Any, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch for the model: see ``models.batch.draw``."""
+        """A training batch for the model: see ``inputs.text.draw``."""
         from kbitcheck.models.inputs.text import draw
 
         return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)

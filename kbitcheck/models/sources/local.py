@@ -26,7 +26,7 @@ class Local(Source):
 
     @property
     def unquantized_dtype(self) -> str:
-        """What the user asked for, else what the configuration states, else what the tensors have."""
+        """What the user requests, else what the configuration states, else what the tensors have."""
         return self.dtype or config_dtype(self.config) or self.stored or "float32"
 
 

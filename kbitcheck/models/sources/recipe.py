@@ -1,11 +1,9 @@
-"""``tiny:NAME`` and recipe files: small models described by data, whose weights are drawn where they are needed."""
+"""``tiny:NAME`` and recipe files: small models described by data, with random weights."""
 
 from __future__ import annotations
 
-import json
-import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,11 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
-from kbitcheck.models.sources.source import Source, asked_dtype
+from kbitcheck.models.sources.source import Source, requested_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from kbitcheck.models.random_weights import Plan
 
 PREFIX = "tiny:"
 FIELDS: dict[str, type] = {
@@ -40,9 +40,9 @@ REQUIRED = ("architecture", "config")
 class Recipe(Source):
     """A model drawn from a recipe. ``unread`` holds shapes of float32 tensors that are added and that nothing reads.
 
-    They stand for a parameter and a buffer that preparation has to leave alone, where the architecture has none.
-    ``seed`` is the file's own name unless it states one: from it and the name of a tensor follow the tensor's numbers.
-    ``lengths`` are the tokens of each row of the batch, where the recipe states them.
+    They stand for a parameter and a buffer that preparation must leave alone, where the architecture has none. ``seed``,
+    the file's name unless the file states another, and a tensor's name determine the tensor's numbers. ``lengths`` are
+    the tokens of each row of the batch, where the recipe states them.
     """
 
     seed: str
@@ -56,36 +56,14 @@ class Recipe(Source):
     attention: ClassVar[str | None] = "eager"
 
     @property
-    def checkpoint(self) -> Path:
-        """The drawn, unquantized checkpoint; made once a process."""
-        from kbitcheck.models import random_weights as drawing
-
-        return drawing.checkpoint(
-            drawing.Plan(
-                name=self.name,
-                seed=self.seed,
-                config=self.config,
-                dtype=self.unquantized_dtype,
-                scale=self.scale,
-            )
-        )
-
-    def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
-        """A fresh quantized model, with the tensors of ``unread`` added."""
-        return self._with_unread(Source.load(self, quant, device))
-
-    def meta(self, quant: Quantization) -> PreTrainedModel:
-        """The same on the meta device, with the tensors of ``unread`` added."""
-        return self._with_unread(Source.meta(self, quant))
-
-    def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
-        """A saved model of this recipe, with the tensors of ``unread`` added."""
-        return self._with_unread(Source.reload(self, folder, device))
+    def plan(self) -> Plan:
+        """What the weights are drawn by."""
+        return replace(super(Recipe, self).plan, seed=self.seed, scale=self.scale)
 
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch of the recipe's own size where none is given."""
+        """A training batch, of the recipe's own size unless the caller names one."""
         if self.lengths and batch is None and seq_len is None:
             from kbitcheck.models.inputs.text import draw
 
@@ -95,7 +73,7 @@ class Recipe(Source):
     def _complete(self, quant: Quantization) -> Quantization:
         return replace(quant, skip=tuple(dict.fromkeys((*self.skip, *quant.skip))))
 
-    def _with_unread(self, model: PreTrainedModel) -> PreTrainedModel:
+    def finished(self, model: PreTrainedModel, skip: tuple[str, ...] = ()) -> PreTrainedModel:
         from torch import nn
 
         from kbitcheck.models.random_weights import normal
@@ -109,7 +87,7 @@ class Recipe(Source):
                     module.register_parameter(leaf, nn.Parameter(numbers))
                 else:
                     module.register_buffer(leaf, numbers, persistent=False)
-        return model
+        return Source.finished(self, model, skip)
 
 
 def names() -> list[str]:
@@ -146,7 +124,7 @@ def read(path: Path, *, name: str | None = None, dtype: str | None = None) -> Re
     return Recipe(
         name=name,
         seed=data.get("seed", path.stem),
-        config={**config, "dtype": asked_dtype(data.get("dtype", "bf16"))},
+        config={**config, "dtype": requested_dtype(data.get("dtype", "bf16"))},
         dtype=dtype,
         rows=data.get("batch", 2),
         seq_len=data.get("seq_len", 24),
@@ -158,24 +136,10 @@ def read(path: Path, *, name: str | None = None, dtype: str | None = None) -> Re
 
 
 def text(data: Mapping[str, Any]) -> str:
-    """The TOML of a recipe, tables last; ``read`` reads it back."""
-    return "\n".join(_lines(data, ())).lstrip("\n") + "\n"
+    """The TOML of a recipe; ``read`` reads it back."""
+    import tomlkit
 
-
-def _lines(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    if path:
-        yield f"\n[{'.'.join(path)}]"
-    # JSON's strings, numbers, booleans and arrays are TOML's, but for characters beyond the basic plane.
-    yield from (
-        f"{_key(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, Mapping)
-    )
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _lines(value, (*path, _key(key)))
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+    return tomlkit.dumps(data)
 
 
 def _check_fields(name: str, data: Mapping[str, Any]) -> None:

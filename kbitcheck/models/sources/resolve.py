@@ -10,7 +10,7 @@ from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.models import checkpoint
 from kbitcheck.models.sources import architecture, config, gguf, hub, local, recipe
-from kbitcheck.models.sources.source import Source, asked_dtype
+from kbitcheck.models.sources.source import Source, requested_dtype
 
 __all__ = ["Source", "resolve", "source_of"]
 
@@ -40,16 +40,15 @@ def resolve(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Source:
-    """The source that a MODEL argument names, checked as far as that goes without torch.
+    """The source that a MODEL argument names, checked as far as possible without torch.
 
-    With ``static`` always, its configuration is all that is looked at; with ``if-too-large`` a bare configuration will
-    do where there are no weights. A path that exists is taken before a hub id. Only for a hub id is the network used,
-    and only for its JSON files.
+    With ``static`` always, only the configuration is read; with ``if-too-large``, a configuration without weights is
+    enough. A path that exists precedes a hub id. Only a hub id uses the network, and only for its JSON files.
 
     Raises:
         UsageError: there is no such model, or it is damaged, unsupported, or needs what the options do not allow.
     """
-    wanted = asked_dtype(dtype)
+    wanted = requested_dtype(dtype)
     if model.startswith(recipe.PREFIX):
         return recipe.named(model.removeprefix(recipe.PREFIX), dtype=wanted)
     if model.startswith(architecture.PREFIX):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kbitcheck.models.load import Options
+    from kbitcheck.models.random_weights import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Source(ABC):
-    """Where a model comes from. ``config`` is its ``config.json`` as read; ``dtype`` is what the user asked for."""
+class Source:
+    """Where a model comes from. ``config`` is its ``config.json`` as read, ``dtype`` the one that the user requests.
+
+    A source that is not ``loadable`` has no weights and draws none.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -29,23 +32,33 @@ class Source(ABC):
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    loadable: bool = True
 
     attention: ClassVar[str | None] = None
 
     @property
-    @abstractmethod
     def checkpoint(self) -> Path:
-        """The directory that the unquantized (or already quantized) model is loaded from."""
+        """The directory that the model is loaded from; here an unquantized one of random weights, drawn once a process.
+
+        Raises:
+            UsageError: transformers cannot build the model.
+        """
+        from kbitcheck.models import random_weights
+
+        return random_weights.checkpoint(self.plan)
+
+    @property
+    def plan(self) -> Plan:
+        """What random weights are drawn by; a source that has weights overrides ``checkpoint`` instead."""
+        from kbitcheck.models.random_weights import Plan
+
+        seed = str(self.config["model_type"])
+        return Plan(name=self.name, seed=seed, config=self.config, dtype=self.unquantized_dtype)
 
     @property
     def unquantized_dtype(self) -> str:
         """Torch's name of the dtype that parameters outside quantized layers are loaded in."""
         return self.dtype or config_dtype(self.config) or "float32"
-
-    @property
-    def loadable(self) -> bool:
-        """Whether there are weights to load, or to draw."""
-        return getattr(self, "drawn", True)
 
     @property
     def remote_code(self) -> bool:
@@ -54,7 +67,7 @@ class Source(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a report has to say of the weights themselves."""
+        """Remarks on the weights themselves, for the report."""
         return ()
 
     @property
@@ -73,7 +86,7 @@ class Source(ABC):
 
         self._same_quantization(quant)
         model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
-        return self._check_skips(model, quant)
+        return self.finished(model, quant.skip)
 
     def meta(self, quant: Quantization) -> PreTrainedModel:
         """The model that ``load`` gives, on the meta device: no weights are read or made.
@@ -84,8 +97,9 @@ class Source(ABC):
         from kbitcheck.models import meta
 
         self._same_quantization(quant)
-        model = meta.build(self, Quantization.parse(self.quant) if self.quant else self._complete(quant))
-        return self._check_skips(model, quant)
+        own = Quantization.parse(self.quant) if self.quant else self._complete(quant)
+        model = meta.build(self.config, own, self._options("cpu"), quantized=self.quant is not None)
+        return self.finished(model, quant.skip)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
         """A quantized model of this kind as ``save_pretrained`` left it in ``folder``.
@@ -95,22 +109,24 @@ class Source(ABC):
         """
         from kbitcheck.models import load as loading
 
-        return loading.load(Path(folder), None, self._options(device))
+        return self.finished(loading.load(Path(folder), None, self._options(device)))
 
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch for ``model``, on its device: see ``models.batch.draw``."""
+        """A training batch for ``model``, on its device: see ``inputs.text.draw``."""
         from kbitcheck.models.inputs.text import draw
 
         return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)
 
     def _complete(self, quant: Quantization) -> Quantization:
+        """``quant`` with the modules that the source itself leaves unquantized."""
         return quant
 
-    def _check_skips(self, model: PreTrainedModel, quant: Quantization) -> PreTrainedModel:
+    def finished(self, model: PreTrainedModel, skip: tuple[str, ...] = ()) -> PreTrainedModel:
+        """The model, once each name in ``skip`` is one of its modules."""
         names = [f".{name}." for name, _ in model.named_modules()]
-        for skipped in quant.skip:
+        for skipped in skip:
             if not any(f".{skipped}." in name for name in names):
                 raise UsageError(f"skip={skipped}: {self.name} has no module of this name")
         return model
@@ -144,11 +160,11 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def asked_dtype(text: str | None) -> str | None:
-    """Torch's name of the dtype that ``--dtype`` asks for.
+def requested_dtype(text: str | None) -> str | None:
+    """Torch's name of the dtype that ``--dtype`` requests.
 
     Raises:
-        UsageError: it is none that a model can be loaded in.
+        UsageError: no model can be loaded in it.
     """
     if text is None:
         return None

@@ -54,9 +54,9 @@ def test_sizes_are_the_recipes_or_the_callers() -> None:
 @pytest.mark.parametrize(
     ("shape", "first"),
     [((4, 5), (2, 5)), ((16, 5), (8, 5)), ((1, 16, 3), (1, 8, 3)), ((1, 3, 2, 64), (1, 3, 2, 32))],
-    ids=["rows", "patches", "patches of all pictures", "a strip"],
+    ids=["rows", "patches", "patches of all images", "a strip"],
 )
-def test_the_first_rows_come_with_their_pictures(shape: tuple[int, ...], first: tuple[int, ...]) -> None:
+def test_the_first_rows_come_with_their_images(shape: tuple[int, ...], first: tuple[int, ...]) -> None:
     batch = {"input_ids": torch.zeros(4, 7), "pixel_values": torch.arange(torch.Size(shape).numel()).view(shape)}
     made = first_rows(batch, 2)
     assert made["input_ids"].shape == (2, 7)
@@ -145,5 +145,5 @@ def test_unknown_kinds_of_input_are_told() -> None:
 
     with pytest.raises(UsageError, match="Pixels takes pixels: no batch"):
         draw(Pixels(), batch=1, seq_len=4, seed=0)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="its images come in a form that is not known"):
+    with pytest.raises(UsageError, match="its images come in a form that kbitcheck does not support"):
         draw(Images(SimpleNamespace(patch_size=14)), batch=1, seq_len=4, seed=0)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.resolve import resolve
 
 NF4 = Quantization()
-SHAPE: dict[str, int] = {"batch": 2, "seq_len": 8, "seed": 0}
+SHAPE: dict[str, Any] = {"batch": 2, "seq_len": 8, "seed": 0}
 
 
 def since_5(*values: Any) -> Any:
@@ -23,35 +23,35 @@ def since_5(*values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "pictures", "sounds", "fed"),
+    ("name", "images", "audio", "fed"),
     [
-        since_5("arch:image-text-to-text/qwen2_vl", True, False, "text, pictures"),  # patches in a row
-        ("arch:image-text-to-text/llava_next", True, False, "text, pictures"),  # a list of pictures for each row
-        since_5("arch:image-text-to-text/vision-encoder-decoder", True, False, "pictures"),  # no text but the labels
-        ("tiny:whisper", False, True, "sounds"),  # mel bins by frames
-        ("arch:speech-seq2seq/speech_to_text", False, True, "sounds"),  # frames by mel bins
-        since_5("arch:speech-seq2seq/moonshine", False, True, "sounds"),  # a wave
-        since_5("arch:speech-seq2seq/voxtral", False, True, "text, sounds"),  # tokens that stand for a sound
-        since_5("arch:speech-seq2seq/vibevoice_asr", False, True, "text, sounds"),  # a wave of one channel, in chunks
-        since_5("arch:speech-seq2seq/voxtral_realtime", False, True, "text, sounds"),  # added to a text as long
-        since_5("arch:speech-seq2seq/qwen3_asr", False, True, "text, sounds"),  # whole windows
+        since_5("arch:image-text-to-text/qwen2_vl", True, False, "text, images"),  # patches in a row
+        ("arch:image-text-to-text/llava_next", True, False, "text, images"),  # a list of images for each row
+        since_5("arch:image-text-to-text/vision-encoder-decoder", True, False, "images"),  # no text but the labels
+        ("tiny:whisper", False, True, "audio"),  # mel bins by frames
+        ("arch:speech-seq2seq/speech_to_text", False, True, "audio"),  # frames by mel bins
+        since_5("arch:speech-seq2seq/moonshine", False, True, "audio"),  # a wave
+        since_5("arch:speech-seq2seq/voxtral", False, True, "text, audio"),  # tokens that stand for audio
+        since_5("arch:speech-seq2seq/vibevoice_asr", False, True, "text, audio"),  # a wave of one channel, in chunks
+        since_5("arch:speech-seq2seq/voxtral_realtime", False, True, "text, audio"),  # added to a text as long
+        since_5("arch:speech-seq2seq/qwen3_asr", False, True, "text, audio"),  # whole windows
         since_5("arch:speech-seq2seq/kyutai_speech_to_text", False, True, "text"),  # a token of each codebook
         since_5("arch:speech-seq2seq/dia", False, True, "text"),  # the decoder's inputs too
         ("tiny:llama", False, False, "text"),
         ("tiny:llama", True, True, "text"),  # nothing to see or hear with
     ],
 )
-def test_a_model_is_fed_what_it_takes(name: str, pictures: bool, sounds: bool, fed: str) -> None:
+def test_a_model_is_fed_what_it_takes(name: str, images: bool, audio: bool, fed: str) -> None:
     model = resolve(name).load(NF4)
     before = [p.data_ptr() for p in model.parameters()]
-    batch = inputs.first_fitting(model, **SHAPE, pictures=pictures, sounds=sounds)
+    batch = inputs.first_fitting(model, **SHAPE, images=images, audio=audio)
     assert inputs.kinds(batch) == fed
     assert [p.data_ptr() for p in model.parameters()] == before
     assert not model.training
     assert bool(torch.isfinite(model.train()(**batch).loss))
 
 
-# A family for each form that pictures come in.
+# A family for each form that images come in.
 LAYOUTS = {
     "qwen2_vl": (32, 384),
     "blip": (2, 3, 16, 16),
@@ -68,7 +68,7 @@ LAYOUTS = {
 
 @pytest.mark.transformers5("the families are of transformers 5")
 @pytest.mark.parametrize(("kind", "shape"), LAYOUTS.items(), ids=list(LAYOUTS))
-def test_pictures_come_in_the_form_the_model_reads_and_a_row_keeps_its_own(kind: str, shape: tuple[int, ...]) -> None:
+def test_images_come_in_the_form_the_model_reads_and_a_row_keeps_its_own(kind: str, shape: tuple[int, ...]) -> None:
     source = resolve(f"arch:image-text-to-text/{kind}")
     model = source.load(NF4)
     batch = source.batch(model)
@@ -81,7 +81,7 @@ def test_pictures_come_in_the_form_the_model_reads_and_a_row_keeps_its_own(kind:
     assert not torch.equal(whole, other)
 
 
-def test_pictures_that_are_not_read_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_not_read_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     class Blind(nn.Module):
         config = SimpleNamespace(vision_config=SimpleNamespace(image_size=8, patch_size=4))
         base_model = None
@@ -94,7 +94,7 @@ def test_pictures_that_are_not_read_are_passed_over(monkeypatch: pytest.MonkeyPa
         return {**ids, "pixel_values": torch.ones(2, 3, 8, 8)} if images else ids
 
     monkeypatch.setattr(inputs, "draw", text)
-    made = inputs.first_fitting(Blind(), **SHAPE, pictures=True, sounds=False)  # type: ignore[arg-type]
+    made = inputs.first_fitting(Blind(), **SHAPE, images=True, audio=False)  # type: ignore[arg-type]
     assert inputs.kinds(made) == "text"
 
 
@@ -123,7 +123,7 @@ class Fed(nn.Module):
 def test_a_model_that_takes_nothing_says_why(monkeypatch: pytest.MonkeyPatch, loss: Any, said: str) -> None:
     monkeypatch.setattr(inputs, "draw", lambda model, **_: {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
     with pytest.raises(ValueError, match=said):
-        inputs.first_fitting(Fed(loss), **SHAPE, pictures=False, sounds=False)  # type: ignore[arg-type]
+        inputs.first_fitting(Fed(loss), **SHAPE, images=False, audio=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.transformers5("transformers 4 loads it otherwise")

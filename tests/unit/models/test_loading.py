@@ -258,8 +258,8 @@ def test_a_lost_checkpoint_is_drawn_again(tmp_path: Path) -> None:
 
 PEAK = """
 import resource, sys
-from kbitcheck.models import resolve
-from kbitcheck.quantization import Quantization
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.models.sources.resolve import resolve
 model = resolve(sys.argv[1], random_weights=True).load(Quantization())
 print(model.num_parameters(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

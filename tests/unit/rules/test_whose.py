@@ -26,7 +26,7 @@ MODEL, IMPLEMENTATION = Party.MODEL, Party.IMPLEMENTATION
         # Its experts cast what they read to the dtype of the packed weight, which is an integer's.
         ("arch:seq2seq-lm/switch_transformers", "peft", "KB302", MODEL),
         ("arch:seq2seq-lm/switch_transformers", "reference", "KB209", MODEL),
-        # Its encoder reads sounds, and nothing makes them require grad.
+        # Its encoder reads audio, and nothing makes them require grad.
         ("arch:speech-seq2seq/pop2piano", "peft", "KB302", IMPLEMENTATION),
         ("arch:speech-seq2seq/pop2piano", "peft", "KB306", IMPLEMENTATION),
     ],

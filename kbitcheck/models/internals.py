@@ -1,0 +1,41 @@
+"""Every private name of transformers that loading needs: no other file of ``models`` uses one.
+
+Each is there in transformers 4.56 and 5.23, unless its line says otherwise; ``tests/unit/test_internals.py`` fails by name
+when one moves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def mapped_class(auto: str, config: PretrainedConfig) -> Any:
+    """The first class that the Auto class named ``auto`` has for a configuration; None where it has none."""
+    classes = getattr(transformers, auto)._model_mapping.get(type(config), None)
+    return classes[0] if isinstance(classes, tuple) else classes
+
+
+def choose_implementation(config: PretrainedConfig, name: str) -> None:
+    """Have a model of this configuration compute attention, and experts since transformers 5, by ``name``."""
+    config._attn_implementation = name
+    if hasattr(PreTrainedModel, "set_experts_implementation"):
+        config._experts_implementation = name
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Parts of the names of the parameters that transformers loads in float32 where ``dtype`` is requested."""
+    float16_alone = getattr(model, "_keep_in_fp32_modules", None) if dtype is torch.float16 else None
+    return {*(float16_alone or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+
+
+def replace_layers(quantizer: Any, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Have a quantizer of transformers replace the layers of a model on the meta device by its own."""
+    arguments: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": dtype, "torch_dtype": dtype}
+    if "keep_in_fp32_modules" in inspect.signature(quantizer._process_model_before_weight_loading).parameters:
+        arguments["keep_in_fp32_modules"] = model._keep_in_fp32_modules  # before transformers 5
+    quantizer.preprocess_model(model=model, **arguments)
