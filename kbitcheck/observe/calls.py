@@ -90,7 +90,7 @@ class Calls:
         model, facts = self._preparation.observed_copy(**{SECOND: True, THIRD: passed})
         attached = self._preparation.attach(model)
         # Without dropout: with the random state not preserved another mask, and other experts, are recomputed.
-        with switches.dropout_raised(attached.model, 0.0):
+        with switches.dropout(attached.model, 0.0):
             run = self._preparation.step(attached).facts
         return HonouredArguments(arguments={k: str(v) for k, v in passed.items()}, run=run, call=facts)
 

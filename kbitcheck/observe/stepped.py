@@ -92,7 +92,7 @@ class Stepped:
     def against_plain_dropout(self) -> Mapping[str, Distance]:
         """As ``against_plain``, with every dropout raised and one seed."""
         attached = self._wrapped.attached
-        with switches.dropout_raised(attached.model):
+        with switches.dropout(attached.model):
             checkpointed = self._preparation.step(attached)
             with switches.checkpointing_off(attached.model):
                 plain = self._preparation.step(attached)

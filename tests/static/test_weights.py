@@ -8,6 +8,7 @@ import pytest
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.forecast import weights
+from kbitcheck.observe.probes.live import own_tensors
 from kbitcheck.observe.probes.snapshot import snapshot
 
 CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
@@ -43,7 +44,7 @@ def described(facts):
 
 def storages(model):
     """Bytes of every storage of a real model, each once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in weights.tensors(model)}.values())
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own_tensors(model)}.values())
 
 
 @pytest.mark.parametrize(("recipe", "quant", "dtype"), CELLS)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +58,9 @@ class Passed(nn.Module):
 
     @classmethod
     def standing_for(cls, block: nn.Module, like: nn.Module) -> Passed:
-        """What stands for a block that is like another."""
-        made: type[Passed] = type(cls.__name__, (cls, type(block)), {})
-        return made(block, like)
+        """A stand-in for a block that is like another."""
+        both: type[Passed] = type(cls.__name__, (cls, type(block)), {})
+        return both(block, like)
 
     def __init__(self, block: nn.Module, like: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -192,7 +192,7 @@ class _Watch:
         self._back: list[nn.Module] = []
         self._between: list[tuple[list[int], int]] = []  # alive between two marks, and how many were passed till then
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> _Watch:
         for module in self._model.modules():
@@ -200,13 +200,12 @@ class _Watch:
                 module.watch = self
                 self._standing.add(module.__dict__["like"])
             elif is_block(module):
-                self._handles.append(module.register_forward_pre_hook(self._entering, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._leaving))
+                self._hooks.enter_context(module.register_forward_pre_hook(self._entering, with_kwargs=True))
+                self._hooks.enter_context(module.register_forward_hook(self._leaving))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         for module in self._model.modules():
             if isinstance(module, Passed):
                 module.watch = None
@@ -308,27 +307,20 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     return hidden
 
 
-class _checkpointing:  # noqa: N801  (a context manager)
+@contextmanager
+def _checkpointing(model: nn.Module, reentrant: bool | None) -> Iterator[None]:
     """Checkpointing on or off in every block, without the generators' states, which no operator makes."""
 
-    def __init__(self, model: nn.Module, reentrant: bool | None) -> None:
-        self._flagged = [m for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
-        self._reentrant = reentrant
+    def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return switches.CHECKPOINT(
+            function, *args, **{**kwargs, "use_reentrant": reentrant, "preserve_rng_state": False}
+        )
 
-    def __enter__(self) -> None:
-        self._before = [(m.gradient_checkpointing, internals.checkpoint_function(m)) for m in self._flagged]
-
-        def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-            own = {"use_reentrant": self._reentrant, "preserve_rng_state": False}
-            return switches.CHECKPOINT(function, *args, **{**kwargs, **own})
-
-        for module in self._flagged:
-            if not isinstance(module, Passed):
-                module.gradient_checkpointing = self._reentrant is not None  # type: ignore[assignment]
-                internals.set_checkpoint_function(module, checkpoint)
-
-    def __exit__(self, *_: object) -> None:
-        for module, (flag, function) in zip(self._flagged, self._before, strict=True):
-            if not isinstance(module, Passed):
-                module.gradient_checkpointing = flag
-                internals.set_checkpoint_function(module, function)
+    blocks = [
+        m
+        for m in model.modules()
+        if isinstance(getattr(m, "gradient_checkpointing", None), bool) and not isinstance(m, Passed)
+    ]
+    flags = ((m, "gradient_checkpointing", reentrant is not None) for m in blocks)
+    with switches.attributes(*flags), switches.checkpointed_by(checkpoint, blocks):
+        yield

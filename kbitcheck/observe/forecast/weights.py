@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
-from kbitcheck import backends
 from kbitcheck.core.anatomy import group_of, group_of_buffer, norm_parameters
 from kbitcheck.core.facts import HALF, GroupFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe import internals
+from kbitcheck.observe.probes.live import state_tensors
 
 
 def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
@@ -63,18 +60,3 @@ def _once(tensor: torch.Tensor, seen: set[int]) -> int:
     new = storage not in seen
     seen.add(storage)
     return tensor.nbytes if new else 0
-
-
-def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a quantized layer's state by name; layers may share some."""
-    fields: Mapping[str, Any] = backends.state(layer)
-    return {name: field for name, field in fields.items() if isinstance(field, torch.Tensor)}
-
-
-def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Every parameter, buffer and tensor of a quantization state."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        if backends.is_quantized(module):
-            yield from state_tensors(module).values()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from kbitcheck.observe.probes.snapshot import is_block, tower
 class _Block:
     """What one block did in one step."""
 
-    forward: Counter[int] = field(default_factory=Counter)
-    backward: Counter[int] = field(default_factory=Counter)
-    marker: int | None = None
+    computed: int = 0
+    recomputed: int = 0
+    marker: int | None = None  # of the module inside whose runs are counted
     input_requires_grad: bool | None = None
     without_grad: int = 0
     on_path: bool = False
@@ -45,18 +46,17 @@ class Watch:
         self._inputs: list[tuple[str, Any, int]] = []
         self._last: dict[str, int] = {}
         self._kept: list[torch.Tensor] = []
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
         for name in self.blocks:
             module = model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._left(name)))
+            self._hooks.enter_context(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(self._left(name)))
             for inner in list(module.modules())[1:]:
-                self._handles.append(inner.register_forward_pre_hook(self._ran(name)))
+                self._hooks.enter_context(inner.register_forward_pre_hook(self._ran(name)))
 
     def remove(self) -> None:
         """Take every hook off again."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self._kept.clear()
         self._inputs.clear()
 
@@ -119,9 +119,9 @@ class Watch:
             if id(module) != block.marker:
                 return
             if self.phase == "forward":
-                block.forward[id(module)] += 1
+                block.computed += 1
             else:
-                block.backward[id(module)] += 1
+                block.recomputed += 1
                 self.order.append(name)
 
         return hook
@@ -132,8 +132,8 @@ class Watch:
             name: BlockFacts(
                 name=name,
                 tower=tower(name),
-                computed=sum(block.forward.values()),
-                recomputed=sum(block.backward.values()),
+                computed=block.computed,
+                recomputed=block.recomputed,
                 without_grad=block.without_grad,
                 on_path=block.on_path,
                 input_requires_grad=block.input_requires_grad,
@@ -149,9 +149,6 @@ class Watch:
         runs several times. Those of an input whose rows are not contiguous take its layout (it is a leaf then), and
         kernels pick their order by layout.
         """
-        shared = (name for names in self.readers.values() if len(names) > 1 for name in names)
-        return tuple(
-            sorted(
-                {*shared, *self.branching, *self.turned, *(name for name, times in self.entered.items() if times > 1)}
-            )
-        )
+        shared = {name for names in self.readers.values() if len(names) > 1 for name in names}
+        repeated = {name for name, times in self.entered.items() if times > 1}
+        return tuple(sorted(shared | repeated | self.branching | self.turned))

@@ -74,7 +74,7 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
     model.train(training)
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
-        with torch.set_grad_enabled(training), context, switches.seeded(0, device), switches.dropout_raised(model, 0.0):
+        with torch.set_grad_enabled(training), context, switches.seeded(0, device), switches.dropout(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs))
     except Exception as error:
         return False, Raised.of(error), None
@@ -105,7 +105,7 @@ def embedded(model: Any, batch: step.Batch) -> Ran:
     model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
     try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
-        with switches.seeded(0, device), switches.dropout_raised(model, 0.0):
+        with switches.seeded(0, device), switches.dropout(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
             output.loss.backward()
     except Exception as error:
@@ -174,7 +174,7 @@ def forward_logits(
     flags = [(m, m.training) for m in model.modules()]
     model.train()
     try:
-        with torch.no_grad(), switches.checkpointing_off(model), switches.dropout_raised(model, 0.0):
+        with torch.no_grad(), switches.checkpointing_off(model), switches.dropout(model, 0.0):
             if autocast is None:
                 return logits_of(model(**step.feed(model, batch)))
             with autocast:

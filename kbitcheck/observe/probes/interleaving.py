@@ -178,7 +178,7 @@ class Session:
         total: step.Gradients = {}
         calls = 0
         for turn in range(times):
-            with switches.dropout_raised(model, 0.0):
+            with switches.dropout(model, 0.0):
                 run, gradients = step.train_step(
                     model,
                     self._batch_of(settings),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -147,10 +147,11 @@ class _Probe:
         self._waiting: list[torch.Tensor] = []
         self._excess = self._products = self._squares = self._rounding = 0.0
         self._passed = False
-        self.handles = (
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(self._after),
-        )
+
+    def attach(self, hooks: ExitStack) -> None:
+        """Put the hooks on the layer, until ``hooks`` closes."""
+        hooks.enter_context(self._module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
+        hooks.enter_context(self._module.register_forward_hook(self._after))
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -252,7 +253,10 @@ def backwards(
     """
     modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
     probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(step.clear_gradients, model)
+        for probe in probes.values():
+            probe.attach(hooks)
         with switches.checkpointing_off(model), autocast or nullcontext():
             model.train()
             output = model(**step.feed(model, batch))
@@ -260,11 +264,6 @@ def backwards(
         loss = output.loss if output.loss is not None else own_loss(output.logits)
         if loss.requires_grad:
             loss.backward()
-    finally:
-        for probe in probes.values():
-            for handle in probe.handles:
-                handle.remove()
-        step.clear_gradients(model)
     results = {}
     for name, probe in probes.items():
         if probe.ran:

@@ -14,24 +14,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from kbitcheck import backends
 from kbitcheck.observe import internals
+
+EXISTING = "existing"
 
 
 class Live(internals.TorchDispatchMode):
     """Counts the storages that operators make while it is entered, each until it is freed. Bytes throughout.
 
-    ``now`` and ``peak`` are totals; ``tag`` labels what is made from now on.
+    ``now`` and ``peak`` are totals; ``tag`` labels what is made from now on. Storages of ``existing`` tensors are tagged
+    ``EXISTING``.
     """
 
     def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.tag = ""
+        self.tag = EXISTING
         self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         for tensor in existing:
             self.add(tensor)
+        self.tag = ""
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage from now on, once."""
@@ -70,6 +76,20 @@ class Live(internals.TorchDispatchMode):
                 if isinstance(item, torch.Tensor):
                     self.add(item)
         return out
+
+
+def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized layer's state by name, no parameters or buffers; layers may share some."""
+    return {name: field for name, field in backends.state(layer).items() if isinstance(field, torch.Tensor)}
+
+
+def own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter, buffer and tensor of a quantization state."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if backends.is_quantized(module):
+            yield from state_tensors(module).values()
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,10 +17,10 @@ from kbitcheck import backends
 from kbitcheck.core.facts import CostFacts, MemoryFacts
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.probes.live import Live, only_new_garbage, tensors
+from kbitcheck.observe.probes.live import EXISTING, Live, only_new_garbage, own_tensors, tensors
 from kbitcheck.observe.probes.snapshot import is_block
 
-MODEL, OUTSIDE = "model", ""
+OUTSIDE = ""  # the tag of what no block makes
 
 
 @dataclass(slots=True)
@@ -93,16 +94,15 @@ class _Boundaries:
         # Kept alive meanwhile: an identity is only one while its storage lives.
         self._crossing: dict[int, torch.Tensor] = {}
         self._last = ""
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
         for name, module in model.named_modules():
             if is_block(module):
-                self._handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._left))
+                self._hooks.enter_context(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+                self._hooks.enter_context(module.register_forward_hook(self._left))
 
     def remove(self) -> None:
         """Take the hooks off and let go of what crossed."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self._crossing.clear()
 
     @property
@@ -114,8 +114,9 @@ class _Boundaries:
     def _cross(self, *items: Any) -> None:
         added = self._held.added
         for tensor in tensors(*items):
-            if internals.storage_id(tensor) not in self._crossing and not self._live.is_tagged(tensor, MODEL):
-                self._crossing[internals.storage_id(tensor)] = tensor
+            key = internals.storage_id(tensor)
+            if key not in self._crossing and not self._live.is_tagged(tensor, EXISTING):
+                self._crossing[key] = tensor
                 if self._last:
                     added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
 
@@ -137,11 +138,7 @@ def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> He
     model.train()
     step.clear_gradients(model)
     held = Held()
-    live = Live()
-    live.tag = MODEL
-    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
-        live.add(tensor)
-    live.tag = OUTSIDE
+    live = Live([*own_tensors(model), *batch.values()])
     floor = live.now
     boundaries = _Boundaries(model, live, held)
     try:
@@ -178,11 +175,8 @@ def left_by_evaluation(
 
     run()
     # Operators that answer with a view of a weight make no storage.
-    live = Live()
-    live.tag = MODEL
-    for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *_states(model)):
-        live.add(tensor)
-    live.tag, floor = OUTSIDE, live.now
+    live = Live([*own_tensors(model), *batch.values()])
+    floor = live.now
     with only_new_garbage():
         with live:
             run()
@@ -194,14 +188,7 @@ def _scratch(model: nn.Module, live: Live) -> int:
     """Bytes alive that the quantized layers' own kernels keep from one call to the next, but their weights."""
     layers = (m for m in model.modules() if backends.is_quantized(m))
     kept = {internals.storage_id(t) for layer in layers for t in backends.scratch(layer)}
-    return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != MODEL)
-
-
-def _states(model: nn.Module) -> Iterable[torch.Tensor]:
-    """Tensors of the quantization states: the layers' own memory, though no parameter or buffer."""
-    for module in model.modules():
-        if backends.is_quantized(module):
-            yield from (v for v in backends.state(module).values() if isinstance(v, torch.Tensor))
+    return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != EXISTING)
 
 
 def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[str, int]:
@@ -210,21 +197,17 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
     A bare layer is the witness: nothing of the implementation takes part. Layers that give everything back are left out.
     """
     shapes: dict[str, tuple[nn.Module, torch.Size, torch.dtype]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if backends.is_quantized(module):
 
-            def saw(module: nn.Module, args: Any, name: str = name) -> None:
-                if args and args[0].is_floating_point():
-                    shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
+    def note(name: str, module: nn.Module, args: Any) -> None:
+        if args and args[0].is_floating_point():
+            shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
 
-            handles.append(module.register_forward_pre_hook(saw))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if backends.is_quantized(module):
+                hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         with torch.no_grad(), switches.seeded(0, "cpu"), autocast() if autocast else nullcontext():
             model(**step.feed(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
     by_shape: dict[object, int] = {}
     kept = {}
     for name, (module, shape, dtype) in shapes.items():
@@ -239,9 +222,8 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
 def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) -> int:
     """Bytes beyond its input's and output's that one quantized layer holds inside a non-reentrant checkpoint."""
     weight: Any = layer.weight
-    device = weight.device
-    x = torch.zeros(shape, dtype=dtype, device=device).requires_grad_(True)
-    live = Live([x, *layer.parameters(), *(v for v in backends.state(layer).values() if isinstance(v, torch.Tensor))])
+    x = torch.zeros(shape, dtype=dtype, device=weight.device).requires_grad_(True)
+    live = Live([x, *own_tensors(layer)])
     floor = live.now
 
     def inner(x: torch.Tensor) -> torch.Tensor:
@@ -256,21 +238,17 @@ def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) ->
 
 def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
     """Call an implementation on a model that is thrown away, and count the bytes alive meanwhile and afterwards."""
-    existing = [*model.parameters(), *model.buffers(), *_states(model)]
     largest = max((p.untyped_storage().nbytes() for p in model.parameters()), default=0)
-    live = Live()
-    live.tag = MODEL
-    for tensor in existing:
-        live.add(tensor)
-    del existing
+    on_cuda = next(model.parameters()).is_cuda
+    live = Live(own_tensors(model))
     before = live.now
-    if next(model.parameters()).is_cuda:
+    if on_cuda:
         torch.cuda.empty_cache()  # what was cached before is not the implementation's
     with only_new_garbage(), live:
         prepare(model)
         gc.collect()
         peak = live.peak
-    current = {internals.storage_id(t) for t in (*model.parameters(), *model.buffers(), *_states(model))}
+    current = {internals.storage_id(t) for t in own_tensors(model)}
     stale = sum(size for key, (size, _) in live.holds().items() if key not in current)
     return CostFacts(
         before=before,
@@ -278,7 +256,7 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         peak=peak,
         largest=largest,
         stale=stale,
-        cached=returnable() if next(model.parameters()).is_cuda else None,
+        cached=returnable() if on_cuda else None,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,42 +19,43 @@ CHECKPOINT = torch_checkpoint.checkpoint
 
 
 @contextmanager
+def attributes(*settings: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes of objects, as (object, name, value), with other values for a while."""
+    before = [(item, name, getattr(item, name)) for item, name, _ in settings]
+    for item, name, value in settings:
+        setattr(item, name, value)
+    try:
+        yield
+    finally:
+        for item, name, value in before:
+            setattr(item, name, value)
+
+
+@contextmanager
 def checkpointing_off(model: nn.Module) -> Iterator[None]:
     """The plain run: every checkpointing flag off, restored afterwards.
 
     Where one was on the cache is off too, as a checkpointed forward has none: it lays keys and values out in another
     way, and BLAS then adds in another order.
     """
-    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    for module in on:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        with cache_off(model) if on else nullcontext():
-            yield
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-@contextmanager
-def cache_off(model: nn.Module) -> Iterator[None]:
-    """No key/value cache, as transformers' Trainer trains; the configurations are restored afterwards."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    caching: list[Any] = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
-    for config in caching:
-        config.use_cache = False
-    try:
+    flags = [(module, "gradient_checkpointing", False) for module in _checkpointing(model)]
+    with attributes(*flags), cache_off(model) if flags else nullcontext():
         yield
-    finally:
-        for config in caching:
-            config.use_cache = True
+
+
+def _checkpointing(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+
+
+def cache_off(model: nn.Module) -> AbstractContextManager[None]:
+    """No key/value cache, as transformers' Trainer trains; the configurations are restored afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    return attributes(*((c, "use_cache", False) for c in configs if getattr(c, "use_cache", False) is True))
 
 
 @contextmanager
 def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator[None]:
     """The same blocks under the other mode; their inputs are made to require grad, as reentrant checkpointing needs."""
-    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    before = [internals.checkpoint_function(m) for m in on]
 
     def checkpoint(function: Any, *args: Any) -> Any:
         floating = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -62,13 +63,21 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
             floating[0].requires_grad_(True)
         return CHECKPOINT(function, *args, use_reentrant=use_reentrant)
 
-    for module in on:
-        internals.set_checkpoint_function(module, checkpoint)
+    with checkpointed_by(checkpoint, _checkpointing(model)):
+        yield
+
+
+@contextmanager
+def checkpointed_by(function: Callable[..., Any], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules that checkpoint their blocks with another function, for a while."""
+    before = [internals.checkpoint_function(m) for m in modules]
+    for module in modules:
+        internals.set_checkpoint_function(module, function)
     try:
         yield
     finally:
-        for module, function in zip(on, before, strict=True):
-            internals.set_checkpoint_function(module, function)
+        for module, own in zip(modules, before, strict=True):
+            internals.set_checkpoint_function(module, own)
 
 
 def quietly(function: Callable[[], Any]) -> None:
@@ -78,31 +87,25 @@ def quietly(function: Callable[[], Any]) -> None:
         function()
 
 
-@contextmanager
-def dropout_raised(model: nn.Module, p: float = 0.1) -> Iterator[None]:
-    """Give every dropout of the built model a rate, and afterwards the one it had."""
-    changed = set_dropout(model, p)
-    try:
-        yield
-    finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
+def dropout(model: nn.Module, rate: float = 0.1) -> AbstractContextManager[None]:
+    """Every dropout of the built model at a rate, and afterwards at the one it had."""
+    return attributes(*_dropouts(model, rate))
 
 
-def set_dropout(model: nn.Module, p: float) -> list[tuple[nn.Module, str, float]]:
-    """Give every dropout of the built model a rate, modules and rates kept as plain numbers alike; returns what was."""
-    rates: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            rates.append((module, "p", module.p))
-        rates.extend(
-            (module, name, value)
-            for name, value in vars(module).items()
-            if "dropout" in name and isinstance(value, float) and "layer" not in name
-        )
-    for module, name, _ in rates:
-        setattr(module, name, p)
-    return rates
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Give every dropout of the built model a rate, those of modules and those that are plain numbers."""
+    for module, name, value in _dropouts(model, rate):
+        setattr(module, name, value)
+
+
+def _dropouts(model: nn.Module, rate: float) -> list[tuple[nn.Module, str, float]]:
+    numbers = [
+        (module, name, rate)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "dropout" in name and isinstance(value, float) and "layer" not in name
+    ]
+    return numbers + [(module, "p", rate) for module in model.modules() if isinstance(module, nn.Dropout)]
 
 
 @contextmanager
@@ -129,10 +132,8 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
     def non_reentrant(function: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(function, *args, **kwargs)
         bound.apply_defaults()
-        named = {
-            k: str(v) for k, v in bound.arguments.items() if k in ("preserve_rng_state", "determinism_check", "debug")
-        }
-        calls.append({"use_reentrant": "False", **named})
+        recorded = ("preserve_rng_state", "determinism_check", "debug")
+        calls.append({"use_reentrant": "False", **{k: str(v) for k, v in bound.arguments.items() if k in recorded}})
         return internals.NON_REENTRANT(function, *args, **kwargs)
 
     with internals.checkpoint_entries(Reentrant, non_reentrant):

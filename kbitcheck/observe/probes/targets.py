@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -69,12 +70,10 @@ def routed(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[torch.Tensor
             picks = flat.topk(min(k, flat.shape[-1]), dim=-1).indices
             chosen.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(1, picks, True))
 
-    handles = [m.register_forward_hook(hook) for m in routers(model).values()]
-    try:
+    with ExitStack() as hooks:
+        for router in routers(model).values():
+            hooks.enter_context(router.register_forward_hook(hook))
         return run(), chosen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def unmoved(logits: torch.Tensor, exact: list[torch.Tensor], *others: list[torch.Tensor]) -> torch.Tensor:
