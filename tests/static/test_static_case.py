@@ -52,6 +52,7 @@ def test_the_forecast_adds_up(mixtral):
     assert told.total("non-reentrant") == (
         told.loaded + told.upcast + told.adapters + 2 * told.adapters + max(step.peak, told.adapters)
     )
+    assert told.logits == 4 * told.batch * told.seq_len * 32_000  # of that step, in float32
     assert told.memory == 24 << 30
     assert told.largest_batch[24 << 30] == told.longest[24 << 30] == 0
     assert told.largest_batch[180 << 30] > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbitcheck.core.facts import HeldFacts
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.probes import step, switches
@@ -96,6 +95,22 @@ def thin(model: nn.Module) -> None:
                 internals.replace_child(model.get_submodule(parent), child, Passed.standing_for(block, like))
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A step on fake tensors. Bytes throughout.
+
+    ``places`` is what was alive when each storage was made: as many numbers for any other batch that takes the same way.
+    """
+
+    held: int
+    logits: int
+    places: Sequence[int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.places)
+
+
 class Step:
     """A prepared model with adapters, thinned and moved to a world without numbers; measures training steps of it.
 
@@ -115,15 +130,9 @@ class Step:
         world.move(model)
         model.train()
         self._own = list(world.tensors)
-        self.logits = 0
-        self.places: list[int] = []
 
-    def measure(self, batch: Mapping[str, Tensor], *, reentrant: bool | None) -> HeldFacts:
-        """A step on a batch (of any device) under reentrant or non-reentrant checkpointing; None: without.
-
-        ``logits`` is afterwards what the logits took, in bytes, and ``places`` what was alive when each storage was
-        made: as many numbers for any other batch that takes the same way.
-        """
+    def measure(self, batch: Mapping[str, Tensor], *, reentrant: bool | None) -> Measured:
+        """A step on a batch (of any device) under reentrant or non-reentrant checkpointing; None: without."""
         fed = {name: self.world.tensor(t) for name, t in batch.items()}
         live = Counted([*self._own, *fed.values()], self.world.device)
         watch = _Watch(self.model, live)
@@ -145,13 +154,13 @@ class Step:
             gc.collect()
             watch.turn()
             held = live.now - floor + watch.missing
-            self.logits = output.logits.nbytes
+            logits = output.logits.nbytes
             if output.loss.requires_grad:
                 output.loss.backward()
-            self.places = [alive - floor for alive in watch.places()]
+            places = [alive - floor for alive in watch.places()]
         del output
         step.clear_gradients(self.model)
-        return HeldFacts(held=held, peak=max(self.places))
+        return Measured(held, logits, places)
 
 
 @dataclass(slots=True)

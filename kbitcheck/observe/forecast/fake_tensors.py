@@ -56,12 +56,13 @@ class World:
         fakes: dict[int, nn.Parameter] = {}
         holders = [(module, dict(internals.own_parameters(module)), backends.of(module)) for module in model.modules()]
         for module in model.modules():
-            for name, parameter in internals.own_parameters(module).items():
+            parameters, buffers = internals.own_parameters(module), internals.own_buffers(module)
+            for name, parameter in parameters.items():
                 if parameter is not None:
-                    internals.own_parameters(module)[name] = fakes.setdefault(id(parameter), self._parameter(parameter))
-            for name, buffer in internals.own_buffers(module).items():
+                    parameters[name] = fakes.setdefault(id(parameter), self._parameter(parameter))
+            for name, buffer in buffers.items():
                 if buffer is not None:
-                    internals.own_buffers(module)[name] = self.tensor(buffer)
+                    buffers[name] = self.tensor(buffer)
         for module, real, backend in holders:
             if backend is not None:
                 backend.kernels.fake(module, real, self.tensor)
@@ -153,20 +154,17 @@ def attention_on_cuda(
     bias in the query's dtype, and which knows no grouped queries: those are computed in full (``sdp_utils.cpp``).
     """
     head = query.shape[-1]
+    result: tuple[Tensor, ...]
     if attn_mask is None and query.dtype in HALF and head == value.shape[-1] and head <= LARGEST_FLASH_HEAD:
-        flash: Tensor = internals.FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        return flash
-    if enable_gqa and query.shape[-3] != key.shape[-3]:
-        full: Tensor = internals.MATH_ATTENTION(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True
-        )[0]
-        return full
-    bias = attn_mask
-    if bias is not None and bias.dtype is torch.bool:
-        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
-    if bias is not None:
-        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    efficient: Tensor = internals.EFFICIENT_ATTENTION(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[
-        0
-    ]
-    return efficient
+        result = internals.FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)
+    elif enable_gqa and query.shape[-3] != key.shape[-3]:
+        grouped = {"scale": scale, "enable_gqa": True}
+        result = internals.MATH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, None, **grouped)
+    else:
+        bias = attn_mask
+        if bias is not None and bias.dtype is torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
+        if bias is not None:
+            bias = bias.expand(*query.shape[:3], key.shape[2])
+        result = internals.EFFICIENT_ATTENTION(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
+    return result[0]

@@ -15,13 +15,12 @@ class Growth:
     """The peak of a step by batch and length.
 
     Args:
-        places: one row for each storage that a step makes: what is alive then, as coefficients of ``TERMS``. Float64.
+        places: one row for each storage that a step makes: what is alive then, as coefficients of 1, length, length²,
+            batch, batch length and batch length². Float64.
 
     Every tensor of a step is of a size in these terms: masks and positions have no batch, scores a square of the length,
     images no length. The peak is where most is alive, which is another place for other shapes.
     """
-
-    TERMS = ("1", "length", "length^2", "batch", "batch length", "batch length^2")
 
     def __init__(self, places: Tensor) -> None:
         self.places = places

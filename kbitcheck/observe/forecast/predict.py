@@ -19,7 +19,7 @@ from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import weights
-from kbitcheck.observe.forecast.activations import Step, thin
+from kbitcheck.observe.forecast.activations import Measured, Step, thin
 from kbitcheck.observe.forecast.fake_tensors import HALF, World
 from kbitcheck.observe.forecast.growth import USUAL, Growth, shapes
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -63,11 +63,7 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
 
 
 def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
-    """The same with training steps predicted, and what fits. The model cannot be used otherwise any more.
-
-    A model whose code looks at numbers, or that nobody knows how to feed, still has its weights forecast; ``missing`` is
-    then why no step is.
-    """
+    """The same with training steps predicted, and what fits; ``missing`` is why no step is predicted. Uses up the model."""
     limit = _limit(model)
     if not facts.layers:
         return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
@@ -85,8 +81,8 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         batch=batch,
         seq_len=length,
         mode=mode,
-        activations=steps,
-        logits=run.logits,
+        activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
+        logits=steps[mode].logits,
         rooms=fits.named(forecast.memory),
         notes=(*forecast.notes, *run.notes),
     )
@@ -112,7 +108,7 @@ class Training:
     """
 
     def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
-        self._source, self._spec, self._facts = source, spec, facts
+        self._source, self._spec = source, spec
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
@@ -129,12 +125,7 @@ class Training:
         autocast = (lambda: torch.autocast("cpu", dtype=half)) if PROMISES[spec.profile].autocast else None
         self._step = Step(wrapped, World(device), autocast)
 
-    @property
-    def logits(self) -> int:
-        """Bytes of the last step's logits."""
-        return self._step.logits
-
-    def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> HeldFacts:
+    def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> Measured:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``.
 
         ``padded`` sequences, of which there have to be two or more, bring a mask.
@@ -143,24 +134,20 @@ class Training:
 
     def growth(self, length: int, mode: str) -> Growth:
         """How steps without padding grow under a mode, from steps round a length."""
-        return Growth.through(length, {shape: self._places(*shape, mode) for shape in shapes(length)})
-
-    def _places(self, batch: int, length: int, mode: str) -> list[int]:
-        self.step(batch, length, mode, padded=False)
-        return self._step.places
+        return Growth.through(length, {shape: self.step(*shape, mode, padded=False).places for shape in shapes(length)})
 
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         try:
-            made = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
+            tensors = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
         except UsageError as error:
             if not hasattr(self._unprepared.config, "vision_config"):
                 raise
             self.notes = (f"activations of text alone: {error}",)
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-            made = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+            tensors = {"input_ids": ids, "attention_mask": ids, "labels": ids}
         if not padded:  # a mask of ones, which models leave out when they see that it is one
-            made.pop("attention_mask", None)
-        return made
+            tensors.pop("attention_mask", None)
+        return tensors
 
     @staticmethod
     def _prepare(model: nn.Module, facts: ModelFacts, spec: CaseSpec) -> bool:

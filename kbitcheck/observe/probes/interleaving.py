@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from kbitcheck_reference import lora
@@ -24,23 +24,13 @@ from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.forwards import generate
 from kbitcheck.observe.probes.layers import base_name
 
-StepName = Literal[
-    "train", "accumulate", "update",
-    "evaluate", "infer", "generate",
-    "prepare", "reattach", "save",
-    "checkpointing-off", "checkpointing-reentrant", "checkpointing-non-reentrant",
-    "train-mode", "eval-mode", "autocast-on", "autocast-off",
-    "batch-one", "batch-whole", "copy", "move",
-]  # fmt: skip
-STEPS: tuple[StepName, ...] = get_args(StepName)
-
 # What KB308 runs in each case.
-STANDARD_ORDER: tuple[StepName, ...] = (
+STANDARD_ORDER = (
     "train", "evaluate", "infer", "generate", "eval-mode", "copy", "train", "prepare", "save", "update", "accumulate",
     "checkpointing-off", "evaluate", "move", "checkpointing-non-reentrant", "train",
 )  # fmt: skip
 HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
-MODES = {"checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
+CHECKPOINTING = {"checkpointing-off": None, "checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
 
 
 @dataclass(slots=True)
@@ -103,20 +93,20 @@ class Session:
         self.model, self.adapters = self.subject.make()
         self._packed = fingerprints(self.model, self.subject.layers)
 
-    def run(self, names: Sequence[StepName]) -> list[StepOutcome]:
+    def run(self, names: Sequence[str]) -> list[StepOutcome]:
         """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
         taken = [self._take(name) for name in names]
         self.model, self.adapters = None, {}
         return [self._judge(one) for one in taken]
 
-    def do(self, name: StepName) -> StepOutcome:
+    def do(self, name: str) -> StepOutcome:
         """Take one step; what it raises, and what it changed, is in the outcome."""
         return self._judge(self._take(name))
 
-    def _take(self, name: StepName) -> Taken:
-        hooks, raised, trained = _hooks(self.model), None, None
+    def _take(self, name: str) -> Taken:
+        action, hooks, raised, trained = ACTIONS[name], _hooks(self.model), None, None
         try:
-            trained = ACTIONS[name](self, name)
+            trained = action(self, name)
         except Exception as error:
             raised = Raised.of(error)
         now = fingerprints(self.model, self.subject.layers)
@@ -150,15 +140,13 @@ class Session:
 
     # Training
 
-    def train(self, name: str, times: int = 1) -> _Trained:
+    def train(self, name: str) -> _Trained:
+        times = 2 if name == "accumulate" else 1
         adapters = [p.detach().clone() for p in self.adapters.values()]
         layers = _quantized(self.model, self.subject.layers)
         biases = {n: m.bias.detach().clone() for n, m in layers if m.bias is not None}
         gradients, calls = self._gradients(self.model, self.adapters, self.settings, times)
         return _Trained(gradients, calls, times, self.settings, adapters, biases)
-
-    def accumulate(self, name: str) -> _Trained:
-        return self.train(name, times=2)
 
     def update(self, name: str) -> None:
         optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-3, weight_decay=0.1)
@@ -211,7 +199,6 @@ class Session:
         return self._fresh[key]
 
     def _batch_of(self, settings: _Settings) -> step.Batch:
-        """The batch as the settings cut it."""
         return first_rows(self.subject.batch, settings.rows) if settings.rows else dict(self.subject.batch)
 
     def _autocast(self, settings: _Settings) -> AbstractContextManager[Any]:
@@ -221,14 +208,9 @@ class Session:
 
     # Looking
 
-    def evaluate(self, name: str) -> None:
+    def look(self, name: str) -> None:
         self.model.eval()
-        with torch.no_grad(), self._autocast(self.settings):
-            self.model(**step.feed(self.model, self._batch_of(self.settings)))
-
-    def infer(self, name: str) -> None:
-        self.model.eval()
-        with torch.inference_mode(), self._autocast(self.settings):
+        with torch.inference_mode() if name == "infer" else torch.no_grad(), self._autocast(self.settings):
             self.model(**step.feed(self.model, self._batch_of(self.settings)))
 
     def generate(self, name: str) -> None:
@@ -271,46 +253,43 @@ class Session:
     def mode(self, name: str) -> None:
         self.model.train(name == "train-mode")
 
-    def switch_autocast(self, name: str) -> None:
+    def autocast(self, name: str) -> None:
         self.settings = replace(self.settings, autocast=name == "autocast-on")
 
     def batch(self, name: str) -> None:
         self.settings = replace(self.settings, rows=1 if name == "batch-one" else 0)
 
     def copy(self, name: str) -> None:
-        names = list(self.adapters)
         memo: dict[int, Any] = {}
         process_memory.return_free_pages()
         self.model = copy.deepcopy(self.model, memo)
-        self.adapters = {n: memo[id(self.adapters[n])] for n in names}
+        self.adapters = {n: memo[id(p)] for n, p in self.adapters.items()}
 
     def move(self, name: str) -> None:
         self.model.to(next(self.model.parameters()).device)
 
 
-Action = Callable[[Session, str], _Trained | None]
-ACTIONS: Mapping[StepName, Action] = {
+ACTIONS: Mapping[str, Callable[[Session, str], _Trained | None]] = {
     "train": Session.train,
-    "accumulate": Session.accumulate,
+    "accumulate": Session.train,
     "update": Session.update,
-    "evaluate": Session.evaluate,
-    "infer": Session.infer,
+    "evaluate": Session.look,
+    "infer": Session.look,
     "generate": Session.generate,
     "prepare": Session.prepare,
     "reattach": Session.reattach,
     "save": Session.save,
-    "checkpointing-off": Session.checkpointing,
-    "checkpointing-reentrant": Session.checkpointing,
-    "checkpointing-non-reentrant": Session.checkpointing,
+    **dict.fromkeys(CHECKPOINTING, Session.checkpointing),
     "train-mode": Session.mode,
     "eval-mode": Session.mode,
-    "autocast-on": Session.switch_autocast,
-    "autocast-off": Session.switch_autocast,
+    "autocast-on": Session.autocast,
+    "autocast-off": Session.autocast,
     "batch-one": Session.batch,
     "batch-whole": Session.batch,
     "copy": Session.copy,
     "move": Session.move,
 }
+STEPS = tuple(ACTIONS)
 
 
 def switch(model: Any, name: str) -> None:
@@ -318,7 +297,7 @@ def switch(model: Any, name: str) -> None:
     if name == "checkpointing-off":
         switches.quietly(model.gradient_checkpointing_disable)
     else:
-        switches.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": MODES[name]}))
+        switches.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[name]}))
         model.enable_input_require_grads()
 
 

@@ -25,48 +25,45 @@ State = Mapping[str, str]
 
 def state() -> State:
     """Text of every process-wide setting that numerics or users depend on."""
-    return {
-        "default dtype": str(torch.get_default_dtype()),
-        "default device": str(torch.get_default_device()),
-        "grad mode": str(torch.is_grad_enabled()),
-        "inference mode": str(torch.is_inference_mode_enabled()),
-        "anomaly mode": str(torch.is_anomaly_enabled()),
-        "autocast": str([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]),
-        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
-        "deterministic warn-only": str(torch.is_deterministic_algorithms_warn_only_enabled()),
+    settings = {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "anomaly mode": torch.is_anomaly_enabled(),
+        "autocast": [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")],
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic warn-only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "matmul precision": torch.get_float32_matmul_precision(),
-        "cudnn": str((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)),
-        "threads": str(torch.get_num_threads()),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "threads": torch.get_num_threads(),
         "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
         "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())) if _cuda() else "",
         "numpy RNG": _digest(pickle.dumps(numpy.random.get_state())),
         "random RNG": _digest(repr(random.getstate()).encode()),
         "warnings filters": _digest(repr(warnings.filters).encode()),
         "environment variables": _digest(repr(sorted(os.environ.items())).encode()),
-        "attention kernels": str(
-            (
-                torch.backends.cuda.flash_sdp_enabled(),
-                torch.backends.cuda.mem_efficient_sdp_enabled(),
-                torch.backends.cuda.math_sdp_enabled(),
-            )
+        "attention kernels": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
         ),
-        "denormals flushed": str(float(torch.tensor(1e-40) * 0.5) == 0.0),
-        "recursion limit": str(sys.getrecursionlimit()),
-        "hooks on every module": str(sum(len(hooks) for hooks in internals.GLOBAL_HOOKS)),
-        "logging": str(
-            (
-                logging.root.level,
-                logging.root.manager.disable,
-                [logging.getLogger(n).level for n in libraries_watched()],
-            )
+        "denormals flushed": float(torch.tensor(1e-40) * 0.5) == 0.0,
+        "recursion limit": sys.getrecursionlimit(),
+        "hooks on every module": sum(len(hooks) for hooks in internals.GLOBAL_HOOKS),
+        "logging": (
+            logging.root.level,
+            logging.root.manager.disable,
+            [logging.getLogger(n).level for n in libraries_watched()],
         ),
         "registries of transformers": _digest(repr(sorted(internals.registered())).encode()),
-        "numpy errors": str(numpy.geterr()),
-        "garbage collection": str((gc.isenabled(), gc.get_threshold())),
-        "working directory": str(Path.cwd()),
+        "numpy errors": numpy.geterr(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "working directory": Path.cwd(),
         "import path": _digest(repr(sys.path).encode()),
-        "oneDNN": str((torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled)),
+        "oneDNN": (torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled),
     }
+    return {name: str(value) for name, value in settings.items()}
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,19 +50,20 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
             return forwards.forward_logits(model, batch, subject.autocast() if subject.autocast else None)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
-        error = _attempt(prepared.save_pretrained, folder)
+        error = _raised(partial(prepared.save_pretrained, folder))
         try:
             model, adapters = subject.attach(prepared)
             file = _saved(adapters, folder)
             first = logits(model)
             del prepared, model, adapters  # at most one of the models exists at a time
-            again: Any = None
-            if error is None:
-                again, error = _loaded(subject, folder)
-            if error is not None:
-                base_error = _attempt(_base_round_trip, subject)
-                if base_error is None:
+            try:
+                if error is not None:
                     raise error
+                again = subject.prepare(subject.reload(folder))
+            except Exception:
+                base_error = _raised(partial(_base_round_trip, subject))
+                if base_error is None:
+                    raise
                 facts["base_raised"] = Raised.of(base_error)
                 again = subject.prepared()
             model, adapters = subject.attach(again)
@@ -73,21 +75,12 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
     return StoreFacts(**facts, logits=distance)
 
 
-def _attempt(action: Callable[[Any], object], argument: Any) -> Exception | None:
-    """The exception that the action raises; None where it raises none."""
+def _raised(action: Callable[[], object]) -> Exception | None:
     try:
-        action(argument)
+        action()
     except Exception as error:
         return error
     return None
-
-
-def _loaded(subject: Subject, folder: str) -> tuple[Any, Exception | None]:
-    """The prepared model from a folder, or the exception that loading or preparing it raises."""
-    try:
-        return subject.prepare(subject.reload(folder)), None
-    except Exception as error:
-        return None, error
 
 
 def _base_round_trip(subject: Subject) -> None:
