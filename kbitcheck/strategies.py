@@ -198,11 +198,6 @@ def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[s
     return str(Quantization.of(scheme, values, skip))
 
 
-def modes() -> st.SearchStrategy[Checkpointing]:
-    """A ``--checkpointing``: which arguments the preparation is called with."""
-    return st.sampled_from(MODES)
-
-
 @st.composite
 def call_arguments(draw: Draw) -> Data:
     """Keyword arguments of a preparation, as users give them: none, some or all, ``None`` and an empty dictionary too."""

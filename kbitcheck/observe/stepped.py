@@ -118,9 +118,7 @@ class Stepped:
         attached = self._wrapped.attached
         originals = (self._loaded.weights, self._loaded.misread)
         autocast = self._preparation.autocast()
-        backwards = layers.backwards(
-            attached.model, self._loaded.batch, attached.adapters, *originals, autocast, extremes=True
-        )
+        backwards = layers.backwards(attached.model, self._loaded.batch, *originals, autocast, extremes=True)
         if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.forwards):
             return backwards  # KB210 reports it
         if any(p.quantized_bias for p in self._wrapped.wrapped.parameters.values()):
@@ -142,9 +140,7 @@ class Stepped:
         single = first_rows(loaded.batch, 1)
         if not getattr(getattr(loaded.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as for a caller with a loss of its own; a decoder's inputs are made from labels
-        return layers.backwards(
-            attached.model, single, attached.adapters, loaded.weights, loaded.misread, half, loaded.half
-        )
+        return layers.backwards(attached.model, single, loaded.weights, loaded.misread, half, loaded.half)
 
     @cached_property
     def _base_runs_under_autocast(self) -> bool:
@@ -165,7 +161,6 @@ class Stepped:
         return memory.activations(
             attached.model,
             self._loaded.batch,
-            attached.adapters,
             seed=self._spec.seed,
             autocast=self._loaded.autocast(self._spec.profile, caching=False),
         )

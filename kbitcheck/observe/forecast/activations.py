@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -223,11 +224,7 @@ class _Watch:
     def places(self) -> list[int]:
         """What is alive when each storage of the whole step is made."""
         self._mark(None)
-        missing = self.missing
-        offsets = [missing]
-        for like in self._back:
-            missing += self._ran[like].left
-            offsets.append(missing)
+        offsets = list(accumulate((self._ran[like].left for like in self._back), initial=self.missing))
         places = [*self._forward, *(now + offsets[passed] for alive, passed in self._between for now in alive)]
         for i, (now, like) in enumerate(self._entries):
             places += [now + offsets[i] + rise for rise in self._ran[like].rises]

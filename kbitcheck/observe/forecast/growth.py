@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,11 +47,11 @@ class Growth:
 
     def largest_batch(self, length: int, room: int) -> int:
         """The most sequences of this length whose step takes at most ``room`` bytes; 0 where not one does."""
-        return _most(lambda batch: self.peak(batch, length) <= room, LARGEST)
+        return bisect_left(range(1, LARGEST + 1), True, key=lambda batch: self.peak(batch, length) > room)
 
     def longest(self, room: int, limit: int) -> int:
         """The longest single sequence, of at most ``limit`` tokens, whose step takes at most ``room`` bytes."""
-        return _most(lambda length: self.peak(1, length) <= room, limit)
+        return bisect_left(range(1, limit + 1), True, key=lambda length: self.peak(1, length) > room)
 
 
 def shapes(length: int) -> tuple[tuple[int, int], ...]:
@@ -64,11 +65,3 @@ def shapes(length: int) -> tuple[tuple[int, int], ...]:
 def _terms(batch: int, length: float) -> Tensor:
     alone = torch.tensor([1, length, length**2], dtype=torch.float64)
     return torch.cat([alone, batch * alone])
-
-
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +50,10 @@ class Watch:
         self._hooks = ExitStack()
         for name in self.blocks:
             module = model.get_submodule(name)
-            self._hooks.enter_context(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
-            self._hooks.enter_context(module.register_forward_hook(self._left(name)))
+            self._hooks.enter_context(module.register_forward_pre_hook(partial(self._entered, name), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(partial(self._left, name)))
             for inner in list(module.modules())[1:]:
-                self._hooks.enter_context(inner.register_forward_pre_hook(self._ran(name)))
+                self._hooks.enter_context(inner.register_forward_pre_hook(partial(self._ran, name)))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -62,6 +63,8 @@ class Watch:
 
     def follow(self, loss: torch.Tensor) -> None:
         """See which blocks' inputs something after the block reads too: taps on hidden states, for one."""
+        if not self._inputs:
+            return
         readers: dict[tuple[Any, int], list[int]] = {}
         seen, todo = {loss.grad_fn}, [loss.grad_fn]
         while todo:
@@ -77,54 +80,45 @@ class Watch:
             if any(inside) and not all(inside):
                 self.branching.add(name)
 
-    def _entered(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.phase != "forward":
-                return
-            block = self.blocks[name]
-            floating = [t for t in tensors(args, kwargs) if t.is_floating_point()]
-            block.without_grad += not torch.is_grad_enabled()
-            self.entered[name] += torch.is_grad_enabled()
-            if floating:  # a block may run several times in a step, some of them without gradients
-                block.input_requires_grad = bool(block.input_requires_grad) or floating[0].requires_grad
-            for tensor in floating:
-                if tensor.requires_grad:
-                    if tensor.grad_fn is not None:
-                        self._inputs.append((name, tensor.grad_fn, tensor.output_nr))
-                    self._kept.append(tensor)
-                    self.readers.setdefault(id(tensor), set()).add(name)
-                    if not tensor.is_contiguous():
-                        self.turned.add(name)
+    def _entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.phase != "forward":
+            return
+        block = self.blocks[name]
+        floating = [t for t in tensors(args, kwargs) if t.is_floating_point()]
+        block.without_grad += not torch.is_grad_enabled()
+        self.entered[name] += torch.is_grad_enabled()
+        if floating:  # a block may run several times in a step, some of them without gradients
+            block.input_requires_grad = bool(block.input_requires_grad) or floating[0].requires_grad
+        for tensor in floating:
+            if tensor.requires_grad:
+                if tensor.grad_fn is not None:
+                    self._inputs.append((name, tensor.grad_fn, tensor.output_nr))
+                self._kept.append(tensor)
+                self.readers.setdefault(id(tensor), set()).add(name)
+                if not tensor.is_contiguous():
+                    self.turned.add(name)
 
-        return hook
+    def _left(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        def reached(gradient: torch.Tensor) -> None:
+            self.blocks[name].on_path = True
 
-    def _left(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            def reached(gradient: torch.Tensor) -> None:
-                self.blocks[name].on_path = True
+        for tensor in tensors(output):
+            if tensor.grad_fn is not None and self.phase == "forward":
+                self._last[name] = max(self._last.get(name, -1), internals.sequence_number(tensor.grad_fn))
+            if tensor.requires_grad:
+                tensor.register_hook(reached)
 
-            for tensor in tensors(output):
-                if tensor.grad_fn is not None and self.phase == "forward":
-                    self._last[name] = max(self._last.get(name, -1), internals.sequence_number(tensor.grad_fn))
-                if tensor.requires_grad:
-                    tensor.register_hook(reached)
-
-        return hook
-
-    def _ran(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            block = self.blocks[name]
-            if block.marker is None:
-                block.marker = id(module)
-            if id(module) != block.marker:
-                return
-            if self.phase == "forward":
-                block.computed += 1
-            else:
-                block.recomputed += 1
-                self.order.append(name)
-
-        return hook
+    def _ran(self, name: str, module: nn.Module, args: Any) -> None:
+        block = self.blocks[name]
+        if block.marker is None:
+            block.marker = id(module)
+        if id(module) != block.marker:
+            return
+        if self.phase == "forward":
+            block.computed += 1
+        else:
+            block.recomputed += 1
+            self.order.append(name)
 
     def facts(self) -> dict[str, BlockFacts]:
         """What each block did."""

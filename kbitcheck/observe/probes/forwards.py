@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count, islice, product
 from typing import Any
 
 import torch
@@ -39,19 +39,6 @@ TOKENS = 3
 EMBEDDED = "train, embeddings in place of ids, no autocast"
 
 
-def conditions(batch: step.Batch) -> list[tuple[str, step.Batch, bool, bool]]:
-    """(text, what is fed, training, autocast) for each condition; of those with a mask only what the batch has."""
-    fed: dict[str, step.Batch] = {"no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
-    if "attention_mask" in batch:
-        fed = {"with mask": dict(batch), **fed}
-    return [
-        (f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}", inputs, training, auto)
-        for training in (True, False)
-        for mask, inputs in fed.items()
-        for auto in (True, False)
-    ]
-
-
 def left_padded(batch: step.Batch) -> step.Batch:
     """The batch with each row's padding in front, as for generation, where the mask says that it is behind."""
     mask = batch.get("attention_mask")
@@ -70,11 +57,11 @@ Ran = tuple[bool, Raised | None, targets.Routed | None]
 def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
     """Whether every output of one forward is finite, what it raised (None if nothing), and its logits. No dropout."""
     inputs = step.feed(model, batch)
-    device = next(iter(batch.values())).device.type
     model.train(training)
+    device = step.device(batch).type
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
-        with torch.set_grad_enabled(training), context, switches.seeded(0, device), switches.dropout(model, 0.0):
+        with torch.set_grad_enabled(training), context, switches.seeded(0, batch), switches.dropout(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs))
     except Exception as error:
         return False, Raised.of(error), None
@@ -86,8 +73,11 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
     """A forward under every condition, each run when asked for. The model is used up: eval mode may repack weights."""
-    for text, inputs, training, auto in conditions(batch):
-        yield Forward(text, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
+    fed: dict[str, step.Batch] = {"with mask": batch} if "attention_mask" in batch else {}
+    fed["no mask"] = {k: v for k, v in batch.items() if k != "attention_mask"}
+    for training, (mask, inputs), auto in product((True, False), fed.items(), (True, False)):
+        condition = f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}"
+        yield Forward(condition, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
     if not bool(batch.get("attention_mask", torch.ones(1)).all()):
         padded = run(model, left_padded(batch), training=False, autocast=None)
         yield Forward("eval, left padding, no autocast", False, *padded, optional=True)
@@ -101,11 +91,10 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> It
 def embedded(model: Any, batch: step.Batch) -> Ran:
     """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
     inputs = step.feed(model, batch)
-    device = inputs["input_ids"].device.type
     model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
     try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
-        with switches.seeded(0, device), switches.dropout(model, 0.0):
+        with switches.seeded(0, batch), switches.dropout(model, 0.0):
             output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
             output.loss.backward()
     except Exception as error:
@@ -171,17 +160,15 @@ def forward_logits(
 
     Train mode, because in eval mode kernels may repack weights.
     """
-    flags = [(m, m.training) for m in model.modules()]
-    model.train()
-    try:
-        with torch.no_grad(), switches.checkpointing_off(model), switches.dropout(model, 0.0):
-            if autocast is None:
-                return logits_of(model(**step.feed(model, batch)))
-            with autocast:
-                return logits_of(model(**step.feed(model, batch)))
-    finally:
-        for module, training in flags:
-            module.training = training
+    with switches.attributes(*((m, "training", m.training) for m in model.modules())):
+        model.train()
+        with (
+            torch.no_grad(),
+            switches.checkpointing_off(model),
+            switches.dropout(model, 0.0),
+            autocast or nullcontext(),
+        ):
+            return logits_of(model(**step.feed(model, batch)))
 
 
 def compare(

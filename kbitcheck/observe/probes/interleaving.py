@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,21 +77,16 @@ class Taken:
     trained: _Trained | None
 
 
-@dataclass(slots=True)
 class Session:
-    """One model and what was done to it so far."""
+    """One model and the steps that it has taken so far."""
 
-    subject: Subject
-    model: Any = None
-    adapters: dict[str, nn.Parameter] = field(default_factory=dict)
-    settings: _Settings = field(default_factory=_Settings)
-    _packed: Mapping[str, str] = field(default_factory=dict)
-    _fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = field(default_factory=dict)
-    _names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.model, self.adapters = self.subject.make()
-        self._packed = fingerprints(self.model, self.subject.layers)
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.settings = subject, _Settings()
+        self.model: Any
+        self.model, self.adapters = subject.make()
+        self._packed = fingerprints(self.model, subject.layers)
+        self._fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = {}
+        self._names: list[str] = []
 
     def run(self, names: Sequence[str]) -> list[StepOutcome]:
         """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
@@ -202,9 +197,9 @@ class Session:
         return first_rows(self.subject.batch, settings.rows) if settings.rows else dict(self.subject.batch)
 
     def _autocast(self, settings: _Settings) -> AbstractContextManager[Any]:
-        device = next(iter(self.subject.batch.values())).device.type
-        wanted = settings.autocast or self.subject.needs_autocast
-        return torch.autocast(device, dtype=self.subject.half) if wanted else nullcontext()
+        if not settings.autocast and not self.subject.needs_autocast:
+            return nullcontext()
+        return torch.autocast(step.device(self.subject.batch).type, dtype=self.subject.half)
 
     # Looking
 

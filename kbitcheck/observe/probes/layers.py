@@ -68,9 +68,7 @@ class Weights(Mapping[str, torch.Tensor]):
         return name in self._layers
 
     def reader(self, name: str, unpack: Unpack) -> Read:
-        """What gives the layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time,
-        in the same memory.
-        """
+        """The layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time in the same memory."""
         layer = self._layers[name]
         if self._all_kept:
             return cache(lambda: unpack(layer, torch.empty))
@@ -218,11 +216,9 @@ class _Probe:
 
     def result(self, misread: float) -> LayerBackward:
         """What came of it; ``misread`` is the layer's."""
-        if not self._carried:
-            return LayerBackward(reached=True, carried=False)
-        if not self._entered:
+        if self._carried and not self._entered:
             return LayerBackward(reached=False, carried=True)
-        if self._left != self._entered or self._waiting:
+        if not self._carried or self._left != self._entered or self._waiting:
             return LayerBackward(reached=True, carried=False)
         squares = self._squares
         return LayerBackward(
@@ -238,7 +234,6 @@ class _Probe:
 def backwards(
     model: nn.Module,
     batch: step.Batch,
-    adapters: Mapping[str, nn.Parameter],
     weights: Weights,
     misread: Mapping[str, float],
     autocast: AbstractContextManager[Any] | None = None,
@@ -273,9 +268,7 @@ def backwards(
 
 
 def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What the layer makes of gradients far larger than a step's: a gradient scaler multiplies by thousands, and lowers
-    its factor when it sees one that is not finite.
-    """
+    """The layer's backward of gradients far larger than a step's, as gradient scalers make them, one of them infinite."""
     rows, columns = backends.shape(module)
     device = next(module.parameters()).device
     draw = torch.Generator().manual_seed(0)

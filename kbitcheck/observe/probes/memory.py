@@ -43,7 +43,6 @@ class Held:
 def activations(
     model: nn.Module,
     batch: step.Batch,
-    adapters: Mapping[str, nn.Parameter],
     *,
     seed: int,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -97,7 +96,9 @@ class _Boundaries:
         self._hooks = ExitStack()
         for name, module in model.named_modules():
             if is_block(module):
-                self._hooks.enter_context(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+                self._hooks.enter_context(
+                    module.register_forward_pre_hook(partial(self._entered, name), with_kwargs=True)
+                )
                 self._hooks.enter_context(module.register_forward_hook(self._left))
 
     def remove(self) -> None:
@@ -120,13 +121,10 @@ class _Boundaries:
                 if self._last:
                     added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
 
-    def _entered(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._cross(args, kwargs)
-            self._held.entries[name] = self._live.now
-            self._last = self._live.tag = name
-
-        return hook
+    def _entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._cross(args, kwargs)
+        self._held.entries[name] = self._live.now
+        self._last = self._live.tag = name
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         self._cross(output)
@@ -142,7 +140,7 @@ def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> He
     floor = live.now
     boundaries = _Boundaries(model, live, held)
     try:
-        with switches.seeded(seed, str(next(iter(batch.values())).device)), live:
+        with switches.seeded(seed, batch), live:
             with autocast() if autocast else nullcontext():
                 output = model(**step.feed(model, batch))
             gc.collect()
@@ -206,7 +204,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
         for name, module in model.named_modules():
             if backends.is_quantized(module):
                 hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
-        with torch.no_grad(), switches.seeded(0, "cpu"), autocast() if autocast else nullcontext():
+        with torch.no_grad(), switches.seeded(0, batch), autocast() if autocast else nullcontext():
             model(**step.feed(model, batch))
     by_shape: dict[object, int] = {}
     kept = {}

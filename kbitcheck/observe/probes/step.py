@@ -26,6 +26,11 @@ class Step(NamedTuple):
     gradients: Gradients
 
 
+def device(batch: Batch) -> torch.device:
+    """Where the batch is."""
+    return next(iter(batch.values())).device
+
+
 def feed(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """The batch with audio and images in the dtype of the convolution that reads them, as a data loader's cast does."""
     reader = next((p.dtype for p in model.parameters() if p.dim() >= 3 and p.is_floating_point()), None)
@@ -42,7 +47,7 @@ def train_step(
     watch: bool = True,
     gathered: Gradients | None = None,
 ) -> Step:
-    """One forward and backward in train mode. Leaves no gradient.
+    """One forward and backward in train mode, whose blocks are recorded if ``watch``. Leaves no gradient.
 
     ``gathered`` are gradients of earlier steps that this one adds to, as in gradient accumulation.
     """
@@ -50,10 +55,9 @@ def train_step(
     for name, gradient in (gathered or {}).items():
         adapters[name].grad = gradient
     model.train()
-    watcher = blocks.Watch(model) if watch else None
-    device = str(next(iter(batch.values())).device)
+    watcher = blocks.Watch(model if watch else nn.Identity())
     with (
-        switches.seeded(seed, device),
+        switches.seeded(seed, batch),
         switches.checkpoint_spies() as calls,
         warnings.catch_warnings(record=True) as heard,
     ):
@@ -62,14 +66,12 @@ def train_step(
             with autocast or nullcontext():
                 output = model(**feed(model, batch))
             loss = output.loss
-            if watcher:
-                watcher.follow(loss)
-                watcher.phase = "backward"
+            watcher.follow(loss)
+            watcher.phase = "backward"
             if loss.requires_grad:
                 loss.backward()
         finally:
-            if watcher:
-                watcher.remove()
+            watcher.remove()
     owned = {id(p) for p in adapters.values()}
     base = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in owned]
     grads: Gradients = {n: None if p.grad is None else p.grad.detach().clone() for n, p in adapters.items()}
@@ -79,12 +81,12 @@ def train_step(
         loss=float(loss.detach()),
         loss_bits=digest.bits(loss),
         grads={n: None if g is None else digest.bits(g) for n, g in grads.items()},
-        blocks=watcher.facts() if watcher else {},
-        order=tuple(watcher.order) if watcher else (),
+        blocks=watcher.facts(),
+        order=tuple(watcher.order),
         checkpoints=tuple(calls),
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
         cache_held=cache is not None and any(True for _ in _cached(cache)),
-        inexact=watcher.inexact if watcher else (),
+        inexact=watcher.inexact,
         base_grads=tuple(base),
     )
     return Step(facts, grads)

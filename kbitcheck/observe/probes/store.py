@@ -46,7 +46,7 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
 
     def logits(model: nn.Module) -> torch.Tensor:
         # From one seed, as some models draw noise in every forward.
-        with switches.seeded(0, str(next(iter(batch.values())).device)):
+        with switches.seeded(0, batch):
             return forwards.forward_logits(model, batch, subject.autocast() if subject.autocast else None)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -109,9 +109,9 @@ def _dropouts(model: nn.Module, rate: float) -> list[tuple[nn.Module, str, float
 
 
 @contextmanager
-def seeded(seed: int, device: str) -> Iterator[None]:
-    """A private random state, so that a probe draws nothing from the user's."""
-    devices = [torch.device(device)] if device.startswith("cuda") else []
+def seeded(seed: int, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """A private random state on the batch's device, so that a probe draws nothing from the user's."""
+    devices = {t.device for t in batch.values() if t.is_cuda}
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
