@@ -1,7 +1,7 @@
-"""Hypothesis strategies for what a case is made of: recipes, quantizations, call arguments, batches. No torch here.
+"""Hypothesis strategies for recipes, quantizations, call arguments, batches and whole cases. No torch here.
 
-Everything drawn is plain data: a recipe is what its TOML file holds, a quantization the text of ``--quant``. So a failure
-shrinks, prints as a file to paste, and replays with one command.
+Everything drawn is plain data (a recipe's TOML, the text of ``--quant``): a failure shrinks, prints as a file to paste,
+and replays with one command.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATES = (0.0, 0.1, 0.5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """What every family has. ``width`` is ``heads`` times ``head``; nothing is a multiple of anything on purpose."""
+    """Sizes that every family has. ``width`` is ``heads`` times ``head``; none is a multiple of anything on purpose."""
 
     vocab: int
     depth: int
@@ -153,7 +153,7 @@ def sizes(draw: Draw, family: Family, *, grain: int = 1) -> _Sizes:
 
 @st.composite
 def batches(draw: Draw, longest: int = 16) -> list[int]:
-    """Lengths of the sequences of a batch of one to four; where they differ, the mask has zeros."""
+    """Lengths of the sequences in a batch of one to four; if they differ, the mask has zeros."""
     return list(draw(st.lists(st.integers(3, longest), min_size=1, max_size=4)))
 
 
@@ -161,7 +161,7 @@ def batches(draw: Draw, longest: int = 16) -> list[int]:
 def recipes(
     draw: Draw, families: Sequence[str] = tuple(FAMILIES), norms: Sequence[str] = NORMS, *, grain: int = 1
 ) -> Data:
-    """What a recipe file holds (see ``fixtures/``): an architecture of these families and norms, its sizes, its batch.
+    """The content of a recipe file (see ``fixtures/``): an architecture of these families and norms, its sizes, its batch.
 
     Inputs and outputs of linear layers are multiples of ``grain`` wide.
     """
@@ -188,9 +188,7 @@ def family_of(recipe: Mapping[str, Any]) -> str:
 
 @st.composite
 def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[str] = ()) -> str:
-    """The text of a ``--quant``, of any scheme or one of ``schemes``; of ``skippable``, module names, at most one stays
-    unquantized.
-    """
+    """The text of a ``--quant``, of any scheme or one of ``schemes``; at most one of ``skippable`` stays unquantized."""
     every = registry.schemes()
     scheme = every[draw(st.sampled_from(schemes or list(every)))]
     skip = draw(st.one_of(st.just(()), st.tuples(st.sampled_from(skippable)))) if skippable else ()
@@ -200,7 +198,7 @@ def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[s
 
 @st.composite
 def call_arguments(draw: Draw) -> Data:
-    """Keyword arguments of a preparation, as users give them: none, some or all, ``None`` and an empty dictionary too."""
+    """Keyword arguments of a preparation as users pass them: none, some or all, ``None`` and an empty dictionary too."""
     arguments: Data = {}
     if draw(st.booleans()):
         arguments["use_gradient_checkpointing"] = draw(st.booleans())
@@ -214,7 +212,7 @@ def call_arguments(draw: Draw) -> Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """A case as plain data: a recipe, or the name of a model that was asked for, and how it is quantized and run."""
+    """A case as plain data: a recipe or a model's name, its quantization, checkpointing and seed."""
 
     model: Data | str
     quant: str
@@ -223,7 +221,7 @@ class Drawn:
 
     @property
     def toml(self) -> str:
-        """The recipe as a file; empty where a named model was asked for."""
+        """The recipe as a file; empty for a model's name."""
         return "" if isinstance(self.model, str) else recipes_of.text(self.model)
 
     def spec(self, model: str, implementation: str, **options: Any) -> CaseSpec:
@@ -245,7 +243,7 @@ def cases(
     quants: Sequence[str] = (),
     checkpointing: Sequence[Checkpointing] = (),
 ) -> Drawn:
-    """A case; what is named is chosen from, everything else is drawn."""
+    """A case from the ``models``, ``quants`` and ``checkpointing`` named; whatever is not named is drawn."""
     quant = Quantization.parse(draw(st.sampled_from(list(quants)) if quants else quantizations()))
     # Wider words than bytes hold whole layers alone: 4-bit weights of a layer are packed into as many as fit.
     grain = 1 if quant["storage"] in ("", "uint8") else 4

@@ -1,7 +1,5 @@
-"""What a training step holds, predicted: the model's own code runs on fake tensors, and storages are counted.
-
-It is counted as ``kbitcheck.observe.probes.memory`` counts a real step. Of blocks that are proven alike one is run; the
-others are passed through and counted as that one was.
+"""What a training step holds, predicted: the model's code runs on fake tensors, and storages are counted as in
+``kbitcheck.observe.probes.memory``. Of blocks that compute the same, one runs; the others count as that one did.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ Signature = tuple[object, ...]
 
 
 def signature(block: nn.Module) -> Signature:
-    """Equal for blocks that compute the same on other numbers: classes, settings, shapes, dtypes and what is trained.
+    """Equal for blocks that compute the same on other numbers: classes, settings, shapes, dtypes and trained parameters.
 
-    A block's own place in the stack is left out; what a model makes of it (a window, a kind of attention) is a setting.
+    A block's place in the stack is left out; a setting that the model derives from it (a window, say) is not.
     """
     parts: list[object] = []
     for name, module in block.named_modules():
@@ -50,15 +48,14 @@ def _plain(value: Any) -> bool:
 
 
 class Passed(nn.Module):
-    """Stands for a block that is like one that runs: hands its input on, and tells when it is passed, both ways.
+    """Replaces a block that equals one that runs: returns its input, and reports both passes to the watch.
 
-    What the model reads of a block beside calling it (a kind of attention, say) is still the block's. ``standing_for``
-    makes it of the block's class as well, by which models find the blocks whose outputs they collect.
+    Other attributes are the block's. ``standing_for`` gives it the block's class too, by which models collect outputs.
     """
 
     @classmethod
     def standing_for(cls, block: nn.Module, like: nn.Module) -> Passed:
-        """A stand-in for a block that is like another."""
+        """A stand-in for ``block``, which equals ``like``."""
         both: type[Passed] = type(cls.__name__, (cls, type(block)), {})
         return both(block, like)
 
@@ -77,10 +74,10 @@ class Passed(nn.Module):
 
 
 def thin(model: nn.Module) -> None:
-    """Put ``Passed`` in the place of the blocks that are like one that runs, tower by tower.
+    """Put ``Passed`` in the place of the blocks that equal one that runs, tower by tower.
 
-    The first block of a tower is run, as it may be met before a steady state, and so is the last, whose output may not
-    be read: nothing is kept of the last one of LLaVA's vision tower. Of the blocks between, one of each kind is run.
+    The first block runs, as the steady state may not be reached before it, and the last, whose output may not be read.
+    Of the blocks between, one of each kind runs.
     """
     towers: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -98,10 +95,7 @@ def thin(model: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A step on fake tensors. Bytes throughout.
-
-    ``places`` is what was alive when each storage was made: as many numbers for any other batch that takes the same way.
-    """
+    """A step on fake tensors, in bytes; ``places`` is what was alive when each storage was made, in order."""
 
     held: int
     logits: int
@@ -113,12 +107,12 @@ class Measured:
 
 
 class Step:
-    """A prepared model with adapters, thinned and moved to a world without numbers; measures training steps of it.
+    """A prepared model with adapters, moved to fake tensors; measures training steps of it.
 
     Args:
-        model: on the meta device, thinned, prepared, with adapters; it is moved and cannot be used otherwise any more.
+        model: on the meta device, thinned, prepared, with adapters; it is used up.
         world: whose kernels are assumed.
-        autocast: how training runs, where it does so under autocast.
+        autocast: the context of training under autocast; None: no autocast.
     """
 
     def __init__(
@@ -166,10 +160,9 @@ class Step:
 
 @dataclass(slots=True)
 class _Ran:
-    """What one block took. ``grown`` is added from its entry to the next, ``left`` when the backward has gone on.
+    """Bytes of one block: ``grown`` from its entry to the next, ``left`` after its backward.
 
-    ``climbs`` and ``rises`` are what was alive meanwhile, storage by storage, above what was alive when the forward, and
-    the backward, came to it.
+    ``climbs`` and ``rises``: bytes alive at each storage, above those when the forward, and the backward, came to it.
     """
 
     arguments: Signature = ()
@@ -185,9 +178,8 @@ class _Ran:
 class _Watch:
     """Hooks that follow a step from block to block and back. Bytes throughout.
 
-    What is alive is only part of a step: blocks that were passed hold as much as those they are like, until the
-    backward comes back to them, and leave adapters' gradients then. ``missing`` is what those that were passed by now
-    hold in between.
+    ``missing`` is what blocks that were passed would hold by now: as much as those that they equal, until the backward
+    comes back to them, and the adapters' gradients from then on.
     """
 
     def __init__(self, model: nn.Module, live: Counted) -> None:

@@ -1,7 +1,7 @@
-"""Tensors without numbers: a model on the meta device runs as if on a CPU or a GPU, and nothing is computed.
+"""Tensors without numbers: a model on the meta device runs as on a CPU or a GPU, and nothing is computed.
 
-Fake tensors carry a device, so that quantizers, autocast and attention pick the kernels they pick on that device; what
-they save for the backward is then what they save there.
+Fake tensors carry a device, so that quantizers, autocast and attention pick the kernels of that device, which decide
+what is saved for the backward.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class World:
     """Where fake tensors live: the mode, and the fake twin of each real or meta tensor.
 
     Args:
-        device: ``cpu`` or ``cuda``, whose kernels are to be picked. Fake tensors themselves are on the CPU, as torch's
-            autograd engine wants a driver for a CUDA tensor, even for a fake one.
+        device: ``cpu`` or ``cuda``, whose kernels are picked. Fake tensors are on the CPU either way: torch's autograd
+            engine needs a driver for a CUDA tensor, even for a fake one.
     """
 
     def __init__(self, device: str) -> None:
@@ -92,10 +92,9 @@ class World:
 
 
 class Counted(Live):
-    """Counts storages, and answers what operators ask of numbers as if tokens were spread evenly over experts.
+    """Counts storages, and answers for numbers that are not there as if tokens were spread evenly over experts.
 
-    A look at one number answers zero (or False). ``trace`` is what was alive
-    after each operator that makes a storage, on ``device``.
+    Reading one number gives zero (or False). ``trace`` is the bytes alive after each operator that makes a storage.
     """
 
     def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu") -> None:
@@ -148,10 +147,10 @@ def attention_on_cuda(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` by the kernel that CUDA devices from Ampere on take.
+    """``torch.nn.functional.scaled_dot_product_attention`` by the kernel that CUDA devices from Ampere on choose.
 
     Half precision without a mask: flash attention; else the memory-efficient kernel, for which a boolean mask becomes a
-    bias in the query's dtype, and which knows no grouped queries: those are computed in full (``sdp_utils.cpp``).
+    bias in the query's dtype. It has no grouped queries: those are computed in full (``sdp_utils.cpp``).
     """
     head = query.shape[-1]
     result: tuple[Tensor, ...]

@@ -13,14 +13,11 @@ LARGEST = 1 << 30
 
 
 class Growth:
-    """The peak of a step by batch and length.
+    """The peak of a step by batch and length: the largest of many polynomials, as the largest place depends on the shape.
 
     Args:
-        places: one row for each storage that a step makes: what is alive then, as coefficients of 1, length, length²,
-            batch, batch length and batch length². Float64.
-
-    Every tensor of a step is of a size in these terms: masks and positions have no batch, scores a square of the length,
-    images no length. The peak is where most is alive, which is another place for other shapes.
+        places: bytes alive when each storage was made, a row each, as float64 coefficients of 1, length, length²,
+            batch, batch length and batch length². Masks have no batch, scores length², images no length.
     """
 
     def __init__(self, places: Tensor) -> None:
@@ -28,9 +25,9 @@ class Growth:
 
     @classmethod
     def through(cls, length: int, measured: Mapping[tuple[int, int], Sequence[int]]) -> Growth:
-        """Through what was alive at each place, by (batch, length), for the six ``shapes(length)``.
+        """The growth through the bytes alive at each place, by (batch, length), for the six ``shapes(length)``.
 
-        Where shapes make different numbers of storages their highest places alone are compared.
+        If shapes make different numbers of storages, their peaks alone are compared.
         """
         wanted = shapes(length)
         rows = [measured[shape] for shape in wanted]
@@ -55,10 +52,7 @@ class Growth:
 
 
 def shapes(length: int) -> tuple[tuple[int, int], ...]:
-    """The shapes, (batch, length), that have to be measured to know the growth round a length.
-
-    A single sequence takes other operators: what needs copying for several is a view for one.
-    """
+    """The shapes, (batch, length), to measure for the growth around a length; a single sequence takes other operators."""
     return tuple((batch, at) for batch in (2, 3) for at in (max(length // 2, 1), length, 2 * length))
 
 

@@ -36,12 +36,12 @@ def default_mode(implementation: str) -> str:
 
 
 def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, ...] = ()) -> ForecastFacts:
-    """What the weights, adapters and optimizer take of a model on the meta device, whose snapshot is ``facts``.
+    """Bytes of weights, adapters and optimizer of a model on the meta device, whose snapshot is ``facts``.
 
-    ``notes`` is what is to be said of the weights themselves.
+    ``notes`` are remarks on the weights themselves. A model without quantized layers gets no adapters.
 
     Raises:
-        UsageError: no quantized layer matches the targets. Where none is quantized at all there are no adapters.
+        UsageError: no quantized layer matches the targets.
     """
     targets = adapter_probe.target_layers(model, spec.targets) if facts.layers else []
     sizes = {
@@ -104,7 +104,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
 class Training:
     """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers.
 
-    No key/value cache is built, with checkpointing or without: transformers' Trainer sets ``use_cache`` off.
+    There is no key/value cache, as transformers' Trainer switches ``use_cache`` off.
     """
 
     def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
@@ -126,10 +126,7 @@ class Training:
         self._step = Step(wrapped, World(device), autocast)
 
     def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> Measured:
-        """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``.
-
-        ``padded`` sequences, of which there have to be two or more, bring a mask.
-        """
+        """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``; ``padded`` ones have a mask."""
         return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
 
     def growth(self, length: int, mode: str) -> Growth:

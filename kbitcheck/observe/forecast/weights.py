@@ -15,8 +15,7 @@ from kbitcheck.observe.probes.live import state_tensors
 def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
     """Parameters and bytes of each group of ``model``, whose snapshot is ``facts``; every storage counts once.
 
-    Packed weights count as the numbers they stand for. The bytes are those of the tensors themselves, as
-    the backend stores them: packed weights, and as state whatever unpacks them.
+    A packed weight counts as many parameters as it unpacks to; bytes are those stored, and ``state`` what unpacks them.
     """
     norms = norm_parameters(facts)
     sizes: dict[str, GroupFacts] = {}

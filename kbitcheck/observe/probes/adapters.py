@@ -23,7 +23,7 @@ HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "proj_ou
 
 
 def target_layers(model: nn.Module, targets: str) -> list[str]:
-    """Names of the quantized layers that get an adapter: all but the head, or those whose last name is asked for.
+    """Names of the quantized layers that get an adapter: all but the head, or those that ``targets`` names by their end.
 
     Raises:
         UsageError: nothing matches.

@@ -30,9 +30,9 @@ class _Block:
 
 
 class Watch:
-    """Hooks on every block and everything inside it, for one step. ``phase`` is ``forward`` or ``backward``.
+    """Hooks on every block and the modules inside it, for one step. ``phase`` is ``forward`` or ``backward``.
 
-    Runs of a block are counted on a module inside it: transformers 5 checkpoints ``forward``, so hooks on the block
+    Runs are counted on one module inside a block: transformers 5 checkpoints ``forward``, so that hooks on the block
     itself fire once; 4.56 checkpoints ``__call__``; and a non-reentrant recompute stops early and skips post hooks.
     """
 
@@ -62,7 +62,7 @@ class Watch:
         self._inputs.clear()
 
     def follow(self, loss: torch.Tensor) -> None:
-        """See which blocks' inputs something after the block reads too: taps on hidden states, for one."""
+        """Record the blocks whose inputs something after the block reads too, as an output of hidden states does."""
         if not self._inputs:
             return
         readers: dict[tuple[Any, int], list[int]] = {}
@@ -137,11 +137,10 @@ class Watch:
 
     @property
     def inexact(self) -> tuple[str, ...]:
-        """Blocks whose gradients round otherwise when they are checkpointed, or gathered.
+        """Blocks whose gradients may differ in the last bits when checkpointed or accumulated.
 
-        Those of an input that is read elsewhere too are added up in another order, and so are those of a block that
-        runs several times. Those of an input whose rows are not contiguous take its layout (it is a leaf then), and
-        kernels pick their order by layout.
+        If an input is read elsewhere too, or a block runs several times, gradients are added in another order. A checkpoint
+        makes the input a leaf: if its rows are not contiguous, so is its gradient, and kernels add in another order.
         """
         shared = {name for names in self.readers.values() if len(names) > 1 for name in names}
         repeated = {name for name, times in self.entered.items() if times > 1}

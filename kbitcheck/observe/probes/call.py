@@ -21,10 +21,7 @@ SECOND, THIRD = "use_gradient_checkpointing", "gradient_checkpointing_kwargs"
 
 
 def signature(prepare: Prepare) -> tuple[dict[str, str] | None, bool]:
-    """Parameter names with the text of their defaults ("" for none), and whether any keyword is accepted.
-
-    None where the signature cannot be read.
-    """
+    """Parameter names with the text of their defaults ("" for none; None: unreadable), and whether any keyword is accepted."""
     try:
         parameters = inspect.signature(prepare).parameters.values()
     except (TypeError, ValueError):
@@ -49,9 +46,9 @@ def call(
     libraries: bool = False,
     **wanted: Any,
 ) -> tuple[Any, CallFacts]:
-    """Call ``prepare`` and return what it returned (None if it raised) with the facts of the call.
+    """Call ``prepare``; what it returned (None if it raised), and the facts of the call.
 
-    ``libraries`` compares every class and function of the libraries that training rests on, not the model's classes alone.
+    ``libraries`` compares all classes and functions of the libraries used in training, not the model's classes alone.
     """
     parameters, anything = signature(prepare)
     kwargs = arguments(prepare, wanted)

@@ -22,9 +22,9 @@ from kbitcheck.observe.probes.live import tensors
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: whether every output was finite, what it raised (None if nothing), its logits, with routers' choices.
+    """One forward: whether every output was finite, what it raised (None if nothing), its logits and routers' choices.
 
-    Not every model can do what is ``optional``: where the base cannot, nothing is judged.
+    If the base cannot run an ``optional`` one, it is not judged.
     """
 
     condition: str
@@ -156,10 +156,7 @@ def logits_of(output: Any) -> torch.Tensor:
 def forward_logits(
     model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None = None
 ) -> torch.Tensor:
-    """Logits of one forward without gradients, in train mode with every dropout at 0.
-
-    Train mode, because in eval mode kernels may repack weights.
-    """
+    """Logits of one forward without gradients or dropout, in train mode: in eval mode kernels may repack weights."""
     with switches.attributes(*((m, "training", m.training) for m in model.modules())):
         model.train()
         with (
@@ -174,9 +171,9 @@ def forward_logits(
 def compare(
     prepared: Iterable[Forward], base: Sequence[Forward], wide: Callable[[], Iterable[Forward]]
 ) -> list[ForwardFacts]:
-    """The prepared model's forwards beside the unprepared base's; ``wide`` runs the float32 model's, where they tell.
+    """The prepared model's forwards beside the base's; ``wide`` runs the float32 model's, where those raise alone.
 
-    ``prepared`` is read one by one, so that no more than one of its logits need be there.
+    ``prepared`` is read one by one, so that only one of its logits is in memory.
     """
     uncast = {b.condition.replace("no autocast", "autocast"): b.routed for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.routed for bare in base if "train" in bare.condition}

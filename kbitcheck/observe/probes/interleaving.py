@@ -35,7 +35,7 @@ CHECKPOINTING = {"checkpointing-off": None, "checkpointing-reentrant": True, "ch
 
 @dataclass(slots=True)
 class Subject:
-    """What is run. ``make`` gives a fresh base, prepared and with adapters; ``prepare`` and ``attach`` do it again."""
+    """The model to run: ``make`` gives a fresh one, prepared, with adapters; ``prepare`` and ``attach`` repeat a part."""
 
     make: Callable[[], Attached]
     prepare: Callable[[Any], Any]
@@ -154,10 +154,7 @@ class Session:
     def _gradients(
         self, model: Any, adapters: Mapping[str, nn.Parameter], settings: _Settings, times: int, *, apart: bool = False
     ) -> tuple[step.Gradients, int]:
-        """Gradients accumulated over ``times`` steps, and how often torch's checkpoint was called.
-
-        ``apart``: each step's by itself, added up afterwards, so that what spoils accumulation does not spoil both sides.
-        """
+        """Gradients of ``times`` accumulated steps (``apart``: added up afterwards), and the number of torch's checkpoints."""
         total: step.Gradients = {}
         calls = 0
         for turn in range(times):

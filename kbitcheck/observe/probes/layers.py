@@ -1,8 +1,7 @@
 """Each quantized layer's own backward, measured from outside it.
 
-Non-zero adapter gradients do not prove flow through a quantized layer, because the residual stream hides a cut; so the
-gradient that enters a layer's output and the one that leaves its input are caught, and compared with the product that
-the chain rule asks for.
+Non-zero adapter gradients do not prove flow through a quantized layer, because the residual stream hides a cut. So the
+gradients at a layer's output and input are compared with the product that the chain rule demands.
 """
 
 from __future__ import annotations
@@ -37,10 +36,9 @@ Unpack = Callable[[Any, Empty], torch.Tensor]  # a layer's weight, in memory tha
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Each quantized layer's weight, (out, in) in float64, by name.
+    """Each quantized layer's weight, (out, in) in float64, by name, unpacked by the oracle from layers that never run.
 
-    Unpacked by the oracle whenever it is asked for, from layers that never run: no more than one need be there at a time.
-    ``kernels`` holds what the backend's own kernel makes of the layers that it misreads.
+    Large models' are unpacked at each access. ``kernels`` has the backend's own unpacked weights where it misreads one.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], kernels: Mapping[str, torch.Tensor]) -> None:
@@ -92,11 +90,10 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
-    """Each quantized layer's weight in float64, by name, and the layers that the stack itself misreads.
+    """Each quantized layer's weight in float64, by name, and the relative errors of those that the backend misreads.
 
-    Where the backend's own kernel unpacks a weight to other numbers than the format says, by more than the rounding of
-    its output, what the layer really computes with is the kernel's weight: that one is used, and the relative error
-    of the kernel is told. ``model`` is read from later, and must never run.
+    A layer computes with the weight that the backend's own kernel unpacks: where that differs from the format by more
+    than the rounding of the output, it is used. ``model`` is read from later, and must never run.
     """
     kernels: dict[str, torch.Tensor] = {}
     misread: dict[str, float] = {}
@@ -116,7 +113,7 @@ def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward hands the gradient to whoever caught it."""
+    """The identity; its backward passes the gradient to ``caught`` too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
@@ -130,10 +127,9 @@ class _Tap(torch.autograd.Function):
 
 
 class _Probe:
-    """Taps round one layer, whose backward is judged as it happens, so that no gradient is held for longer.
+    """Taps around one layer, whose backward is judged as it happens, so that no gradient is kept. Its hooks are outermost.
 
-    Its hooks run outermost: before every other pre-hook and after every other hook. ``weight`` gives the layer's, in
-    float64; ``half`` is the dtype that an autocast round the step rounds to.
+    ``weight`` gives the layer's, in float64; ``half`` is the dtype to which an autocast around the step rounds.
     """
 
     def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None) -> None:
@@ -215,7 +211,7 @@ class _Probe:
         self._rounding += float((spread * expected.abs()).sum())
 
     def result(self, misread: float) -> LayerBackward:
-        """What came of it; ``misread`` is the layer's."""
+        """Facts of the layer's backward; ``misread`` is the relative error of its kernel."""
         if self._carried and not self._entered:
             return LayerBackward(reached=False, carried=True)
         if not self._carried or self._left != self._entered or self._waiting:
@@ -241,10 +237,9 @@ def backwards(
     *,
     extremes: bool = False,
 ) -> dict[str, LayerBackward]:
-    """Run one plain step and judge every quantized layer that took part, with ``extremes`` on other gradients too.
+    """The backward of every quantized layer that takes part in a plain step, with ``extremes`` of other gradients too.
 
-    ``weights`` and ``misread`` are those of ``originals``, read before anything ran; a layer is matched by the end of
-    its name, as PEFT wraps models and layers. ``half`` is the dtype that an autocast round the step rounds to.
+    ``weights`` and ``misread`` are those of ``originals``. ``half`` is the dtype to which ``autocast`` rounds.
     """
     modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
     probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}

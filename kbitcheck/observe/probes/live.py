@@ -1,8 +1,7 @@
-"""Bytes of tensors alive, counted as storages, on any device and whoever holds them.
+"""Bytes of tensors alive, counted as storages, on any device and whatever holds them.
 
-Watching allocations beats asking autograd what it saved: hooks on saved tensors miss what a node keeps as an attribute
-(both of bitsandbytes' int8 functions keep their input so) and what a closure holds (the keyword arguments of reentrant
-checkpointing), and they do not see what a non-reentrant recompute brings back.
+Hooks on what autograd saves would miss attributes of nodes (the inputs of bitsandbytes' int8 functions), closures (the
+keyword arguments of reentrant checkpointing), and what a non-reentrant recompute brings back.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ EXISTING = "existing"
 class Live(internals.TorchDispatchMode):
     """Counts the storages that operators make while it is entered, each until it is freed. Bytes throughout.
 
-    ``now`` and ``peak`` are totals; ``tag`` labels what is made from now on. Storages of ``existing`` tensors are tagged
-    ``EXISTING``.
+    ``now`` and ``peak`` are totals; ``tag`` labels new storages. Those of ``existing`` tensors are tagged ``EXISTING``.
     """
 
     def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
@@ -90,7 +88,7 @@ def own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def only_new_garbage() -> Iterator[None]:
-    """Collections look at what was made since alone: walking torch's and transformers' own objects takes longest."""
+    """Garbage collections skip older objects: walking those of torch and transformers takes longest."""
     if gc.get_freeze_count():  # the caller's; unfreezing would undo it
         yield
         return

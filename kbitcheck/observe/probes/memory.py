@@ -25,10 +25,10 @@ OUTSIDE = ""  # the tag of what no block makes
 
 @dataclass(slots=True)
 class Held:
-    """What one watched step held. ``crossing`` is what is handed into and out of blocks, each storage once.
+    """Bytes of one step: ``held`` after its forward, ``survivors`` after all of it, ``outside`` made by no block.
 
-    ``entries`` is what was alive when each block was entered, ``added`` what crossed a boundary for the first time from
-    one entry to the next.
+    ``crossing`` is handed into or out of blocks, each storage once: ``added`` to it from one entry to the next. ``entries``
+    is what was alive when each block was entered.
     """
 
     held: int = 0
@@ -190,10 +190,7 @@ def _scratch(model: nn.Module, live: Live) -> int:
 
 
 def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[str, int]:
-    """Bytes that each quantized layer keeps although a non-reentrant checkpoint surrounds it, in this model's shapes.
-
-    A bare layer is the witness: nothing of the implementation takes part. Layers that give everything back are left out.
-    """
+    """Bytes that each quantized layer, bare, keeps inside a non-reentrant checkpoint, in this model's shapes; none if 0."""
     shapes: dict[str, tuple[nn.Module, torch.Size, torch.dtype]] = {}
 
     def note(name: str, module: nn.Module, args: Any) -> None:
@@ -235,7 +232,7 @@ def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) ->
 
 
 def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
-    """Call an implementation on a model that is thrown away, and count the bytes alive meanwhile and afterwards."""
+    """Bytes alive while and after an implementation is called on a model that is thrown away."""
     largest = max((p.untyped_storage().nbytes() for p in model.parameters()), default=0)
     on_cuda = next(model.parameters()).is_cuda
     live = Live(own_tensors(model))
@@ -259,10 +256,7 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
 
 
 def returnable() -> int:
-    """Bytes that emptying the cache of CUDA's allocator gives back; the cache is empty afterwards.
-
-    Holes in segments that live tensors share are not among them: nobody could give those back.
-    """
+    """Bytes that emptying the cache of CUDA's allocator gives back, without holes in used segments. Empties it."""
     reserved = torch.cuda.memory_reserved()
     torch.cuda.empty_cache()
     return reserved - torch.cuda.memory_reserved()

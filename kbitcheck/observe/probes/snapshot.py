@@ -19,9 +19,9 @@ NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 
 
 def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True) -> ModelFacts:
-    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` names the adapters' parameters.
+    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` are the adapters' parameters.
 
-    Without ``keys`` no ``state_dict`` is made, in which a backend may rewrite weights that it repacked.
+    Without ``keys`` ``state_dict`` is not called: a backend may rewrite weights in it that it had repacked.
     """
     storages = _Storages()
     owned = {id(p) for p in (adapters or {}).values()}
@@ -132,7 +132,7 @@ def _names(model: nn.Module, wanted: list[nn.Module]) -> Iterator[str]:
 
 
 class _Storages:
-    """Numbers the memory of tensors in the order they are met, so that snapshots of two copies compare."""
+    """Numbers storages in the order in which they are met, so that snapshots of two copies compare."""
 
     def __init__(self) -> None:
         self._seen: dict[object, int] = {}
@@ -182,7 +182,7 @@ def _module(name: str, module: nn.Module, block: bool) -> ModuleFacts:
 
 
 def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
-    """What makes a module look like a normalization layer: its class, its name, its shape (any, all or none of them).
+    """Which of class, name and shape mark a module as a normalization layer.
 
     By shape: it has a one-dimensional weight, no other tensor but a bias of the same shape, and no children.
     """

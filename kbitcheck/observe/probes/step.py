@@ -47,9 +47,9 @@ def train_step(
     watch: bool = True,
     gathered: Gradients | None = None,
 ) -> Step:
-    """One forward and backward in train mode, whose blocks are recorded if ``watch``. Leaves no gradient.
+    """One forward and backward in train mode. Leaves no gradient.
 
-    ``gathered`` are gradients of earlier steps that this one adds to, as in gradient accumulation.
+    ``watch`` records blocks. ``gathered`` are gradients of earlier steps to add to, as in gradient accumulation.
     """
     clear_gradients(model)
     for name, gradient in (gathered or {}).items():

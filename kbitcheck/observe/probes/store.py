@@ -18,9 +18,9 @@ from kbitcheck.observe.probes import forwards, step, switches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """Makes the models of a round trip. Each call of ``prepared`` and ``base`` gives a fresh model.
+    """The models of a round trip. Each call of ``prepared`` and ``base`` gives a fresh one.
 
-    ``reload`` loads a base from a folder, ``prepare`` prepares it, ``attach`` puts the same adapters on a model each time.
+    ``reload`` loads a base from a folder; ``attach`` puts the same adapters on a model each time.
     """
 
     prepared: Callable[[], Any]
@@ -32,10 +32,9 @@ class Subject:
 
 
 def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -> StoreFacts:
-    """Save a prepared model and its adapters, load both again, and compare the logits before with those after.
+    """Logits of a prepared model with adapters before and after both are saved and loaded; it has never run.
 
-    Where neither the prepared model nor its base can be saved and loaded, the adapters are loaded into another prepared
-    base. The saved model has never run. Everything is written to a temporary directory, which is removed.
+    If neither the prepared model nor its base can be saved and loaded, the adapters are loaded into another prepared base.
     """
     prepared = subject.prepared()
     keys = frozenset(prepared.state_dict())

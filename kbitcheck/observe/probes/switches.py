@@ -33,10 +33,10 @@ def attributes(*settings: tuple[Any, str, Any]) -> Iterator[None]:
 
 @contextmanager
 def checkpointing_off(model: nn.Module) -> Iterator[None]:
-    """The plain run: every checkpointing flag off, restored afterwards.
+    """The plain run: no block is checkpointed, for a while.
 
-    Where one was on the cache is off too, as a checkpointed forward has none: it lays keys and values out in another
-    way, and BLAS then adds in another order.
+    If one was, the cache is off too, as in a checkpointed forward: it changes the layout of keys and values, and with it
+    the order in which BLAS adds.
     """
     flags = [(module, "gradient_checkpointing", False) for module in _checkpointing(model)]
     with attributes(*flags), cache_off(model) if flags else nullcontext():

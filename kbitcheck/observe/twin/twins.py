@@ -38,7 +38,7 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T + bias``; forward and backward each read the weight anew, so that no graph holds it."""
+    """``x @ weight.T + bias``; forward and backward each read the weight anew, so that the graph holds none."""
 
     @staticmethod
     def forward(
@@ -53,12 +53,11 @@ class _Product(torch.autograd.Function):
 
 
 class TwinLinear(nn.Linear):
-    """A quantized layer's arithmetic with a plain weight: compute in ``compute``, answer in the input's dtype.
+    """A quantized layer's arithmetic with a plain weight: computes in ``compute``, returns the input's dtype.
 
-    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to whatever dtype comes in). A backward
-    may unpack the weight to another dtype than the forward: ``backward_read`` is the weight rounded so.
-    ``rounded`` is what the kernel makes of its input first; the
-    gradient passes it by. ``weight`` itself has the shape and dtype but no numbers.
+    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to the input's dtype), ``backward_read`` that
+    of a backward which unpacks to another dtype. ``rounded`` rounds the input as the kernel does, but not the gradient.
+    ``weight`` itself has shape and dtype, and no numbers.
     """
 
     def __init__(
@@ -159,9 +158,9 @@ def _replaced(
     build: Callable[[str, Any], nn.Module],
     wide: Callable[[str, nn.Module], torch.dtype | None],
 ) -> nn.Module:
-    """A copy of a model with its quantized layers replaced, of which nothing packed and no large parameter is copied.
+    """A copy of a model with its quantized layers replaced; nothing packed and no large parameter is copied.
 
-    ``wide`` says in which dtype a module's parameters will compute: large ones are read from ``model`` in that.
+    ``wide`` gives the dtype in which a module's parameters compute: large ones are read from ``model`` in that.
     """
     instead: dict[int, Any] = {}
     for name, module in model.named_modules():
@@ -185,9 +184,9 @@ class Pair:
 
     @cached_property
     def yardsticks(self) -> Mapping[str, float]:
-        """How far ``rounded`` is from ``exact``, relative, for each live adapter; never below one ulp.
+        """Relative distance of ``rounded`` from ``exact`` for each live adapter, at least one ulp.
 
-        None for those where the float64 twin's is not finite, as some models' masks make it: no bound follows from it.
+        Adapters whose exact gradient is not finite, as with some models' masks, have none: no bound follows from it.
         """
         ulp = float(torch.finfo(torch.float32).eps)
         apart = {n: step.distance(g, self.exact[n]) for n, g in self.rounded.items() if live(self.exact[n])}
@@ -199,7 +198,7 @@ class Pair:
         return median(self.yardsticks.values()) if self.yardsticks else 0.0
 
     def beside(self, gradients: step.Gradients) -> dict[str, GradientFacts]:
-        """Each adapter's gradient, beside its counterpart in both twins."""
+        """Each adapter's gradient with its distances from the twins'."""
         return {
             name: GradientFacts(
                 live=live(self.exact[name]),
@@ -217,7 +216,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """What the twins of one base gave: gradients of the whole batch and of one row without a mask, and losses."""
+    """Gradients of one base's twins, of the whole batch and of one row without a mask, and losses of training."""
 
     whole: Pair
     single: Pair
@@ -244,7 +243,7 @@ def smooth_training(
 ) -> tuple[float, tuple[float, ...]]:
     """The largest learning rate at which the twin's loss falls in every step, with those losses.
 
-    At a larger one the path is chaotic: a rounding decides where it ends, and comparing ends says nothing.
+    At a larger one rounding decides where training ends.
     """
     start = {n: p.detach().clone() for n, p in adapters.items()}
     for rate in LEARNING_RATES:

@@ -23,8 +23,8 @@ PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index
 class Widened(torch.Tensor):
     """A frozen tensor that reads as ``dtype``; its numbers are those of ``stored``, widened whenever they are used.
 
-    Widening is exact, so what is computed from it is what a widened copy would give: bitwise, but for products with
-    matrices in float64, which are widened and multiplied piece by piece.
+    Widening is exact, so results are bitwise those of a widened copy, but for matrix products in float64, which are
+    computed piece by piece.
     """
 
     stored: torch.Tensor
