@@ -196,18 +196,11 @@ def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[s
     return str(Quantization.of(scheme, values, skip))
 
 
-@st.composite
-def call_arguments(draw: Draw) -> Data:
+def call_arguments() -> st.SearchStrategy[Data]:
     """Keyword arguments of a preparation as users pass them: none, some or all, ``None`` and an empty dictionary too."""
-    arguments: Data = {}
-    if draw(st.booleans()):
-        arguments["use_gradient_checkpointing"] = draw(st.booleans())
-    if draw(st.booleans()):
-        inner = st.fixed_dictionaries(
-            {}, optional={"use_reentrant": st.booleans(), "preserve_rng_state": st.booleans()}
-        )
-        arguments["gradient_checkpointing_kwargs"] = draw(st.one_of(st.none(), inner))
-    return arguments
+    inner = st.fixed_dictionaries({}, optional={"use_reentrant": st.booleans(), "preserve_rng_state": st.booleans()})
+    arguments = {"use_gradient_checkpointing": st.booleans(), "gradient_checkpointing_kwargs": st.none() | inner}
+    return st.fixed_dictionaries({}, optional=arguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,6 @@ class Trained:
         losses = twins.train(
             model,
             preparation.batch,
-            adapters,
             learning_rate=expected.learning_rate,
             autocast=preparation.loaded.autocast(preparation.spec.profile),
             seed=preparation.spec.seed,

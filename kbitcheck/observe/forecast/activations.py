@@ -112,14 +112,14 @@ class Step:
     Args:
         model: on the meta device, thinned, prepared, with adapters; it is used up.
         world: whose kernels are assumed.
-        autocast: the context of training under autocast; None: no autocast.
+        autocast: makes the context in which training runs.
     """
 
     def __init__(
         self,
         model: nn.Module,
         world: World,
-        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.world, self.autocast = model, world, autocast
         world.move(model)
@@ -144,7 +144,7 @@ class Step:
             watch,
         ):
             warnings.simplefilter("ignore")
-            with self.autocast() if self.autocast else nullcontext():
+            with self.autocast():
                 output = self.model(**step.feed(self.model, fed))
             gc.collect()
             watch.turn()

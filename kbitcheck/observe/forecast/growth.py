@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ USUAL = (512, 2048, 4096)
 LARGEST = 1 << 30
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Growth:
     """The peak of a step by batch and length: the largest of many polynomials, as the largest place depends on the shape.
 
@@ -20,8 +22,7 @@ class Growth:
             batch, batch length and batch length². Masks have no batch, scores length², images no length.
     """
 
-    def __init__(self, places: Tensor) -> None:
-        self.places = places
+    places: Tensor
 
     @classmethod
     def through(cls, length: int, measured: Mapping[tuple[int, int], Sequence[int]]) -> Growth:

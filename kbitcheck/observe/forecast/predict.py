@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from kbitcheck_reference import prepare, upcast
 from torch import Tensor, nn
 
-from kbitcheck.core import memory_sizes as fits
+from kbitcheck.core import memory_sizes
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
@@ -54,7 +56,7 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
         profile=spec.profile,
         trainable=sum(sizes.values()),
         adapters=4 * sum(sizes.values()),
-        optimizer=fits.optimizers(sizes),
+        optimizer=memory_sizes.optimizers(sizes),
         device="cpu" if spec.device == "cpu" else "cuda",
         mode=default_mode(spec.implementation) if spec.checkpointing == "default" else spec.checkpointing,
         memory=spec.memory,
@@ -73,7 +75,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         mode = forecast.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
         taken = forecast.resident + max(steps[mode].peak, forecast.adapters)
-        growth = None if fits.anywhere(taken, forecast.memory) else run.growth(min(length, limit // 2), mode)
+        growth = None if memory_sizes.anywhere(taken, forecast.memory) else run.growth(min(length, limit // 2), mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(forecast, missing=cause(error))
     forecast = dataclasses.replace(
@@ -83,7 +85,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         mode=mode,
         activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
         logits=steps[mode].logits,
-        rooms=fits.named(forecast.memory),
+        rooms=memory_sizes.named(forecast.memory),
         notes=(*forecast.notes, *run.notes),
     )
     if growth is None:
@@ -92,11 +94,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
     return dataclasses.replace(
         forecast,
         largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
-        usual={
-            usual: {size: growth.largest_batch(usual, room) for size, room in rooms.items()}
-            for usual in USUAL
-            if usual <= limit
-        },
+        usual={n: {size: growth.largest_batch(n, r) for size, r in rooms.items()} for n in USUAL if n <= limit},
         longest={size: growth.longest(room, limit) for size, room in rooms.items()},
     )
 
@@ -122,7 +120,7 @@ class Training:
         )
         compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
         half = compute if compute in HALF else torch.bfloat16
-        autocast = (lambda: torch.autocast("cpu", dtype=half)) if PROMISES[spec.profile].autocast else None
+        autocast = partial(torch.autocast, "cpu", dtype=half) if PROMISES[spec.profile].autocast else nullcontext
         self._step = Step(wrapped, World(device), autocast)
 
     def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> Measured:

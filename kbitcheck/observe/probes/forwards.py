@@ -85,7 +85,7 @@ def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> It
         yield Forward(EMBEDDED, False, *embedded(model, batch), optional=True)
     can = getattr(model, "can_generate", None)
     if can and can():
-        yield Forward("eval, token by token, no autocast", False, *generated(model, batch), optional=True)
+        yield Forward("eval, token by token, no autocast", False, *token_by_token(model, batch), optional=True)
 
 
 def embedded(model: Any, batch: step.Batch) -> Ran:
@@ -117,7 +117,7 @@ class _Forced(LogitsProcessor):
         return forced
 
 
-def generated(model: Any, batch: step.Batch) -> Ran:
+def token_by_token(model: Any, batch: step.Batch) -> Ran:
     """As ``run``, of a few tokens with a cache: (rows, steps, vocabulary)."""
     model.eval()
     fed = step.feed(model, left_padded(batch))
@@ -145,14 +145,6 @@ def generated(model: Any, batch: step.Batch) -> Ran:
     return bool(torch.isfinite(logits).all()), None, targets.Routed(logits, routes)
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """The model's logits, as (…, classes)."""
-    logits = output.logits
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError("the model's output has no logits tensor")
-    return logits.detach()
-
-
 def forward_logits(
     model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None = None
 ) -> torch.Tensor:
@@ -165,7 +157,10 @@ def forward_logits(
             switches.dropout(model, 0.0),
             autocast or nullcontext(),
         ):
-            return logits_of(model(**step.feed(model, batch)))
+            logits = model(**step.feed(model, batch)).logits
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError("the model's output has no logits tensor")
+    return logits.detach()
 
 
 def compare(
@@ -219,11 +214,9 @@ def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
     model.eval()
     first = first_rows(step.feed(model, batch), 1)
     inputs = {k: v for k, v in first.items() if k not in ("labels", "decoder_input_ids")}
-    raised, finite = None, False
     try:
         with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        finite = tokens.numel() > 0
+            finite, raised = model.generate(**inputs, max_new_tokens=2, do_sample=False).numel() > 0, None
     except Exception as error:
-        raised = Raised.of(error)
+        finite, raised = False, Raised.of(error)
     return ForwardFacts(condition="generate", autocast=False, finite=finite, raised=raised)

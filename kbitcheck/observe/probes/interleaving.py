@@ -16,7 +16,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.errors import Raised
-from kbitcheck.core.facts import Distance, StepOutcome
+from kbitcheck.core.facts import StepOutcome
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe import internals, process_memory
 from kbitcheck.observe.probes import digest, step, switches
@@ -127,10 +127,8 @@ class Session:
         except Exception as error:
             return replace(taken.outcome, raised=Raised.of(error))
         # A fresh model's names may come from another copy of the wrapper, in the same order.
-        gradients = {
-            n: Distance(equal=step.equal(g, e), relative=step.distance(g, e))
-            for (n, g), e in zip(mine.gradients.items(), fresh.values(), strict=True)
-        }
+        expected = dict(zip(mine.gradients, fresh.values(), strict=True))
+        gradients = step.distances(mine.gradients, expected, {})
         return replace(taken.outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
 
     # Training
@@ -174,9 +172,7 @@ class Session:
 
     def _fresh_gradients(self, trained: _Trained) -> tuple[step.Gradients, int]:
         settings, biases = trained.settings, trained.biases
-        drawn = tuple(map(digest.bits, trained.adapters))
-        bias_bits = tuple(f"{b.dtype}{digest.bits(b)}" for b in biases.values())
-        key = (settings, trained.times, drawn, bias_bits)
+        key = (settings, trained.times, *map(digest.bits, trained.adapters), *map(digest.of, biases.values()))
         if key not in self._fresh:
             model, adapters = self.subject.make()
             for mine, other in zip(adapters.values(), trained.adapters, strict=True):

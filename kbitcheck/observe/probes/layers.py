@@ -251,7 +251,7 @@ def backwards(
             model.train()
             output = model(**step.feed(model, batch))
         # Without labels the caller has a loss of its own; a square keeps every logit's gradient apart.
-        loss = output.loss if output.loss is not None else own_loss(output.logits)
+        loss = output.logits.float().square().mean() / 2 if output.loss is None else output.loss
         if loss.requires_grad:
             loss.backward()
     results = {}
@@ -285,11 +285,6 @@ def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
         "bent_bound": limits.eps + float(limits.tiny * limits.eps * columns**0.5 / size),
         "overflows": not bool(torch.isfinite(large[1]).all()),
     }
-
-
-def own_loss(logits: torch.Tensor) -> torch.Tensor:
-    """A loss of one's own on logits: half their mean square."""
-    return logits.float().square().mean() / 2
 
 
 def base_name(name: str, names: Any) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Live(internals.TorchDispatchMode):
         if key in self._alive:
             return
         size = storage.nbytes()
-        self._alive[key] = (weakref.ref(storage, self._freed(key)), size, self.tag)
+        self._alive[key] = (weakref.ref(storage, partial(self._freed, key)), size, self.tag)
         self.now += size
         self.peak = max(self.peak, self.now)
 
@@ -57,13 +58,9 @@ class Live(internals.TorchDispatchMode):
         counted = self._alive.get(internals.storage_id(tensor))
         return counted is not None and counted[2] == tag
 
-    def _freed(self, key: int) -> Callable[[Any], None]:
-        def forget(_: Any) -> None:
-            counted = self._alive.pop(key, None)
-            if counted is not None:
-                self.now -= counted[1]
-
-        return forget
+    def _freed(self, key: int, _: Any) -> None:
+        if key in self._alive:
+            self.now -= self._alive.pop(key)[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

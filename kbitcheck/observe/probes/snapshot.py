@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
     storages = _Storages()
     owned = {id(p) for p in (adapters or {}).values()}
     biases = {id(m.bias) for m in model.modules() if backends.is_quantized(m) and getattr(m, "bias", None) is not None}
-    blocks = {name: module for name, module in model.named_modules() if is_block(module)}
     return ModelFacts(
         cls=type(model).__name__,
         parameters={
@@ -35,13 +34,13 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         },
         buffers={n: _tensor(n, b, storages) for n, b in model.named_buffers(remove_duplicate=False)},
         layers={n: layer(n, m) for n, m in model.named_modules() if backends.is_quantized(m)},
-        modules={n: _module(n, m, n in blocks) for n, m in model.named_modules()},
+        modules={n: _module(n, m) for n, m in model.named_modules()},
         config=_config(model),
         state_keys=_keys(model) if keys else frozenset(),
         input_hooks={n: len(hooks) for n, m in model.named_modules() if (hooks := internals.output_hooks(m))},
         can_checkpoint=can_checkpoint(model),
-        embeddings=tuple(_names(model, embeddings(model))),
-        heads=tuple(_names(model, heads(model))),
+        embeddings=_names(model, embeddings(model)),
+        heads=_names(model, heads(model)),
         kept_in_float32=internals.kept_in_float32(model),
     )
 
@@ -126,9 +125,9 @@ def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
     return _digests[key]
 
 
-def _names(model: nn.Module, wanted: list[nn.Module]) -> Iterator[str]:
-    ids = {id(m) for m in wanted}
-    return (name for name, module in model.named_modules() if id(module) in ids)
+def _names(model: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:
+    ids = {id(m) for m in modules}
+    return tuple(name for name, module in model.named_modules() if id(module) in ids)
 
 
 class _Storages:
@@ -166,8 +165,8 @@ def _tensor(
     )
 
 
-def _module(name: str, module: nn.Module, block: bool) -> ModuleFacts:
-    flag = getattr(module, "gradient_checkpointing", None)
+def _module(name: str, module: nn.Module) -> ModuleFacts:
+    block, flag = is_block(module), getattr(module, "gradient_checkpointing", None)
     return ModuleFacts(
         name=name,
         cls=type(module).__name__,
@@ -205,12 +204,11 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return {}
-    more = {"attention": internals.attention(config)}
+    fields = {**config.to_dict(), "attention": internals.attention(config)}
     generates: Any = getattr(model, "generation_config", None)
     if hasattr(generates, "to_dict"):
-        more["generation"] = generates.to_dict()
-    plain: Mapping[str, Any] = _plain({**config.to_dict(), **more})
-    return plain
+        fields["generation"] = generates.to_dict()
+    return {str(k): _plain(v) for k, v in fields.items()}
 
 
 def _plain(item: Any) -> Any:

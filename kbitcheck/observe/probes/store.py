@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kbitcheck.core.errors import Raised
@@ -90,8 +91,6 @@ def _base_round_trip(subject: Subject) -> None:
 
 def _saved(adapters: Mapping[str, nn.Parameter], folder: str) -> str:
     """The file that the adapters were written to."""
-    from safetensors.torch import save_file
-
     path = f"{folder}/kbitcheck-adapters.safetensors"
     save_file({n: p.detach().clone().contiguous() for n, p in adapters.items()}, path)
     return path
@@ -99,8 +98,6 @@ def _saved(adapters: Mapping[str, nn.Parameter], folder: str) -> str:
 
 def _load(adapters: Mapping[str, nn.Parameter], file: str) -> None:
     """Back from a file into another model's adapters, whose own numbers are blanked."""
-    from safetensors.torch import load_file
-
     loaded = load_file(file)
     for name, parameter in adapters.items():
         parameter.data = torch.zeros_like(parameter).copy_(loaded[name])

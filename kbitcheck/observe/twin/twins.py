@@ -247,7 +247,7 @@ def smooth_training(
     """
     start = {n: p.detach().clone() for n, p in adapters.items()}
     for rate in LEARNING_RATES:
-        losses = train(model, batch, adapters, learning_rate=rate, seed=seed)
+        losses = train(model, batch, learning_rate=rate, seed=seed)
         if all(b < a for a, b in pairwise(losses)):
             break
         for name, parameter in adapters.items():
@@ -258,7 +258,6 @@ def smooth_training(
 def train(
     model: nn.Module,
     batch: step.Batch,
-    adapters: Mapping[str, nn.Parameter],
     *,
     learning_rate: float,
     autocast: Any = None,
