@@ -11,7 +11,7 @@ from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, Fact, Hono
 from kbitcheck.observe import internals
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import adapters, memory, switches, targets
+from kbitcheck.observe.probes import adapters, memory, switches
 from kbitcheck.observe.probes.call import SECOND, THIRD, call
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.stages import mix_training_flags
@@ -63,7 +63,7 @@ class Calls:
     def adapters_first(self) -> AdaptersFirst:
         """Raises ``Unavailable`` where the model takes no adapters before it is prepared."""
         preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
-        library = "peft" if spec.adapters == "peft" or targets.peft_installed() else "reference"
+        library = "peft" if spec.adapters == "peft" or adapters.peft_installed() else "reference"
         # PEFT refuses some targets, which KB905 reports.
         fit = [name for name in loaded.targets if name not in loaded.unfit_targets]
         try:

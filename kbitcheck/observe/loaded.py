@@ -24,7 +24,7 @@ from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe import process_memory
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
-from kbitcheck.observe.probes import forwards, layers, snapshot, step, targets
+from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.twin import twins as twin
 
@@ -34,9 +34,9 @@ Attach = Callable[[nn.Module, CaseSpec], Attached]
 class Function(NamedTuple):
     """Logits of a base: in float64, of the base as it is, and of the twin in the preparation's own dtypes."""
 
-    exact: targets.Routed
-    original: targets.Routed
-    rounded: targets.Routed
+    exact: routers.Routed
+    original: routers.Routed
+    rounded: routers.Routed
 
 
 class Loaded:
@@ -65,7 +65,7 @@ class Loaded:
         self.facts = snapshot.snapshot(model)
         self.batch = batch or source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
-        self.unfit_targets = targets.unfit(model, self.targets)
+        self.unfit_targets = adapter_probe.unfit(model, self.targets)
         self.weights, self.misread = layers.originals(model)
         self.attach: Attach = attach or self._attach_targets
         self._twin_errors = twin_errors
@@ -202,11 +202,11 @@ class Loaded:
             self._functions[profile] = function
         return function
 
-    def logits(self, model: nn.Module, profile: Profile | None = None) -> targets.Routed:
+    def logits(self, model: nn.Module, profile: Profile | None = None) -> routers.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
         autocast = self.autocast(profile) if profile else None
         run = partial(forwards.forward_logits, model, self.batch, autocast() if autocast else None)
-        return targets.Routed(*targets.routed(model, run))
+        return routers.Routed(*routers.routed(model, run))
 
     def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
         """How training runs under a profile: mixed dtypes need autocast.

@@ -11,7 +11,7 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CANNOT_RUN, Fact, ForwardFacts, FunctionFacts, StoreFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import forwards, memory, store, targets
+from kbitcheck.observe.probes import forwards, memory, routers, store
 from kbitcheck.observe.twin import twins
 
 
@@ -54,7 +54,7 @@ class Outputs:
         expected = self._loaded.function(self._profile)
         exact = expected.exact.logits
         logits, routes = self._loaded.logits(self._preparation.prepared_copy(), self._profile)
-        keep = targets.unmoved(exact, expected.exact.routes, routes, expected.original.routes, expected.rounded.routes)
+        keep = routers.unmoved(exact, expected.exact.routes, routes, expected.original.routes, expected.rounded.routes)
         return FunctionFacts(
             base_error=twins.root_mean_square_error(expected.original.logits, exact, keep),
             error=twins.root_mean_square_error(logits, exact, keep),

@@ -21,7 +21,7 @@ from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.forecast import predict
 from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.probes import adapters as adapter_probe
-from kbitcheck.observe.probes import snapshot, targets
+from kbitcheck.observe.probes import snapshot
 from kbitcheck.observe.process_memory import LARGE_BYTES
 
 NEEDS_A_RUN = "needs a run: the audit is static"
@@ -41,7 +41,7 @@ class StaticCase(OpenCase):
         self.remote_code = source.remote_code
         self.weights = predict.of_weights(self._model, self.base, spec, source.notes)
         wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
-        self.unfit_targets = targets.unfit(self._model, wanted)
+        self.unfit_targets = adapter_probe.unfit(self._model, wanted)
 
     def compute(self, name: str) -> Any:
         """Raises ``Unavailable``: the case has no other facts."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +15,14 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.cases import ALL_LINEAR
 from kbitcheck.core.errors import UsageError
+from kbitcheck.observe.probes import routers
 from kbitcheck.observe.probes.snapshot import heads
 
 # Of each factor of a pair: an adapter then moves its layer by about a fifth. At 1 it would outweigh the layer, and the
 # sharp attention that gives (T5's most of all) makes gradients so rough that no comparison says anything.
 SPREAD = 0.3
 
+STATE_SPACE = re.compile(r"mamba|ssm", re.IGNORECASE)
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "proj_out"})
 
 
@@ -43,6 +47,25 @@ def target_layers(model: nn.Module, targets: str) -> list[str]:
     if not quantized:
         raise UsageError(f"no quantized layer matches the adapter targets {targets!r}")
     return quantized
+
+
+def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
+    """Targets an adapter library refuses or must not wrap, each with the reason."""
+    choosing = routers.routers(model)
+    reasons = {}
+    for name in targets:
+        parent, _, last = name.rpartition(".")
+        owner = type(model.get_submodule(parent)).__name__
+        if name in choosing:
+            reasons[name] = "a router: an adapter on it moves which experts run, and some return tuples"
+        elif last == "out_proj" and (STATE_SPACE.search(owner) or hasattr(model.get_submodule(parent), "A_log")):
+            reasons[name] = f"{owner} reads this layer's weight itself and never calls it"
+    return reasons
+
+
+def peft_installed() -> bool:
+    """Whether PEFT can be imported."""
+    return importlib.util.find_spec("peft") is not None
 
 
 class Attached(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import CallFacts
 from kbitcheck.observe.library_attributes import attributes, classes_of, replaced
-from kbitcheck.observe.probes import process
+from kbitcheck.observe.probes import process_state
 
 Prepare = Callable[..., Any]
 
@@ -59,13 +59,13 @@ def call(
         warnings.simplefilter("always")
         modes = {name: module.training for name, module in model.named_modules()}
         cls = type(model)
-        before = process.state()
+        before = process_state.state()
         try:
             returned = prepare(model, *positional, **kwargs)
         except Exception as error:
             raised = Raised.of(error)
-        after = process.state()
-    changed = {**process.changed(before, after), **replaced(original)}
+        after = process_state.state()
+    changed = {**process_state.changed(before, after), **replaced(original)}
     return returned, CallFacts(
         raised=raised,
         same_object=returned is model,

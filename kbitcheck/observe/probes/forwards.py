@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import ForwardFacts
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.observe.probes import step, switches, targets
+from kbitcheck.observe.probes import routers, step, switches
 from kbitcheck.observe.probes.live import tensors
 
 
@@ -31,7 +31,7 @@ class Forward:
     autocast: bool
     finite: bool
     raised: Raised | None
-    routed: targets.Routed | None
+    routed: routers.Routed | None
     optional: bool = False
 
 
@@ -51,7 +51,7 @@ def left_padded(batch: step.Batch) -> step.Batch:
     }
 
 
-Ran = tuple[bool, Raised | None, targets.Routed | None]
+Ran = tuple[bool, Raised | None, routers.Routed | None]
 
 
 def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
@@ -62,13 +62,13 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
     context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
         with torch.set_grad_enabled(training), context, switches.seeded(0, batch), switches.dropout(model, 0.0):
-            output, routes = targets.routed(model, lambda: model(**inputs))
+            output, routes = routers.routed(model, lambda: model(**inputs))
     except Exception as error:
         return False, Raised.of(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
     finite = bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2])
-    return finite, None, targets.Routed(output.logits.detach(), routes)
+    return finite, None, routers.Routed(output.logits.detach(), routes)
 
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
@@ -95,14 +95,14 @@ def embedded(model: Any, batch: step.Batch) -> Ran:
     try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
         with switches.seeded(0, batch), switches.dropout(model, 0.0):
-            output, routes = targets.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
+            output, routes = routers.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
             output.loss.backward()
     except Exception as error:
         return False, Raised.of(error), None
     finally:
         step.clear_gradients(model)
     raised = None if embeddings.grad is not None else Raised("", "no gradient comes back to the embeddings")
-    return bool(torch.isfinite(output.logits).all()), raised, targets.Routed(output.logits.detach(), routes)
+    return bool(torch.isfinite(output.logits).all()), raised, routers.Routed(output.logits.detach(), routes)
 
 
 class _Forced(LogitsProcessor):
@@ -126,7 +126,7 @@ def token_by_token(model: Any, batch: step.Batch) -> Ran:
     plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
     try:
         with torch.no_grad():
-            output, routes = targets.routed(
+            output, routes = routers.routed(
                 model,
                 lambda: model.generate(
                     **inputs,
@@ -142,7 +142,7 @@ def token_by_token(model: Any, batch: step.Batch) -> Ran:
         logits = torch.stack(list(output.logits), dim=1)
     except Exception as error:
         return False, Raised.of(error), None
-    return bool(torch.isfinite(logits).all()), None, targets.Routed(logits, routes)
+    return bool(torch.isfinite(logits).all()), None, routers.Routed(logits, routes)
 
 
 def forward_logits(
@@ -196,7 +196,7 @@ def compare(
     return compared
 
 
-def _apart(prepared: targets.Routed | None, base: targets.Routed | None) -> float | None:
+def _apart(prepared: routers.Routed | None, base: routers.Routed | None) -> float | None:
     """How far logits are from others, relative, over the tokens whose experts are the same; None where none are."""
     if prepared is None or base is None:
         return None
@@ -204,7 +204,7 @@ def _apart(prepared: targets.Routed | None, base: targets.Routed | None) -> floa
     if any(not torch.equal(a, b) for a, b in zip(prepared.routes, base.routes, strict=True)):
         if any(route.shape[0] != theirs.shape[:-1].numel() for route in base.routes):
             return None
-        keep = targets.unmoved(theirs, base.routes, prepared.routes)
+        keep = routers.unmoved(theirs, base.routes, prepared.routes)
         ours, theirs = ours[keep], theirs[keep]
     return float((ours - theirs).norm() / theirs.norm()) if theirs.numel() else None
 

@@ -1,10 +1,9 @@
-"""Adapter targets that do not take adapters, and routers whose choices rounding can move."""
+"""Routers of experts: rounding can move their choices, and with them a whole token's logits."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,12 +15,6 @@ from kbitcheck.observe.probes.live import tensors
 T = TypeVar("T")
 
 ROUTER = re.compile(r"(router|topk|gate)$|router", re.IGNORECASE)
-STATE_SPACE = re.compile(r"mamba|ssm", re.IGNORECASE)
-
-
-def peft_installed() -> bool:
-    """Whether PEFT can be imported."""
-    return importlib.util.find_spec("peft") is not None
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -33,20 +26,6 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
         if ROUTER.search(type(module).__name__) or (beside_experts and last in ("gate", "router")):
             modules[name] = module
     return modules
-
-
-def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
-    """Targets an adapter library refuses or must not wrap, each with the reason."""
-    choosing = routers(model)
-    reasons = {}
-    for name in targets:
-        parent, _, last = name.rpartition(".")
-        owner = type(model.get_submodule(parent)).__name__
-        if name in choosing:
-            reasons[name] = "a router: an adapter on it moves which experts run, and some return tuples"
-        elif last == "out_proj" and (STATE_SPACE.search(owner) or hasattr(model.get_submodule(parent), "A_log")):
-            reasons[name] = f"{owner} reads this layer's weight itself and never calls it"
-    return reasons
 
 
 class Routed(NamedTuple):
