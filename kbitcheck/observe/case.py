@@ -28,7 +28,7 @@ from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import digest, layers, step, switches
+from kbitcheck.observe.probes import digest, layers, switches
 from kbitcheck.observe.probes.interleaving import Subject
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Prepared, Wrapped
@@ -112,6 +112,7 @@ class Case(OpenCase):
     ) -> None:
         super().__init__(spec, recipe)
         self._loaded = loaded
+        self.batch = loaded.batch
         self._preparation = Preparation(spec, function, loaded, patches=patches)
         self._preparation.make_room = self._make_room
         self.computed = self._preparation.computed
@@ -134,11 +135,6 @@ class Case(OpenCase):
     _calls = Fact(lambda self: Calls(self._preparation, self._outputs))
     _trained = Fact(lambda self: Trained(self._preparation, self._outputs))
     _interleaved = Fact(lambda self: Interleaved(self._preparation, self._outputs))
-
-    @property
-    def batch(self) -> step.Batch:
-        """The inputs of every forward and step."""
-        return self._loaded.batch
 
     @property
     def interleaving(self) -> Subject:
@@ -209,7 +205,7 @@ class Case(OpenCase):
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report; beside those of the loaded model only what has been computed."""
-        return figures.summary(self, self.computed, batch=self._loaded.batch)
+        return figures.summary(self, self.computed, batch=self.batch)
 
 
 def checkpointed_alone(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.twin import twins as twin
 
+T = TypeVar("T")
 Attach = Callable[[nn.Module, CaseSpec], Attached]
 
 
@@ -47,7 +48,6 @@ class Loaded:
     """
 
     _no_twin = ""  # why there is none
-    _forwards: Sequence[forwards.Forward] | None = None
 
     def __init__(
         self,
@@ -69,8 +69,7 @@ class Loaded:
         self.weights, self.misread = layers.originals(model)
         self.attach: Attach = attach or self._attach_targets
         self._twin_errors = twin_errors
-        self._functions: dict[str, Function] = {}
-        self._twins: dict[tuple[str, ...], twin.Twins] = {}
+        self._results: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
     def from_source(
@@ -118,26 +117,19 @@ class Loaded:
         return next((d for d in dtypes if d is not None), torch.float32)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
-        """Twins under the spec's profile and adapters, computed once."""
-        key = (spec.profile, spec.adapters, str(spec.rank), str(spec.seed))
-        if key not in self._twins:
-            with self._in_float64():
-                self._twins[key] = self._compute_twins(spec)
-        return self._twins[key]
+        """Twins under the spec's profile and adapters."""
+        key = ("twins", spec.profile, spec.adapters, spec.rank, spec.seed)
+        return self._computed_once(key, lambda: self._in_float64(lambda: self._compute_twins(spec)), small=True)
 
-    @contextmanager
-    def _in_float64(self) -> Iterator[None]:
-        """Runs the twin in float64, which some models' own code does not support: tried once.
-
-        What is no ``twin_errors`` is an error of the twin, and stays one.
+    def _in_float64(self, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns. It runs a float64 twin, which some models' own code does not support: tried once.
 
         Raises:
-            Unavailable: it does not run.
+            Unavailable: the twin does not run. Any other exception is an error of the twin.
         """
         if not self._no_twin:
             try:
-                yield
-                return
+                return compute()
             except self._twin_errors as error:
                 if isinstance(error, torch.OutOfMemoryError) and torch.OutOfMemoryError not in self._twin_errors:
                     raise
@@ -165,12 +157,16 @@ class Loaded:
     @property
     def forwards(self) -> Sequence[forwards.Forward]:
         """The unprepared base under every condition."""
-        if self._forwards is None:
-            results = list(forwards.everywhere(self.copy(), self.batch, self.half))
-            if self.large:
-                return results
-            self._forwards = results
-        return self._forwards
+        return self._computed_once(("forwards",), lambda: list(forwards.everywhere(self.copy(), self.batch, self.half)))
+
+    def _computed_once(self, key: tuple[Any, ...], compute: Callable[[], T], *, small: bool = False) -> T:
+        """What ``compute`` returns, kept under the key; that of a large model is not, unless it is ``small``."""
+        if key in self._results:
+            return cast(T, self._results[key])
+        result = compute()
+        if small or not self.large:
+            self._results[key] = result
+        return result
 
     def wide(self) -> nn.Module:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
@@ -185,11 +181,11 @@ class Loaded:
         return bool(can and can()) and not forwards.generate(self.copy(), self.batch).raised
 
     def function(self, profile: Profile) -> Function:
-        """What a prepared model's logits are measured against, computed once a profile."""
-        if profile in self._functions:
-            return self._functions[profile]
-        with self._in_float64():
-            exact = self.logits(twin.float64(self.pristine, self.weights))
+        """What a prepared model's logits are measured against."""
+        return self._computed_once(("function", profile), lambda: self._compute_function(profile))
+
+    def _compute_function(self, profile: Profile) -> Function:
+        exact = self._in_float64(lambda: self.logits(twin.float64(self.pristine, self.weights)))
         rounded = self.logits(twin.same_dtype(self.pristine, self.weights, profile), profile)
         try:
             original = self.logits(self.copy())
@@ -197,10 +193,7 @@ class Loaded:
             raise
         except RuntimeError as error:
             raise Unavailable(f"the unprepared base does not run: {cause(error)}") from error
-        function = Function(exact=exact, original=original, rounded=rounded)
-        if not self.large:
-            self._functions[profile] = function
-        return function
+        return Function(exact=exact, original=original, rounded=rounded)
 
     def logits(self, model: nn.Module, profile: Profile | None = None) -> routers.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""

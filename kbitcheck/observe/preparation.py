@@ -30,14 +30,10 @@ class Preparation:
         self.spec = spec
         self.function = function
         self.loaded = loaded
+        self.batch = loaded.batch
         self.patches = patches
         self.make_room: Callable[[], None] = lambda: None
         self.computed: dict[str, Any] = {}
-
-    @property
-    def batch(self) -> Batch:
-        """The inputs of every forward and step."""
-        return self.loaded.batch
 
     @property
     def keywords(self) -> dict[str, Any]:

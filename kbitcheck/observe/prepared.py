@@ -117,24 +117,18 @@ def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None
         LiveModel(pristine),
         spec,
         batch=batch or _drawn(pristine, spec.seed),
-        attach=OwnAdapters(dtypes) if dtypes else None,
+        attach=functools.partial(attach_own, dtypes) if dtypes else None,
         twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class OwnAdapters:
-    """The adapters that a copy carries already, by name and dtype; called as ``Loaded.attach``."""
-
-    dtypes: Mapping[str, torch.dtype]
-
-    def __call__(self, model: nn.Module, spec: CaseSpec) -> Attached:
-        """The model with its adapters; a parameter that is zero is drawn, or half of the gradients would be zero."""
-        adapters = {name: p for name, p in model.named_parameters() if name in self.dtypes}
-        for name, parameter in adapters.items():
-            parameter.data = parameter.data.to(self.dtypes[name])
-        adapter_probe.draw({name: p for name, p in adapters.items() if not p.any()}, spec.seed)
-        return Attached(model, adapters)
+def attach_own(dtypes: Mapping[str, torch.dtype], model: nn.Module, spec: CaseSpec) -> Attached:
+    """The model with the adapters that it carries, by name and dtype; zeros are drawn anew, or half of the gradients would be zero."""
+    adapters = {name: p for name, p in model.named_parameters() if name in dtypes}
+    for name, parameter in adapters.items():
+        parameter.data = parameter.data.to(dtypes[name])
+    adapter_probe.draw({name: p for name, p in adapters.items() if not p.any()}, spec.seed)
+    return Attached(model, adapters)
 
 
 class PreparedCase(OpenCase):
@@ -158,7 +152,7 @@ class PreparedCase(OpenCase):
 
     @Fact
     def _copy(self) -> Case:
-        return Case(self.spec, _unchanged, copy_of(self._model, self.spec, self._batch))
+        return Case(self.spec, lambda model: model, copy_of(self._model, self.spec, self._batch))
 
     @Fact
     def base(self) -> ModelFacts:
@@ -201,11 +195,6 @@ def _drawn(model: nn.Module, seed: int) -> step.Batch:
     if inner is None:
         raise UsageError(f"{type(model).__name__} holds no model of transformers: give batch=")
     return draw(inner, batch=2, seq_len=24, seed=seed)
-
-
-def _unchanged(model: Any) -> Any:
-    """The preparation that does nothing."""
-    return model
 
 
 def captures(model: nn.Module) -> str:

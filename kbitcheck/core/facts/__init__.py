@@ -4,8 +4,7 @@ A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equa
 """
 
 from kbitcheck.core.facts.case import Fact, Facts
-from kbitcheck.core.facts.forecast import ForecastFacts, GroupFacts, HeldFacts
-from kbitcheck.core.facts.memory import CostFacts, MemoryFacts
+from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, GroupFacts, HeldFacts, MemoryFacts
 from kbitcheck.core.facts.model import (
     FLOATING,
     HALF,
@@ -33,32 +32,8 @@ from kbitcheck.core.facts.step import (
 )
 
 __all__ = [
-    "CANNOT_RUN",
-    "FLOATING",
-    "HALF",
-    "AdaptersFirst",
-    "BlockFacts",
-    "CallFacts",
-    "CostFacts",
-    "Distance",
-    "Fact",
-    "Facts",
-    "ForecastFacts",
-    "ForwardFacts",
-    "FunctionFacts",
-    "GradientFacts",
-    "GroupFacts",
-    "HeldFacts",
-    "HonouredArguments",
-    "LayerBackward",
-    "LayerFacts",
-    "MemoryFacts",
-    "ModelFacts",
-    "ModuleFacts",
-    "RefusedCall",
-    "RunFacts",
-    "StepOutcome",
-    "StoreFacts",
-    "TensorFacts",
-    "TrainingFacts",
-]
+    "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "CallFacts", "CostFacts", "Distance",
+    "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "GradientFacts", "GroupFacts",
+    "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts",
+    "ModuleFacts", "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts", "TrainingFacts",
+]  # fmt: skip

@@ -7,8 +7,7 @@ from operator import methodcaller
 from typing import Any, Generic, TypeVar
 
 from kbitcheck.core.errors import Raised
-from kbitcheck.core.facts.forecast import ForecastFacts
-from kbitcheck.core.facts.memory import CostFacts, MemoryFacts
+from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.facts.step import (

@@ -1,9 +1,10 @@
-"""Bytes that steps hold and that preparing costs."""
+"""Bytes: what steps hold, what preparing costs, what training is predicted to take."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +43,109 @@ class CostFacts:
     largest: int
     stale: int
     cached: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFacts:
+    """Parameters and bytes of one part of a quantized model. ``quantized`` of its ``parameters`` are packed.
+
+    ``packed`` and ``state`` are the bytes of packed weights and of their quantization states, ``unquantized`` those of
+    all other parameters as loaded; ``upcast`` maps a profile to the bytes it adds to them.
+    """
+
+    parameters: int = 0
+    quantized: int = 0
+    packed: int = 0
+    state: int = 0
+    unquantized: int = 0
+    buffers: int = 0
+    upcast: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: GroupFacts) -> GroupFacts:
+        names = ("parameters", "quantized", "packed", "state", "unquantized", "buffers")
+        profiles = dict.fromkeys((*self.upcast, *other.upcast))
+        return GroupFacts(
+            **{n: getattr(self, n) + getattr(other, n) for n in names},
+            upcast={p: self.upcast.get(p, 0) + other.upcast.get(p, 0) for p in profiles},
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as loaded."""
+        return self.packed + self.state + self.unquantized + self.buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFacts:
+    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time."""
+
+    held: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastFacts:
+    """What training will take, in bytes, predicted without weights.
+
+    ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
+    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
+    other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
+    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``; they are empty where the step takes less than
+    1 % of any and no memory was given.
+    ``missing`` is why no step was predicted.
+    """
+
+    groups: Mapping[str, GroupFacts]
+    profile: str
+    adapters: int
+    trainable: int
+    optimizer: Mapping[str, int]
+    device: str
+    mode: str
+    memory: int | None = None
+    batch: int = 0
+    seq_len: int = 0
+    activations: Mapping[str, HeldFacts] = field(default_factory=dict)
+    logits: int = 0
+    largest_batch: Mapping[int, int] = field(default_factory=dict)
+    longest: Mapping[int, int] = field(default_factory=dict)
+    usual: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    rooms: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    missing: str = ""
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of the quantized model as loaded."""
+        return sum(g.nbytes for g in self.groups.values())
+
+    @property
+    def upcast(self) -> int:
+        """Bytes that the case's profile adds."""
+        return sum(g.upcast.get(self.profile, 0) for g in self.groups.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, each storage once."""
+        return sum(g.parameters for g in self.groups.values())
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay through training: prepared weights, adapters and the state of 32-bit AdamW."""
+        return self.loaded + self.upcast + self.adapters + self.optimizer["adamw"]
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary, sums included."""
+        sums = {name: getattr(self, name) for name in ("loaded", "upcast", "parameters", "resident")}
+        totals = {mode: self.total(mode) for mode in self.activations}
+        plain = asdict(self)
+        for name in ("largest_batch", "longest"):
+            plain[name] = {str(size): number for size, number in plain[name].items()}
+        rooms = {str(size): name for size, name in self.rooms.items()}
+        plain["usual"] = {str(at): {str(size): n for size, n in row.items()} for at, row in self.usual.items()}
+        return {**plain, **sums, "gradients": self.adapters, "total": totals, "rooms": rooms}
+
+    def total(self, mode: str) -> int | None:
+        """Peak of a training step under a checkpointing mode; the gradients are in it."""
+        step = self.activations.get(mode)
+        return None if step is None else self.resident + max(step.peak, self.adapters)

@@ -9,8 +9,6 @@ from typing import Any
 from kbitcheck.core.errors import Raised
 
 HALF = frozenset({"float16", "bfloat16"})
-
-
 FLOATING = HALF | {"float32", "float64"}
 
 

@@ -64,7 +64,6 @@ class GradientFacts:
     live: bool
     norm: float | None
     finite: bool
-    twin_norm: float
     error: float
     noise: float
     yardstick: float
@@ -76,7 +75,7 @@ class LayerBackward:
     """A quantized layer's own backward.
 
     ``excess`` is the largest elementwise error over its bound (1 is the limit); ``gain`` is the least-squares factor
-    between the gradient found and the one expected, and ``gain_bound`` how far from 1 rounding can move it. ``misread``
+    between the measured gradient and the expected one, and ``gain_bound`` how far from 1 rounding can move it. ``misread``
     is how far the backend's own kernel unpacks the weight from what its format says, relative, where that is more than
     rounding: the layer is then judged by the kernel's weight. ``bent`` is how far a gradient thousands of times as large
     comes out from as many times as large, relative, and ``overflows`` whether one that is not finite stays so.
@@ -100,7 +99,7 @@ class ForwardFacts:
     ``apart`` is how far the logits are from the base's under the same condition, relative (root mean squares), and
     ``base_step`` how far the base's own are in eval from what they are in train, without dropout; ``base_cast`` how far
     they are under autocast from what they are without. ``wide_raised`` is what the same model raises there where every
-    parameter and buffer is float32 and nothing is quantized; asked only where this one raised and the base did not.
+    parameter and buffer is float32 and nothing is quantized; None unless this one raised and the base did not.
     """
 
     condition: str
