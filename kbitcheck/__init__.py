@@ -17,15 +17,7 @@ from kbitcheck.core.version import VERSION
 if TYPE_CHECKING:
     from kbitcheck.core.cases import Checkpointing, Freezes, Profile
 
-__all__ = [
-    "NonConformance",
-    "Report",
-    "UsageError",
-    "__version__",
-    "assert_prepared",
-    "audit",
-    "check_implementation",
-]
+__all__ = ["NonConformance", "Report", "UsageError", "__version__", "assert_prepared", "audit", "check_implementation"]
 
 __version__ = VERSION
 

@@ -91,9 +91,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(
-            **options,
-            allow_abbrev=False,
-            formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
+            **options, allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=30)
         )
 
     def error(self, message: str) -> NoReturn:

@@ -228,12 +228,7 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
 
 
 def judge(
-    report: Report,
-    ledger: Ledger,
-    *,
-    accepted: bool = False,
-    today: date | None = None,
-    recipes: Collection[str] = (),
+    report: Report, ledger: Ledger, *, accepted: bool = False, today: date | None = None, recipes: Collection[str] = ()
 ) -> Report:
     """The report with its comparison against a ledger, which then decides its verdict and exit code.
 

@@ -7,23 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
-
-
 Profile = Literal["auto", "peft", "qlora", "frozen-half"]
-
-
 Freezes = Literal["at-prepare", "at-attach"]
-
-
 Adapters = Literal["reference", "peft"]
-
-
 Static = Literal["never", "always", "if-too-large"]
-
-
 ALL_LINEAR = "all-linear"
-
-
 REFERENCE = "reference"  # the implementation that comes with kbitcheck
 
 

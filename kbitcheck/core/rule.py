@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("kbitcheck")
-
-
 CODE = re.compile(r"KB\d{3}")
-
-
 Check = Callable[["Facts"], Iterable[Observation]]
 
 
@@ -128,6 +124,7 @@ class Registry(Mapping[str, Rule]):
 
 
 REGISTRY = Registry()
+select = REGISTRY.select
 
 
 def rule(code: str, name: str, level: Level) -> Callable[[Check], Check]:
@@ -143,15 +140,6 @@ def rule(code: str, name: str, level: Level) -> Callable[[Check], Check]:
 def rules() -> Registry:
     """Every rule by code, sorted."""
     return REGISTRY
-
-
-def select(codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -> list[Rule]:
-    """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes.
-
-    Raises:
-        UsageError: a code or prefix that matches no rule.
-    """
-    return REGISTRY.select(codes, ignore)
 
 
 def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = lambda error: None) -> Result:

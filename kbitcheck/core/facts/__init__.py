@@ -34,6 +34,6 @@ from kbitcheck.core.facts.step import (
 __all__ = [
     "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "CallFacts", "CostFacts", "Distance",
     "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "GradientFacts", "GroupFacts",
-    "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts",
-    "ModuleFacts", "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts", "TrainingFacts",
+    "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts", "ModuleFacts",
+    "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts", "TrainingFacts",
 ]  # fmt: skip
