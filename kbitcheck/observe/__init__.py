@@ -1,1 +1,1 @@
-"""From a case to facts: the only layer that touches tensors, beside the backends."""
+"""From a case to facts: stages, probes, float64 twins, forecast."""

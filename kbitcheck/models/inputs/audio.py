@@ -19,7 +19,7 @@ BINS = (
     "input_size", "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "feature_projection_input_dim",
 )  # fmt: skip
 
-Form = Callable[[Any, Tokens, int], tuple[Tensor, int]]
+Layout = Callable[[Any, Tokens, int], tuple[Tensor, int]]
 
 
 def batches_with_audio(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
@@ -31,7 +31,7 @@ def batches_with_audio(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iter
     tower = _tower(model)
     in_text = inspect.signature(tower.get_audio_features).parameters if tower and "input_ids" in accepted else {}
     for make, taken in ((_audio_in_text, in_text), (_audio_beside_text, accepted)):
-        yield from (partial(make, key=key, form=form, **shape) for key, form in FORMS if key in taken)
+        yield from (partial(make, key=key, layout=layout, **shape) for key, layout in LAYOUTS if key in taken)
 
 
 def _tower(model: Any) -> Any:
@@ -39,14 +39,14 @@ def _tower(model: Any) -> Any:
     return next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features")), None)
 
 
-def _audio_in_text(model: Any, *, key: str, form: Form, batch: int, seq_len: int, seed: int) -> Batch:
+def _audio_in_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
     """Text with as many tokens for the audio as the model itself computes features of it.
 
     A model without such a token adds features and embeddings up, so that its text is as long as its audio.
     """
     tower = _tower(model)
     accepted = inspect.signature(tower.get_audio_features).parameters
-    numbers, length = form(_config(model.config), Tokens(model, seed), batch)
+    numbers, length = layout(_config(model.config), Tokens(model, seed), batch)
     whole = torch.ones(batch, length, dtype=torch.int64)
     masks = {mask: whole for mask in ("input_features_mask", "padding_mask") if mask in accepted}
     audio = fit({key: numbers, **masks}, model)
@@ -62,10 +62,10 @@ def _audio_in_text(model: Any, *, key: str, form: Form, batch: int, seq_len: int
     return {**text, **audio}
 
 
-def _audio_beside_text(model: Any, *, key: str, form: Form, batch: int, seq_len: int, seed: int) -> Batch:
+def _audio_beside_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
     """Audio for an encoder; the labels are text."""
     tokens = Tokens(model, seed)
-    numbers, _ = form(_config(model.config), tokens, batch)
+    numbers, _ = layout(_config(model.config), tokens, batch)
     return fit({key: numbers, "labels": tokens.labels(batch, seq_len)}, model)
 
 
@@ -98,7 +98,7 @@ def _wave_of_a_channel(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor,
     return tokens.features(batch, 1, SAMPLES), SAMPLES
 
 
-FORMS: tuple[tuple[str, Form], ...] = (
+LAYOUTS: tuple[tuple[str, Layout], ...] = (
     ("input_features", _bins_by_frames),
     ("input_features", _frames_by_bins),
     ("input_values", _wave),

@@ -1,4 +1,4 @@
-"""The first of several forms of batch that an architecture really runs on."""
+"""The first of several layouts of a batch that an architecture really runs on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from kbitcheck.models.inputs.text import Batch, Tokens, draw, fit
 def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape: Any) -> Batch:
     """A batch that a copy of ``model`` computes a loss from; text alone is the last resort. ``model`` is not run.
 
-    ``shape`` holds ``batch``, ``seq_len`` and ``seed``. A form whose images change no logits is passed over, since the
+    ``shape`` holds ``batch``, ``seq_len`` and ``seed``. A layout whose images change no logits is passed over, since the
     model does not read them.
 
     Raises:
-        Exception: no form fits; this is the error of the first one.
+        Exception: no layout fits; this is the error of the first one.
     """
     failed: Exception | None = None
-    for make in _forms(model, shape, images=images, audio=audio):
+    for make in _layouts(model, shape, images=images, audio=audio):
         try:
-            # Some forms run the model, to count an image's tokens: on a copy, which is not used again.
+            # Some layouts run the model, to count an image's tokens: on a copy, which is not used again.
             made = make(copy.deepcopy(model))
             with torch.no_grad():
                 loss = copy.deepcopy(model).train()(**made).loss
@@ -58,7 +58,7 @@ def kinds(batch: Mapping[str, Tensor]) -> str:
     return ", ".join(dict.fromkeys(word for key, word in named.items() if key in batch))
 
 
-def _forms(
+def _layouts(
     model: PreTrainedModel, shape: Mapping[str, Any], *, images: bool, audio: bool
 ) -> Iterator[Callable[[Any], Batch]]:
     if images:

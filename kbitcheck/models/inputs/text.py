@@ -164,7 +164,7 @@ def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int
     vision, image = config.vision_config, getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if not (isinstance(size, int) and isinstance(patch, int) and isinstance(image, int)):
-        raise UsageError(f"{type(model).__name__}: its images come in a form that kbitcheck does not support")
+        raise UsageError(f"{type(model).__name__}: its images come in a layout that kbitcheck does not support")
     patches = (size // patch) ** 2 + (getattr(config, "vision_feature_select_strategy", "") == "full")
     made = _text(model, tokens, batch, seq_len + patches)
     made["input_ids"][:, 1 : 1 + patches] = image

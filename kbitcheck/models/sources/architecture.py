@@ -85,9 +85,9 @@ class Architecture(Source):
     def batch(
         self, model: PreTrainedModel, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch: images or audio where the task needs them and kbitcheck supports their form, else text alone.
+        """A training batch: images or audio where the task needs them and kbitcheck supports their layout, else text alone.
 
-        A model that runs on no form, quantized or in half precision, gets the one that its float32 checkpoint runs on.
+        A model that runs on no layout, quantized or in half precision, gets the one that its float32 checkpoint runs on.
         """
         from kbitcheck.models.inputs.choose import first_fitting
         from kbitcheck.models.inputs.text import draw, fit

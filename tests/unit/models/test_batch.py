@@ -145,5 +145,5 @@ def test_unknown_kinds_of_input_are_told() -> None:
 
     with pytest.raises(UsageError, match="Pixels takes pixels: no batch"):
         draw(Pixels(), batch=1, seq_len=4, seed=0)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="its images come in a form that kbitcheck does not support"):
+    with pytest.raises(UsageError, match="its images come in a layout that kbitcheck does not support"):
         draw(Images(SimpleNamespace(patch_size=14)), batch=1, seq_len=4, seed=0)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Every form of input is tried on the model itself, and the first it computes a finite loss from is taken."""
+"""Every layout of inputs is tried on the model itself, and the first it computes a finite loss from is taken."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_model_is_fed_what_it_takes(name: str, images: bool, audio: bool, fed:
     assert bool(torch.isfinite(model.train()(**batch).loss))
 
 
-# A family for each form that images come in.
+# A family for each layout of images.
 LAYOUTS = {
     "qwen2_vl": (32, 384),
     "blip": (2, 3, 16, 16),
@@ -68,7 +68,7 @@ LAYOUTS = {
 
 @pytest.mark.transformers5("the families are of transformers 5")
 @pytest.mark.parametrize(("kind", "shape"), LAYOUTS.items(), ids=list(LAYOUTS))
-def test_images_come_in_the_form_the_model_reads_and_a_row_keeps_its_own(kind: str, shape: tuple[int, ...]) -> None:
+def test_images_come_in_the_layout_the_model_reads_and_a_row_keeps_its_own(kind: str, shape: tuple[int, ...]) -> None:
     source = resolve(f"arch:image-text-to-text/{kind}")
     model = source.load(NF4)
     batch = source.batch(model)
