@@ -32,9 +32,8 @@ def describe(device: str, seed: int) -> dict[str, Any]:
     """JSON-able facts about this machine, the installed packages and the device: a report's environment."""
     backend = getattr(torch, device.partition(":")[0])
     name_of = getattr(backend, "get_device_name", None)
-    facts = machine.describe(device, seed)
     return {
-        **facts,
+        **machine.describe(device, seed),
         "cuda": torch.version.cuda or "",
         "device_name": name_of(device) if name_of is not None else machine.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from kbitcheck.core.anatomy import unquantized
 from kbitcheck.core.facts import Facts, GradientFacts, MemoryFacts, ModelFacts
 from kbitcheck.models.inputs.choose import kinds
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 GRADIENT_BOUND = 4.0  # yardsticks (KB304)
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|default|weight|bias)(?=\.|$)")

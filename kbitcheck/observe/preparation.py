@@ -64,16 +64,16 @@ class Preparation:
         """What a call returned if it is a model; otherwise the model that was passed in."""
         return result if isinstance(result, nn.Module) else model
 
-    def prepared_copy(self, **keywords: Any) -> Any:
-        """A fresh base, prepared with the keyword arguments of the case or with other ones.
+    def prepared_copy(self) -> Any:
+        """A fresh base, prepared; raises as ``observed_copy``."""
+        return self.observed_copy()[0]
+
+    def observed_copy(self, **keywords: Any) -> tuple[Any, CallFacts]:
+        """A fresh base, prepared with the keyword arguments of the case or with other ones, and the facts of the call.
 
         Raises:
             Unavailable: the preparation raised.
         """
-        return self.observed_copy(**keywords)[0]
-
-    def observed_copy(self, **keywords: Any) -> tuple[Any, CallFacts]:
-        """As ``prepared_copy``, with the facts of the call."""
         model = self.copy()
         result, facts = call(self.function, model, **(keywords or self.keywords))
         if facts.raised:
