@@ -298,8 +298,7 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
-    named = kwargs.get("hidden_states", kwargs.get("hidden_state"))
-    hidden = next(tensors(*args), None) if args else named
+    hidden = next(tensors(*args), None) if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
     if hidden is None:
         raise NotImplementedError("a block that is called without hidden states")
     return hidden

@@ -80,7 +80,7 @@ class World:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
             stack.enter_context(internals.without_grouped_kernel())
-            # It looks for sequences packed into one, which cannot be told of positions without numbers.
+            # It looks for sequences packed into one, which needs the numbers of positions.
             if hasattr(masking_utils, "find_packed_sequence_indices"):
                 stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             if self.device == "cuda":
@@ -105,7 +105,7 @@ class Counted(Live):
         self.trace: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # more than half of all that is asked
+        if func is torch.ops.prim.device.default:  # more than half of all calls
             return args[0].fake_device
         if func is internals.READ_NUMBER:
             return 0.0 if args[0].dtype.is_floating_point else 0

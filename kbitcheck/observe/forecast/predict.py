@@ -128,7 +128,7 @@ class Training:
         return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
 
     def growth(self, length: int, mode: str) -> Growth:
-        """How steps without padding grow under a mode, from steps round a length."""
+        """How steps without padding grow under a mode, from steps around a length."""
         return Growth.through(length, {shape: self.step(*shape, mode, padded=False).places for shape in shapes(length)})
 
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:

@@ -69,7 +69,7 @@ def peft_installed() -> bool:
 
 
 class Attached(NamedTuple):
-    """A model to train (PEFT wraps the one that it was given), and the adapters' parameters by name."""
+    """A model to train (PEFT returns a wrapper), and the adapters' parameters by name."""
 
     model: nn.Module
     adapters: dict[str, nn.Parameter]

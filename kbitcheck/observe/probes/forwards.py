@@ -72,7 +72,7 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
 
 
 def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
-    """A forward under every condition, each run when asked for. The model is used up: eval mode may repack weights."""
+    """A forward under every condition, each computed when iterated over. The model is used up: eval mode may repack weights."""
     fed: dict[str, step.Batch] = {"with mask": batch} if "attention_mask" in batch else {}
     fed["no mask"] = {k: v for k, v in batch.items() if k != "attention_mask"}
     for training, (mask, inputs), auto in product((True, False), fed.items(), (True, False)):

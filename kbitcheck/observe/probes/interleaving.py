@@ -50,7 +50,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What is switched on the model and round it; ``checkpointing`` is None where it was never switched."""
+    """What is switched on or around the model; ``checkpointing`` is None until it is switched."""
 
     checkpointing: str | None = None
     autocast: bool = False

@@ -149,7 +149,7 @@ class _Probe:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
-        # Nothing to take a gradient by, or the model itself runs all round the layer without gradients.
+        # Integers have no gradient, and some models run such layers without gradients themselves.
         self._passed = not x.is_floating_point() or not torch.is_grad_enabled()
         if self._passed:
             return None

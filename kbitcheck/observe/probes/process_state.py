@@ -1,4 +1,4 @@
-"""What of the process a preparation must leave alone: seeds, defaults, modes, filters."""
+"""The state of the process that a preparation must leave alone: seeds, defaults, modes, filters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def state() -> State:
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "threads": torch.get_num_threads(),
         "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
-        "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())) if _cuda() else "",
+        "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()))
+        if torch.cuda.is_initialized()
+        else "",
         "numpy RNG": _digest(pickle.dumps(numpy.random.get_state())),
         "random RNG": _digest(repr(random.getstate()).encode()),
         "warnings filters": _digest(repr(warnings.filters).encode()),
@@ -67,14 +69,10 @@ def state() -> State:
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """What differs, by name; a name that only appeared counts for classes' attributes and settings alike."""
+    """Values before and after of each setting that differs, by name; one that is missing is "absent"."""
     names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
     return {n: (str(before.get(n, "absent")), str(after.get(n, "absent"))) for n in sorted(names)}
 
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -74,16 +75,12 @@ def can_checkpoint(model: nn.Module) -> bool:
 def embeddings(model: nn.Module) -> list[nn.Module]:
     """Input embeddings of the model and of every model inside it."""
     modules: list[nn.Module] = []
+    module: Any
     for module in model.modules():
-        get = getattr(module, "get_input_embeddings", None)
-        if get is None:
-            continue
-        try:
-            embedding = get()
-        except (NotImplementedError, AttributeError):
-            continue
-        if isinstance(embedding, nn.Module) and not any(embedding is e for e in modules):
-            modules.append(embedding)
+        with suppress(NotImplementedError, AttributeError):
+            embedding = module.get_input_embeddings()
+            if isinstance(embedding, nn.Module) and not any(embedding is e for e in modules):
+                modules.append(embedding)
     return modules
 
 

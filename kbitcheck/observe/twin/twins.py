@@ -62,20 +62,20 @@ class TwinLinear(nn.Linear):
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        layer: Any,
         read: Read,
-        bias: torch.Tensor | None,
         compute: torch.dtype | None,
-        device: torch.device,
         backward_read: Read | None = None,
         rounded: Round = lambda x: x,
     ) -> None:
-        super().__init__(shape[1], shape[0], bias=False, device="meta")
+        rows, columns = backends.shape(layer)
+        super().__init__(columns, rows, bias=False, device="meta")
         # One number, seen everywhere: NaN, should a model compute with the weight behind the layer's back.
-        blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=device)
-        self.weight = nn.Parameter(blank.expand(shape), requires_grad=False)
-        if bias is not None:
-            self.bias = nn.Parameter(bias, requires_grad=False)
+        blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=layer.weight.device)
+        self.weight = nn.Parameter(blank.expand(rows, columns), requires_grad=False)
+        if layer.bias is not None:
+            bias = layer.bias.detach().clone()
+            self.bias = nn.Parameter(bias.to(compute or bias.dtype), requires_grad=False)
         self.compute = compute
         self._read, self._backward_read, self._rounded = read, backward_read or read, rounded
 
@@ -96,11 +96,8 @@ class TwinLinear(nn.Linear):
 def float64(base: nn.Module, weights: Weights) -> nn.Module:
     """The float64 twin of a base, which is left alone; ``weights`` are the quantized layers', by name."""
 
-    def plain(name: str, module: Any) -> TwinLinear:
-        bias = None if module.bias is None else module.bias.detach().double()
-        return TwinLinear(
-            backends.shape(module), partial(weights.exact, name), bias, torch.float64, module.weight.device
-        )
+    def plain(name: str, layer: Any) -> TwinLinear:
+        return TwinLinear(layer, partial(weights.exact, name), torch.float64)
 
     twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
     if hasattr(twin, "set_experts_implementation"):
@@ -112,20 +109,13 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
 def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
     """The twin of a base that rounds as an ideal preparation under ``profile`` must; the base is left alone."""
 
-    def plain(name: str, module: Any) -> TwinLinear:
-        compute, backward = backends.compute_dtype(module), backends.unpacked_dtype(module)
-        bias = None if module.bias is None else module.bias.detach().clone()
-        same = backward is None or compute is None or backward == compute
-        return TwinLinear(
-            backends.shape(module),
-            # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
-            weights.reader(name, partial(_unpacked, dtype=compute or torch.float32)),
-            bias if bias is None or compute is None else bias.to(compute),
-            compute,
-            module.weight.device,
-            backward_read=None if same else weights.reader(name, partial(_unpacked, dtype=backward or torch.float32)),
-            rounded=partial(backends.round_input, module),
-        )
+    def plain(name: str, layer: Any) -> TwinLinear:
+        compute, backward = backends.compute_dtype(layer), backends.unpacked_dtype(layer)
+        # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
+        read = weights.reader(name, partial(_unpacked, dtype=compute or torch.float32))
+        differs = backward is not None and compute is not None and backward != compute
+        backward_read = weights.reader(name, partial(_unpacked, dtype=backward or torch.float32)) if differs else read
+        return TwinLinear(layer, read, compute, backward_read, partial(backends.round_input, layer))
 
     twin = _replaced(base, plain, partial(promised, profile))
     cast(twin, profile)

@@ -31,9 +31,9 @@ class Widened(torch.Tensor):
 
     @staticmethod
     def __new__(cls, stored: torch.Tensor, dtype: torch.dtype) -> Widened:
-        made: Widened = internals.tensor_that_computes_as(cls, stored, dtype)
-        made.stored = stored
-        return made
+        wide: Widened = internals.tensor_that_computes_as(cls, stored, dtype)
+        wide.stored = stored
+        return wide
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
