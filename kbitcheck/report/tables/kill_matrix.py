@@ -14,7 +14,7 @@ Every fault in `kbitcheck/sabotage/`, judged by every rule. `kbitcheck selftest 
 its exit code is 1 if a fault is missed.
 
 A fault is a broken *model* (`m`: damaged before or after a good preparation) or a broken *implementation* (`i`). In a fault's row,
-`#` marks the rule that must catch the fault, and `x` every other rule that the fault breaks. `!` after the level means that no other
+`#` marks the rule that must catch the fault, and `x` every other rule that the fault breaks. `!` after the letter means that no other
 rule may fail. Read the head of a column from top to bottom.
 """
 
