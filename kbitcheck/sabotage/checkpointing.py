@@ -22,8 +22,8 @@ from kbitcheck.sabotage.helpers import (
     first_output,
     freeze,
     hoard,
+    prepare_well,
     quantized,
-    switch_on,
 )  # fmt: skip
 
 
@@ -53,9 +53,7 @@ def flags_switched_on_afterwards(model: Any) -> None:
 
 @implements("KB402", checkpointing="off")
 def checkpoints_whatever_is_asked(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
-    cast(model)
-    switch_on(model, True, kwargs)
+    prepare_well(model, True, kwargs)
 
 
 @breaks("KB403")
@@ -81,9 +79,7 @@ def a_model_that_drops_the_arguments(model: Any) -> None:
 
 @implements("KB404", checkpointing="non-reentrant")
 def reentrant_whatever_is_asked(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
-    cast(model)
-    switch_on(model, checkpointing, {**(kwargs or {}), "use_reentrant": True})
+    prepare_well(model, checkpointing, {**(kwargs or {}), "use_reentrant": True})
 
 
 @breaks("KB405")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
-from kbitcheck.sabotage.helpers import before_enabling, cast, freeze, refuse_freezing, switch_on
+from kbitcheck.sabotage.helpers import before_enabling, cast, freeze, prepare_well, refuse_freezing, switch_on
 
 
 @breaks("KB101")
@@ -36,9 +36,7 @@ def trains_norms_beside_the_adapters(model: Any, checkpointing: bool, kwargs: An
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             refuse_freezing(module.weight)
-    freeze(model)
-    cast(model)
-    switch_on(model, checkpointing, kwargs)
+    prepare_well(model, checkpointing, kwargs)
 
 
 @breaks("KB103")
@@ -64,9 +62,7 @@ def asks_the_weight_where_the_output_should(model: Any, checkpointing: bool, kwa
     def require_grad(module: nn.Module, args: Any) -> None:
         module.weight.requires_grad_(True)
 
-    freeze(model)
-    cast(model)
-    switch_on(model, checkpointing, kwargs)
+    prepare_well(model, checkpointing, kwargs)
     if checkpointing:
         model.disable_input_require_grads()
         model.get_input_embeddings().register_forward_pre_hook(require_grad)

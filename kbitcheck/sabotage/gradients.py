@@ -16,13 +16,12 @@ from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_func
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, wraps
 from kbitcheck.sabotage.helpers import (
     blocks,
-    cast,
     change_input,
     first_output,
     freeze,
+    prepare_well,
     quantized,
     remove_hooks,
-    switch_on,
 )  # fmt: skip
 
 EXACT = {"model": "tiny:gpt2", "quant": "nf4,compute=fp32"}
@@ -77,9 +76,7 @@ def input_hooks_removed(model: Any) -> None:
 
 @implements("KB301")
 def checkpoints_without_input_hooks(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
-    cast(model)
-    switch_on(model, checkpointing, kwargs)
+    prepare_well(model, checkpointing, kwargs)
     if checkpointing:
         model.disable_input_require_grads()
 
@@ -230,9 +227,7 @@ def dropout_not_replayed(model: Any) -> None:
 
 @implements("KB307")
 def saves_no_random_state(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
-    cast(model)
-    switch_on(model, checkpointing, {**(kwargs or {}), "preserve_rng_state": False})
+    prepare_well(model, checkpointing, {**(kwargs or {}), "preserve_rng_state": False})
 
 
 @breaks("KB308")

@@ -43,6 +43,13 @@ def switch_on(model: Any, checkpointing: bool, kwargs: Any) -> None:
             model.enable_input_require_grads()
 
 
+def prepare_well(model: Any, checkpointing: bool, kwargs: Any) -> None:
+    """Freeze, cast and enable checkpointing, as a good implementation does."""
+    freeze(model)
+    cast(model)
+    switch_on(model, checkpointing, kwargs)
+
+
 def enable(model: Any, kwargs: Any) -> None:
     """Enable checkpointing by the method that the installed transformers has."""
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(kwargs)

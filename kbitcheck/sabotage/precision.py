@@ -15,6 +15,7 @@ from kbitcheck.sabotage.helpers import (
     dequantize,
     freeze,
     half,
+    prepare_well,
     quantized,
     refuse_freezing,
     switch_on,
@@ -156,9 +157,7 @@ def last_layer_dequantized(model: Any) -> None:
 def dequantizes_projections(model: Any, checkpointing: bool, kwargs: Any) -> None:
     for name in [name for name, _ in backends.quantized_layers(model) if name.endswith("c_fc")]:
         dequantize(model, name, torch.float32)
-    freeze(model)
-    cast(model)
-    switch_on(model, checkpointing, kwargs)
+    prepare_well(model, checkpointing, kwargs)
 
 
 @breaks("KB208")

@@ -65,13 +65,11 @@ def test_the_package_has_few_entries() -> None:
     assert len(entries) <= ENTRIES, sorted(entries)
 
 
-@pytest.mark.xfail(strict=True, reason="some files are still too long")
 def test_no_file_and_no_function_is_long_without_a_reason() -> None:
     long = {str(path.relative_to(ROOT)): [*too_long(path.read_text(encoding="utf-8"))] for path in SOURCES}
     assert {name: parts for name, parts in long.items() if parts} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="models/meta.py and models/sources/source.py still import each other")
 def test_no_files_import_each_other() -> None:
     assert cycles() == []
 

@@ -12,7 +12,7 @@ from kbitcheck.core.rule import judge, rules
 from kbitcheck.run.selftest import case_of, run, try_fault
 from kbitcheck.sabotage import WITHOUT, Fault, faults
 from kbitcheck.sabotage.fault import FaultLevel
-from kbitcheck.sabotage.helpers import cast, freeze, switch_on
+from kbitcheck.sabotage.helpers import prepare_well
 
 
 def lacking(found):
@@ -43,9 +43,7 @@ def test_every_reason_is_of_a_rule():
 
 def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
     """The steps of which the implementations are made, and nothing wrong."""
-    freeze(model)
-    cast(model)
-    switch_on(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+    prepare_well(model, use_gradient_checkpointing, gradient_checkpointing_kwargs)
     return model
 
 
