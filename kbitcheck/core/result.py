@@ -56,6 +56,11 @@ class Observation:
         if not self.ok and self.party is not Party.IMPLEMENTATION and not self.witness:
             raise ValueError(f"{self.where}: a deviation of the {self.party.value} needs a witness")
 
+    @classmethod
+    def either(cls, where: str, expected: str, otherwise: str, *, ok: bool) -> Self:
+        """An observation whose actual is the expected where it is ok, and ``otherwise`` where it is not."""
+        return cls(where, expected, expected if ok else otherwise, ok=ok)
+
     def attributed(self, party: Party, witness: str) -> Observation:
         """The same observation, attributed to another party."""
         return replace(self, party=party, witness=witness)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from math import prod
 
@@ -12,6 +13,10 @@ from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 
 MOST = 0.5
+
+
+def _of_model(where: str, expected: str, actual: str, witness: str, *, ok: bool) -> Observation:
+    return Observation(where, expected, actual, ok=ok, party=Party.MODEL, witness=witness)
 
 
 @rule("KB901", "mostly-quantized", Level.SHOULD)
@@ -28,36 +33,24 @@ def mostly_quantized(facts: Facts) -> Iterable[Observation]:
     Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
     """
     packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
-    groups = {
-        g: sum(prod(t.shape) for t in ts)
-        for g, ts in unquantized(facts.base).items()
-        if g not in ("embeddings", "head")
-    }
+    groups = {g: sum(prod(t.shape) for t in ts) for g, ts in _quantizable(facts.base).items()}
     total = packed + sum(groups.values())
     share = packed / total if total else 0.0
     largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
     for tensor in _largest(facts.base) if share < MOST else ():
-        yield Observation(
-            tensor.name,
-            "packed weights",
-            f"{tensor.dtype}, {len(tensor.shape)}-D",
-            ok=False,
-            party=Party.MODEL,
-            witness="its type: no linear layer",
-        )
-    yield Observation(
-        "weights",
-        "most weights quantized",
-        f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}",
-        ok=share >= MOST,
-        party=Party.MODEL,
-        witness="counted on the unprepared base",
-    )
+        actual = f"{tensor.dtype}, {len(tensor.shape)}-D"
+        yield _of_model(tensor.name, "packed weights", actual, "its type: no linear layer", ok=False)
+    actual = f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}"
+    yield _of_model("weights", "most weights quantized", actual, "counted on the unprepared base", ok=share >= MOST)
+
+
+def _quantizable(model: ModelFacts) -> dict[str, list[TensorFacts]]:
+    """Unquantized parameters by group, without the groups that no backend quantizes."""
+    return {g: ts for g, ts in unquantized(model).items() if g not in ("embeddings", "head")}
 
 
 def _largest(model: ModelFacts) -> list[TensorFacts]:
-    """The parameters of the largest group that could have been quantized."""
-    groups = [ts for g, ts in unquantized(model).items() if g not in ("embeddings", "head")]
+    groups = _quantizable(model).values()
     return sorted(max(groups, key=lambda ts: sum(prod(t.shape) for t in ts), default=[]), key=lambda t: t.name)
 
 
@@ -79,14 +72,9 @@ def upcast_affordable(facts: Facts) -> Iterable[Observation]:
     prepared = base.nbytes + sum(added.values())
     parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
     actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
-    yield Observation(
-        "prepared model",
-        f"at most {half:,} bytes, the half-precision model's",
-        actual,
-        ok=prepared <= half,
-        party=Party.MODEL,
-        witness="bytes that the profile demands, counted on the base",
-    )
+    expected = f"at most {half:,} bytes, the half-precision model's"
+    witness = "bytes that the profile demands, counted on the base"
+    yield _of_model("prepared model", expected, actual, witness, ok=prepared <= half)
 
 
 @rule("KB903", "checkpointing-supported", Level.SHOULD)
@@ -98,23 +86,11 @@ def checkpointing_supported(facts: Facts) -> Iterable[Observation]:
     Fix: prepare with ``use_gradient_checkpointing=False``, a shorter sequence or a smaller batch.
     Sources: llm-foundry#399, LLaMA-Factory#1550.
     """
-    towers = ", ".join(f"{b} blocks of {t}" for t, b in _towers(facts.base).items())
-    ok = facts.base.can_checkpoint and bool(towers)
-    yield Observation(
-        facts.base.cls,
-        "supports checkpointing",
-        towers or "no block that does",
-        ok=ok,
-        party=Party.MODEL,
-        witness="its class and blocks",
-    )
-
-
-def _towers(model: ModelFacts) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for block in model.blocks:
-        counts[block.tower] = counts.get(block.tower, 0) + 1
-    return counts
+    base = facts.base
+    towers = ", ".join(f"{b} blocks of {t}" for t, b in Counter(block.tower for block in base.blocks).items())
+    ok = base.can_checkpoint and bool(towers)
+    actual = towers or "no block that does"
+    yield _of_model(base.cls, "supports checkpointing", actual, "its class and blocks", ok=ok)
 
 
 @rule("KB904", "adapters-reachable", Level.SHOULD)
@@ -128,14 +104,8 @@ def adapters_reachable(facts: Facts) -> Iterable[Observation]:
     Sources: the last vision layer of LLaVA; experts that no token is routed to; unused cross-attention.
     """
     for name, g in facts.gradients.items():
-        yield Observation(
-            name,
-            "reached by a gradient",
-            "dead" if not g.live else "live",
-            ok=g.live,
-            party=Party.MODEL,
-            witness="the float64 twin",
-        )
+        actual = "live" if g.live else "dead"
+        yield _of_model(name, "reached by a gradient", actual, "the float64 twin", ok=g.live)
 
 
 @rule("KB905", "targets-supported", Level.SHOULD)
@@ -150,7 +120,7 @@ def targets_supported(facts: Facts) -> Iterable[Observation]:
     """
     yield Observation("targets", "fit", "looked at", ok=True)
     for name, reason in facts.unfit_targets.items():
-        yield Observation(name, "can take an adapter", reason, ok=False, party=Party.MODEL, witness="its type")
+        yield _of_model(name, "can take an adapter", reason, "its type", ok=False)
 
 
 @rule("KB906", "fits-memory", Level.INFO)
@@ -167,14 +137,8 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
     """
     forecast = facts.forecast
     predicted = forecast.loaded - sum(g.state for g in forecast.groups.values())
-    yield Observation(
-        "weights",
-        f"{predicted:,} bytes as loaded",
-        f"{facts.base.nbytes:,} bytes",
-        ok=predicted == facts.base.nbytes,
-        party=Party.MODEL,
-        witness="its configuration",
-    )
+    expected, actual = f"{predicted:,} bytes as loaded", f"{facts.base.nbytes:,} bytes"
+    yield _of_model("weights", expected, actual, "its configuration", ok=predicted == facts.base.nbytes)
     if forecast.memory is not None:
         total = forecast.total(forecast.mode)
         if total is None:  # without a step, what stays through training is still known
@@ -182,14 +146,8 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
         else:
             where = f"{forecast.batch} x {forecast.seq_len} tokens"
             fitting = f"largest batch that fits: {forecast.largest_batch[forecast.memory]:,}"
-        yield Observation(
-            where,
-            f"at most {forecast.memory:,} bytes",
-            f"{total:,} bytes; {fitting}",
-            ok=total <= forecast.memory,
-            party=Party.MODEL,
-            witness=f"predicted, {forecast.mode} checkpointing",
-        )
+        expected, witness = f"at most {forecast.memory:,} bytes", f"predicted, {forecast.mode} checkpointing"
+        yield _of_model(where, expected, f"{total:,} bytes; {fitting}", witness, ok=total <= forecast.memory)
 
 
 @rule("KB907", "norms-recognised", Level.INFO)
@@ -205,7 +163,7 @@ def norms_recognised(facts: Facts) -> Iterable[Observation]:
     if not looked:
         raise NotApplicable("nothing in the model looks like a norm")
     for m in looked:
-        yield Observation(m.name, "a norm class", m.cls, ok="class" in m.norm, party=Party.MODEL, witness="its shape")
+        yield _of_model(m.name, "a norm class", m.cls, "its shape", ok="class" in m.norm)
 
 
 @rule("KB908", "no-remote-code", Level.INFO)
@@ -217,11 +175,5 @@ def no_remote_code(facts: Facts) -> Iterable[Observation]:
     Fix: read the code, then pass ``--trust-remote-code`` with a pinned ``--revision``.
     Sources: transformers documentation.
     """
-    yield Observation(
-        "model code",
-        "part of transformers",
-        "from its repository",
-        ok=not facts.remote_code,
-        party=Party.MODEL,
-        witness="auto_map in its config",
-    )
+    expected, actual = "part of transformers", "from its repository"
+    yield _of_model("model code", expected, actual, "auto_map in its config", ok=not facts.remote_code)

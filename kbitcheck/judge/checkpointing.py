@@ -29,19 +29,12 @@ def on_when_requested(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("checkpointing was not asked for")
     if not facts.base.can_checkpoint:
         why = f"{facts.base.cls} does not support checkpointing"
-        yield Observation(
-            facts.base.cls,
-            "blocks that checkpoint",
-            why,
-            ok=False,
-            party=Party.MODEL,
-            witness="its class says so: supports_gradient_checkpointing",
-        )
+        none = Observation(facts.base.cls, "blocks that checkpoint", why, ok=False)
+        yield none.attributed(Party.MODEL, "its class says so: supports_gradient_checkpointing")
         return
     for block in facts.prepared.blocks:
-        yield Observation(
-            block.name, "checkpointing on", f"its flag is {block.checkpointing}", ok=block.checkpointing is True
-        )
+        on = block.checkpointing
+        yield Observation(block.name, "checkpointing on", f"its flag is {on}", ok=on is True)
 
 
 @rule("KB402", "off-when-not-requested", Level.MUST)
@@ -60,9 +53,8 @@ def off_when_not_requested(facts: Facts) -> Iterable[Observation]:
         before = facts.base.modules.get(m.name)
         if m.checkpointing is not None:
             turned_on = m.checkpointing and not (before is not None and before.checkpointing)
-            yield Observation(
-                m.name or facts.prepared.cls, "its flag off", f"its flag is {m.checkpointing}", ok=not turned_on
-            )
+            where = m.name or facts.prepared.cls
+            yield Observation(where, "its flag off", f"its flag is {m.checkpointing}", ok=not turned_on)
     for block in facts.run.blocks.values():
         yield Observation(block.name, "no recompute", f"recomputed {block.recomputed} times", ok=block.recomputed == 0)
 
@@ -150,10 +142,8 @@ def memory_saved(facts: Facts) -> Iterable[Observation]:
         seen = [n for n in dict.fromkeys(facts.run.order) if facts.run.blocks[n].tower == tower]
         forward = [n for n in facts.run.blocks if n in seen]
         if len(seen) > 1:
-            ok = seen == forward[::-1]
-            yield Observation(
-                f"backward of {tower}", "blocks recomputed one at a time, last first", " ".join(seen), ok=ok
-            )
+            expected = "blocks recomputed one at a time, last first"
+            yield Observation(f"backward of {tower}", expected, " ".join(seen), ok=seen == forward[::-1])
 
 
 @rule("KB406", "memory-scales", Level.SHOULD)

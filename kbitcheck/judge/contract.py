@@ -29,26 +29,19 @@ def signature(facts: Facts) -> Iterable[Observation]:
         for name, default in DEFAULTS.items():
             declared = call.parameters.get(name)
             if declared is None:
-                yield Observation(
-                    name,
-                    f"a parameter, default {default}",
-                    "any keyword" if call.accepts_any else "absent",
-                    ok=call.accepts_any,
-                )
+                actual = "any keyword" if call.accepts_any else "absent"
+                yield Observation(name, f"a parameter, default {default}", actual, ok=call.accepts_any)
             else:
-                yield Observation(
-                    name, f"default {default}", f"default {declared or 'missing'}", ok=declared == default
-                )
+                actual = f"default {declared or 'missing'}"
+                yield Observation(name, f"default {default}", actual, ok=declared == default)
         order = [n for n in call.parameters if n in DEFAULTS]
-        yield Observation(
-            "order of parameters", ", ".join(DEFAULTS), ", ".join(order), ok=order in (list(DEFAULTS), order[:1], [])
-        )
+        ordered = order in (list(DEFAULTS), order[:1], [])
+        yield Observation("order of parameters", ", ".join(DEFAULTS), ", ".join(order), ok=ordered)
         first = next(iter(call.parameters), None)
         yield Observation("first parameter", "model", first or "none", ok=first == "model" or call.accepts_any)
     off = facts.positional_call
-    yield Observation(
-        "prepare(model, False)", "checkpointing stays off", "it is on", ok=off.raised is not None or not off.checkpoints
-    )
+    stays_off = off.raised is not None or not off.checkpoints
+    yield Observation("prepare(model, False)", "checkpointing stays off", "it is on", ok=stays_off)
     for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
         raised = one.raised
         refused = (
@@ -57,7 +50,7 @@ def signature(facts: Facts) -> Iterable[Observation]:
             # If every form of call raises the same error, the signature is not to blame.
             and (raised != facts.call.raised or raised.type == "TypeError")
         )
-        yield Observation(text, "accepted", f"raised {one.raised}" if refused else "accepted", ok=not refused)
+        yield Observation.either(text, "accepted", f"raised {one.raised}", ok=not refused)
 
 
 @rule("KB502", "returns-the-model", Level.MUST)
@@ -90,11 +83,8 @@ def arguments_untouched(facts: Facts) -> Iterable[Observation]:
     Fix: copy the dictionary before you add defaults.
     Sources: trl#3981, specification KB503.
     """
-    calls = (
-        [facts.call, facts.honoured.call]
-        if facts.checkpointing != "off" and facts.base.can_checkpoint
-        else [facts.call]
-    )
+    checkpoints = facts.checkpointing != "off" and facts.base.can_checkpoint
+    calls = [facts.call, facts.honoured.call] if checkpoints else [facts.call]
     passed = [call for call in calls if not call.kwargs_before == "None" == call.kwargs_after]
     if not passed:
         raise NotApplicable("this case passes no kwargs")
@@ -140,12 +130,8 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
             yield Observation(f"{name or module.cls} after disabling", "no hook left", f"{left} left", ok=left <= 0)
         if module.checkpointing is not None:
             was = facts.loaded.modules[name].checkpointing if name in facts.loaded.modules else None
-            yield Observation(
-                f"{name or module.cls} after switching off",
-                f"flag {was}",
-                f"flag {module.checkpointing}",
-                ok=module.checkpointing == was,
-            )
+            where, now = f"{name or module.cls} after switching off", module.checkpointing
+            yield Observation(where, f"flag {was}", f"flag {now}", ok=now == was)
 
 
 @rule("KB506", "all-or-nothing", Level.SHOULD)
@@ -229,21 +215,11 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     Sources: peft#602, trl#4081, transformers#45743.
     """
     s = facts.store
-    yield Observation(
-        "keys", "all the base's", f"missing: {', '.join(s.missing[:5])}" if s.missing else "all", ok=not s.missing
-    )
-    yield Observation(
-        "keys", "no others", f"new: {', '.join(s.unexpected[:5])}" if s.unexpected else "none", ok=not s.unexpected
-    )
+    yield Observation.either("keys", "all the base's", f"missing: {', '.join(s.missing[:5])}", ok=not s.missing)
+    yield Observation.either("keys", "no others", f"new: {', '.join(s.unexpected[:5])}", ok=not s.unexpected)
     if s.base_raised:
-        yield Observation(
-            where="save and reload of the base",
-            ok=False,
-            expected="no error",
-            actual=str(s.base_raised),
-            party=Party.STACK,
-            witness="the unprepared base cannot be saved and reloaded either",
-        )
+        base = Observation("save and reload of the base", "no error", str(s.base_raised), ok=False)
+        yield base.attributed(Party.STACK, "the unprepared base cannot be saved and reloaded either")
     unsaved = {f.base_raised for f in facts.forwards if f.base_raised}
     saved = Observation("save and reload", "no error", str(s.raised or "none"), ok=not s.raised)
     if s.raised in unsaved:
@@ -254,9 +230,8 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
         # The same model in the same dtypes: only the order of a sum may differ.
         ok = s.logits.equal or s.logits.relative <= facts.compute_ulp
         actual = "the same" if s.logits.equal else f"off by {s.logits.relative:.2e}"
-        yield unless_unprepared(
-            Observation("logits", "the same", actual, ok=ok), facts, Party.STACK, _reloads_otherwise
-        )
+        logits = Observation("logits", "the same", actual, ok=ok)
+        yield unless_unprepared(logits, facts, Party.STACK, _reloads_otherwise)
 
 
 def _reloads_otherwise(facts: Facts) -> bool:
@@ -296,30 +271,21 @@ def deterministic(facts: Facts) -> Iterable[Observation]:
 
 def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> Iterator[Observation]:
     """One observation for each tensor, module, layer and key that two snapshots share or do not."""
-    tensors = ({**first.parameters, **first.buffers}, {**second.parameters, **second.buffers})
-    for name in sorted({*tensors[0], *tensors[1]}):
-        a, b = (t.get(name) for t in tensors)
-        kept = ("cls", "dtype", "shape", "device", "requires_grad", "bits")
-        differs = [k for k in kept if getattr(a, k, None) != getattr(b, k, None)]
-        yield Observation(
-            name, f"as {one}", f"{other}: {', '.join(differs)} differ" if differs else "the same", ok=not differs
-        )
-    for name in sorted({*first.modules, *second.modules}):
-        m, n = first.modules.get(name), second.modules.get(name)
-        differs = [
-            k for k in ("cls", "training", "checkpointing", "hooks") if getattr(m, k, None) != getattr(n, k, None)
-        ]
-        yield Observation(
-            name or first.cls,
-            f"as {one}",
-            f"{other}: {', '.join(differs)} differ" if differs else "the same",
-            ok=not differs,
-        )
+    tensors = [{**model.parameters, **model.buffers} for model in (first, second)]
+    for (before, after), kept in (
+        (tensors, ("cls", "dtype", "shape", "device", "requires_grad", "bits")),
+        ((first.modules, second.modules), ("cls", "training", "checkpointing", "hooks")),
+    ):
+        for name in sorted({*before, *after}):
+            a, b = before.get(name), after.get(name)
+            differs = [k for k in kept if getattr(a, k, None) != getattr(b, k, None)]
+            actual = f"{other}: {', '.join(differs)} differ"
+            yield Observation.either(name or first.cls, f"as {one}", actual, ok=not differs)
     for name in sorted({*first.layers, *second.layers}):
         same = first.layers.get(name) == second.layers.get(name)
-        yield Observation(f"{name} (state)", f"as {one}", "the same" if same else f"{other}: it differs", ok=same)
+        yield Observation.either(f"{name} (state)", f"as {one}", f"{other}: it differs", ok=same)
     ties = first.ties() == second.ties()
-    yield Observation("ties", f"as {one}", "the same" if ties else f"{other}: they differ", ok=ties)
+    yield Observation.either("ties", f"as {one}", f"{other}: they differ", ok=ties)
 
 
 def _leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:

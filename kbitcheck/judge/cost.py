@@ -40,9 +40,8 @@ def cache_returned(facts: Facts) -> Iterable[Observation]:
     cached = facts.cost.cached
     if cached is None:
         raise NotApplicable("no accelerator: the CPU allocator keeps no cache")
-    yield Observation(
-        "the allocator's cache", f"below {LARGE_BLOCK:,} bytes", f"{cached:,} bytes", ok=cached < LARGE_BLOCK
-    )
+    limit = f"below {LARGE_BLOCK:,} bytes"
+    yield Observation("the allocator's cache", limit, f"{cached:,} bytes", ok=cached < LARGE_BLOCK)
 
 
 @rule("KB603", "upcast-only-what-is-promised", Level.MUST)
@@ -62,10 +61,8 @@ def upcast_only_what_is_promised(facts: Facts) -> Iterable[Observation]:
         if not tensor.packed and tensor.dtype in HALF and promise.casts(norm=tensor.name in norms)
     ]
     demanded = sum({tensor.storage: tensor.nbytes for tensor in cast}.values())  # float32 takes twice the bytes
-    bound = before.nbytes + demanded
-    yield Observation(
-        "parameters and buffers", f"at most {bound:,} bytes", f"{after.nbytes:,} bytes", ok=after.nbytes <= bound
-    )
     # A small parameter may be a view of a large storage.
-    grown, c = demanded + facts.cost.before, facts.cost
-    yield Observation("storages", f"at most {grown:,} bytes", f"{c.after:,} bytes", ok=c.after <= grown)
+    sizes = {"parameters and buffers": (before.nbytes, after.nbytes), "storages": (facts.cost.before, facts.cost.after)}
+    for where, (old, new) in sizes.items():
+        bound = old + demanded
+        yield Observation(where, f"at most {bound:,} bytes", f"{new:,} bytes", ok=new <= bound)

@@ -29,9 +29,7 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
     model = facts.wrapped if facts.freezes == "at-attach" else facts.prepared
     for p in model.parameters.values():
         if not p.adapter:
-            yield Observation(
-                p.name, "frozen", "frozen" if not p.requires_grad else "requires grad", ok=not p.requires_grad
-            )
+            yield Observation.either(p.name, "frozen", "requires grad", ok=not p.requires_grad)
 
 
 @rule("KB102", "only-adapters-train", Level.MUST)
@@ -45,10 +43,8 @@ def only_adapters_train(facts: Facts) -> Iterable[Observation]:
     Sources: trl#3926, unsloth#3327, unsloth#2343.
     """
     for p in facts.wrapped.parameters.values():
-        expected = "trainable" if p.adapter else "frozen"
-        yield Observation(
-            p.name, expected, "trainable" if p.requires_grad else "frozen", ok=p.requires_grad is p.adapter
-        )
+        expected, otherwise = ("trainable", "frozen") if p.adapter else ("frozen", "trainable")
+        yield Observation.either(p.name, expected, otherwise, ok=p.requires_grad is p.adapter)
 
 
 ## KB103-KB105: what a step changes
@@ -91,14 +87,9 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
         if new is None:
             yield Observation(old.name, "still there", "gone", ok=False)
         elif old.quantized_bias and new.dtype != old.dtype:
-            rounded = facts.bias_after_forward.get(old.name)
-            yield Observation(
-                old.name,
-                "the old value rounded once",
-                f"{new.dtype}, other numbers",
-                ok=new.bits == rounded,
-                note="bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward",
-            )
+            note = "bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward"
+            same, actual = new.bits == facts.bias_after_forward.get(old.name), f"{new.dtype}, other numbers"
+            yield Observation(old.name, "the old value rounded once", actual, ok=same, note=note)
         else:
             yield Observation(old.name, "the same bits", _difference(old, new), ok=new.bits == old.bits)
     for name, layer in before.layers.items():

@@ -124,13 +124,11 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
             actual = f"error {layer.excess:.3g} times its bound, gain {layer.gain:.5f} (may be off by {layer.gain_bound:.1e})"
             yield Observation(name, "dL/dy @ W", actual, ok=right)
             if layer.bent > layer.bent_bound:
-                yield Observation(
-                    f"{name} (a large gradient)", "as many times as large", f"off by {layer.bent:.2g}", ok=False
-                )
+                where = f"{name} (a large gradient)"
+                yield Observation(where, "as many times as large", f"off by {layer.bent:.2g}", ok=False)
             if not layer.overflows:
-                yield Observation(
-                    f"{name} (an infinite gradient)", "not finite, as a gradient scaler needs it", "finite", ok=False
-                )
+                where = f"{name} (an infinite gradient)"
+                yield Observation(where, "not finite, as a gradient scaler needs it", "finite", ok=False)
             if layer.misread:
                 yield Observation(
                     f"{name} (unpacked by the stack)",
@@ -268,10 +266,8 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     for outcome in facts.interleaved:
         step = Observation(outcome.step, "runs", str(outcome.raised or "runs"), ok=not outcome.raised)
         yield unless_unprepared(step, facts, Party.MODEL, partial(_raises, outcome))
-        changed = ", ".join(outcome.changed[:4])
-        yield Observation(
-            f"{outcome.step}: quantized weights", "as before anything ran", changed or "the same", ok=not changed
-        )
+        where, changed = f"{outcome.step}: quantized weights", ", ".join(outcome.changed[:4])
+        yield Observation(where, "as before anything ran", changed or "the same", ok=not changed)
         if outcome.hooks_added:
             yield Observation(f"{outcome.step}: hooks", "none added", f"{outcome.hooks_added} added", ok=False)
         used, fresh = outcome.checkpoints
@@ -325,9 +321,5 @@ def compared(distances: Mapping[str, Distance], *, exact: bool) -> Iterable[Obse
     for name, d in distances.items():
         bound = max(d.yardstick, FLOAT32_ULP)
         ok = d.equal if exact else (d.equal or d.relative <= bound)
-        yield Observation(
-            name,
-            "the same bits" if exact else f"within {bound:.2e}",
-            "the same" if d.equal else f"off by {d.relative:.2e}",
-            ok=ok,
-        )
+        expected = "the same bits" if exact else f"within {bound:.2e}"
+        yield Observation(name, expected, "the same" if d.equal else f"off by {d.relative:.2e}", ok=ok)

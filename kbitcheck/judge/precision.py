@@ -77,9 +77,7 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("no parameter changed its dtype")
     for old, new in changed:
         same = old.value == new.value
-        yield Observation(
-            old.name, "the old values exactly", "the same" if same else f"other numbers in {new.dtype}", ok=same
-        )
+        yield Observation.either(old.name, "the old values exactly", f"other numbers in {new.dtype}", ok=same)
 
 
 @rule("KB204", "unchanged-otherwise", Level.MUST)
@@ -175,12 +173,10 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
             continue  # KB207 tells
         for field, digest in old.state.items():
             same = new.state.get(field) == digest
-            yield Observation(f"{old.name}.{field}", "the same", "the same" if same else "changed", ok=same)
+            yield Observation.either(f"{old.name}.{field}", "the same", "changed", ok=same)
         yield Observation(f"{old.name}.compute_dtype", old.compute, new.compute, ok=new.compute == old.compute)
         same = new.dequantized == old.dequantized
-        yield Observation(
-            f"{old.name} (unpacked)", "the same numbers", "the same" if same else "other numbers", ok=same
-        )
+        yield Observation.either(f"{old.name} (unpacked)", "the same numbers", "other numbers", ok=same)
 
 
 @rule("KB207", "still-quantized", Level.MUST)
@@ -196,12 +192,8 @@ def still_quantized(facts: Facts) -> Iterable[Observation]:
     for old in facts.loaded.layers.values():
         new = prepared.get(old.name)
         same = new is not None and (new.cls, new.scheme) == (old.cls, old.scheme)
-        yield Observation(
-            old.name,
-            f"{old.cls} ({old.scheme})",
-            "not quantized" if new is None else f"{new.cls} ({new.scheme})",
-            ok=same,
-        )
+        actual = "not quantized" if new is None else f"{new.cls} ({new.scheme})"
+        yield Observation(old.name, f"{old.cls} ({old.scheme})", actual, ok=same)
 
 
 @rule("KB208", "ties-kept", Level.MUST)
@@ -220,9 +212,7 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("the model ties no parameters")
     for group in sorted(before, key=sorted):
         kept = any(group <= other for other in after)
-        yield Observation(
-            " = ".join(sorted(group)), "one tensor", "one tensor" if kept else "separate tensors", ok=kept
-        )
+        yield Observation.either(" = ".join(sorted(group)), "one tensor", "separate tensors", ok=kept)
 
 
 ## KB209-KB212: the model as a function
@@ -258,16 +248,11 @@ def same_function(facts: Facts) -> Iterable[Observation]:
             # Autocast rounds both, each by about as much as the base shows.
             far = f.base_error + max(f.twin_error, f.ulp) + (forward.base_step if rounds_inputs else 0)
             far = 4 * (far + (forward.base_cast + facts.half_ulp if forward.autocast else 0))
-            where = f"logits ({forward.condition})"
-            ok = forward.apart <= far
-            yield Observation(where, f"within {far:.2e} of the base's", f"off by {forward.apart:.2e}", ok=ok)
+            where, expected = f"logits ({forward.condition})", f"within {far:.2e} of the base's"
+            yield Observation(where, expected, f"off by {forward.apart:.2e}", ok=forward.apart <= far)
     left = f"; {f.left_out} of {f.tokens} tokens left out, their experts changed" if f.left_out else ""
-    yield Observation(
-        "logits",
-        f"relative error at most {bound:.2e} (the base's: {f.base_error:.2e})",
-        f"{f.error:.2e}{left}",
-        ok=f.error <= bound,
-    )
+    expected = f"relative error at most {bound:.2e} (the base's: {f.base_error:.2e})"
+    yield Observation("logits", expected, f"{f.error:.2e}{left}", ok=f.error <= bound)
 
 
 @rule("KB210", "runs-everywhere", Level.MUST)
