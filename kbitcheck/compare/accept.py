@@ -53,17 +53,12 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     spec: Mapping[str, Any] = next(iter(report.subject.get("cases", {}).values()), {})
     _fill(document, "options", options_of(spec))
     _fill(document, "judged", {"rules": rules, "cases": cases})
-    skips = {
-        case: sorted(rule for rule, c in results if c == case and _is(results[rule, c], Status.SKIP)) for case in cases
-    }
-    _fill(document, "skipped", {case: codes for case, codes in skips.items() if codes})
+    skips = [(r.case, r.rule) for r in report.results if r.status is Status.SKIP]
+    by_case = groupby(sorted(skips), key=lambda cell: cell[0])
+    _fill(document, "skipped", {case: [rule for _, rule in cells] for case, cells in by_case})
     blocks = [*_kept(before, starts, old, results), *_added(old, results)]
     texts = [text.strip("\n") + "\n" for _, text in sorted(blocks, key=lambda b: b[0])]
     return "\n".join([document.as_string().rstrip("\n") + "\n", *texts])
-
-
-def _is(result: Result, *statuses: Status) -> bool:
-    return result.status in statuses
 
 
 def _matches(entry: Entry, result: Result | None) -> bool:
@@ -93,7 +88,7 @@ def _kept(
 def _added(old: Ledger, results: Mapping[Cell, Result]) -> Iterable[tuple[tuple[str, ...], str]]:
     """Blocks for cells without an entry, one for each rule, status, party and reason."""
     held = {(e.rule, case) for e in old.accepted for case in e.cases if _matches(e, results.get((e.rule, case)))}
-    fresh = [r for cell, r in results.items() if cell not in held and _is(r, Status.FAIL, Status.ERROR)]
+    fresh = [r for cell, r in results.items() if cell not in held and r.status in (Status.FAIL, Status.ERROR)]
 
     def key(result: Result) -> tuple[str, ...]:
         party = result.attributed_to.value if result.attributed_to else ""

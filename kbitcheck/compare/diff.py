@@ -41,7 +41,7 @@ def _changes(
     elif now.status is Status.ERROR:
         yield Change(Kind.CHANGED, f"{a} and {b}: {_outcome(now)}")
     elif now.status is Status.FAIL and then.status is Status.FAIL and set(now.failures) != set(then.failures):
-        more = {f.where for f in now.failures if f.party in _parties(now)} - {f.where for f in then.failures}
+        more = {f.where for f in now.failures} - {f.where for f in then.failures}
         worse = bool(more) or (now.own and not then.own)
         kind = Kind.REGRESSED if worse else Kind.CHANGED
         yield Change(kind, f"{a}: {_outcome(then)}; {b}: {_outcome(now)}", worse and binding(after, now))
@@ -57,7 +57,3 @@ def _outcome(result: Result | None) -> str:
     if result.status in BAD:
         return f"{result.status}: {evidence(result)}"
     return f"{result.status}: {result.reason}" if result.reason else str(result.status)
-
-
-def _parties(result: Result) -> set[object]:
-    return {f.party for f in result.failures}

@@ -98,9 +98,7 @@ def compare(
     today = today or datetime.now(UTC).date()
     ignored = tuple(code.upper() for code in report.subject.get("ignored", {}))
     results = {(r.rule, r.case): r for r in report.results}
-    expected = {
-        cell: status for cell, status in ledger.expected.items() if not (ignored and cell[0].startswith(ignored))
-    }
+    expected = {cell: status for cell, status in ledger.expected.items() if not cell[0].startswith(ignored)}
     entries = {(e.rule, case): e for e in ledger.accepted for case in e.cases}
     changes = [
         (cell, change)
@@ -123,9 +121,8 @@ def _change(
     recipes: Collection[str],
 ) -> Change | None:
     if result is None:
-        if gone := _gone(cell, recipes):
-            return Change(Kind.GONE, gone)
-        return Change(Kind.LOST, f"{_was(expected)}, did not run")
+        gone = _gone(cell, recipes)
+        return Change(Kind.GONE, gone) if gone else Change(Kind.LOST, f"{_was(expected)}, did not run")
     now = result.status
     if now in (Status.FAIL, Status.ERROR):
         if expected is now and entry is not None and not _worse_party(entry, result):
@@ -142,12 +139,8 @@ def _change(
 def _was(expected: Status | None) -> str:
     if expected is None:
         return "not in the ledger"
-    return {
-        Status.PASS: "was PASS in the ledger",
-        Status.SKIP: "was SKIP in the ledger",
-        Status.FAIL: "was accepted as FAIL",
-        Status.ERROR: "was accepted as ERROR",
-    }[expected]
+    passed = expected in (Status.PASS, Status.SKIP)
+    return f"was {expected} in the ledger" if passed else f"was accepted as {expected}"
 
 
 def _worse_party(entry: Entry, result: Result) -> bool:
@@ -260,14 +253,9 @@ def settle(
     accepted: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """The report with the breaches of a comparison, which then decide its verdict and exit code."""
+    plain = [b.as_json() for b in breaches]
     return replace(
-        report,
-        gate={
-            "against": against,
-            "breaches": [b.as_json() for b in breaches],
-            "notes": list(notes),
-            "accepted": list(accepted),
-        },
+        report, gate={"against": against, "breaches": plain, "notes": list(notes), "accepted": list(accepted)}
     )
 
 

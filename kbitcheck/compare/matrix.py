@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kbitcheck.compare.gate import evidence
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report, exit_code
 from kbitcheck.core.result import Level, Result, Status
-
-Format = Literal["text", "json", "markdown", "html"]
 
 
 class Mark(StrEnum):

@@ -15,8 +15,7 @@ class Event:
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; ``event`` is the name of the class."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"event": type(self).__name__, **{name: _plain(value) for name, value in values.items()}}
+        return {"event": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

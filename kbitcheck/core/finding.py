@@ -77,9 +77,8 @@ class Finding:
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
         """The finding of a ``[[finding]]`` table of TOML."""
-        condition: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in table.get("condition", {}).items()
-        }
+        values: Mapping[str, Any] = table.get("condition", {})
+        condition: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**{**table, "party": Party(table["party"]), "condition": Condition(**condition)})
 
 

@@ -93,15 +93,10 @@ class Registry(Mapping[str, Rule]):
         ignored = ignore or {}
         for prefix in (*codes, *ignored):
             if not any(code.startswith(prefix.upper()) for code in self):
-                raise UsageError(
-                    f"no rule matches {prefix!r}{did_you_mean(prefix.upper(), self)}; see `kbitcheck rules`"
-                )
-        wanted, unwanted = ([prefix.upper() for prefix in prefixes] for prefixes in (codes, ignored))
-        return [
-            rule
-            for code, rule in self.items()
-            if (not wanted or code.startswith(tuple(wanted))) and not code.startswith(tuple(unwanted))
-        ]
+                hint = did_you_mean(prefix.upper(), self)
+                raise UsageError(f"no rule matches {prefix!r}{hint}; see `kbitcheck rules`")
+        wanted, unwanted = (tuple(prefix.upper() for prefix in prefixes) for prefixes in (codes or [""], ignored))
+        return [rule for code, rule in self.items() if code.startswith(wanted) and not code.startswith(unwanted)]
 
     def title(self, code: str) -> str:
         """Code and name of a rule, ``KB101 base-frozen``; the code alone of a rule that is not registered."""
@@ -177,13 +172,12 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
         status, reason = Status.ERROR, cause(error)
         on_error(error)
     parties = {f.party for f in failures}
-    blamed = next((p for p in Party if p in parties), None)
     return Result(
         rule=subject.code,
         case=facts.case,
         level=subject.level,
         status=status,
-        attributed_to=blamed,
+        attributed_to=next((party for party in Party if party in parties), None),
         examined=examined,
         reason=reason,
         raised=raised,

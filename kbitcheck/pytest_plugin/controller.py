@@ -108,16 +108,11 @@ class Controller:
         from kbitcheck.pytest_plugin.reports import gather
 
         settings = self._settings
-        errors = [
-            Result(
-                rule=cells[nodeid].rule,
-                case=cells[nodeid].case or nodeid,
-                level=rules()[cells[nodeid].rule].level,
-                status=Status.ERROR,
-                reason=reason,
-            )
-            for nodeid, reason in missing.items()
-        ]
+        errors = []
+        for nodeid, reason in missing.items():
+            rule, case = cells[nodeid]
+            level = rules()[rule].level
+            errors.append(Result(rule=rule, case=case or nodeid, level=level, status=Status.ERROR, reason=reason))
         specs = {spec.id: spec for spec in settings.specs}
         seconds = round(time.perf_counter() - self._start, 3)
         groups = gather(self._outcomes.values(), errors, specs, settings.implementation)
@@ -134,11 +129,7 @@ class Controller:
         ]
 
     def _write(self) -> None:
-        """Write ``--kbit-report``; where several implementations were tested, one file each.
-
-        Raises:
-            UsageError: it cannot be written, or not in this format.
-        """
+        """Write ``--kbit-report``; where several implementations were tested, one file each."""
         settings = self._settings
         if not settings.report:
             return
@@ -184,9 +175,7 @@ def _outcome(report: pytest.TestReport) -> Outcome | None:
 
 def _is_error(outcome: Outcome | None) -> bool:
     """Whether a test reported wrong usage or a rule that could not be judged."""
-    return outcome is not None and (
-        bool(outcome.usage) or any(result.status is Status.ERROR for result in outcome.results)
-    )
+    return outcome is not None and bool(outcome.usage or any(r.status is Status.ERROR for r in outcome.results))
 
 
 def _is_of(report: Report, implementation: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -18,44 +18,36 @@ if TYPE_CHECKING:
     from kbitcheck.pytest_plugin.accepted import Accepted
 
 
-@dataclass(kw_only=True)
+FORMS = {
+    ".json": "json", ".txt": "text", ".xml": "junit", ".sarif": "sarif", ".md": "markdown", ".html": "html",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Option:
     """An option with a value: ``--kbit-NAME``, and ``kbit_NAME`` in the ini file."""
 
     metavar: str
     help: str
     default: str = ""
+    _: KW_ONLY
     repeatable: bool = False
 
 
 OPTIONS = {
-    "impl": Option(
-        metavar="IMPL", help="Collect conformance tests of this preparation: module:function, file.py:function, peft."
-    ),
-    "model": Option(metavar="MODEL", help="Use these models instead of the suite's; repeatable.", repeatable=True),
-    "quant": Option(
-        metavar="Q", help="Quantization, with options as in `kbitcheck impl --quant`; repeatable.", repeatable=True
-    ),
-    "checkpointing": Option(
-        metavar="MODE", help="reentrant, non-reentrant, default or off; repeatable.", repeatable=True
-    ),
-    "profile": Option(
-        metavar="PROFILE", help="The dtypes that the preparation promises: peft, qlora or frozen-half.", default="peft"
-    ),
-    "select": Option(metavar="CODES", help="Only these rules; prefixes (KB3) too; repeatable.", repeatable=True),
-    "suite": Option(metavar="SUITE", help="Suite of recipes: quick or full.", default="quick"),
-    "timeout": Option(metavar="SECONDS", help="Time limit of one case.", default="600"),
-    "device": Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...", default="auto"),
-    "report": Option(
-        metavar="FILE",
-        help="Write the report to this file; the suffix selects the format (.json, .txt, .xml, .sarif, .md, .html).",
-    ),
-    "ledger": Option(metavar="FILE", help="Compare with the accepted results in this ledger."),
+    "impl": Option("IMPL", "Collect conformance tests of this preparation: module:function, file.py:function, peft."),
+    "model": Option("MODEL", "Use these models instead of the suite's; repeatable.", repeatable=True),
+    "quant": Option("Q", "Quantization, with options as in `kbitcheck impl --quant`; repeatable.", repeatable=True),
+    "checkpointing": Option("MODE", "reentrant, non-reentrant, default or off; repeatable.", repeatable=True),
+    "profile": Option("PROFILE", "The dtypes that the preparation promises: peft, qlora or frozen-half.", "peft"),
+    "select": Option("CODES", "Only these rules; prefixes (KB3) too; repeatable.", repeatable=True),
+    "suite": Option("SUITE", "Suite of recipes: quick or full.", "quick"),
+    "timeout": Option("SECONDS", "Time limit of one case.", "600"),
+    "device": Option("DEVICE", "auto, cpu, cuda, cuda:1, ...", "auto"),
+    "report": Option("FILE", f"Write the report to this file; the suffix selects the format ({', '.join(FORMS)})."),
+    "ledger": Option("FILE", "Compare with the accepted results in this ledger."),
 }
 STRICT = "Count a broken SHOULD as well."
-FORMS = {
-    ".json": "json", ".txt": "text", ".xml": "junit", ".sarif": "sarif", ".md": "markdown", ".html": "html",
-}  # fmt: skip
 
 
 def declare(parser: pytest.Parser) -> None:

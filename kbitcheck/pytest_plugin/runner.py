@@ -47,11 +47,7 @@ class Runner:
         return Settings.read(self._config)
 
     def _check_settings(self) -> None:
-        """Refuse wrong options before anything is collected.
-
-        Raises:
-            pytest.UsageError: one line that says what is wrong.
-        """
+        """Refuse wrong options, in one line, before anything is collected."""
         try:
             self.settings.check()
         except UsageError as error:

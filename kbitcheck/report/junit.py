@@ -30,19 +30,11 @@ def render(report: Report) -> str:
         counts: Counter[str] = Counter()
         for result in results:
             name = registered[result.rule].name if result.rule in registered else ""
-            test = ET.SubElement(
-                suite,
-                "testcase",
-                {
-                    "classname": _plain(case),
-                    "name": f"{result.rule}-{name}".rstrip("-"),
-                    "time": f"{result.seconds:.3f}",
-                },
-            )
+            named = {"classname": _plain(case), "name": f"{result.rule}-{name}".rstrip("-")}
+            test = ET.SubElement(suite, "testcase", {**named, "time": f"{result.seconds:.3f}"})
             counts[_outcome(report, result, test)] += 1
         totals += counts
-        seconds = sum(r.seconds for r in results)
-        _count(suite, counts, len(results), seconds)
+        _count(suite, counts, len(results), sum(r.seconds for r in results))
     if report.gate is not None:
         _gate(report, suites, totals)
     _count(suites, totals, len(report.results) + _gate_tests(report), report.facts.get("seconds") or 0.0)

@@ -36,23 +36,19 @@ def render(report: Report, *, root: Path | None = None) -> str:
             groups.setdefault((result.rule, _held(report, result)), []).append(result)
     codes = sorted({r.rule for r in report.results})
     reasons = {(a["rule"], c): a["reason"] for a in (report.gate or {}).get("accepted", ()) for c in a["cases"]}
+    driver = {
+        "name": "kbitcheck",
+        "version": report.tool.partition(" ")[2] or report.tool,
+        "rules": [_rule(code, registered.get(code)) for code in codes],
+    }
+    invocation = {
+        "executionSuccessful": report.complete and not report.not_judged,
+        "exitCode": report.exit_code,
+        "toolExecutionNotifications": [_notification(r, codes) for r in report.results if r.status is Status.ERROR],
+    }
     run = {
-        "tool": {
-            "driver": {
-                "name": "kbitcheck",
-                "version": report.tool.partition(" ")[2] or report.tool,
-                "rules": [_rule(code, registered.get(code)) for code in codes],
-            }
-        },
-        "invocations": [
-            {
-                "executionSuccessful": report.complete and not report.not_judged,
-                "exitCode": report.exit_code,
-                "toolExecutionNotifications": [
-                    _notification(r, codes) for r in report.results if r.status is Status.ERROR
-                ],
-            }
-        ],
+        "tool": {"driver": driver},
+        "invocations": [invocation],
         "originalUriBaseIds": {ROOT: {"uri": root.as_uri().rstrip("/") + "/"}},
         "results": [
             _result(report, failures, codes, root, held=held, reasons=reasons)
@@ -131,13 +127,9 @@ def _location(name: str, implementation: Mapping[str, Any], root: Path) -> dict[
     file = str(implementation.get("file") or "")
     if file and not file.startswith("<"):
         path = Path(file) if Path(file).is_absolute() else root / file
-        artifact = (
-            {"uri": quote(path.relative_to(root).as_posix()), "uriBaseId": ROOT}
-            if path.is_relative_to(root)
-            else {"uri": path.as_uri()}
-        )
-        location["physicalLocation"] = {
-            "artifactLocation": artifact,
-            "region": {"startLine": max(int(implementation.get("line") or 0), 1)},
-        }
+        artifact = {"uri": path.as_uri()}
+        if path.is_relative_to(root):
+            artifact = {"uri": quote(path.relative_to(root).as_posix()), "uriBaseId": ROOT}
+        region = {"startLine": max(int(implementation.get("line") or 0), 1)}
+        location["physicalLocation"] = {"artifactLocation": artifact, "region": region}
     return location

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.report import Report
@@ -142,11 +143,8 @@ def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
 
 
 def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    of_case = {
-        case: facts["gradient_errors"]
-        for case, facts in cases.items()
-        if facts.get("gradient_errors", {}).get("layers")
-    }
+    errors_by_case = {case: facts.get("gradient_errors", {}) for case, facts in cases.items()}
+    of_case = {case: errors for case, errors in errors_by_case.items() if errors.get("layers")}
     if not of_case:
         return None
 
@@ -194,19 +192,12 @@ def _named(axes: Axes, names: Sequence[str]) -> None:
     """Ticks for at most ``TICKS`` places, without the part that all names share."""
     every = -(-len(names) // TICKS)
     places = list(range(0, len(names), every))
-    prefix = _common([n.split(".") for n in names])
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    prefix = sum(1 for _ in takewhile(lambda part: len(set(part)) == 1, parts))
     labels = [re.sub(r"(^|\.)(block|layers?|h)\.(?=\d)", r"\1", ".".join(names[p].split(".")[prefix:])) for p in places]
     labels = [label if len(label) <= LABEL else "…" + label[1 - LABEL :] for label in labels]
     steep = max(map(len, labels)) > 6
     axes.set_xticks(places, labels, rotation=40 if steep else 0, ha="right" if steep else "center")
-
-
-def _common(names: Sequence[Sequence[str]]) -> int:
-    first = names[0]
-    same = 0
-    while same < len(first) - 1 and all(len(n) > same + 1 and n[same] == first[same] for n in names):
-        same += 1
-    return same
 
 
 def _plain(axes: Axes, *, grid: Any) -> None:
@@ -217,10 +208,8 @@ def _plain(axes: Axes, *, grid: Any) -> None:
 
 
 def _unit(largest: float) -> tuple[str, float]:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if largest >= scale:
-            return unit, scale
-    return "bytes", 1.0
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((unit for unit in units if largest >= unit[1]), ("bytes", 1.0))
 
 
 def _svg(name: str, draw: Any, height: float) -> str:

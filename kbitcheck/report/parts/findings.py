@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kbitcheck.core.report import Report
@@ -74,9 +74,8 @@ class Finding:
     def title(self) -> str:
         """Code and name of the rule, or the codes of the rules that could not be judged."""
         if len(self.codes) > 1:
-            return (
-                f"{len(self.codes)} rules ({', '.join(self.codes[:CODES])}{', …' if len(self.codes) > CODES else ''})"
-            )
+            more = ", …" if len(self.codes) > CODES else ""
+            return f"{len(self.codes)} rules ({', '.join(self.codes[:CODES])}{more})"
         return f"{self.codes[0]} {self.rule.name}" if self.rule else self.codes[0]
 
     @property
@@ -151,14 +150,13 @@ def _variant(report: Report, results: Sequence[Result], limits: Limits) -> Varia
 def _deviation(report: Report, failures: Sequence[Observation], limits: Limits) -> Deviation:
     places = grouped(failure.where for failure in failures)
     first = failures[0]
+    attribution = f"attributed to {party_name(report, first.party)}: {first.witness}" if first.witness else ""
     return Deviation(
         places=tuple(map(limits.text, places[: limits.places])),
         more_places=max(len(places) - limits.places, 0),
         expected=limits.text(first.expected),
         actual=limits.text(first.actual),
-        attribution=limits.text(f"attributed to {party_name(report, first.party)}: {first.witness}")
-        if first.witness
-        else "",
+        attribution=limits.text(attribution),
     )
 
 
@@ -178,10 +176,7 @@ def evidence(report: Report, result: Result) -> list[str]:
 
 
 def _line(deviation: Deviation) -> str:
-    places = ", ".join(_with_rest(deviation.places, deviation.more_places))
+    more = [f"and {deviation.more_places} more"] if deviation.more_places else []
+    places = ", ".join([*deviation.places, *more])
     attribution = f" ({deviation.attribution})" if deviation.attribution else ""
     return f"{places}: expected {deviation.expected}; found {deviation.actual}{attribution}"
-
-
-def _with_rest(places: Iterable[str], rest: int) -> list[str]:
-    return [*places, *([f"and {rest} more"] if rest else [])]

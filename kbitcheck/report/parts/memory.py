@@ -29,9 +29,8 @@ def rows(
 
 def _labels(cases: Sequence[str], specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """How each case differs from the others: its model, quantization or checkpointing, as far as they differ."""
-    parts = {
-        case: [str(specs.get(case, {}).get(n, case)) for n in ("model", "quant", "checkpointing")] for case in cases
-    }
+    names = ("model", "quant", "checkpointing")
+    parts = {case: [str(specs.get(case, {}).get(name, case)) for name in names] for case in cases}
     differ = [i for i in range(3) if len({part[i] for part in parts.values()}) > 1]
     return {case: " ".join(dict.fromkeys(part[i] for i in differ)) for case, part in parts.items()}
 
@@ -87,16 +86,12 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
         f"{mode} {size(held['held'])} held, {size(held['peak'])} at the peak"
         for mode, held in forecast["activations"].items()
     )
-    yield (
-        "a step",
-        f"{forecast['batch']} × {forecast['seq_len']} tokens, checkpointing {modes}; logits {size(forecast['logits'])}",
-    )
+    shape, logits = f"{forecast['batch']} × {forecast['seq_len']} tokens", size(forecast["logits"])
+    yield "a step", f"{shape}, checkpointing {modes}; logits {logits}"
     if "activations" in facts:
         yield "measured", dict(_measured(facts))["activations"]
-    yield (
-        "in all",
-        f"{size(forecast['total'][forecast['mode']])} with {forecast['mode']} checkpointing, by {forecast['device']} kernels",
-    )
+    mode = forecast["mode"]
+    yield "in all", f"{size(forecast['total'][mode])} with {mode} checkpointing, by {forecast['device']} kernels"
     heading = "fits"
     for line in _fits(forecast):
         yield heading, line
@@ -106,21 +101,16 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
 def _trained(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "losses" in facts:
         first, *_, last = facts["losses"]
-        steps = len(facts["losses"]) - 1
-        twin = facts["twin_losses"][-1]
-        yield (
-            "trained",
-            f"{steps} steps on one batch: loss {first:.4g} to {last:.4g} (the float64 twin's to {twin:.4g})",
-        )
+        fall = f"loss {first:.4g} to {last:.4g} (the float64 twin's to {facts['twin_losses'][-1]:.4g})"
+        yield "trained", f"{len(facts['losses']) - 1} steps on one batch: {fall}"
 
 
 def _fits(forecast: Mapping[str, Any]) -> Iterator[str]:
     """The largest batch of each usual length, and the longest sequence, on the common GPUs: lines of a table."""
     smallest = min(forecast["rooms"], key=int)
     if not forecast["longest"]:  # the model fits on every GPU
-        yield (
-            f"any common GPU: this takes less than 1 % of the smallest, {forecast['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
-        )
+        gpu = f"{forecast['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
+        yield f"any common GPU: this takes less than 1 % of the smallest, {gpu}"
         return
     lengths = forecast.get("usual") or {str(forecast["seq_len"]): forecast["largest_batch"]}
     memory = str(forecast["memory"])
@@ -128,11 +118,8 @@ def _fits(forecast: Mapping[str, Any]) -> Iterator[str]:
     if not fitting:
         yield "none of the common GPUs"
         return
-    yield (
-        f"{'GiB':>6}"
-        + "".join(f"{length:>7}" for length in lengths)
-        + "    alone  largest batch by tokens, or the longest alone"
-    )
+    heads = "".join(f"{length:>7}" for length in lengths)
+    yield f"{'GiB':>6}{heads}    alone  largest batch by tokens, or the longest alone"
     for room in fitting[:GPUS_SHOWN]:
         batches = "".join(f"{largest[room]:>7,}" for largest in lengths.values())
         yield f"{int(room) / GIB:>6.4g}{batches}{forecast['longest'][room]:>9,}  {forecast['rooms'][room]}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from kbitcheck.compare.matrix import Mark, Matrix, Row
 from kbitcheck.core.rule import rules
 from kbitcheck.report.parts.markup import html, table
-from kbitcheck.report.tables.columns import aligned
+from kbitcheck.report.tables import aligned
 from kbitcheck.report.templates import template
 
 HEAD = ("implementation", "transformers")
@@ -25,8 +25,10 @@ WORDS = {
 
 
 def render(matrix: Matrix, form: str) -> str:
-    """The table in one of the formats of ``kbitcheck.compare.matrix.Format``."""
-    return {"text": _text, "json": _json, "markdown": _markdown, "html": _html}[form](matrix)
+    """The table as ``text``, ``json``, ``markdown`` or ``html``."""
+    if form == "json":
+        return json.dumps(matrix.as_json(), indent=1) + "\n"
+    return {"text": _text, "markdown": _markdown, "html": _html}[form](matrix)
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -97,10 +99,6 @@ def _stack(matrix: Matrix) -> str:
     """The versions of the rows, each once."""
     versions = {name: {row.versions.get(name, "") for row in matrix.rows if row.versions} for name in STACK}
     return ", ".join(f"{name} {', '.join(sorted(several))}" for name, several in versions.items() if any(several))
-
-
-def _json(matrix: Matrix) -> str:
-    return json.dumps(matrix.as_json(), indent=1) + "\n"
 
 
 def _text(matrix: Matrix) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kbitcheck.compare.sweep import Finding, Row, Table
 from kbitcheck.core.result import Level, Party
 from kbitcheck.report.parts.markup import html, table
-from kbitcheck.report.tables.columns import aligned
+from kbitcheck.report.tables import aligned
 
 COLUMNS = (
     "architecture", "inputs", "loads", "prepares", "trains", "quantized", "after/bf16", "checkpointing", "dead adapters", "findings",
@@ -19,7 +19,9 @@ FORMATS = ("text", "json", "markdown")
 
 def render(sweep: Table, form: str) -> str:
     """The table in one of ``FORMATS``."""
-    return {"text": _text, "markdown": _markdown, "json": _json}[form](sweep)
+    if form == "json":
+        return json.dumps(sweep.as_json(), indent=1) + "\n"
+    return {"text": _text, "markdown": _markdown}[form](sweep)
 
 
 def verdict(sweep: Table) -> str:
@@ -73,10 +75,6 @@ def _key(finding: Finding) -> tuple[str, Party, Level]:
 
 def _yes_or_no(value: bool | None) -> str:
     return "" if value is None else "yes" if value else "no"
-
-
-def _json(sweep: Table) -> str:
-    return json.dumps(sweep.as_json(), indent=1) + "\n"
 
 
 def _text(sweep: Table) -> str:
