@@ -300,9 +300,11 @@ def trainables_not_fp16(facts: Facts) -> Iterable[Observation]:
     Fix: keep adapters in fp32, or bf16.
     Sources: peft#341, peft#1249, transformers#23165.
     """
-    for p in facts.wrapped.parameters.values():
-        if p.requires_grad:
-            yield Observation(p.name, "not float16", p.dtype, ok=p.dtype != "float16")
+    trainable = [p for p in facts.wrapped.parameters.values() if p.requires_grad]
+    if not trainable:
+        raise NotApplicable("no parameter is trainable")
+    for p in trainable:
+        yield Observation(p.name, "not float16", p.dtype, ok=p.dtype != "float16")
 
 
 @rule("KB212", "one-device", Level.MUST)

@@ -219,6 +219,8 @@ class Loaded:
         autocast = self.autocast(spec.profile)
         batches = (self.batch, self.single)
         model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
+        if not any(p.requires_grad for p in adapters.values()):
+            raise Unavailable("no adapter is trainable (KB102)")
         rounded = [
             step.train_step(model, b, adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()).gradients
             for b in batches
