@@ -34,9 +34,9 @@ def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
         The parameters by ``id``; empty where the model carries no adapters. Base layers inside adapter layers
         (``base_layer``, ``original_module``) are not among them.
     """
-    found: dict[int, nn.Parameter] = {}
-    _collect(model, owned=False, found=found)
-    return found
+    adapters: dict[int, nn.Parameter] = {}
+    _collect(model, owned=False, adapters=adapters)
+    return adapters
 
 
 def enabled_biases(model: nn.Module, adapters: dict[int, nn.Parameter]) -> dict[int, nn.Parameter]:
@@ -61,10 +61,10 @@ def enabled_biases(model: nn.Module, adapters: dict[int, nn.Parameter]) -> dict[
     return {id(parameter): parameter for parameter in trainable.values()}
 
 
-def _collect(module: nn.Module, *, owned: bool, found: dict[int, nn.Parameter]) -> None:
+def _collect(module: nn.Module, *, owned: bool, adapters: dict[int, nn.Parameter]) -> None:
     adapter = is_adapter_module(module)
     if owned or adapter:
-        found.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
+        adapters.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
     for name, child in module.named_children():
         is_base = adapter and name in _BASE_CHILDREN
-        _collect(child, owned=(owned or adapter) and not is_base, found=found)
+        _collect(child, owned=(owned or adapter) and not is_base, adapters=adapters)

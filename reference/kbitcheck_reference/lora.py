@@ -175,16 +175,16 @@ def _chosen(model: nn.Module, targets: Iterable[str] | None) -> dict[str, nn.Mod
     if layers(model):
         message = f"{type(model).__name__} carries LoRA layers already; detach them first"
         raise ValueError(message)
-    found = _default_targets(model) if targets is None else _named_targets(model, targets)
-    if not found:
+    chosen = _default_targets(model) if targets is None else _named_targets(model, targets)
+    if not chosen:
         message = f"{type(model).__name__} has no linear layer to put adapters on"
         raise ValueError(message)
-    return found
+    return chosen
 
 
 def _default_targets(model: nn.Module) -> dict[str, nn.Module]:
-    known: Any = model
-    head = known.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    pretrained: Any = model
+    head = pretrained.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = {
         name: module
         for name, module in model.named_modules()

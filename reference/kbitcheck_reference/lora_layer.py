@@ -77,10 +77,10 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
-    known: Any = layer
+    linear: Any = layer
     if is_conv1d(layer):
-        return known.weight.shape[0], known.weight.shape[1]
-    return known.in_features, known.out_features
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.in_features, linear.out_features
 
 
 def _hide_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -74,7 +74,6 @@ def test_no_files_import_each_other() -> None:
     assert cycles() == []
 
 
-@pytest.mark.xfail(strict=True, reason="names are still being changed")
 def test_names_say_what_they_name() -> None:
     uses = {str(path.relative_to(ROOT)): [*unclear_names(path.read_text(encoding="utf-8"))] for path in SOURCES}
     assert sum(map(len, uses.values())) <= UNCLEAR_NAMES, {name: names for name, names in uses.items() if names}
