@@ -1,7 +1,5 @@
 """The commands, and which of them a command line names. A command's module is imported when the command is run."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the commands that run cases share: build the cases, run them, render the report."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What the command writes to stderr: lines, and a progress bar on a terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Entry point: every exception becomes one line on stderr and an exit code."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Sequence

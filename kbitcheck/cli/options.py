@@ -1,7 +1,5 @@
 """Options as dataclass fields: each declared once, and shared by the commands through inheritance."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 from collections.abc import Callable, Sequence

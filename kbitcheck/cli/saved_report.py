@@ -1,7 +1,5 @@
 """Reports that an earlier run saved as JSON."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

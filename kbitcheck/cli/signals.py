@@ -1,7 +1,5 @@
 """One way to end a run, whichever signal asks for it."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 from collections.abc import Iterator

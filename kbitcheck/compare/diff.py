@@ -1,7 +1,5 @@
 """Compares two reports cell by cell: what got worse, what got better, what fails in another way."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from kbitcheck.compare.gate import Breach, Change, Kind, binding, evidence, merged

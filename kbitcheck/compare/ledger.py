@@ -3,8 +3,6 @@
 Every rule under ``judged`` was judged on every case there; a cell that is neither skipped nor accepted passed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tomllib

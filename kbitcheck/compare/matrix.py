@@ -1,7 +1,5 @@
 """The conformance matrix: several implementations on the same cases, a row each, a column for each rule."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """What comes of a sweep: a row for each architecture, and the table of all rows. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """What a parameter is part of: a norm, the head, an expert, a router, a tower."""
 
-from __future__ import annotations
-
 import re
 
 from kbitcheck.core.facts import ModelFacts, TensorFacts

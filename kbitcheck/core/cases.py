@@ -1,7 +1,5 @@
 """A case as plain data: a model, its quantization, the implementation that prepares it, and its checkpointing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """What happens while cases are judged: typed events, their JSON form for the pipe to a worker, and their collector."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """A finding: a known deviation of the stack or of a model, with the condition under which it shows and its script."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What can be said of a machine without torch: versions, the processor, free memory, names of devices."""
 
-from __future__ import annotations
-
 import contextlib
 import platform
 import re

@@ -1,7 +1,5 @@
 """Sizes of memory: as users write them, as GPUs are sold, as optimizers fill them. No torch here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

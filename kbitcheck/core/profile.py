@@ -1,7 +1,5 @@
 """What each profile promises of the half-precision parameters that are not quantized. The one place that says so."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Recipes of dtypes: which profile the dtypes of a model follow, and which parameters follow none."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which party a failure is attributed to: not the implementation, where the same base shows the failure unprepared."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable
 

@@ -1,7 +1,5 @@
 """KB9xx: facts about the model that its user should know before training."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from math import prod

@@ -1,7 +1,5 @@
 """KB4xx: gradient checkpointing that is asked for happens, saves memory, and changes nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
 

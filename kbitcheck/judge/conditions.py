@@ -1,7 +1,5 @@
 """Which finding explains a failure, and whether it excuses the implementation."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """KB5xx: what a caller may rely on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from kbitcheck.core.errors import NotApplicable

@@ -1,7 +1,5 @@
 """KB6xx: what preparing itself costs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from kbitcheck.core.anatomy import norm_parameters

@@ -1,7 +1,5 @@
 """KB1xx: what is frozen stays frozen, what should train does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from kbitcheck.core.facts import Facts, TensorFacts

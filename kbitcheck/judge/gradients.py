@@ -1,7 +1,5 @@
 """KB3xx: gradients reach every adapter, through every quantized layer, and are the right ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping

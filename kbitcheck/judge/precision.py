@@ -1,7 +1,5 @@
 """KB2xx: which numbers may change their dtype, and that nothing else changes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial

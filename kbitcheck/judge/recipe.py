@@ -1,7 +1,5 @@
 """KB215: that the dtypes of a model follow one recipe, whichever it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from kbitcheck.core.errors import NotApplicable, Unavailable

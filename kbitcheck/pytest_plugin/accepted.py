@@ -1,7 +1,5 @@
 """``--kbit-ledger``: the comparison with a ledger, one cell at a time, as tests are judged one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -5,8 +5,6 @@ first locks it, judges it and leaves the outcome there; a process that needs it 
 waiting. The system releases the lock of a worker that dies.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

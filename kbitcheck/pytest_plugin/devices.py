@@ -1,7 +1,5 @@
 """Which GPU a pytest-xdist worker takes. Counted without torch."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

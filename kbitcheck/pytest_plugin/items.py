@@ -1,7 +1,5 @@
 """What ``--kbit-impl`` collects: a collector for each case, an item for each rule of the case."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

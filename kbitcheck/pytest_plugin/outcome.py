@@ -1,7 +1,5 @@
 """What judging a case gave, as it travels from the process that judged it to the one that reports."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

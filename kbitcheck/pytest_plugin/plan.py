@@ -1,7 +1,5 @@
 """Which tests judge which rule on which case, and the directory that the processes of a test run share."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import uuid

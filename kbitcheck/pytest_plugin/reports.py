@@ -1,7 +1,5 @@
 """Reports as ``kbitcheck impl`` writes them, assembled from the outcomes of tests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 

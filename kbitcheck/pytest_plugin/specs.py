@@ -1,7 +1,5 @@
 """Cases as a test module writes them, and names by which another process imports a function."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys

@@ -1,7 +1,5 @@
 """Reports as text, JSON, JUnit XML, SARIF, Markdown and HTML: one ``render(report) -> str`` a file."""
 
-from __future__ import annotations
-
 import io
 import shutil
 from importlib import import_module

@@ -1,7 +1,5 @@
 """The report as one HTML file that needs no other: no network, light and dark, readable without a mouse."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The report as JSON: what ``kbitcheck show`` reads back."""
 
-from __future__ import annotations
-
 import json
 
 from kbitcheck.core.report import Report

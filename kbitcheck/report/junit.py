@@ -1,7 +1,5 @@
 """The report as JUnit XML: a test case for each rule and case, which any CI shows."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from xml.etree import ElementTree as ET

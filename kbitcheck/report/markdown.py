@@ -1,7 +1,5 @@
 """The report as GitHub-flavoured Markdown, short enough for a pull-request comment as well as for a step summary."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from kbitcheck.compare.gate import Breach, named

@@ -1,7 +1,5 @@
 """Where a report is written: stdout, or a file that is replaced as a whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

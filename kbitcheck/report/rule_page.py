@@ -1,7 +1,5 @@
 """The page of a rule, for ``kbitcheck rules CODE`` and for the documentation, and the index of all rules."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import textwrap

@@ -1,7 +1,5 @@
 """The report as SARIF 2.1.0, for code scanning: an alert for each broken rule, on the implementation's source line."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """``kbitcheck diff``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kbitcheck.cli.console import say

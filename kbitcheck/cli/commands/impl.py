@@ -1,7 +1,5 @@
 """``kbitcheck impl``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kbitcheck.backends.quantization import Quantization

@@ -1,7 +1,5 @@
 """``kbitcheck matrix``."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence

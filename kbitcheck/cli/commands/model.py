@@ -1,7 +1,5 @@
 """``kbitcheck model``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """``kbitcheck rules``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kbitcheck.cli.options import argument, option

@@ -1,7 +1,5 @@
 """``kbitcheck selftest``."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 

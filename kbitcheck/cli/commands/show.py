@@ -1,7 +1,5 @@
 """``kbitcheck show``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kbitcheck.cli.options import ReportOptions, argument

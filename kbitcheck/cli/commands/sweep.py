@@ -1,7 +1,5 @@
 """``kbitcheck sweep``."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A model at one stage, a call of an implementation, and a save."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The recipe of dtypes that a model follows."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kbitcheck.core.cases import Freezes, Profile

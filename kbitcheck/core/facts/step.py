@@ -1,7 +1,5 @@
 """Forwards and training steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The failing examples of a rule: the faults that it must catch, as source text. The sources are read, not imported."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass

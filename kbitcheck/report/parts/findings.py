@@ -1,7 +1,5 @@
 """What a report says about a rule: once, however many cases it failed in. Every format shows this structure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How much of a report is shown. Every format keeps to the same limits; ``-v`` lifts them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Markdown: tables, code, and prose in which nothing becomes markup by accident."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

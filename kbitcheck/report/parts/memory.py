@@ -1,7 +1,5 @@
 """The memory table: what a model and a training step of it take, predicted or measured."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

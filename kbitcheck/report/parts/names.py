@@ -1,7 +1,5 @@
 """Many names on one line: ``model.layers.{0..31}.mlp.{up,down}_proj.weight`` is easier to read than 64 lines."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 Parts = tuple[tuple[str, ...], ...]

@@ -1,7 +1,5 @@
 """The command that runs one case and rule again."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The verdict line: the answer, the number of rules by outcome, and what the answer does not cover."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report

@@ -1,7 +1,5 @@
 """Tables over many reports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

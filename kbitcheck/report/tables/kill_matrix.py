@@ -1,7 +1,5 @@
 """The kill matrix: which rules each fault breaks, as a page in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The conformance matrix as text, Markdown, HTML or JSON. A rule with the same mark in every row has no column."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 

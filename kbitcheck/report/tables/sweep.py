@@ -1,7 +1,5 @@
 """The table of a sweep as text, Markdown or JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Templates of the formats that are markup, and how they are filled in."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path
