@@ -6,7 +6,7 @@ Every rule under ``judged`` was judged on every case there; a cell that is neith
 import contextlib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -108,19 +108,14 @@ class _Reader:
     def read(self, data: Mapping[str, Any]) -> dict[str, Any]:
         for key in data:
             self._check(key in KEYS, key, f"unknown key {key!r}; use {', '.join(KEYS)}")
-        self._check(
-            data.get("schema") == SCHEMA,
-            "schema",
-            f"not a kbitcheck ledger of schema {SCHEMA}; `kbitcheck gate IMPL --ledger FILE --accept` writes one",
-        )
+        hint = f"not a kbitcheck ledger of schema {SCHEMA}; `kbitcheck gate IMPL --ledger FILE --accept` writes one"
+        self._check(data.get("schema") == SCHEMA, "schema", hint)
         judged, skipped = self._table(data, "judged"), self._table(data, "skipped")
         accepted = data.get("accepted", [])
-        self._check(
-            isinstance(accepted, list) and all(isinstance(e, dict) for e in accepted),
-            "accepted",
-            "accepted must be tables headed [[accepted]]",
-        )
-        entries = tuple(self._entry(e, line) for e, line in zip(accepted, self._lines(accepted), strict=True))
+        tables = isinstance(accepted, list) and all(isinstance(e, dict) for e in accepted)
+        self._check(tables, "accepted", "accepted must be tables headed [[accepted]]")
+        lines = self._heads if len(self._heads) == len(accepted) else [1] * len(accepted)
+        entries = tuple(self._entry(e, line) for e, line in zip(accepted, lines, strict=True))
         self._distinct(entries)
         return {
             "implementation": self._str(data.get("implementation", ""), "implementation"),
@@ -137,15 +132,13 @@ class _Reader:
         for key in data:
             self._check(key in FIELDS, line, f"unknown field {key!r}; use {', '.join(FIELDS)}")
         rule, status, cases = data.get("rule"), data.get("status"), data.get("cases")
-        self._check(
-            isinstance(rule, str) and CODE.fullmatch(rule), line, f"rule must be a code such as KB101: {rule!r}"
-        )
+        is_code = isinstance(rule, str) and CODE.fullmatch(rule)
+        self._check(is_code, line, f"rule must be a code such as KB101: {rule!r}")
         self._check(status in ("FAIL", "ERROR"), line, f"status must be FAIL or ERROR, not {status!r}")
         self._check(bool(cases), line, "an entry needs its cases")
         party = data.get("attributed_to")
-        self._check(
-            party is None or party in tuple(Party), line, f"attributed_to must be {', '.join(Party)}, not {party!r}"
-        )
+        is_party = party is None or party in tuple(Party)
+        self._check(is_party, line, f"attributed_to must be {', '.join(Party)}, not {party!r}")
         return Entry(
             rule=str(rule),
             status=Status(str(status)),
@@ -173,9 +166,6 @@ class _Reader:
             for case in entry.cases:
                 first = seen.setdefault((entry.rule, case), entry.line)
                 self._check(first == entry.line, entry.line, f"{entry.rule} on {case} stands in line {first} already")
-
-    def _lines(self, entries: Sequence[Any]) -> Iterator[int]:
-        yield from self._heads if len(self._heads) == len(entries) else [1] * len(entries)
 
     def _table(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
         value = data.get(key, {})

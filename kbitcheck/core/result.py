@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
@@ -134,9 +134,8 @@ def _shared(failures: Iterable[Observation]) -> list[dict[str, Any]]:
     return entries
 
 
-def _spread(entry: Mapping[str, Any]) -> Iterator[Observation]:
+def _spread(entry: Mapping[str, Any]) -> list[Observation]:
     """The observations of one entry."""
     places = [entry["where"]] if isinstance(entry["where"], str) else entry["where"]
     party = Party(entry.get("party", Party.IMPLEMENTATION))
-    for where in places:
-        yield Observation(**{"ok": False, **entry, "where": where, "party": party})
+    return [Observation(**{"ok": False, **entry, "where": where, "party": party}) for where in places]

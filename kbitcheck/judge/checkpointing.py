@@ -10,8 +10,6 @@ from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_unprepared
 from kbitcheck.judge.gradients import needs_checkpointing
 
-## KB401-KB404: asked for and done
-
 
 @rule("KB401", "on-when-requested", Level.MUST)
 def on_when_requested(facts: Facts) -> Iterable[Observation]:
@@ -109,9 +107,6 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
             yield Observation("use_reentrant in the case's own run", mode, used, ok=used == mode)
 
 
-## KB405-KB406: memory
-
-
 @rule("KB405", "memory-saved", Level.MUST)
 def memory_saved(facts: Facts) -> Iterable[Observation]:
     """Between forward and backward, no more activation bytes are held than checkpointing needs.
@@ -175,9 +170,6 @@ def _crosses_towers(name: str, facts: Facts) -> bool:
     names = list(facts.memory.steps)
     following = names[names.index(name) + 1] if names.index(name) + 1 < len(names) else None
     return following is None or facts.run.blocks[following].tower != facts.run.blocks[name].tower
-
-
-## KB407-KB409: manners
 
 
 @rule("KB407", "reentrant-explicit", Level.SHOULD)

@@ -8,8 +8,6 @@ from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare
 from kbitcheck.judge.gradients import live_gradients
 
-## KB101-KB102: flags
-
 
 @rule("KB101", "base-frozen", Level.MUST)
 def base_frozen(facts: Facts) -> Iterable[Observation]:
@@ -43,9 +41,6 @@ def only_adapters_train(facts: Facts) -> Iterable[Observation]:
     for p in facts.wrapped.parameters.values():
         expected, otherwise = ("trainable", "frozen") if p.adapter else ("frozen", "trainable")
         yield Observation.either(p.name, expected, otherwise, ok=p.requires_grad is p.adapter)
-
-
-## KB103-KB105: what a step changes
 
 
 @rule("KB103", "no-base-grad", Level.MUST)

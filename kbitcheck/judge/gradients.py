@@ -301,9 +301,8 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     t = facts.training
     reached, wanted = t.losses[0] - t.losses[-1], t.twin_losses[0] - t.twin_losses[-1]
     if not wanted > 0:  # or NaN
-        raise NotApplicable(
-            f"the float twin does not learn this batch either (loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f})"
-        )
+        loss = f"loss {t.twin_losses[0]:.4f} to {t.twin_losses[-1]:.4f}"
+        raise NotApplicable(f"the float twin does not learn this batch either ({loss})")
     ok = math.isfinite(t.losses[-1]) and reached >= wanted / 2
     yield Observation("loss", f"falls by at least {wanted / 2:.4f}", f"{t.losses[0]:.4f} to {t.losses[-1]:.4f}", ok=ok)
 

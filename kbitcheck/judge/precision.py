@@ -12,8 +12,6 @@ from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
 
-## KB201-KB204: casts
-
 
 @rule("KB201", "norms-fp32", Level.MUST)
 def norms_fp32(facts: Facts) -> Iterable[Observation]:
@@ -126,9 +124,6 @@ def _unchanged(old: TensorFacts, new: TensorFacts | None) -> Observation:
     return Observation(old.name, expected, actual, ok=same)
 
 
-## KB205-KB208: packed weights and ties
-
-
 @rule("KB205", "packed-weights-intact", Level.MUST)
 def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
     """Packed weights keep class, dtype, shape and bits, whatever dtype they are stored in.
@@ -211,9 +206,6 @@ def ties_kept(facts: Facts) -> Iterable[Observation]:
     for group in sorted(before, key=sorted):
         kept = any(group <= other for other in after)
         yield Observation.either(" = ".join(sorted(group)), "one tensor", "separate tensors", ok=kept)
-
-
-## KB209-KB212: the model as a function
 
 
 @rule("KB209", "same-function", Level.MUST)

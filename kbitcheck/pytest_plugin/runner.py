@@ -81,10 +81,8 @@ class Runner:
             return  # kbitcheck.testing.parametrize did
         rules = self.settings.rules
         if "kbit_option_case" not in metafunc.fixturenames:
-            cells = [
-                pytest.param(rule.code, id=f"{rule.code}-{rule.name}", marks=pytest.mark.kbit(rule=rule.code))
-                for rule in rules
-            ]
+            marks = {rule: pytest.mark.kbit(rule=rule.code) for rule in rules}
+            cells = [pytest.param(r.code, id=f"{r.code}-{r.name}", marks=mark) for r, mark in marks.items()]
             metafunc.parametrize("kbit_check", cells, indirect=True)
             return
         if not self.settings.specs:

@@ -33,13 +33,8 @@ class Options(RunOptions):
     @property
     def source(self) -> dict[str, Any]:
         """How the model is read, by the names of ``CaseSpec``."""
-        return {
-            "random_weights": self.random_weights,
-            "dtype": self.dtype or None,
-            "revision": self.revision or None,
-            "trust_remote_code": self.trust_remote_code,
-            "allow_pickle": self.allow_pickle,
-        }
+        names = ("random_weights", "dtype", "revision", "trust_remote_code", "allow_pickle")
+        return {name: None if (value := getattr(self, name)) == "" else value for name in names}
 
 
 def run(options: Options) -> int:

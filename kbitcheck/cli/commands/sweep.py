@@ -34,9 +34,7 @@ class Options:
     """The options of ``kbitcheck sweep``."""
 
     task: str = choice("Which of transformers' lists of architectures.", "causal-lm", TASKS)
-    select: Sequence[str] = option(
-        "Only these model types; shell patterns too; repeatable.", (), metavar="NAME"
-    )  # fmt: skip
+    select: Sequence[str] = option("Only these model types; shell patterns too; repeatable.", (), metavar="NAME")
     quant: str = option("Quantization, as for `kbitcheck model`.", "nf4", metavar="Q")
     checkpointing: Checkpointing = choice("Gradient checkpointing.", "default", Checkpointing)
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
