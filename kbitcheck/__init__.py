@@ -82,7 +82,7 @@ def check_implementation(
     from kbitcheck.core.rule import select as selected
     from kbitcheck.run import subject as implementations
     from kbitcheck.run.runner import run
-    from kbitcheck.run.suites import FULL, QUICK, cases, workers
+    from kbitcheck.run.suites import cases, suite_cells, workers
 
     if isinstance(prepare, str):
         implementations.validate(prepare)
@@ -91,7 +91,7 @@ def check_implementation(
         live = implementations.describe(prepare)
         name = live.name
     specs = cases(
-        FULL if suite == "full" else QUICK,
+        suite_cells(suite),
         models=models,
         quants=quants,
         checkpointing=checkpointing,

@@ -9,7 +9,7 @@ from kbitcheck import assert_prepared
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.rule import select as selected
 from kbitcheck.pytest_plugin.specs import as_spec, importable_name, item_name
-from kbitcheck.run.suites import FULL, QUICK, cases
+from kbitcheck.run.suites import cases, suite_cells
 
 if TYPE_CHECKING:
     import pytest
@@ -57,7 +57,7 @@ def parametrize(
     import pytest
 
     specs = cases(
-        FULL if suite == "full" else QUICK,
+        suite_cells(suite),
         models=models,
         quants=quants,
         checkpointing=checkpointing,

@@ -38,8 +38,8 @@ def registered() -> tuple[Backend, ...]:
         UsageError: two backends have the same name, or write a scheme alike.
     """
     backends = (*_installed(), *_added)
-    for what in ([b.name for b in backends], [s.name for b in backends for s in b.schemes]):
-        twice = {name for name in what if what.count(name) > 1}
+    for names in ([b.name for b in backends], [s.name for b in backends for s in b.schemes]):
+        twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise UsageError(f"two backends are called {', '.join(sorted(twice))}: uninstall one")
     return backends

@@ -18,7 +18,7 @@ from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import requirements, virtualenvs
 from kbitcheck.run.runner import run
 from kbitcheck.run.subject import validate
-from kbitcheck.run.suites import FULL, QUICK, cases, workers
+from kbitcheck.run.suites import cases, suite_cells, workers
 from kbitcheck.run.worker import debug_to_stderr
 
 
@@ -33,7 +33,7 @@ def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
     for name in options.model:
         models.resolve(name)
     return cases(
-        FULL if options.suite == "full" else QUICK,
+        suite_cells(options.suite),
         models=options.model,
         quants=options.quant,
         checkpointing=options.checkpointing,

@@ -179,7 +179,7 @@ class Settings:
         implementations.validate(self.implementation)
         environment.validate_device(self.device)
         return suite.cases(
-            suite.FULL if self.suite == "full" else suite.QUICK,
+            suite.suite_cells(self.suite),
             models=self.models,
             quants=self.quants,
             checkpointing=cast("tuple[Checkpointing, ...]", self.checkpointing),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shlex
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from kbitcheck.core.rule import Rule
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.findings import settler
 from kbitcheck.run.pool import Worker
+from kbitcheck.run.worker_process import scratch_directory
 from kbitcheck.strategies import Drawn, cases
 
 
@@ -60,12 +61,10 @@ def fuzz(
     Raises:
         UsageError: a model, implementation or option is wrong.
     """
-    with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        run = _Run(plan, Path(scratch), timeout, on_event, echo)
-        try:
+    with scratch_directory() as scratch:
+        run = _Run(plan, scratch, timeout, on_event, echo)
+        with contextlib.closing(run.worker):
             return run.report()
-        finally:
-            run.worker.close()
 
 
 class _Own(ExampleDatabase):

@@ -101,18 +101,11 @@ def audit(
     with like_a_worker() as size_threads:
         case = open_live(model, implementation=implementation, **{"profile": "auto", **options})
         size_threads(case.base.nbytes)
-        environment = devices.describe(str(next(model.parameters()).device), case.spec.seed)
-        loaded = Loaded(implementation=implementation.as_json(), environment=environment)
-        collected = _collected(loaded, examine(case, rules), settler([case.spec]))
-    return assemble(
-        collected,
-        {case.case: case.spec.as_json()},
-        subject={"command": "audit", "ignored": dict(ignore)},
-        blame="any",
-        in_process=True,
-        strict=strict,
-        seconds=time.perf_counter() - start,
-    )
+        device = str(next(model.parameters()).device)
+        loaded = Loaded(implementation=implementation.as_json(), environment=devices.describe(device, case.spec.seed))
+        collector = _collected(loaded, examine(case, rules), settler([case.spec]))
+    subject = {"command": "audit", "ignored": dict(ignore)}
+    return _assembled(collector, case, start, subject=subject, blame="any", strict=strict)
 
 
 def assert_prepared(
@@ -161,16 +154,9 @@ def assert_prepared(
     with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
         case = prepared.PreparedCase(spec, model, batch)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
-        collected = _collected(loaded, examine(case, rules))
-    return assemble(
-        collected,
-        {case.case: spec.as_json()},
-        subject={"command": "assert_prepared", "ignored": dict(ignore)},
-        blame="own",
-        in_process=True,
-        strict=strict,
-        seconds=time.perf_counter() - start,
-    )
+        collector = _collected(loaded, examine(case, rules))
+    subject = {"command": "assert_prepared", "ignored": dict(ignore)}
+    return _assembled(collector, case, start, subject=subject, blame="own", strict=strict)
 
 
 def _collected(
@@ -180,3 +166,8 @@ def _collected(
     for event in (loaded, *events):
         collector.add(event)
     return collector
+
+
+def _assembled(collector: Collector, case: Any, start: float, **options: Any) -> Report:
+    cases, seconds = {case.case: case.spec.as_json()}, time.perf_counter() - start
+    return assemble(collector, cases, in_process=True, seconds=seconds, **options)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import Lost, UsageError
-from kbitcheck.core.events import Broken, Collector, Event, FaultTried, Started, WrongUsage
+from kbitcheck.core.events import Collector, Event, FaultTried, Started
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
 from kbitcheck.run import virtualenvs
@@ -21,7 +18,7 @@ from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
 from kbitcheck.run.requests import TryFaults
 from kbitcheck.run.subject import Implementation
-from kbitcheck.run.worker_process import WorkerProcess
+from kbitcheck.run.worker_process import answers, scratch_directory
 
 TIMEOUT_SECONDS = 600.0
 
@@ -85,18 +82,8 @@ def selftest(
         Lost: the process ended, or one answer took longer than ``timeout`` seconds.
         UsageError: a fault cannot be tried on this machine.
     """
-    with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        process = WorkerProcess(Path(scratch), echo)
-        try:
-            for event in process.ask(TryFaults(codes=tuple(codes), matrix=matrix), timeout):
-                if isinstance(event, WrongUsage):
-                    raise UsageError(event.message)
-                if isinstance(event, Broken):
-                    raise Lost(event.cause)
-                if isinstance(event, FaultTried):
-                    yield event
-        finally:
-            process.close()
+    with contextlib.closing(answers(TryFaults(codes=tuple(codes), matrix=matrix), timeout, echo)) as tried:
+        yield from (event for event in tried if isinstance(event, FaultTried))
 
 
 def _isolated(
@@ -112,8 +99,8 @@ def _isolated(
             yield Started(case=spec.id)
             yield from worker.examine(spec, rules)
 
-    with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
+    with scratch_directory() as scratch:
         called = bool(specs) and specs[0].static != "always"
         python = virtualenvs.interpreter(specs[0].implementation) if called else sys.executable
-        workers = [Worker(Path(scratch), timeout, echo, python=python) for _ in range(min(jobs, len(groups)))]
+        workers = [Worker(scratch, timeout, echo, python=python) for _ in range(min(jobs, len(groups)))]
         yield from spread(list(groups.values()), serve, workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -46,8 +47,12 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
 
 def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix: bool = False) -> FaultTried:
     """Judge one fault by its own rule, with ``matrix`` by all others too."""
+    tried = FaultTried(
+        code=fault.code, fault=fault.name, case="", caught=None, reason="needs an accelerator", level=fault.level,
+        alone=fault.alone, kills=None,
+    )  # fmt: skip
     if fault.accelerator and not torch.cuda.is_available():
-        return _tried(fault, "", None, "needs an accelerator", None)
+        return tried
     case = case_of(fault, bases)
     result = judge(rules()[fault.code], case)
     first = next((f"{failure.where}: {failure.actual}" for failure in result.failures), "passed")
@@ -60,17 +65,4 @@ def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix
         kills = tuple(sorted(broken))
         caught = caught and (not fault.alone or kills == (fault.code,))
     case.close()
-    return _tried(fault, case.case, caught, result.reason or first, kills)
-
-
-def _tried(fault: Fault, case: str, caught: bool | None, reason: str, kills: tuple[str, ...] | None) -> FaultTried:
-    return FaultTried(
-        code=fault.code,
-        fault=fault.name,
-        case=case,
-        caught=caught,
-        reason=reason,
-        level=fault.level,
-        alone=fault.alone,
-        kills=kills,
-    )
+    return replace(tried, case=case.case, caught=caught, reason=result.reason or first, kills=kills)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from kbitcheck.backends.quantization import Quantization
+from kbitcheck.backends import registry
+from kbitcheck.backends.quantization import DEFAULT, Quantization
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import UsageError
 
-QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
+# Model, quantization, checkpointing modes.
+Cell: TypeAlias = tuple[str, str, Sequence[Checkpointing]]
+
+QUICK: Sequence[Cell] = (
     # Untied, grouped-query, RMSNorm, the plain path in both quantizations; nested state, half-precision packed storage.
     ("tiny:llama", "nf4,double,storage=bf16", ("non-reentrant",)),
     ("tiny:llama", "int8", ("reentrant", "off")),
@@ -23,24 +27,26 @@ QUICK: tuple[tuple[str, str, tuple[Checkpointing, ...]], ...] = (
     ("tiny:gpt2", "nf4,compute=fp32", ("reentrant", "off")),
     ("tiny:gpt2", "int8", ("default",)),
 )
-
-
 RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
+MODES: tuple[Checkpointing, ...] = ("reentrant", "non-reentrant", "off")
 
 
-_GRID: tuple[tuple[str, tuple[Checkpointing, ...]], ...] = (
-    ("nf4", ("reentrant", "non-reentrant", "default", "off")),
-    ("nf4,double,storage=bf16", ("non-reentrant",)),
-    ("fp4", ("reentrant", "non-reentrant", "off")),
-    ("int8", ("reentrant", "non-reentrant", "off")),
-)
-
-
-FULL = tuple((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in _GRID)
+def suite_cells(suite: str) -> Sequence[Cell]:
+    """The suite ``quick``, or ``full``: every recipe in every scheme of every available backend."""
+    if suite != "full":
+        return QUICK
+    grid: list[tuple[str, Sequence[Checkpointing]]] = []
+    for scheme in (scheme.name for backend in registry.available() for scheme in backend.schemes):
+        if scheme == DEFAULT:
+            grid.append((scheme, ("reentrant", "non-reentrant", "default", "off")))
+            grid.append((f"{scheme},double,storage=bf16", ("non-reentrant",)))
+        else:
+            grid.append((scheme, MODES))
+    return [(f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid]
 
 
 def cases(
-    suite: Sequence[tuple[str, str, Sequence[Checkpointing]]],
+    suite: Sequence[Cell],
     *,
     models: Sequence[str] = (),
     quants: Sequence[str] = (),
@@ -57,7 +63,7 @@ def cases(
             raise UsageError(f"{name} is a list, of one: [{value!r}]")
     if models or quants:
         cells = [
-            (model, quant, checkpointing or ("reentrant", "non-reentrant", "off"))
+            (model, quant, checkpointing or MODES)
             for model in (models or dict.fromkeys(m for m, _, _ in suite))
             for quant in (quants or ("nf4", "int8"))
         ]

@@ -10,12 +10,13 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 from kbitcheck.core import events
-from kbitcheck.core.errors import Lost
+from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Event
 from kbitcheck.run.requests import Request
 
@@ -32,6 +33,29 @@ QUIET = {
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
 }
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A temporary directory for worker processes."""
+    with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
+
+
+def answers(request: Request, seconds: float, echo: Callable[[str], None] | None) -> Generator[Event, None, None]:
+    """The events that answer one request, from a process that ends with it.
+
+    Raises:
+        Lost: the process ended or broke, or one answer took longer than ``seconds``.
+        UsageError: the request cannot be answered on this machine.
+    """
+    with scratch_directory() as scratch, contextlib.closing(WorkerProcess(scratch, echo)) as process:
+        for event in process.ask(request, seconds):
+            if isinstance(event, events.WrongUsage):
+                raise UsageError(event.message)
+            if isinstance(event, events.Broken):
+                raise Lost(event.cause)
+            yield event
 
 
 class WorkerProcess:

@@ -76,11 +76,9 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     return linear
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    linear: Any = layer
-    if is_conv1d(layer):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return linear.in_features, linear.out_features
+def _sizes(layer: Any) -> tuple[int, int]:
+    """(in features, out features)."""
+    return tuple(layer.weight.shape) if is_conv1d(layer) else (layer.in_features, layer.out_features)
 
 
 def _hide_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

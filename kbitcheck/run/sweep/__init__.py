@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.compare.sweep import Finding, Row, Table, row
 from kbitcheck.core import machine
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, Checkpointing, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import rules
 from kbitcheck.core.suggest import did_you_mean
@@ -21,10 +22,33 @@ from kbitcheck.core.version import VERSION
 from kbitcheck.run import requirements
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.sweep.journal import Journal
-from kbitcheck.run.sweep.request import SweepRequest
 from kbitcheck.run.sweep.workers import architectures, examine
 
 __all__ = ["Finding", "Row", "SweepRequest", "Table", "row", "shard", "swept"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest:
+    """The architectures of ``task`` that ``select`` and the part leave, and how each is audited.
+
+    ``part`` counts from 1; ``timeout`` is in seconds for each architecture; rows are kept in ``output`` + ``.jsonl``,
+    unless ``output`` is empty; ``command`` is the command that gives the same table again.
+    """
+
+    task: str
+    select: Sequence[str]
+    quant: str
+    checkpointing: Checkpointing
+    prepare: str
+    profile: Profile
+    device: str
+    seed: int
+    jobs: int
+    timeout: float
+    part: int
+    parts: int
+    output: str
+    command: str
 
 
 def shard(names: Iterable[str], index: int, total: int) -> Iterator[str]:

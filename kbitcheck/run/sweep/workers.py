@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kbitcheck.compare.sweep import Row, row
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError, cause
-from kbitcheck.core.events import Architectures, Broken, Collector, WrongUsage
+from kbitcheck.core.events import Architectures, Collector
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import Rule
 from kbitcheck.run.pool import Worker, spread
 from kbitcheck.run.requests import ListArchitectures
-from kbitcheck.run.worker_process import WorkerProcess
+from kbitcheck.run.worker_process import answers, scratch_directory
 
 LISTING_SECONDS = 300.0
 
@@ -27,19 +25,13 @@ def architectures(task: str, echo: Callable[[str], None] | None = None) -> dict[
     Raises:
         Lost: the worker process ended without a list.
     """
-    with tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True) as scratch:
-        process = WorkerProcess(Path(scratch), echo)
-        try:
-            for event in process.ask(ListArchitectures(task=task), LISTING_SECONDS):
-                if isinstance(event, Architectures):
-                    return dict(event.classes)
-                if isinstance(event, WrongUsage):
-                    raise Lost(event.message)
-                if isinstance(event, Broken):
-                    raise Lost(event.cause)
-        finally:
-            process.close()
-    raise Lost("the worker listed no architectures")
+    try:
+        with contextlib.closing(answers(ListArchitectures(task=task), LISTING_SECONDS, echo)) as listing:
+            return next(dict(event.classes) for event in listing if isinstance(event, Architectures))
+    except StopIteration:
+        raise Lost("the worker listed no architectures") from None
+    except UsageError as error:
+        raise Lost(str(error)) from error
 
 
 def examine(
@@ -74,10 +66,8 @@ def examine(
             yield _not_audited(name, classes[name], spec(name), cause(error))
 
     with contextlib.ExitStack() as stack:
-        workers = []
-        for _ in range(min(jobs, len(classes))):
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="kbitcheck-", ignore_cleanup_errors=True))
-            workers.append(Worker(Path(scratch), timeout, echo))
+        scratch = [stack.enter_context(scratch_directory()) for _ in range(min(jobs, len(classes)))]
+        workers = [Worker(directory, timeout, echo) for directory in scratch]
         yield from stack.enter_context(contextlib.closing(spread(list(classes), serve, workers)))
 
 
