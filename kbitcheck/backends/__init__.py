@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.protocol import Backend
-from kbitcheck.backends.registry import available, named
+from kbitcheck.backends.registry import available
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Backend", "available", "named", "of", "of_parameter"]
+__all__ = ["Backend", "available", "of", "of_parameter"]
 
 
 def load() -> None:

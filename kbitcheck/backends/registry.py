@@ -60,18 +60,6 @@ def available() -> tuple[Backend, ...]:
     return tuple(backend for backend in registered() if not backend.unavailable())
 
 
-def named(name: str) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for backend in registered():
-        if backend.name == name:
-            return backend
-    raise UsageError(f"no such backend {name!r}; known: {', '.join(b.name for b in registered())}")
-
-
 def schemes() -> dict[str, Scheme]:
     """Every scheme of every backend by the name that ``--quant`` takes."""
     return {scheme.name: scheme for backend in registered() for scheme in backend.schemes}

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -45,19 +44,6 @@ LAYOUT = 2  # of what is in an environment; a new number makes new ones
 RECORD = "kbitcheck.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """A built environment: its interpreter, and the transformers that was chosen for it."""
-
-    folder: Path
-    transformers: str
-
-    @property
-    def python(self) -> str:
-        """Its interpreter."""
-        return str(_python(self.folder))
-
-
 def cache() -> Path:
     """Where environments are kept: ``$KBITCHECK_CACHE``, or the user's cache directory."""
     if directory := os.environ.get(VARIABLE):
@@ -76,28 +62,24 @@ def interpreter(implementation: str, say: Callable[[str], None] = lambda line: N
         UsageError: the requirement cannot be installed, or its function cannot be imported beside any transformers.
     """
     requirement = requirements.parse(implementation)
-    return sys.executable if requirement is None else ready(requirement, say).python
+    return sys.executable if requirement is None else str(_python(_ready(requirement, say)))
 
 
-def ready(requirement: Requirement, say: Callable[[str], None] = lambda line: None) -> Environment:
-    """The environment of a requirement, built where there is none.
-
-    Raises:
-        UsageError: it cannot be built.
-    """
+def _ready(requirement: Requirement, say: Callable[[str], None]) -> Path:
+    """The folder of a requirement's environment, which is built where there is none."""
     requirement.validate()
     folder = cache() / f"{requirement.project or 'subject'}-{_key(requirement)}"
-    if (built := _read(folder)) is not None:
-        return built
+    if _is_built(folder):
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock"), lambda: say(f"another process is installing {requirement.text}")):
-            if (built := _read(folder)) is None:
+            if not _is_built(folder):
                 say(f"installing {requirement.text} into an environment of its own, once")
-                built = _build(requirement, folder)
+                _build(requirement, folder)
     except OSError as error:
         raise UsageError(f"{requirement.text} cannot be installed in {folder.parent}: {error}") from error
-    return built
+    return folder
 
 
 class Refused(Exception):
@@ -108,7 +90,7 @@ class Conflict(Refused):
     """The implementation's own requirements exclude this transformers, and so say which version they allow."""
 
 
-def _build(requirement: Requirement, folder: Path) -> Environment:
+def _build(requirement: Requirement, folder: Path) -> None:
     """Build beside the place and move there when all is done: an environment is whole, or is not there."""
     draft = folder.with_suffix(".draft")
     for old in (draft, folder):
@@ -126,16 +108,15 @@ def _build(requirement: Requirement, folder: Path) -> Environment:
                     todo = [""] if version else []
                 refused.append(f"transformers {version or 'of its own choice'}: {error}")
                 continue
-            transformers = version or _chosen(draft)
             record = {
                 "requirement": requirement.text,
                 "function": requirement.function,
-                "transformers": transformers,
+                "transformers": version or _chosen(draft),
                 "refused": refused,
             }
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             draft.rename(folder)
-            return Environment(folder, transformers)
+            return
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     raise UsageError(
@@ -278,13 +259,13 @@ def _key(requirement: Requirement) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
-def _read(folder: Path) -> Environment | None:
-    """A built environment, if it is there and its interpreter still is."""
+def _is_built(folder: Path) -> bool:
+    """True where an environment is whole and its interpreter is still there."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return Environment(folder, record["transformers"]) if _python(folder).exists() else None
+        return False
+    return "transformers" in record and _python(folder).exists()
 
 
 @contextlib.contextmanager

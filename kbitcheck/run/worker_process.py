@@ -182,7 +182,7 @@ class WorkerProcess:
         self._drain()
         code = self._popen.returncode
         if code >= 0:
-            last = self.tail().strip().splitlines()[-1:]
+            last = self._printed.decode(errors="replace").strip().splitlines()[-1:]
             return f"the process ended itself with exit code {code}" + (f"; it last printed: {last[0]}" if last else "")
         name = signal.Signals(-code).name
         why = {signal.SIGKILL: "out of memory, or by itself", signal.SIGTERM: "asked to end"}.get(signal.Signals(-code))
@@ -199,16 +199,6 @@ class WorkerProcess:
         self._close(self._requests)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
-        self.kill()
-
-    def stop(self) -> None:
-        """End the process and its group at once; a thread that waits for an answer gets ``Lost``."""
-        # The group, and not the tree: a grandchild whose parent is dead is in no tree.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
-
-    def kill(self) -> None:
-        """End the process at once, and close its pipes."""
         self.stop()
         self._popen.wait()
         if self._popen.stdout is not None:
@@ -216,11 +206,13 @@ class WorkerProcess:
         for fd in (self._requests, self._replies):
             self._close(fd)
 
+    def stop(self) -> None:
+        """End the process and its group at once; a thread that waits for an answer gets ``Lost``."""
+        # The group, and not the tree: a grandchild whose parent is dead is in no tree.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+
     def _close(self, fd: int) -> None:
         if fd in self._open:
             self._open.remove(fd)
             os.close(fd)
-
-    def tail(self) -> str:
-        """The end of the output of the process and the implementation."""
-        return self._printed.decode(errors="replace")

@@ -87,7 +87,7 @@ def test_a_cut_layer_is_caught() -> None:
 
 def test_help_and_errors_name_its_scheme() -> None:
     assert "rowwise-int8, then skip=MODULE" in usage()
-    assert registry.named("rowwise") is BACKEND
+    assert BACKEND in registry.registered()
     with pytest.raises(kbitcheck.UsageError, match="rowwise-int8 takes only skip=MODULE, not double"):
         Quantization.parse("rowwise-int8,double")
 
