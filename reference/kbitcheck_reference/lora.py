@@ -91,22 +91,6 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def draw_up(model: nn.Module, seed: int, scale: float = 0.02) -> None:
-    """Draw every ``lora_B`` non-zero, in place; at zero, ``lora_A`` would have no gradient by construction.
-
-    Drawn on the CPU in float32 from the seed and the layer's name, then cast: a float64 twin gets the float32 numbers.
-
-    Args:
-        model: a model that ``attach`` was called on.
-        seed: of the draw.
-        scale: standard deviation of the normal draw.
-    """
-    for name, layer in layers(model).items():
-        generator = torch.Generator().manual_seed(_seed_of(seed, f"{name}.lora_B"))
-        weight = layer.lora_B.weight
-        weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
-
-
 def save(model: nn.Module, path: str | Path) -> None:
     """Write the adapters' parameters, by full name, and their scaling.
 

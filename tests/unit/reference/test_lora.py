@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.unit.reference.drawing import draw_up
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -92,7 +94,7 @@ def test_computes_base_plus_scaled_update() -> None:
     x = torch.randn(3, 6)
     layer = lora.layers(model)["fc"]
     assert torch.equal(layer(x), layer.base_layer(x))
-    lora.draw_up(model, seed=0, scale=1.0)
+    draw_up(model, seed=0, scale=1.0)
     for name, size in (("fc", 6), ("conv", 5)):
         layer = lora.layers(model)[name]
         x = torch.randn(3, size)
@@ -103,7 +105,7 @@ def test_computes_base_plus_scaled_update() -> None:
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_gradients_are_those_of_the_formula(load: Any, quantization: str) -> None:
     layer = lora.attach(load("llama", quantization, torch.float32)).train().model.layers[0].mlp.down_proj
-    lora.draw_up(nn.ModuleDict({"layer": layer}), seed=0)
+    draw_up(nn.ModuleDict({"layer": layer}), seed=0)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     layer(x).sum().backward()
     weight, down, up = (
@@ -127,7 +129,7 @@ def test_keeps_the_base_outputs_dtype(
     layer = load("llama", quantization).train().model.layers[0].mlp.up_proj
     x = torch.randn(2, 64).to(x_dtype).requires_grad_(True)
     holder = lora.attach(nn.ModuleDict({"layer": layer}), dtype=dtype)
-    lora.draw_up(holder, seed=0)
+    draw_up(holder, seed=0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert holder["layer"](x).dtype == layer(x).dtype
     holder["layer"](x).sum().backward()
@@ -136,7 +138,7 @@ def test_keeps_the_base_outputs_dtype(
 
 def test_dropout_acts_on_the_adapter_alone_and_in_training_alone() -> None:
     model = lora.attach(Float(), dropout=0.5)
-    lora.draw_up(model, seed=0, scale=1.0)
+    draw_up(model, seed=0, scale=1.0)
     layer = lora.layers(model)["fc"]
     x = torch.randn(64, 6)
     assert not torch.equal(layer(x), layer(x))
@@ -158,7 +160,7 @@ def test_keeps_each_layers_mode() -> None:
 def test_draws_depend_on_seed_and_name_alone() -> None:
     def drawn(seed: int, **options: Any) -> dict[str, torch.Tensor]:
         model = lora.attach(Float(), seed=seed, **options)
-        lora.draw_up(model, seed=seed)
+        draw_up(model, seed=seed)
         return {name: parameter.detach() for name, parameter in lora.parameters(model).items()}
 
     state = torch.get_rng_state()
@@ -183,22 +185,22 @@ def test_draws_depend_on_seed_and_name_alone() -> None:
 def test_up_starts_at_zero_and_scale_scales() -> None:
     model = lora.attach(Float())
     assert all(layer.lora_B.weight.abs().max() == 0 for layer in lora.layers(model).values())
-    lora.draw_up(model, seed=0, scale=1.0)
+    draw_up(model, seed=0, scale=1.0)
     large = lora.layers(model)["fc"].lora_B.weight.detach().clone()
-    lora.draw_up(model, seed=0, scale=0.5)
+    draw_up(model, seed=0, scale=0.5)
     torch.testing.assert_close(lora.layers(model)["fc"].lora_B.weight.detach(), large / 2)
 
 
 def test_global_random_state_is_not_touched() -> None:
     model = Float()
     before = torch.get_rng_state()
-    lora.draw_up(lora.attach(model), seed=0)
+    draw_up(lora.attach(model), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:
     first, second = lora.attach(Float(), seed=1), lora.attach(Float(), seed=2)
-    lora.draw_up(first, seed=1)
+    draw_up(first, seed=1)
     lora.save(first, tmp_path / "a.safetensors")
     assert set(load_file(tmp_path / "a.safetensors")) == set(lora.parameters(first))
     lora.load(second, tmp_path / "a.safetensors")
@@ -273,7 +275,7 @@ def test_detach_puts_the_very_layers_back() -> None:
     lora.attach(model)
     assert isinstance(model.fc, LoraLinear)
     assert model.alias is model.fc
-    lora.draw_up(model, seed=0, scale=1.0)
+    draw_up(model, seed=0, scale=1.0)
     assert not torch.equal(model(x), before)
     assert lora.detach(model) is model
     assert model.fc is fc is model.alias

@@ -17,6 +17,8 @@ from kbitcheck_reference import is_quantized_parameter, lora, prepare_model_for_
 from kbitcheck_reference.prepare import return_cache
 from torch import nn
 
+from tests.unit.reference.drawing import draw_up
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -211,7 +213,7 @@ def test_checkpointing_changes_no_gradient(
     if arch == "whisper" and reentrant and version("transformers") < "5":
         pytest.skip("the encoder's states go to the decoder's blocks by keyword, past a reentrant checkpoint")
     model = lora.attach(prepare(load(arch, quantization), True, {"use_reentrant": reentrant}))
-    lora.draw_up(model, seed=1)
+    draw_up(model, seed=1)
     got = gradients(model, arch)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
