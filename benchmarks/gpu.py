@@ -26,10 +26,9 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.sources.resolve import Source, resolve
 from kbitcheck.observe.forecast import predict as forecast
-from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.probes import adapters, step, switches
-from kbitcheck.observe.probes.live import Live
-from kbitcheck.observe.probes.memory import returnable
+from kbitcheck.observe.probes.live import Live, own_tensors
+from kbitcheck.observe.probes.memory import empty_cache
 from kbitcheck.observe.probes.snapshot import snapshot
 
 HERE = Path(__file__).parent
@@ -140,11 +139,11 @@ def measured(source: Source, plan: Plan, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"loaded": loading.asked, "loading_peak": loading.most_asked}
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-    with Meter(device, *weights.tensors(model)) as preparing:
+    with Meter(device, *own_tensors(model)) as preparing:
         prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
     found |= {"prepared": preparing.asked, "preparing_peak": preparing.most_asked}
     if device.startswith("cuda"):
-        found["cached_after_preparing"] = returnable()
+        found["cached_after_preparing"] = empty_cache()
     targets = adapters.target_layers(model, "all-linear")
     wrapped, owned = adapters.attach(model, targets, library="reference", rank=plan.rank, seed=0)
     optimizer = torch.optim.AdamW(owned.values(), lr=1e-5)
@@ -164,7 +163,7 @@ def _steps(
             workspace = _step(wrapped, fed, optimizer, device)  # warms up
             states = (t for s in optimizer.state.values() for t in s.values() if t.dim())
             seconds = []
-            with Meter(device, *weights.tensors(model), *states) as meter:
+            with Meter(device, *own_tensors(model), *states) as meter:
                 for _ in range(TIMED_STEPS):
                     start = time.perf_counter()
                     _step(wrapped, fed, optimizer, device)

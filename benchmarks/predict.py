@@ -68,7 +68,8 @@ def grid() -> list[dict[str, Any]]:
     from kbitcheck.models.sources.resolve import resolve
     from kbitcheck.observe.forecast import predict as forecast
     from kbitcheck.observe.forecast import weights
-    from kbitcheck.observe.probes import adapters, memory, step
+    from kbitcheck.observe.probes import adapters, memory, step, switches
+    from kbitcheck.observe.probes.live import own_tensors
     from kbitcheck.observe.probes.snapshot import snapshot
 
     torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def grid() -> list[dict[str, Any]]:
             wanted = Quantization.parse(quant)
             base = source.load(wanted)
             real_weights = sum(g.parameters for g in weights.groups(base, snapshot(base)).values())
-            stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in weights.tensors(base)}
+            stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own_tensors(base)}
             for mode in ("reentrant", "non-reentrant"):
                 spec = CaseSpec(model=source.name, quant=quant, implementation="reference", checkpointing=mode)  # type: ignore[arg-type]
                 empty = source.meta(wanted)
@@ -97,11 +98,13 @@ def grid() -> list[dict[str, Any]]:
                 for batch, length in SHAPES:
                     made = source.batch(base, batch=batch, seq_len=length)
                     step.train_step(model, made, owned)
-                    real = memory.activations(model, made, owned, seed=0)
+                    real = memory.activations(model, made, seed=0)
+                    with switches.checkpointing_off(model):
+                        peak_plain = memory.measure(model, made, 0, None).peak
                     plain, held = run.step(batch, length, "off"), run.step(batch, length, mode)
                     pairs = {
                         "plain": (plain.held, real.plain),
-                        "plain_peak": (plain.peak, real.peak_plain),
+                        "plain_peak": (plain.peak, peak_plain),
                         "held": (held.held, real.held),
                         "peak": (held.peak, real.peak),
                     }

@@ -245,16 +245,18 @@ def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
         peak = live.peak
     current = {internals.storage_id(t) for t in own_tensors(model)}
     stale = sum(size for key, (size, _) in live.holds().items() if key not in current)
-    cached = None
-    if on_cuda:  # what emptying the cache gives back: not the holes in segments that live tensors share
-        reserved = torch.cuda.memory_reserved()
-        torch.cuda.empty_cache()
-        cached = reserved - torch.cuda.memory_reserved()
     return CostFacts(
         before=before,
         after=live.now - stale,
         peak=peak,
         largest=largest,
         stale=stale,
-        cached=cached,
+        cached=empty_cache() if on_cuda else None,
     )
+
+
+def empty_cache() -> int:
+    """Bytes that emptying the cache of CUDA's allocator gives back: not the holes in segments that live tensors share."""
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    return reserved - torch.cuda.memory_reserved()
