@@ -60,7 +60,9 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
                 if error is not None:
                     raise error
                 again = subject.prepare(subject.reload(folder))
-            except Exception:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # saving and loading run transformers' and the model's own code, which may raise anything
                 base_error = _raised(partial(_base_round_trip, subject))
                 if base_error is None:
                     raise
@@ -69,6 +71,8 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
             model, adapters = subject.attach(again)
             _load(adapters, file)
             second = logits(model)
+        except torch.OutOfMemoryError:  # no property of the model
+            raise
         except Exception as error:
             return StoreFacts(**facts, raised=Raised.of(error))
     distance = Distance(equal=torch.equal(first, second), relative=step.distance(second, first))
@@ -78,6 +82,8 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
 def _raised(action: Callable[[], object]) -> Exception | None:
     try:
         action()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         return error
     return None

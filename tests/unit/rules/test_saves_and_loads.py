@@ -17,6 +17,7 @@ from kbitcheck.core.result import Observation, Party, Result, Status
 from kbitcheck.core.rule import judge, select
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import open_case
+from kbitcheck.observe.probes import store
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.findings import settler
 from kbitcheck.run.runner import run
@@ -105,3 +106,28 @@ def test_an_error_of_a_rule_says_where() -> None:
     result = judge(KB510, case)
     assert result.status is Status.ERROR
     assert "KeyError: 'a' (test_saves_and_loads.py:" in result.reason
+
+
+@pytest.mark.parametrize("where", ["prepared", "base"])
+def test_running_out_of_memory_is_no_property_of_the_model(where: str) -> None:
+    class Model:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def save_pretrained(self, folder: str) -> None:
+            raise self.error
+
+    full, other = torch.OutOfMemoryError("no memory"), ValueError("not saved")
+    models = {"prepared": Model(full if where == "prepared" else other), "base": Model(full)}
+    adapter = {"a": torch.nn.Parameter(torch.ones(1))}
+    subject = store.Subject(
+        prepared=lambda: models["prepared"], base=lambda: models["base"], reload=lambda folder: None,
+        prepare=lambda model: model, attach=lambda model: (model, adapter),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kbitcheck.observe.probes.forwards.forward_logits", lambda *_: torch.ones(1))
+        with pytest.raises(torch.OutOfMemoryError):
+            store.round_trip(subject, frozenset(), {"input_ids": torch.ones(1, 1)})
