@@ -157,7 +157,7 @@ class Case(OpenCase):
             if parameter.quantized_bias:
                 layer = layers.base_name(name.removesuffix(".bias"), self._loaded.weights)
                 module = self._loaded.pristine.get_submodule(layer)
-                rounded[name] = digest.bits(backends.bias_after_forward(module))
+                rounded[name] = digest.bits(backends.arithmetic(module).bias_after_forward(module))
         return rounded
 
     @Fact

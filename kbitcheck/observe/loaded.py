@@ -113,7 +113,7 @@ class Loaded:
     @cached_property
     def compute(self) -> torch.dtype:
         """The dtype quantized layers compute in: float32 where they follow prepared (float32) inputs, as int8 does."""
-        dtypes = {backends.compute_dtype(m) for m in self.pristine.modules() if backends.is_quantized(m)}
+        dtypes = {backends.arithmetic(m).compute_dtype(m) for _, m in backends.quantized_layers(self.pristine)}
         return next((d for d in dtypes if d is not None), torch.float32)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:

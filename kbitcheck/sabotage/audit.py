@@ -27,7 +27,7 @@ def experts_unquantized_and_upcast(model: Any) -> None:
     """Needed in transformers 4, where experts are linear layers; in transformers 5 they are unquantized 3-D parameters."""
     for name, layer in list(backends.quantized_layers(model)):
         if ".experts." in name:
-            rows, columns = backends.shape(layer)
+            rows, columns = backends.recognition(layer).shape(layer)
             model.set_submodule(name, nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
 
 

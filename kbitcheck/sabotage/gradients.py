@@ -11,12 +11,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from kbitcheck import backends
 from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, wraps
 from kbitcheck.sabotage.helpers import (
     blocks,
     change_input,
+    corrupt,
     first_output,
     freeze,
     prepare_well,
@@ -247,7 +247,7 @@ def third_step_in_a_row_forgets(model: Any) -> None:
 def evaluation_nudges_a_scale(model: Any) -> None:
     def nudge(module: Any, args: Any, output: Any) -> None:
         if not module.training:
-            backends.corrupt(module, "scale")
+            corrupt(module, "scale")
 
     quantized(model)[2].register_forward_hook(nudge)
 

@@ -62,17 +62,22 @@ def blocks(model: Any) -> list[Any]:
 
 def quantized(model: Any) -> list[Any]:
     """The model's quantized layers."""
-    return [m for m in model.modules() if backends.is_quantized(m)]
+    return [m for _, m in backends.quantized_layers(model)]
 
 
 def dequantize(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
     """Replace a quantized layer by a frozen plain one, in ``dtype`` or else in the dtype of the unpacked weight."""
     layer = model.get_submodule(name)
-    weight = backends.unpacked(layer)
+    weight = backends.arithmetic(layer).unpacked(layer)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
     plain.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
     plain.bias = layer.bias
     model.set_submodule(name, plain)
+
+
+def corrupt(layer: Any, part: str, factor: float = 1.02) -> None:
+    """Break a quantized layer's weight in place: its ``code``, a ``scale`` (times ``factor``) or its ``nested`` state."""
+    backends.recognition(layer).corrupt(layer, part, factor)
 
 
 def call(function: Any, *args: Any) -> Any:

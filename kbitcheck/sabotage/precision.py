@@ -12,6 +12,7 @@ from kbitcheck.sabotage.fault import adds, breaks, implements
 from kbitcheck.sabotage.helpers import (
     HALF,
     cast,
+    corrupt,
     dequantize,
     freeze,
     half,
@@ -99,7 +100,7 @@ def casts_everything_to_bfloat16_first(model: Any, checkpointing: bool, kwargs: 
 
 @breaks("KB205")
 def one_nibble_flipped(model: Any) -> None:
-    backends.corrupt(quantized(model)[3], "code")
+    corrupt(quantized(model)[3], "code")
 
 
 @breaks("KB205", quant="nf4,storage=bf16")
@@ -119,28 +120,28 @@ def casts_packed_weights_too(model: Any, checkpointing: bool, kwargs: Any) -> No
 
 @breaks("KB206")
 def one_scale_off_by_two_per_cent(model: Any) -> None:
-    backends.corrupt(quantized(model)[1], "scale")
+    corrupt(quantized(model)[1], "scale")
 
 
 @breaks("KB206", quant="nf4,double")
 def nested_offset_dropped(model: Any) -> None:
-    backends.corrupt(quantized(model)[1], "nested")
+    corrupt(quantized(model)[1], "nested")
 
 
 @breaks("KB206", quant="int8")
 def row_scale_off(model: Any) -> None:
-    backends.corrupt(quantized(model)[1], "scale")
+    corrupt(quantized(model)[1], "scale")
 
 
 @breaks("KB206", model="tiny:t5", quant="int8", checkpointing="non-reentrant")
 def a_row_scale_off_in_the_encoder(model: Any) -> None:
-    backends.corrupt(quantized(model.encoder)[0], "scale", 1.001)
+    corrupt(quantized(model.encoder)[0], "scale", 1.001)
 
 
 @adds("KB206", quant="nf4,double")
 def flattens_nested_scales(model: Any) -> None:
     for layer in quantized(model):
-        backends.corrupt(layer, "nested")
+        corrupt(layer, "nested")
 
 
 @breaks("KB207")

@@ -36,8 +36,8 @@ def test_fast_unpacking_is_bitwise_the_oracles(scheme: str, rows: int, columns: 
     layer = layer_of(scheme, rows, columns, nested=nested, seed=seed)
     expected = oracle.unpack(layer)
     out = torch.full((rows, columns), torch.nan, dtype=torch.float64)
-    assert torch.equal(backends.exact(layer), expected)
-    assert backends.exact(layer, out).data_ptr() == out.data_ptr()
+    assert torch.equal(backends.arithmetic(layer).exact(layer), expected)
+    assert backends.arithmetic(layer).exact(layer, out).data_ptr() == out.data_ptr()
     assert torch.equal(out, expected)
 
 
@@ -46,7 +46,7 @@ def test_fast_unpacking_reads_the_layout_of_avx512() -> None:
     layer.weight.data, state = F._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     assert state.packing_format_for_cpu
     out = torch.empty(64, 128, dtype=torch.float64)
-    assert torch.equal(backends.exact(layer, out), oracle.unpack(layer))
+    assert torch.equal(backends.arithmetic(layer).exact(layer, out), oracle.unpack(layer))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -75,7 +75,7 @@ def test_every_corruption_shows_in_the_weight_it_stands_for() -> None:
     ):
         layer = layer_of(scheme, 32, 64, nested=nested)
         before = oracle.unpack(layer)
-        backends.corrupt(layer, part)
+        backends.recognition(layer).corrupt(layer, part)
         assert not torch.equal(oracle.unpack(layer), before), (scheme, part)
 
 

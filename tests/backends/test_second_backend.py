@@ -55,7 +55,9 @@ def test_the_static_audit_is_right_to_the_byte() -> None:
 
     def sizes(model: Any) -> dict[str, int]:
         state = {
-            f"{n}:{k}": v.nbytes for n, m in backends.quantized_layers(model) for k, v in backends.state(m).items()
+            f"{n}:{k}": v.nbytes
+            for n, m in backends.quantized_layers(model)
+            for k, v in backends.recognition(m).state(m).items()
         }
         return {**{n: p.nbytes for n, p in model.named_parameters()}, **state}
 
@@ -75,7 +77,7 @@ def damaged(damage: Any) -> Any:
 
 @pytest.mark.parametrize(("part", "code"), [("code", "KB205"), ("scale", "KB206")])
 def test_a_corrupted_weight_is_caught(part: str, code: str) -> None:
-    assert code in failing(damaged(lambda layers: backends.corrupt(layers[1], part)), [code])
+    assert code in failing(damaged(lambda layers: backends.recognition(layers[1]).corrupt(layers[1], part)), [code])
 
 
 def test_a_cut_layer_is_caught() -> None:
@@ -94,4 +96,4 @@ def test_help_and_errors_name_its_scheme() -> None:
 
 def test_plain_numbers_are_no_packed_weight() -> None:
     assert backends.of(nn.Linear(2, 2)) is None
-    assert backends.of_parameter(nn.Parameter(torch.zeros(2))) is None
+    assert not backends.is_packed(nn.Parameter(torch.zeros(2)))

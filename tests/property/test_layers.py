@@ -70,7 +70,7 @@ def test_a_4bit_layer_multiplies_by_what_its_bytes_stand_for(
     layer = layer.to("cpu").requires_grad_(False)
     assert layer.weight.quant_state.blocksize == blocksize
     unpacked = oracle.dequantized_weight(layer)
-    kernel = backends.unpacked(layer, torch.float32).double()
+    kernel = backends.arithmetic(layer).unpacked(layer, torch.float32).double()
     # What the stack's kernel misreads on this processor has a finding of its own (cpu_dequantize_4bit).
     assume(bool(((kernel - unpacked).abs() <= torch.finfo(torch.float32).eps * 4 * unpacked.abs().max()).all()))
     # [N, K] and [K, N] are told apart by the input's width alone, with a warning where it is K.
@@ -145,7 +145,7 @@ def test_the_yardstick_rounds_inputs_as_int8_kernels_of_accelerators_do(sizes, d
     found = layer(x).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kbitcheck.backends.bitsandbytes.arithmetic.UNROUNDED", ())
-        rounded = backends.round_input(layer, x).double()
+        rounded = backends.arithmetic(layer).round_input(layer, x).double()
     weight = oracle.dequantized_weight(layer)
     spread = rounded.abs() @ weight.abs().T
     # A value half-way between two integers may go either way: by one step of its row's scale.

@@ -35,7 +35,7 @@ class LiveModel:
         """
         from kbitcheck import backends
 
-        kinds = sorted({backends.scheme(m) for m in self.model.modules() if backends.is_quantized(m)})
+        kinds = sorted({backends.recognition(m).scheme(m) for _, m in backends.quantized_layers(self.model)})
         if not kinds:
             raise UsageError(f"{self.name} has no quantized layer: load it with a quantization_config first")
         return str(kinds[0])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from kbitcheck import backends
+from kbitcheck.backends import registry
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes.live import Live
 
@@ -85,7 +86,7 @@ class World:
                 stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             if self.device == "cuda":
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
-            for backend in backends.available():
+            for backend in registry.available():
                 stack.enter_context(backend.kernels.on_device(self.device))
             stack.enter_context(self.mode)
             yield
@@ -100,7 +101,7 @@ class Counted(Live):
     def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu") -> None:
         super().__init__(existing)
         self._device = device
-        self._backends = backends.available()
+        self._backends = registry.available()
         self._readers, self._taken = 1, 0
         self.trace: list[int] = []
 

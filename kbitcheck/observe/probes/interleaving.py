@@ -291,16 +291,15 @@ def switch(model: Any, name: str) -> None:
 
 def fingerprints(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
     """Digest of each quantized layer's packed weight and state, by the base's name."""
-    return {
-        name: digest.bits(module.weight) + "".join(digest.of(v) for v in backends.state(module).values())
-        for name, module in _quantized(model, layers)
-    }
+    prints = {}
+    for name, module in _quantized(model, layers):
+        state = backends.recognition(module).state(module)
+        prints[name] = digest.bits(module.weight) + "".join(map(digest.of, state.values()))
+    return prints
 
 
 def _quantized(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if backends.is_quantized(module):
-            yield base_name(name, layers), module
+    return ((base_name(name, layers), layer) for name, layer in backends.quantized_layers(model))
 
 
 def _hooks(model: nn.Module) -> int:

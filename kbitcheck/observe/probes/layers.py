@@ -20,9 +20,6 @@ from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
 from kbitcheck.observe.probes import step, switches
 
-# Bound before any subject is imported, which may patch it.
-_exact = backends.exact
-
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
 # than all its arithmetic, and keeping those of a large one eight bytes a weight.
 KEPT_BYTES = 256 << 20
@@ -43,7 +40,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __init__(self, layers: Mapping[str, nn.Module], kernels: Mapping[str, torch.Tensor]) -> None:
         self._layers, self._kernels = layers, kernels
-        elements = [rows * columns for rows, columns in map(backends.shape, layers.values())]
+        elements = [math.prod(backends.recognition(layer).shape(layer)) for layer in layers.values()]
         self._all_kept = 8 * sum(elements) <= KEPT_BYTES
         self._kept: dict[str, torch.Tensor] = {}
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
@@ -51,7 +48,8 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._kept:
             return self._kept[name]
-        weight = self._kernels[name].double() if name in self._kernels else _exact(self._layers[name])
+        layer = self._layers[name]
+        weight = self._kernels[name].double() if name in self._kernels else backends.arithmetic(layer).exact(layer)
         if self._all_kept:
             self._kept[name] = weight
         return weight
@@ -77,8 +75,8 @@ class Weights(Mapping[str, torch.Tensor]):
         if self._all_kept or name in self._kernels:
             return self[name]
         layer: Any = self._layers[name]
-        out = self._scratch(backends.shape(layer), dtype=torch.float64, device=layer.weight.device)
-        return _exact(layer, out)
+        out = self._scratch(backends.recognition(layer).shape(layer), dtype=torch.float64, device=layer.weight.device)
+        return backends.arithmetic(layer).exact(layer, out)
 
     def _scratch(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory that was used before: the page faults of fresh memory take longer than unpacking into it."""
@@ -97,14 +95,15 @@ def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
     """
     kernels: dict[str, torch.Tensor] = {}
     misread: dict[str, float] = {}
-    quantized = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
+    quantized = dict(backends.quantized_layers(model))
     weights = Weights(quantized, kernels)
     for name, module in quantized.items():
-        weight = _exact(module)
+        arithmetic = backends.arithmetic(module)
+        weight = arithmetic.exact(module)
         # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
-        kernel = backends.unpacked(module, torch.float32)
+        kernel = arithmetic.unpacked(module, torch.float32)
         gap = (kernel.double() - weight).abs()
-        unpacked = backends.unpacked_dtype(module) or torch.float32
+        unpacked = arithmetic.unpacked_dtype(module) or torch.float32
         bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
         if bool((gap > bound).any()):
             misread[name] = float(gap.norm() / weight.norm())
@@ -136,6 +135,7 @@ class _Probe:
         self.ran = 0
         self.dtype: torch.dtype | None = None
         self._module, self._weight, self._half = module, weight, half
+        self._arithmetic = backends.arithmetic(module)
         self._carried = True
         self._entered = self._left = 0
         self._waiting: list[torch.Tensor] = []
@@ -180,21 +180,21 @@ class _Probe:
 
     @property
     def _compute(self) -> torch.dtype:
-        return backends.compute_dtype(self._module) or self.dtype or torch.float32
+        return self._arithmetic.compute_dtype(self._module) or self.dtype or torch.float32
 
     @property
     def _ulp(self) -> float:
-        unpacked = backends.unpacked_dtype(self._module) or self._compute
+        unpacked = self._arithmetic.unpacked_dtype(self._module) or self._compute
         dtypes = {self._compute, unpacked, self.dtype or self._compute, self._half or self._compute}
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     @property
     def _accumulation(self) -> float:
-        return float(backends.shape(self._module)[0] * 2.0**-24)
+        return float(backends.recognition(self._module).shape(self._module)[0] * 2.0**-24)
 
     def _judge(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
         weight, compute = self._weight(), self._compute
-        rounded = weight.to(backends.unpacked_dtype(self._module) or compute).to(compute).double()
+        rounded = weight.to(self._arithmetic.unpacked_dtype(self._module) or compute).to(compute).double()
         magnitudes = weight.abs()
         # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
         vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))
@@ -241,7 +241,7 @@ def backwards(
 
     ``weights`` and ``misread`` are those of ``originals``. ``half`` is the dtype to which ``autocast`` rounds.
     """
-    modules = {n: m for n, m in model.named_modules() if backends.is_quantized(m)}
+    modules = dict(backends.quantized_layers(model))
     probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}
     with ExitStack() as hooks:
         hooks.callback(step.clear_gradients, model)
@@ -264,7 +264,7 @@ def backwards(
 
 def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     """The layer's backward of gradients far larger than a step's, as gradient scalers make them, one of them infinite."""
-    rows, columns = backends.shape(module)
+    rows, columns = backends.recognition(module).shape(module)
     device = next(module.parameters()).device
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(2, columns, generator=draw).to(device, dtype or torch.float32).requires_grad_(True)
@@ -278,7 +278,8 @@ def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     (large,) = torch.autograd.grad(y, x, far)
     size = small[0].double().norm().clamp(min=1e-300)
     gap = (large[0].double() / LARGE - small[0].double()).norm() / size
-    limits = max(map(torch.finfo, (small.dtype, backends.compute_dtype(module) or small.dtype)), key=lambda f: f.eps)
+    compute = backends.arithmetic(module).compute_dtype(module) or small.dtype
+    limits = max(map(torch.finfo, (small.dtype, compute)), key=lambda f: f.eps)
     return {
         "bent": float(gap.nan_to_num(nan=math.inf)),
         # Beside the dtype's own rounding, what it cannot hold of the smallest numbers.

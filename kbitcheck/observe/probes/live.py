@@ -71,16 +71,16 @@ class Live(internals.TorchDispatchMode):
 
 def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a quantized layer's state by name, no parameters or buffers; layers may share some."""
-    return {name: field for name, field in backends.state(layer).items() if isinstance(field, torch.Tensor)}
+    state = backends.recognition(layer).state(layer)
+    return {name: field for name, field in state.items() if isinstance(field, torch.Tensor)}
 
 
 def own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Every parameter, buffer and tensor of a quantization state."""
     yield from model.parameters()
     yield from model.buffers()
-    for module in model.modules():
-        if backends.is_quantized(module):
-            yield from state_tensors(module).values()
+    for _, layer in backends.quantized_layers(model):
+        yield from state_tensors(layer).values()
 
 
 @contextmanager

@@ -184,8 +184,8 @@ def left_by_evaluation(
 
 def _scratch(model: nn.Module, live: Live) -> int:
     """Bytes alive that the quantized layers' own kernels keep from one call to the next, but their weights."""
-    layers = (m for m in model.modules() if backends.is_quantized(m))
-    kept = {internals.storage_id(t) for layer in layers for t in backends.scratch(layer)}
+    layers = backends.quantized_layers(model)
+    kept = {internals.storage_id(t) for _, layer in layers for t in backends.recognition(layer).scratch(layer)}
     return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != EXISTING)
 
 
@@ -198,17 +198,17 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
             shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
 
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if backends.is_quantized(module):
-                hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
+        for name, module in backends.quantized_layers(model):
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         with torch.no_grad(), switches.seeded(0, batch), autocast() if autocast else nullcontext():
             model(**step.feed(model, batch))
     by_shape: dict[object, int] = {}
     kept = {}
     for name, (module, shape, dtype) in shapes.items():
-        key = (type(module), backends.shape(module), shape, dtype)
+        recognition = backends.recognition(module)
+        key = (type(module), recognition.shape(module), shape, dtype)
         if key not in by_shape:
-            by_shape[key] = bare_layer_keeps(backends.bare(module), shape, dtype)
+            by_shape[key] = bare_layer_keeps(recognition.bare(module), shape, dtype)
         if by_shape[key]:
             kept[name] = by_shape[key]
     return kept

@@ -26,7 +26,7 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
     """
     storages = _Storages()
     owned = {id(p) for p in (adapters or {}).values()}
-    biases = {id(m.bias) for m in model.modules() if backends.is_quantized(m) and getattr(m, "bias", None) is not None}
+    biases = {id(m.bias) for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None}
     return ModelFacts(
         cls=type(model).__name__,
         parameters={
@@ -34,7 +34,7 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
             for n, p in model.named_parameters(remove_duplicate=False)
         },
         buffers={n: _tensor(n, b, storages) for n, b in model.named_buffers(remove_duplicate=False)},
-        layers={n: layer(n, m) for n, m in model.named_modules() if backends.is_quantized(m)},
+        layers={n: layer(n, m) for n, m in backends.quantized_layers(model)},
         modules={n: _module(n, m) for n, m in model.named_modules()},
         config=_config(model),
         state_keys=_keys(model) if keys else frozenset(),
@@ -93,16 +93,17 @@ def heads(model: nn.Module) -> list[nn.Module]:
 
 def layer(name: str, module: nn.Module) -> LayerFacts:
     """One quantized layer, with a digest of each field of its state and of its unpacked weight."""
-    rows, columns = backends.shape(module)
-    state = {k: digest.of(v) for k, v in backends.state(module).items()}
+    recognition, arithmetic = backends.recognition(module), backends.arithmetic(module)
+    rows, columns = recognition.shape(module)
+    state = {k: digest.of(v) for k, v in recognition.state(module).items()}
     return LayerFacts(
         name=name,
         cls=type(module).__name__,
-        scheme=backends.scheme(module),
+        scheme=recognition.scheme(module),
         in_features=columns,
         out_features=rows,
-        compute=str(backends.compute_dtype(module)).removeprefix("torch."),
-        rounds_input=backends.rounds_input(module),
+        compute=str(arithmetic.compute_dtype(module)).removeprefix("torch."),
+        rounds_input=arithmetic.rounds_input(module),
         state=state,
         dequantized=_unpacked(module, state),
     )
@@ -116,7 +117,7 @@ def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
     key = (digest.of(weight), *state.items())  # all that unpacking goes by
     if key not in _digests:
         try:
-            _digests[key] = digest.value(backends.unpacked(module))
+            _digests[key] = digest.value(backends.arithmetic(module).unpacked(module))
         except Exception as error:  # a layer whose state was broken is a fact, not a crash
             return f"{type(error).__name__}: {error}"
     return _digests[key]

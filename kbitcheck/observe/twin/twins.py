@@ -68,7 +68,7 @@ class TwinLinear(nn.Linear):
         backward_read: Read | None = None,
         rounded: Round = lambda x: x,
     ) -> None:
-        rows, columns = backends.shape(layer)
+        rows, columns = backends.recognition(layer).shape(layer)
         super().__init__(columns, rows, bias=False, device="meta")
         # One number, seen everywhere: NaN, should a model compute with the weight behind the layer's back.
         blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=layer.weight.device)
@@ -110,12 +110,13 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
     """The twin of a base that rounds as an ideal preparation under ``profile`` must; the base is left alone."""
 
     def plain(name: str, layer: Any) -> TwinLinear:
-        compute, backward = backends.compute_dtype(layer), backends.unpacked_dtype(layer)
+        arithmetic = backends.arithmetic(layer)
+        compute, backward = arithmetic.compute_dtype(layer), arithmetic.unpacked_dtype(layer)
         # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
         read = weights.reader(name, partial(_unpacked, dtype=compute or torch.float32))
         differs = backward is not None and compute is not None and backward != compute
         backward_read = weights.reader(name, partial(_unpacked, dtype=backward or torch.float32)) if differs else read
-        return TwinLinear(layer, read, compute, backward_read, partial(backends.round_input, layer))
+        return TwinLinear(layer, read, compute, backward_read, partial(arithmetic.round_input, layer))
 
     twin = _replaced(base, plain, partial(promised, profile))
     cast(twin, profile)
@@ -124,7 +125,7 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
 
 def _unpacked(layer: Any, empty: Empty, dtype: torch.dtype) -> torch.Tensor:
     """As the kernel unpacks: scales that are themselves quantized round once more than the format says."""
-    wide = backends.unpacked(layer, torch.float32)
+    wide = backends.arithmetic(layer).unpacked(layer, torch.float32)
     return wide if dtype == wide.dtype else empty(wide.shape, dtype=dtype, device=wide.device).copy_(wide)
 
 
