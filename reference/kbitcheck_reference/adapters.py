@@ -3,12 +3,7 @@
 Flags cannot tell: every parameter of a freshly loaded model is trainable.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
 MARKER = "is_adapter_layer"
 
@@ -25,14 +20,10 @@ def is_adapter_module(module: nn.Module) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
-    """Collect the parameters that adapters own: low-rank pairs, magnitudes, ``modules_to_save`` copies, prompt vectors.
+    """The parameters that adapters own, by ``id``: low-rank pairs, magnitudes, ``modules_to_save`` copies, prompt vectors.
 
-    Args:
-        model: a model with or without adapters; a ``PeftModel`` or a plain module with tuner layers inside.
-
-    Returns:
-        The parameters by ``id``; empty where the model carries no adapters. Base layers inside adapter layers
-        (``base_layer``, ``original_module``) are not among them.
+    ``model`` is a ``PeftModel``, or any module with or without tuner layers inside. Base layers inside adapter layers
+    (``base_layer``, ``original_module``) are not among them.
     """
     adapters: dict[int, nn.Parameter] = {}
     _collect(model, owned=False, adapters=adapters)
@@ -40,25 +31,13 @@ def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def enabled_biases(model: nn.Module, adapters: dict[int, nn.Parameter]) -> dict[int, nn.Parameter]:
-    """Collect the base biases that an adapter library left trainable on purpose (PEFT's ``bias="all"``).
+    """The base biases, by ``id``, that an adapter library left trainable on purpose (PEFT's ``bias="all"``).
 
-    They are told from a base nobody froze by what else trains: a trainable base weight means no freezing took place.
-
-    Args:
-        model: a model that carries adapters.
-        adapters: what ``adapter_parameters(model)`` returned.
-
-    Returns:
-        The biases by ``id``; empty where the base was never frozen.
+    Empty where a base weight is trainable too: then nobody froze the base. ``adapters`` are ``adapter_parameters(model)``.
     """
-    trainable = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapters
-    }
-    if not all(name.rpartition(".")[2] == "bias" for name in trainable):
-        return {}
-    return {id(parameter): parameter for parameter in trainable.values()}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters}
+    frozen = all(name.rpartition(".")[2] == "bias" for name in trainable)
+    return {id(parameter): parameter for parameter in trainable.values()} if frozen else {}
 
 
 def _collect(module: nn.Module, *, owned: bool, adapters: dict[int, nn.Parameter]) -> None:

@@ -6,17 +6,12 @@ the input embeddings for that; this module keeps to its mechanism and mends what
 input comes from no embedding get none (KB301).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle
 
 # The closures that transformers and PEFT register, and the functions of this file.
 _HOOK_NAMES = frozenset(
@@ -47,11 +42,8 @@ def tower_input_requires_grad(
 def require_input_grads(model: nn.Module) -> None:
     """Leave exactly one removable hook an input embedding, and one where each tower begins (KB301, KB505).
 
-    Calling it again changes nothing but the hooks' handles (KB504).
-
-    Args:
-        model: a model of transformers, already checkpointing. One without ``enable_input_require_grads`` gets the
-            towers' hooks only.
+    Calling it again changes nothing but the hooks' handles (KB504). The model is checkpointing already; one without
+    ``enable_input_require_grads`` gets the towers' hooks only.
     """
     remove_input_grad_hooks(model)
     if callable(getattr(model, "enable_input_require_grads", None)) and _exposes_embeddings(model):
@@ -88,7 +80,7 @@ def remove_input_grad_hooks(model: nn.Module) -> None:
 
 
 def _tracked_handles(model: nn.Module) -> list[RemovableHandle]:
-    """List the handles that ``enable_input_require_grads`` has just stored, in the way of transformers 5 or 4."""
+    """The handles that ``enable_input_require_grads`` has just stored, in the way of transformers 5 or 4."""
     state = vars(model)
     single = [state["_require_grads_hook"]] if "_require_grads_hook" in state else []
     return list(state.get("_require_grads_hooks", single))

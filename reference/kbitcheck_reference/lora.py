@@ -1,9 +1,9 @@
 """Put the minimal LoRA on a model, draw, save, load and detach it: the same on every device and in every twin."""
 
-from __future__ import annotations
-
 import zlib
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -12,10 +12,6 @@ from torch import nn
 
 from .lora_layer import LoraLinear, is_conv1d
 from .quantized import is_quantized
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -53,7 +49,11 @@ def attach(
     Raises:
         ValueError: adapters are on already, or nothing, or no layer for one of the targets, was found.
     """
-    chosen = _chosen(model, targets)
+    if layers(model):
+        raise ValueError(f"{type(model).__name__} carries LoRA layers already; detach them first")
+    chosen = _default_targets(model) if targets is None else _named_targets(model, targets)
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no linear layer to put adapters on")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     wrapped = {
@@ -65,14 +65,7 @@ def attach(
 
 
 def detach(model: ModelT) -> ModelT:
-    """Take the adapters off and put the very base layers back, with their hooks and flags as they are.
-
-    Args:
-        model: a model that ``attach`` was called on.
-
-    Returns:
-        The very object that was given; what ``attach`` froze stays frozen.
-    """
+    """Take the adapters off, in place, and put the very base layers back; what ``attach`` froze stays frozen."""
     _replace_children(model, {layer: layer.base_layer for layer in layers(model).values()})
     return model
 
@@ -92,11 +85,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write the adapters' parameters, by full name, and their scaling.
-
-    Args:
-        model: a model that ``attach`` was called on.
-        path: of the safetensors file; an existing file is replaced.
+    """Write the adapters' parameters, by full name, and their scaling to a safetensors file; an existing one is replaced.
 
     Raises:
         ValueError: the model carries no adapters.
@@ -106,11 +95,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(model: nn.Module, path: str | Path) -> None:
-    """Read adapters into a model that carries the same ones; nothing changes unless everything fits.
-
-    Args:
-        model: a model that ``attach`` was called on, with the same targets, rank and alpha.
-        path: of a file that ``save`` wrote.
+    """Read what ``save`` wrote into a model with the same targets, rank and alpha; nothing changes unless all of it fits.
 
     Raises:
         ValueError: names, shapes or scaling differ, or the model carries no adapters; says which.
@@ -130,8 +115,7 @@ def load(model: nn.Module, path: str | Path) -> None:
     if not problems and saved_scaling != scaling:
         problems.append(f"scaling is {saved_scaling} in the file and {scaling} in the model")
     if problems:
-        message = f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}"
-        raise ValueError(message)
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     for name, parameter in wanted.items():
         parameter.data.copy_(tensors[name])
 
@@ -139,8 +123,7 @@ def load(model: nn.Module, path: str | Path) -> None:
 def _scaling(model: nn.Module) -> str:
     scalings = {layer.scaling for layer in layers(model).values()}
     if len(scalings) != 1:
-        message = f"{type(model).__name__} carries no adapters; call attach first"
-        raise ValueError(message)
+        raise ValueError(f"{type(model).__name__} carries no adapters; call attach first")
     return repr(scalings.pop())
 
 
@@ -153,17 +136,6 @@ def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
     return is_quantized(module) and hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def _chosen(model: nn.Module, targets: Iterable[str] | None) -> dict[str, nn.Module]:
-    if layers(model):
-        message = f"{type(model).__name__} carries LoRA layers already; detach them first"
-        raise ValueError(message)
-    chosen = _default_targets(model) if targets is None else _named_targets(model, targets)
-    if not chosen:
-        message = f"{type(model).__name__} has no linear layer to put adapters on"
-        raise ValueError(message)
-    return chosen
 
 
 def _default_targets(model: nn.Module) -> dict[str, nn.Module]:
@@ -188,8 +160,7 @@ def _named_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Mod
     for target in targets:
         matches = by_ending.get(target, {})
         if not matches:
-            message = f"{type(model).__name__} has no linear layer named {target!r}"
-            raise ValueError(message)
+            raise ValueError(f"{type(model).__name__} has no linear layer named {target!r}")
         chosen |= matches
     return chosen
 

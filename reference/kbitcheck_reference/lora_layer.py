@@ -1,7 +1,5 @@
 """One linear layer with LoRA (arXiv 2106.09685) beside it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Written from the specification (KB codes in the docstrings), not from any library's implementation.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, TypeVar
 
@@ -55,16 +53,10 @@ def prepare_model_for_kbit_training(
 
 
 def checkpointable_parts(model: nn.Module) -> list[nn.Module]:
-    """Precondition: find the parts that can checkpoint, or refuse before anything changes (KB401, KB506).
+    """The parts that can checkpoint, at least one; the model is refused before anything changes (KB401, KB506).
 
     A part is an outermost module that can turn checkpointing on: the model itself, or what a wrapper holds (KB401).
     Parts that hold no quantized layer may lack support where another part has them.
-
-    Args:
-        model: the model to prepare.
-
-    Returns:
-        The parts that can checkpoint; at least one.
 
     Raises:
         ValueError: no part can, or one with quantized layers cannot. Names its class and the way out.
@@ -75,17 +67,14 @@ def checkpointable_parts(model: nn.Module) -> list[nn.Module]:
     needed = [part for part in unable if any(map(is_quantized, part.modules()))]
     if not able or needed:
         culprit = type((needed or unable or [model])[0]).__name__
-        message = f"{culprit} does not support gradient checkpointing; pass use_gradient_checkpointing=False"
-        raise ValueError(message)
+        raise ValueError(f"{culprit} does not support gradient checkpointing; pass use_gradient_checkpointing=False")
     return able
 
 
 def turn_on_checkpointing(parts: list[nn.Module], kwargs: dict[str, Any] | None) -> None:
     """Turn checkpointing on in every block, with ``use_reentrant`` explicit (KB401, KB404, KB407, KB503, KB509).
 
-    Args:
-        parts: what ``checkpointable_parts`` returned.
-        kwargs: the caller's arguments for ``torch.utils.checkpoint``; they win over the default and are not changed.
+    The caller's arguments for ``torch.utils.checkpoint`` win over the default and are not changed.
     """
     explicit = {"use_reentrant": False, **(kwargs or {})}
     for part in parts:
@@ -98,9 +87,6 @@ def freeze_base(model: nn.Module) -> None:
     """Freeze every base parameter; adapters that are already on keep their flags (KB101, KB106).
 
     Gradients that a frozen parameter still holds are dropped (KB103).
-
-    Args:
-        model: the model to freeze, with or without adapters.
     """
     kept = adapter_parameters(model)
     if kept:
@@ -115,9 +101,6 @@ def upcast_unquantized(model: nn.Module) -> None:
     """Cast every unquantized float16 and bfloat16 parameter to float32, nothing else (KB201 to KB208, KB211, KB603).
 
     One storage at a time (KB601); an accelerator's freed blocks are handed back (KB602).
-
-    Args:
-        model: the model whose parameters are cast in place.
     """
     parameters = castable_parameters(model)
     upcast(parameters)
@@ -126,11 +109,7 @@ def upcast_unquantized(model: nn.Module) -> None:
 
 
 def return_cache(device_type: str) -> None:
-    """Ask an accelerator's allocator to release its unused blocks (KB602).
-
-    Args:
-        device_type: ``cuda``, ``xpu``, ...; a type whose torch module has no ``empty_cache`` is left alone.
-    """
+    """Ask the allocator of a type of device (``cuda``), where it keeps a cache, to release its unused blocks (KB602)."""
     empty_cache = getattr(getattr(torch, device_type, None), "empty_cache", None)
     if empty_cache is not None:
         empty_cache()
@@ -140,10 +119,7 @@ def make_inputs_require_grad(parts: list[nn.Module]) -> None:
     """Make the inputs of every tower's first block require grad (KB301, KB505).
 
     Non-reentrant checkpointing does not need it; it is done all the same, so that the two modes can be switched on the
-    same object (KB306), and because transformers 5 does it in both.
-
-    Args:
-        parts: what ``checkpointable_parts`` returned, with checkpointing on.
+    same object (KB306), and because transformers 5 does it in both. ``parts`` are checkpointing already.
     """
     for part in parts:
         require_input_grads(part)

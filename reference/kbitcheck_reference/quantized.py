@@ -4,18 +4,13 @@ Nothing of a quantization library is imported: its classes are known by name, so
 installed here, or a subclass made by a fork, is recognised all the same.
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from . import formats
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Packages whose modules and tensor classes exist only to hold packed weights.
 _BACKEND_PACKAGES = frozenset(
@@ -39,28 +34,20 @@ _BACKEND_LAYER = re.compile(
 
 
 def is_quantized_parameter(parameter: torch.Tensor) -> bool:
-    """Whether a parameter's storage is packed or int8 weights rather than plain numbers (KB205).
+    """Whether a parameter's storage is packed or int8 weights rather than plain numbers, of whatever dtype (KB205).
 
-    Args:
-        parameter: any tensor registered as a parameter; of any dtype, as packed weights may be stored in a float one.
-
-    Returns:
-        True for the packed weights of every registered format, whatever their subclass, and for the tensor subclasses
-        of torchao, quanto and their like.
+    True for the packed weights of every registered format, whatever their subclass, and for the tensor subclasses of
+    torchao, quanto and their like.
     """
     return formats.packs(parameter) or _is_wrapper_of_packed_data(parameter)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a quantized layer of any known backend.
+    """Whether a module is a quantized layer of any known backend; its children are not looked at.
 
-    Args:
-        module: any module; its children are not looked at.
-
-    Returns:
-        True where a format recognises a packed weight of the module's own together with its state, where a parameter
-        wraps packed data, and for a packed layer of a backend that has no format here. A layer whose weight is not
-        packed yet is not quantized.
+    True where a format recognises a packed weight of the module's own together with its state, where a parameter wraps
+    packed data, and for a packed layer of a backend that has no format here. A layer whose weight is not packed yet is
+    not quantized.
     """
     return (
         is_foreign_layer(module)
@@ -70,14 +57,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def is_foreign_layer(module: nn.Module) -> bool:
-    """Whether a module is a packed layer of a backend without a format here; the layer's kernels fix its dtypes.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True for the layer classes of gptq, awq, hqq, torchao, eetq, aqlm, quanto, fp8, mxfp4 and their like.
-    """
+    """Whether a module is a packed layer of a backend without a format here (gptq, awq, hqq, ...), which fixes its dtypes."""
     return any(_is_foreign_class(base) for base in type(module).__mro__)
 
 

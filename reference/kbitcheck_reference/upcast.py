@@ -1,41 +1,24 @@
 """Cast parameters to float32 in place, keeping values, names, identity, strides and shared storage."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from .quantized import is_foreign_layer, is_quantized_parameter
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 
 def castable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List the parameters that KB201 and KB202 want in float32, and no other (KB204, KB205, KB206, KB603).
+    """The parameters that KB201 and KB202 want in float32, each once, and no other (KB204, KB205, KB206, KB603).
 
-    Args:
-        model: any model, quantized or not.
-
-    Returns:
-        Every unquantized float16 or bfloat16 parameter, each once. Left out: packed weights, whatever dtype they are
-        stored in, and all that a packed layer of a backend without a format here owns.
+    Every unquantized float16 or bfloat16 parameter. Left out: packed weights, whatever dtype they are stored in, and all
+    that a packed layer of a backend without a format here owns.
     """
-    foreign = {
-        id(parameter)
-        for module in model.modules()
-        if is_foreign_layer(module)
-        for parameter in module.parameters(recurse=False)
-    }
-    return [
-        parameter
-        for parameter in model.parameters()
-        if parameter.dtype in HALF_DTYPES and id(parameter) not in foreign and not is_quantized_parameter(parameter)
-    ]
+    foreign = {id(p) for m in model.modules() if is_foreign_layer(m) for p in m.parameters(recurse=False)}
+    half = (p for p in model.parameters() if p.dtype in HALF_DTYPES)
+    return [p for p in half if id(p) not in foreign and not is_quantized_parameter(p)]
 
 
 def upcast(parameters: Iterable[nn.Parameter]) -> None:
@@ -43,24 +26,18 @@ def upcast(parameters: Iterable[nn.Parameter]) -> None:
 
     Every float16 and bfloat16 number is a float32 number, so no value changes. The data moves beneath the parameter
     objects: names, identity, ties and hooks survive. Parameters that are views of one storage stay views of one.
-    Peak memory is what it was, plus what was added so far, plus the old storage of the one being cast.
-
-    Args:
-        parameters: floating-point parameters; gradients, if any, are left alone.
+    Peak memory is what it was, plus what was added so far, plus the old storage of the one being cast. Gradients, if
+    any, are left alone.
     """
-    for views in _by_storage(parameters):
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(_storage_key(parameter), []).append(parameter)
+    for views in groups.values():
         if len(views) == 1 or views[0].is_meta:
             for parameter in views:
                 parameter.data = parameter.data.to(torch.float32)
         else:
             _upcast_views(views)
-
-
-def _by_storage(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(_storage_key(parameter), []).append(parameter)
-    return list(groups.values())
 
 
 def _storage_key(parameter: nn.Parameter) -> object:

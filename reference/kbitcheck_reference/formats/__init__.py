@@ -4,20 +4,16 @@ A format is a module or an object with ``PACKAGE`` (the library whose classes it
 ``holds(module) -> bool``, ``unpack(layer)`` -> float64 ``(out, in)`` and ``pack(weight, scheme)`` -> tensors by name.
 """
 
-from __future__ import annotations
-
 import pkgutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
 GROUP = "kbitcheck_reference.formats"
 
@@ -56,17 +52,13 @@ def packs(parameter: torch.Tensor) -> bool:
 
 
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
-    """Read the weight that a quantized layer stands for; nothing of the layer changes.
-
-    Returns:
-        float64, shape ``(out, in)``, on the layer's device.
+    """The weight that a quantized layer stands for: float64, ``(out, in)``, on the layer's device. Nothing of it changes.
 
     Raises:
         TypeError: no format knows the layer.
     """
     form = of(layer)
     if form is None:
-        message = f"{type(layer).__name__} is no quantized layer of a format that is registered here"
-        raise TypeError(message)
+        raise TypeError(f"{type(layer).__name__} is no quantized layer of a format that is registered here")
     weight: torch.Tensor = form.unpack(layer)
     return weight

@@ -4,39 +4,23 @@ Sources: QLoRA (arXiv 2305.14314), section 3 and appendix E, for NF4, blocks and
 (arXiv 2208.07339) for row-wise absmax; bitsandbytes' published code values for FP4.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 # Each value is the float32 number that the kernels use, held exactly in float64.
 NF4 = torch.tensor(
     [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ],
     dtype=torch.float32,
-).double()
+).double()  # fmt: skip
 """The 16 values of 4-bit NormalFloat by code, float64 of shape ``(16,)`` (QLoRA, appendix E)."""
 
 FP4 = (torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.float32) / 12).double()
@@ -52,31 +36,15 @@ _CPU_ROWS = 32  # rows that bitsandbytes interleaves in the layout of its AVX-51
 
 
 def raw_bytes(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """The bytes of packed storage that hold ``count`` codes of 4 bits: uint8, flat.
-
-    Raises:
-        ValueError: there are fewer.
-    """
+    """The bytes of packed storage that hold ``count`` codes of 4 bits: uint8, flat; a ValueError where there are fewer."""
     raw = packed.detach().contiguous().reshape(-1).view(torch.uint8)
     if 2 * raw.numel() < count:
-        message = f"{raw.numel()} bytes hold {2 * raw.numel()} codes of 4 bits, fewer than the {count} wanted"
-        raise ValueError(message)
+        raise ValueError(f"{raw.numel()} bytes hold {2 * raw.numel()} codes of 4 bits, fewer than the {count} wanted")
     return raw[: -(-count // 2)]
 
 
 def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """Split packed storage into 4-bit codes; the high nibble of each byte comes first.
-
-    Args:
-        packed: packed weights of any shape and storage dtype (uint8, bfloat16, float16, float32).
-        count: how many codes to return; an odd count leaves the last low nibble unused.
-
-    Returns:
-        Codes 0 to 15, int32, shape ``(count,)``.
-
-    Raises:
-        ValueError: the storage holds fewer than ``count`` codes.
-    """
+    """Split packed storage of any shape and dtype into ``count`` 4-bit codes, int32: the high nibble of each byte first."""
     raw = raw_bytes(packed, count)
     return torch.stack([raw >> 4, raw & 0xF], dim=1).reshape(-1)[:count].int()
 
@@ -84,21 +52,14 @@ def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
 def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
     """Multiply, in place, each block of ``blocksize`` consecutive values by its scale; the last block may be short.
 
-    Args:
-        values: float64, shape ``(n,)``, contiguous.
-        absmax: one scale a block, at least ``ceil(n / blocksize)`` elements, any shape.
-        blocksize: elements a block.
-
-    Returns:
-        ``values``.
+    ``values`` are float64, flat and contiguous, and returned; ``absmax`` has one scale a block, in any shape.
 
     Raises:
         ValueError: there are fewer scales than blocks.
     """
     blocks = -(-values.numel() // blocksize)
     if absmax.numel() < blocks:
-        message = f"{values.numel()} values in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}"
-        raise ValueError(message)
+        raise ValueError(f"{values.numel()} values in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}")
     scales = absmax.detach().reshape(-1)[:blocks].double()
     whole = values.numel() // blocksize * blocksize
     values[:whole].view(-1, blocksize).mul_(scales[: whole // blocksize].unsqueeze(1))
@@ -109,17 +70,10 @@ def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> 
 def dequantize_blockwise4(
     packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, blocksize: int, shape: Sequence[int]
 ) -> torch.Tensor:
-    """Dequantize 4-bit weights: ``table[code] * absmax[block]``.
+    """Dequantize 4-bit weights to float64: ``table[code] * absmax[block]``.
 
-    Args:
-        packed: packed weights of any shape and storage dtype.
-        absmax: one scale a block; float, already free of double quantization.
-        table: the 16 values by code, such as ``NF4`` or ``FP4``.
-        blocksize: elements a block, counted along the flattened weight.
-        shape: shape of the weight; its element count may be odd or no multiple of ``blocksize``.
-
-    Returns:
-        float64, of ``shape``, on the device of ``packed``.
+    ``absmax`` is free of double quantization; blocks are counted along the flattened weight, whose number of elements
+    may be odd or no multiple of ``blocksize``.
 
     Raises:
         ValueError: there are too few codes or scales for ``shape``.
@@ -132,38 +86,22 @@ def dequantize_blockwise4(
 def dequantize_absmax(
     absmax: torch.Tensor, code: torch.Tensor, nested_absmax: torch.Tensor, nested_blocksize: int, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Undo double quantization: ``code[absmax] * nested_absmax[block] + offset`` (QLoRA, section 3).
+    """Undo double quantization: ``code[absmax] * nested_absmax[block] + offset``, float64, flat (QLoRA, section 3).
 
-    Args:
-        absmax: quantized scales, uint8, any shape.
-        code: the 256 values by code, float32.
-        nested_absmax: one scale for each ``nested_blocksize`` scales, float32.
-        nested_blocksize: scales a nested block (256 in bitsandbytes).
-        offset: the mean that was taken off before quantizing, a scalar.
-
-    Returns:
-        The scales, float64, shape ``(absmax.numel(),)``.
+    ``code`` has the 256 values of the uint8 scales; ``offset`` is the mean that was taken off before quantizing.
     """
     values = code.double()[absmax.reshape(-1).long()]
     return scale_blocks(values, nested_absmax, nested_blocksize) + offset.double()
 
 
 def dequantize_int8(CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:  # noqa: N803  (bitsandbytes' names)
-    """Dequantize row-wise int8 weights: ``CB * SCB / 127``.
-
-    Args:
-        CB: int8 weights, shape ``(out, in)``.
-        SCB: the largest magnitude of each row, shape ``(out,)``.
-
-    Returns:
-        float64, shape ``(out, in)``.
+    """Dequantize int8 weights to float64, by the largest magnitude of each row: ``CB * SCB / 127``.
 
     Raises:
         ValueError: the number of scales is not the number of rows.
     """
     if SCB.numel() != CB.shape[0]:
-        message = f"{CB.shape[0]} rows need as many scales, got {SCB.numel()}"
-        raise ValueError(message)
+        raise ValueError(f"{CB.shape[0]} rows need as many scales, got {SCB.numel()}")
     return CB.detach().double() * (SCB.detach().double().reshape(-1, 1) / INT8_STEPS)
 
 
@@ -185,17 +123,11 @@ def holds(module: nn.Module) -> bool:
 
 
 def unpack(layer: nn.Module) -> torch.Tensor:
-    """Read the weight that a layer stands for.
+    """The weight that a layer stands for, float64, ``(out, in)``; nothing of the layer changes.
 
-    Reads only: nothing of the layer changes. Works for whatever storage dtype packs the weight, whether or not its
-    scales are quantized again, before and after a forward has moved int8 state about, and in the layout that
-    bitsandbytes repacks to for AVX-512 in an eval forward on a CPU.
-
-    Args:
-        layer: a layer that ``holds`` a packed weight.
-
-    Returns:
-        float64, shape ``(out, in)``, on the layer's device.
+    Works for whatever storage dtype packs the weight, whether or not its scales are quantized again, before and after a
+    forward has moved int8 state about, and in the layout that bitsandbytes repacks to for AVX-512 in an eval forward on
+    a CPU.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
@@ -217,16 +149,10 @@ def absmax(state: Any) -> torch.Tensor:
 
 
 def pack(weight: torch.Tensor, scheme: str, blocksize: int = 64) -> dict[str, torch.Tensor]:
-    """Quantize a weight: each value to the nearest code of its block (or row, for ``int8``).
+    """Quantize a weight by ``nf4``, ``fp4`` or ``int8``: each value to the nearest code of its block, or row for int8.
 
-    Args:
-        weight: floating, shape ``(out, in)``.
-        scheme: ``nf4``, ``fp4`` or ``int8``.
-        blocksize: elements a block of a 4-bit scheme, counted along the flattened weight.
-
-    Returns:
-        ``packed`` (uint8, two codes a byte, the first in the high nibble) and ``absmax`` (float32, one a block) for
-        4 bits; ``CB`` (int8, ``(out, in)``) and ``SCB`` (float32, ``(out,)``) for int8.
+    ``packed`` (uint8, two codes a byte, the first in the high nibble) and ``absmax`` (float32, one a block) for 4 bits;
+    ``CB`` (int8, ``(out, in)``) and ``SCB`` (float32, ``(out,)``) for int8.
     """
     if scheme == "int8":
         rows = weight.abs().amax(dim=1).float()
