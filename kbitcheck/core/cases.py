@@ -1,6 +1,6 @@
 """A case as plain data: a model, its quantization, the implementation that prepares it, and its checkpointing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -56,3 +56,22 @@ class CaseSpec:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of ``as_json``."""
         return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """A preparation function and where it comes from. ``line`` is 0 where the source is not known.
+
+    ``patches`` names what its import replaced in the libraries that training rests on.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    version: str = ""
+    file: str = ""
+    line: int = 0
+    patches: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the function itself."""
+        return {"name": self.name, "version": self.version, "file": self.file, "line": self.line}

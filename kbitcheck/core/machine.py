@@ -1,6 +1,7 @@
 """What can be said of a machine without torch: versions, the processor, free memory, names of devices."""
 
 import contextlib
+import ctypes
 import platform
 import re
 from importlib import metadata
@@ -11,6 +12,7 @@ from kbitcheck.core.errors import UsageError
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
 DEVICE = re.compile(r"auto|(cpu|cuda|xpu|mps)(:\d+)?")
+LARGE_BYTES = 64 << 20  # of a model as loaded: from here on saving memory, and several threads, are worth their price
 
 
 def validate_device(text: str) -> str:
@@ -40,6 +42,16 @@ def free_memory() -> int:
     import psutil  # type: ignore[import-untyped]  # slow to import, and the front door has no use for it
 
     return int(psutil.virtual_memory().available)
+
+
+def return_free_pages() -> None:
+    """Return the free pages of the heap to the system, which glibc does only on request; without glibc, do nothing.
+
+    Small ones stay where they lie between live ones: after a few models that is a tenth of the memory.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def versions() -> dict[str, str]:

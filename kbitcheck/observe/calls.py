@@ -1,7 +1,5 @@
 """Further calls of the implementation: in other forms, a second time, refused, with other arguments, after adapters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
@@ -33,10 +31,28 @@ class Calls:
     def positional_call(self) -> CallFacts:
         return call(self._preparation.function, self._preparation.copy().train(), False)[1]
 
-    _repeated = Fact(lambda self: _Repeated(self._preparation))
-    cost = Fact[CostFacts](lambda self: self._repeated.cost)
-    repeated = Fact[ModelFacts](lambda self: self._repeated.once)
-    prepared_again = Fact[ModelFacts](lambda self: self._repeated.twice)
+    @Fact
+    def _repeated(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
+        """A base prepared while its memory is watched, then prepared again: the cost, and the model after each call."""
+        model = self._preparation.copy()
+        mix_training_flags(model)
+
+        def prepare(given: nn.Module) -> None:
+            nonlocal model
+            # Not by ``call``, whose copies of random states would count as the preparation's memory.
+            try:
+                model = self._preparation.apply(given)
+            except Exception as error:
+                raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error
+
+        cost = memory.cost(prepare, model)
+        once = snapshot(model)
+        prepare(model)
+        return cost, once, snapshot(model)
+
+    cost = Fact[CostFacts](lambda self: self._repeated[0])
+    repeated = Fact[ModelFacts](lambda self: self._repeated[1])
+    prepared_again = Fact[ModelFacts](lambda self: self._repeated[2])
 
     @Fact
     def switched_off(self) -> ModelFacts:
@@ -61,7 +77,6 @@ class Calls:
 
     @Fact
     def adapters_first(self) -> AdaptersFirst:
-        """Raises ``Unavailable`` where the model takes no adapters before it is prepared."""
         preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
         library = "peft" if spec.adapters == "peft" or adapters.peft_installed() else "reference"
         # PEFT refuses some targets, which KB905 reports.
@@ -73,8 +88,7 @@ class Calls:
         except (NotImplementedError, ValueError) as error:  # no embedding, or layers that PEFT does not support
             raise Unavailable(f"{library} cannot put adapters on this model: {cause(error)}") from error
         before = frozenset(n for n, p in owned.items() if p.requires_grad)
-        result, facts = call(preparation.function, model, **preparation.keywords)
-        after: nn.Module = preparation.returned(result, model)
+        after, facts = call(preparation.function, model, **preparation.keywords)
         trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
         return AdaptersFirst(call=facts, before=before, after=before & trainable)
 
@@ -93,28 +107,3 @@ class Calls:
         with switches.dropout(attached.model, 0.0):
             run = self._preparation.step(attached).facts
         return HonouredArguments(arguments={k: str(v) for k, v in passed.items()}, run=run, call=facts)
-
-
-class _Repeated:
-    """A base prepared while its memory is watched, then prepared again.
-
-    Raises:
-        Unavailable: the preparation raised.
-    """
-
-    def __init__(self, preparation: Preparation) -> None:
-        self._preparation = preparation
-        self._model = preparation.copy()
-        mix_training_flags(self._model)
-        self.cost = memory.cost(self._prepare, self._model)
-        self.once = snapshot(self._model)
-        self._prepare(self._model)
-        self.twice = snapshot(self._model)
-        del self._model
-
-    def _prepare(self, model: nn.Module) -> None:
-        # Not by ``call``, whose copies of random states would count as the preparation's memory.
-        try:
-            self._model = self._preparation.apply(model)
-        except Exception as error:
-            raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error

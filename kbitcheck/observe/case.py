@@ -1,93 +1,45 @@
 """A case: one model, quantized one way, prepared by one implementation; where each of its facts comes from.
 
-The stages follow one another: ``Loaded`` (never run), ``Called`` (by the implementation), ``Prepared``, ``Wrapped`` (with
-adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared anew: ``Outputs``, ``Calls``, ``Trained``,
-``Interleaved``. To add a fact, add its name and type to ``kbitcheck.core.facts.Facts``, and a ``Fact`` of that name to its stage.
+The stages follow one another: ``Loaded`` (never run), ``Called`` (prepared by the implementation), ``Wrapped`` (with
+adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared anew: ``Outputs``, ``Calls``, ``Trained``.
+To add a fact, add its name and type to ``kbitcheck.core.facts.Facts``, and a ``Fact`` of that name to its stage.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
 from kbitcheck import backends
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, Implementation
 from kbitcheck.core.errors import Unavailable, UsageError
-from kbitcheck.core.facts import HALF, Fact, Facts, ForecastFacts, ModelFacts
+from kbitcheck.core.facts import HALF, Fact, Facts, ForecastFacts, ModelFacts, StepOutcome
+from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.loaded import Loaded, loaded_model
-from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
-from kbitcheck.observe.probes.interleaving import Subject
+from kbitcheck.observe.probes.interleaving import STANDARD_ORDER, Session, Subject
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
-from kbitcheck.observe.stages import Called, Prepared, Wrapped
+from kbitcheck.observe.stages import Called, Wrapped
 from kbitcheck.observe.static import static_case
 from kbitcheck.observe.stepped import Stepped
-from kbitcheck.observe.trained import Interleaved, Trained
+from kbitcheck.observe.trained import Trained, interleaving_subject
 from kbitcheck.observe.twin import twins
 
 # Before any subject is imported: one that patches a quantizer's library must be seen to.
 backends.load()
 
 
-class Prepares(Protocol):
-    """What a case needs of an implementation: a name, a callable, and what its import replaced in the libraries."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def function(self) -> Callable[..., Any]: ...
-    @property
-    def patches(self) -> Sequence[str]: ...
-
-
-def open_case(spec: CaseSpec, implementation: Prepares, *, seconds: float = math.inf) -> OpenCase:
-    """The case of a spec; nothing is prepared or run before a fact is read.
-
-    Where the spec says so, or the model is too large for this machine or for ``seconds``, it reads no weights.
-
-    Raises:
-        UsageError: the model cannot be loaded as requested.
-    """
-    assumed = dataclasses.replace(spec, profile="peft") if spec.profile == "auto" else spec  # nothing is prepared
-    return static_case(assumed, seconds) or _opened(spec, implementation, loaded_model(spec))
-
-
-def open_live(model: Any, *, implementation: Prepares, **options: Any) -> Case:
-    """The case of a quantized model that the caller has; it is copied, and the copies are prepared and run.
-
-    Raises:
-        UsageError: no layer of it is quantized, or an option is unknown.
-    """
-    source = LiveModel(model)
-    device = str(next(model.parameters()).device)
-    try:
-        spec = CaseSpec(
-            model=source.name, quant=source.quant, implementation=implementation.name, **{"device": device, **options}
-        )
-    except TypeError as error:
-        raise UsageError(f"unknown option: {error}") from None
-    return _opened(spec, implementation, Loaded.from_source(source, spec))
-
-
-def _opened(spec: CaseSpec, implementation: Prepares, loaded: Loaded) -> Case:
-    recipe = recipe_of_preparation(spec, implementation.function, loaded)
-    spec = settled(spec, recipe)
-    return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
-
-
-STAGES = (Called, Prepared, Wrapped, Stepped, Outputs, Calls, Trained, Interleaved)
+STAGES = (Called, Wrapped, Stepped, Outputs, Calls, Trained)
 
 
 def facts_of(stage: type) -> frozenset[str]:
@@ -113,7 +65,8 @@ class Case(OpenCase):
         super().__init__(spec, recipe)
         self._loaded = loaded
         self.batch = loaded.batch
-        self._preparation = Preparation(spec, function, loaded, patches=patches)
+        self._patches = patches
+        self._preparation = Preparation(spec, function, loaded)
         self._preparation.make_room = self._make_room
         self.computed = self._preparation.computed
 
@@ -128,18 +81,20 @@ class Case(OpenCase):
                 self.computed[name].drop()
 
     _called = Fact(lambda self: Called(self._preparation))
-    _prepared = Fact(lambda self: Prepared(self._called))
-    _wrapped = Fact(lambda self: Wrapped(self._prepared))
+    _wrapped = Fact(lambda self: Wrapped(self._called))
     _stepped = Fact(lambda self: Stepped(self._wrapped, self._outputs))
     _outputs = Fact(lambda self: Outputs(self._preparation))
     _calls = Fact(lambda self: Calls(self._preparation, self._outputs))
     _trained = Fact(lambda self: Trained(self._preparation, self._outputs))
-    _interleaved = Fact(lambda self: Interleaved(self._preparation, self._outputs))
 
     @property
     def interleaving(self) -> Subject:
         """What a session of steps runs on."""
-        return self._interleaved.subject
+        return interleaving_subject(self._preparation, self._outputs)
+
+    @Fact
+    def interleaved(self) -> Sequence[StepOutcome]:
+        return Session(self.interleaving).run(STANDARD_ORDER)
 
     base = Fact[ModelFacts](lambda self: self._loaded.facts)
     loaded = Fact[ModelFacts](lambda self: self._loaded.facts)
@@ -172,7 +127,6 @@ class Case(OpenCase):
     @Fact
     def unprepared(self) -> Facts:
         """The same case of a base that transformers alone checkpoints and nothing prepares."""
-        self._require_libraries()
         mode = self.checkpointing
         with suppress(Unavailable):  # it may not run at all
             if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
@@ -182,7 +136,6 @@ class Case(OpenCase):
     @Fact
     def bare(self) -> Facts:
         """The same case of a base that is cast as the profile promises, and not prepared or checkpointed."""
-        self._require_libraries()
 
         def cast_alone(model: Any, use_gradient_checkpointing: bool = False) -> Any:
             twins.cast(model.requires_grad_(False), self.profile)
@@ -190,22 +143,43 @@ class Case(OpenCase):
 
         return self._witness(cast_alone, "off")
 
-    def _require_libraries(self) -> None:
-        """Return if the implementation left the libraries alone; in changed ones a witness proves nothing.
-
-        Raises:
-            Unavailable: its import or its call changed them.
-        """
-        if self._called.patches_libraries:
-            raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
-
     def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:
-        """The same case with another preparation."""
+        """The same case with another preparation; raises ``Unavailable`` in changed libraries, where it proves nothing."""
+        if self._patches or any("." in name for name in self.call.process):
+            raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
         return Case(dataclasses.replace(self.spec, checkpointing=cast(Any, checkpointing)), function, self._loaded)
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report; beside those of the loaded model only what has been computed."""
         return figures.summary(self, self.computed, batch=self.batch)
+
+
+def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float = math.inf) -> OpenCase:
+    """The case of a spec; nothing is prepared or run before a fact is read.
+
+    Where the spec says so, or the model is too large for this machine or for ``seconds``, it reads no weights.
+    """
+    assumed = dataclasses.replace(spec, profile="peft") if spec.profile == "auto" else spec  # nothing is prepared
+    return static_case(assumed, seconds) or _opened(spec, implementation, loaded_model(spec))
+
+
+def open_live(model: Any, *, implementation: Implementation, **options: Any) -> Case:
+    """The case of a quantized model that the caller has; it is copied, and the copies are prepared and run."""
+    source = LiveModel(model)
+    device = str(next(model.parameters()).device)
+    try:
+        spec = CaseSpec(
+            model=source.name, quant=source.quant, implementation=implementation.name, **{"device": device, **options}
+        )
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from None
+    return _opened(spec, implementation, Loaded.from_source(source, spec))
+
+
+def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
+    recipe = recipe_of_preparation(spec, implementation.function, loaded)
+    spec = settled(spec, recipe)
+    return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
 
 
 def checkpointed_alone(

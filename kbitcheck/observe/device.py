@@ -1,7 +1,5 @@
 """Devices as torch sees them, and what of a machine selects kernels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,11 +9,7 @@ from kbitcheck.core.errors import UsageError
 
 
 def resolve_device(text: str) -> str:
-    """The device that ``text`` names on this machine; ``auto`` is CUDA if there is one, else the CPU.
-
-    Raises:
-        UsageError: torch has no such device here.
-    """
+    """The device that ``text`` names on this machine: ``auto`` is CUDA if there is one, else the CPU."""
     kind, _, index = machine.validate_device(text).partition(":")
     if kind == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,5 @@
 """What a report shows of a case in figures: bytes by group, activations by block, gradient errors by layer. Plain data."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container, Mapping
 from math import prod
@@ -32,7 +30,7 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         figures["recipe"] = str(facts.recipe)
     if batch is not None:
         figures["inputs"] = kinds(batch)
-    if "_prepared" in computed:
+    if "prepared" in computed:
         figures["bytes_prepared"] = facts.prepared.nbytes
         figures["bytes_by_group"] = {"loaded": by_group(base), "prepared": by_group(facts.prepared)}
     if "forecast" in computed and facts.forecast.activations:

@@ -4,8 +4,6 @@ Each is there in torch 2.11 to 2.13 and in transformers 4.56 and 5.23, but where
 ``tests/unit/test_internals.py`` fails by name where one has moved. A quantizer's own are used in its backend's folder.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -51,14 +49,9 @@ def checkpoint_entries(reentrant: Any, non_reentrant: Any) -> AbstractContextMan
     )
 
 
-def output_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks of a module itself."""
-    return list(module._forward_hooks.values())
-
-
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The forward hooks of a module itself, and then its forward pre-hooks."""
-    return [*output_hooks(module), *module._forward_pre_hooks.values()]
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def hook_count(module: nn.Module) -> int:

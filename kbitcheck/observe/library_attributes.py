@@ -1,17 +1,12 @@
 """Attributes of the classes and modules of the libraries that training rests on, and which of them were replaced."""
 
-from __future__ import annotations
-
 import operator
 import sys
 from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kbitcheck.backends import registry
-
-if TYPE_CHECKING:
-    import torch
 
 # Counters and caches that classes keep for themselves, and what the standard library writes.
 UNWATCHED = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
@@ -63,7 +58,7 @@ def replaced_at_import(before: Attributes) -> tuple[str, ...]:
     return tuple(name for name, (_, how) in replaced(before).items() if how != "removed")
 
 
-def classes_of(model: torch.nn.Module) -> set[type]:
+def classes_of(model: Any) -> set[type]:
     """Every class that a module or parameter of the model, or its configuration, is an instance of."""
     types = {type(m) for m in model.modules()} | {type(p) for p in model.parameters()}
     config = getattr(model, "config", None)

@@ -1,7 +1,5 @@
 """A loaded model, never run, and what is derived from it alone: twins, original weights, forwards, adapter targets."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec, Profile
 from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
@@ -21,7 +20,6 @@ from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
-from kbitcheck.observe import process_memory
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
@@ -75,11 +73,7 @@ class Loaded:
     def from_source(
         cls, source: Source | LiveModel, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
     ) -> Self:
-        """Load the model; ``spoil`` damages it first.
-
-        Raises:
-            UsageError: the model cannot be loaded as requested.
-        """
+        """The spec's model from a source; ``spoil`` damages it first."""
         model = source.load(Quantization.parse(spec.quant), spec.device)
         if spoil is not None:
             spoil(model)
@@ -93,12 +87,12 @@ class Loaded:
     @property
     def large(self) -> bool:
         """True if forward results are recomputed on demand, not cached, to save memory."""
-        return self.facts.nbytes > process_memory.LARGE_BYTES
+        return self.facts.nbytes > machine.LARGE_BYTES
 
     def _room(self) -> None:
         """Before one more model is made."""
         if self.large:
-            process_memory.return_free_pages()
+            machine.return_free_pages()
 
     def copy(self) -> Any:
         """A fresh base."""
@@ -122,11 +116,7 @@ class Loaded:
         return self._computed_once(key, lambda: self._in_float64(lambda: self._compute_twins(spec)), small=True)
 
     def _in_float64(self, compute: Callable[[], T]) -> T:
-        """What ``compute`` returns. It runs a float64 twin, which some models' own code does not support: tried once.
-
-        Raises:
-            Unavailable: the twin does not run. Any other exception is an error of the twin.
-        """
+        """What ``compute`` returns. It runs a float64 twin; where the model's own code does not, it is tried once."""
         if not self._no_twin:
             try:
                 return compute()
@@ -137,11 +127,7 @@ class Loaded:
         raise Unavailable(self._no_twin)
 
     def forecast(self, spec: CaseSpec) -> ForecastFacts:
-        """Bytes predicted from the model's configuration; those of training steps for ``kbitcheck model`` alone.
-
-        Raises:
-            Unavailable: there is no configuration to predict from.
-        """
+        """Bytes predicted from the model's configuration; those of training steps for ``kbitcheck model`` alone."""
         if not isinstance(self.source, Source):
             raise Unavailable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)

@@ -1,7 +1,5 @@
 """What a prepared model computes: its outputs under every condition, its logits, and what an evaluation or a save leaves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,11 +35,7 @@ class Outputs:
         )
 
     def require_forward(self) -> None:
-        """Return if a training forward of the prepared model runs, or if the base's does not run either.
-
-        Raises:
-            Unavailable: it does not run, which KB210 reports.
-        """
+        """Raise ``Unavailable`` if no training forward of the prepared model runs, and the base's does: KB210 reports it."""
         for f in self.forwards:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             trains = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
@@ -80,4 +74,4 @@ class Outputs:
             attach=preparation.attach,
             autocast=self._loaded.autocast(self._profile),
         )
-        return store.round_trip(subject, self._loaded.facts.state_keys, self._loaded.batch)
+        return store.round_trip(subject, frozenset(self._loaded.pristine.state_dict()), self._loaded.batch)

@@ -1,8 +1,6 @@
 """An implementation applied to a loaded model: how it is called, and fresh copies of the model that it prepares."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +11,7 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CallFacts
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes.adapters import Attached
-from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call
+from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call, model_from
 from kbitcheck.observe.probes.step import Batch, Step, train_step
 
 
@@ -21,17 +19,14 @@ class Preparation:
     """Calls an implementation as the case asks. Each copy that it gives is of the base as loaded, which never runs.
 
     ``make_room`` is called before each copy: whoever holds a prepared model of a large base drops it then.
-    ``patches`` names what the import of the implementation replaced in the libraries. ``computed`` has the facts of the case's stages.
+    ``computed`` has the facts of the case's stages.
     """
 
-    def __init__(
-        self, spec: CaseSpec, function: Callable[..., Any], loaded: Loaded, *, patches: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, spec: CaseSpec, function: Callable[..., Any], loaded: Loaded) -> None:
         self.spec = spec
         self.function = function
         self.loaded = loaded
         self.batch = loaded.batch
-        self.patches = patches
         self.make_room: Callable[[], None] = lambda: None
         self.computed: dict[str, Any] = {}
 
@@ -57,29 +52,19 @@ class Preparation:
 
     def apply(self, model: Any) -> Any:
         """The model, prepared by an unobserved call."""
-        return self.returned(self.function(model, **arguments(self.function, self.keywords)), model)
-
-    @staticmethod
-    def returned(result: Any, model: Any) -> Any:
-        """What a call returned if it is a model; otherwise the model that was passed in."""
-        return result if isinstance(result, nn.Module) else model
+        return model_from(self.function(model, **arguments(self.function, self.keywords)), model)
 
     def prepared_copy(self) -> Any:
-        """A fresh base, prepared; raises as ``observed_copy``."""
+        """A fresh base, prepared; raises ``Unavailable`` if the preparation raises."""
         return self.observed_copy()[0]
 
     def observed_copy(self, **keywords: Any) -> tuple[Any, CallFacts]:
-        """A fresh base, prepared with the keyword arguments of the case or with other ones, and the facts of the call.
-
-        Raises:
-            Unavailable: the preparation raised.
-        """
-        model = self.copy()
-        result, facts = call(self.function, model, **(keywords or self.keywords))
+        """A fresh base, prepared with the keyword arguments of the case or with others, and the facts of the call."""
+        model, facts = call(self.function, self.copy(), **(keywords or self.keywords))
         if facts.raised:
             how = f" with {keywords[THIRD]}" if THIRD in keywords else ""
             raise Unavailable(f"preparation{how} raised {facts.raised}", failed=True, raised=facts.raised)
-        return self.returned(result, model), facts
+        return model, facts
 
     def attach(self, model: nn.Module) -> Attached:
         """The case's adapters on a model, with the same numbers each time."""

@@ -3,8 +3,6 @@
 The caller's object is only read. What has to run runs on copies, and the random states are put back.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -23,13 +21,13 @@ from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.core.facts import Fact, ModelFacts, RunFacts
+from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
 from kbitcheck.observe.case import Case, facts_of
 from kbitcheck.observe.loaded import Loaded
-from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.adapters import Attached
@@ -98,11 +96,7 @@ def undisturbed(*, threads: int) -> Iterator[None]:
 
 
 def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None) -> Loaded:
-    """A copy of the model as it stands, with its own adapters or, where it has none, the spec's.
-
-    Raises:
-        Unavailable: no copy of the model can run by itself.
-    """
+    """A copy of the model as it stands, with its own adapters or, where it has none, the spec's."""
     if tied := captures(model):
         raise Unavailable(f"nothing can run on a copy: {tied} holds on to the model itself")
     try:
@@ -140,7 +134,7 @@ class PreparedCase(OpenCase):
     def __init__(self, spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> None:
         self._model = model
         self._batch = batch
-        self.prepared = snapshot(model, owned(model), keys=False)
+        self.prepared = snapshot(model, owned(model))
         recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
         super().__init__(settled(spec, recipe), recipe)
 
@@ -181,16 +175,12 @@ class PreparedCase(OpenCase):
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``."""
         if "_copy" not in self.computed:  # where nothing ran, nothing was fed
-            return figures.summary(self, {"_prepared"}, batch=None)
-        return figures.summary(self, {"_prepared", *self.computed, *self._copy.computed}, batch=self._copy.batch)
+            return figures.summary(self, {"prepared"}, batch=None)
+        return figures.summary(self, {"prepared", *self.computed, *self._copy.computed}, batch=self._copy.batch)
 
 
 def _drawn(model: nn.Module, seed: int) -> step.Batch:
-    """A batch for the model of transformers that is inside whatever wraps it.
-
-    Raises:
-        UsageError: there is none, or none can be made for it.
-    """
+    """A batch for the model of transformers that is inside whatever wraps it."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise UsageError(f"{type(model).__name__} holds no model of transformers: give batch=")

@@ -1,7 +1,5 @@
 """Profile ``auto``: the recipe that a model's dtypes follow is read off the model before its case is opened."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -35,9 +33,7 @@ def recipe_of_preparation(spec: CaseSpec, prepare: Callable[..., Any], loaded: L
     """
     if spec.profile != "auto":
         return None
-    model = loaded.copy()
-    preparation = Preparation(spec, prepare, loaded)
-    model = preparation.returned(call(prepare, model, **preparation.keywords)[0], model)
+    model, _ = call(prepare, loaded.copy(), **Preparation(spec, prepare, loaded).keywords)
     return read(snapshot(model), loaded.facts, autocast=runs_under_autocast(model))
 
 

@@ -1,12 +1,10 @@
-"""The first stages of a case, each made from the one before: called, prepared, wrapped."""
-
-from __future__ import annotations
+"""The first stages of a case, one made from the other: the model that the call prepared, and that model with adapters."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CallFacts, ModelFacts
+from kbitcheck.core.facts import CallFacts, Fact, ModelFacts
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import call
@@ -32,49 +30,28 @@ class Called:
 
     def __init__(self, preparation: Preparation) -> None:
         self.preparation = preparation
+        self.computed = preparation.computed
         self._model, self.call, self.training_flags = self._run()
 
     def _run(self) -> tuple[Any, CallFacts, Mapping[str, bool]]:
         model = self.preparation.loaded.copy()
         flags = mix_training_flags(model)
-        result, facts = call(self.preparation.function, model, libraries=True, **self.preparation.keywords)
-        return self.preparation.returned(result, model), facts, flags
+        return *call(self.preparation.function, model, libraries=True, **self.preparation.keywords), flags
 
     @property
     def model(self) -> Any:
-        """The prepared model; after ``drop`` that of another call.
-
-        Raises:
-            Unavailable: the preparation raised.
-        """
+        """The prepared model, after ``drop`` that of another call; raises ``Unavailable`` if the preparation raised."""
         if raised := self.call.raised:
             raise Unavailable(f"preparation raised {raised}", failed=True, raised=raised)
         if self._model is None:
             self._model = self._run()[0]
         return self._model
 
+    prepared = Fact[ModelFacts](lambda self: snapshot(self.model))
+
     def drop(self) -> None:
         """Free the model."""
         self._model = None
-
-    @property
-    def patches_libraries(self) -> bool:
-        """Whether the import or the call of the implementation replaced something in the libraries."""
-        return bool(self.preparation.patches) or any("." in name for name in self.call.process)
-
-
-class Prepared:
-    """The model that the call returned, before anything is attached to it or runs on it.
-
-    Raises:
-        Unavailable: the preparation raised.
-    """
-
-    prepared: ModelFacts
-
-    def __init__(self, called: Called) -> None:
-        self.called = called
-        self.prepared = snapshot(called.model)
 
 
 class Wrapped:
@@ -82,11 +59,12 @@ class Wrapped:
 
     wrapped: ModelFacts
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.preparation = prepared.called.preparation
-        self._called = prepared.called
-        self._attached: Attached | None = self.preparation.attach(prepared.called.model)
-        self.wrapped = snapshot(*self._attached)
+    def __init__(self, called: Called) -> None:
+        _ = called.prepared  # as it is before adapters
+        self.preparation = called.preparation
+        self._called = called
+        self._attached: Attached | None = None
+        self.wrapped = snapshot(*self.attached)
 
     @property
     def attached(self) -> Attached:

@@ -1,7 +1,5 @@
 """A case that is judged without weights: its facts are sizes, shapes and types."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -15,14 +13,14 @@ from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import HALF, Fact, ForecastFacts
+from kbitcheck.core.facts.case import OpenCase
+from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.forecast import predict
-from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot
-from kbitcheck.observe.process_memory import LARGE_BYTES
 
 NEEDS_A_RUN = "needs a run: the audit is static"
 
@@ -30,11 +28,11 @@ NEEDS_A_RUN = "needs a run: the audit is static"
 class StaticCase(OpenCase):
     """Facts of a model on the meta device. What needs a run is not applicable; ``weights`` is the forecast without steps."""
 
-    def __init__(self, spec: CaseSpec, source: Source, why: str = "no weights were read") -> None:
+    def __init__(self, spec: CaseSpec, source: Source) -> None:
         super().__init__(spec)
         foreign = getattr(source, "foreign", "")
         own = f"; its own {foreign} quantization is not verified, sizes are those of {spec.quant}" if foreign else ""
-        self.why = why + own
+        self.why = "no weights were read" + own
         self._source = source
         self._model: Any = source.meta(Quantization.parse(spec.quant))
         self.base = snapshot.snapshot(self._model)
@@ -44,7 +42,6 @@ class StaticCase(OpenCase):
         self.unfit_targets = adapter_probe.unfit(self._model, wanted)
 
     def compute(self, name: str) -> Any:
-        """Raises ``Unavailable``: the case has no other facts."""
         raise Unavailable(NEEDS_A_RUN)
 
     def close(self) -> None:
@@ -75,24 +72,6 @@ class StaticCase(OpenCase):
             "bytes_prepared": forecast.loaded + forecast.upcast,
             "forecast": forecast.as_json(),
         }
-
-
-def too_large(source: Source, spec: CaseSpec, seconds: float) -> StaticCase | None:
-    """The static case of a model whose full audit the device has no room or ``seconds`` no time for; else None."""
-    case = StaticCase(spec, source)
-    need, free = audit_bytes(case.weights), free_bytes(spec.device)
-    large = case.weights.loaded > LARGE_BYTES
-    took = audit_seconds(case.weights) if large and spec.device == "cpu" else 0.0
-    if need > free:
-        where = "memory" if spec.device == "cpu" else spec.device
-        case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
-    elif took > seconds:
-        case.why = (
-            f"a full audit takes about {took / 60:.0f} minutes on a CPU, which `--timeout {2 * took:.0f}` allows for"
-        )
-    else:
-        return None
-    return case
 
 
 def audit_bytes(forecast: ForecastFacts) -> int:
@@ -126,12 +105,21 @@ def product_seconds() -> float:
 
 
 def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
-    """The static case that a spec asks for; None where it is to be audited in full, and ``seconds`` may suffice.
-
-    Raises:
-        UsageError: there is no such model, or transformers cannot build it.
-    """
+    """The static case that a spec asks for, or of a model for whose full audit there is no room or not enough ``seconds``."""
     if spec.static == "never":
         return None
-    source = source_of(spec, static=spec.static)
-    return StaticCase(spec, source) if spec.static == "always" else too_large(source, spec, seconds)
+    case = StaticCase(spec, source_of(spec, static=spec.static))
+    if spec.static == "always":
+        return case
+    need, free = audit_bytes(case.weights), free_bytes(spec.device)
+    large = case.weights.loaded > LARGE_BYTES
+    took = audit_seconds(case.weights) if large and spec.device == "cpu" else 0.0
+    if need > free:
+        where = "memory" if spec.device == "cpu" else spec.device
+        case.why = f"a full audit takes about {need / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
+    elif took > seconds:
+        minutes = f"{took / 60:.0f} minutes on a CPU"
+        case.why = f"a full audit takes about {minutes}, which `--timeout {2 * took:.0f}` allows for"
+    else:
+        return None
+    return case

@@ -1,7 +1,5 @@
 """Training steps of one prepared model with adapters, none of which changes it, and what they are compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -19,11 +17,7 @@ from kbitcheck.observe.stages import Wrapped
 
 
 class Stepped:
-    """Facts of steps of a wrapped model.
-
-    Raises:
-        Unavailable: no forward of the prepared model runs.
-    """
+    """Facts of steps of a wrapped model, whose forward runs."""
 
     def __init__(self, wrapped: Wrapped, outputs: Outputs) -> None:
         outputs.require_forward()

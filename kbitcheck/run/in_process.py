@@ -9,16 +9,15 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Profile
+from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.events import Collector, Event, Judged, Loaded, Settle, Started
+from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.rule import Rule, select
-from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.examine import examine, not_reached
 from kbitcheck.run.findings import settler
-from kbitcheck.run.subject import Implementation
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, Implementation
 from kbitcheck.core.events import Collector, Event, FaultTried, Started
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
@@ -17,7 +17,6 @@ from kbitcheck.run.findings import settler
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
 from kbitcheck.run.requests import TryFaults
-from kbitcheck.run.subject import Implementation
 from kbitcheck.run.worker_process import answers, scratch_directory
 
 TIMEOUT_SECONDS = 600.0

@@ -13,14 +13,14 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kbitcheck.core.cases import REFERENCE, Profile
+from kbitcheck.core.cases import REFERENCE, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe import library_attributes
 from kbitcheck.run import requirements
@@ -36,25 +36,6 @@ DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 class Missing(UsageError):
     """There is no such function, whatever else is installed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Implementation:
-    """A preparation function and where it comes from. ``line`` is 0 where the source is not known.
-
-    ``patches`` names what its import replaced in the libraries that training rests on.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    version: str = ""
-    file: str = ""
-    line: int = 0
-    patches: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the function itself."""
-        return {"name": self.name, "version": self.version, "file": self.file, "line": self.line}
 
 
 def default_profile(name: str) -> Profile:

@@ -21,13 +21,14 @@ from collections.abc import Iterator
 from typing import IO
 
 from kbitcheck.core import events
+from kbitcheck.core.cases import Implementation
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.events import Event
+from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.rule import log, rules
-from kbitcheck.observe.process_memory import LARGE_BYTES
 from kbitcheck.run import requests
 from kbitcheck.run.examine import examine
-from kbitcheck.run.subject import Implementation, Missing, load, unused
+from kbitcheck.run.subject import Missing, load, unused
 
 
 def debug_to_stderr() -> None:

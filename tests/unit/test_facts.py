@@ -12,9 +12,9 @@ import pytest
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Fact, Facts
+from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.observe.case import STAGES, Case, facts_of, open_case
-from kbitcheck.observe.open_case import OpenCase
 from kbitcheck.run.subject import load
 
 ATTRIBUTES = {"case", "profile", "freezes", "checkpointing", "recipe"}  # set when a case is opened
@@ -29,7 +29,7 @@ def test_each_fact_is_computed_in_one_place() -> None:
 def test_a_stage_computes_what_rules_read() -> None:
     expected = get_type_hints(Facts)
     checked = set()
-    for stage in STAGES:
+    for stage in (*STAGES, Case):
         types = get_type_hints(stage)
         for name in facts_of(stage):
             member: Any = vars(stage).get(name)

@@ -6,9 +6,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.observe import process_memory
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import loaded_model
 from kbitcheck.observe.probes import layers
@@ -30,7 +30,7 @@ def test_it_is_judged_the_same(model: str, quant: str, monkeypatch: pytest.Monke
         return {code: judge(rule, case).status.value for code, rule in rules().items()}, copied.call_count
 
     small, copies = judged()
-    for module, limit in ((process_memory, "LARGE_BYTES"), (layers, "KEPT_BYTES"), (twin, "LARGE_BYTES")):
+    for module, limit in ((machine, "LARGE_BYTES"), (layers, "KEPT_BYTES"), (twin, "LARGE_BYTES")):
         monkeypatch.setattr(module, limit, 0)
     large, more = judged()
     assert large == small

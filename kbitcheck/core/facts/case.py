@@ -1,30 +1,17 @@
 """What rules read: the facts of one case."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any, Generic, TypeVar
 
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised
+from kbitcheck.core.facts import step
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
-from kbitcheck.core.facts.step import (
-    Distance,
-    ForwardFacts,
-    FunctionFacts,
-    GradientFacts,
-    HonouredArguments,
-    LayerBackward,
-    RunFacts,
-    StepOutcome,
-    StoreFacts,
-    TrainingFacts,
-)
 
 T = TypeVar("T", covariant=True)
-C = TypeVar("C", bound=type)
 
 
 class Fact(Generic[T]):
@@ -47,14 +34,6 @@ class Fact(Generic[T]):
         return computed[self._name]
 
 
-def computed_when_read(cls: C) -> C:
-    """Make each annotated attribute of a class a fact that its method ``compute`` returns by name."""
-    for name in cls.__annotations__:
-        setattr(cls, name, Fact(methodcaller("compute", name), name))
-    return cls
-
-
-@computed_when_read
 class Facts:
     """The facts of one case, each computed when a rule first reads it, and then kept.
 
@@ -92,49 +71,49 @@ class Facts:
     """Bits of each quantized layer's bias as a forward leaves it."""
     training_flags: Mapping[str, bool]
     """By module name, whether it was in train mode before preparation."""
-    plain_run: RunFacts
+    plain_run: step.RunFacts
     """A training step without checkpointing."""
-    run: RunFacts
+    run: step.RunFacts
     """A training step of the wrapped model, checkpointed as the case requests."""
     step_raised: Raised | None
     """What the training step of ``run`` raised; None if it ran."""
     other_mode_raised: Raised | None
     """What a training step raised in the other checkpointing mode; None if it ran."""
-    unprepared: Facts
+    unprepared: "Facts"
     """A witness: the same case of a base that nothing prepares and that transformers itself checkpoints."""
-    bare: Facts
+    bare: "Facts"
     """A witness: the same case of a base that is only cast as the profile promises, not prepared or checkpointed."""
-    gradients: Mapping[str, GradientFacts]
+    gradients: Mapping[str, step.GradientFacts]
     """By adapter, its gradient against the float64 twin's."""
-    single_gradients: Mapping[str, GradientFacts]
+    single_gradients: Mapping[str, step.GradientFacts]
     """Adapter gradients for the batch's first row, without an attention mask."""
-    against_plain: Mapping[str, Distance]
+    against_plain: Mapping[str, step.Distance]
     """By adapter, how far checkpointing moves its gradient."""
-    against_other_mode: Mapping[str, Distance]
+    against_other_mode: Mapping[str, step.Distance]
     """By adapter, how far the other checkpointing mode moves its gradient."""
-    against_plain_dropout: Mapping[str, Distance]
+    against_plain_dropout: Mapping[str, step.Distance]
     """By adapter, how far checkpointing moves its gradient under dropout."""
-    layer_backwards: Mapping[str, LayerBackward]
+    layer_backwards: Mapping[str, step.LayerBackward]
     """By quantized layer, its own backward."""
     memory: MemoryFacts
     """Bytes of activations in a plain and in a checkpointed step."""
     cost: CostFacts
     """Bytes while the model is prepared."""
-    forwards: Sequence[ForwardFacts]
+    forwards: Sequence[step.ForwardFacts]
     """A forward under each condition: train or eval, with or without mask and autocast."""
     left_by_evaluation: int
     """Bytes that stay alive after a forward in eval mode."""
-    function: FunctionFacts
+    function: step.FunctionFacts
     """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
-    training: TrainingFacts
+    training: step.TrainingFacts
     """A few optimizer steps, beside the float64 twin's."""
-    store: StoreFacts
+    store: step.StoreFacts
     """Save and reload of a prepared model that never ran, and of its adapters."""
-    interleaved: Sequence[StepOutcome]
+    interleaved: Sequence[step.StepOutcome]
     """The steps of programs that interleave training with evaluation, saving and the like."""
     generator: bool
     """Whether the unprepared model can generate."""
-    generates: ForwardFacts
+    generates: step.ForwardFacts
     """Generation with the wrapped model after a few optimizer steps."""
     default_call: CallFacts
     """The call ``prepare(model)``."""
@@ -150,9 +129,9 @@ class Facts:
     """A call on the same architecture, declared not to support checkpointing."""
     adapters_first: AdaptersFirst
     """A call on a model that already carries adapters."""
-    honoured: HonouredArguments
+    honoured: step.HonouredArguments
     """Checkpointing arguments that are not torch's defaults, and what reached torch when they were passed."""
-    repeated_run: RunFacts
+    repeated_run: step.RunFacts
     """A later training step of the same model."""
     remote_code: bool
     """Whether the model needs code from its repository."""
@@ -167,9 +146,28 @@ class Facts:
         self.computed: dict[str, Any] = {}
 
     def compute(self, name: str) -> Any:
-        """The fact of that name, computed anew.
-
-        Raises:
-            Unavailable: the case does not have it.
-        """
+        """The fact of that name, computed anew; raises ``Unavailable`` if the case does not have it."""
         raise NotImplementedError
+
+
+for _name in Facts.__annotations__:
+    setattr(Facts, _name, Fact(methodcaller("compute", _name), _name))
+
+
+class OpenCase(Facts):
+    """A case whose facts can be read, and whose models are dropped when it is closed."""
+
+    def __init__(self, spec: CaseSpec, recipe: Recipe | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.case = spec.id
+        self.profile, self.freezes, self.checkpointing = spec.profile, spec.freezes, spec.checkpointing
+        self.recipe = recipe
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for a report."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Drop every model of the case."""
+        self.computed.clear()

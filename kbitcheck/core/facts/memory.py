@@ -1,10 +1,10 @@
 """Bytes: what steps hold, what preparing costs, what training is predicted to take."""
 
-from __future__ import annotations
-
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +61,10 @@ class GroupFacts:
     buffers: int = 0
     upcast: Mapping[str, int] = field(default_factory=dict)
 
-    def __add__(self, other: GroupFacts) -> GroupFacts:
+    def __add__(self, other: Self) -> Self:
         names = ("parameters", "quantized", "packed", "state", "unquantized", "buffers")
-        profiles = dict.fromkeys((*self.upcast, *other.upcast))
-        return GroupFacts(
-            **{n: getattr(self, n) + getattr(other, n) for n in names},
-            upcast={p: self.upcast.get(p, 0) + other.upcast.get(p, 0) for p in profiles},
-        )
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return type(self)(**numbers, upcast=dict(Counter(self.upcast) + Counter(other.upcast)))
 
     @property
     def nbytes(self) -> int:
@@ -138,12 +135,8 @@ class ForecastFacts:
         """A JSON-able dictionary, sums included."""
         sums = {name: getattr(self, name) for name in ("loaded", "upcast", "parameters", "resident")}
         totals = {mode: self.total(mode) for mode in self.activations}
-        plain = asdict(self)
-        for name in ("largest_batch", "longest"):
-            plain[name] = {str(size): number for size, number in plain[name].items()}
-        rooms = {str(size): name for size, name in self.rooms.items()}
-        plain["usual"] = {str(at): {str(size): n for size, n in row.items()} for at, row in self.usual.items()}
-        return {**plain, **sums, "gradients": self.adapters, "total": totals, "rooms": rooms}
+        plain = json.loads(json.dumps(asdict(self)))  # sizes, the keys of some fields, become text
+        return {**plain, **sums, "gradients": self.adapters, "total": totals}
 
     def total(self, mode: str) -> int | None:
         """Peak of a training step under a checkpointing mode; the gradients are in it."""

@@ -79,8 +79,6 @@ class ModelFacts:
     layers: Mapping[str, LayerFacts]
     modules: Mapping[str, ModuleFacts]
     config: Mapping[str, Any]
-    state_keys: frozenset[str]
-    input_hooks: Mapping[str, int]
     can_checkpoint: bool
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()

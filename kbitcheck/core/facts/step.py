@@ -27,7 +27,7 @@ class BlockFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """One training forward and backward. ``grads`` maps adapter names to their gradients' digests (None: no gradient).
+    """One training forward and backward.
 
     ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``order`` is the order in
     which blocks were recomputed; ``inexact`` are blocks whose gradients may differ in the last bits
@@ -36,7 +36,6 @@ class RunFacts:
 
     loss: float
     loss_bits: str
-    grads: Mapping[str, str | None]
     blocks: Mapping[str, BlockFacts] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     checkpoints: tuple[Mapping[str, str], ...] = ()

@@ -2,16 +2,14 @@
 ``kbitcheck.observe.probes.memory``. Of blocks that compute the same, one runs; the others count as that one did.
 """
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,16 +46,10 @@ def _plain(value: Any) -> bool:
 
 
 class Passed(nn.Module):
-    """Replaces a block that equals one that runs: returns its input, and reports both passes to the watch.
+    """Replaces a block that equals one that runs, ``like``: returns its input, and reports both passes to the watch.
 
-    Other attributes are the block's. ``standing_for`` gives it the block's class too, by which models collect outputs.
+    Other attributes are the block's.
     """
-
-    @classmethod
-    def standing_for(cls, block: nn.Module, like: nn.Module) -> Passed:
-        """A stand-in for ``block``, which equals ``like``."""
-        both: type[Passed] = type(cls.__name__, (cls, type(block)), {})
-        return both(block, like)
 
     def __init__(self, block: nn.Module, like: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -76,8 +68,8 @@ class Passed(nn.Module):
 def thin(model: nn.Module) -> None:
     """Put ``Passed`` in the place of the blocks that equal one that runs, tower by tower.
 
-    The first block runs, as the steady state may not be reached before it, and the last, whose output may not be read.
-    Of the blocks between, one of each kind runs.
+    The first block runs, as the steady state may not be reached before it, the last, whose output may not be read, and
+    one of each kind between.
     """
     towers: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -90,7 +82,8 @@ def thin(model: nn.Module) -> None:
             like = kinds.setdefault(signature(block), block)
             if like is not block:
                 parent, _, child = name.rpartition(".")
-                internals.replace_child(model.get_submodule(parent), child, Passed.standing_for(block, like))
+                both: type[Passed] = type(Passed.__name__, (Passed, type(block)), {})  # models collect outputs by class
+                internals.replace_child(model.get_submodule(parent), child, both(block, like))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,56 +99,43 @@ class Measured:
         return max(self.places)
 
 
-class Step:
-    """A prepared model with adapters, moved to fake tensors; measures training steps of it.
-
-    Args:
-        model: on the meta device, thinned, prepared, with adapters; it is used up.
-        world: whose kernels are assumed.
-        autocast: makes the context in which training runs.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        world: World,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self.model, self.world, self.autocast = model, world, autocast
-        world.move(model)
-        model.train()
-        self._own = list(world.tensors)
-
-    def measure(self, batch: Mapping[str, Tensor], *, reentrant: bool | None) -> Measured:
-        """A step on a batch (of any device) under reentrant or non-reentrant checkpointing; None: without."""
-        fed = {name: self.world.tensor(t) for name, t in batch.items()}
-        live = Counted([*self._own, *fed.values()], self.world.device)
-        watch = _Watch(self.model, live)
-        step.clear_gradients(self.model)
-        floor = live.now
-        with (
-            only_new_garbage(),
-            _checkpointing(self.model, reentrant),
-            switches.cache_off(self.model),
-            warnings.catch_warnings(),
-            torch.random.fork_rng(devices=[]),
-            self.world.entered(),
-            live,
-            watch,
-        ):
-            warnings.simplefilter("ignore")
-            with self.autocast():
-                output = self.model(**step.feed(self.model, fed))
-            gc.collect()
-            watch.turn()
-            held = live.now - floor + watch.missing
-            logits = output.logits.nbytes
-            if output.loss.requires_grad:
-                output.loss.backward()
-            places = [alive - floor for alive in watch.places()]
-        del output
-        step.clear_gradients(self.model)
-        return Measured(held, logits, places)
+def measure(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    world: World,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    reentrant: bool | None,
+) -> Measured:
+    """A step of a model that was moved to the world, under reentrant or non-reentrant checkpointing; None: without."""
+    fed = {name: world.tensor(t) for name, t in batch.items()}
+    live = Counted(world.tensors, world.device)
+    watch = _Watch(model, live)
+    step.clear_gradients(model)
+    floor = live.now
+    with (
+        only_new_garbage(),
+        _checkpointing(model, reentrant),
+        switches.cache_off(model),
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        world.entered(),
+        live,
+        watch,
+    ):
+        warnings.simplefilter("ignore")
+        with autocast():
+            output = model(**step.feed(model, fed))
+        gc.collect()
+        watch.turn()
+        held = live.now - floor + watch.missing
+        logits = output.logits.nbytes
+        if output.loss.requires_grad:
+            output.loss.backward()
+        places = [alive - floor for alive in watch.places()]
+    del output
+    step.clear_gradients(model)
+    return Measured(held, logits, places)
 
 
 @dataclass(slots=True)
@@ -196,7 +176,7 @@ class _Watch:
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._hooks = ExitStack()
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Self:
         for module in self._model.modules():
             if isinstance(module, Passed):
                 module.watch = self

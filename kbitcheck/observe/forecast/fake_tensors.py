@@ -4,8 +4,6 @@ Fake tensors carry a device, so that quantizers, autocast and attention pick the
 what is saved for the backward.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,9 +27,8 @@ LARGEST_FLASH_HEAD = 256  # torch/csrc: sdp_utils.cpp, check_head_dim_size_flash
 class World:
     """Where fake tensors live: the mode, and the fake twin of each real or meta tensor.
 
-    Args:
-        device: ``cpu`` or ``cuda``, whose kernels are picked. Fake tensors are on the CPU either way: torch's autograd
-            engine needs a driver for a CUDA tensor, even for a fake one.
+    Kernels are those of ``device``, ``cpu`` or ``cuda``. Fake tensors are on the CPU either way: torch's autograd engine
+    needs a driver for a CUDA tensor, even for a fake one.
     """
 
     def __init__(self, device: str) -> None:

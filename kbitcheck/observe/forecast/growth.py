@@ -1,10 +1,9 @@
 """How a step's peak grows with batch and length, and the largest step that fits."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,15 +16,14 @@ LARGEST = 1 << 30
 class Growth:
     """The peak of a step by batch and length: the largest of many polynomials, as the largest place depends on the shape.
 
-    Args:
-        places: bytes alive when each storage was made, a row each, as float64 coefficients of 1, length, length²,
-            batch, batch length and batch length². Masks have no batch, scores length², images no length.
+    A row of ``places`` is the bytes alive when one storage was made, as float64 coefficients of 1, length, length²,
+    batch, batch length and batch length². Masks have no batch, scores length², images no length.
     """
 
     places: Tensor
 
     @classmethod
-    def through(cls, length: int, measured: Mapping[tuple[int, int], Sequence[int]]) -> Growth:
+    def through(cls, length: int, measured: Mapping[tuple[int, int], Sequence[int]]) -> Self:
         """The growth through the bytes alive at each place, by (batch, length), for the six ``shapes(length)``.
 
         If shapes make different numbers of storages, their peaks alone are compared.

@@ -1,7 +1,5 @@
 """What training a model will take, predicted from its configuration alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import weights
-from kbitcheck.observe.forecast.activations import Measured, Step, thin
+from kbitcheck.observe.forecast.activations import Measured, measure, thin
 from kbitcheck.observe.forecast.fake_tensors import HALF, World
 from kbitcheck.observe.forecast.growth import USUAL, Growth, shapes
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -41,9 +39,6 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
     """Bytes of weights, adapters and optimizer of a model on the meta device, whose snapshot is ``facts``.
 
     ``notes`` are remarks on the weights themselves. A model without quantized layers gets no adapters.
-
-    Raises:
-        UsageError: no quantized layer matches the targets.
     """
     targets = adapter_probe.target_layers(model, spec.targets) if facts.layers else []
     sizes = {
@@ -121,11 +116,14 @@ class Training:
         compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
         half = compute if compute in HALF else torch.bfloat16
         autocast = partial(torch.autocast, "cpu", dtype=half) if PROMISES[spec.profile].autocast else nullcontext
-        self._step = Step(wrapped, World(device), autocast)
+        world = World(device)
+        world.move(wrapped)
+        wrapped.train()
+        self._measure = partial(measure, wrapped, world=world, autocast=autocast)
 
     def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> Measured:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``; ``padded`` ones have a mask."""
-        return self._step.measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
+        return self._measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
 
     def growth(self, length: int, mode: str) -> Growth:
         """How steps without padding grow under a mode, from steps around a length."""

@@ -1,6 +1,6 @@
 """What a model's tensors weigh, to the byte, by what they are part of."""
 
-from __future__ import annotations
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
     A packed weight counts as many parameters as it unpacks to; bytes are those stored, and ``state`` what unpacks them.
     """
     norms = norm_parameters(facts)
-    sizes: dict[str, GroupFacts] = {}
+    sizes: defaultdict[str, GroupFacts] = defaultdict(GroupFacts)
     seen: set[int] = set()
     shared: set[int] = set()
     for name, tensor in facts.parameters.items():
@@ -44,14 +44,12 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
                     if tensor.dtype in HALF and promise.casts(norm=name in norms)
                 },
             )
-        key = group_of(tensor, facts, norms)
-        sizes[key] = sizes.get(key, GroupFacts()) + added
+        sizes[group_of(tensor, facts, norms)] += added
     for tensor in facts.buffers.values():
         if tensor.storage not in seen:
             seen.add(tensor.storage)
-            key = group_of_buffer(tensor.name)
-            sizes[key] = sizes.get(key, GroupFacts()) + GroupFacts(buffers=tensor.nbytes)
-    return sizes
+            sizes[group_of_buffer(tensor.name)] += GroupFacts(buffers=tensor.nbytes)
+    return dict(sizes)
 
 
 def _once(tensor: torch.Tensor, seen: set[int]) -> int:

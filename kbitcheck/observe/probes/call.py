@@ -39,6 +39,11 @@ def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in parameters}
 
 
+def model_from(returned: Any, given: Any) -> Any:
+    """What a call returned if it is a model; otherwise the model that it was given."""
+    return returned if isinstance(returned, nn.Module) else given
+
+
 def call(
     prepare: Prepare,
     model: nn.Module,
@@ -46,7 +51,7 @@ def call(
     libraries: bool = False,
     **wanted: Any,
 ) -> tuple[Any, CallFacts]:
-    """Call ``prepare``; what it returned (None if it raised), and the facts of the call.
+    """Call ``prepare``; the model that comes of it, and the facts of the call.
 
     ``libraries`` compares all classes and functions of the libraries used in training, not the model's classes alone.
     """
@@ -66,7 +71,7 @@ def call(
             raised = Raised.of(error)
         after = process_state.state()
     changed = {**process_state.changed(before, after), **replaced(original)}
-    return returned, CallFacts(
+    return model_from(returned, model), CallFacts(
         raised=raised,
         same_object=returned is model,
         returned=type(returned).__name__,

@@ -15,10 +15,11 @@ from kbitcheck_reference import lora
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.core import machine
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import StepOutcome
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.observe import internals, process_memory
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes import digest, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.forwards import generate
@@ -249,7 +250,7 @@ class Session:
 
     def copy(self, name: str) -> None:
         memo: dict[int, Any] = {}
-        process_memory.return_free_pages()
+        machine.return_free_pages()
         self.model = copy.deepcopy(self.model, memo)
         self.adapters = {n: memo[id(p)] for n, p in self.adapters.items()}
 

@@ -19,11 +19,8 @@ NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 
 
-def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None, *, keys: bool = True) -> ModelFacts:
-    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` are the adapters' parameters.
-
-    Without ``keys`` ``state_dict`` is not called: a backend may rewrite weights in it that it had repacked.
-    """
+def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None) -> ModelFacts:
+    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` are the adapters' parameters."""
     storages = _Storages()
     owned = {id(p) for p in (adapters or {}).values()}
     biases = {id(m.bias) for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None}
@@ -37,20 +34,11 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         layers={n: layer(n, m) for n, m in backends.quantized_layers(model)},
         modules={n: _module(n, m) for n, m in model.named_modules()},
         config=_config(model),
-        state_keys=_keys(model) if keys else frozenset(),
-        input_hooks={n: len(hooks) for n, m in model.named_modules() if (hooks := internals.output_hooks(m))},
         can_checkpoint=can_checkpoint(model),
         embeddings=_names(model, embeddings(model)),
         heads=_names(model, heads(model)),
         kept_in_float32=internals.kept_in_float32(model),
     )
-
-
-def _keys(model: nn.Module) -> frozenset[str]:
-    try:
-        return frozenset(model.state_dict())
-    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
-        return frozenset({f"{type(error).__name__}: {error}"})
 
 
 def is_block(module: nn.Module) -> bool:

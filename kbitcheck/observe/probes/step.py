@@ -80,7 +80,6 @@ def train_step(
     facts = RunFacts(
         loss=float(loss.detach()),
         loss_bits=digest.bits(loss),
-        grads={n: None if g is None else digest.bits(g) for n, g in grads.items()},
         blocks=watcher.facts(),
         order=tuple(watcher.order),
         checkpoints=tuple(calls),

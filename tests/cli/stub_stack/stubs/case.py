@@ -6,9 +6,8 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, Implementation
 from kbitcheck.core.errors import UsageError
-from kbitcheck.run.subject import Implementation
 
 
 class Case:
