@@ -1,14 +1,12 @@
 """What ``--quant`` says: how a model's linear layers are quantized. Importing this imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from kbitcheck.backends import registry
 from kbitcheck.backends.protocol import Backend
-from kbitcheck.backends.schemes import Option, Scheme
+from kbitcheck.backends.schemes import Scheme
 from kbitcheck.core.errors import UsageError
 
 DEFAULT = "nf4"
@@ -46,7 +44,8 @@ class Quantization:
         for name, value in values.items():
             option = scheme.option(name)
             if option is None:
-                raise UsageError(f"quantization {scheme.name} takes only {_options(scheme)}, not {name}")
+                options = ", ".join([*map(str, scheme.options), "skip=MODULE"])
+                raise UsageError(f"quantization {scheme.name} takes only {options}, not {name}")
             if option.choices:
                 read = option.read(value)
                 if read is None:
@@ -54,8 +53,8 @@ class Quantization:
                 chosen[name] = read
             elif value:
                 chosen[name] = name
-        options = tuple((o.name, chosen[o.name]) for o in scheme.options if chosen.get(o.name, o.default) != o.default)
-        return cls(scheme=scheme.name, options=options, skip=tuple(dict.fromkeys(skip)))
+        others = tuple((o.name, chosen[o.name]) for o in scheme.options if chosen.get(o.name, o.default) != o.default)
+        return cls(scheme=scheme.name, options=others, skip=tuple(dict.fromkeys(skip)))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -70,6 +69,7 @@ class Quantization:
         schemes = registry.schemes()
         if name not in schemes:
             raise UsageError(f"unknown quantization {name!r} in {text!r}; known: {usage()}")
+        options = [option for scheme in schemes.values() for option in scheme.options]
         values: dict[str, object] = {}
         skip: list[str] = []
         for part in parts:
@@ -78,7 +78,7 @@ class Quantization:
                 skip += [module.strip() for module in value.split("+") if module.strip()]
             elif key in values:
                 raise UsageError(f"{key} stands twice in {text!r}")
-            elif not _writes(registry.option(key), equals):
+            elif not any(o.name == key and bool(o.choices) == bool(equals) for o in options):
                 raise UsageError(f"unknown quantization option {part!r} in {text!r}; known: {usage()}")
             else:
                 values[key] = value or True
@@ -126,11 +126,3 @@ def usage() -> str:
     return "; ".join(
         f"{' or '.join(schemes)}, then {options}skip=MODULE[+MODULE]" for options, schemes in names.items()
     )
-
-
-def _options(scheme: Scheme) -> str:
-    return ", ".join([*map(str, scheme.options), "skip=MODULE"])
-
-
-def _writes(option: Option | None, equals: str) -> bool:
-    return option is not None and bool(option.choices) == bool(equals)

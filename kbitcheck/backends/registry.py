@@ -1,23 +1,17 @@
 """The backends that kbitcheck knows: the folders beside this file, then those of the entry-point group. No torch here."""
 
-from __future__ import annotations
-
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kbitcheck.backends.schemes import Option, Scheme
+from kbitcheck.backends.protocol import Backend
+from kbitcheck.backends.schemes import Scheme
 from kbitcheck.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kbitcheck.backends.protocol import Backend
 
 GROUP = "kbitcheck.backends"
 
@@ -75,11 +69,6 @@ def of_scheme(name: str) -> Backend:
         if any(scheme.name == name for scheme in backend.schemes):
             return backend
     raise UsageError(f"unknown quantization {name!r}; known: {', '.join(schemes())}")
-
-
-def option(name: str) -> Option | None:
-    """The first option of that name in any scheme."""
-    return next((o for scheme in schemes().values() for o in scheme.options if o.name == name), None)
 
 
 def of_method(config: Mapping[str, Any]) -> Backend | None:

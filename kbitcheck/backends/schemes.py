@@ -1,7 +1,5 @@
 """How the schemes of a backend are written in ``--quant``. Importing this imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -7,20 +7,14 @@ from kbitcheck.core.facts import ModelFacts, TensorFacts
 NORM_EVIDENCE = frozenset({"class", "name", "shape"})
 
 # The first that matches, so that a shared expert is an expert and a vision tower's attention is the tower's.
-PARTS = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        ("vision", r"(^|\.)(vision\w*|visual|image\w*|vit)\.|mm_projector|multi_modal_projector"),
-        ("audio", r"(^|\.)(audio\w*|speech\w*)\."),
-        ("routers", r"(^|\.)(router|gate)\.(\w+\.)*(weight|bias|e_score_correction_bias)$|router"),
-        ("experts", r"experts?(\.|_|$)"),
-        ("attention", r"attn|attention|(^|\.)(q_proj|k_proj|v_proj|o_proj)\."),
-        (
-            "mlp",
-            r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)",
-        ),
-    )
-)
+PARTS = {
+    "vision": r"(^|\.)(vision\w*|visual|image\w*|vit)\.|mm_projector|multi_modal_projector",
+    "audio": r"(^|\.)(audio\w*|speech\w*)\.",
+    "routers": r"(^|\.)(router|gate)\.(\w+\.)*(weight|bias|e_score_correction_bias)$|router",
+    "experts": r"experts?(\.|_|$)",
+    "attention": r"attn|attention|(^|\.)(q_proj|k_proj|v_proj|o_proj)\.",
+    "mlp": r"(^|\.)(mlp|ffn|fc1|fc2|feed_forward|block_sparse_moe|DenseReluDense|wi|wo|intermediate|output)(\.|_)",
+}
 
 
 def norm_parameters(model: ModelFacts) -> frozenset[str]:
@@ -42,12 +36,12 @@ def group_of(tensor: TensorFacts, model: ModelFacts, norms: frozenset[str]) -> s
         return "head"
     if tensor.name in norms:
         return "norms"
-    return next((name for name, pattern in PARTS if pattern.search(tensor.name)), "other")
+    return next((name for name, pattern in PARTS.items() if re.search(pattern, tensor.name)), "other")
 
 
 def group_of_buffer(name: str) -> str:
     """The group of a buffer."""
-    return "vision" if PARTS[0][1].search(name) else "buffers"
+    return "vision" if re.search(PARTS["vision"], name) else "buffers"
 
 
 def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
@@ -57,11 +51,6 @@ def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
     for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
         groups.setdefault(group_of(tensor, model, norms), []).append(tensor)
     return groups
-
-
-def towers(model: ModelFacts) -> tuple[str, ...]:
-    """The model's stacks of blocks, in the order of its modules."""
-    return tuple(dict.fromkeys(block.tower for block in model.blocks))
 
 
 def tower_of(name: str, towers: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kbitcheck.core.anatomy import norm_parameters, tower_of, towers
+from kbitcheck.core.anatomy import norm_parameters, tower_of
 from kbitcheck.core.cases import Profile
 from kbitcheck.core.facts.model import FLOATING, HALF, ModelFacts, TensorFacts
 from kbitcheck.core.facts.recipe import Recipe
@@ -52,12 +52,12 @@ def groups(prepared: ModelFacts, wrapped: ModelFacts, loaded: ModelFacts | None 
         part: frozenset(p.name for p in unquantized if p.name.rpartition(".")[0] in modules)
         for part, modules in (("embeddings", prepared.embeddings), ("head", prepared.heads))
     }
-    stacks = towers(prepared)
+    towers = tuple(dict.fromkeys(block.tower for block in prepared.blocks))
     members: dict[str, dict[str, str]] = {}
     for part, names in parts.items():
         for p in unquantized:
             if p.name in names and (part == "norms" or p.name not in parts["norms"]):
-                tower = tower_of(p.name, stacks) if part != "head" else ""
+                tower = tower_of(p.name, towers) if part != "head" else ""
                 members.setdefault(f"{part} of {tower}" if tower else part, {})[p.name] = p.dtype
     members["adapters"] = {p.name: p.dtype for p in wrapped.parameters.values() if _low_rank(p)}
     return [Group(name, dtypes, wide) for name, dtypes in members.items() if dtypes]
@@ -78,16 +78,16 @@ def _low_rank(parameter: TensorFacts) -> bool:
 def read(prepared: ModelFacts, loaded: ModelFacts | None = None, *, autocast: bool = False) -> Recipe:
     """The recipe that a prepared model follows; ``autocast`` says whether its forward is known to run under it."""
     parts = groups(prepared, prepared, loaded)
-    by_part = {part: [g for g in parts if g.name.startswith(part) and g.dtype] for part in ("norms", "adapters")}
-    ends = [g for g in parts if g.name.startswith(("embeddings", "head")) and g.dtype]
-    norms = Counter(g.dtype not in HALF for g in by_part["norms"])
+    decided = [g for g in parts if g.dtype]
+    ends = [g for g in decided if g.name.startswith(("embeddings", "head"))]
+    norms = Counter(g.dtype not in HALF for g in decided if g.name.startswith("norms"))
     profile: Profile = "frozen-half"
     if norms[True] > norms[False] or not norms:
         profile = "peft" if not _any_half(ends, prepared) else "qlora" if norms else "frozen-half"
     return Recipe(
         profile=profile,
         freezes="at-prepare" if _freezes(prepared) else "at-attach",
-        adapters=next((g.dtype for g in by_part["adapters"]), ""),
+        adapters=next((g.dtype for g in decided if g.name == "adapters"), ""),
         autocast=autocast or PROMISES[profile].autocast,
         mixed=any(g.mixed for g in parts),
         towers_differ=len(norms) > 1,

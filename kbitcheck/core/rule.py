@@ -137,7 +137,7 @@ def rules() -> Registry:
     return REGISTRY
 
 
-def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = lambda error: None) -> Result:
+def judge(rule: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = lambda error: None) -> Result:
     """The result of one rule on one case. What the rule raises becomes a SKIP or an ERROR, wrong usage passes through.
 
     No observation at all is an ERROR: there is no way to pass by accident. ``on_error`` gets an exception that made the
@@ -148,7 +148,7 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
     failures: list[Observation] = []
     notes: dict[str, None] = {}
     try:
-        for observation in subject.check(facts):
+        for observation in rule.check(facts):
             examined += 1
             if observation.note:
                 notes[observation.note] = None
@@ -168,14 +168,14 @@ def judge(subject: Rule, facts: Facts, *, on_error: Callable[[Exception], None] 
     except UsageError:
         raise
     except Exception as error:
-        log.debug("%s on %s", subject.code, facts.case, exc_info=True)
+        log.debug("%s on %s", rule.code, facts.case, exc_info=True)
         status, reason = Status.ERROR, cause(error)
         on_error(error)
     parties = {f.party for f in failures}
     return Result(
-        rule=subject.code,
+        rule=rule.code,
         case=facts.case,
-        level=subject.level,
+        level=rule.level,
         status=status,
         attributed_to=next((party for party in Party if party in parties), None),
         examined=examined,

@@ -6,7 +6,7 @@ from math import prod
 
 from kbitcheck.core.anatomy import unquantized
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Facts, ModelFacts, TensorFacts
+from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 
@@ -31,25 +31,18 @@ def mostly_quantized(facts: Facts) -> Iterable[Observation]:
     Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
     """
     packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
-    groups = {g: sum(prod(t.shape) for t in ts) for g, ts in _quantizable(facts.base).items()}
-    total = packed + sum(groups.values())
+    groups = {g: ts for g, ts in unquantized(facts.base).items() if g not in ("embeddings", "head")}
+    sizes = {g: sum(prod(t.shape) for t in ts) for g, ts in groups.items()}
+    total = packed + sum(sizes.values())
     share = packed / total if total else 0.0
-    largest = ", ".join(f"{g}: {n:,}" for g, n in sorted(groups.items(), key=lambda g: -g[1])[:3])
-    for tensor in _largest(facts.base) if share < MOST else ():
-        actual = f"{tensor.dtype}, {len(tensor.shape)}-D"
-        yield _of_model(tensor.name, "packed weights", actual, "its type: no linear layer", ok=False)
-    actual = f"{share:.1%} of {total:,}; not quantized: {largest or 'none'}"
+    largest = sorted(sizes, key=lambda g: -sizes[g])
+    if share < MOST and largest:
+        for tensor in sorted(groups[largest[0]], key=lambda t: t.name):
+            actual = f"{tensor.dtype}, {len(tensor.shape)}-D"
+            yield _of_model(tensor.name, "packed weights", actual, "its type: no linear layer", ok=False)
+    others = ", ".join(f"{g}: {sizes[g]:,}" for g in largest[:3])
+    actual = f"{share:.1%} of {total:,}; not quantized: {others or 'none'}"
     yield _of_model("weights", "most weights quantized", actual, "counted on the unprepared base", ok=share >= MOST)
-
-
-def _quantizable(model: ModelFacts) -> dict[str, list[TensorFacts]]:
-    """Unquantized parameters by group, without the groups that no backend quantizes."""
-    return {g: ts for g, ts in unquantized(model).items() if g not in ("embeddings", "head")}
-
-
-def _largest(model: ModelFacts) -> list[TensorFacts]:
-    groups = _quantizable(model).values()
-    return sorted(max(groups, key=lambda ts: sum(prod(t.shape) for t in ts), default=[]), key=lambda t: t.name)
 
 
 @rule("KB902", "upcast-affordable", Level.SHOULD)
@@ -63,10 +56,10 @@ def upcast_affordable(facts: Facts) -> Iterable[Observation]:
     Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back to half precision.
     Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
     """
-    base, widened = facts.base, facts.widened
+    base, widened, groups = facts.base, facts.widened, unquantized(facts.base)
     half = 2 * sum(layer.in_features * layer.out_features for layer in base.layers.values())
-    half += sum(t.nbytes for ts in unquantized(base).values() for t in ts)
-    added = {g: grown for g, ts in unquantized(base).items() if (grown := sum(widened.get(t.name, 0) for t in ts))}
+    half += sum(t.nbytes for ts in groups.values() for t in ts)
+    added = {g: grown for g, ts in groups.items() if (grown := sum(widened.get(t.name, 0) for t in ts))}
     prepared = base.nbytes + sum(added.values())
     parts = ", ".join(f"{g} +{n:,}" for g, n in sorted(added.items(), key=lambda g: -g[1]))
     actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts
@@ -153,7 +154,9 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
     m = facts.memory
     if not m.steps:
         raise NotApplicable("a single block has no increments")
-    names = [n for n in m.steps if n in m.step_allowed and not _crosses_towers(n, facts)]
+    # Where the next entry is another tower's block, what lies between is not the block's.
+    tower = {name: block.tower for name, block in facts.run.blocks.items()}
+    names = [n for n, following in pairwise(m.steps) if n in m.step_allowed and tower[n] == tower[following]]
     if not names:
         raise NotApplicable("a single block in each tower has no increments")
     for name in names:
@@ -163,13 +166,6 @@ def memory_scales(facts: Facts) -> Iterable[Observation]:
         added = Observation(name, expected, f"{m.steps[name]:,} bytes", ok=over <= 0)
         keep = f"this block's bare quantized layers keep {stack:,} bytes of their inputs"
         yield added.attributed(Party.STACK, keep) if 0 < over <= stack else added
-
-
-def _crosses_towers(name: str, facts: Facts) -> bool:
-    """Whether the next entry is another tower's block, or the end: what lies between is not the block's."""
-    names = list(facts.memory.steps)
-    following = names[names.index(name) + 1] if names.index(name) + 1 < len(names) else None
-    return following is None or facts.run.blocks[following].tower != facts.run.blocks[name].tower
 
 
 @rule("KB407", "reentrant-explicit", Level.SHOULD)
@@ -217,10 +213,8 @@ def train_eval_untouched(facts: Facts) -> Iterable[Observation]:
     Sources: peft#120, diffusers#1848.
     """
     for text, call in (("as loaded", facts.default_call), ("all in train", facts.positional_call)):
-        changed = call.modes_changed
-        yield Observation(
-            f"a model {text}", "no mode changed", ", ".join(changed[:4]) or "none changed", ok=not changed
-        )
+        changed = ", ".join(call.modes_changed[:4])
+        yield Observation(f"a model {text}", "no mode changed", changed or "none changed", ok=not changed)
     for name, flag in facts.training_flags.items():
         now = facts.prepared.modules.get(name)
         if now is not None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Distance, Facts, GradientFacts, StepOutcome
+from kbitcheck.core.facts import Distance, Facts, GradientFacts, RunFacts, StepOutcome
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
@@ -184,16 +184,14 @@ def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#45242, transformers#44158, peft#2826, transformers#24247.
     """
     needs_checkpointing(facts)
-    same = facts.run.loss_bits == facts.plain_run.loss_bits
-    close = math.isclose(facts.run.loss, facts.plain_run.loss, rel_tol=facts.compute_ulp)
-    exact = exactly(facts)
-    yield Observation("loss", f"{facts.plain_run.loss!r}", f"{facts.run.loss!r}", ok=same or (close and not exact))
-    again = facts.repeated_run
-    same = again.loss_bits == facts.run.loss_bits or (
-        not exact and math.isclose(again.loss, facts.run.loss, rel_tol=facts.compute_ulp)
-    )
-    yield Observation("loss of a later step", f"{facts.run.loss!r}", f"{again.loss!r}", ok=same)
-    yield from compared(facts.against_plain, exact=exact)
+    yield _same_loss("loss", facts.plain_run, facts.run, facts)
+    yield _same_loss("loss of a later step", facts.run, facts.repeated_run, facts)
+    yield from compared(facts.against_plain, exact=exactly(facts))
+
+
+def _same_loss(where: str, one: RunFacts, other: RunFacts, facts: Facts) -> Observation:
+    close = not exactly(facts) and math.isclose(one.loss, other.loss, rel_tol=facts.compute_ulp)
+    return Observation(where, repr(one.loss), repr(other.loss), ok=one.loss_bits == other.loss_bits or close)
 
 
 @rule("KB306", "reentrant-agrees", Level.MUST)
@@ -215,10 +213,7 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
         return
     mendable = reentrant(facts) and _is_cut(facts)
     for gradient in compared(facts.against_other_mode, exact=exactly(facts)):
-        if mendable:
-            yield gradient
-        else:
-            yield unless_unprepared(gradient, facts, Party.MODEL, lambda base: not _agrees(base))
+        yield gradient if mendable else unless_unprepared(gradient, facts, Party.MODEL, lambda base: not _agrees(base))
 
 
 def _is_cut(facts: Facts) -> bool:

@@ -8,13 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.bitsandbytes import config
 from kbitcheck.backends.protocol import Arithmetic, Backend, Kernels, Packing, Recognition
-from kbitcheck.backends.schemes import Choice
+from kbitcheck.backends.schemes import DTYPES, Choice, Option, Scheme, dtype_option, short_dtype
+from kbitcheck.core.errors import UsageError
 from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# Nested quantization of the scales, the dtype of the matrix products, the dtype that packed weights are stored as.
+OPTIONS = (
+    Option("double"),
+    dtype_option("compute", "bf16", "fp16", "fp32"),
+    dtype_option("storage", "uint8", "bf16", "fp16", "fp32"),
+)
 
 
 class BitsAndBytes(Backend):
@@ -22,7 +30,7 @@ class BitsAndBytes(Backend):
 
     name = "bitsandbytes"
     method = "bitsandbytes"
-    schemes = config.SCHEMES
+    schemes = (Scheme("nf4", 4, OPTIONS), Scheme("fp4", 4, OPTIONS), Scheme("int8", 8))
 
     @cached_property
     def recognition(self) -> Recognition:
@@ -54,16 +62,47 @@ class BitsAndBytes(Backend):
     def describes(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method", self.method) == self.method and "config_groups" not in config
 
-    def described(self, fields: Mapping[str, Any]) -> tuple[str, Mapping[str, object], Sequence[str]]:
-        return config.described(fields)
+    def described(self, config: Mapping[str, Any]) -> tuple[str, Mapping[str, object], Sequence[str]]:
+        skip = tuple(config.get("llm_int8_skip_modules") or ())
+        if not config.get("load_in_4bit"):
+            return "int8", {}, skip
+        scheme = config.get("bnb_4bit_quant_type", "fp4")
+        if scheme not in ("nf4", "fp4"):
+            names = ", ".join(s.name for s in self.schemes)
+            raise UsageError(f"this checkpoint is quantized as {scheme!r}; kbitcheck knows {names}")
+        dtypes = {
+            "compute": config.get("bnb_4bit_compute_dtype", "float32"),
+            "storage": config.get("bnb_4bit_quant_storage", "uint8"),
+        }
+        options = {name: short_dtype(dtype) or dtype for name, dtype in dtypes.items()}
+        return scheme, {"double": config.get("bnb_4bit_use_double_quant", False), **options}, skip
 
     def config(self, choice: Choice, skip: Sequence[str] | None) -> Any:
-        return config.transformers_config(choice, skip)
+        import torch
+        import transformers
+
+        make: Any = transformers.BitsAndBytesConfig
+        if choice.scheme == "int8":
+            return make(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return make(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=choice.scheme,
+            bnb_4bit_use_double_quant=bool(choice["double"]),
+            bnb_4bit_compute_dtype=getattr(torch, DTYPES[choice["compute"]]),
+            bnb_4bit_quant_storage=getattr(torch, DTYPES[choice["storage"]]),
+            llm_int8_skip_modules=skip,
+        )
 
     def steady(self, model: nn.Module) -> None:
-        from kbitcheck.backends.bitsandbytes.quirks import never_repacked
+        """Switch off the repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.
 
-        never_repacked(model)
+        It rewrites the packed weights in place, rounds their scales to bfloat16, drops the nested state, and raises
+        where the rows are no multiple of 32 or the columns of 64 (0.50.2, ``_convert_weight_packed_for_cpu``). It serves
+        inference alone; with it, what a check sees would depend on the CPU, and looking at a model would change it.
+        """
+        for module in model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.__dict__["support_avx512bf16_for_cpu"] = False
 
     def findings(self) -> Sequence[Finding]:
         return read_findings(Path(__file__).with_name("findings.toml"))

@@ -1,7 +1,5 @@
 """What bitsandbytes' kernels save and allocate, for tensors without numbers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Packed weights and their states on the meta device, to the byte."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ class BitsAndBytesPacking(Packing):
     """bitsandbytes' own functions run on the meta device, and say what a packed weight and its state look like."""
 
     def quantize_empty(self, model: nn.Module, dtype: torch.dtype) -> None:
-        functional.name2qmap.setdefault(
-            "dynamic", functional.create_dynamic_map()
-        )  # never to be made on the meta device
+        # Never to be made on the meta device.
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
         for module in model.modules():
             if isinstance(module, Linear4bit | Linear8bitLt):
                 _quantize(module, dtype)

@@ -1,7 +1,5 @@
 """Which modules hold a weight that bitsandbytes packed, and what they hold. Found by parameter class and state."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any
