@@ -1,4 +1,4 @@
-"""What can be said of a machine without torch: versions, the processor, free memory, names of devices."""
+"""What can be said of a machine without torch: versions, the processor, names of devices."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,6 @@ import platform
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from kbitcheck.core.errors import UsageError
 
@@ -16,32 +15,10 @@ LARGE_BYTES = 64 << 20  # of a model as loaded: from here on saving memory, and 
 
 
 def validate_device(text: str) -> str:
-    """The text itself, if it can name a device.
-
-    Raises:
-        UsageError: the text cannot name a device.
-    """
+    """The text itself; a ``UsageError`` where it cannot name a device."""
     if not DEVICE.fullmatch(text):
         raise UsageError(f"no such device: {text!r}; write auto, cpu, cuda, cuda:1, xpu or mps")
     return text
-
-
-def describe(device: str, seed: int) -> dict[str, Any]:
-    """JSON-able facts about this machine and the installed packages, without importing one."""
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        **versions(),
-        "device": device,
-        "seed": seed,
-    }
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be used without swapping."""
-    import psutil  # type: ignore[import-untyped]  # slow to import, and the front door has no use for it
-
-    return int(psutil.virtual_memory().available)
 
 
 def return_free_pages() -> None:

@@ -26,11 +26,6 @@ GPUS: Mapping[int, str] = {
 }
 
 
-def anywhere(nbytes: int, memory: int | None) -> bool:
-    """Whether these bytes fit any GPU many times: less than 1 % of the smallest, and no memory was requested."""
-    return memory is None and nbytes * 100 < min(GPUS)
-
-
 def named(memory: int | None) -> dict[int, str]:
     """Names by size, from small to large: the GPUs, and the size that was requested."""
     requested = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}

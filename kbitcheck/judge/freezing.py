@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from kbitcheck.core.facts import Facts, TensorFacts
+from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare
@@ -56,7 +56,7 @@ def no_base_grad(facts: Facts) -> Iterable[Observation]:
     held = {*facts.run.base_grads, *(n for n, p in facts.wrapped.parameters.items() if p.has_grad)}
     for p in facts.wrapped.parameters.values():
         if not p.adapter:
-            yield Observation(p.name, "no gradient", "a gradient" if p.name in held else "none", ok=p.name not in held)
+            yield Observation.either(p.name, "no gradient", "a gradient", ok=p.name not in held)
 
 
 @rule("KB104", "base-unchanged-by-training", Level.MUST)
@@ -84,17 +84,12 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
             same, actual = new.bits == facts.bias_after_forward.get(old.name), f"{new.dtype}, other numbers"
             yield Observation(old.name, "the old value rounded once", actual, ok=same, note=note)
         else:
-            yield Observation(old.name, "the same bits", _difference(old, new), ok=new.bits == old.bits)
+            actual = f"{old.dtype} became {new.dtype}" if new.dtype != old.dtype else "other numbers"
+            yield Observation.either(old.name, "the same bits", actual, ok=new.bits == old.bits)
     for name, layer in before.layers.items():
         after_layer = after.layers.get(name)
         same = after_layer is not None and after_layer.state == layer.state
         yield Observation(f"{name} (state)", "the same quantization state", "it changed", ok=same)
-
-
-def _difference(old: TensorFacts, new: TensorFacts) -> str:
-    if old.dtype != new.dtype:
-        return f"{old.dtype} became {new.dtype}"
-    return "the same bits" if old.bits == new.bits else "other numbers"
 
 
 @rule("KB105", "adapters-do-change", Level.MUST)
@@ -108,8 +103,7 @@ def adapters_do_change(facts: Facts) -> Iterable[Observation]:
     Sources: ai-toolkit#1054, peft troubleshooting "Training runs but the model does not improve".
     """
     for name in live_gradients(facts):
-        changed = name in facts.training.changed
-        yield Observation(name, "changed by training", "changed" if changed else "unchanged", ok=changed)
+        yield Observation.either(name, "changed by training", "unchanged", ok=name in facts.training.changed)
 
 
 @rule("KB106", "prepared-adapter-model-kept", Level.SHOULD)
@@ -127,4 +121,4 @@ def prepared_adapter_model_kept(facts: Facts) -> Iterable[Observation]:
         yield Observation("preparing a model with adapters", "kept or refused", f"raised {call.raised}", ok=True)
         return
     for name in sorted(before):
-        yield Observation(name, "still trainable", "trainable" if name in kept else "silently frozen", ok=name in kept)
+        yield Observation.either(name, "still trainable", "silently frozen", ok=name in kept)

@@ -68,7 +68,7 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
     for tower, name in first.items():
         if any(f"{tower}." in n for n in adapted):
             asks = facts.run.blocks[name].input_requires_grad is True
-            yield Observation(f"input of {name}", "requires grad", "requires grad" if asks else "does not", ok=asks)
+            yield Observation.either(f"input of {name}", "requires grad", "does not", ok=asks)
 
 
 @rule("KB302", "adapters-get-gradients", Level.MUST)

@@ -47,9 +47,8 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     if not PROMISES[facts.profile].others:
         raise NotApplicable(f"the {facts.profile} profile lets embeddings and head stay half")
     norms = norm_parameters(facts.prepared)
-    examined = [p for p in facts.prepared.parameters.values() if not p.packed and p.dtype in FLOATING]
-    for p in examined:
-        if p.name not in norms:
+    for p in facts.prepared.parameters.values():
+        if not p.packed and p.dtype in FLOATING and p.name not in norms:
             yield Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
 
 
@@ -68,7 +67,9 @@ def upcast_exact(facts: Facts) -> Iterable[Observation]:
     Fix: ``param.data = param.data.to(torch.float32)``, and nothing else.
     Sources: specification KB203.
     """
-    changed = [(o, n) for o, n in _pairs(facts) if o.dtype != n.dtype and not o.packed]
+    after = facts.prepared.parameters
+    kept = [(o, after[name]) for name, o in facts.loaded.parameters.items() if name in after and not o.packed]
+    changed = [(old, new) for old, new in kept if old.dtype != new.dtype]
     if not changed:
         raise NotApplicable("no parameter changed its dtype")
     for old, new in changed:
@@ -87,21 +88,23 @@ def unchanged_otherwise(facts: Facts) -> Iterable[Observation]:
     Fix: cast only unquantized fp16 and bf16 parameters; leave buffers alone.
     Sources: specification KB204.
     """
-    kept = [o for o in facts.loaded.parameters.values() if not o.packed and o.dtype not in HALF]
-    kept += facts.loaded.buffers.values()
+    loaded, prepared = facts.loaded, facts.prepared
+    unpacked = [o for o in loaded.parameters.values() if not o.packed]
+    kept = [*(o for o in unpacked if o.dtype not in HALF), *loaded.buffers.values()]
     if not kept:
         raise NotApplicable("the model has neither a parameter that is not half-precision nor a buffer")
-    after = {**facts.prepared.parameters, **facts.prepared.buffers}
+    after = {**prepared.parameters, **prepared.buffers}
     for old in kept:
         yield _unchanged(old, after.get(old.name))
-    for name in sorted(set(after) - set(facts.loaded.parameters) - set(facts.loaded.buffers)):
+    for name in sorted(set(after) - set(loaded.parameters) - set(loaded.buffers)):
         yield Observation(name, "no new tensor", "added by preparation", ok=False)
-    for old in facts.loaded.parameters.values():
-        if not old.packed and old.dtype in HALF and old.name not in facts.prepared.parameters:
-            yield Observation(old.name, "still there", "gone", ok=False)
-    for old, new in _pairs(facts):
-        if not old.packed and old.dtype in HALF and new.dtype == old.dtype and old.bits != new.bits:
-            yield Observation(old.name, "the same bits", "other numbers", ok=False)
+    for old in unpacked:
+        if old.dtype in HALF:
+            new = prepared.parameters.get(old.name)
+            if new is None:
+                yield Observation(old.name, "still there", "gone", ok=False)
+            elif new.dtype == old.dtype and new.bits != old.bits:
+                yield Observation(old.name, "the same bits", "other numbers", ok=False)
     yield from _numbers(facts)
 
 
@@ -314,10 +317,3 @@ def one_device(facts: Facts) -> Iterable[Observation]:
     for group in facts.prepared.ties():
         devices = {facts.prepared.parameters[n].device for n in group}
         yield Observation(" = ".join(sorted(group)), "one device", ", ".join(sorted(devices)), ok=len(devices) == 1)
-
-
-def _pairs(facts: Facts) -> Iterator[tuple[TensorFacts, TensorFacts]]:
-    for old in facts.loaded.parameters.values():
-        new = facts.prepared.parameters.get(old.name)
-        if new is not None:
-            yield old, new

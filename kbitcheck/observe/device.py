@@ -1,7 +1,9 @@
 """Devices as torch sees them, and what of a machine selects kernels."""
 
+import platform
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from kbitcheck.core import machine
@@ -27,7 +29,11 @@ def describe(device: str, seed: int) -> dict[str, Any]:
     backend = getattr(torch, device.partition(":")[0])
     name_of = getattr(backend, "get_device_name", None)
     return {
-        **machine.describe(device, seed),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **machine.versions(),
+        "device": device,
+        "seed": seed,
         "cuda": torch.version.cuda or "",
         "device_name": name_of(device) if name_of is not None else machine.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -38,4 +44,4 @@ def free_bytes(device: str) -> int:
     """Bytes that are free on a device now."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    return machine.free_memory()
+    return int(psutil.virtual_memory().available)

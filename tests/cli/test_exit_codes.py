@@ -137,7 +137,6 @@ WRONG = [
     (("impl", "good.py:prepare", "--profile", "pef"), "no such --profile: 'pef' (did you mean peft?)"),
     (("impl", "good.py:prepare", "and.py:another"), "unexpected argument: and.py:another"),
     (("rules", "KB1O1"), "no rule matches 'KB1O1' (did you mean KB101?)"),
-    (("rules", "KB330"), "no rule matches 'KB330' (did you mean KB303?)"),
 ]
 
 

@@ -73,6 +73,12 @@ def test_codes_are_registered_once() -> None:
             rule(code, "x", Level.MUST)(lambda facts: ())
 
 
+@pytest.mark.parametrize(("code", "meant"), [("KB330", "KB303"), ("KB1O1", "KB101")])
+def test_a_code_with_two_digits_swapped_is_suggested_first(code: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean {meant}"):
+        select([code])
+
+
 def test_rules_are_registered_when_one_is_first_looked_up() -> None:
     code = (
         "import sys, kbitcheck; from kbitcheck.core.rule import rules; "
