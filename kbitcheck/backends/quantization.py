@@ -35,11 +35,7 @@ class Quantization:
 
     @classmethod
     def of(cls, scheme: Scheme, values: Mapping[str, object], skip: Iterable[str] = ()) -> Self:
-        """The quantization with these option values: of a flag its truth, of another option any spelling of a choice.
-
-        Raises:
-            UsageError: the scheme has no such option or choice.
-        """
+        """The quantization with these options: of a flag its truth, of another option any spelling of a choice."""
         chosen: dict[str, str] = {}
         for name, value in values.items():
             option = scheme.option(name)
@@ -60,10 +56,8 @@ class Quantization:
     def parse(cls, text: str) -> Self:
         """Read ``nf4,double,compute=bf16,storage=uint8,skip=lm_head``.
 
-        Dtypes may have their long names; ``skip`` may be repeated and takes several names separated by ``+``.
-
-        Raises:
-            UsageError: an unknown scheme, option or choice, in one line that lists the right ones.
+        Dtypes may have their long names; ``skip`` may be repeated and takes several names separated by ``+``. A
+        ``UsageError`` lists the right schemes, options and choices.
         """
         name, *parts = (part.strip() for part in text.split(","))
         schemes = registry.schemes()
@@ -89,11 +83,7 @@ class Quantization:
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
-        """The quantization that a checkpoint's ``quantization_config`` (the JSON object) describes.
-
-        Raises:
-            UsageError: no backend of kbitcheck knows it.
-        """
+        """The quantization that a checkpoint's ``quantization_config`` (the JSON object) describes."""
         backend = registry.of_method(config)
         if backend is None:
             names = ", ".join(b.name for b in registry.registered())

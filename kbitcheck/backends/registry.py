@@ -26,11 +26,7 @@ def _installed() -> tuple[Backend, ...]:
 
 
 def registered() -> tuple[Backend, ...]:
-    """Every backend, each a ``Backend`` object; built-in ones first.
-
-    Raises:
-        UsageError: two backends have the same name, or write a scheme alike.
-    """
+    """Every backend, built-in ones first; a ``UsageError`` where two have a name or a scheme in common."""
     backends = (*_installed(), *_added)
     for names in ([b.name for b in backends], [s.name for b in backends for s in b.schemes]):
         twice = {name for name in names if names.count(name) > 1}
@@ -60,11 +56,7 @@ def schemes() -> dict[str, Scheme]:
 
 
 def of_scheme(name: str) -> Backend:
-    """The backend that quantizes by the scheme.
-
-    Raises:
-        UsageError: none does.
-    """
+    """The backend that quantizes by the scheme; a ``UsageError`` where none does."""
     for backend in registered():
         if any(scheme.name == name for scheme in backend.schemes):
             return backend

@@ -111,11 +111,7 @@ LAST = (Ready, Loaded, Done, WrongUsage, Broken)
 
 
 def from_json(data: Any) -> Event:
-    """Inverse of ``Event.as_json``.
-
-    Raises:
-        ValueError: the data is no event.
-    """
+    """Inverse of ``Event.as_json``; a ``ValueError`` where the data is no event."""
     try:
         values = {name: value for name, value in data.items() if name != "event"}
         if "result" in values:

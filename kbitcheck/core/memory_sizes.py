@@ -33,11 +33,7 @@ def named(memory: int | None) -> dict[int, str]:
 
 
 def parse(text: str) -> int:
-    """The bytes that a text means: ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes.
-
-    Raises:
-        UsageError: the text is none of these, or zero.
-    """
+    """The bytes that a text means: ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else "?"
     unit = f"{unit}IB" if unit in ("K", "M", "G", "T") else unit

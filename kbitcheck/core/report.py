@@ -13,7 +13,7 @@ from kbitcheck.core.rule import rules
 from kbitcheck.core.version import TOOL
 
 if TYPE_CHECKING:
-    from kbitcheck.core.events import Collector
+    from kbitcheck.core.events import Collector  # slow to import, and the plugin's start has no use for it
 
 SCHEMA = 1
 
@@ -142,11 +142,7 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Inverse of ``as_json``.
-
-        Raises:
-            UsageError: the data is no report of this schema.
-        """
+        """Inverse of ``as_json``; a ``UsageError`` where the data is no report of this schema."""
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             raise UsageError(f"not a kbitcheck report of schema {SCHEMA}")
         try:

@@ -75,21 +75,13 @@ class Registry(Mapping[str, Rule]):
         self._module = module
 
     def add(self, new: Rule) -> None:
-        """Register a rule.
-
-        Raises:
-            ValueError: the code is malformed, or another rule has it.
-        """
+        """Register a rule; a ``ValueError`` where its code is malformed, or another rule's."""
         if not CODE.fullmatch(new.code) or new.code in self._rules:
             raise ValueError(f"{new.code!r} is not a fresh rule code")
         self._rules[new.code] = new
 
     def select(self, codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -> list[Rule]:
-        """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes.
-
-        Raises:
-            UsageError: a code or prefix that matches no rule.
-        """
+        """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes."""
         ignored = ignore or {}
         for prefix in (*codes, *ignored):
             if not any(code.startswith(prefix.upper()) for code in self):

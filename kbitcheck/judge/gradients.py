@@ -23,11 +23,7 @@ def reentrant(facts: Facts) -> bool:
 
 
 def needs_checkpointing(facts: Facts) -> None:
-    """Skip a rule that is about checkpointing where none was asked for or the architecture has none.
-
-    Raises:
-        NotApplicable: with the reason.
-    """
+    """Skip a rule that is about checkpointing where none was asked for or the architecture has none."""
     if facts.checkpointing == "off":
         raise NotApplicable("checkpointing was not asked for")
     if not facts.base.can_checkpoint:
@@ -35,11 +31,7 @@ def needs_checkpointing(facts: Facts) -> None:
 
 
 def live_gradients(facts: Facts) -> dict[str, GradientFacts]:
-    """Gradients of the adapters that get one in the float twin.
-
-    Raises:
-        NotApplicable: none does, as where dropout left nothing of the only block.
-    """
+    """Gradients of the adapters that get one in the float twin: none where dropout left nothing of the only block."""
     live = {n: g for n, g in facts.gradients.items() if g.live}
     if not live:
         raise NotApplicable("no adapter is live even in the float twin")

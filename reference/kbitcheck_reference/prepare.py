@@ -53,13 +53,11 @@ def prepare_model_for_kbit_training(
 
 
 def checkpointable_parts(model: nn.Module) -> list[nn.Module]:
-    """The parts that can checkpoint, at least one; the model is refused before anything changes (KB401, KB506).
+    """The parts that can checkpoint, at least one; or a refusal before anything changes (KB401, KB506).
 
     A part is an outermost module that can turn checkpointing on: the model itself, or what a wrapper holds (KB401).
-    Parts that hold no quantized layer may lack support where another part has them.
-
-    Raises:
-        ValueError: no part can, or one with quantized layers cannot. Names its class and the way out.
+    Parts that hold no quantized layer may lack support where another part has them. A ``ValueError`` names the class of
+    the part that lacks it, and the way out.
     """
     parts = _outermost_switches(model)
     able = [part for part in parts if _can_checkpoint(part)]

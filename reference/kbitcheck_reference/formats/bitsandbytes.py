@@ -36,7 +36,7 @@ _CPU_ROWS = 32  # rows that bitsandbytes interleaves in the layout of its AVX-51
 
 
 def raw_bytes(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """The bytes of packed storage that hold ``count`` codes of 4 bits: uint8, flat; a ValueError where there are fewer."""
+    """The bytes of packed storage that hold ``count`` codes of 4 bits: uint8, flat. Fewer raise a ``ValueError``."""
     raw = packed.detach().contiguous().reshape(-1).view(torch.uint8)
     if 2 * raw.numel() < count:
         raise ValueError(f"{raw.numel()} bytes hold {2 * raw.numel()} codes of 4 bits, fewer than the {count} wanted")
@@ -53,9 +53,6 @@ def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> 
     """Multiply, in place, each block of ``blocksize`` consecutive values by its scale; the last block may be short.
 
     ``values`` are float64, flat and contiguous, and returned; ``absmax`` has one scale a block, in any shape.
-
-    Raises:
-        ValueError: there are fewer scales than blocks.
     """
     blocks = -(-values.numel() // blocksize)
     if absmax.numel() < blocks:
@@ -73,10 +70,7 @@ def dequantize_blockwise4(
     """Dequantize 4-bit weights to float64: ``table[code] * absmax[block]``.
 
     ``absmax`` is free of double quantization; blocks are counted along the flattened weight, whose number of elements
-    may be odd or no multiple of ``blocksize``.
-
-    Raises:
-        ValueError: there are too few codes or scales for ``shape``.
+    may be odd or no multiple of ``blocksize``. Too few codes or scales for ``shape`` raise a ``ValueError``.
     """
     codes = unpack_nibbles(packed, prod(shape))
     values = table.to(packed.device, torch.float64)[codes.long()]
@@ -95,11 +89,7 @@ def dequantize_absmax(
 
 
 def dequantize_int8(CB: torch.Tensor, SCB: torch.Tensor) -> torch.Tensor:  # noqa: N803  (bitsandbytes' names)
-    """Dequantize int8 weights to float64, by the largest magnitude of each row: ``CB * SCB / 127``.
-
-    Raises:
-        ValueError: the number of scales is not the number of rows.
-    """
+    """Dequantize int8 weights to float64, by the largest magnitude of each row: ``CB * SCB / 127``."""
     if SCB.numel() != CB.shape[0]:
         raise ValueError(f"{CB.shape[0]} rows need as many scales, got {SCB.numel()}")
     return CB.detach().double() * (SCB.detach().double().reshape(-1, 1) / INT8_STEPS)
