@@ -1,20 +1,19 @@
 """Writes a ledger: the results of a run become the accepted ones, and what people wrote stays."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tomlkit
+from tomlkit.items import Array, Table
 
 from kbitcheck.compare.ledger import ENVIRONMENT, SCHEMA, Cell, Entry, Ledger, options_of
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_NOTHING, Report
 from kbitcheck.core.result import Result, Status
 
-if TYPE_CHECKING:
-    from tomlkit import TOMLDocument
-    from tomlkit.items import Array, Table
+Block = tuple[Cell, str]  # an entry's text, and the first of its cells
 
 # Comment lines right above an entry are about it.
 BLOCK = re.compile(r"^(?:#[^\n]*\n)*[ \t]*\[\[ *accepted *\]\]", re.MULTILINE)
@@ -33,8 +32,6 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     Raises:
         UsageError: the run was cut short, lacks cells or judged nothing, or ``before`` is no ledger.
     """
-    import tomlkit
-
     cases = sorted({r.case for r in report.results})
     rules = sorted({r.rule for r in report.results})
     results = {(r.rule, r.case): r for r in report.results}
@@ -47,8 +44,7 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     starts = [m.start() for m in BLOCK.finditer(before)]
     head = before[: starts[0]] if starts else before
     document = tomlkit.parse(head or ABOUT.format(implementation=implementation))
-    _set(document, "schema", SCHEMA)
-    _set(document, "implementation", implementation)
+    _set(document, schema=SCHEMA, implementation=implementation)
     _fill(document, "environment", {k: str(report.environment.get(k, "")) for k in ENVIRONMENT})
     spec: Mapping[str, Any] = next(iter(report.subject.get("cases", {}).values()), {})
     _fill(document, "options", options_of(spec))
@@ -62,30 +58,24 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
 
 
 def _matches(entry: Entry, result: Result | None) -> bool:
-    return result is not None and result.status is entry.status and result.attributed_to is entry.attributed_to
+    return result is not None and (result.status, result.attributed_to) == (entry.status, entry.attributed_to)
 
 
-def _kept(
-    before: str, starts: list[int], old: Ledger, results: Mapping[Cell, Result]
-) -> Iterable[tuple[tuple[str, ...], str]]:
+def _kept(before: str, starts: list[int], old: Ledger, results: Mapping[Cell, Result]) -> Iterator[Block]:
     """The blocks of the old ledger, without the cells that no longer match."""
-    import tomlkit
-
     for entry, start, end in zip(old.accepted, starts, [*starts[1:], len(before)][: len(starts)], strict=True):
         cases = [case for case in entry.cases if _matches(entry, results.get((entry.rule, case)))]
         text = before[start:end]
         if len(cases) < len(entry.cases):
-            block = tomlkit.parse(text)
-            listed: Any = block["accepted"][0]["cases"]
-            for case in entry.cases:
-                if case not in cases:
-                    listed.remove(case)
+            block: Any = tomlkit.parse(text)
+            for case in set(entry.cases).difference(cases):
+                block["accepted"][0]["cases"].remove(case)
             text = block.as_string()
         if cases:
             yield (entry.rule, cases[0]), text
 
 
-def _added(old: Ledger, results: Mapping[Cell, Result]) -> Iterable[tuple[tuple[str, ...], str]]:
+def _added(old: Ledger, results: Mapping[Cell, Result]) -> Iterator[Block]:
     """Blocks for cells without an entry, one for each rule, status, party and reason."""
     held = {(e.rule, case) for e in old.accepted for case in e.cases if _matches(e, results.get((e.rule, case)))}
     fresh = [r for cell, r in results.items() if cell not in held and r.status in (Status.FAIL, Status.ERROR)]
@@ -100,24 +90,14 @@ def _added(old: Ledger, results: Mapping[Cell, Result]) -> Iterable[tuple[tuple[
 
 
 def _block(rule: str, status: str, party: str, why: str, cases: list[str]) -> str:
-    import tomlkit
-
     table = tomlkit.table()
-    for name, text in (("rule", rule), ("status", status), ("attributed_to", party), ("reason", why)):
-        if text or name == "reason":
-            table[name] = text
+    table.update({"rule": rule, "status": status, **({"attributed_to": party} if party else {}), "reason": why})
     table["cases"] = _list(cases)
-    entries = tomlkit.aot()
-    entries.append(table)
-    document = tomlkit.document()
-    document["accepted"] = entries
-    return document.as_string()
+    return tomlkit.dumps({"accepted": [table]})
 
 
-def _fill(document: TOMLDocument, name: str, values: Mapping[str, Any]) -> None:
+def _fill(document: tomlkit.TOMLDocument, name: str, values: Mapping[str, Any]) -> None:
     """Make the table hold these values; those that it holds already keep their form and comments."""
-    import tomlkit
-
     if not values and name not in document:
         return
     if name not in document:
@@ -126,23 +106,19 @@ def _fill(document: TOMLDocument, name: str, values: Mapping[str, Any]) -> None:
     table: Table = document[name]
     for key in [key for key in table if key not in values]:
         del table[key]
+    _set(table, **values)
+
+
+def _set(table: tomlkit.TOMLDocument | Table, **values: Any) -> None:
     for key, value in values.items():
-        _set(table, key, value)
-
-
-def _set(table: TOMLDocument | Table, key: str, value: Any) -> None:
-    if key not in table or table[key] != value:
-        table[key] = _list(value) if isinstance(value, list) else value
+        if key not in table or table[key] != value:
+            table[key] = _list(value) if isinstance(value, list) else value
 
 
 def _list(texts: list[str]) -> Array:
     """One line where it fits; codes a line for each family; else a text a line."""
-    import tomlkit
-
     if len(texts) * 9 < 100 and all(len(text) < 6 for text in texts):
-        short = tomlkit.array()
-        short.extend(texts)
-        return short
+        return tomlkit.item(texts)
     codes = all(re.fullmatch(r"KB\d{3}", text) for text in texts)
     lines = [list(g) for _, g in groupby(texts, key=lambda t: t[:3] if codes else t)]
     rows = [", ".join(tomlkit.item(text).as_string() for text in line) for line in lines]

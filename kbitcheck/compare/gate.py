@@ -1,12 +1,10 @@
 """The gate: how a report differs from a ledger. A pure function of the two."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from kbitcheck.compare.ledger import ENVIRONMENT, Cell, Entry, Ledger
 from kbitcheck.core.errors import UsageError
@@ -60,18 +58,26 @@ class Breach:
     counted: bool = True
 
     @property
+    def title(self) -> str:
+        """The rules in words: one with its name, many by number."""
+        if len(self.rules) == 1:
+            return rules().title(self.rules[0])
+        many = f"{len(self.rules)} rules ({self.rules[0]} to {self.rules[-1]})"
+        return ", ".join(self.rules) if len(self.rules) < 5 else many
+
+    @property
     def line(self) -> str:
         """All of it on one line."""
         rest = len(self.cases) - CASES_SHOWN
         cases = ", ".join(self.cases[:CASES_SHOWN]) + (f", and {rest} more" if rest > 0 else "")
-        return f"{self.kind} {named(self.rules)} [{cases}]: {self.difference}" + (f"; {self.todo}" if self.todo else "")
+        return f"{self.kind} {self.title} [{cases}]: {self.difference}" + (f"; {self.todo}" if self.todo else "")
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; ``from_json`` reads it back."""
         return {**asdict(self), "rules": list(self.rules), "cases": list(self.cases)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Breach:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of ``as_json``; reads the form of 0.1.0 too, which has ``told`` for ``difference``."""
         fields = {"difference" if name == "told" else name: value for name, value in data.items()}
         kind, codes, cases = Kind(fields["kind"]), tuple(fields["rules"]), tuple(fields["cases"])
@@ -87,6 +93,11 @@ class Change:
     counted: bool = True
 
 
+def breaches(report: Report) -> list[Breach]:
+    """The changes that a report's comparison yielded; none where it was not compared."""
+    return list(map(Breach.from_json, report.gate["breaches"])) if report.gate is not None else []
+
+
 def compare(
     report: Report, ledger: Ledger, *, today: date | None = None, recipes: Collection[str] = ()
 ) -> list[Breach]:
@@ -100,15 +111,13 @@ def compare(
     results = {(r.rule, r.case): r for r in report.results}
     expected = {cell: status for cell, status in ledger.expected.items() if not cell[0].startswith(ignored)}
     entries = {(e.rule, case): e for e in ledger.accepted for case in e.cases}
-    changes = [
-        (cell, change)
-        for cell in dict.fromkeys([*expected, *results])
-        if (change := _change(cell, expected.get(cell), entries.get(cell), results.get(cell), report, recipes))
-    ]
-    kept = {cell for cell in results if cell in entries and results[cell].status is entries[cell].status}
-    for entry in ledger.accepted:
-        cases = tuple(case for case in entry.cases if (entry.rule, case) in kept)
-        changes += [((entry.rule, case), change) for case in cases for change in _complaints(entry, ledger, today)]
+    changes: list[tuple[Cell, Change]] = []
+    for cell in dict.fromkeys([*expected, *results]):
+        entry, result = entries.get(cell), results.get(cell)
+        if change := _change(cell, expected.get(cell), entry, result, report, recipes):
+            changes.append((cell, change))
+        if entry and result and result.status is entry.status:
+            changes += [(cell, complaint) for complaint in _complaints(entry, ledger, today)]
     return merged(changes)
 
 
@@ -125,7 +134,8 @@ def _change(
         return Change(Kind.GONE, gone) if gone else Change(Kind.LOST, f"{_was(expected)}, did not run")
     now = result.status
     if now in (Status.FAIL, Status.ERROR):
-        if expected is now and entry is not None and not _worse_party(entry, result):
+        others = entry is not None and entry.attributed_to not in (None, Party.IMPLEMENTATION)
+        if entry is not None and entry.status is now and not (others and result.own):
             return None
         kind = Kind.REGRESSED if expected in (Status.PASS, Status.FAIL) else Kind.NEW
         return Change(kind, f"{_was(expected)}, now {now}: {evidence(result)}", binding(report, result))
@@ -141,11 +151,6 @@ def _was(expected: Status | None) -> str:
         return "not in the ledger"
     passed = expected in (Status.PASS, Status.SKIP)
     return f"was {expected} in the ledger" if passed else f"was accepted as {expected}"
-
-
-def _worse_party(entry: Entry, result: Result) -> bool:
-    """True if a failure that was accepted as another party's is now the implementation's."""
-    return result.own and entry.attributed_to not in (None, Party.IMPLEMENTATION)
 
 
 def _gone(cell: Cell, recipes: Collection[str]) -> str:
@@ -190,14 +195,6 @@ def _clipped(text: str) -> str:
     return text if len(text) <= EVIDENCE else text[: EVIDENCE - 1] + "…"
 
 
-def named(codes: Sequence[str]) -> str:
-    """Codes in words: one with its name, many by number."""
-    if len(codes) == 1:
-        rule = rules().get(codes[0])
-        return f"{codes[0]} {rule.name}" if rule else codes[0]
-    return ", ".join(codes) if len(codes) < 5 else f"{len(codes)} rules ({codes[0]} to {codes[-1]})"
-
-
 def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = REMEDIES) -> list[Breach]:
     """Equal changes of several cells in one breach, worst first: cases of one rule, then rules of the same cases."""
     by_rule: dict[tuple[str, Change], list[str]] = {}
@@ -206,7 +203,7 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
     by_cases: dict[tuple[Change, tuple[str, ...]], list[str]] = {}
     for (rule, change), cases in by_rule.items():
         by_cases.setdefault((change, tuple(sorted(set(cases)))), []).append(rule)
-    breaches = [
+    every = [
         Breach(
             kind=change.kind,
             rules=tuple(sorted(codes)),
@@ -217,7 +214,7 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
         )
         for (change, cases), codes in by_cases.items()
     ]
-    return sorted(breaches, key=lambda b: (not b.counted, KINDS.index(b.kind), b.rules, b.cases))
+    return sorted(every, key=lambda b: (not b.counted, KINDS.index(b.kind), b.rules, b.cases))
 
 
 def judge(
@@ -228,35 +225,33 @@ def judge(
     ``accepted`` says that the ledger was just written from the report: entries without a reason are then reported, not
     counted. ``today`` and ``recipes`` are those of ``compare``.
     """
-    breaches = compare(report, ledger, today=today, recipes=recipes)
+    changes = compare(report, ledger, today=today, recipes=recipes)
     if accepted:
-        breaches = [replace(b, counted=False) for b in breaches]
+        changes = [replace(change, counted=False) for change in changes]
     expected = ledger.expected
-    uncovered = sum((r.rule, r.case) not in expected for r in report.results)
     notes = [
         f"{name} {ledger.environment[name] or 'none'} when accepted, {report.environment.get(name) or 'none'} now"
         for name in ENVIRONMENT
         if name in ledger.environment and report.environment.get(name, "") != ledger.environment[name]
     ]
-    if uncovered:
+    if uncovered := sum((r.rule, r.case) not in expected for r in report.results):
         notes.append(f"{uncovered} results are not in {ledger.name} yet; --accept adds them")
     entries = [{"rule": e.rule, "cases": list(e.cases), "reason": e.reason, "issue": e.issue} for e in ledger.accepted]
-    return settle(report, ledger.name, breaches, notes=notes, accepted=entries)
+    return settle(report, ledger.name, changes, notes=notes, accepted=entries)
 
 
 def settle(
     report: Report,
     against: str,
-    breaches: Sequence[Breach],
+    changes: Sequence[Breach],
     *,
     notes: Sequence[str] = (),
     accepted: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """The report with the breaches of a comparison, which then decide its verdict and exit code."""
-    plain = [b.as_json() for b in breaches]
-    return replace(
-        report, gate={"against": against, "breaches": plain, "notes": list(notes), "accepted": list(accepted)}
-    )
+    plain = [breach.as_json() for breach in changes]
+    gate = {"against": against, "breaches": plain, "notes": list(notes), "accepted": list(accepted)}
+    return replace(report, gate=gate)
 
 
 def check_options(ledger: Ledger, report_options: Mapping[str, Any]) -> None:

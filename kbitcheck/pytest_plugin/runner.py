@@ -201,8 +201,8 @@ def not_counted(result: Result) -> str:
 
 def fail(report: Report) -> NoReturn:
     """Fail a test with the text of the report, without a traceback."""
-    from kbitcheck.compare.gate import Breach
-    from kbitcheck.report.text import findings_only
+    from kbitcheck.compare.gate import breaches
+    from kbitcheck.report.text import failures
 
-    changes = [Breach.from_json(breach).line for breach in (report.gate or {"breaches": ()})["breaches"]]
-    pytest.fail("\n".join(filter(None, [*changes, findings_only(report, width=WIDTH)])), pytrace=False)
+    changes = [breach.line for breach in breaches(report)]
+    pytest.fail("\n".join(filter(None, [*changes, failures(report, width=WIDTH)])), pytrace=False)

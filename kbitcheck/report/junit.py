@@ -4,11 +4,11 @@ import re
 from collections import Counter
 from xml.etree import ElementTree as ET
 
-from kbitcheck.compare.gate import Breach
+from kbitcheck.compare.gate import breaches
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
-from kbitcheck.report.parts.findings import evidence
+from kbitcheck.report.parts.broken_rules import evidence
 from kbitcheck.report.parts.repro import command
 
 # What XML 1.0 cannot hold, even escaped.
@@ -18,30 +18,27 @@ CONTROL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def render(report: Report) -> str:
     """XML with one suite a case. A failure that is not counted is skipped, with its evidence as the message."""
     suites = ET.Element("testsuites", {"name": _plain(report.tool)})
-    registered = rules()
     by_case: dict[str, list[Result]] = {}
     for result in report.results:
         by_case.setdefault(result.case, []).append(result)
     totals: Counter[str] = Counter()
     for case, results in by_case.items():
         suite = ET.SubElement(suites, "testsuite", {"name": _plain(case)})
-        counts: Counter[str] = Counter()
-        for result in results:
-            name = registered[result.rule].name if result.rule in registered else ""
-            named = {"classname": _plain(case), "name": f"{result.rule}-{name}".rstrip("-")}
-            test = ET.SubElement(suite, "testcase", {**named, "time": f"{result.seconds:.3f}"})
-            counts[_outcome(report, result, test)] += 1
-        totals += counts
-        _count(suite, counts, len(results), sum(r.seconds for r in results))
+        outcomes = Counter(_test(report, result, suite) for result in results)
+        _count(suite, outcomes, sum(r.seconds for r in results))
+        totals += outcomes
     if report.gate is not None:
-        _gate(report, suites, totals)
-    _count(suites, totals, len(report.results) + _gate_tests(report), report.facts.get("seconds") or 0.0)
+        totals += _gate(report, suites)
+    _count(suites, totals, report.facts.get("seconds") or 0.0)
     ET.indent(suites, " ")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{ET.tostring(suites, encoding="unicode")}\n'
 
 
-def _outcome(report: Report, result: Result, test: ET.Element) -> str:
-    """Give the test case the element that says how it ended; returns which."""
+def _test(report: Report, result: Result, suite: ET.Element) -> str:
+    """Add a test case with the element that says how it ended; returns which."""
+    title = rules().title(result.rule).replace(" ", "-")
+    named = {"classname": _plain(result.case), "name": title, "time": f"{result.seconds:.3f}"}
+    test = ET.SubElement(suite, "testcase", named)
     lines = evidence(report, result)
     message = _plain(lines[0] if lines else result.status)
     if result.status is Status.PASS:
@@ -61,27 +58,24 @@ def _outcome(report: Report, result: Result, test: ET.Element) -> str:
     return "failures"
 
 
-def _gate_tests(report: Report) -> int:
-    return len([b for b in (report.gate or {"breaches": []})["breaches"] if b["counted"]])
-
-
-def _gate(report: Report, suites: ET.Element, totals: Counter[str]) -> None:
+def _gate(report: Report, suites: ET.Element) -> Counter[str]:
     """Add a suite for the gate: lost, stale and unexplained entries belong to no test case."""
-    assert report.gate is not None
-    breaches = [Breach.from_json(b) for b in report.gate["breaches"] if b["counted"]]
-    suite = ET.SubElement(suites, "testsuite", {"name": _plain(f"gate against {report.gate['against']}")})
-    for breach in breaches:
+    against = (report.gate or {})["against"]
+    suite = ET.SubElement(suites, "testsuite", {"name": _plain(f"gate against {against}")})
+    counted = [breach for breach in breaches(report) if breach.counted]
+    for breach in counted:
         name = _plain(f"{breach.kind} {', '.join(breach.rules)}")
         test = ET.SubElement(suite, "testcase", {"classname": "gate", "name": name, "time": "0.000"})
         ET.SubElement(test, "failure", {"message": _plain(breach.line), "type": breach.kind.value})
-    _count(suite, Counter(failures=len(breaches)), len(breaches), 0.0)
-    totals["failures"] += len(breaches)
+    outcomes = Counter(failures=len(counted))
+    _count(suite, outcomes, 0.0)
+    return outcomes
 
 
-def _count(element: ET.Element, counts: Counter[str], tests: int, seconds: float) -> None:
-    element.set("tests", str(tests))
+def _count(element: ET.Element, outcomes: Counter[str], seconds: float) -> None:
+    element.set("tests", str(outcomes.total()))
     for name in ("failures", "errors", "skipped"):
-        element.set(name, str(counts[name]))
+        element.set(name, str(outcomes[name]))
     element.set("time", f"{seconds:.3f}")
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from kbitcheck.compare.gate import Breach, named
+from kbitcheck.compare.gate import breaches
 from kbitcheck.core.report import Report
-from kbitcheck.report.parts.findings import findings
+from kbitcheck.report.parts.broken_rules import broken_rules
 from kbitcheck.report.parts.limits import BRIEF, listed
 from kbitcheck.report.parts.markup import code, prose, table
 from kbitcheck.report.parts.verdict import verdict
@@ -15,7 +15,7 @@ RESERVED = 200
 
 
 def render(report: Report) -> str:
-    """Verdict, changes, a section for each finding that folds, environment. What does not fit is left out, with a note."""
+    """Verdict, changes, a section for each broken rule that folds, environment. What does not fit is left out, with a note."""
     text = ""
     parts = list(_parts(report))
     for number, part in enumerate(parts):
@@ -30,20 +30,20 @@ def _parts(report: Report) -> Iterator[str]:
     name = " ".join(filter(None, [str(implementation.get("name", "")), str(implementation.get("version", ""))]))
     yield f"### {prose(verdict(report))}\n\n"
     yield f"{code(report.tool)} on {code(BRIEF.text(name) or '?')}, {len({r.case for r in report.results})} cases.\n\n"
-    if report.gate is not None and report.gate["breaches"]:
-        yield _lines(table(("", "change", "rules", "cases", "difference", "do"), _changes(report.gate["breaches"])))
-    for finding in findings(report):
-        yield template("finding.md").render(f=finding)
+    if changes := list(_changes(report)):
+        yield _lines(table(("", "change", "rules", "cases", "difference", "do"), changes))
+    for broken in broken_rules(report):
+        yield template("broken_rule.md").render(rule=broken)
     rows = [(prose(str(k)), code(BRIEF.text(str(v)))) for k, v in report.environment.items() if v != ""]
     if rows:
         yield f"<details><summary>Environment</summary>\n\n{_lines(table(('', ''), rows))}</details>\n"
 
 
-def _changes(breaches: list[dict[str, object]]) -> Iterator[tuple[str, ...]]:
-    for breach in map(Breach.from_json, breaches):
+def _changes(report: Report) -> Iterator[tuple[str, ...]]:
+    for breach in breaches(report):
         cases = listed([code(case) for case in breach.cases], BRIEF.cases)
-        rules, difference = prose(named(breach.rules)), code(BRIEF.text(breach.difference))
-        yield "✗" if breach.counted else "!", breach.kind, rules, cases, difference, prose(breach.todo)
+        difference = code(BRIEF.text(breach.difference))
+        yield "✗" if breach.counted else "!", breach.kind, prose(breach.title), cases, difference, prose(breach.todo)
 
 
 def _lines(lines: list[str]) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.core.rule import Rule, rules
-from kbitcheck.report.parts.findings import evidence
+from kbitcheck.report.parts.broken_rules import evidence
 from kbitcheck.report.parts.limits import BRIEF, listed
 from kbitcheck.report.rule_page import first_sentence, rule_page
 

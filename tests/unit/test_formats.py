@@ -262,7 +262,7 @@ def test_markdown_tells_a_rule_once_with_all_the_ways_it_fails() -> None:
     assert text.count("<b>KB505 one-hook-and-removable</b>") == text.count("**Do**") == 1
     assert sorted(re.findall(r"found `(\w+)`", text)) == ["bfloat16", "float16"]
     assert text.count("\nIn `tiny:llama-") == 2
-    assert "2 cases</summary>" in text
+    assert "2 cases<br>Each embedding" in text
 
 
 def test_markdown_lets_no_evidence_be_markup() -> None:

@@ -18,7 +18,8 @@ from kbitcheck.compare import gate
 from kbitcheck.compare.accept import accept
 from kbitcheck.compare.ledger import Ledger
 from kbitcheck.core.report import Report
-from kbitcheck.core.result import Status
+from kbitcheck.core.result import Level, Status
+from kbitcheck.core.rule import rules
 from kbitcheck.report import html
 from kbitcheck.report.parts import charts
 from tests.ledger.reports import INT8, NF4, OWN, SPECS, report, result
@@ -82,19 +83,32 @@ def test_the_page_has_landmarks_headings_and_a_way_past_them() -> None:
         assert len(page.names(landmark)) == 1, landmark
     assert len(page.names("h1")) == 1
     links = [a for a in page.names("a") if a.get("class") == "skip"]
-    assert [a["href"] for a in links] == ["#findings"]
+    assert [a["href"] for a in links] == ["#broken-rules"]
     assert page.names("html")[0]["lang"] == "en"
     assert len(page.names("details")) == len(page.names("summary"))
 
 
-def test_the_page_tells_verdict_findings_by_family_and_the_command() -> None:
+def test_the_page_tells_verdict_broken_rules_by_family_and_the_command() -> None:
     text = html.render(MIXED)
     assert "✗ does not conform: 1 rule broken, 1 could not be judged" in text
-    assert (
-        text.index("Not judged</h3>") < text.index("<h3>Contract</h3>") < text.index("<h3>Precision and storage</h3>")
-    )
+    headings = re.findall("<h3>(.*)</h3>", text)
+    assert headings[:3] == ["Contract", "Not judged", "Precision and storage"]
+    assert ">Broken rules</h2>" in text
     assert "kbitcheck impl fork:prepare --model tiny:llama" in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_the_head_names_model_and_size() -> None:
+    facts = {"cases": {SPECS[0].id: {"model_class": "LlamaForCausalLM", "parameters": 8_030_000_000}}}
+    one = report(facts=facts, subject={"cases": {SPECS[0].id: SPECS[0].as_json()}})
+    head = html.render(one).partition("<h1")[0]
+    assert "tiny:llama (LlamaForCausalLM, 8.03 B) · " in head
+
+
+def test_a_folded_rule_says_what_it_requires() -> None:
+    page = html.render(report(result("KB505", NF4, Status.FAIL, level=Level.SHOULD)))
+    (summary,) = re.findall(r"<details>\n<summary>(.*)</summary>\n<div", page)
+    assert "one input-grad hook, and none after <code>disable_input_require_grads()</code>" in summary
 
 
 def test_nothing_in_a_report_becomes_markup() -> None:
@@ -110,7 +124,7 @@ def test_the_page_tells_of_the_gate_and_hides_what_is_accepted() -> None:
     text = html.render(gate.judge(failing, ledger))
     assert 'id="changes"' in text
     assert '<strong class="bad">regressed</strong> KB201 norms-fp32' in text
-    assert "KB505 one-hook" not in text
+    assert "KB505 one-hook-and-removable</strong>" not in text
 
 
 def test_charts_follow_the_page_and_have_their_numbers_beside_them() -> None:
@@ -153,7 +167,7 @@ def test_activations_are_those_of_a_case_that_checkpoints() -> None:
     assert alone.caption.startswith("off: ")
 
 
-def test_a_rule_that_fails_in_several_ways_is_one_finding() -> None:
+def test_a_rule_that_fails_in_several_ways_is_told_once() -> None:
     other = dataclasses.replace(OWN, actual="bfloat16")
     page = html.render(report(result("KB505", NF4, Status.FAIL), result("KB505", INT8, Status.FAIL, other)))
     assert page.count("KB505 one-hook-and-removable</strong>") == 1
@@ -198,6 +212,14 @@ def test_a_browser_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
     assert re.search(r'<button type="button" class="copy"( hidden="")?>', ran.stdout)
 
 
+def framed(page: str, width: int, script: str, folder: Path) -> str:
+    """What a browser makes of a page of that width, whose script sets the title."""
+    # A browser without a screen has no window as narrow as a telephone, but a frame.
+    text = escape(page.replace("</body>", f"<script>{script}</script></body>"), quote=True)
+    frame = f'<title></title><iframe style="width: {width}px; height: 800px; border: 0" srcdoc="{text}"></iframe>'
+    return dumped(frame, folder).stdout
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_nothing_runs_out_of_a_page_as_wide_as_a_telephone(tmp_path: Path) -> None:
     """Neither names of any length nor charts; tables scroll by themselves."""
@@ -205,14 +227,19 @@ def test_nothing_runs_out_of_a_page_as_wide_as_a_telephone(tmp_path: Path) -> No
     long = dataclasses.replace(OWN, where=name, expected=name, actual=name)
     cases = {SPECS[0].id: LARGE.facts["cases"]["tiny:m0-nf4-off"]}
     page = html.render(report(result("KB201", NF4, Status.FAIL, long), facts={"cases": cases}, environment={"x": name}))
-    measure = """<script>
+    script = """
       for (const details of document.querySelectorAll("details")) details.open = true;
       const width = document.documentElement.clientWidth;
       const out = [...document.querySelectorAll("svg, p, pre, summary, code")].filter(
         (e) => !e.closest(".scroll") && e.getBoundingClientRect().right > width);
-      parent.document.title = [innerWidth, document.documentElement.scrollWidth - width, out.length].join();
-    </script>"""
-    # A browser without a screen has no window as narrow as that, but a frame.
-    framed = escape(page.replace("</body>", f"{measure}</body>"), quote=True)
-    frame = f'<title></title><iframe style="width: 390px; height: 800px; border: 0" srcdoc="{framed}"></iframe>'
-    assert "<title>390,0,0</title>" in dumped(frame, tmp_path).stdout
+      parent.document.title = [innerWidth, document.documentElement.scrollWidth - width, out.length].join();"""
+    assert "<title>390,0,0</title>" in framed(page, 390, script, tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+def test_a_wide_screen_shows_the_whole_grid(tmp_path: Path) -> None:
+    page = html.render(report(*(result(code, NF4) for code in rules())))
+    script = """
+      const [grid, prose] = [...document.querySelectorAll(".wide .scroll, section:first-child")].reverse();
+      parent.document.title = [grid.scrollWidth - grid.clientWidth, grid.clientWidth > prose.clientWidth].join();"""
+    assert "<title>0,true</title>" in framed(page, 2400, script, tmp_path)

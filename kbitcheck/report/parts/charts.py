@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from kbitcheck.core.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+Cases = Mapping[str, Mapping[str, Any]]  # facts or specs of each
 
 # Colours that stand for CSS: matplotlib takes no variables, so they are put in afterwards.
 INK = "#010203"
@@ -43,14 +44,14 @@ class Chart:
 
 def charts(report: Report) -> list[Chart]:
     """The charts that the report's facts allow."""
-    cases: Mapping[str, Mapping[str, Any]] = report.facts.get("cases", {})
-    specs: Mapping[str, Mapping[str, Any]] = report.subject.get("cases", {})
+    cases: Cases = report.facts.get("cases", {})
+    specs: Cases = report.subject.get("cases", {})
     checkpointed = {c: f for c, f in cases.items() if specs.get(c, {}).get("checkpointing") != "off"}
     drawn = (_bytes(cases, specs), _activations(checkpointed or cases), _gradients(cases))
     return [chart for chart in drawn if chart is not None]
 
 
-def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+def _bytes(cases: Cases, specs: Cases) -> Chart | None:
     of_model: dict[str, Mapping[str, Mapping[str, int]]] = {}
     for case, facts in cases.items():
         if groups := facts.get("bytes_by_group"):
@@ -61,58 +62,47 @@ def _bytes(cases: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[s
     by_growth = sorted(of_model, key=lambda name: -_growth(of_model[name]))[:BARS]
     bars = [(name, stage, of_model[name][stage]) for name in by_growth for stage in ("loaded", "prepared")]
     sizes = [counts for _, _, counts in bars]
-    groups = sorted({group for counts in sizes for group in counts if counts[group]}, key=_place)
-    named, rest = _coloured(groups, sizes)
+    largest = {group: max(counts.get(group, 0) for counts in sizes) for counts in sizes for group in counts}
+    present = {group for group, size in largest.items() if size}
+    columns = [*(g for g in GROUPS if g in present), *sorted(present.difference(GROUPS))]
     unit, scale = _unit(max(sum(counts.values()) for counts in sizes))
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
+        few = len(columns) <= len(SERIES)
+        own = columns if few else sorted(columns, key=lambda g: -largest[g])[: len(SERIES) - 1]
+        stacks = {g: [g] for g in columns if g in own}
+        if not few:
+            stacks["the rest"] = [g for g in columns if g not in own]
         places = [-(i + i // 2 * 1.1) for i in range(len(bars))]
         left = [0.0] * len(bars)
-        for color, members in zip(SERIES, [*([g] for g in named), rest], strict=False):
+        for color, (label, members) in zip(SERIES, stacks.items(), strict=False):
             widths = [sum(counts.get(g, 0) for g in members) / scale for counts in sizes]
-            label = members[0] if members != rest else "the rest"
-            if members:
-                axes.barh(places, widths, 0.85, left=left, color=color, label=label)
+            axes.barh(places, widths, 0.85, left=left, color=color, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(places, [stage for _, stage, _ in bars])
         for place, (name, _, _) in list(zip(places, bars, strict=True))[::2]:
             axes.text(0, place + 0.5, f" {name}", va="bottom")
         axes.set_ylim(places[-1] - 0.6, 1.5)
         axes.set_xlabel(unit)
-        _plain(axes, grid="x")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
     few = f" The {BARS} of {len(of_model)} that grow most." if len(of_model) > BARS else ""
     return Chart(
         title="Where the bytes are",
         caption=f"Parameters and buffers as loaded and after preparing.{few}",
-        svg=_svg("bytes", draw, 1.5 + 0.32 * len(bars)),
-        columns=("model", *groups, "all"),
+        svg=_svg("bytes", draw, 1.5 + 0.32 * len(bars), grid="x"),
+        columns=("model", *columns, "all"),
         rows=tuple(
-            (f"{name}, {stage}", *(f"{counts.get(g, 0):,}" for g in groups), f"{sum(counts.values()):,}")
+            (f"{name}, {stage}", *(f"{counts.get(g, 0):,}" for g in columns), f"{sum(counts.values()):,}")
             for name, stage, counts in bars
         ),
     )
-
-
-def _place(group: str) -> tuple[int, str]:
-    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
-
-
-def _coloured(groups: Sequence[str], sizes: Sequence[Mapping[str, int]]) -> tuple[list[str], list[str]]:
-    """The groups with a colour of their own, in their order, and the groups that share the last colour."""
-    if len(groups) <= len(SERIES):
-        return list(groups), []
-    largest = sorted(groups, key=lambda g: -max(counts.get(g, 0) for counts in sizes))[: len(SERIES) - 1]
-    return [g for g in groups if g in largest], [g for g in groups if g not in largest]
 
 
 def _growth(groups: Mapping[str, Mapping[str, int]]) -> float:
     return sum(groups["prepared"].values()) / max(sum(groups["loaded"].values()), 1)
 
 
-def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+def _activations(cases: Cases) -> Chart | None:
     of_case = {case: facts for case, facts in cases.items() if facts.get("activations_by_block", {}).get("blocks")}
     if not of_case:
         return None
@@ -121,68 +111,63 @@ def _activations(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     names, plain, held = facts["blocks"], facts["plain"], facts["checkpointed"]
     unit, scale = _unit(max(*plain, *held))
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         places = range(len(names))
         axes.bar([p - 0.2 for p in places], [b / scale for b in plain], 0.4, color=SERIES[5], label="plain")
         axes.bar([p + 0.2 for p in places], [b / scale for b in held], 0.4, color=SERIES[0], label="as prepared")
         _named(axes, names)
         axes.set_ylabel(f"{unit} added by the block")
-        _plain(axes, grid="y")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
     rest = f" Of {len(of_case)} cases this is the one where least is saved." if len(of_case) > 1 else ""
     return Chart(
         title="Activation bytes by block",
         caption=f"{case}: what each block adds to what a training step holds, with checkpointing off (plain) and as the "
         f"model was prepared; the last block includes what follows it.{rest}",
-        svg=_svg("activations", draw, 2.9),
+        svg=_svg("activations", draw, 2.9, grid="y"),
         columns=("block", "plain", "as prepared"),
         rows=tuple((n, f"{a:,}", f"{b:,}") for n, a, b in zip(names, plain, held, strict=True)),
     )
 
 
-def _gradients(cases: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    errors_by_case = {case: facts.get("gradient_errors", {}) for case, facts in cases.items()}
-    of_case = {case: errors for case, errors in errors_by_case.items() if errors.get("layers")}
+def _gradients(cases: Cases) -> Chart | None:
+    of_case: dict[str, list[tuple[str, float, float]]] = {}
+    for case, facts in cases.items():
+        errors = facts.get("gradient_errors", {})
+        if errors.get("layers"):
+            of_case[case] = list(zip(errors["layers"], errors["error"], errors["bound"], strict=True))
     if not of_case:
         return None
 
-    def worst(facts: Mapping[str, Sequence[float]]) -> float:
-        return max(e / b if b else 0.0 for e, b in zip(facts["error"], facts["bound"], strict=True))
+    def ratio(row: tuple[str, float, float]) -> float:
+        _, error, bound = row
+        return error / bound if bound else 0.0
 
-    case = max(of_case, key=lambda c: worst(of_case[c]))
-    facts = of_case[case]
-    rows = list(zip(facts["layers"], facts["error"], facts["bound"], strict=True))
-    shown = rows
-    if len(rows) > LAYERS:
-        kept = set(sorted(range(len(rows)), key=lambda i: -(rows[i][1] / rows[i][2] if rows[i][2] else 0.0))[:LAYERS])
-        shown = [row for i, row in enumerate(rows) if i in kept]
+    worst = max(of_case, key=lambda c: max(map(ratio, of_case[c])))
+    rows = of_case[worst]
+    kept = sorted(rows, key=ratio, reverse=True)[:LAYERS]
+    shown = [row for row in rows if row in kept]
 
-    def draw(figure: Figure) -> None:
+    def draw(axes: Axes) -> None:
         from matplotlib.ticker import LogFormatter
 
-        axes = figure.subplots()
         places = range(len(shown))
         # Nothing at all has no logarithm.
-        errors = [max(error, 1e-12) for _, error, _ in shown]
-        axes.plot(places, errors, "o", markersize=4, color=SERIES[0], label="error")
-        axes.plot(places, [max(b, 1e-12) for _, _, b in shown], "_", markersize=8, color=SERIES[2], label="bound")
+        axes.plot(places, [max(e, 1e-12) for _, e, _ in shown], "o", markersize=4, color=SERIES[0], label="error")
+        axes.plot(places, [max(b, 1e-12) for *_, b in shown], "_", markersize=8, color=SERIES[2], label="bound")
         axes.set_yscale("log")
         # The default writes powers as formulas, which take longer to set than all else to draw.
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         _named(axes, [name for name, _, _ in shown])
         axes.set_ylabel("relative error")
-        _plain(axes, grid="y")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
     rest = f" Of {len(of_case)} cases this is the one nearest to its bound." if len(of_case) > 1 else ""
     few = f" The worst {LAYERS} of {len(rows)} layers." if len(rows) > LAYERS else ""
     return Chart(
         title="Gradient error by layer",
-        caption=f"{case}: adapters' gradients against the float64 twin's, each layer's worst, and KB304's bound.{few}{rest}",
-        svg=_svg("gradients", draw, 3.6),
+        caption=f"{worst}: adapters' gradients against the float64 twin's, each layer's worst, and KB304's bound."
+        f"{few}{rest}",
+        svg=_svg("gradients", draw, 3.6, grid="y"),
         columns=("layer", "relative error", "bound"),
         rows=tuple((name, f"{error:.3g}", f"{bound:.3g}") for name, error, bound in rows),
     )
@@ -200,19 +185,12 @@ def _named(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(places, labels, rotation=40 if steep else 0, ha="right" if steep else "center")
 
 
-def _plain(axes: Axes, *, grid: Any) -> None:
-    axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
-    axes.grid(axis=grid, alpha=0.2, color=INK)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0)
-
-
 def _unit(largest: float) -> tuple[str, float]:
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
     return next((unit for unit in units if largest >= unit[1]), ("bytes", 1.0))
 
 
-def _svg(name: str, draw: Any, height: float) -> str:
+def _svg(name: str, draw: Callable[[Axes], None], height: float, *, grid: Any) -> str:
     """The figure as an SVG element, or nothing where matplotlib is not installed. Its ids begin with ``name``."""
     try:
         from matplotlib import rc_context
@@ -226,7 +204,13 @@ def _svg(name: str, draw: Any, height: float) -> str:
     out = io.StringIO()
     with rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure)
+        axes = figure.subplots()
+        draw(axes)
+        axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
+        axes.grid(axis=grid, alpha=0.2, color=INK)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="both", length=0)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
         # savefig would draw everything twice.
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from html import escape
 
 SPECIAL = re.compile(r"([\\*_{}\[\]()#+!~])")
 
@@ -39,7 +40,7 @@ def _literal(text: str) -> str:
 
 def html(text: str) -> str:
     """Text that holds no tag and no entity."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return escape(text, quote=False)
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
 NAMED = ("model", "quant", "implementation", "checkpointing", "static")
 
 
-def command(report: Report, case: str, code: str) -> str:
+def command(report: Report, case: str, code: str = "") -> str:
     """A line to paste into a shell, or an empty string where no command can say it (a live model or callable)."""
     spec: Mapping[str, Any] | None = report.subject.get("cases", {}).get(case)
     kind = report.subject.get("command")
@@ -33,4 +33,5 @@ def command(report: Report, case: str, code: str) -> str:
         words += [option] if value is True else [option, str(value)]
     words += ["--static"] if spec.get("static") == "always" else []
     words += ["--in-process"] if report.subject.get("in_process") else []
-    return shlex.join([*words, "--select", code])
+    words += ["--select", code] if code else []
+    return shlex.join(words)

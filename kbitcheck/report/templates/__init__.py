@@ -21,15 +21,15 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "cases": lambda number: f"{number} {'case' if number == 1 else 'cases'}",
-        "clip": BRIEF.text,
-        "code": markup.code,
-        "html": markup.html,
-        "listed": lambda names: listed(names, BRIEF.cases),
-        "listed_code": lambda names: listed([markup.code(BRIEF.text(name)) for name in names], BRIEF.cases),
-        "prose": _prose if name.endswith(".html") else markup.prose,
-    }
+    environment.filters.update(
+        cases=lambda number: f"{number} {'case' if number == 1 else 'cases'}",
+        code=markup.code,
+        html=markup.html,
+        listed=lambda names: listed(names, BRIEF.cases),
+        listed_code=lambda names: listed([markup.code(BRIEF.text(name)) for name in names], BRIEF.cases),
+        html_prose=_html_prose,
+        prose=markup.prose,
+    )
     return environment.get_template(f"{name}.jinja")
 
 
@@ -43,7 +43,7 @@ def glossary() -> tuple[str, ...]:
     return tuple(" ".join(entry.split()) for entry in entries)
 
 
-def _prose(text: str) -> Markup:
+def _html_prose(text: str) -> Markup:
     """The text between backticks as code and between asterisks as strong; everything else in it stays text."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
     return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))  # noqa: S704  (escaped before)

@@ -1,4 +1,4 @@
-"""What a report says about a rule: once, however many cases it failed in. Every format shows this structure."""
+"""What a report says about a broken rule: once, however many cases it failed in. Every format shows this structure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from kbitcheck.report.parts.limits import BRIEF, NONE, Limits
 from kbitcheck.report.parts.names import grouped
 from kbitcheck.report.parts.repro import command
 
-LEVELS = tuple(Level)
+LEVELS, PARTIES = tuple(Level), tuple(Party)
 CODES = 4  # of rules that could not be judged for the same reason
 
 
@@ -39,12 +39,12 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class BrokenRule:
     """A broken rule with all its variants; or the rules that could not be judged for one reason.
 
-    ``rule`` is None where there are several rules, and for a rule that does not exist any more. ``counted`` says whether
-    the finding makes the run non-conforming, ``case_count`` is the number of its cases, ``more_cases`` that of the cases
-    whose variants are not shown, and ``again`` the command that repeats it, where there is one.
+    ``rule`` is None for what could not be judged, and for a rule that does not exist any more. ``counted`` says whether
+    it makes the run non-conforming, ``case_count`` is the number of its cases, ``more_cases`` that of the cases whose
+    variants are not shown, and ``again`` the command that repeats it, where there is one.
     """
 
     codes: tuple[str, ...]
@@ -71,27 +71,27 @@ class Finding:
     @property
     def title(self) -> str:
         """Code and name of the rule, or the codes of the rules that could not be judged."""
-        if len(self.codes) > 1:
-            more = ", …" if len(self.codes) > CODES else ""
-            return f"{len(self.codes)} rules ({', '.join(self.codes[:CODES])}{more})"
-        return f"{self.codes[0]} {self.rule.name}" if self.rule else self.codes[0]
-
-    @property
-    def advice(self) -> tuple[tuple[str, str], ...]:
-        """Symptom and remedy: headings and texts."""
-        if self.rule is None or self.error:
-            return ()
-        advice = (("You will see", self.rule.section("Symptom")), ("Do", self.rule.section("Fix")))
-        return tuple((heading, text) for heading, text in advice if text)
+        if len(self.codes) == 1:
+            return rules().title(self.codes[0])
+        more = ", …" if len(self.codes) > CODES else ""
+        return f"{len(self.codes)} rules ({', '.join(self.codes[:CODES])}{more})"
 
     @property
     def requirement(self) -> str:
         """What the rule requires; an empty string where nothing was judged."""
-        return self.rule.requirement if self.rule and not self.error else ""
+        return self.rule.requirement if self.rule else ""
+
+    @property
+    def advice(self) -> tuple[tuple[str, str], ...]:
+        """Symptom and remedy: headings and texts."""
+        if self.rule is None:
+            return ()
+        advice = (("You will see", self.rule.section("Symptom")), ("Do", self.rule.section("Fix")))
+        return tuple((heading, text) for heading, text in advice if text)
 
 
-def findings(report: Report, limits: Limits = BRIEF) -> list[Finding]:
-    """Failures and errors, worst first: errors, then what counts, then the rest.
+def broken_rules(report: Report, limits: Limits = BRIEF) -> list[BrokenRule]:
+    """Failures and errors, worst first: what counts, then errors, then the rest.
 
     In a gate, what the ledger accepts is left out, unless there are no limits.
     """
@@ -103,25 +103,26 @@ def findings(report: Report, limits: Limits = BRIEF) -> list[Finding]:
         if report.gate is None or counted or limits is NONE:
             key = (result.reason,) if error else (result.rule, result.level)
             groups.setdefault((error, counted, *key), []).append(result)
-    every = [_finding(report, group, limits) for group in groups.values()]
-    return sorted(every, key=lambda f: (not f.error, not f.counted, LEVELS.index(f.level), f.codes))
+    every = [_broken_rule(report, group, limits) for group in groups.values()]
+    ranked = sorted(every, key=lambda b: (not b.counted, LEVELS.index(b.level), b.codes))
+    return sorted(ranked, key=lambda b: (b.error or not b.counted, not b.error))
 
 
-def _finding(report: Report, group: Sequence[Result], limits: Limits) -> Finding:
+def _broken_rule(report: Report, group: Sequence[Result], limits: Limits) -> BrokenRule:
     first = group[0]
-    codes = tuple(sorted({r.rule for r in group}))
+    error = first.status is Status.ERROR
     ways: dict[tuple[object, ...], list[Result]] = {}
     for result in group:
         ways.setdefault((result.failures, result.finding, result.reason), []).append(result)
     variants = [_variant(report, results, limits) for results in ways.values()]
     parties = {failure.party for result in group for failure in result.failures}
-    return Finding(
-        codes=codes,
-        rule=rules().get(codes[0]) if len(codes) == 1 else None,
+    return BrokenRule(
+        codes=tuple(sorted({r.rule for r in group})),
+        rule=None if error else rules().get(first.rule),
         level=min((r.level for r in group), key=LEVELS.index),
-        error=first.status is Status.ERROR,
+        error=error,
         counted=report.counts(first),
-        attributed_to=" and ".join(party_name(report, party) for party in Party if party in parties),
+        attributed_to=" and ".join(_party(report, party) for party in PARTIES if party in parties),
         variants=tuple(variants[: limits.variants]),
         case_count=len({r.case for r in group}),
         more_cases=sum(len(v.cases) for v in variants[limits.variants :]),
@@ -131,12 +132,11 @@ def _finding(report: Report, group: Sequence[Result], limits: Limits) -> Finding
 
 def _variant(report: Report, results: Sequence[Result], limits: Limits) -> Variant:
     first = results[0]
-    groups: dict[tuple[Party, str, str, str], list[Observation]] = {}
-    for failure in first.failures:
+    groups: dict[tuple[str, ...], list[Observation]] = {}
+    for failure in sorted(first.failures, key=lambda f: PARTIES.index(f.party)):
         key = (failure.party, failure.expected, failure.actual, failure.witness)
         groups.setdefault(key, []).append(failure)
-    order = tuple(Party)
-    deviations = [_deviation(report, groups[key], limits) for key in sorted(groups, key=lambda k: order.index(k[0]))]
+    deviations = [_deviation(report, failures, limits) for failures in groups.values()]
     return Variant(
         cases=tuple(dict.fromkeys(r.case for r in results)),
         deviations=tuple(deviations[: limits.deviations]),
@@ -148,7 +148,7 @@ def _variant(report: Report, results: Sequence[Result], limits: Limits) -> Varia
 def _deviation(report: Report, failures: Sequence[Observation], limits: Limits) -> Deviation:
     places = grouped(failure.where for failure in failures)
     first = failures[0]
-    attribution = f"attributed to {party_name(report, first.party)}: {first.witness}" if first.witness else ""
+    attribution = f"attributed to {_party(report, first.party)}: {first.witness}" if first.witness else ""
     return Deviation(
         places=tuple(map(limits.text, places[: limits.places])),
         more_places=max(len(places) - limits.places, 0),
@@ -158,23 +158,20 @@ def _deviation(report: Report, failures: Sequence[Observation], limits: Limits) 
     )
 
 
-def party_name(report: Report, party: Party) -> str:
-    """Who a deviation is attributed to: the implementation by its name, others as ``the stack``."""
-    if party is not Party.IMPLEMENTATION:
-        return f"the {party.value}"
-    return str(report.subject.get("implementation", {}).get("name") or "the implementation")
+def _party(report: Report, party: Party) -> str:
+    """The implementation by its name, others as ``the stack``."""
+    name = report.subject.get("implementation", {}).get("name") if party is Party.IMPLEMENTATION else ""
+    return str(name or f"the {party.value}")
 
 
 def evidence(report: Report, result: Result) -> list[str]:
     """What one result saw: a line for each deviation, the implementation's own first, then the reason if there is one."""
     variant = _variant(report, [result], BRIEF)
-    lines = [_line(deviation) for deviation in variant.deviations]
-    lines += [f"and {variant.more_places} more"] if variant.more_places else []
-    return [*lines, *([variant.reason] if variant.reason else [])]
+    more = f"and {variant.more_places} more" if variant.more_places else ""
+    return list(filter(None, [*map(_line, variant.deviations), more, variant.reason]))
 
 
 def _line(deviation: Deviation) -> str:
-    more = [f"and {deviation.more_places} more"] if deviation.more_places else []
-    places = ", ".join([*deviation.places, *more])
+    places = ", ".join(deviation.places) + (f", and {deviation.more_places} more" if deviation.more_places else "")
     attribution = f" ({deviation.attribution})" if deviation.attribution else ""
     return f"{places}: expected {deviation.expected}; found {deviation.actual}{attribution}"

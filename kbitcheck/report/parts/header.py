@@ -1,0 +1,37 @@
+"""What a report is about, on one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kbitcheck.core.report import Report
+from kbitcheck.report.parts.memory import scaled
+
+
+def header(report: Report) -> str:
+    """Tool, model with its size, quantization, implementation and device, as far as the report says them."""
+    subject, environment = report.subject, report.environment
+    name, version = (subject.get("implementation", {}).get(key, "") for key in ("name", "version"))
+    by = name if version in name else f"{name} {version}"  # a requirement names its own version
+    specs: Mapping[str, Mapping[str, Any]] = subject.get("cases", {})
+    facts: Mapping[str, Mapping[str, Any]] = report.facts.get("cases", {})
+    models = list(dict.fromkeys(_model(spec["model"], facts.get(case, {})) for case, spec in specs.items()))
+    quants = dict.fromkeys(spec["quant"] for spec in specs.values())
+    static = next((f["static"] for f in facts.values() if "static" in f), "")
+    parts = [
+        report.tool,
+        models[0] if len(models) == 1 else f"{len(models)} models",
+        " and ".join(quants) if len(specs) < 4 else f"{len(specs)} cases",
+        f"static audit: {static}" if static else f"prepared by {by or '?'}",
+        "" if static else f"{environment.get('device', '')} {environment.get('device_name', '')}".strip(),
+        " and ".join(dict.fromkeys(f["recipe"] for f in facts.values() if "recipe" in f)),
+        "in this process" if subject.get("in_process") else "",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def _model(model: str, facts: Mapping[str, Any]) -> str:
+    """The model's name with its class and size, as far as the facts say them."""
+    size = facts.get("parameters")
+    number = scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""
+    about = ", ".join(filter(None, [facts.get("model_class", ""), number]))
+    return f"{model} ({about})" if about else model
