@@ -37,11 +37,11 @@ class Calls:
         model = self._preparation.copy()
         mix_training_flags(model)
 
-        def prepare(given: nn.Module) -> None:
+        def prepare(base: nn.Module) -> None:
             nonlocal model
             # Not by ``call``, whose copies of random states would count as the preparation's memory.
             try:
-                model = self._preparation.apply(given)
+                model = self._preparation.apply(base)
             except Exception as error:
                 raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error
 

@@ -2,7 +2,6 @@
 
 The stages follow one another: ``Loaded`` (never run), ``Called`` (prepared by the implementation), ``Wrapped`` (with
 adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared anew: ``Outputs``, ``Calls``, ``Trained``.
-To add a fact, add its name and type to ``kbitcheck.core.facts.Facts``, and a ``Fact`` of that name to its stage.
 """
 
 import dataclasses

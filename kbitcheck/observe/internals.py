@@ -43,9 +43,7 @@ REGISTRY_MODULES = ("modeling_utils", "masking_utils", "activations", "modeling_
 def checkpoint_entries(reentrant: Any, non_reentrant: Any) -> AbstractContextManager[Any]:
     """Replace what torch's checkpoint calls, for a while: the function of reentrant mode, the generator of the other."""
     return mock.patch.multiple(
-        torch.utils.checkpoint,
-        CheckpointFunction=reentrant,
-        _checkpoint_without_reentrant_generator=non_reentrant,
+        torch.utils.checkpoint, CheckpointFunction=reentrant, _checkpoint_without_reentrant_generator=non_reentrant
     )
 
 

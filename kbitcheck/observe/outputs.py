@@ -1,9 +1,9 @@
 """What a prepared model computes: its outputs under every condition, its logits, and what an evaluation or a save leaves."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import nn
 
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CANNOT_RUN, Fact, ForwardFacts, FunctionFacts, StoreFacts
@@ -24,10 +24,7 @@ class Outputs:
 
     @Fact
     def forwards(self) -> Sequence[ForwardFacts]:
-
-        def everywhere(model: nn.Module) -> Iterator[forwards.Forward]:
-            return forwards.everywhere(model, self._loaded.batch, self._loaded.half)
-
+        everywhere = partial(forwards.everywhere, batch=self._loaded.batch, autocast=self._loaded.half)
         self._preparation.make_room()
         base = self._loaded.forwards  # first, so that its copy of the base is gone
         return forwards.compare(

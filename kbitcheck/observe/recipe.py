@@ -38,11 +38,7 @@ def recipe_of_preparation(spec: CaseSpec, prepare: Callable[..., Any], loaded: L
 
 
 def recipe_of_prepared(model: nn.Module, facts: ModelFacts) -> Recipe:
-    """The recipe of a model that is prepared already.
-
-    Its base has to be frozen as it stands: with adapters the adapter library has done so, and without them nobody has
-    prepared a base that is trainable.
-    """
+    """The recipe of a model that is prepared already; its base is frozen by now, or nobody has prepared it."""
     return dataclasses.replace(read(facts, autocast=runs_under_autocast(model)), freezes="at-prepare")
 
 

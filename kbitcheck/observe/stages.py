@@ -20,10 +20,7 @@ def mix_training_flags(model: Any) -> dict[str, bool]:
 
 
 class Called:
-    """One observed call of the implementation on a fresh base.
-
-    ``training_flags`` is the ``training`` of each module when the model was handed over: a mixture.
-    """
+    """One observed call of the implementation on a fresh base, some of whose modules were in train mode, some not."""
 
     call: CallFacts
     training_flags: Mapping[str, bool]

@@ -44,10 +44,6 @@ class StaticCase(OpenCase):
     def compute(self, name: str) -> Any:
         raise Unavailable(NEEDS_A_RUN)
 
-    def close(self) -> None:
-        """Drop the model."""
-        self._model = None
-
     @Fact
     def forecast(self) -> ForecastFacts:
         return predict.with_steps(self.weights, self._source, self._model, self.base, self.spec)
@@ -72,15 +68,6 @@ class StaticCase(OpenCase):
             "bytes_prepared": forecast.loaded + forecast.upcast,
             "forecast": forecast.as_json(),
         }
-
-
-def audit_bytes(forecast: ForecastFacts) -> int:
-    """About what a full audit takes at its peak: the model three times over.
-
-    A base is copied before it is prepared or run (``Loaded.copy``), and copies come one at a time: there are the pristine
-    one, the one under audit, and the copy of it that KB308 makes. Float twins read the pristine one's weights.
-    """
-    return 3 * (forecast.loaded + forecast.upcast)
 
 
 def audit_seconds(forecast: ForecastFacts) -> float:
@@ -111,7 +98,9 @@ def static_case(spec: CaseSpec, seconds: float) -> StaticCase | None:
     case = StaticCase(spec, source_of(spec, static=spec.static))
     if spec.static == "always":
         return case
-    need, free = audit_bytes(case.weights), free_bytes(spec.device)
+    # The model three times over: a base is copied before it is prepared or run (``Loaded.copy``), and copies come one at a
+    # time: the pristine one, the one under audit, and KB308's copy of it. Float twins read the pristine one's weights.
+    need, free = 3 * (case.weights.loaded + case.weights.upcast), free_bytes(spec.device)
     large = case.weights.loaded > LARGE_BYTES
     took = audit_seconds(case.weights) if large and spec.device == "cpu" else 0.0
     if need > free:

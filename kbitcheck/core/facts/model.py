@@ -105,12 +105,11 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFacts:
-    """One call of an implementation. ``raised`` is what it raised, if anything.
+    """One call of an implementation. ``checkpoints``: a block's flag is on after the call.
 
-    ``class_kept``: the model still has its class. ``checkpoints``: a block's flag is on after the call. ``modes_changed``
-    are the modules whose train or eval mode changed. ``process`` maps what changed in the
-    process (a seed, a default, a class attribute) to ``(before, after)``; ``parameters`` maps the signature's names to
-    the text of their defaults ("" where there is none).
+    ``modes_changed`` are the modules whose train or eval mode changed. ``process`` maps what changed in the process (a
+    seed, a default, a class attribute) to ``(before, after)``; ``parameters`` maps the signature's names to the text of
+    their defaults ("" where there is none).
     """
 
     raised: Raised | None = None

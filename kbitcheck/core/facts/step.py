@@ -27,11 +27,10 @@ class BlockFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """One training forward and backward.
+    """One training forward and backward. ``order`` is the order in which blocks were recomputed.
 
-    ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``order`` is the order in
-    which blocks were recomputed; ``inexact`` are blocks whose gradients may differ in the last bits
-    when checkpointed.
+    ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``inexact`` are blocks whose
+    gradients may differ in the last bits when checkpointed.
     """
 
     loss: float

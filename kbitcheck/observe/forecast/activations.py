@@ -46,10 +46,7 @@ def _plain(value: Any) -> bool:
 
 
 class Passed(nn.Module):
-    """Replaces a block that equals one that runs, ``like``: returns its input, and reports both passes to the watch.
-
-    Other attributes are the block's.
-    """
+    """Stands for a block that equals ``like``, which runs: returns its input, and reports both passes to the watch."""
 
     def __init__(self, block: nn.Module, like: nn.Module) -> None:
         nn.Module.__init__(self)

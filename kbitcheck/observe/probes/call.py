@@ -39,9 +39,9 @@ def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in parameters}
 
 
-def model_from(returned: Any, given: Any) -> Any:
-    """What a call returned if it is a model; otherwise the model that it was given."""
-    return returned if isinstance(returned, nn.Module) else given
+def model_from(returned: Any, passed: Any) -> Any:
+    """What a call returned if it is a model; otherwise the model that was passed in."""
+    return returned if isinstance(returned, nn.Module) else passed
 
 
 def call(
