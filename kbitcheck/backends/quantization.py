@@ -8,6 +8,7 @@ from kbitcheck.backends import registry
 from kbitcheck.backends.protocol import Backend
 from kbitcheck.backends.schemes import Scheme
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 
 DEFAULT = "nf4"
 
@@ -62,7 +63,8 @@ class Quantization:
         name, *parts = (part.strip() for part in text.split(","))
         schemes = registry.schemes()
         if name not in schemes:
-            raise UsageError(f"unknown quantization {name!r} in {text!r}; known: {usage()}")
+            hint = did_you_mean(name, schemes)
+            raise UsageError(f"unknown quantization {name!r} in {text!r}{hint}; known: {usage()}")
         options = [option for scheme in schemes.values() for option in scheme.options]
         values: dict[str, object] = {}
         skip: list[str] = []

@@ -2,11 +2,10 @@
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from kbitcheck.cli.options import Parser, add_options
-from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_USAGE
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.core.version import TOOL
@@ -36,10 +35,14 @@ def run(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name in COMMANDS:
         return run_command(name, rest)
-    if not name.startswith("-"):
-        raise UsageError(f"No such command: {name!r}{did_you_mean(name, COMMANDS)}; see `kbitcheck --help`")
+    parser = overview()
+    flags = parser._option_string_actions
+    if name not in flags:
+        names: Iterable[str]
+        kind, names = ("option", flags) if name.startswith("-") else ("command", COMMANDS)
+        parser.error(f"No such {kind}: {name}{did_you_mean(name, names)}")
     with contextlib.suppress(SystemExit):  # --help and --version end so
-        overview().parse_args(arguments)
+        parser.parse_args([name])
     return EXIT_CONFORMS
 
 

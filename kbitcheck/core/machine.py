@@ -33,7 +33,15 @@ def return_free_pages() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on; empty for one that is not installed. Imports none of them."""
-    return {package: _version(package) for package in PACKAGES}
+    return {package: version(package) for package in PACKAGES}
+
+
+def version(package: str) -> str:
+    """The version of an installed package; empty where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def processor() -> str:
@@ -43,10 +51,3 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

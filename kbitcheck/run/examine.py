@@ -1,7 +1,5 @@
 """The events of one case, in whatever process it is judged. No torch here."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Container, Iterator, Sequence
 from typing import Any

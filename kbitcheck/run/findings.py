@@ -1,7 +1,5 @@
 """The findings that a run knows: those of no backend, and each backend's own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from kbitcheck.backends import registry

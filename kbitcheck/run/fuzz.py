@@ -1,7 +1,5 @@
 """Drawn cases, judged one by one in a warm worker; of those that fail, the smallest. Needs hypothesis, and no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Judges in the process that calls: cases by name, a live model before its preparation, or one that is prepared."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """Workers, each with a process of its own that it replaces when a case has ruined it; and tasks spread over them."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import sys

@@ -1,7 +1,5 @@
 """What a worker process is asked to do: typed requests and their JSON form for the pipe. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

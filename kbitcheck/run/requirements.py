@@ -1,7 +1,5 @@
 """An implementation that is not installed here: ``REQUIREMENT::module:function``, or a release by its name alone."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The one runner: cases in, a report out, by way of a stream of events."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,7 +1,5 @@
 """Run every fault on the machine at hand and show that its rule catches it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

@@ -3,25 +3,25 @@
 After ``REQUIREMENT::`` a module or file is that of another environment: see ``kbitcheck.run.requirements``.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kbitcheck.core import machine
 from kbitcheck.core.cases import REFERENCE, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.observe import library_attributes
 from kbitcheck.run import requirements
 
@@ -40,9 +40,7 @@ class Missing(UsageError):
 
 def default_profile(name: str) -> Profile:
     """The profile under which ``kbitcheck model`` judges: PEFT and the reference promise PEFT's recipe, others their own."""
-    release = requirements.parse(name)
-    function = release.function if release else ALIASES.get(name, name)
-    return "peft" if function in ALIASES.values() else "auto"
+    return "peft" if ":".join(_split(name)) in ALIASES.values() else "auto"
 
 
 def default() -> str:
@@ -68,9 +66,12 @@ def validate(text: str) -> None:
     elif not DOTTED.fullmatch(where):
         raise UsageError(f"implementation {text!r} is not one of {FORMS}")
     elif requirement is None:
-        top = where.partition(".")[0]
-        if top not in sys.modules and PathFinder.find_spec(top, [str(Path.cwd()), *sys.path]) is None:
-            raise UsageError(f"implementation {text!r}: no module named {top!r} is installed or in this directory")
+        top, path = where.partition(".")[0], [str(Path.cwd()), *sys.path]
+        if top not in sys.modules and PathFinder.find_spec(top, path) is None:
+            hint = did_you_mean(top, _modules(path))
+            raise UsageError(
+                f"implementation {text!r}: no module named {top!r} is installed or in this directory{hint}"
+            )
 
 
 def load(text: str) -> Implementation:
@@ -86,16 +87,18 @@ def load(text: str) -> Implementation:
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
-        gone = isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
-        raise (Missing if gone else UsageError)(
-            f"implementation {text!r} cannot be imported: {cause(error)}"
-        ) from error
+        if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
+            parent, _, name = str(error.name).rpartition(".")
+            hint = did_you_mean(name, _modules(getattr(sys.modules.get(parent), "__path__", ())))
+            raise Missing(f"implementation {text!r}: no module named {error.name!r}{hint}") from error
+        raise UsageError(f"implementation {text!r} cannot be imported: {cause(error)}") from error
     function: Any = module
     for name in attribute.split("."):
         try:
             function = getattr(function, name)
         except AttributeError:
-            raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}") from None
+            hint = did_you_mean(name, dir(function))
+            raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}{hint}") from None
     if not callable(function):
         raise Missing(f"implementation {text!r} is a {type(function).__name__}, which cannot be called")
     subject = describe(function, name=text, version=_version(module))
@@ -151,6 +154,10 @@ def _import(name: str, text: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def _modules(path: Iterable[str]) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(list(path))]
+
+
 def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     _first_on_path(Path.cwd())
@@ -175,10 +182,6 @@ def _first_on_path(directory: Path) -> None:
 
 def _version(module: ModuleType) -> str:
     top = module.__name__.partition(".")[0]
-    for distribution in (top, "kbitcheck" if top == "kbitcheck_reference" else top):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    version = getattr(module, "__version__", "")
-    return version if isinstance(version, str) else ""
+    version = machine.version("kbitcheck" if top == "kbitcheck_reference" else top)
+    own = getattr(module, "__version__", "")
+    return version or (own if isinstance(own, str) else "")

@@ -1,7 +1,5 @@
 """Suites: the cases that a run consists of."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias

@@ -5,8 +5,6 @@ An environment is a bare virtual environment with the subject in it. What else i
 the subject brings stands before them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

@@ -3,8 +3,6 @@
 Nothing here imports torch before ``main`` runs: the process is there, and listens, before its imports are done.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import faulthandler
 import gc

@@ -1,7 +1,5 @@
 """The parent's side of a worker process: starts it, sends requests, reads events, and says how it ended."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -103,7 +103,6 @@ WRONG = [
     (("impl", "!:f", *ONE), "is not one of"),
     (("impl", "good.py:prepare", "--model", "tiny:nope"), "no such model"),
     (("impl", "good.py:prepare", "--model", "late"), "the weights are truncated"),
-    (("impl", "good.py:prepare", "--quant", "nf5"), "nf5"),
     (("impl", "good.py:prepare", "--select", "KB7"), "no rule matches 'KB7'"),
     (("impl", "good.py:prepare", "--ignore", "KB101"), "wants CODE=REASON"),
     (("impl", "good.py:prepare", "--ignore", "KB777=because"), "no rule matches 'KB777'"),
@@ -137,6 +136,13 @@ WRONG = [
     (("impl", "good.py:prepare", "--profile", "pef"), "no such --profile: 'pef' (did you mean peft?)"),
     (("impl", "good.py:prepare", "and.py:another"), "unexpected argument: and.py:another"),
     (("rules", "KB1O1"), "no rule matches 'KB1O1' (did you mean KB101?)"),
+    (("rules", "alwys-kept"), "no rule matches 'alwys-kept' (did you mean KB101 always-kept?)"),
+    (("--hlep",), "No such option: --hlep (did you mean --help?)"),
+    (("impl", "good.py:prepare", "--quant", "nf5"), "unknown quantization 'nf5' in 'nf5' (did you mean nf4?); known: "),
+    (("impl", "good.py:prepar", *ONE), "good.py has no attribute 'prepar' (did you mean prepare?)"),
+    (("impl", "goood:prepare", *ONE), "no module named 'goood' is installed or in this directory (did you mean good?)"),
+    (("impl", "json.decodr:prepare", *ONE), "no module named 'json.decodr' (did you mean decoder?)\n"),
+    (("impl", "json.zebra.x:prepare", *ONE), "no module named 'json.zebra'\n"),
 ]
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from kbitcheck.compare.sweep import row
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
-from kbitcheck.run.sweep import row
 from tests.cli.conftest import Door, heed
 from tests.cli.test_interrupt import _workers
 

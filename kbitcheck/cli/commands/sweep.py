@@ -3,17 +3,19 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.console import echo, fail, say
 from kbitcheck.cli.options import PREPARE_HELP, at_least, choice, option, seconds
 from kbitcheck.cli.signals import signals_as_interrupts
-from kbitcheck.core.cases import Checkpointing, Profile
+from kbitcheck.core.cases import CaseSpec, Checkpointing, Profile
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.report import EXIT_ERROR
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.tables.sweep import FORMATS, render, verdict
-from kbitcheck.run.sweep import SweepRequest, swept
+from kbitcheck.run.subject import default
+from kbitcheck.run.sweep import swept
 
 TASKS = (
     "causal-lm", "seq2seq-lm", "image-text-to-text", "speech-seq2seq", "sequence-classification", "masked-lm",
@@ -61,20 +63,27 @@ class Options:
                 words += [f"--{each.name}", str(value)]
         return shlex.join(words)
 
-    @property
-    def request(self) -> SweepRequest:
-        """What to run."""
-        values = {name: value for name, value in asdict(self).items() if name not in ("format", "debug", "shard")}
-        part, parts = map(int, self.shard.split("/"))
-        return SweepRequest(**values, part=part, parts=parts, command=self.command)
-
 
 def run(options: Options) -> int:
     """Audit the architectures of a task; one row each."""
     output = OutputFile(options.output)
+    template = CaseSpec(
+        model="",
+        quant=str(Quantization.parse(options.quant)),
+        implementation=options.prepare or default(),
+        checkpointing=options.checkpointing,
+        profile=options.profile,
+        device=options.device,
+        seed=options.seed,
+    )
+    part, parts = map(int, options.shard.split("/"))
     try:
         with signals_as_interrupts():
-            table = swept(options.request, say=say, echo=echo if options.debug else None)
+            table = swept(
+                options.task, template, select=options.select, shard=(part, parts), jobs=options.jobs,
+                timeout=options.timeout, output=options.output, command=options.command,
+                say=say, echo=echo if options.debug else None,
+            )  # fmt: skip
     except Lost as lost:
         return fail(f"the architectures cannot be listed: {lost}", EXIT_ERROR)
     output.write(render(table, options.format))
