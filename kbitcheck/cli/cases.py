@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kbitcheck.cli.console import echo, progress_bar, say
-from kbitcheck.cli.options import RunOptions, SuiteOptions
+from kbitcheck.cli.options import RunOptions, SuiteOptions, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
@@ -64,7 +64,7 @@ def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, bla
     validate_device(options.device)
     if specs[0].static != "always":
         install(specs[0].implementation, in_process=options.in_process)
-    rules = select(options.codes, options.ignored)
+    rules = select(split_codes(options.select), options.ignored)
     # In process, what the implementation prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
     if options.in_process and options.debug:

@@ -1,6 +1,7 @@
 """Options as dataclass fields: each declared once, and shared by the commands through inheritance."""
 
 import argparse
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -46,26 +47,25 @@ def at_least(minimum: int) -> Read:
     """Accept whole numbers from ``minimum`` on."""
 
     def read(option: str, value: str) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = minimum - 1
-        if number < minimum:
-            raise UsageError(f"{option} wants a whole number of at least {minimum}, not {value!r}")
-        return number
+        with contextlib.suppress(ValueError):
+            if int(value) >= minimum:
+                return int(value)
+        raise UsageError(f"{option} wants a whole number of at least {minimum}, not {value!r}")
 
     return read
 
 
 def seconds(option: str, value: str) -> float:
     """A finite number of seconds above 0."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise UsageError(f"{option} wants a number of seconds above 0, not {value!r}")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) < float("inf"):
+            return float(value)
+    raise UsageError(f"{option} wants a number of seconds above 0, not {value!r}")
+
+
+def split_codes(texts: Sequence[str]) -> tuple[str, ...]:
+    """The codes and prefixes in the values of ``--select``."""
+    return tuple(code.strip() for text in texts for code in text.split(",") if code.strip())
 
 
 def option(text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: str = "") -> Any:
@@ -181,11 +181,6 @@ class RunOptions(ReportOptions):
     seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
     timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=seconds)
     in_process: bool = option("Run in this process: no time limit, no isolation.", False)
-
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """The selected codes and prefixes."""
-        return tuple(code.strip() for text in self.select for code in text.split(",") if code.strip())
 
     @property
     def ignored(self) -> dict[str, str]:

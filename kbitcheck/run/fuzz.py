@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, settings
-from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
@@ -17,6 +17,7 @@ from kbitcheck.core.events import Collector, Event, Loaded, Started
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report, assemble
 from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import Rule
+from kbitcheck.report.parts.repro import command
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.findings import settler
 from kbitcheck.run.pool import Worker
@@ -32,11 +33,11 @@ class Plan:
     rules: Sequence[Rule]
     number: int
     seed: int
-    strict: bool = False
-    models: Sequence[str] = ()
-    quants: Sequence[str] = ()
-    checkpointing: Sequence[Any] = ()
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    strict: bool
+    models: Sequence[str]
+    quants: Sequence[str]
+    checkpointing: Sequence[Any]
+    options: Mapping[str, Any]
 
 
 class Broken(AssertionError):
@@ -44,11 +45,7 @@ class Broken(AssertionError):
 
 
 def fuzz(
-    plan: Plan,
-    *,
-    timeout: float,
-    on_event: Callable[[Event], None] = lambda event: None,
-    echo: Callable[[str], None] | None = None,
+    plan: Plan, *, timeout: float, on_event: Callable[[Event], None], echo: Callable[[str], None] | None
 ) -> Report:
     """Draw and judge cases until one fails or ``plan.number`` have passed; then shrink the one that failed.
 
@@ -60,48 +57,26 @@ def fuzz(
         UsageError: a model, implementation or option is wrong.
     """
     with scratch_directory() as scratch:
-        run = _Run(plan, scratch, timeout, on_event, echo)
-        with contextlib.closing(run.worker):
-            return run.report()
+        python = virtualenvs.interpreter(plan.implementation)
+        with contextlib.closing(Worker(scratch, timeout, echo, python=python)) as worker:
+            return _Run(plan=plan, scratch=scratch, on_event=on_event, worker=worker).report()
 
 
-class _Own(ExampleDatabase):
-    """One implementation's part of a database: what broke another is not tried first on it."""
-
-    def __init__(self, whole: ExampleDatabase | None, implementation: str) -> None:
-        super().__init__()
-        self._whole, self._prefix = whole or InMemoryExampleDatabase(), implementation.encode() + b":"
-
-    def save(self, key: bytes, value: bytes) -> None:
-        self._whole.save(self._prefix + key, value)
-
-    def fetch(self, key: bytes) -> Iterable[bytes]:
-        return self._whole.fetch(self._prefix + key)
-
-    def delete(self, key: bytes, value: bytes) -> None:
-        self._whole.delete(self._prefix + key, value)
-
-
+@dataclasses.dataclass(slots=True, kw_only=True)
 class _Run:
-    """One run of the fuzzer: what it drew, what it found, and the worker it asks."""
+    """One run of the fuzzer: what it drew, what came of it, and the worker it asks."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        scratch: Path,
-        timeout: float,
-        on_event: Callable[[Event], None],
-        echo: Callable[[str], None] | None,
-    ) -> None:
-        self.plan, self.scratch, self.on_event = plan, scratch, on_event
-        self.worker = Worker(scratch, timeout, echo, python=virtualenvs.interpreter(plan.implementation))
-        self.specs: dict[str, CaseSpec] = {}
-        self.results: dict[str, tuple[Result, ...]] = {}
-        self.unloadable: dict[str, str] = {}
-        self.loaded = Loaded()
-        self.suspects: Sequence[Rule] = ()
-        self.smallest: Drawn | None = None
-        self.drawn = 0
+    plan: Plan
+    scratch: Path
+    on_event: Callable[[Event], None]
+    worker: Worker
+    specs: dict[str, CaseSpec] = dataclasses.field(default_factory=dict)
+    results: dict[str, tuple[Result, ...]] = dataclasses.field(default_factory=dict)
+    unloadable: dict[str, str] = dataclasses.field(default_factory=dict)
+    loaded: Loaded = dataclasses.field(default_factory=Loaded)
+    suspects: Sequence[Rule] = ()
+    smallest: tuple[Drawn, CaseSpec, tuple[Result, ...]] | None = None
+    drawn: int = 0
 
     def report(self) -> Report:
         complete = True
@@ -113,18 +88,24 @@ class _Run:
             complete = False
         drawn: dict[str, Any] = {"cases": self.drawn, "seed": self.plan.seed, "unloadable": self.unloadable}
         if self.smallest is None:
-            results = [result for case in self.results.values() for result in case]
+            results = tuple(result for case in self.results.values() for result in case)
             return self._report(results, self.specs, complete=complete, fuzz=drawn)
-        spec, broken = self._judge(self.smallest, self.plan.rules) if complete else self._last()
-        drawn |= {"recipe": self.smallest.toml, "file": spec.model, "command": self._command(spec, broken)}
-        return self._report(broken, {spec.id: spec}, complete=complete, fuzz=drawn)
+        smallest, spec, results = self.smallest
+        if complete:
+            _, results = self._judge(smallest, self.plan.rules)
+        report = self._report(results, {spec.id: spec})
+        again = command(report, spec.id, ",".join(_broken(report))) + (" --strict" if self.plan.strict else "")
+        drawn |= {"recipe": smallest.toml, "file": spec.model, "command": again}
+        return self._report(results, {spec.id: spec}, complete=complete, fuzz=drawn)
 
     def _search(self) -> None:
-        plan = self.plan
+        plan, database = self.plan, settings().database
+        if isinstance(database, DirectoryBasedExampleDatabase):  # what broke another implementation is not tried first
+            database = DirectoryBasedExampleDatabase(database.path / _digest(plan.implementation))
 
         @settings(  # outside of the seed, which takes the database away
             max_examples=plan.number,
-            database=_Own(settings().database, plan.implementation),
+            database=database,
             deadline=None,
             verbosity=Verbosity.quiet,
             report_multiple_bugs=False,
@@ -136,10 +117,11 @@ class _Run:
         def conforms(drawn: Drawn) -> None:
             self.drawn += 1
             spec, results = self._judge(drawn, self.suspects or plan.rules)
-            if self._fails(results, {spec.id: spec}):
-                self.smallest = drawn
+            report = self._report(results, {spec.id: spec})
+            if report.exit_code not in (EXIT_CONFORMS, EXIT_NOTHING):
+                self.smallest = drawn, spec, results
                 # What shrinks is this failure, and not another one that a smaller case happens to have.
-                self.suspects = [r for r in plan.rules if r.code in self._counted(results, {spec.id: spec})][:1]
+                self.suspects = [rule for rule in plan.rules if rule.code in _broken(report)][:1]
                 raise Broken
 
         conforms()
@@ -165,12 +147,6 @@ class _Run:
         self.results[spec.id] = results
         return spec, results
 
-    def _last(self) -> tuple[CaseSpec, tuple[Result, ...]]:
-        """The smallest failing case as far as it was judged before an interrupt."""
-        assert self.smallest is not None
-        spec = self.smallest.spec(self._model(self.smallest), self.plan.implementation, **self.plan.options)
-        return spec, self.results[spec.id]
-
     def _model(self, drawn: Drawn) -> str:
         """The name that a drawn model goes by: that of its recipe's file, which is written."""
         if isinstance(drawn.model, str):
@@ -179,26 +155,11 @@ class _Run:
         (self.scratch / name).write_text(drawn.toml, encoding="utf-8")
         return name
 
-    def _fails(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> bool:
-        return self._report(results, specs).exit_code not in (EXIT_CONFORMS, EXIT_NOTHING)
-
-    def _counted(self, results: Sequence[Result], specs: Mapping[str, CaseSpec]) -> list[str]:
-        report = self._report(results, specs)
-        return [r.rule for r in results if r.status is Status.ERROR or report.counts(r)]
-
-    def _command(self, spec: CaseSpec, results: Sequence[Result]) -> str:
-        from kbitcheck.report.parts.repro import command
-
-        broken = self._counted(results, {spec.id: spec})
-        line = command(self._report(results, {spec.id: spec}), spec.id, ",".join(broken))
-        return line + (" --strict" if self.plan.strict else "")
-
     def _report(
         self, results: Sequence[Result], specs: Mapping[str, CaseSpec], *, complete: bool = True, **subject: Any
     ) -> Report:
-        collector = Collector()
+        collector = Collector(loaded=self.loaded)
         collector.results.extend(results)
-        collector.loaded = self.loaded
         return assemble(
             collector,
             {name: spec.as_json() for name, spec in specs.items()},
@@ -208,6 +169,10 @@ class _Run:
         )
 
 
+def _broken(report: Report) -> list[str]:
+    return [result.rule for result in report if result.status is Status.ERROR or report.counts(result)]
+
+
 def epilogue(report: Report) -> str:
     """The text under a report: how to draw the cases again, or the smallest failing case as a recipe and a command."""
     drawn: Mapping[str, Any] = report.subject["fuzz"]
@@ -215,12 +180,9 @@ def epilogue(report: Report) -> str:
     lines += [f"not loadable: {case}: {why}" for case, why in drawn["unloadable"].items()]
     if "command" in drawn:
         if drawn["recipe"]:
-            name = shlex.quote(drawn["file"])
-            lines += [
-                f"the smallest that fails is this recipe, {name} (it fits into fixtures/ too):",
-                "",
-                drawn["recipe"],
-            ]
+            file = shlex.quote(drawn["file"])
+            lines.append(f"the smallest that fails is this recipe, {file} (it fits into fixtures/ too):\n")
+            lines.append(drawn["recipe"])
         lines += [f"again   {drawn['command']}"]
     return "\n".join(lines) + "\n"
 

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
-from kbitcheck.core.events import Collector, Event, Judged, Loaded, Settle, Started
+from kbitcheck.core.events import Collector, Event, Judged, Loaded, Started
 from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.rule import Rule, select
@@ -100,9 +100,9 @@ def audit(
         size_threads(case.base.nbytes)
         device = str(next(model.parameters()).device)
         loaded = Loaded(implementation=implementation.as_json(), environment=devices.describe(device, case.spec.seed))
-        collector = _collected(loaded, examine(case, rules), settler([case.spec]))
-    subject = {"command": "audit", "ignored": dict(ignore)}
-    return _assembled(collector, case, start, subject=subject, blame="any", strict=strict)
+        subject = {"command": "audit", "ignored": dict(ignore)}
+        collector = Collector(settler([case.spec]), loaded=loaded)
+        return _report(collector, case, rules, start, subject=subject, blame="any", strict=strict)
 
 
 def assert_prepared(
@@ -151,20 +151,12 @@ def assert_prepared(
     with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
         case = prepared.PreparedCase(spec, model, batch)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
-        collector = _collected(loaded, examine(case, rules))
-    subject = {"command": "assert_prepared", "ignored": dict(ignore)}
-    return _assembled(collector, case, start, subject=subject, blame="own", strict=strict)
+        subject = {"command": "assert_prepared", "ignored": dict(ignore)}
+        return _report(Collector(loaded=loaded), case, rules, start, subject=subject, blame="own", strict=strict)
 
 
-def _collected(
-    loaded: Loaded, events: Iterable[Event], settle: Settle = lambda result, environment: result
-) -> Collector:
-    collector = Collector(settle)
-    for event in (loaded, *events):
+def _report(collector: Collector, case: Any, rules: Sequence[Rule], start: float, **options: Any) -> Report:
+    for event in examine(case, rules):
         collector.add(event)
-    return collector
-
-
-def _assembled(collector: Collector, case: Any, start: float, **options: Any) -> Report:
-    cases, seconds = {case.case: case.spec.as_json()}, time.perf_counter() - start
-    return assemble(collector, cases, in_process=True, seconds=seconds, **options)
+    seconds = time.perf_counter() - start
+    return assemble(collector, {case.case: case.spec.as_json()}, in_process=True, seconds=seconds, **options)

@@ -7,24 +7,21 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from kbitcheck.core.cases import CaseSpec, Implementation
-from kbitcheck.core.events import Collector, Event, FaultTried, Started
+from kbitcheck.core.events import Collector, Event, Started
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.findings import settler
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
-from kbitcheck.run.requests import TryFaults
-from kbitcheck.run.worker_process import answers, scratch_directory
-
-TIMEOUT_SECONDS = 600.0
+from kbitcheck.run.worker_process import scratch_directory
 
 
 def run(
     specs: Sequence[CaseSpec],
     rules: Sequence[Rule],
     *,
-    timeout: float = TIMEOUT_SECONDS,
+    timeout: float = 600.0,
     jobs: int = 1,
     in_process: bool = False,
     implementation: Implementation | None = None,
@@ -64,23 +61,6 @@ def run(
         complete=complete,
         seconds=time.perf_counter() - start,
     )
-
-
-def selftest(
-    codes: Sequence[str],
-    *,
-    matrix: bool = False,
-    timeout: float = TIMEOUT_SECONDS,
-    echo: Callable[[str], None] | None = None,
-) -> Generator[FaultTried, None, None]:
-    """Try the faults of these rules in a worker process, with ``matrix`` by all rules.
-
-    Raises:
-        Lost: the process ended, or one answer took longer than ``timeout`` seconds.
-        UsageError: a fault cannot be tried on this machine.
-    """
-    with contextlib.closing(answers(TryFaults(codes=tuple(codes), matrix=matrix), timeout, echo)) as tried:
-        yield from (event for event in tried if isinstance(event, FaultTried))
 
 
 def _isolated(

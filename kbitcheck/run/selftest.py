@@ -1,6 +1,6 @@
 """Run every fault on the machine at hand and show that its rule catches it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,11 +15,11 @@ from kbitcheck.observe.loaded import Loaded
 from kbitcheck.sabotage.fault import Fault, faults
 
 
-def run(codes: Sequence[str] = (), *, matrix: bool = False) -> Iterator[FaultTried]:
-    """Try the faults of the rules whose codes start with any of ``codes`` (default: all), with ``matrix`` by all rules."""
+def run(codes: Collection[str], *, matrix: bool = False) -> Iterator[FaultTried]:
+    """Try the faults of the rules with these codes, with ``matrix`` by all rules."""
     bases: dict[tuple[str, str, str], Loaded] = {}
     for fault in faults():
-        if not codes or fault.code.startswith(tuple(c.upper() for c in codes)):
+        if fault.code in codes:
             yield try_fault(fault, bases, matrix=matrix)
 
 
@@ -33,14 +33,12 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
         profile=fault.profile,  # type: ignore[arg-type]
         device="cuda" if fault.accelerator else "cpu",
     )
-    key = (fault.model, fault.quant, spec.device)
     if fault.spoil is not None:
-        base = Loaded.from_source(resolve(fault.model), spec, spoil=fault.spoil)
-    else:
-        if key not in bases:
-            bases[key] = Loaded.from_source(resolve(fault.model), spec)
-        base = bases[key]
-    return Case(spec, fault.prepare, base)
+        return Case(spec, fault.prepare, Loaded.from_source(resolve(fault.model), spec, spoil=fault.spoil))
+    key = (fault.model, fault.quant, spec.device)
+    if key not in bases:
+        bases[key] = Loaded.from_source(resolve(fault.model), spec)
+    return Case(spec, fault.prepare, bases[key])
 
 
 def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix: bool = False) -> FaultTried:

@@ -17,12 +17,13 @@ import signal
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kbitcheck.core import machine
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Broken, WrongUsage
 from kbitcheck.run import requirements
@@ -30,7 +31,6 @@ from kbitcheck.run.requests import Load
 from kbitcheck.run.requirements import Requirement
 from kbitcheck.run.worker_process import WorkerProcess
 
-VARIABLE = "KBITCHECK_CACHE"
 SHARED = ("torch", "bitsandbytes", "kbitcheck", "kbitcheck_reference")
 PINNED = ("torch", "bitsandbytes")
 # Built for one torch each, of which an index may hold another build than the torch that is here.
@@ -44,7 +44,7 @@ RECORD = "kbitcheck.json"
 
 def cache() -> Path:
     """Where environments are kept: ``$KBITCHECK_CACHE``, or the user's cache directory."""
-    if directory := os.environ.get(VARIABLE):
+    if directory := os.environ.get("KBITCHECK_CACHE"):
         return Path(directory).expanduser().absolute() / "environments"
     import platformdirs
 
@@ -71,7 +71,7 @@ def _ready(requirement: Requirement, say: Callable[[str], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock"), lambda: say(f"another process is installing {requirement.text}")):
+        with _lock(folder.with_suffix(".lock"), lambda: say(f"another process is installing {requirement.text}")):
             if not _is_built(folder):
                 say(f"installing {requirement.text} into an environment of its own, once")
                 _build(requirement, folder)
@@ -133,7 +133,7 @@ def _furnish(requirement: Requirement, draft: Path, transformers: str) -> None:
     venv.create(draft, with_pip=False, clear=True)
     (_packages(draft) / requirements.PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
     pins = draft / "constraints.txt"
-    held = {name: _version(name) for name in PINNED}
+    held = {name: machine.version(name) for name in PINNED}
     lines = [f"{name}=={version}" for name, version in held.items() if version]
     pins.write_text("\n".join([*lines, f"transformers>={OLDER_TRANSFORMERS[-1]}", ""]), encoding="utf-8")
     _install(requirement, draft, [f"transformers=={transformers}"] if transformers else [])
@@ -154,7 +154,7 @@ def _install(requirement: Requirement, draft: Path, beside: Sequence[str]) -> No
         raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
     options = ["--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
     uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
-    if requirement.project and not _version(requirement.project):
+    if requirement.project and not machine.version(requirement.project):
         return _succeed(requirement, [*uses, requirement.pip, *beside])
     # pip takes what is on the path for installed: the subject itself must be in the environment in any case.
     _succeed(requirement, [*uses, "--no-deps", "--ignore-installed", requirement.pip])
@@ -229,13 +229,13 @@ def _load(requirement: Requirement, draft: Path) -> None:
 
 def _candidates() -> list[str]:
     """The transformers to try, newest first."""
-    return list(dict.fromkeys([_version("transformers"), *OLDER_TRANSFORMERS]))
+    return list(dict.fromkeys([machine.version("transformers"), *OLDER_TRANSFORMERS]))
 
 
 def _chosen(folder: Path) -> str:
     """The transformers that an environment brings, or sees."""
     own = metadata.distributions(name="transformers", path=[str(_packages(folder))])
-    return next((one.version for one in own), _version("transformers"))
+    return next((one.version for one in own), machine.version("transformers"))
 
 
 def parents() -> list[str]:
@@ -252,7 +252,7 @@ def parents() -> list[str]:
 def _key(requirement: Requirement) -> str:
     parts = (
         LAYOUT, requirement.text if requirement.path is None else str(requirement.path), requirement.content(), requirement.function,
-        platform.python_version(), sys.prefix, parents(), _candidates(), [_version(name) for name in PINNED],
+        platform.python_version(), sys.prefix, parents(), _candidates(), [machine.version(name) for name in PINNED],
     )  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
@@ -266,19 +266,13 @@ def _is_built(folder: Path) -> bool:
     return "transformers" in record and _python(folder).exists()
 
 
-@contextlib.contextmanager
-def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock that the system drops when its holder dies; ``waiting`` is called where another holds it."""
+def _lock(path: Path, waiting: Callable[[], None]) -> contextlib.AbstractContextManager[object]:
+    """A lock that the system drops when its holder dies; ``waiting`` is called where another holds it."""
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    with contextlib.suppress(Timeout):
+        return lock.acquire(blocking=False)
+    waiting()
+    return lock.acquire()
 
 
 def _packages(folder: Path) -> Path:
@@ -287,10 +281,3 @@ def _packages(folder: Path) -> Path:
 
 def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.cases import audit, install, suite_cases
 from kbitcheck.cli.console import echo, progress_bar, say
-from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.machine import validate_device
@@ -48,7 +48,7 @@ def run_fuzz(options: Options) -> int:
     output = OutputFile(options.output)
     plan = fuzz.Plan(
         implementation=options.impl,
-        rules=select(options.codes, options.ignored),
+        rules=select(split_codes(options.select), options.ignored),
         number=options.fuzz,
         seed=options.seed,
         strict=options.strict,

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass
 
 from kbitcheck.cli.console import echo, fail, say
-from kbitcheck.cli.options import option, seconds
+from kbitcheck.cli.options import option, seconds, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.errors import Lost
 from kbitcheck.core.events import FaultTried
@@ -12,7 +12,8 @@ from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, E
 from kbitcheck.core.rule import select
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.tables.kill_matrix import page
-from kbitcheck.run.runner import selftest
+from kbitcheck.run.requests import TryFaults
+from kbitcheck.run.worker_process import answers
 
 VERDICTS = {True: "caught", False: "MISSED", None: "not run"}
 
@@ -29,13 +30,16 @@ class Options:
 
 def run(options: Options) -> int:
     """Run the faults of the rules and show that each is caught by its rule."""
-    codes = [rule.code for rule in select([c.strip() for c in options.select.split(",") if c.strip()])]
+    codes = [rule.code for rule in select(split_codes([options.select]))]
     output = OutputFile("")
     faults: list[FaultTried] = []
-    events = selftest(codes, matrix=options.matrix, timeout=options.timeout, echo=echo if options.debug else None)
+    request = TryFaults(codes=tuple(codes), matrix=options.matrix)
+    events = answers(request, options.timeout, echo if options.debug else None)
     try:
         with signals_as_interrupts(), contextlib.closing(events):
             for event in events:
+                if not isinstance(event, FaultTried):
+                    continue
                 verdict = VERDICTS[event.caught]
                 line = f"{verdict}  {event.code}  {event.fault}  [{event.case}]  {event.reason}"
                 say(line) if options.matrix else output.write(line + "\n")
