@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 from kbitcheck.cli.options import Parser, add_options
@@ -24,11 +24,7 @@ COMMANDS = {
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; returns its exit code.
-
-    Raises:
-        UsageError: a command, option or value is wrong.
-    """
+    """Run a command line; returns its exit code."""
     if not arguments:
         overview().print_help()
         return EXIT_USAGE
@@ -38,8 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = overview()
     flags = parser._option_string_actions
     if name not in flags:
-        names: Iterable[str]
-        kind, names = ("option", flags) if name.startswith("-") else ("command", COMMANDS)
+        kind, names = ("option", [*flags]) if name.startswith("-") else ("command", [*COMMANDS])
         parser.error(f"No such {kind}: {name}{did_you_mean(name, names)}")
     with contextlib.suppress(SystemExit):  # --help and --version end so
         parser.parse_args([name])

@@ -23,11 +23,7 @@ from kbitcheck.run.worker import debug_to_stderr
 
 
 def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
-    """The cases that ``impl``, ``gate`` and ``matrix`` run.
-
-    Raises:
-        UsageError: a model, quantization or mode is wrong.
-    """
+    """The cases that ``impl``, ``gate`` and ``matrix`` run."""
     if options.fuzz:
         raise UsageError("--fuzz belongs to `kbitcheck impl`: random cases are no fixed set to compare")
     for name in options.model:
@@ -85,14 +81,8 @@ def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, bla
 
 
 def install(impl: str, *, in_process: bool = False) -> None:
-    """Build the virtual environment of an implementation that is named by a requirement.
-
-    Raises:
-        UsageError: it cannot be built, or is to run in this process.
-    """
-    if requirements.parse(impl) is None:
-        return
-    if in_process:
+    """Build the virtual environment of an implementation that is named by a requirement."""
+    if in_process and requirements.parse(impl):
         raise UsageError(f"{impl} cannot run --in-process: it has an environment of its own")
     with signals_as_interrupts():
         virtualenvs.interpreter(impl, say)

@@ -68,7 +68,7 @@ def split_codes(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(code.strip() for text in texts for code in text.split(",") if code.strip())
 
 
-def option(text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: str = "") -> Any:
+def option(text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: Sequence[str] = ()) -> Any:
     """A field that is an option. A default of False makes it a switch, an empty tuple makes it repeatable."""
     return field(default=default, metadata={"help": text, "metavar": metavar, "read": read, "short": short})
 
@@ -93,19 +93,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Refuse a command line.
-
-        Raises:
-            UsageError: always.
-        """
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any] | None:
-        """The values by field; None where help or the version was printed instead.
-
-        Raises:
-            UsageError: an option or argument is wrong or missing.
-        """
+        """The values by field; None where help or the version was printed instead."""
         try:
             values, rest = self.parse_known_intermixed_args(arguments)
         except SystemExit:
@@ -136,7 +127,7 @@ def _add(parser: Parser, each: Field[Any]) -> None:
         parser.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
         return
     name = "--" + each.name.replace("_", "-")
-    names = [short for short in (each.metadata["short"],) if short] + [name]
+    names = (*each.metadata["short"], name)
     if each.default is False:
         parser.add_argument(*names, dest=each.name, action="store_true", help=text)
         return
@@ -157,7 +148,7 @@ class ReportOptions:
 
     format: str = choice("How to render the report.", "text", FORMATS)
     output: str = option("Write the report to this file instead of stdout.", "", metavar="FILE")
-    verbose: bool = option("List passed and skipped rules as well.", False, short="-v")
+    verbose: bool = option("List passed and skipped rules as well.", False, short=["-v"])
     debug: bool = option("Show tracebacks and what the worker prints.", False)
 
 
@@ -184,11 +175,7 @@ class RunOptions(ReportOptions):
 
     @property
     def ignored(self) -> dict[str, str]:
-        """The reason by ignored code or prefix.
-
-        Raises:
-            UsageError: a reason is missing.
-        """
+        """The reason by ignored code or prefix."""
         pairs = [text.partition("=") for text in self.ignore]
         for code, _, reason in pairs:
             if not code.strip() or not reason.strip():

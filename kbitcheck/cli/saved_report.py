@@ -8,11 +8,7 @@ from kbitcheck.core.report import Report
 
 
 def read_report(name: str) -> Report:
-    """The report in a file.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no report.
-    """
+    """The report in a file."""
     try:
         return Report.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
     except OSError as error:

@@ -78,11 +78,7 @@ def audit(
     strict: bool,
     options: Mapping[str, Any],
 ) -> Report:
-    """The report of ``kbitcheck.audit``.
-
-    Raises:
-        UsageError: an option, rule or implementation is wrong, or the model is not quantized.
-    """
+    """The report of ``kbitcheck.audit``."""
     from kbitcheck.observe import device as devices
     from kbitcheck.observe.case import open_live
 
@@ -116,11 +112,7 @@ def assert_prepared(
     ignore: Mapping[str, str],
     batch: Mapping[str, Any] | None,
 ) -> Report:
-    """The report of ``kbitcheck.assert_prepared``.
-
-    Raises:
-        UsageError: an option or rule is wrong, or the model is not quantized.
-    """
+    """The report of ``kbitcheck.assert_prepared``."""
     import torch
 
     from kbitcheck.models.sources.live import LiveModel

@@ -47,7 +47,6 @@ class Worker:
     def start(self) -> None:
         """Start the process, which takes seconds to get ready."""
         self._process = WorkerProcess(self._scratch, self._echo, self._environment, python=self._python)
-        self.loaded = False
 
     def stop(self) -> None:
         """End the process in the middle of its work; a thread that waits for its answer gets ``Lost``."""
@@ -72,12 +71,22 @@ class Worker:
         if self._cannot_load:
             yield from not_reached(spec, rules, (), self._cannot_load)
             return
+        request = Examine(spec=spec, rules=tuple(rule.code for rule in rules), seconds=self._timeout)
         reached: set[str] = set()
+        fatal = False
         try:
-            yield from self._examine(spec, rules, reached)
+            for event in self._ask(request):
+                if isinstance(event, Judged):
+                    reached.add(event.result.rule)
+                elif isinstance(event, Broken):
+                    yield from not_reached(spec, rules, reached, event.cause)
+                fatal |= isinstance(event, (Judged, Broken)) and event.fatal
+                yield event
         except Lost as lost:
-            self.close()
+            fatal = True
             yield from not_reached(spec, rules, reached, str(lost))
+        if fatal:
+            self.close()
 
     def _load(self, spec: CaseSpec) -> Iterator[Event]:
         """Load the implementation. Where even that ends the process, no case can be run."""
@@ -98,20 +107,6 @@ class Worker:
             self.loaded = True
         except Lost as lost:
             self._cannot_load = f"{spec.implementation} could not be loaded: {lost}"
-
-    def _examine(self, spec: CaseSpec, rules: Sequence[Rule], reached: set[str]) -> Iterator[Event]:
-        request = Examine(spec=spec, rules=tuple(rule.code for rule in rules), seconds=self._timeout)
-        fatal = False
-        for event in self._ask(request):
-            if isinstance(event, Judged):
-                reached.add(event.result.rule)
-                fatal |= event.fatal
-            elif isinstance(event, Broken):
-                fatal |= event.fatal
-                yield from not_reached(spec, rules, reached, event.cause)
-            yield event
-        if fatal:
-            self.close()
 
     def _ask(self, request: Request) -> Iterator[Event]:
         assert self._process is not None

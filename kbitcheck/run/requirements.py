@@ -50,11 +50,7 @@ class Requirement:
         return str(self.path or self.text)
 
     def validate(self) -> None:
-        """Check what can be checked without a network.
-
-        Raises:
-            UsageError: it is no requirement, or there is no such path.
-        """
+        """Check what can be checked without a network."""
         if self.path is not None and not self.path.exists():
             raise UsageError(f"requirement {self.text!r}: no such file or directory: {self.path}")
         if self.path is None and not self.project and "://" not in self.text:

@@ -87,11 +87,7 @@ def swept(
 
 
 def _architectures(task: str, echo: Echo) -> Mapping[str, str]:
-    """Class by model type: what the installed transformers has for a task. A worker looks: this process has no torch.
-
-    Raises:
-        Lost: the worker process ended without a list.
-    """
+    """Class by model type: what the installed transformers has for a task. A worker looks: this process has no torch."""
     try:
         with contextlib.closing(answers(ListArchitectures(task=task), LISTING_SECONDS, echo)) as listing:
             return next(event.classes for event in listing if isinstance(event, Architectures))
@@ -102,11 +98,7 @@ def _architectures(task: str, echo: Echo) -> Mapping[str, str]:
 
 
 def _chosen(classes: Mapping[str, str], task: str, select: Sequence[str], shard: tuple[int, int]) -> dict[str, str]:
-    """The architectures that ``--select`` and ``--shard`` leave, sorted.
-
-    Raises:
-        UsageError: a name or pattern that matches none.
-    """
+    """The architectures that ``--select`` and ``--shard`` leave, sorted."""
     for pattern in select:
         if not fnmatch.filter(classes, pattern):
             hint = did_you_mean(pattern, classes)
@@ -126,11 +118,7 @@ def _rows(
     environment: dict[str, Any],
     echo: Echo,
 ) -> Generator[Row, None, None]:
-    """A row for each architecture, as they finish; ``environment`` is filled. All workers end with the generator.
-
-    Raises:
-        UsageError: the implementation cannot be loaded.
-    """
+    """A row for each architecture, as they finish; ``environment`` is filled. All workers end with the generator."""
 
     def serve(worker: Worker, name: str) -> Iterator[Row]:
         spec = dataclasses.replace(template, model=f"arch:{task}/{name}")

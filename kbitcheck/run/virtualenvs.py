@@ -124,12 +124,7 @@ def _build(requirement: Requirement, folder: Path) -> None:
 
 
 def _furnish(requirement: Requirement, draft: Path, transformers: str) -> None:
-    """Install the subject and a transformers, and load the function once.
-
-    Raises:
-        Refused: not beside this transformers.
-        UsageError: not at all.
-    """
+    """Install the subject and a transformers, and load the function once; ``Refused`` where another one may do."""
     venv.create(draft, with_pip=False, clear=True)
     (_packages(draft) / requirements.PARENT).write_text("\n".join(parents()) + "\n", encoding="utf-8")
     pins = draft / "constraints.txt"
@@ -165,12 +160,7 @@ def _install(requirement: Requirement, draft: Path, beside: Sequence[str]) -> No
 
 
 def _succeed(requirement: Requirement, words: Sequence[str]) -> None:
-    """Run an installer.
-
-    Raises:
-        Conflict: transformers is in the way.
-        UsageError: it fails for another reason.
-    """
+    """Run an installer; ``Conflict`` where it fails because transformers is in the way."""
     code, printed = _run(words)
     if code == 0:
         return

@@ -13,8 +13,6 @@ from kbitcheck.report.output_file import OutputFile
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ReportOptions):
-    """The options of ``kbitcheck diff``."""
-
     before: str = argument("A.json", "The earlier report.")
     after: str = argument("B.json", "The later report.")
 

@@ -22,8 +22,6 @@ Compare = Callable[[Report], Report]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
-    """The options of ``kbitcheck gate``."""
-
     impl: str = argument("IMPL", IMPL_HELP)
     ledger: str = option("The accepted results.", "", metavar="FILE")
     accept: bool = option("Write the results of this run to the ledger.", False)
@@ -47,22 +45,14 @@ def run(options: Options) -> int:
 
 
 def comparing(name: str, specs: Sequence[CaseSpec]) -> Compare:
-    """Compares a report with a ledger, which is read before anything is run.
-
-    Raises:
-        UsageError: the ledger is missing, malformed, or was accepted under other options.
-    """
+    """Compares a report with a ledger, which is read before anything is run."""
     accepted = Ledger.read(name)
     gate.check_options(accepted, options_of(specs[0].as_json()))
     return lambda report: gate.judge(report, accepted, recipes=recipe.names())
 
 
 def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
-    """Writes a report's results to the ledger, then compares with it.
-
-    Raises:
-        UsageError: the ledger is malformed, or cannot be written.
-    """
+    """Writes a report's results to the ledger, then compares with it."""
     output = OutputFile(name, "--ledger")
     before = Path(name).read_text(encoding="utf-8") if Path(name).exists() else ""
     old = Ledger.parse(before, name=name) if before else Ledger(name=name, implementation=specs[0].implementation)

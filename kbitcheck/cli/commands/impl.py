@@ -18,8 +18,6 @@ from kbitcheck.run.subject import validate
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
-    """The options of ``kbitcheck impl``."""
-
     impl: str = argument("IMPL", IMPL_HELP)
 
 

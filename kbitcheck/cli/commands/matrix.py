@@ -19,8 +19,6 @@ from kbitcheck.run.subject import validate
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
-    """The options of ``kbitcheck matrix``."""
-
     subjects: Sequence[str] = argument("IMPL...", f"{IMPL_HELP} Or a TOML file that lists several.", nargs="+")
     format: str = choice("How to render the table.", "text", ("text", "json", "markdown", "html"))
 

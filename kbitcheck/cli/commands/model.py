@@ -17,16 +17,14 @@ PROFILE_HELP = "The dtypes to judge by; default: peft for peft and reference, ot
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """The options of ``kbitcheck model``."""
-
     model: str = argument("MODEL", "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config.")
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
     profile: Profile = choice(PROFILE_HELP, None, Profile)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
     memory: str = option("Memory that training has to fit into: 24GiB, 80GB.", "", metavar="SIZE")
     random_weights: bool = option("Give a config without weights random ones.", False)
-    dtype: str = option("Load in this dtype: bf16, fp16 or fp32.", "", metavar="DTYPE")
-    revision: str = option("Hub revision (branch, tag or commit).", "", metavar="REVISION")
+    dtype: str | None = option("Load in this dtype: bf16, fp16 or fp32.", None, metavar="DTYPE")
+    revision: str | None = option("Hub revision (branch, tag or commit).", None, metavar="REVISION")
     trust_remote_code: bool = option("Run the model's own code.", False)
     allow_pickle: bool = option("Load a checkpoint format that can run code.", False)
 
@@ -34,7 +32,7 @@ class Options(RunOptions):
     def source(self) -> dict[str, Any]:
         """How the model is read, by the names of ``CaseSpec``."""
         names = ("random_weights", "dtype", "revision", "trust_remote_code", "allow_pickle")
-        return {name: None if (value := getattr(self, name)) == "" else value for name in names}
+        return {name: getattr(self, name) for name in names}
 
 
 def run(options: Options) -> int:

@@ -11,8 +11,6 @@ from kbitcheck.report.rule_page import index, page
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of ``kbitcheck rules``."""
-
     code: str = argument("[CODE]", "A code or a prefix.", default="", nargs="?")
     debug: bool = option("Show tracebacks.", False)
 

@@ -20,8 +20,6 @@ VERDICTS = {True: "caught", False: "MISSED", None: "not run"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of ``kbitcheck selftest``."""
-
     select: str = option("Only these rules.", "", metavar="CODES")
     matrix: bool = option("Run every fault against every rule; print a page in Markdown.", False)
     timeout: float = option("Time limit of one answer of the worker.", 3600, metavar="SECONDS", read=seconds)

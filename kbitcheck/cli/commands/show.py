@@ -12,8 +12,6 @@ from kbitcheck.report.output_file import OutputFile
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ReportOptions):
-    """The options of ``kbitcheck show``."""
-
     report: str = argument("REPORT.json", "A report that --format json wrote.")
 
 

@@ -33,8 +33,6 @@ def shard(name: str, value: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of ``kbitcheck sweep``."""
-
     task: str = choice("Which of transformers' lists of architectures.", "causal-lm", TASKS)
     select: Sequence[str] = option("Only these model types; shell patterns too; repeatable.", (), metavar="NAME")
     quant: str = option("Quantization, as for `kbitcheck model`.", "nf4", metavar="Q")
