@@ -2,22 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from kbitcheck.core.cases import CaseSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The base of all requests. ``as_json`` is read back by ``from_json``."""
-
-    def as_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary; ``request`` is the name of the class."""
-        return {"request": type(self).__name__, **asdict(self)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load(Request):
+class Load:
     """Import the implementation, from the directories in ``path`` first; with ``static`` only name it."""
 
     implementation: str
@@ -28,7 +19,7 @@ class Load(Request):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Examine(Request):
+class Examine:
     """Judge a case by the rules with these codes. ``seconds`` is the time limit of the case."""
 
     spec: CaseSpec
@@ -37,25 +28,31 @@ class Examine(Request):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListArchitectures(Request):
+class ListArchitectures:
     """List the architectures that the installed transformers has for a task."""
 
     task: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TryFaults(Request):
+class TryFaults:
     """Try the faults of the rules with these codes; with ``matrix`` judge every fault by every rule."""
 
     codes: tuple[str, ...]
     matrix: bool = False
 
 
-KINDS: Mapping[str, type[Request]] = {kind.__name__: kind for kind in (Load, Examine, ListArchitectures, TryFaults)}
+Request = Load | Examine | ListArchitectures | TryFaults
+KINDS: Mapping[str, type[Request]] = {kind.__name__: kind for kind in get_args(Request)}
+
+
+def as_json(request: Request) -> dict[str, Any]:
+    """A JSON-able dictionary; ``request`` is the name of the class."""
+    return {"request": type(request).__name__, **asdict(request)}
 
 
 def from_json(data: Mapping[str, Any]) -> Request:
-    """Inverse of ``Request.as_json``."""
+    """Inverse of ``as_json``."""
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
     kind = KINDS[values.pop("request")]
     if "spec" in values:

@@ -77,8 +77,7 @@ def cases(
 
 def workers(specs: Sequence[CaseSpec]) -> int:
     """How many workers run at once where nobody says: one a core for recipes, else one, which may need all the memory."""
-    recipes = all(spec.model.startswith("tiny:") for spec in specs)
-    if not recipes:
+    if not all(spec.model.startswith("tiny:") for spec in specs):
         return 1
     # A container may have fewer cores than the machine; macOS cannot tell.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from kbitcheck.core import events
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Event
-from kbitcheck.run.requests import Request
+from kbitcheck.run.requests import Request, as_json
 
 READY_SECONDS = 300.0  # importing torch and transformers with a cold cache takes tens of seconds
 TAIL_BYTES = 1 << 16
@@ -108,7 +108,7 @@ class WorkerProcess:
                     raise Lost(f"the worker could not start: {event.cause}")
             self._ready = True
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._requests, (json.dumps(request.as_json()) + "\n").encode())
+            os.write(self._requests, (json.dumps(as_json(request)) + "\n").encode())
         yield from self._events(seconds)
 
     def _events(self, seconds: float) -> Iterator[Event]:
