@@ -86,7 +86,8 @@ class Registry(Mapping[str, Rule]):
         for prefix in (*codes, *ignored):
             if not any(code.startswith(prefix.upper()) for code in self):
                 family = [code for code in self if code.startswith(prefix.upper()[:3])]
-                hint = did_you_mean(prefix.upper(), family or self) or did_you_mean(prefix.lower(), map(self.title, self))
+                hint = did_you_mean(prefix.upper(), family or self)
+                hint = hint or did_you_mean(prefix.lower(), map(self.title, self))
                 raise UsageError(f"no rule matches {prefix!r}{hint}; see `kbitcheck rules`")
         wanted, unwanted = (tuple(prefix.upper() for prefix in prefixes) for prefixes in (codes or [""], ignored))
         return [rule for code, rule in self.items() if code.startswith(wanted) and not code.startswith(unwanted)]

@@ -121,7 +121,7 @@ def test_a_changed_wheel_is_another_subject(elsewhere: Elsewhere) -> None:
 WRONG = [
     ("{wheel}::fork_prep:nothing", "fork_prep has no attribute 'nothing'"),
     ("{wheel}::no_such_module:prepare", "no module named 'no_such_module'"),
-    ("{wheel}::fork_prep.inner:prepare", "No module named 'fork_prep.inner'"),
+    ("{wheel}::fork_prep.inner:prepare", "no module named 'fork_prep.inner'"),
     ("{wheel}::fork_prep:__version__", "is a str, which cannot be called"),
     ("{wheel}::fork_prep", "names no function"),
     ("{wheel}::", "names no function"),
