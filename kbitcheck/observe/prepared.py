@@ -22,7 +22,7 @@ from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.core.facts import Fact, ModelFacts, RunFacts
 from kbitcheck.core.facts.case import OpenCase
-from kbitcheck.models.inputs.text import draw
+from kbitcheck.models.inputs.choose import training_batch
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
@@ -184,7 +184,7 @@ def _drawn(model: nn.Module, seed: int) -> step.Batch:
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise UsageError(f"{type(model).__name__} holds no model of transformers: give batch=")
-    return draw(inner, batch=2, seq_len=24, seed=seed)
+    return training_batch(inner, batch=2, seq_len=24, seed=seed)
 
 
 def captures(model: nn.Module) -> str:

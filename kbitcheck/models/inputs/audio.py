@@ -65,8 +65,9 @@ def _audio_in_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len:
 def _audio_beside_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
     """Audio for an encoder; the labels are text."""
     tokens = Tokens(model, seed)
+    labels = tokens.labels(batch, seq_len)
     numbers, _ = layout(_config(model.config), tokens, batch)
-    return fit({key: numbers, "labels": tokens.labels(batch, seq_len)}, model)
+    return fit({key: numbers, "labels": labels}, model)
 
 
 def _config(config: Any) -> Any:

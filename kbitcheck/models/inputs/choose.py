@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,20 @@ from transformers import PreTrainedModel
 from kbitcheck.models.inputs.audio import batches_with_audio
 from kbitcheck.models.inputs.images import PIXELS, batches_with_images
 from kbitcheck.models.inputs.text import Batch, Tokens, draw, fit
+
+KINDS = {"input_ids": "text", "input_features": "audio", "input_values": "audio", **dict.fromkeys(PIXELS, "images")}
+
+
+def training_batch(model: PreTrainedModel, **shape: Any) -> Batch:
+    """A batch of the first layout that ``model`` computes a loss from, images and audio before text alone.
+
+    A model that reads text alone, has no weights, or runs on no layout gets what ``draw`` makes, unless that raises.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if (KINDS.keys() - {"input_ids"}) & accepted.keys() and model.device.type != "meta":
+        with suppress(Exception):  # the model's own code: it may raise anything, and does so again when it is judged
+            return first_fitting(model, images=True, audio=True, **shape)
+    return draw(model, **shape)
 
 
 def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape: Any) -> Batch:
@@ -26,11 +41,12 @@ def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape:
         Exception: no layout fits; this is the error of the first one.
     """
     failed: Exception | None = None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     for make in _layouts(model, shape, images=images, audio=audio):
         try:
             # Some layouts run the model, to count an image's tokens: on a copy, which is not used again.
             made = make(copy.deepcopy(model))
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices):
                 loss = copy.deepcopy(model).train()(**made).loss
             if loss is not None and bool(torch.isfinite(loss)) and _reads_images(model, made):
                 return made
@@ -54,8 +70,7 @@ def _reads_images(model: PreTrainedModel, made: Batch) -> bool:
 
 def kinds(batch: Mapping[str, Tensor]) -> str:
     """The kinds of input in a batch: ``text``, ``text, images``, ``audio``."""
-    named = {"input_ids": "text", "input_features": "audio", "input_values": "audio", **dict.fromkeys(PIXELS, "images")}
-    return ", ".join(dict.fromkeys(word for key, word in named.items() if key in batch))
+    return ", ".join(dict.fromkeys(kind for key, kind in KINDS.items() if key in batch))
 
 
 def _layouts(

@@ -61,7 +61,7 @@ class LiveModel:
     def batch(
         self, model: Any, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """A training batch for the model: see ``inputs.text.draw``."""
-        from kbitcheck.models.inputs.text import draw
+        """A training batch for the model: see ``inputs.choose.training_batch``."""
+        from kbitcheck.models.inputs.choose import training_batch
 
-        return draw(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)
+        return training_batch(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)

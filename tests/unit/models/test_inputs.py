@@ -12,6 +12,7 @@ from torch import nn
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.models.inputs import choose as inputs
 from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import resolve
 
 NF4 = Quantization()
@@ -79,6 +80,28 @@ def test_images_come_in_the_layout_the_model_reads_and_a_row_keeps_its_own(kind:
         other = model(**batch).logits.float()
     assert torch.allclose(whole[:1], first, atol=0.05 * float(whole.std()))
     assert not torch.equal(whole, other)
+
+
+@pytest.mark.transformers5("the families are of transformers 5")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arch:image-text-to-text/qwen2_vl",  # whose configuration states no size of images
+        "arch:image-text-to-text/llava_next",  # whose images are no plain ones
+        "arch:image-text-to-text/vision-encoder-decoder",  # which takes no text
+        "arch:speech-seq2seq/moonshine",  # which takes a wave
+    ],
+)
+def test_a_directory_and_a_live_model_are_fed_as_their_architecture_is(name: str) -> None:
+    architecture = resolve(name)
+    directory = resolve(str(architecture.checkpoint))
+    model = directory.load(NF4)
+    state = torch.get_rng_state()
+    fed, live, wanted = (source.batch(model) for source in (directory, LiveModel(model), architecture))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fed.keys() == live.keys() == wanted.keys()
+    assert all(torch.equal(fed[key], wanted[key]) and torch.equal(live[key], wanted[key]) for key in wanted)
+    assert bool(torch.isfinite(model.train()(**fed).loss))
 
 
 def test_images_that_are_not_read_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
