@@ -4,18 +4,14 @@
 function; importing this imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kbitcheck.core.cases import Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import NonConformance, Report, register_renderer
 from kbitcheck.core.rule import REGISTRY
 from kbitcheck.core.version import VERSION
-
-if TYPE_CHECKING:
-    from kbitcheck.core.cases import Checkpointing, Freezes, Profile
 
 __all__ = ["NonConformance", "Report", "UsageError", "__version__", "assert_prepared", "audit", "check_implementation"]
 

@@ -3,8 +3,6 @@
 Importing this imports no torch.
 """
 
-from __future__ import annotations
-
 from kbitcheck.backends.protocol import Arithmetic, Backend, Kernels, Packing, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme, dtype_option
 from kbitcheck.core.cases import CaseSpec
@@ -15,24 +13,7 @@ from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.core.rule import rule
 
 __all__ = [
-    "Arithmetic",
-    "Backend",
-    "CaseSpec",
-    "Choice",
-    "Condition",
-    "Facts",
-    "Finding",
-    "Kernels",
-    "Level",
-    "NotApplicable",
-    "Observation",
-    "Option",
-    "Packing",
-    "Party",
-    "Recognition",
-    "Result",
-    "Scheme",
-    "Status",
-    "dtype_option",
-    "rule",
-]
+    "Arithmetic", "Backend", "CaseSpec", "Choice", "Condition", "Facts", "Finding", "Kernels", "Level",
+    "NotApplicable", "Observation", "Option", "Packing", "Party", "Recognition", "Result", "Scheme", "Status",
+    "dtype_option", "rule",
+]  # fmt: skip

@@ -99,17 +99,26 @@ def breaches(report: Report) -> list[Breach]:
 
 
 def compare(
-    report: Report, ledger: Ledger, *, today: date | None = None, recipes: Collection[str] = ()
+    report: Report,
+    ledger: Ledger,
+    *,
+    today: date | None = None,
+    recipes: Collection[str] = (),
+    left_out: Iterable[Cell] = (),
 ) -> list[Breach]:
     """Every difference between a report and a ledger, worst first.
 
-    A rule left out with a reason (``--ignore``) is not missed. ``today`` decides which entries have expired (default:
-    the date in UTC). ``recipes`` are the names of the tiny models that exist (default: not checked).
+    Neither rules left out with a reason (``--ignore``) nor cells in ``left_out`` are missed. ``today`` decides which
+    entries have expired (default: the date in UTC). ``recipes`` are the names of the tiny models that exist (default:
+    not checked).
     """
     today = today or datetime.now(UTC).date()
     ignored = tuple(code.upper() for code in report.subject.get("ignored", {}))
     results = {(r.rule, r.case): r for r in report.results}
-    expected = {cell: status for cell, status in ledger.expected.items() if not cell[0].startswith(ignored)}
+    unmissed = {*left_out} - results.keys()
+    expected = {
+        c: status for c, status in ledger.expected.items() if not c[0].startswith(ignored) and c not in unmissed
+    }
     entries = {(e.rule, case): e for e in ledger.accepted for case in e.cases}
     changes: list[tuple[Cell, Change]] = []
     for cell in dict.fromkeys([*expected, *results]):
@@ -218,14 +227,20 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
 
 
 def judge(
-    report: Report, ledger: Ledger, *, accepted: bool = False, today: date | None = None, recipes: Collection[str] = ()
+    report: Report,
+    ledger: Ledger,
+    *,
+    accepted: bool = False,
+    today: date | None = None,
+    recipes: Collection[str] = (),
+    left_out: Iterable[Cell] = (),
 ) -> Report:
     """The report with its comparison against a ledger, which then decides its verdict and exit code.
 
     ``accepted`` says that the ledger was just written from the report: entries without a reason are then reported, not
-    counted. ``today`` and ``recipes`` are those of ``compare``.
+    counted. ``today``, ``recipes`` and ``left_out`` are those of ``compare``.
     """
-    changes = compare(report, ledger, today=today, recipes=recipes)
+    changes = compare(report, ledger, today=today, recipes=recipes, left_out=left_out)
     if accepted:
         changes = [replace(change, counted=False) for change in changes]
     expected = ledger.expected

@@ -4,18 +4,15 @@
 call it. pytest loads it in every run where kbitcheck is installed, so it imports little, and the rest on use.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.pytest_plugin import options
 from kbitcheck.pytest_plugin.controller import Controller
 from kbitcheck.pytest_plugin.runner import Runner
-
-if TYPE_CHECKING:
-    from kbitcheck.core.cases import CaseSpec
 
 __all__ = ["pytest_addoption", "pytest_configure", "pytest_generate_tests"]
 
@@ -23,8 +20,6 @@ RUNNER = pytest.StashKey[Runner]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    from kbitcheck.pytest_plugin import options
-
     options.declare(parser)
 
 
@@ -33,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     runner = config.stash[RUNNER] = Runner(config)
     config.pluginmanager.register(runner, "kbitcheck-runner")
     if not hasattr(config, "workerinput"):
-        controller = Controller(config, runner.settings, runner.plan, runner.folder)
+        controller = Controller(runner.settings, runner.plan, runner.folder)
         config.pluginmanager.register(controller, "kbitcheck-controller")
 
 

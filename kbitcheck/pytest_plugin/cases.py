@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +56,10 @@ class Cases:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        jobs: Iterable[Job],
-        *,
-        timeout: float,
-        path: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        self, folder: Path, jobs: Sequence[Job], *, timeout: float, path: Sequence[str], environment: dict[str, str]
     ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder = folder
-        self._jobs = list(jobs)
+        self._folder, self._jobs = folder, jobs
         self._timeout, self._path, self._environment = timeout, path, environment
         self._outcomes: dict[str, Outcome] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="worker-", dir=folder))
@@ -105,24 +98,18 @@ class Cases:
 
     def _judge(self, job: Job) -> Outcome:
         self._base = job.base
-        registered = rules()
         collector = Collector(settler([job.spec]))
         usage = ""
         try:
             worker = self._worker_for(job.spec)
             collector.loaded = self._loaded
-            for event in worker.examine(job.spec, [registered[code] for code in job.rules]):
+            for event in worker.examine(job.spec, [rules()[code] for code in job.rules]):
                 collector.add(event)
         except UsageError as error:
             usage = str(error)
         self._loaded = collector.loaded
-        return Outcome(
-            spec=job.spec,
-            results=tuple(collector.results),
-            facts=collector.facts.get(job.spec.id, {}),
-            loaded=self._loaded,
-            usage=usage,
-        )
+        facts = collector.facts.get(job.spec.id, {})
+        return Outcome(spec=job.spec, results=tuple(collector.results), facts=facts, loaded=self._loaded, usage=usage)
 
     def _worker_for(self, spec: CaseSpec) -> Worker:
         if self._worker is None or self._implementation != spec.implementation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +16,20 @@ from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.core.version import TOOL
 from kbitcheck.pytest_plugin.options import Settings
-from kbitcheck.pytest_plugin.plan import FOLDER, Cell, Plan
+from kbitcheck.pytest_plugin.plan import FOLDER, Plan
 
 if TYPE_CHECKING:
     from kbitcheck.pytest_plugin.outcome import Outcome
 
 STOPPED = "not run: the test session stopped early"
-UNFINISHED = {pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR}
 ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 class Controller:
     """Gathers the outcomes of tests. A planned cell without an outcome becomes an ERROR."""
 
-    def __init__(self, config: pytest.Config, settings: Settings, plan: Plan, folder: Path) -> None:
-        self._config, self._settings, self._plan, self._folder = config, settings, plan, folder
+    def __init__(self, settings: Settings, plan: Plan, folder: Path) -> None:
+        self._settings, self._plan, self._folder = settings, plan, folder
         self._start = time.perf_counter()
         self._outcomes: dict[str, Outcome] = {}
         self._broken: dict[str, str] = {}
@@ -77,15 +76,13 @@ class Controller:
         plan = Plan.load(self._folder) or self._plan
         if not plan.cells or session.config.option.collectonly:
             return
-        stopped = bool(session.shouldstop or session.shouldfail or exitstatus in UNFINISHED)
+        stopped = bool(session.shouldstop or session.shouldfail or exitstatus not in ENDED)
         missing = {
             nodeid: self._broken.get(nodeid) or (STOPPED if stopped else "no result: the test did not judge it")
             for nodeid in plan.cells
             if nodeid not in self._outcomes
         }
-        self._reports = self._compared(
-            self._assembled(plan.cells, missing, complete=STOPPED not in missing.values()), plan.deselected
-        )
+        self._reports = self._assembled(plan, missing)
         try:
             self._write()
         except UsageError as error:
@@ -103,30 +100,26 @@ class Controller:
         if code != EXIT_CONFORMS:
             session.exitstatus = code
 
-    def _assembled(self, cells: Mapping[str, Cell], missing: Mapping[str, str], *, complete: bool) -> list[Report]:
-        """One report for each implementation that was tested."""
-        from kbitcheck.pytest_plugin.reports import gather
+    def _assembled(self, plan: Plan, missing: Mapping[str, str]) -> list[Report]:
+        """One report for each implementation that was tested, with an error for each test in ``missing``."""
+        from kbitcheck.pytest_plugin.reports import compared, reports
 
         settings = self._settings
         errors = []
         for nodeid, reason in missing.items():
-            rule, case = cells[nodeid]
+            rule, case = plan.cells[nodeid]
             level = rules()[rule].level
             errors.append(Result(rule=rule, case=case or nodeid, level=level, status=Status.ERROR, reason=reason))
-        specs = {spec.id: spec for spec in settings.specs}
-        seconds = round(time.perf_counter() - self._start, 3)
-        groups = gather(self._outcomes.values(), errors, specs, settings.implementation)
-        return [group.report(strict=settings.strict, complete=complete, seconds=seconds) for group in groups]
-
-    def _compared(self, reports: Iterable[Report], deselected: Iterable[Cell]) -> list[Report]:
-        """The reports; that of the options' implementation with its comparison, where there is a ledger."""
-        settings = self._settings
-        if settings.accepted is None:
-            return list(reports)
-        return [
-            settings.accepted.judge(report, deselected) if _is_of(report, settings.implementation) else report
-            for report in reports
-        ]
+        assembled = reports(
+            self._outcomes.values(),
+            errors,
+            {spec.id: spec for spec in settings.specs},
+            settings.implementation,
+            strict=settings.strict,
+            complete=STOPPED not in missing.values(),
+            seconds=time.perf_counter() - self._start,
+        )
+        return [compared(report, settings, left_out=plan.deselected) for report in assembled]
 
     def _write(self) -> None:
         """Write ``--kbit-report``; where several implementations were tested, one file each."""
@@ -153,7 +146,7 @@ class Controller:
             terminalreporter.write_line(f"wrong usage: {self._usage}", red=True)
             return
         for report in self._reports:
-            if self._config.get_verbosity() < 0:
+            if terminalreporter.config.get_verbosity() < 0:
                 terminalreporter.write_line(verdict(report))
             else:
                 terminalreporter.write(render(report, "text", terminal=terminalreporter.hasmarkup))
@@ -176,11 +169,6 @@ def _outcome(report: pytest.TestReport) -> Outcome | None:
 def _is_error(outcome: Outcome | None) -> bool:
     """Whether a test reported wrong usage or a rule that could not be judged."""
     return outcome is not None and bool(outcome.usage or any(r.status is Status.ERROR for r in outcome.results))
-
-
-def _is_of(report: Report, implementation: str) -> bool:
-    """Whether a report is of this implementation."""
-    return {spec["implementation"] for spec in report.subject.get("cases", {}).values()} == {implementation}
 
 
 def _errors(report: Report) -> bool:

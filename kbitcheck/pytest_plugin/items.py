@@ -19,22 +19,20 @@ class CaseCollector(pytest.Collector):
     """
 
     def __init__(self, *, spec: CaseSpec, rules: Sequence[Rule], check: Check, **kwargs: Any) -> None:
-        super().__init__(nodeid=f"kbitcheck/{spec.id}", **kwargs)
+        super().__init__(name=spec.id, nodeid=f"kbitcheck/{spec.id}", **kwargs)
         self._spec, self._rules, self._check = spec, rules, check
 
     def collect(self) -> Iterator[pytest.Item]:
         """One item for each rule."""
         for rule in self._rules:
-            name = item_name(rule, self._spec)
-            yield RuleItem.from_parent(self, name=name, rule=rule, spec=self._spec, check=self._check)
+            yield RuleItem.from_parent(self, rule=rule, spec=self._spec, check=self._check)
 
 
 class RuleItem(pytest.Item):
     """One rule on one case."""
 
-    def __init__(
-        self, *, name: str, parent: pytest.Collector, rule: Rule, spec: CaseSpec, check: Check, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, parent: pytest.Collector, rule: Rule, spec: CaseSpec, check: Check, **kwargs: Any) -> None:
+        name = item_name(rule, spec)
         # Without a node id pytest would read the brackets as parameters, as --lf does when it reads its cache.
         super().__init__(name=name, parent=parent, nodeid=f"{parent.nodeid}::{name}", **kwargs)
         self._rule, self._spec, self._check = rule, spec, check

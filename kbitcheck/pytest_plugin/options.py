@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import pytest
 
+from kbitcheck.core.cases import CaseSpec, Checkpointing, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import Rule, select
 
 if TYPE_CHECKING:
-    from kbitcheck.core.cases import CaseSpec, Checkpointing
-    from kbitcheck.pytest_plugin.accepted import Accepted
-
+    from kbitcheck.compare.ledger import Ledger
 
 FORMS = {
     ".json": "json", ".txt": "text", ".xml": "junit", ".sarif": "sarif", ".md": "markdown", ".html": "html",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """An option with a value: ``--kbit-NAME``, and ``kbit_NAME`` in the ini file."""
 
     metavar: str
     help: str
     default: str = ""
-    _: KW_ONLY
     repeatable: bool = False
 
 
@@ -39,7 +35,7 @@ OPTIONS = {
     "model": Option("MODEL", "Use these models instead of the suite's; repeatable.", repeatable=True),
     "quant": Option("Q", "Quantization, with options as in `kbitcheck impl --quant`; repeatable.", repeatable=True),
     "checkpointing": Option("MODE", "reentrant, non-reentrant, default or off; repeatable.", repeatable=True),
-    "profile": Option("PROFILE", "The dtypes that the preparation promises: peft, qlora or frozen-half.", "peft"),
+    "profile": Option("PROFILE", "The dtypes that the preparation promises: peft, qlora, frozen-half or auto.", "peft"),
     "select": Option("CODES", "Only these rules; prefixes (KB3) too; repeatable.", repeatable=True),
     "suite": Option("SUITE", "Suite of recipes: quick or full.", "quick"),
     "timeout": Option("SECONDS", "Time limit of one case.", "600"),
@@ -68,85 +64,52 @@ def declare(parser: pytest.Parser) -> None:
     parser.addini("kbit_strict", "--kbit-strict", "bool", False)
 
 
-@dataclass(frozen=True)
 class Settings:
-    """The options as the user typed them; properties check the values that they return."""
+    """The options as the user typed them; properties check what they return (``UsageError``).
 
-    implementation: str
-    models: tuple[str, ...]
-    quants: tuple[str, ...]
-    checkpointing: tuple[str, ...]
-    profile: str
-    select: tuple[str, ...]
-    suite: str
-    timeout_text: str
-    device: str
-    report: str
-    ledger: str
-    strict: bool
+    The ini file has those that the command line leaves out. ``any`` says whether one is set at all.
+    """
 
-    @classmethod
-    def read(cls, config: pytest.Config) -> Settings:
-        """The options of this run; the ini file has those that the command line leaves out."""
-        base = config.invocation_params.dir
-
-        def text(name: str) -> str:
-            return str(config.getoption(f"kbit_{name}") or config.getini(f"kbit_{name}") or OPTIONS[name].default)
-
-        def texts(name: str) -> tuple[str, ...]:
-            return tuple(config.getoption(f"kbit_{name}") or config.getini(f"kbit_{name}"))
+    def __init__(self, config: pytest.Config) -> None:
+        typed = {name: config.getoption(f"kbit_{name}") for name in (*OPTIONS, "strict")}
+        values = {name: value or config.getini(f"kbit_{name}") for name, value in typed.items()}
+        texts = {name: str(values[name] or option.default) for name, option in OPTIONS.items()}
+        base, root = config.invocation_params.dir, config.rootpath
 
         def file(name: str) -> str:
             """A path, relative to where pytest was started, or in the ini file to the root directory."""
-            typed = config.getoption(f"kbit_{name}")
-            return str(base / typed if typed else config.rootpath / text(name)) if text(name) else ""
+            return str((base if typed[name] else root) / values[name]) if values[name] else ""
 
-        return cls(
-            implementation=implementation_from(text("impl"), base, config.rootpath),
-            models=texts("model"),
-            quants=texts("quant"),
-            checkpointing=texts("checkpointing"),
-            profile=text("profile"),
-            select=tuple(code.strip() for part in texts("select") for code in part.split(",") if code.strip()),
-            suite=text("suite"),
-            timeout_text=text("timeout"),
-            device=text("device"),
-            report=file("report"),
-            ledger=file("ledger"),
-            strict=bool(config.getoption("kbit_strict") or config.getini("kbit_strict")),
-        )
+        self.any = any(values.values())
+        self.implementation = implementation_from(texts["impl"], base, root)
+        self.models = tuple(values["model"])
+        self.quants = tuple(values["quant"])
+        self.checkpointing = tuple(values["checkpointing"])
+        self.profile, self.suite, self.device = texts["profile"], texts["suite"], texts["device"]
+        self.report, self.ledger_file = file("report"), file("ledger")
+        self.strict = bool(values["strict"])
+        self._codes = [code.strip() for part in values["select"] for code in part.split(",") if code.strip()]
+        self._timeout = texts["timeout"]
 
     @cached_property
     def rules(self) -> list[Rule]:
-        """The selected rules.
-
-        Raises:
-            UsageError: a code that matches none.
-        """
-        return select(self.select)
+        """The selected rules."""
+        return select(self._codes)
 
     @cached_property
     def timeout(self) -> float:
-        """Seconds a case may take.
-
-        Raises:
-            UsageError: no number, or none above 0.
-        """
+        """Seconds a case may take."""
         try:
-            seconds = float(self.timeout_text)
+            seconds = float(self._timeout)
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < float("inf"):
-            raise UsageError(f"--kbit-timeout wants a number of seconds above 0, not {self.timeout_text!r}")
+            raise UsageError(f"--kbit-timeout wants a number of seconds above 0, not {self._timeout!r}")
         return seconds
 
     @property
     def form(self) -> str:
-        """The format of ``--kbit-report``.
-
-        Raises:
-            UsageError: the suffix names none.
-        """
+        """The format of ``--kbit-report``."""
         form = FORMS.get(Path(self.report).suffix)
         if form is None:
             raise UsageError(f"--kbit-report {self.report}: the suffix names no format; use {', '.join(FORMS)}")
@@ -154,71 +117,56 @@ class Settings:
 
     @cached_property
     def specs(self) -> list[CaseSpec]:
-        """The cases of ``--kbit-impl``; none without it.
-
-        Raises:
-            UsageError: an option is wrong.
-        """
+        """The cases of ``--kbit-impl``; none without it."""
         if not self.implementation:
             return []
-        from kbitcheck.core import machine as environment
-        from kbitcheck.core.cases import Checkpointing, Profile
+        from kbitcheck.core.machine import validate_device
         from kbitcheck.core.suggest import did_you_mean
-        from kbitcheck.run import subject as implementations
-        from kbitcheck.run import suites as suite
+        from kbitcheck.run import subject, suites
 
         for option, values, choices in (
-            ("profile", (self.profile,), get_args(Profile)),
+            ("profile", [self.profile], get_args(Profile)),
             ("checkpointing", self.checkpointing, get_args(Checkpointing)),
-            ("suite", (self.suite,), ("quick", "full")),
+            ("suite", [self.suite], ("quick", "full")),
         ):
             for value in values:
                 if value not in choices:
                     hint = did_you_mean(value, choices)
                     raise UsageError(f"no such --kbit-{option}: {value!r}{hint}; use {', '.join(choices)}")
-        implementations.validate(self.implementation)
-        environment.validate_device(self.device)
-        return suite.cases(
-            suite.suite_cells(self.suite),
+        subject.validate(self.implementation)
+        validate_device(self.device)
+        return suites.cases(
+            suites.suite_cells(self.suite),
             models=self.models,
             quants=self.quants,
-            checkpointing=cast("tuple[Checkpointing, ...]", self.checkpointing),
+            checkpointing=self.checkpointing,
             implementation=self.implementation,
             profile=self.profile,
             device=self.device,
         )
 
     @cached_property
-    def accepted(self) -> Accepted | None:
-        """The ledger of ``--kbit-ledger``; None without it.
-
-        Raises:
-            UsageError: the ledger is missing, malformed, or was accepted under other options.
-        """
-        if not self.ledger:
+    def ledger(self) -> Ledger | None:
+        """The ledger of ``--kbit-ledger``, accepted under the same options; None without it."""
+        if not self.ledger_file:
             return None
         from kbitcheck.compare import gate
         from kbitcheck.compare.ledger import Ledger, options_of
-        from kbitcheck.pytest_plugin.accepted import Accepted
 
         if not self.specs:
             raise UsageError("--kbit-ledger needs --kbit-impl: a ledger is of one implementation")
-        ledger = Ledger.read(self.ledger)
+        ledger = Ledger.read(self.ledger_file)
         gate.check_options(ledger, options_of(self.specs[0].as_json()))
-        return Accepted(ledger)
+        return ledger
 
     def check(self) -> None:
-        """Check all options, without torch.
-
-        Raises:
-            UsageError: one line that says what is wrong.
-        """
-        _ = self.rules, self.timeout, self.specs, self.accepted
+        """Raise a ``UsageError`` if any option is wrong, without torch."""
+        _ = self.rules, self.timeout, self.specs, self.ledger
         if self.models:
-            from kbitcheck.models.sources import resolve as models
+            from kbitcheck.models.sources.resolve import resolve
 
             for name in self.models:
-                models.resolve(name)
+                resolve(name)
         if self.report:
             from kbitcheck.report.output_file import OutputFile
 
@@ -234,9 +182,3 @@ def implementation_from(implementation: str, *directories: Path) -> str:
             if (directory / where).is_file():
                 return f"{os.path.relpath(directory / where)}:{attribute}"
     return implementation
-
-
-def any_option(config: pytest.Config) -> bool:
-    """Whether any of the options is set, on the command line or in the ini file."""
-    values: list[Any] = [config.getoption(f"kbit_{n}") or config.getini(f"kbit_{n}") for n in (*OPTIONS, "strict")]
-    return any(values)

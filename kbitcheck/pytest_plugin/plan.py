@@ -5,17 +5,12 @@ import tempfile
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, TypeAlias
 
 FOLDER = "kbit_folder"  # in xdist's workerinput
 FILE = "plan.json"
 
-
-class Cell(NamedTuple):
-    """A rule on a case; ``case`` is empty where a fixture decides it when the test runs."""
-
-    rule: str
-    case: str
+Cell: TypeAlias = tuple[str, str]  # rule and case; no case where a fixture decides it when the test runs
 
 
 @dataclass
@@ -39,14 +34,9 @@ class Plan:
         if not file.exists():
             return None
         data = json.loads(file.read_text(encoding="utf-8"))
-        return cls(
-            {nodeid: Cell(*cell) for nodeid, cell in data["cells"].items()},
-            [Cell(*cell) for cell in data["deselected"]],
-        )
+        return cls({nodeid: tuple(cell) for nodeid, cell in data["cells"].items()}, [*map(tuple, data["deselected"])])
 
 
 def shared_folder(workerinput: Any) -> Path:
     """The directory of this test run: that of xdist's controller, else a new name. It is created when it is needed."""
-    if FOLDER in workerinput:
-        return Path(workerinput[FOLDER])
-    return Path(tempfile.gettempdir()) / f"kbitcheck-{uuid.uuid4().hex}"
+    return Path(workerinput.get(FOLDER) or Path(tempfile.gettempdir()) / f"kbitcheck-{uuid.uuid4().hex}")

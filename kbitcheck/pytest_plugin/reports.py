@@ -1,70 +1,67 @@
 """Reports as ``kbitcheck impl`` writes them, assembled from the outcomes of tests."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from kbitcheck.compare import gate
+from kbitcheck.compare.ledger import Cell
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.result import Result
+from kbitcheck.models.sources import recipe
+from kbitcheck.pytest_plugin.options import Settings
 from kbitcheck.pytest_plugin.outcome import Outcome
 
 
-@dataclass(slots=True)
-class Gathered:
-    """The outcomes and errors of tests of one implementation. A result that is added again replaces the first."""
+def reports(
+    outcomes: Iterable[Outcome],
+    errors: Iterable[Result],
+    specs: Mapping[str, CaseSpec],
+    implementation: str,
+    **options: Any,
+) -> list[Report]:
+    """One report for each implementation, with ``options`` of ``assemble``.
 
-    implementation: str
-    specs: dict[str, CaseSpec] = field(default_factory=dict)
-    results: dict[tuple[str, str], Result] = field(default_factory=dict)
-    collector: Collector = field(default_factory=Collector)
-
-    def add(self, outcome: Outcome) -> None:
-        """Add what a test reported."""
-        case = outcome.spec.id
-        self.specs[case] = outcome.spec
-        self.results.update({(case, result.rule): result for result in outcome.results})
-        if outcome.facts:
-            self.collector.facts[case] = outcome.facts
-        if outcome.loaded.implementation:
-            self.collector.loaded = outcome.loaded
-
-    def add_error(self, error: Result, spec: CaseSpec | None) -> None:
-        """Add an error for a cell that no test reported."""
-        self.results.setdefault((error.case, error.rule), error)
-        if spec is not None:
-            self.specs[spec.id] = spec
-
-    def report(self, *, strict: bool, complete: bool = True, seconds: float | None = None) -> Report:
-        """The report, with results in the order of their cases and rules."""
-        self.collector.results = [self.results[key] for key in sorted(self.results)]
-        if not self.collector.loaded.implementation:
-            self.collector.loaded = Loaded(implementation={"name": self.implementation})
-        return assemble(
-            self.collector,
-            {case: self.specs[case].as_json() for case in sorted(self.specs)},
-            subject={"command": "impl", "ignored": {}},
-            strict=strict,
-            complete=complete,
-            seconds=seconds,
-        )
-
-
-def gather(
-    outcomes: Iterable[Outcome], errors: Iterable[Result], specs: Mapping[str, CaseSpec], implementation: str
-) -> list[Gathered]:
-    """Outcomes and errors by implementation.
-
-    An error whose case is not in ``specs`` (``implementation`` on the cases of the options) goes to the first one.
+    ``errors`` are of cells that no test judged. One whose case is not in ``specs`` (``implementation`` on the cases of
+    the options) goes to the first implementation.
     """
-    groups: dict[str, Gathered] = {}
-
-    def group(name: str) -> Gathered:
-        return groups.setdefault(name, Gathered(name))
-
+    judged: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        group(outcome.spec.implementation).add(outcome)
+        judged.setdefault(outcome.spec.implementation, []).append(outcome)
+    first = next(iter(judged), implementation)
+    missing: dict[str, list[Result]] = {}
     for error in errors:
-        spec = specs.get(error.case)
-        group(implementation if spec else next(iter(groups), implementation)).add_error(error, spec)
-    return list(groups.values())
+        missing.setdefault(implementation if error.case in specs else first, []).append(error)
+    return [
+        _report(name, judged.get(name, []), missing.get(name, []), specs, options) for name in {**judged, **missing}
+    ]
+
+
+def compared(report: Report, settings: Settings, *, left_out: Iterable[Cell]) -> Report:
+    """The report of ``--kbit-impl`` with its comparison, where there is a ledger; any other report itself.
+
+    Of ``left_out``, as where tests are judged one by one or deselected (``-k``, ``--lf``), no cell is missed.
+    """
+    implementations = {spec["implementation"] for spec in report.subject.get("cases", {}).values()}
+    if settings.ledger is None or implementations != {settings.implementation}:
+        return report
+    return gate.judge(report, settings.ledger, recipes=recipe.names(), left_out=left_out)
+
+
+def _report(
+    implementation: str,
+    outcomes: Sequence[Outcome],
+    errors: Sequence[Result],
+    specs: Mapping[str, CaseSpec],
+    options: Mapping[str, Any],
+) -> Report:
+    """Results are in the order of cases and rules; of several for one cell the last counts, an error only alone."""
+    results = {(r.case, r.rule): r for r in [*errors, *(r for outcome in outcomes for r in outcome.results)]}
+    cases = {e.case: specs[e.case] for e in errors if e.case in specs} | {o.spec.id: o.spec for o in outcomes}
+    loaded = [outcome.loaded for outcome in outcomes if outcome.loaded.implementation]
+    collector = Collector(loaded=loaded[-1] if loaded else Loaded(implementation={"name": implementation}))
+    collector.results = [results[cell] for cell in sorted(results)]
+    collector.facts = {outcome.spec.id: outcome.facts for outcome in outcomes if outcome.facts}
+    subject = {"command": "impl", "ignored": {}}
+    return assemble(collector, {case: cases[case].as_json() for case in sorted(cases)}, subject=subject, **options)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Result, Status
-from kbitcheck.pytest_plugin.options import Settings, any_option
-from kbitcheck.pytest_plugin.plan import Cell, Plan, shared_folder
+from kbitcheck.pytest_plugin.options import Settings
+from kbitcheck.pytest_plugin.plan import Plan, shared_folder
 
 if TYPE_CHECKING:
-    from kbitcheck.core.cases import CaseSpec
     from kbitcheck.pytest_plugin.cases import Cases
     from kbitcheck.pytest_plugin.outcome import Outcome
 
@@ -30,30 +30,19 @@ class Runner:
     """Collects the tests of ``--kbit-impl``, plans which cases they need, and judges one rule on one case."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._config = config
         self._workerinput: Mapping[str, Any] = getattr(config, "workerinput", {})
         self.folder = shared_folder(self._workerinput)
-        self.active = any_option(config)
+        self.settings = Settings(config)
+        self.active = self.settings.any
         self.plan = Plan()
         # The rules that judge a case in tests which name it, and the rules of tests whose case a fixture decides.
         self._rules_by_case: dict[CaseSpec, tuple[str, ...]] = {}
         self._other_rules: tuple[str, ...] = ()
         if self.active and not self._workerinput:
-            self._check_settings()
-
-    @cached_property
-    def settings(self) -> Settings:
-        """The options of this test run."""
-        return Settings.read(self._config)
-
-    def _check_settings(self) -> None:
-        """Refuse wrong options, in one line, before anything is collected."""
-        try:
-            self.settings.check()
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from None
-
-    # Collection
+            try:
+                self.settings.check()
+            except UsageError as error:
+                raise pytest.UsageError(str(error)) from None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(
@@ -62,15 +51,12 @@ class Runner:
         """Add the cases of ``--kbit-impl`` to the session's own collectors."""
         report = yield
         if self.active and isinstance(collector, pytest.Session) and report.passed:
-            report.result = [*report.result, *self._collectors(collector)]
+            from kbitcheck.pytest_plugin.items import CaseCollector
+
+            rules = self.settings.rules
+            for spec in self.settings.specs:
+                report.result.append(CaseCollector.from_parent(collector, spec=spec, rules=rules, check=self.check))
         return report
-
-    def _collectors(self, session: pytest.Session) -> Iterator[pytest.Collector]:
-        from kbitcheck.pytest_plugin.items import CaseCollector
-
-        rules = self.settings.rules
-        for spec in self.settings.specs:
-            yield CaseCollector.from_parent(session, name=spec.id, spec=spec, rules=rules, check=self.check)
 
     def parametrize(self, metafunc: pytest.Metafunc) -> None:
         """Give a test function that requests ``kbit_check`` one parameter for each rule, and case of the options."""
@@ -97,7 +83,7 @@ class Runner:
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Note which cells are left out."""
         marks = [mark for mark in map(_mark, items) if mark] if self.active else []
-        self.plan.deselected += [Cell(mark["rule"], mark["spec"].id) for mark in marks if mark.get("spec")]
+        self.plan.deselected += [(mark["rule"], mark["spec"].id) for mark in marks if mark.get("spec")]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Plan which rules judge each case, so that a case is judged once by all of them."""
@@ -111,13 +97,11 @@ class Runner:
                 continue
             spec = mark.get("spec")
             (others if spec is None else by_case.setdefault(spec, set())).add(mark["rule"])
-            self.plan.cells[item.nodeid] = Cell(mark["rule"], "" if spec is None else spec.id)
+            self.plan.cells[item.nodeid] = mark["rule"], "" if spec is None else spec.id
         self._other_rules = tuple(sorted(others))
         self._rules_by_case = {spec: tuple(sorted(codes)) for spec, codes in by_case.items()}
         if self.plan.cells and self._workerinput:
             self.plan.save(self.folder)
-
-    # Running
 
     @cached_property
     def _cases(self) -> Cases:
@@ -130,7 +114,7 @@ class Runner:
             [Job(spec, codes) for spec, codes in self._rules_by_case.items()],
             timeout=self.settings.timeout,
             path=[entry for entry in sys.path if Path(entry).is_dir() and Path(entry).is_absolute()],
-            environment=devices.environment_of(worker, device, devices.visible()) if worker else None,
+            environment=devices.environment_of(worker, device, devices.visible()) if worker else {},
         )
 
     def check(self, item: pytest.Item, case: Any, code: str) -> None:
@@ -150,17 +134,17 @@ class Runner:
         self._end_test(result, outcome)
 
     def _end_test(self, result: Result, outcome: Outcome) -> None:
-        from kbitcheck.pytest_plugin.reports import gather
+        from kbitcheck.pytest_plugin.reports import compared, reports
 
-        [group] = gather([outcome], [], {}, outcome.spec.implementation)
-        report = group.report(strict=self.settings.strict)
-        own = outcome.spec.implementation == self.settings.implementation
-        if own and (accepted := self.settings.accepted) is not None:
-            cell = Cell(result.rule, result.case)
-            report = accepted.judge_cell(report, cell)
-            if report.gate and any(breach["counted"] for breach in report.gate["breaches"]):
+        ledger = self.settings.ledger
+        [report] = reports([outcome], [], {}, "", strict=self.settings.strict)
+        report = compared(report, self.settings, left_out=ledger.expected if ledger else ())
+        if report.gate is not None:
+            if any(breach["counted"] for breach in report.gate["breaches"]):
                 fail(report)
-            if result.status in (Status.FAIL, Status.ERROR) and (reason := accepted.reason(cell)):
+            entries = (e for e in report.gate["accepted"] if e["rule"] == result.rule and result.case in e["cases"])
+            reason = next((entry["reason"] for entry in entries), "")
+            if reason and result.status in (Status.FAIL, Status.ERROR):
                 pytest.xfail(f"accepted: {reason}")
         if result.status is Status.PASS:
             return
@@ -174,7 +158,7 @@ class Runner:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Attach the outcome to the test's report, with which it crosses from xdist's workers."""
+        """Attach the outcome to the test's report, which crosses from xdist's workers."""
         report = yield
         if call.when == "call" and OUTCOME in item.stash:
             vars(report)["kbit"] = item.stash[OUTCOME]

@@ -1,7 +1,5 @@
 """Faults of KB9xx."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,10 +8,6 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.sabotage.fault import spoils
 from kbitcheck.sabotage.helpers import dequantize, subclass
-
-
-def _rename_class(module: Any, name: str) -> None:
-    module.__class__ = type(name, (type(module),), {})
 
 
 @spoils("KB901")
@@ -45,7 +39,7 @@ def a_block_nothing_reads(model: Any) -> None:
 
 @spoils("KB905")
 def a_router_among_the_targets(model: Any) -> None:
-    _rename_class(model.transformer.h[0].mlp.c_fc, "TopKRouter")
+    subclass(model.transformer.h[0].mlp.c_fc, "TopKRouter")
 
 
 @spoils("KB906")
@@ -55,7 +49,7 @@ def a_parameter_the_configuration_does_not_tell_of(model: Any) -> None:
 
 @spoils("KB907")
 def a_norm_of_an_unknown_class(model: Any) -> None:
-    _rename_class(model.transformer.ln_f, "Scale")
+    subclass(model.transformer.ln_f, "Scale")
 
 
 @spoils("KB908")

@@ -1,30 +1,16 @@
 """Faults of KB4xx."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
-from kbitcheck.sabotage.helpers import (
-    before_enabling,
-    blocks,
-    call,
-    cast,
-    change_input,
-    enable,
-    first_output,
-    freeze,
-    hoard,
-    prepare_well,
-    quantized,
-)  # fmt: skip
+from kbitcheck.sabotage.helpers import before_enabling, blocks, call, cast, enable, prepare_well, quantized
+from kbitcheck.sabotage.hooks import change_gradient, change_input, hoard
 
 
 @breaks("KB401")
@@ -84,7 +70,7 @@ def reentrant_whatever_is_asked(model: Any, checkpointing: bool, kwargs: Any) ->
 
 @breaks("KB405")
 def activations_kept_on_the_side(model: Any) -> None:
-    hoard(model)
+    hoard(model, [module for block in blocks(model) for module in block.modules()])
 
 
 @breaks("KB405", checkpointing="non-reentrant")
@@ -102,32 +88,21 @@ def one_checkpoint_round_the_whole_stack(model: Any) -> None:
     stack.forward = forward
 
 
-class _Kept(torch.autograd.Function):
-    """Keeps a copy of its input where no checkpoint can free it, as some int8 kernels keep theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.kept = x.clone()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
+def _remembered(x: Any) -> Any:
+    """``x`` itself; the graph keeps a copy of it where no checkpoint can free it, as some int8 kernels keep theirs."""
+    copy = x.clone()
+    return change_gradient(x, lambda gradient: gradient.view_as(copy))
 
 
 @breaks("KB405", quant="int8", checkpointing="non-reentrant")
 def more_kept_than_the_stack_keeps(model: Any) -> None:
     for layer in quantized(model):
-        change_input(layer, lambda x: _Kept.apply(x) if torch.is_grad_enabled() else x)
+        change_input(layer, _remembered)
 
 
 @breaks("KB405", model="tiny:llama", quant="nf4", checkpointing="reentrant")
 def outputs_of_quantized_layers_kept(model: Any) -> None:
-    kept: list[Any] = []
-    for block in blocks(model):
-        for layer in quantized(block):
-            layer.register_forward_hook(lambda module, args, output: kept.append(output))
-    model.register_forward_pre_hook(lambda module, args: kept.clear())
+    hoard(model, [layer for block in blocks(model) for layer in quantized(block)])
 
 
 @adds("KB405")
@@ -144,7 +119,7 @@ def a_copy_kept_by_each_block(model: Any) -> None:
     kept: list[Any] = []
     model.register_forward_pre_hook(lambda module, args: kept.clear())
     for block in blocks(model):
-        block.register_forward_hook(lambda module, args, output: kept.append(first_output(output).detach().clone()))
+        block.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach().clone()))
 
 
 def _offloading(function: Any, *args: Any) -> Any:
@@ -168,7 +143,7 @@ def mode_left_implicit(model: Any) -> None:
 
 @implements("KB407", checkpointing="default")
 def an_empty_dictionary_for_none(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+    model.requires_grad_(False)
     cast(model)
     if checkpointing:
         enable(model, kwargs or {})

@@ -1,7 +1,5 @@
 """Faults of KB5xx."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import random
@@ -13,7 +11,8 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
-from kbitcheck.sabotage.helpers import before_enabling, blocks, cast, enable, freeze, hoard, subclass, switch_on
+from kbitcheck.sabotage.helpers import before_enabling, blocks, enable, prepare_well, subclass
+from kbitcheck.sabotage.hooks import hoard
 
 
 @wraps("KB501", own_signature=True)
@@ -90,16 +89,14 @@ def a_hook_that_nobody_can_remove(model: Any) -> None:
 
 @implements("KB505")
 def hooks_beside_what_the_model_hooks(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
-    cast(model)
+    prepare_well(model, checkpointing, kwargs)
     if checkpointing:
         model.get_input_embeddings().register_forward_hook(_require_grad)
-    switch_on(model, checkpointing, kwargs)
 
 
 @wraps("KB506")
 def frozen_before_it_is_checked(prepare: Prepare, model: Any, *arguments: Any) -> Any:
-    freeze(model)
+    model.requires_grad_(False)
     return prepare(model, *arguments)
 
 
@@ -153,7 +150,7 @@ def old_weights_kept(prepare: Prepare, model: Any, *arguments: Any) -> Any:
 
 @breaks("KB508")
 def activations_outlive_the_step(model: Any) -> None:
-    hoard(model)
+    hoard(model, [module for block in blocks(model) for module in block.modules()])
 
 
 @breaks("KB508")

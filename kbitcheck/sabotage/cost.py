@@ -1,13 +1,11 @@
 """Faults of KB6xx."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 
-from kbitcheck.sabotage.fault import Prepare, breaks, implements, spoils, wraps
-from kbitcheck.sabotage.helpers import before_enabling, freeze, half, switch_on
+from kbitcheck.sabotage.fault import Prepare, breaks, casts, spoils, wraps
+from kbitcheck.sabotage.helpers import before_enabling, half
 
 
 @wraps("KB601")
@@ -35,11 +33,9 @@ def positions_widened_to_float64(model: Any) -> None:
     model.transformer.wpe.double()
 
 
-@implements("KB603")
-def keeps_weights_in_larger_storages(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB603")
+def keeps_weights_in_larger_storages(model: Any) -> None:
     for _, parameter in half(model):
         room = torch.zeros(2 * parameter.numel(), dtype=torch.float32)
         room[: parameter.numel()] = parameter.data.float().flatten()
         parameter.data = room[: parameter.numel()].view(parameter.shape)
-    switch_on(model, checkpointing, kwargs)

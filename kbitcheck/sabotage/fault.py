@@ -1,14 +1,12 @@
 """What a fault is, and the registry of faults."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from kbitcheck_reference import prepare_model_for_kbit_training
 
-from kbitcheck.sabotage.helpers import cast, freeze, switch_on
+from kbitcheck.sabotage.helpers import cast, prepare_well, switch_on
 
 Prepare = Callable[..., Any]
 Register = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -55,8 +53,8 @@ def faults() -> list[Fault]:
 def breaks(code: str, **case: Any) -> Register:
     """Register ``f(model)``, which damages a model that the reference prepared."""
 
-    def prepare(damage: Callable[[Any], None], model: Any, checkpointing: bool, kwargs: Any) -> Any:
-        prepare_model_for_kbit_training(model, checkpointing, kwargs)
+    def prepare(damage: Callable[[Any], None], model: Any, *arguments: Any) -> Any:
+        prepare_model_for_kbit_training(model, *arguments)
         damage(model)
         return model
 
@@ -76,8 +74,8 @@ def spoils(code: str, **case: Any) -> Register:
 def wraps(code: str, **case: Any) -> Register:
     """Register ``f(prepare, model, checkpointing, kwargs)``, a broken implementation that calls ``prepare``."""
 
-    def prepare(wrapper: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
-        return wrapper(prepare_model_for_kbit_training, model, checkpointing, kwargs)
+    def prepare(wrapper: Prepare, *arguments: Any) -> Any:
+        return wrapper(prepare_model_for_kbit_training, *arguments)
 
     return _registering(code, prepare, **case)
 
@@ -85,8 +83,18 @@ def wraps(code: str, **case: Any) -> Register:
 def implements(code: str, **case: Any) -> Register:
     """Register ``f(model, checkpointing, kwargs)``, the steps of a broken implementation without the reference."""
 
-    def prepare(steps: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
-        steps(model, checkpointing, kwargs)
+    def prepare(steps: Prepare, model: Any, *arguments: Any) -> Any:
+        steps(model, *arguments)
+        return model
+
+    return _registering(code, prepare, standalone=True, **case)
+
+
+def casts(code: str, **case: Any) -> Register:
+    """Register ``f(model)``, the cast of an implementation whose other steps are good."""
+
+    def prepare(broken_cast: Callable[[Any], None], model: Any, *arguments: Any) -> Any:
+        prepare_well(model, *arguments, cast=broken_cast)
         return model
 
     return _registering(code, prepare, standalone=True, **case)
@@ -95,12 +103,12 @@ def implements(code: str, **case: Any) -> Register:
 def adds(code: str, *, last: bool = False, **case: Any) -> Register:
     """Register ``f(model)``, which a good implementation runs too: before it enables checkpointing, or ``last``."""
 
-    def prepare(addition: Callable[[Any], None], model: Any, checkpointing: bool, kwargs: Any) -> Any:
-        freeze(model)
+    def prepare(addition: Callable[[Any], None], model: Any, *arguments: Any) -> Any:
+        model.requires_grad_(False)
         cast(model)
         if not last:
             addition(model)
-        switch_on(model, checkpointing, kwargs)
+        switch_on(model, *arguments)
         if last:
             addition(model)
         return model

@@ -1,7 +1,5 @@
 """Faults of KB3xx."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,49 +11,27 @@ from torch.utils.checkpoint import checkpoint
 
 from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, wraps
-from kbitcheck.sabotage.helpers import (
-    blocks,
-    change_input,
-    corrupt,
-    first_output,
-    freeze,
-    prepare_well,
-    quantized,
-    remove_hooks,
-)  # fmt: skip
+from kbitcheck.sabotage.helpers import blocks, corrupt, prepare_well, quantized
+from kbitcheck.sabotage.hooks import before_forward, change_gradient, change_input, change_output
 
 EXACT = {"model": "tiny:gpt2", "quant": "nf4,compute=fp32"}
 
 
-class ChangedGradient(torch.autograd.Function):
-    """The identity, with another gradient: ``ChangedGradient.apply(x, change)``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        ctx.change = change
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.change(gradient), None
-
-
-def scaled(x: torch.Tensor, factor: float) -> Any:
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
     """``x`` itself, with its gradient multiplied by ``factor``."""
-    return ChangedGradient.apply(x, lambda gradient: gradient * factor)
+    return change_gradient(x, lambda gradient: gradient * factor)
 
 
 def scale_after(module: nn.Module, factor: float, when: Callable[[Any], bool] = lambda x: True) -> None:
-    """Scale the gradient that comes back through a module, on the calls whose first input ``when`` picks."""
+    """Scale the gradient that comes back through a module, on the calls whose output ``when`` picks."""
+    change_output(module, lambda x: scaled(x, factor) if when(x) else x)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not when(args[0] if args else None):
-            return output
-        if isinstance(output, tuple):
-            return (scaled(output[0], factor), *output[1:])
-        return scaled(output, factor)
 
-    module.register_forward_hook(hook)
+def remove_hooks(model: Any) -> None:
+    """Remove every forward hook and forward pre-hook."""
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
 
 
 def _scale_by_mask(model: Any, *, masked: bool) -> None:
@@ -83,10 +59,7 @@ def checkpoints_without_input_hooks(model: Any, checkpointing: bool, kwargs: Any
 
 @breaks("KB302", checkpointing="non-reentrant")
 def first_blocks_cut_off(model: Any) -> None:
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        return tuple(t.detach() for t in output) if isinstance(output, tuple) else output.detach()
-
-    model.transformer.h[1].register_forward_hook(cut)
+    change_output(model.transformer.h[1], torch.Tensor.detach)
 
 
 @adds("KB302", last=True, model="tiny:llava", quant="fp4")
@@ -109,7 +82,7 @@ def gradient_scaled_in_one_layer(model: Any) -> None:
 @breaks("KB303")
 def large_gradients_clamped(model: Any) -> None:
     """Clamps gradients that are larger than those in any step of a tiny model."""
-    change_input(quantized(model)[2], lambda x: ChangedGradient.apply(x, lambda g: g.nan_to_num().clamp(-1, 1)))
+    change_input(quantized(model)[2], lambda x: change_gradient(x, lambda g: g.nan_to_num().clamp(-1, 1)))
 
 
 @breaks("KB303", quant="int8")
@@ -131,7 +104,7 @@ def gradient_scaled_between_layers(model: Any) -> None:
 @breaks("KB304", **EXACT)
 def gradient_scaled_for_one_row(model: Any) -> None:
     """Only in batches of one row."""
-    scale_after(model.transformer.h[1].ln_2, 1.05, lambda x: x is not None and x.shape[0] == 1)
+    scale_after(model.transformer.h[1].ln_2, 1.05, lambda x: x.shape[0] == 1)
 
 
 @breaks("KB304", **EXACT)
@@ -157,24 +130,14 @@ def gradient_scaled_where_the_head_is_tied(model: Any) -> None:
 
 @adds("KB304", quant="int8")
 def sends_gradients_between_blocks_in_bfloat16(model: Any) -> None:
-    def narrow(module: nn.Module, args: Any, output: Any) -> None:
-        states = first_output(output)
-        if states.requires_grad:
-            states.register_hook(lambda gradient: gradient.bfloat16().to(gradient.dtype))
-
     for block in blocks(model):
-        block.register_forward_hook(narrow)
+        change_output(block, lambda x: change_gradient(x, lambda gradient: gradient.bfloat16().to(gradient.dtype)))
 
 
 @breaks("KB305")
 def recompute_sees_another_scale(model: Any) -> None:
     """The forward computes what it should, the recompute does not."""
-
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        recomputing = torch._C._current_graph_task_id() != -1
-        return output * 1.5 if recomputing else output
-
-    model.transformer.h[0].ln_1.register_forward_hook(hook)
+    change_output(model.transformer.h[0].ln_1, lambda x: x * 1.5 if torch._C._current_graph_task_id() != -1 else x)
 
 
 def _stashing(function: Any, *args: Any) -> Any:
@@ -198,24 +161,20 @@ def other_mode_detached(model: Any) -> None:
     """Changes the recompute only under reentrant checkpointing, whose first forward records no graph."""
     without_graph: list[bool] = []
 
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def double(x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             without_graph.append(True)
-        return output * 2 if without_graph and torch.is_grad_enabled() else output
+        return x * 2 if without_graph and torch.is_grad_enabled() else x
 
-    model.transformer.h[0].ln_1.register_forward_hook(hook)
+    change_output(model.transformer.h[0].ln_1, double)
 
 
 @adds("KB306", checkpointing="non-reentrant")
 def takes_no_grad_for_inference(model: Any) -> None:
     """Runs norms in bfloat16 without grad, where the first forward of reentrant checkpointing runs too."""
-
-    def narrow(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output if torch.is_grad_enabled() else output.bfloat16().float()
-
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(narrow)
+            change_output(module, lambda x: x if torch.is_grad_enabled() else x.bfloat16().float())
 
 
 @breaks("KB307")
@@ -302,4 +261,4 @@ def logits_detached_from_the_loss(model: Any) -> None:
 
 @adds("KB309")
 def freezes_again_with_every_forward(model: Any) -> None:
-    model.register_forward_pre_hook(lambda module, args: freeze(module))
+    before_forward(model, lambda module: module.requires_grad_(False))

@@ -1,7 +1,5 @@
 """Parts of models and steps of preparations that several faults need."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +11,6 @@ from kbitcheck import backends
 from kbitcheck.observe.probes.snapshot import is_block
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-def freeze(model: Any) -> None:
-    """Make no parameter require grad."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
 
 
 def half(model: Any) -> Iterator[tuple[str, Any]]:
@@ -43,9 +35,9 @@ def switch_on(model: Any, checkpointing: bool, kwargs: Any) -> None:
             model.enable_input_require_grads()
 
 
-def prepare_well(model: Any, checkpointing: bool, kwargs: Any) -> None:
+def prepare_well(model: Any, checkpointing: bool, kwargs: Any, *, cast: Callable[[Any], None] = cast) -> None:
     """Freeze, cast and enable checkpointing, as a good implementation does."""
-    freeze(model)
+    model.requires_grad_(False)
     cast(model)
     switch_on(model, checkpointing, kwargs)
 
@@ -85,23 +77,6 @@ def call(function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def first_output(output: Any) -> Any:
-    """The hidden states that a block returns: alone, or in a tuple in transformers 4."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def change_input(module: nn.Module, change: Callable[[Any], Any]) -> None:
-    """Run a module on ``change`` of its first input."""
-    module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
-
-
-def remove_hooks(model: Any) -> None:
-    """Remove every forward hook and forward pre-hook."""
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-
-
 def refuse_freezing(weight: Any) -> None:
     """Make a parameter trainable, and keep it trainable when it is frozen."""
 
@@ -112,21 +87,10 @@ def refuse_freezing(weight: Any) -> None:
     weight.__class__ = Stubborn
 
 
-def hoard(model: Any) -> None:
-    """Keep every activation of the blocks' modules until the next forward."""
-    kept: list[Any] = []
-    model.register_forward_pre_hook(lambda module, args: kept.clear())
-    for block in blocks(model):
-        for inner in block.modules():
-            inner.register_forward_hook(
-                lambda module, args, output: kept.append(output) if isinstance(output, torch.Tensor) else None
-            )
-
-
-def subclass(model: Any, **methods: Any) -> None:
-    """Give a model a class of the same name with other methods."""
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
+def subclass(module: Any, name: str = "", **methods: Any) -> None:
+    """Give a module a class of this name, or of the same one, with other methods."""
+    cls = type(module)
+    module.__class__ = type(name or cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
 
 
 def before_enabling(model: Any, action: Any) -> None:

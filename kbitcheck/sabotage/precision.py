@@ -1,26 +1,14 @@
 """Faults of KB2xx."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import nn
 
 from kbitcheck import backends
-from kbitcheck.sabotage.fault import adds, breaks, implements
-from kbitcheck.sabotage.helpers import (
-    HALF,
-    cast,
-    corrupt,
-    dequantize,
-    freeze,
-    half,
-    prepare_well,
-    quantized,
-    refuse_freezing,
-    switch_on,
-)  # fmt: skip
+from kbitcheck.sabotage.fault import adds, breaks, casts
+from kbitcheck.sabotage.helpers import HALF, cast, corrupt, dequantize, half, quantized, refuse_freezing
+from kbitcheck.sabotage.hooks import change_output
 
 
 @breaks("KB201")
@@ -28,11 +16,9 @@ def last_norm_left_half(model: Any) -> None:
     model.transformer.ln_f.bfloat16()
 
 
-@implements("KB201")
-def casts_what_is_called_layer_norm(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB201")
+def casts_what_is_called_layer_norm(model: Any) -> None:
     cast(model, "layer_norm")
-    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB202")
@@ -40,13 +26,11 @@ def positions_left_half(model: Any) -> None:
     model.transformer.wpe.bfloat16()
 
 
-@implements("KB202")
-def casts_norms_alone(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB202")
+def casts_norms_alone(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.float()
-    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB203")
@@ -61,14 +45,12 @@ def norms_rounded_through_bfloat16(model: Any) -> None:
             module.weight.data = module.weight.data.bfloat16().float()
 
 
-@implements("KB203", model="tiny:llama")
-def scales_norms_before_the_cast(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB203", model="tiny:llama")
+def scales_norms_before_the_cast(model: Any) -> None:
     for name, parameter in half(model):
         if "norm" in name:
             parameter.data = parameter.data * (1 + 2.0**-6)
     cast(model)
-    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB204")
@@ -88,14 +70,12 @@ def epsilon_moved_by_a_hundredth(model: Any) -> None:
     model.transformer.ln_f.eps = 1.01e-5  # a second call changes nothing more, which another rule would report
 
 
-@implements("KB204", model="tiny:t5", quant="nf4,storage=fp16,compute=fp32")
-def casts_everything_to_bfloat16_first(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB204", model="tiny:t5", quant="nf4,storage=fp16,compute=fp32")
+def casts_everything_to_bfloat16_first(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.dtype == torch.float32 and not backends.is_packed(parameter):
             parameter.data = parameter.data.bfloat16().float()
     cast(model)
-    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB205")
@@ -109,13 +89,11 @@ def packed_bytes_upcast(model: Any) -> None:
     weight.data = weight.data.float()
 
 
-@implements("KB205", quant="nf4,storage=bf16")
-def casts_packed_weights_too(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB205", quant="nf4,storage=bf16")
+def casts_packed_weights_too(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
-    switch_on(model, checkpointing, kwargs)
 
 
 @breaks("KB206")
@@ -154,11 +132,10 @@ def last_layer_dequantized(model: Any) -> None:
     dequantize(model, [name for name, _ in backends.quantized_layers(model)][-1])
 
 
-@implements("KB207")
-def dequantizes_projections(model: Any, checkpointing: bool, kwargs: Any) -> None:
+@adds("KB207")
+def dequantizes_projections(model: Any) -> None:
     for name in [name for name, _ in backends.quantized_layers(model) if name.endswith("c_fc")]:
         dequantize(model, name, torch.float32)
-    prepare_well(model, checkpointing, kwargs)
 
 
 @breaks("KB208")
@@ -167,14 +144,12 @@ def head_untied(model: Any) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
-@implements("KB208")
-def rebinds_what_it_casts(model: Any, checkpointing: bool, kwargs: Any) -> None:
+@casts("KB208")
+def rebinds_what_it_casts(model: Any) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype in HALF and not backends.is_packed(parameter):
-                setattr(module, name, nn.Parameter(parameter.float()))
-    freeze(model)
-    switch_on(model, checkpointing, kwargs)
+                setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
 
 
 @breaks("KB209", quant="nf4,compute=fp32")
@@ -187,9 +162,7 @@ def norm_epsilon_changed(model: Any) -> None:
 @breaks("KB209")
 def decodes_wrongly(model: Any) -> None:
     """Only with a cache, where tokens come in one at a time."""
-    model.transformer.ln_f.register_forward_hook(
-        lambda module, args, output: output.flip(-1) if output.shape[1] == 1 else output
-    )
+    change_output(model.transformer.ln_f, lambda x: x.flip(-1) if x.shape[1] == 1 else x)
 
 
 @breaks("KB209")
@@ -207,7 +180,7 @@ def padding_in_front_is_read(model: Any) -> None:
 def runs_norms_in_bfloat16(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(lambda module, args, output: output.bfloat16().float())
+            change_output(module, lambda x: x.bfloat16().float())
 
 
 @breaks("KB210")
@@ -262,8 +235,6 @@ def one_norm_of_a_tower_in_half(model: Any) -> None:
     model.transformer.h[1].ln_2.bfloat16()
 
 
-@implements("KB215", model="tiny:llama", profile="frozen-half")
-def casts_norms_of_attention_alone(model: Any, checkpointing: bool, kwargs: Any) -> None:
-    freeze(model)
+@casts("KB215", model="tiny:llama", profile="frozen-half")
+def casts_norms_of_attention_alone(model: Any) -> None:
     cast(model, "input_layernorm")
-    switch_on(model, checkpointing, kwargs)

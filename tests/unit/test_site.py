@@ -51,12 +51,12 @@ def test_every_rule_has_a_page_with_all_its_parts(rule_pages: dict[str, str]) ->
 def test_a_fault_is_shown_with_its_helpers() -> None:
     shown = {example.name: example for code in rules() for example in examples.examples(code)}
     scaled = shown["gradient_scaled_in_one_layer"]
-    assert scaled.source.startswith("class ChangedGradient(")
+    assert scaled.source.startswith("def scaled(")
     assert scaled.case == "tiny:llama, int8, reentrant"
     assert shown["a_copy_returned"].kind == "wraps"
     assert shown["wraps_the_head"].source.startswith("class _CastOutputToFloat(")
     assert shown["wraps_the_head"].kind == "adds"
-    assert shown["casts_norms_alone"].kind == "implements"
+    assert shown["casts_norms_alone"].kind == "casts"
 
 
 def test_a_rule_without_a_fault_stops_the_build(

@@ -13,6 +13,7 @@ KINDS = {
     "breaks": "Done to a model that the reference prepared",
     "wraps": "Done to the reference, which then prepares",
     "implements": "An implementation of its own",
+    "casts": "The cast of an implementation of its own, which freezes and enables checkpointing well",
     "adds": "Done by an implementation of its own, besides freezing, casting and enabling checkpointing",
     "spoils": "Done to the model before it is prepared",
 }
