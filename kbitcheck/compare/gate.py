@@ -218,7 +218,7 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
             rules=tuple(sorted(codes)),
             cases=cases,
             difference=change.difference,
-            todo=todo.get(change.kind, "") if change.counted or change.kind in (Kind.REGRESSED, Kind.NEW) else "",
+            todo=todo.get(change.kind, ""),
             counted=change.counted,
         )
         for (change, cases), codes in by_cases.items()

@@ -6,9 +6,9 @@ Every rule under ``judged`` was judged on every case there; a cell that is neith
 import contextlib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,74 +110,68 @@ class _Reader:
             self._check(key in KEYS, key, f"unknown key {key!r}; use {', '.join(KEYS)}")
         hint = f"not a kbitcheck ledger of schema {SCHEMA}; `kbitcheck gate IMPL --ledger FILE --accept` writes one"
         self._check(data.get("schema") == SCHEMA, "schema", hint)
-        judged, skipped = self._table(data, "judged"), self._table(data, "skipped")
-        accepted = data.get("accepted", [])
-        tables = isinstance(accepted, list) and all(isinstance(e, dict) for e in accepted)
-        self._check(tables, "accepted", "accepted must be tables headed [[accepted]]")
-        lines = self._heads if len(self._heads) == len(accepted) else [1] * len(accepted)
-        entries = tuple(self._entry(e, line) for e, line in zip(accepted, lines, strict=True))
-        self._distinct(entries)
+        tables = {key: data.get(key, {}) for key in ("environment", "options", "judged", "skipped")}
+        for key, table in tables.items():
+            self._check(isinstance(table, dict), key, f"{key} must be a table")
+        judged, skipped = tables.pop("judged"), tables.pop("skipped")
         return {
-            "implementation": self._str(data.get("implementation", ""), "implementation"),
-            "environment": self._table(data, "environment"),
-            "options": self._table(data, "options"),
+            **tables,
+            "implementation": self._str(data, "implementation", "implementation"),
             "rules": self._strings(judged.get("rules", []), "rules"),
             "cases": self._strings(judged.get("cases", []), "cases"),
             "skipped": {case: self._strings(rules, case) for case, rules in skipped.items()},
-            "accepted": entries,
+            "accepted": self._entries(data.get("accepted", [])),
         }
 
-    def _entry(self, data: Mapping[str, Any], line: int) -> Entry:
-        data = {OLD_NAMES.get(key, key): value for key, value in data.items()}
-        for key in data:
-            self._check(key in FIELDS, line, f"unknown field {key!r}; use {', '.join(FIELDS)}")
-        rule, status, cases = data.get("rule"), data.get("status"), data.get("cases")
-        is_code = isinstance(rule, str) and CODE.fullmatch(rule)
-        self._check(is_code, line, f"rule must be a code such as KB101: {rule!r}")
-        self._check(status in ("FAIL", "ERROR"), line, f"status must be FAIL or ERROR, not {status!r}")
-        self._check(bool(cases), line, "an entry needs its cases")
-        party = data.get("attributed_to")
-        is_party = party is None or party in tuple(Party)
-        self._check(is_party, line, f"attributed_to must be {', '.join(Party)}, not {party!r}")
-        return Entry(
-            rule=str(rule),
-            status=Status(str(status)),
-            cases=self._strings(cases, line),
-            reason=self._str(data.get("reason", ""), line).strip(),
-            attributed_to=None if party is None else Party(party),
-            issue=self._str(data.get("issue", ""), line),
-            expires=self._date(data.get("expires"), line),
-            line=line,
-        )
-
-    def _date(self, value: Any, line: int) -> date | None:
-        if not value and isinstance(value, str):
-            return None
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = date.fromisoformat(value)
-        fits = value is None or (isinstance(value, date) and not isinstance(value, datetime))
-        self._check(fits, line, "expires must be a date such as 2030-12-31")
-        return value if isinstance(value, date) else None
-
-    def _distinct(self, entries: Iterable[Entry]) -> None:
+    def _entries(self, tables: Any) -> tuple[Entry, ...]:
+        fits = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
+        self._check(fits, "accepted", "accepted must be tables headed [[accepted]]")
+        lines = self._heads if len(self._heads) == len(tables) else [1] * len(tables)
+        entries = tuple(self._entry(table, line) for table, line in zip(tables, lines, strict=True))
         seen: dict[Cell, int] = {}
         for entry in entries:
             for case in entry.cases:
                 first = seen.setdefault((entry.rule, case), entry.line)
                 self._check(first == entry.line, entry.line, f"{entry.rule} on {case} stands in line {first} already")
+        return entries
 
-    def _table(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
-        value = data.get(key, {})
-        self._check(isinstance(value, dict), key, f"{key} must be a table")
-        return dict(value)
+    def _entry(self, data: Mapping[str, Any], line: int) -> Entry:
+        data = {OLD_NAMES.get(key, key): value for key, value in data.items()}
+        for key in data:
+            self._check(key in FIELDS, line, f"unknown field {key!r}; use {', '.join(FIELDS)}")
+        rule, status, party = (data.get(key) for key in ("rule", "status", "attributed_to"))
+        is_code = isinstance(rule, str) and CODE.fullmatch(rule)
+        self._check(is_code, line, f"rule must be a code such as KB101: {rule!r}")
+        self._check(status in ("FAIL", "ERROR"), line, f"status must be FAIL or ERROR, not {status!r}")
+        self._check(data.get("cases"), line, "an entry needs its cases")
+        is_party = party is None or party in tuple(Party)
+        self._check(is_party, line, f"attributed_to must be {', '.join(Party)}, not {party!r}")
+        return Entry(
+            rule=str(rule),
+            status=Status(str(status)),
+            cases=self._strings(data["cases"], line),
+            reason=self._str(data, "reason", line).strip(),
+            attributed_to=None if party is None else Party(party),
+            issue=self._str(data, "issue", line),
+            expires=self._date(data.get("expires"), line),
+            line=line,
+        )
+
+    def _date(self, value: Any, line: int) -> date | None:
+        if isinstance(value, str) and value:
+            with contextlib.suppress(ValueError):
+                value = date.fromisoformat(value)
+        fits = value in (None, "") or type(value) is date  # a datetime is a date too
+        self._check(fits, line, "expires must be a date such as 2030-12-31")
+        return value or None
 
     def _strings(self, value: Any, where: str | int) -> tuple[str, ...]:
         fits = isinstance(value, list) and all(isinstance(text, str) for text in value)
         self._check(fits, where, "must be a list of strings")
         return tuple(value)
 
-    def _str(self, value: Any, where: str | int) -> str:
+    def _str(self, data: Mapping[str, Any], key: str, where: str | int) -> str:
+        value = data.get(key, "")
         self._check(isinstance(value, str), where, f"must be a string, not {value!r}")
         return str(value)
 

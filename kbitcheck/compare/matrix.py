@@ -46,10 +46,6 @@ class Row:
     error: str = ""
     complete: bool = True
 
-    def as_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:

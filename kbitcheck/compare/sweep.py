@@ -79,13 +79,9 @@ class Row:
         """Whether the implementation itself breaks a MUST."""
         return any(f.level is Level.MUST and f.party is Party.IMPLEMENTATION for f in self.findings)
 
-    def as_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary; ``from_json`` reads it back."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of ``as_json``."""
+        """Inverse of ``asdict``, through JSON."""
         findings = tuple(Finding.from_json(f) for f in data["findings"])
         return cls(**{**data, "findings": findings, "errors": tuple(data["errors"])})
 

@@ -31,12 +31,13 @@ def _parts(report: Report) -> Iterator[str]:
     yield f"### {prose(verdict(report))}\n\n"
     yield f"{code(report.tool)} on {code(BRIEF.text(name) or '?')}, {len({r.case for r in report.results})} cases.\n\n"
     if changes := list(_changes(report)):
-        yield _lines(table(("", "change", "rules", "cases", "difference", "do"), changes))
+        yield "\n".join(table(("", "change", "rules", "cases", "difference", "do"), changes)) + "\n\n"
     for broken in broken_rules(report):
         yield template("broken_rule.md").render(rule=broken)
     rows = [(prose(str(k)), code(BRIEF.text(str(v)))) for k, v in report.environment.items() if v != ""]
     if rows:
-        yield f"<details><summary>Environment</summary>\n\n{_lines(table(('', ''), rows))}</details>\n"
+        lines = "\n".join(table(("", ""), rows))
+        yield f"<details><summary>Environment</summary>\n\n{lines}\n\n</details>\n"
 
 
 def _changes(report: Report) -> Iterator[tuple[str, ...]]:
@@ -44,7 +45,3 @@ def _changes(report: Report) -> Iterator[tuple[str, ...]]:
         cases = listed([code(case) for case in breach.cases], BRIEF.cases)
         difference = code(BRIEF.text(breach.difference))
         yield "✗" if breach.counted else "!", breach.kind, prose(breach.title), cases, difference, prose(breach.todo)
-
-
-def _lines(lines: list[str]) -> str:
-    return "".join(f"{line}\n" for line in lines) + "\n"

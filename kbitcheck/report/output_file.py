@@ -18,7 +18,7 @@ class OutputFile:
     def __init__(self, name: str, option: str = "--output") -> None:
         # A link stays a link: its target is replaced.
         self._path = Path(os.path.realpath(name)) if name else None
-        self._name = f"{option} {name}" if name else ""
+        self._name = f"{option} {name}" if name else "the report to stdout"
         if self._path is None:
             return
         if self._path.is_dir():
@@ -48,8 +48,7 @@ class OutputFile:
             else:
                 self._path.write_text(text, encoding="utf-8")
         except OSError as error:
-            where = self._name or "the report to stdout"
-            raise UsageError(f"cannot write {where}: {error.strerror}") from None
+            raise UsageError(f"cannot write {self._name}: {error.strerror}") from None
 
     @staticmethod
     def _print(text: str) -> None:

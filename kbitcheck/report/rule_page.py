@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getdoc
+from itertools import groupby
 
 from kbitcheck.core.rule import Rule
 from kbitcheck.report.parts.examples import Example, examples
@@ -86,14 +87,11 @@ def page(rule: Rule) -> str:
 def index(rules: Sequence[Rule]) -> str:
     """One line a rule, by family."""
     width = max((len(rule.name) for rule in rules), default=0)
-    lines: list[str] = []
-    family = ""
-    for rule in rules:
-        if rule.family != family:
-            family = rule.family
-            lines += [*([""] if lines else []), FAMILIES.get(family, family)]
-        lines.append(f"  {rule.code}  {rule.level.value:6}  {rule.name:{width}}  {first_sentence(rule.requirement)}")
-    return "\n".join(lines) + "\n"
+    blocks = []
+    for family, members in groupby(rules, key=lambda rule: rule.family):
+        rows = [f"  {r.code}  {r.level.value:6}  {r.name:{width}}  {first_sentence(r.requirement)}\n" for r in members]
+        blocks.append("".join([f"{FAMILIES.get(family, family)}\n", *rows]))
+    return "\n".join(blocks)
 
 
 def first_sentence(text: str) -> str:

@@ -27,30 +27,29 @@ def render(report: Report, *, root: Path | None = None) -> str:
     suppressed, with the reason. Errors are notifications: they concern the run, not the source.
     """
     root = (root or Path.cwd()).resolve()
-    registered = rules()
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in report.results:
         if result.status is Status.FAIL:
-            groups.setdefault((result.rule, _held(report, result)), []).append(result)
+            groups.setdefault((result.rule, not _held(report, result)), []).append(result)
     codes = sorted({r.rule for r in report.results})
-    reasons = {(a["rule"], c): a["reason"] for a in (report.gate or {}).get("accepted", ()) for c in a["cases"]}
     driver = {
         "name": "kbitcheck",
         "version": report.tool.partition(" ")[2] or report.tool,
-        "rules": [_rule(code, registered.get(code)) for code in codes],
+        "rules": [_rule(code, rules().get(code)) for code in codes],
     }
     invocation = {
         "executionSuccessful": report.complete and not report.not_judged,
         "exitCode": report.exit_code,
         "toolExecutionNotifications": [_notification(r, codes) for r in report.results if r.status is Status.ERROR],
     }
+    location = _location(report.subject.get("implementation", {}), root)
     run = {
         "tool": {"driver": driver},
         "invocations": [invocation],
         "originalUriBaseIds": {ROOT: {"uri": root.as_uri().rstrip("/") + "/"}},
         "results": [
-            _result(report, failures, codes, root, held=held, reasons=reasons)
-            for (_, held), failures in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))
+            {"ruleIndex": codes.index(code), "locations": [location], **_alert(report, failures, held=not others)}
+            for (code, others), failures in sorted(groups.items(), key=lambda group: group[0])
         ],
     }
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=1) + "\n"
@@ -64,15 +63,15 @@ def _held(report: Report, result: Result) -> bool:
 def _rule(code: str, rule: Rule | None) -> dict[str, Any]:
     if rule is None:
         return {"id": code}
-    help_ = rule_page(rule).explanations
+    explanations = rule_page(rule).explanations
     return {
         "id": code,
         "name": rule.name,
         "shortDescription": {"text": first_sentence(rule.requirement) + "."},
         "fullDescription": {"text": rule.requirement},
         "help": {
-            "text": "\n\n".join(f"{title}: {text}" for title, text in help_) or rule.requirement,
-            "markdown": "\n\n".join(f"**{title}**: {text}" for title, text in help_) or rule.requirement,
+            "text": "\n\n".join(f"{title}: {text}" for title, text in explanations) or rule.requirement,
+            "markdown": "\n\n".join(f"**{title}**: {text}" for title, text in explanations) or rule.requirement,
         },
         "defaultConfiguration": {"level": LEVELS[rule.level]},
         "properties": {"tags": [rule.family, rule.level.value]},
@@ -87,44 +86,35 @@ def _notification(result: Result, codes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _result(
-    report: Report,
-    failures: Sequence[Result],
-    codes: Sequence[str],
-    root: Path,
-    *,
-    held: bool,
-    reasons: Mapping[tuple[str, str], str],
-) -> dict[str, Any]:
-    first = failures[0]
-    implementation = report.subject.get("implementation", {})
-    name = str(implementation.get("name", ""))
-    rule = rules().get(first.rule)
+def _alert(report: Report, failures: Sequence[Result], *, held: bool) -> dict[str, Any]:
+    code = failures[0].rule
+    rule = rules().get(code)
     cases = listed(list(dict.fromkeys(r.case for r in failures)), BRIEF.cases)
-    lines = "\n".join(evidence(report, first))
+    lines = "\n".join(evidence(report, failures[0]))
     level = min((r.level for r in failures), key=tuple(LEVELS).index)
-    identity = f"{first.rule}\0{name}\0{held}".encode()
+    identity = f"{code}\0{report.subject.get('implementation', {}).get('name', '')}\0{held}".encode()
     alert: dict[str, Any] = {
-        "ruleId": first.rule,
-        "ruleIndex": codes.index(first.rule),
+        "ruleId": code,
         "kind": "fail",
         "level": LEVELS[level] if held else "note",
-        "message": {"text": f"{rule.requirement if rule else first.rule}\nIn {cases}.\n{lines}"},
-        "locations": [_location(name, implementation, root)],
+        "message": {"text": f"{rule.requirement if rule else code}\nIn {cases}.\n{lines}"},
         "partialFingerprints": {"kbitcheck/v1": hashlib.sha256(identity).hexdigest()[:32]},
         "properties": {"cases": [r.case for r in failures], "counted": any(map(report.counts, failures))},
     }
+    accepted = (report.gate or {}).get("accepted", ())
+    reasons = {(entry["rule"], case): entry["reason"] for entry in accepted for case in entry["cases"]}
     why = [reasons.get((r.rule, r.case)) for r in failures]
-    if all(w is not None for w in why):
+    if None not in why:
         alert["suppressions"] = [{"kind": "external", "status": "accepted", "justification": why[0] or "no reason yet"}]
     return alert
 
 
-def _location(name: str, implementation: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": name or "?", "kind": "function"}]}
+def _location(implementation: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    name = implementation.get("name") or "?"
+    location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": name, "kind": "function"}]}
     file = str(implementation.get("file") or "")
     if file and not file.startswith("<"):
-        path = Path(file) if Path(file).is_absolute() else root / file
+        path = root / file  # an absolute path stays
         artifact = {"uri": path.as_uri()}
         if path.is_relative_to(root):
             artifact = {"uri": quote(path.relative_to(root).as_posix()), "uriBaseId": ROOT}

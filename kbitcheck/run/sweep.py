@@ -166,7 +166,7 @@ class Journal:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the last one may have been cut short
                 kept = Row.from_json(json.loads(line))
                 self.rows[kept.architecture] = kept
-        whole = [header, *(json.dumps(r.as_json()) for r in self.rows.values())]
+        whole = [header, *(json.dumps(dataclasses.asdict(r)) for r in self.rows.values())]
         path.write_text("\n".join(whole) + "\n", encoding="utf-8")
 
     def add(self, done: Row) -> None:
@@ -174,6 +174,6 @@ class Journal:
         self.rows[done.architecture] = done
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done.as_json()) + "\n")
+                file.write(json.dumps(dataclasses.asdict(done)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -53,10 +53,10 @@ def test_a_fault_is_shown_with_its_helpers() -> None:
     scaled = shown["gradient_scaled_in_one_layer"]
     assert scaled.source.startswith("def scaled(")
     assert scaled.case == "tiny:llama, int8, reentrant"
-    assert shown["a_copy_returned"].kind == "wraps"
+    assert shown["a_copy_returned"].title.startswith("Done to the reference")
     assert shown["wraps_the_head"].source.startswith("class _CastOutputToFloat(")
-    assert shown["wraps_the_head"].kind == "adds"
-    assert shown["casts_norms_alone"].kind == "casts"
+    assert "besides freezing" in shown["wraps_the_head"].title
+    assert shown["casts_norms_alone"].title.startswith("The cast of")
 
 
 def test_a_rule_without_a_fault_stops_the_build(

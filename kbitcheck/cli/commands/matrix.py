@@ -37,7 +37,7 @@ def run(options: Options) -> int:
     rows: list[Row] = []
     for number, subject in enumerate(chosen, 1):
         rows.append(row(subject, judge))
-        say(f"{number}/{len(chosen)} {verdict(rows[-1:])}")
+        say(f"{number}/{len(chosen)} {verdict(rows[-1])}")
         if not rows[-1].complete:
             break
     command = shlex.join(["kbitcheck", *sys.argv[1:]])

@@ -7,7 +7,7 @@ from html import escape
 SPECIAL = re.compile(r"([\\*_{}\[\]()#+!~])")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """The lines of a table whose cells are Markdown."""
     return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
 

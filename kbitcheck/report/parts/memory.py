@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 GPUS_SHOWN = 6
@@ -16,7 +17,7 @@ def rows(
     texts: dict[tuple[str, int], dict[str, list[str]]] = {}
     for case, of_case in facts.items():
         number: Counter[str] = Counter()
-        for heading, text in table(of_case):
+        for heading, text in _table(of_case):
             texts.setdefault((heading, number[heading]), {}).setdefault(text, []).append(labels[case])
             number[heading] += 1
     for (heading, _), labels_by_text in texts.items():
@@ -33,28 +34,30 @@ def _labels(cases: Sequence[str], specs: Mapping[str, Mapping[str, Any]]) -> dic
     return {case: " ".join(dict.fromkeys(part[i] for i in differ)) for case, part in parts.items()}
 
 
-def table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Rows of a case's facts: a heading and a text each."""
+def _table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     forecast = facts.get("forecast")
-    if forecast is None:
-        yield from _measured(facts)
-        yield from _trained(facts)
-        return
+    yield from _measured(facts) if forecast is None else _forecast(facts, forecast)
+    if "losses" in facts:
+        first, *_, last = facts["losses"]
+        fall = f"loss {first:.4g} to {last:.4g} (the float64 twin's to {facts['twin_losses'][-1]:.4g})"
+        yield "trained", f"{len(facts['losses']) - 1} steps on one batch: {fall}"
+    for note in (forecast or {}).get("notes", ()):
+        yield "note", note
+
+
+def _forecast(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     largest = sorted(forecast["groups"].items(), key=lambda g: -_nbytes(g[1]))
     parts = ", ".join(f"{name} {size(_nbytes(g))}" for name, g in largest[:3] if _nbytes(g))
     yield "weights", f"{size(forecast['loaded'])} as loaded ({parts})"
-    profiles = {p: sum(g["upcast"].get(p, 0) for g in forecast["groups"].values()) for p in ("peft", "qlora")}
-    yield "upcast", f"{size(forecast['upcast'])} under {forecast['profile']} (" + ", ".join(
-        f"{profile}: {size(added)}" for profile, added in profiles.items() if profile != forecast["profile"]
-    ) + ")"  # fmt: skip
-    optimizer = forecast["optimizer"]
-    others = f" (8-bit {size(optimizer['adamw-8bit'])}, paged {size(optimizer['paged-adamw'])} on the device)"
-    differ = len(set(optimizer.values())) > 1
-    yield "adapters", f"{size(forecast['adapters'])}, AdamW {size(optimizer['adamw'])}{others if differ else ''}"
+    others = {p: sum(g["upcast"].get(p, 0) for g in forecast["groups"].values()) for p in ("peft", "qlora")}
+    others.pop(forecast["profile"], None)
+    under_others = ", ".join(f"{profile}: {size(added)}" for profile, added in others.items())
+    yield "upcast", f"{size(forecast['upcast'])} under {forecast['profile']} ({under_others})"
+    adamw, bits8, paged = (size(forecast["optimizer"][name]) for name in ("adamw", "adamw-8bit", "paged-adamw"))
+    differ = len(set(forecast["optimizer"].values())) > 1
+    beside = f" (8-bit {bits8}, paged {paged} on the device)" if differ else ""
+    yield "adapters", f"{size(forecast['adapters'])}, AdamW {adamw}{beside}"
     yield from _steps(facts, forecast)
-    yield from _trained(facts)
-    for note in forecast["notes"]:
-        yield "note", note
 
 
 def size(number: float) -> str:
@@ -90,17 +93,7 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
         yield "measured", dict(_measured(facts))["activations"]
     mode = forecast["mode"]
     yield "in all", f"{size(forecast['total'][mode])} with {mode} checkpointing, by {forecast['device']} kernels"
-    heading = "fits"
-    for line in _fits(forecast):
-        yield heading, line
-        heading = ""
-
-
-def _trained(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "losses" in facts:
-        first, *_, last = facts["losses"]
-        fall = f"loss {first:.4g} to {last:.4g} (the float64 twin's to {facts['twin_losses'][-1]:.4g})"
-        yield "trained", f"{len(facts['losses']) - 1} steps on one batch: {fall}"
+    yield from zip(chain(["fits"], repeat("")), _fits(forecast), strict=False)
 
 
 def _fits(forecast: Mapping[str, Any]) -> Iterator[str]:

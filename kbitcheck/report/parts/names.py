@@ -1,6 +1,7 @@
 """Many names on one line: ``model.layers.{0..31}.mlp.{up,down}_proj.weight`` is easier to read than 64 lines."""
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 Parts = tuple[tuple[str, ...], ...]
 
@@ -61,10 +62,7 @@ def _spelled(parts: tuple[str, ...]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    # Within a run, numbers and their positions grow alike.
+    groups = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
     return [text for run in runs for text in ([f"{run[0]}..{run[-1]}"] if len(run) > 2 else map(str, run))]

@@ -1,7 +1,6 @@
 """The kill matrix: which rules each fault breaks, as a page in Markdown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kbitcheck.core.events import FaultTried
 from kbitcheck.core.rule import rules
@@ -27,7 +26,8 @@ def page(tried: Sequence[FaultTried]) -> str:
     for event in judged:
         kills = event.kills or ()
         marks = ("#" if c == event.code and c in kills else "x" if c in kills else "." for c in codes)
-        lines.append(f"{name(event):{wide}}{''.join(marks)}")
+        name = f"{event.code.removeprefix('KB')} {event.level[0]}{'!' if event.alone else ' '} {event.fault} "
+        lines.append(f"{name:{wide}}{''.join(marks)}")
     killed = sum(event.code in (event.kills or ()) for event in judged)
     unseen = [f"{event.code} {event.fault}: {event.reason}" for event in tried if event.kills is None]
     idle = [code for code in codes if not any(code in (event.kills or ()) for event in judged)]
@@ -37,22 +37,8 @@ def page(tried: Sequence[FaultTried]) -> str:
     return "\n".join([HEAD, "```", *lines, "```", "", *tail, ""])
 
 
-def name(event: FaultTried) -> str:
-    """How a fault's row begins: code without the letters, level and name."""
-    mark = "!" if event.alone else " "
-    return f"{event.code.removeprefix('KB')} {event.level[0]}{mark} {event.fault} "
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A page read back: the rules of its columns, and what each fault, as ``KB203 norm_nudged``, broke."""
-
-    codes: list[str]
-    kills: dict[str, set[str]]
-
-
-def read(text: str) -> Matrix:
-    """Inverse of ``page``, as far as its table goes."""
+def read(text: str) -> tuple[list[str], dict[str, set[str]]]:
+    """What a page says: the rules of its columns, and what each fault, as ``KB203 norm_nudged``, broke."""
     lines = text.split("```")[1].strip("\n").splitlines()
     width = len(lines[0]) - len(lines[0].lstrip())
     codes = ["KB" + "".join(digits) for digits in zip(*(line[width:] for line in lines[:3]), strict=True)]
@@ -60,4 +46,4 @@ def read(text: str) -> Matrix:
     for line in lines[3:]:
         number, _, fault = line[:width].split()[:3]
         kills[f"KB{number} {fault}"] = {c for c, mark in zip(codes, line[width:], strict=True) if mark != "."}
-    return Matrix(codes, kills)
+    return codes, kills

@@ -29,51 +29,32 @@ def render(matrix: Matrix, form: str) -> str:
     return {"text": _text, "markdown": _markdown, "html": _html}[form](matrix)
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """One line: the rules that each row breaks."""
-    return "; ".join(f"{row.subject.name}: {_summary(row)}" for row in rows)
-
-
-def _summary(row: Row) -> str:
+def verdict(row: Row) -> str:
+    """One line: the rules that the row breaks."""
     if row.error:
-        return f"error: {row.error}"
+        return f"{row.subject.name}: error: {row.error}"
     parts = [f"{mark.value}: {' '.join(codes)}" for mark in BAD if (codes := _codes(row, mark))]
-    parts.append(f"{len(_codes(row, Mark.KEPT))} kept")
-    return ", ".join(parts) + ("" if row.complete else ", interrupted")
+    parts += [f"{len(_codes(row, Mark.KEPT))} kept", *([] if row.complete else ["interrupted"])]
+    return f"{row.subject.name}: {', '.join(parts)}"
 
 
 def _codes(row: Row, mark: Mark) -> list[str]:
     return sorted(code for code, of_code in row.marks.items() if of_code is mark)
 
 
-def columns(matrix: Matrix) -> tuple[list[str], dict[Mark, list[str]]]:
-    """The rules that have a column, and the rest: by mark, those that have it in every row."""
-    judged = [row for row in matrix.rows if row.marks]
-    shown: list[str] = []
-    uniform: dict[Mark, list[str]] = {}
-    for code in matrix.rules:
-        marks = {row.marks.get(code) for row in judged}
-        mark = marks.pop() if len(marks) == 1 else None
-        if mark in (Mark.KEPT, Mark.SKIPPED):
-            uniform.setdefault(mark, []).append(code)
-        else:
-            shown.append(code)
-    return shown, uniform
+def columns(matrix: Matrix) -> tuple[list[str], list[str]]:
+    """The rules that have a column, and a line each for those that every row keeps and those that apply to none."""
+    marks = {code: {row.marks.get(code) for row in matrix.rows if row.marks} for code in matrix.rules}
+    lines = []
+    for mark, words in ((Mark.KEPT, "kept by every one"), (Mark.SKIPPED, "not applicable to these cases")):
+        if codes := [code for code in marks if marks[code] == {mark}]:
+            lines.append(f"{words}: {' '.join(codes)}")
+    return [code for code in marks if marks[code] not in ({Mark.KEPT}, {Mark.SKIPPED})], lines
 
 
 def _cells(row: Row, codes: Sequence[str], words: Mapping[Mark, str]) -> list[str]:
-    marks = [row.marks.get(code) for code in codes]
-    return [
-        html(row.subject.name) if words is WORDS else row.subject.name,
-        row.versions.get("transformers", ""),
-        *("" if mark is None else words[mark] for mark in marks),
-    ]
-
-
-def _uniform(uniform: Mapping[Mark, Sequence[str]]) -> Iterator[str]:
-    for mark, words in ((Mark.KEPT, "kept by every one"), (Mark.SKIPPED, "not applicable to these cases")):
-        if mark in uniform:
-            yield f"{words}: {' '.join(uniform[mark])}"
+    marks = [words[row.marks[code]] if code in row.marks else "" for code in codes]
+    return [row.subject.name, row.versions.get("transformers", ""), *marks]
 
 
 def _not_judged(matrix: Matrix) -> Iterator[tuple[str, str]]:
@@ -89,10 +70,6 @@ def _not_judged(matrix: Matrix) -> Iterator[tuple[str, str]]:
             yield row.subject.name, f"{' '.join(codes)}: {reason}"
 
 
-def _cases(matrix: Matrix) -> str:
-    return f"cases: {' '.join(matrix.cases)}"
-
-
 def _stack(matrix: Matrix) -> str:
     """The versions of the rows, each once."""
     versions = {name: {row.versions.get(name, "") for row in matrix.rows if row.versions} for name in STACK}
@@ -103,7 +80,7 @@ def _text(matrix: Matrix) -> str:
     codes, uniform = columns(matrix)
     lines = aligned([["", HEAD[1], *codes], *(_cells(row, codes, SIGNS) for row in matrix.rows)])
     notes = [f"{name}: {reason}" for name, reason in _not_judged(matrix)]
-    return "\n".join([*lines, "", *_uniform(uniform), *notes, _cases(matrix)]) + "\n"
+    return "\n".join([*lines, "", *uniform, *notes, f"cases: {' '.join(matrix.cases)}"]) + "\n"
 
 
 def _markdown(matrix: Matrix) -> str:
@@ -114,13 +91,13 @@ def _markdown(matrix: Matrix) -> str:
         "",
         f"`{matrix.command}`",
         "",
-        f"{matrix.tool}, {_stack(matrix)}; {_cases(matrix)}.",
+        f"{matrix.tool}, {_stack(matrix)}; cases: {' '.join(matrix.cases)}.",
         "",
-        *table([*HEAD, *codes], [_cells(row, codes, WORDS) for row in matrix.rows if row.marks]),
+        *table([*HEAD, *codes], [map(html, _cells(row, codes, WORDS)) for row in matrix.rows if row.marks]),
         "",
         *(f"* {code}: {registered[code].requirement}" for code in codes if code in registered),
         "",
-        *(f"{line[0].upper()}{line[1:]}." for line in _uniform(uniform)),
+        *(f"{line[0].upper()}{line[1:]}." for line in uniform),
     ]
     if notes := [f"* `{name}`: {html(reason)}" for name, reason in _not_judged(matrix)]:
         lines += ["", "Not judged:", "", *notes]
@@ -133,7 +110,7 @@ def _html(matrix: Matrix) -> str:
         matrix=matrix,
         codes=codes,
         rows=[_cells(row, codes, SIGNS) for row in matrix.rows],
-        uniform=list(_uniform(uniform)),
+        uniform=uniform,
         requirements={code: rule.requirement for code, rule in rules().items()},
         stack=_stack(matrix),
         not_judged=list(_not_judged(matrix)),

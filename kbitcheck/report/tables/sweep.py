@@ -11,6 +11,7 @@ from kbitcheck.report.tables import aligned
 COLUMNS = (
     "architecture", "inputs", "loads", "prepares", "trains", "quantized", "after/bf16", "checkpointing", "dead adapters", "findings",
 )  # fmt: skip
+YES_OR_NO = {True: "yes", False: "no", None: ""}
 VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "peft")
 FORMATS = ("text", "json", "markdown")
 
@@ -39,9 +40,9 @@ def cells(row: Row, shared: Sequence[Finding] = ()) -> tuple[str, ...]:
     return (
         row.architecture,
         row.inputs,
-        _yes_or_no(row.loads),
-        _yes_or_no(row.prepares),
-        _yes_or_no(row.trains),
+        YES_OR_NO[row.loads],
+        YES_OR_NO[row.prepares],
+        YES_OR_NO[row.trains],
         "" if row.quantized is None else f"{row.quantized:.0%}",
         "" if row.growth is None else f"{row.growth:.2f}",
         row.checkpointing,
@@ -69,10 +70,6 @@ def common(rows: Sequence[Row]) -> tuple[Finding, ...]:
 
 def _key(finding: Finding) -> tuple[str, Party, Level]:
     return finding.rule, finding.party, finding.level
-
-
-def _yes_or_no(value: bool | None) -> str:
-    return "" if value is None else "yes" if value else "no"
 
 
 def _text(sweep: Table) -> str:
