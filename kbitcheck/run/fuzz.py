@@ -52,9 +52,6 @@ def fuzz(
     The report is that of all cases where they pass, else of the smallest failing one alone; ``subject["fuzz"]`` tells
     how many were drawn, and of a failing one the recipe as TOML and the command that runs it again. The same seed draws
     the same cases; hypothesis first tries what it has in its database (``.hypothesis``) from earlier failures.
-
-    Raises:
-        UsageError: a model, implementation or option is wrong.
     """
     with scratch_directory() as scratch:
         python = virtualenvs.interpreter(plan.implementation)

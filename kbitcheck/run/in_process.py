@@ -40,11 +40,7 @@ def like_a_worker() -> Iterator[Callable[[int], None]]:
 def examine_all(
     specs: Sequence[CaseSpec], rules: Sequence[Rule], implementation: Implementation | None
 ) -> Generator[Event, None, None]:
-    """The events of the cases; ``implementation`` replaces the one that the specs name.
-
-    Raises:
-        UsageError: a model, implementation or option is wrong.
-    """
+    """The events of the cases; ``implementation`` replaces the one that the specs name."""
     from kbitcheck.observe import device as devices
     from kbitcheck.observe.case import open_case
 

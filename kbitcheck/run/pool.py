@@ -5,7 +5,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,8 +62,7 @@ class Worker:
     def examine(self, spec: CaseSpec, rules: Sequence[Rule]) -> Iterator[Event]:
         """The events of one case; a rule that a lost process did not reach is an ERROR.
 
-        Raises:
-            UsageError: the model or the implementation cannot be loaded.
+        A ``UsageError`` says that the model or, where ``loaded`` is still False, the implementation cannot be loaded.
         """
         if not self.loaded and not self._cannot_load:
             yield from self._load(spec)
@@ -123,13 +121,12 @@ def spread(
 ) -> Generator[Answer, None, None]:
     """The answers of ``serve`` to all tasks, as they come. Each worker takes the next task; all are closed at the end.
 
-    Raises:
-        BaseException: what ``serve`` raised first; the other workers are stopped.
+    What ``serve`` raises first is raised here, and the other workers are stopped.
     """
     todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in tasks:
         todo.put(task)
-    answers: queue.SimpleQueue[Answer | _End] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()  # None: no more from one worker
     stopped = threading.Event()
     with contextlib.ExitStack() as stack:
         for worker in workers:
@@ -140,29 +137,22 @@ def spread(
         working = len(workers)
         while working:
             answer = answers.get()
-            if not isinstance(answer, _End):
-                yield answer
-            elif answer.error is not None:
-                raise answer.error
-            else:
+            if answer is None:
                 working -= 1
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """A worker has nothing more to do, or can do no more because of the error."""
-
-    error: BaseException | None = None
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                yield answer
 
 
 def _work(
     worker: Worker,
     serve: Callable[[Worker, Task], Iterable[Answer]],
     todo: queue.SimpleQueue[Task],
-    answers: queue.SimpleQueue[Answer | _End],
+    answers: queue.SimpleQueue[Answer | BaseException | None],
     stopped: threading.Event,
 ) -> None:
-    end = _End()
+    end: BaseException | None = None
     try:
         while not stopped.is_set():
             for answer in serve(worker, todo.get_nowait()):
@@ -172,9 +162,8 @@ def _work(
     except queue.Empty:
         pass
     except BaseException as error:
-        end = _End(error)
-    finally:
-        answers.put(end)
+        end = error
+    answers.put(end)
 
 
 def _end(worker: Worker, thread: threading.Thread, stopped: threading.Event) -> None:

@@ -68,11 +68,7 @@ class Requirement:
 
 
 def parse(text: str) -> Requirement | None:
-    """The requirement that an implementation's name begins with; None where it names what is installed here.
-
-    Raises:
-        UsageError: it is a requirement that does not say which of its functions prepares.
-    """
+    """The requirement that an implementation's name begins with; None where it names what is installed here."""
     package, separator, function = text.rpartition(SEPARATOR)
     if separator:
         if not package.strip():

@@ -36,9 +36,6 @@ def run(
     ``timeout`` is in seconds a case; ``jobs`` workers run at once, and ``on_event`` gets events as they come. All specs
     name the same implementation; ``implementation`` replaces it by a live callable, in this process. An interrupt
     (Ctrl-C) ends the run with ``complete=False`` and the results so far.
-
-    Raises:
-        UsageError: a model, implementation or option is wrong.
     """
     start = time.perf_counter()
     live = in_process or implementation is not None

@@ -49,11 +49,7 @@ def default() -> str:
 
 
 def validate(text: str) -> None:
-    """Check, without importing or installing it, that ``text`` can name an implementation.
-
-    Raises:
-        UsageError: wrong syntax, or no such file or top-level module.
-    """
+    """Check syntax, file and top-level module of what names an implementation, without importing or installing it."""
     requirement = requirements.parse(text)
     where, attribute = _split(text)
     if not where or not DOTTED.fullmatch(attribute):
@@ -77,9 +73,7 @@ def validate(text: str) -> None:
 def load(text: str) -> Implementation:
     """Import the implementation. Run this only where the harness and its oracle are already imported.
 
-    Raises:
-        Missing: it has no such module or attribute, or that is not callable.
-        UsageError: it cannot be imported.
+    ``Missing`` is for a module or callable that is not there, another ``UsageError`` for an import that fails.
     """
     validate(text)
     where, attribute = _split(text)

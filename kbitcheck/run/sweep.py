@@ -45,11 +45,8 @@ def swept(
 
     ``shard`` is a part, counted from 1, and the number of parts; ``timeout`` is in seconds for each architecture; rows
     are kept in ``output`` + ``.jsonl``, unless ``output`` is empty; ``command`` is the command that gives the same
-    table again. ``say`` gets a line for each row as it comes.
-
-    Raises:
-        Lost: the architectures cannot be listed.
-        UsageError: an option is wrong, or the implementation cannot be loaded.
+    table again. ``say`` gets a line for each row as it comes. ``Lost`` says that the architectures cannot be
+    listed.
     """
     subject.validate(template.implementation)
     if requirements.parse(template.implementation):

@@ -55,9 +55,6 @@ def interpreter(implementation: str, say: Callable[[str], None] = lambda line: N
     """The Python that runs an implementation: this one, or that of an environment, which is built where there is none.
 
     ``say`` gets a line where something takes long.
-
-    Raises:
-        UsageError: the requirement cannot be installed, or its function cannot be imported beside any transformers.
     """
     requirement = requirements.parse(implementation)
     return sys.executable if requirement is None else str(_python(_ready(requirement, say)))

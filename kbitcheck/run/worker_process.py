@@ -43,9 +43,7 @@ def scratch_directory() -> Iterator[Path]:
 def answers(request: Request, seconds: float, echo: Callable[[str], None] | None) -> Generator[Event, None, None]:
     """The events that answer one request, from a process that ends with it.
 
-    Raises:
-        Lost: the process ended or broke, or one answer took longer than ``seconds``.
-        UsageError: the request cannot be answered on this machine.
+    ``Lost`` says that it ended or broke before, or that one answer took longer than ``seconds``.
     """
     with scratch_directory() as scratch, contextlib.closing(WorkerProcess(scratch, echo)) as process:
         for event in process.ask(request, seconds):
@@ -97,10 +95,8 @@ class WorkerProcess:
     def ask(self, request: Request, seconds: float) -> Iterator[Event]:
         """The events that answer a request; the last one is in ``events.LAST``.
 
-        The first request also waits until the process is ready, which is not counted in ``seconds``.
-
-        Raises:
-            Lost: no last event came within ``seconds``, or the process ended.
+        The first request also waits until the process is ready, which is not counted in ``seconds``. ``Lost`` says that
+        no last event came within them, or that the process ended.
         """
         if not self._ready:
             for event in self._events(READY_SECONDS):
