@@ -31,7 +31,6 @@ class Kind(StrEnum):
     FIXED = "fixed"
 
 
-KINDS = tuple(Kind)
 REMEDIES = {
     Kind.REGRESSED: "fix it, or accept it with --accept and a reason",
     Kind.NEW: "fix it, or accept it with --accept and a reason",
@@ -213,17 +212,10 @@ def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = RE
     for (rule, change), cases in by_rule.items():
         by_cases.setdefault((change, tuple(sorted(set(cases)))), []).append(rule)
     every = [
-        Breach(
-            kind=change.kind,
-            rules=tuple(sorted(codes)),
-            cases=cases,
-            difference=change.difference,
-            todo=todo.get(change.kind, ""),
-            counted=change.counted,
-        )
+        Breach(**asdict(change), rules=tuple(sorted(codes)), cases=cases, todo=todo.get(change.kind, ""))
         for (change, cases), codes in by_cases.items()
     ]
-    return sorted(every, key=lambda b: (not b.counted, KINDS.index(b.kind), b.rules, b.cases))
+    return sorted(every, key=lambda b: (not b.counted, list(Kind).index(b.kind), b.rules, b.cases))
 
 
 def judge(

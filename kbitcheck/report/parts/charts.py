@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -47,18 +47,17 @@ def charts(report: Report) -> list[Chart]:
     cases: Cases = report.facts.get("cases", {})
     specs: Cases = report.subject.get("cases", {})
     checkpointed = {c: f for c, f in cases.items() if specs.get(c, {}).get("checkpointing") != "off"}
-    drawn = (_bytes(cases, specs), _activations(checkpointed or cases), _gradients(cases))
-    return [chart for chart in drawn if chart is not None]
+    return [*_bytes(cases, specs), *_activations(checkpointed or cases), *_gradients(cases)]
 
 
-def _bytes(cases: Cases, specs: Cases) -> Chart | None:
+def _bytes(cases: Cases, specs: Cases) -> Iterator[Chart]:
     of_model: dict[str, Mapping[str, Mapping[str, int]]] = {}
     for case, facts in cases.items():
         if groups := facts.get("bytes_by_group"):
             spec = specs.get(case, {})
             of_model.setdefault(f"{spec.get('model', case)} {spec.get('quant', '')}".strip(), groups)
     if not of_model:
-        return None
+        return
     by_growth = sorted(of_model, key=lambda name: -_growth(of_model[name]))[:BARS]
     bars = [(name, stage, of_model[name][stage]) for name in by_growth for stage in ("loaded", "prepared")]
     sizes = [counts for _, _, counts in bars]
@@ -68,10 +67,10 @@ def _bytes(cases: Cases, specs: Cases) -> Chart | None:
     unit, scale = _unit(max(sum(counts.values()) for counts in sizes))
 
     def draw(axes: Axes) -> None:
-        few = len(columns) <= len(SERIES)
-        own = columns if few else sorted(columns, key=lambda g: -largest[g])[: len(SERIES) - 1]
+        enough = len(columns) <= len(SERIES)
+        own = columns if enough else sorted(columns, key=lambda g: -largest[g])[: len(SERIES) - 1]
         stacks = {g: [g] for g in columns if g in own}
-        if not few:
+        if not enough:
             stacks["the rest"] = [g for g in columns if g not in own]
         places = [-(i + i // 2 * 1.1) for i in range(len(bars))]
         left = [0.0] * len(bars)
@@ -80,13 +79,13 @@ def _bytes(cases: Cases, specs: Cases) -> Chart | None:
             axes.barh(places, widths, 0.85, left=left, color=color, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(places, [stage for _, stage, _ in bars])
-        for place, (name, _, _) in list(zip(places, bars, strict=True))[::2]:
+        for place, name in zip(places[::2], by_growth, strict=True):
             axes.text(0, place + 0.5, f" {name}", va="bottom")
         axes.set_ylim(places[-1] - 0.6, 1.5)
         axes.set_xlabel(unit)
 
     few = f" The {BARS} of {len(of_model)} that grow most." if len(of_model) > BARS else ""
-    return Chart(
+    yield Chart(
         title="Where the bytes are",
         caption=f"Parameters and buffers as loaded and after preparing.{few}",
         svg=_svg("bytes", draw, 1.5 + 0.32 * len(bars), grid="x"),
@@ -102,10 +101,10 @@ def _growth(groups: Mapping[str, Mapping[str, int]]) -> float:
     return sum(groups["prepared"].values()) / max(sum(groups["loaded"].values()), 1)
 
 
-def _activations(cases: Cases) -> Chart | None:
+def _activations(cases: Cases) -> Iterator[Chart]:
     of_case = {case: facts for case, facts in cases.items() if facts.get("activations_by_block", {}).get("blocks")}
     if not of_case:
-        return None
+        return
     case = max(of_case, key=lambda c: of_case[c]["checkpointed"] / max(of_case[c]["activations"], 1))
     facts = of_case[case]["activations_by_block"]
     names, plain, held = facts["blocks"], facts["plain"], facts["checkpointed"]
@@ -119,7 +118,7 @@ def _activations(cases: Cases) -> Chart | None:
         axes.set_ylabel(f"{unit} added by the block")
 
     rest = f" Of {len(of_case)} cases this is the one where least is saved." if len(of_case) > 1 else ""
-    return Chart(
+    yield Chart(
         title="Activation bytes by block",
         caption=f"{case}: what each block adds to what a training step holds, with checkpointing off (plain) and as the "
         f"model was prepared; the last block includes what follows it.{rest}",
@@ -129,14 +128,14 @@ def _activations(cases: Cases) -> Chart | None:
     )
 
 
-def _gradients(cases: Cases) -> Chart | None:
+def _gradients(cases: Cases) -> Iterator[Chart]:
     of_case: dict[str, list[tuple[str, float, float]]] = {}
     for case, facts in cases.items():
         errors = facts.get("gradient_errors", {})
         if errors.get("layers"):
             of_case[case] = list(zip(errors["layers"], errors["error"], errors["bound"], strict=True))
     if not of_case:
-        return None
+        return
 
     def ratio(row: tuple[str, float, float]) -> float:
         _, error, bound = row
@@ -163,7 +162,7 @@ def _gradients(cases: Cases) -> Chart | None:
 
     rest = f" Of {len(of_case)} cases this is the one nearest to its bound." if len(of_case) > 1 else ""
     few = f" The worst {LAYERS} of {len(rows)} layers." if len(rows) > LAYERS else ""
-    return Chart(
+    yield Chart(
         title="Gradient error by layer",
         caption=f"{worst}: adapters' gradients against the float64 twin's, each layer's worst, and KB304's bound."
         f"{few}{rest}",
