@@ -81,11 +81,10 @@ def audit(
     if not callable(getattr(model, "parameters", None)):
         raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
     rules = select(select_codes, ignore)
-    implementation = (
-        implementations.load(prepare or implementations.default())
-        if isinstance(prepare, str)
-        else implementations.describe(prepare)
-    )
+    if isinstance(prepare, str):
+        implementation = implementations.load(prepare or implementations.default())
+    else:
+        implementation = implementations.describe(prepare)
     start = time.perf_counter()
     with like_a_worker() as size_threads:
         case = open_live(model, implementation=implementation, **{"profile": "auto", **options})
@@ -100,9 +99,9 @@ def audit(
 def assert_prepared(
     model: Any,
     *,
-    profile: str,
-    freezes: str,
-    checkpointing: str | None,
+    profile: Profile,
+    freezes: Freezes,
+    checkpointing: Checkpointing | None,
     strict: bool,
     select_codes: Sequence[str],
     ignore: Mapping[str, str],
@@ -128,9 +127,9 @@ def assert_prepared(
         model=source.name,
         quant=source.quant,
         implementation="",
-        profile=profile,  # type: ignore[arg-type]
-        freezes=freezes,  # type: ignore[arg-type]
-        checkpointing=checkpointing or prepared.mode_of(model),  # type: ignore[arg-type]
+        profile=profile,
+        freezes=freezes,
+        checkpointing=checkpointing or prepared.mode_of(model),
         device=str(next(model.parameters()).device),
     )
     start = time.perf_counter()
