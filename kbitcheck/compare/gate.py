@@ -97,21 +97,9 @@ def breaches(report: Report) -> list[Breach]:
     return list(map(Breach.from_json, report.gate["breaches"])) if report.gate is not None else []
 
 
-def compare(
-    report: Report,
-    ledger: Ledger,
-    *,
-    today: date | None = None,
-    recipes: Collection[str] = (),
-    left_out: Iterable[Cell] = (),
-) -> list[Breach]:
-    """Every difference between a report and a ledger, worst first.
-
-    Neither rules left out with a reason (``--ignore``) nor cells in ``left_out`` are missed. ``today`` decides which
-    entries have expired (default: the date in UTC). ``recipes`` are the names of the tiny models that exist (default:
-    not checked).
-    """
-    today = today or datetime.now(UTC).date()
+def _changes(
+    report: Report, ledger: Ledger, today: date, recipes: Collection[str], left_out: Iterable[Cell]
+) -> Iterator[tuple[Cell, Change]]:
     ignored = tuple(code.upper() for code in report.subject.get("ignored", {}))
     results = {(r.rule, r.case): r for r in report.results}
     unmissed = {*left_out} - results.keys()
@@ -119,14 +107,12 @@ def compare(
         c: status for c, status in ledger.expected.items() if not c[0].startswith(ignored) and c not in unmissed
     }
     entries = {(e.rule, case): e for e in ledger.accepted for case in e.cases}
-    changes: list[tuple[Cell, Change]] = []
     for cell in dict.fromkeys([*expected, *results]):
         entry, result = entries.get(cell), results.get(cell)
         if change := _change(cell, expected.get(cell), entry, result, report, recipes):
-            changes.append((cell, change))
+            yield cell, change
         if entry and result and result.status is entry.status:
-            changes += [(cell, complaint) for complaint in _complaints(entry, ledger, today)]
-    return merged(changes)
+            yield from ((cell, complaint) for complaint in _complaints(entry, ledger, today))
 
 
 def _change(
@@ -230,9 +216,10 @@ def judge(
     """The report with its comparison against a ledger, which then decides its verdict and exit code.
 
     ``accepted`` says that the ledger was just written from the report: entries without a reason are then reported, not
-    counted. ``today``, ``recipes`` and ``left_out`` are those of ``compare``.
+    counted. ``today`` decides which entries have expired (default: the date in UTC). ``recipes`` are the names of the
+    tiny models that exist (default: not checked). Neither ignored rules nor cells in ``left_out`` are missed.
     """
-    changes = compare(report, ledger, today=today, recipes=recipes, left_out=left_out)
+    changes = merged(_changes(report, ledger, today or datetime.now(UTC).date(), recipes, left_out))
     if accepted:
         changes = [replace(change, counted=False) for change in changes]
     expected = ledger.expected

@@ -27,8 +27,12 @@ def accepted(*other: Any, reason: str = "known") -> Ledger:
     return Ledger.parse(text, name="l.toml")
 
 
+def changes(*compared: Any, **options: Any) -> list[gate.Breach]:
+    return gate.breaches(gate.judge(*compared, **options))
+
+
 def kinds(found: Report, ledger: Ledger) -> list[tuple[str, str, bool]]:
-    return [(b.kind.value, b.rules[0], b.counted) for b in gate.compare(found, ledger, today=TODAY)]
+    return [(b.kind.value, b.rules[0], b.counted) for b in changes(found, ledger, today=TODAY)]
 
 
 CHANGES = [
@@ -67,7 +71,7 @@ def test_a_breach_decides_before_what_could_not_be_judged() -> None:
 
 def test_what_did_not_run_is_lost_and_told_once_for_all_its_rules() -> None:
     ledger = accepted()
-    breaches = gate.compare(report(drop=tuple((c, NF4) for c in ("KB101", "KB201", "KB505"))), ledger)
+    breaches = changes(report(drop=tuple((c, NF4) for c in ("KB101", "KB201", "KB505"))), ledger)
     assert [(b.kind, b.rules, b.cases) for b in breaches] == [(Kind.LOST, ("KB101", "KB201", "KB505"), (NF4,))]
     assert "did not run; run it again, or drop it with --accept" in breaches[0].line
     assert kinds(report(drop=(("KB505", INT8),)), ledger) == [("lost", "KB505", True)]
@@ -99,7 +103,7 @@ def test_an_entry_needs_a_reason_and_holds_until_it_expires() -> None:
 
 def test_a_rule_or_recipe_that_is_no_more_is_unknown() -> None:
     text = acceptance.accept(report()).replace('"KB505"', '"KB899"').replace("tiny:llama-nf4", "tiny:lama-nf4")
-    breaches = gate.compare(report(), Ledger.parse(text), recipes=["llama"])
+    breaches = changes(report(), Ledger.parse(text), recipes=["llama"])
     told = [b.difference for b in breaches if b.kind is Kind.GONE]
     assert "there is no rule KB899" in told
     assert "there is no recipe tiny:lama" in told
@@ -123,7 +127,7 @@ def test_a_stacks_failure_that_becomes_the_implementations_has_regressed() -> No
 
 
 def test_a_line_says_what_where_and_what_to_do() -> None:
-    (breach,) = gate.compare(report(result("KB505", NF4, FAIL)), accepted())
+    (breach,) = changes(report(result("KB505", NF4, FAIL)), accepted())
     assert breach.line == (
         f"regressed KB505 one-hook-and-removable [{NF4}]: was PASS in the ledger, now FAIL: model.norm: expected "
         "float32, found float16; fix it, or accept it with --accept and a reason"

@@ -51,7 +51,7 @@ def test_a_ledger_of_0_1_0_holds_and_is_rewritten_only_where_results_changed() -
     (entry,) = ledger.accepted
     assert entry.attributed_to is Party.IMPLEMENTATION
     same = Report.from_json({**OLD_REPORT, "gate": None})
-    assert gate.compare(same, ledger) == []
+    assert gate.breaches(gate.judge(same, ledger)) == []
     assert accept.accept(same, OLD_LEDGER) == OLD_LEDGER
 
 

@@ -63,7 +63,7 @@ def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
             return report
         text = accept.accept(report, before, name=name)
         if text != before:
-            for breach in gate.compare(report, old, recipes=recipe.names()):
+            for breach in gate.breaches(gate.judge(report, old, recipes=recipe.names())):
                 say(f"accepted: {breach.line}")
             output.write(text)
         say(f"{name} is {'as it was' if text == before else 'written'}")
