@@ -4,8 +4,6 @@ Everything drawn is plain data (a recipe's TOML, the text of ``--quant``): a fai
 and replays with one command.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,26 +29,6 @@ RATES = (0.0, 0.1, 0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    """Sizes that every family has. ``width`` is ``heads`` times ``head``; none is a multiple of anything on purpose."""
-
-    vocab: int
-    depth: int
-    heads: int
-    groups: int
-    head: int
-    inner: int
-    tied: bool
-    bias: bool
-    dropout: float
-    grain: int
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """An architecture, a row of ``drawn.toml``, which explains the fields."""
 
@@ -73,11 +51,11 @@ def _multiples(low: int, high: int, step: int) -> st.SearchStrategy[int]:
     return st.integers(-(-low // step), high // step).map(lambda n: n * step)
 
 
-def _more(draw: Draw, family: str, s: _Sizes) -> Data:
+def _more(draw: Draw, family: str, drawn: Data, grain: int) -> Data:
     """Fields of a configuration that no other family has, or that the other sizes do not decide."""
     match family:
         case "gemma" | "qwen3":  # heads need not divide the width
-            return {"head_dim": draw(_multiples(4, 16, math.lcm(2, s.grain)))}
+            return {"head_dim": draw(_multiples(4, 16, math.lcm(2, grain)))}
         case "mixtral":
             experts = draw(st.integers(2, 4))
             return {"num_local_experts": experts, "num_experts_per_tok": draw(st.integers(1, experts))}
@@ -91,64 +69,64 @@ def _more(draw: Draw, family: str, s: _Sizes) -> Data:
             layers = draw(st.integers(1, 2))
             return {"num_decoder_layers": layers, "feed_forward_proj": draw(st.sampled_from(["relu", "gated-gelu"]))}
         case "whisper":
-            sizes = {"decoder_layers": (1, 2), "num_mel_bins": (2, 20), "max_source_positions": (4, 16)}
-            return {name: draw(st.integers(*bounds)) for name, bounds in sizes.items()}
+            ranges = {"decoder_layers": (1, 2), "num_mel_bins": (2, 20), "max_source_positions": (4, 16)}
+            return {name: draw(st.integers(*bounds)) for name, bounds in ranges.items()}
         case "llava":
-            return _vision(draw, s)
+            return _vision(draw, drawn, grain)
     return {}
 
 
-def _vision(draw: Draw, s: _Sizes) -> Data:
+def _vision(draw: Draw, drawn: Data, grain: int) -> Data:
     side, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     return {
-        "image_token_id": s.vocab - 1,
-        "image_token_index": s.vocab - 1,
+        "image_token_id": drawn["vocab"] - 1,
+        "image_token_index": drawn["vocab"] - 1,
         "image_seq_length": side * side,
         "vision_config": {
             "model_type": "clip_vision_model",
-            "hidden_size": heads * draw(_multiples(-(-16 // heads), 24, s.grain)),
-            "intermediate_size": draw(_multiples(16, 64, s.grain)),
+            "hidden_size": heads * draw(_multiples(-(-16 // heads), 24, grain)),
+            "intermediate_size": draw(_multiples(16, 64, grain)),
             "num_hidden_layers": draw(st.integers(2, 3)),
             "num_attention_heads": heads,
             "image_size": side * 4,
             "patch_size": 4,
             "projection_dim": 12,
-            "attention_dropout": s.dropout,
+            "attention_dropout": drawn["dropout"],
         },
     }
 
 
-def _with_sizes(table: Mapping[str, Any], s: _Sizes) -> Data:
+def _with_sizes(table: Mapping[str, Any], drawn: Data) -> Data:
     """A table of ``drawn.toml`` with the tables that it is like, and with the drawn sizes."""
     filled: Data = {}
     for name, value in table.items():
         if name == "like":
-            filled |= _with_sizes(_TABLES[value], s)
+            filled |= _with_sizes(_TABLES[value], drawn)
         elif isinstance(value, Mapping):
-            filled[name] = _with_sizes(value, s)
+            filled[name] = _with_sizes(value, drawn)
         else:
-            drawn = isinstance(value, str) and value.startswith("$")
-            filled[name] = getattr(s, value[1:]) if drawn else value
+            is_size = isinstance(value, str) and value.startswith("$")
+            filled[name] = drawn[value[1:]] if is_size else value
     return filled
 
 
 @st.composite
-def sizes(draw: Draw, family: Family, *, grain: int = 1) -> _Sizes:
-    """Sizes of a model of this family, a few thousand parameters; widths of layers are multiples of ``grain``."""
+def sizes(draw: Draw, family: Family, *, grain: int) -> Data:
+    """Sizes of a model of this family, a few thousand parameters; widths of layers are multiples of ``grain``, of nothing more."""
     heads = draw(st.integers(1, 4))
-    return _Sizes(
-        vocab=draw(st.integers(24, 140)),
-        depth=draw(st.integers(1, 3)),
-        heads=heads,
-        groups=draw(st.sampled_from([d for d in range(heads, 0, -1) if heads % d == 0])),
+    drawn = {
+        "vocab": draw(st.integers(24, 140)),
+        "depth": draw(st.integers(1, 3)),
+        "heads": heads,
+        "groups": draw(st.sampled_from([d for d in range(heads, 0, -1) if heads % d == 0])),
         # Below 16 wide no rounding averages out: int8 activations alone move a model four wide by a seventh.
-        head=draw(_multiples(max(4, -(-16 // heads)), 24, math.lcm(family.head_step, grain))),
-        inner=draw(_multiples(16, 100, grain)),
-        tied=draw(st.sampled_from(family.ties)),
-        bias=draw(st.booleans()),
-        dropout=draw(st.sampled_from(RATES)),
-        grain=grain,
-    )
+        "head": draw(_multiples(max(4, -(-16 // heads)), 24, math.lcm(family.head_step, grain))),
+        "inner": draw(_multiples(16, 100, grain)),
+        "tied": draw(st.sampled_from(family.ties)),
+        "bias": draw(st.booleans()),
+        "dropout": draw(st.sampled_from(RATES)),
+    }
+    return {**drawn, "width": heads * drawn["head"]}
 
 
 @st.composite
@@ -174,7 +152,7 @@ def recipes(
         "seed": str(draw(st.integers(0, 9))),
         "lengths": draw(batches()),
         "scale": dict(family.scale),
-        "config": _with_sizes(family.config, drawn) | _more(draw, name, drawn),
+        "config": _with_sizes(family.config, drawn) | _more(draw, name, drawn, grain),
     }
     if family.skip:
         recipe["skip"] = list(family.skip)
@@ -219,22 +197,13 @@ class Drawn:
 
     def spec(self, model: str, implementation: str, **options: Any) -> CaseSpec:
         """The case, with the recipe under the name ``model``."""
-        return CaseSpec(
-            model=model,
-            quant=self.quant,
-            implementation=implementation,
-            checkpointing=self.checkpointing,
-            **{**options, "seed": self.seed},
-        )
+        own = {"quant": self.quant, "checkpointing": self.checkpointing, "seed": self.seed}
+        return CaseSpec(model=model, implementation=implementation, **{**options, **own})
 
 
 @st.composite
 def cases(
-    draw: Draw,
-    *,
-    models: Sequence[str] = (),
-    quants: Sequence[str] = (),
-    checkpointing: Sequence[Checkpointing] = (),
+    draw: Draw, *, models: Sequence[str] = (), quants: Sequence[str] = (), checkpointing: Sequence[Checkpointing] = ()
 ) -> Drawn:
     """A case from the ``models``, ``quants`` and ``checkpointing`` named; whatever is not named is drawn."""
     quant = Quantization.parse(draw(st.sampled_from(list(quants)) if quants else quantizations()))

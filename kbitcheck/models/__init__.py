@@ -1,1 +1,1 @@
-"""Where models come from, and what they are fed."""
+"""Where models come from, and what they are fed. Whatever is wrong with a model is a ``UsageError``."""

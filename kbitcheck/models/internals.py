@@ -4,8 +4,6 @@ Each is there in transformers 4.56 and 5.23, unless its line says otherwise; ``t
 when one moves.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a checkpoint directory to a quantized transformers model, silently, with every failure as one line."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import logging
@@ -19,6 +17,7 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
@@ -54,13 +53,11 @@ class Options:
 
 
 def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrainedModel:
-    """The model in ``folder``, quantized by ``quant``; with None, as the checkpoint itself says.
-
-    Raises:
-        UsageError: transformers cannot load it, or tensors are missing or have another shape.
-    """
+    """The model in ``folder``, quantized by ``quant``; with None, as the checkpoint itself says."""
     with quiet(), errors_as_usage(options.name):
-        _check_type(read_config(folder / CONFIG, options.name), options)
+        fields = read_config(folder / CONFIG, options.name)
+        if not (options.trust_remote_code and fields.get("auto_map")):  # code from a repository may bring its own type
+            _check_type(fields, options.name)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         return _loaded(folder, config, quant, options)
 
@@ -68,11 +65,7 @@ def load(folder: Path, quant: Quantization | None, options: Options) -> PreTrain
 def stream(
     tensors: Mapping[str, Any], config: PretrainedConfig, quant: Quantization | None, options: Options
 ) -> PreTrainedModel:
-    """A model whose tensors, ``tensors[name][...]``, are read and quantized one at a time. Needs transformers 5.
-
-    Raises:
-        UsageError: transformers cannot build such a model, or tensors are missing or have another shape.
-    """
+    """A model whose tensors, ``tensors[name][...]``, are read and quantized one at a time. Needs transformers 5."""
     with quiet(), errors_as_usage(options.name):
         return _loaded(None, config, quant, options, state_dict=dict(tensors))
 
@@ -127,11 +120,7 @@ def still(config: PretrainedConfig) -> None:
 
 
 def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
-    """The class that ``config.architectures`` names, or the first fitting one with a head where it names none.
-
-    Raises:
-        UsageError: transformers has no such class, or it computes no loss.
-    """
+    """The class that ``config.architectures`` names, or the first fitting one with a head where it names none."""
     remote = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     if trust_remote_code and remote:
         return getattr(transformers, max(remote, key=lambda name: name.startswith("AutoModelFor")))
@@ -147,25 +136,18 @@ def architecture(config: PretrainedConfig, *, trust_remote_code: bool = False) -
     raise UsageError(f"{library} has no class {' or '.join(names) or f'with a head for {config.model_type}'}")
 
 
-def configuration(fields: dict[str, Any], *, name: str) -> PretrainedConfig:
-    """A configuration from the fields of a ``config.json``.
-
-    Raises:
-        UsageError: transformers does not know the model type, or refuses the fields.
-    """
+def configuration(fields: Mapping[str, Any], *, name: str) -> PretrainedConfig:
+    """A configuration from the fields of a ``config.json``; raises ``UsageError`` if transformers refuses them."""
     with quiet(), errors_as_usage(name):
-        _check_type(fields, Options(name=name))
-        return AutoConfig.for_model(fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"})
+        _check_type(fields, name)
+        return AutoConfig.for_model(**fields)
 
 
-def _check_type(fields: Mapping[str, Any], options: Options) -> None:
-    # Code from the repository, where it may run, brings a type of its own.
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
+def _check_type(fields: Mapping[str, Any], name: str) -> None:
     kind = fields["model_type"]
-    if kind not in CONFIG_MAPPING and not (options.trust_remote_code and fields.get("auto_map")):
+    if kind not in CONFIG_MAPPING:
         hint = did_you_mean(kind, CONFIG_MAPPING)
-        raise UsageError(f"{options.name}: transformers {transformers.__version__} knows no model type {kind!r}{hint}")
+        raise UsageError(f"{name}: transformers {transformers.__version__} knows no model type {kind!r}{hint}")
 
 
 def empty(cls: Any, config: PretrainedConfig) -> PreTrainedModel:

@@ -4,8 +4,6 @@ transformers itself says which layers are replaced, and the quantizer's backend 
 look like.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,9 +23,6 @@ def build(
     """The model that loading by these arguments would give, in eval mode, on the meta device.
 
     ``config`` holds a ``config.json``'s fields. A checkpoint that is ``quantized`` already states all it skips.
-
-    Raises:
-        UsageError: transformers does not know the model, or it cannot be built.
     """
     fields = {k: v for k, v in config.items() if k != "quantization_config"}
     dtype: torch.dtype = getattr(torch, options.dtype)

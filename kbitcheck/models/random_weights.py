@@ -1,7 +1,5 @@
 """Checkpoints of random weights: each tensor is drawn from its name alone, so that every process has the same numbers."""
 
-from __future__ import annotations
-
 import atexit
 import copy
 import hashlib
@@ -50,14 +48,10 @@ _folders: dict[str, Path] = {}
 
 
 def checkpoint(plan: Plan) -> Path:
-    """The directory of the plan's unquantized checkpoint; drawn once a process, removed when the process ends.
-
-    Raises:
-        UsageError: transformers cannot build such a model.
-    """
+    """The directory of the plan's unquantized checkpoint; drawn once a process, removed when the process ends."""
     folder = _folders.get(plan.key)
     if folder is None or not folder.exists():
-        config = loading.configuration(dict(plan.config), name=plan.name)
+        config = loading.configuration(plan.config, name=plan.name)
         with loading.quiet(), loading.errors_as_usage(plan.name):
             model = loading.empty(loading.architecture(config), config)
             fill(model, plan)
@@ -70,13 +64,10 @@ def load(plan: Plan, quant: Quantization, options: loading.Options) -> PreTraine
     """The plan's model, each tensor quantized as soon as it is drawn: never more than one is in memory unquantized.
 
     transformers before 5 reads only from files, so that the whole model is drawn to a temporary checkpoint first.
-
-    Raises:
-        UsageError: transformers cannot build such a model.
     """
     if transformers.__version__ < "5":
         return loading.load(checkpoint(plan), quant, options)
-    config = loading.configuration(dict(plan.config), name=plan.name)
+    config = loading.configuration(plan.config, name=plan.name)
     with loading.quiet(), loading.errors_as_usage(plan.name):
         model: Any = loading.empty(loading.architecture(config), config)
         model.tie_weights()
@@ -99,12 +90,11 @@ class Drawn:
 def fill(model: PreTrainedModel, plan: Plan) -> None:
     """Give numbers to every tensor that a model on the meta device saves, in the dtype that loading keeps it in."""
     model.config.dtype = getattr(torch, plan.dtype)
-    modules = dict(model.named_modules(remove_duplicate=False))
     for name, draw in tensors(model, plan).items():
-        owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
+        path, _, leaf = name.rpartition(".")
+        owner, new = model.get_submodule(path), draw()
         old = getattr(owner, leaf)
-        is_parameter = isinstance(old, nn.Parameter)
-        setattr(owner, leaf, nn.Parameter(draw(), requires_grad=old.requires_grad) if is_parameter else draw())
+        setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     model.tie_weights()
 
 
@@ -112,23 +102,21 @@ def tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Callable[[], Tensor
     """By name, the function that draws each parameter and saved buffer of a model on the meta device, in any order."""
     dtype = getattr(torch, plan.dtype)
     wide = internals.kept_in_float32(model, dtype)
-    modules = dict(model.named_modules(remove_duplicate=False))
     tensors: dict[str, Callable[[], Tensor]] = {}
     # A tied tensor has several names, and tying may prefer the one that was not drawn.
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, leaf = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
         kept = torch.float32 if wide.intersection(name.split(".")) else dtype
-        tensors[name] = partial(_parameter, owner, leaf, name, tuple(parameter.shape), plan, kept)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        tensors[name] = partial(_parameter, owner, name, parameter.shape, plan, kept)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved:
-            tensors[name] = partial(_buffer, f"{plan.seed}/{name}", tuple(buffer.shape), buffer.dtype)
+            tensors[name] = partial(_buffer, f"{plan.seed}/{name}", buffer.shape, buffer.dtype)
     return tensors
 
 
-def _parameter(
-    owner: nn.Module, leaf: str, name: str, shape: tuple[int, ...], plan: Plan, dtype: torch.dtype
-) -> Tensor:
+def _parameter(owner: nn.Module, name: str, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
+    leaf = name.rpartition(".")[2]
     numbers = _numbers(owner, leaf, shape, f"{plan.seed}/{name}")
     numbers *= next((f for pattern, f in plan.scale.items() if fnmatchcase(name, pattern)), 1.0)
     if _is_scale(owner, leaf) and not _adds_one(owner):
@@ -136,7 +124,7 @@ def _parameter(
     return numbers.to(dtype)
 
 
-def _buffer(seed: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _buffer(seed: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     # Positive, as a running variance has to be.
     return normal(seed, shape).abs().to(dtype)
 
@@ -147,7 +135,7 @@ def normal(seed: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(number % 2**63))
 
 
-def _numbers(owner: nn.Module, leaf: str, shape: tuple[int, ...], seed: str) -> Tensor:
+def _numbers(owner: nn.Module, leaf: str, shape: torch.Size, seed: str) -> Tensor:
     """Scales that keep activations near one: 0.2 for norm scales, 0.1 for biases, 1/sqrt(fan in) for weights."""
     # In place, as the largest tensor decides what memory drawing takes.
     if _is_scale(owner, leaf):
@@ -158,7 +146,7 @@ def _numbers(owner: nn.Module, leaf: str, shape: tuple[int, ...], seed: str) -> 
         return normal(seed, shape)
     fan_in = shape[0] if type(owner).__name__ == "Conv1D" else shape[-1]
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        fan_in = torch.Size(shape[1:]).numel()
+        fan_in = shape[1:].numel()
     return normal(seed, shape).div_(math.sqrt(fan_in))
 
 
@@ -181,6 +169,7 @@ def _adds_one(norm: nn.Module) -> bool:
 
 
 def temporary() -> Path:
+    """A new directory that this process removes when it ends."""
     folder, process = Path(tempfile.mkdtemp(prefix="kbitcheck-")), os.getpid()
 
     def remove() -> None:

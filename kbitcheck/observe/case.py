@@ -164,7 +164,7 @@ def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float 
 
 def open_live(model: Any, *, implementation: Implementation, **options: Any) -> Case:
     """The case of a quantized model that the caller has; it is copied, and the copies are prepared and run."""
-    source = LiveModel(model)
+    source = LiveModel.of(model)
     device = str(next(model.parameters()).device)
     try:
         spec = CaseSpec(

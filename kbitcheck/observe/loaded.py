@@ -18,7 +18,6 @@ from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -50,7 +49,7 @@ class Loaded:
     def __init__(
         self,
         model: Any,
-        source: Source | LiveModel,
+        source: Source,
         spec: CaseSpec,
         *,
         batch: step.Batch | None = None,
@@ -70,9 +69,7 @@ class Loaded:
         self._results: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
-    def from_source(
-        cls, source: Source | LiveModel, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None
-    ) -> Self:
+    def from_source(cls, source: Source, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None) -> Self:
         """The spec's model from a source; ``spoil`` damages it first."""
         model = source.load(Quantization.parse(spec.quant), spec.device)
         if spoil is not None:

@@ -108,7 +108,7 @@ def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None
     dtypes = {name: p.dtype for name, p in owned(pristine).items()}
     return Loaded(
         pristine,
-        LiveModel(pristine),
+        LiveModel.of(pristine),
         spec,
         batch=batch or _drawn(pristine, spec.seed),
         attach=functools.partial(attach_own, dtypes) if dtypes else None,
@@ -163,7 +163,7 @@ class PreparedCase(OpenCase):
             return self.prepared
         return self._copy.wrapped
 
-    remote_code = Fact[bool](lambda self: LiveModel(self._model).remote_code)
+    remote_code = Fact[bool](lambda self: LiveModel.of(self._model).remote_code)
 
     @Fact
     def run(self) -> RunFacts:

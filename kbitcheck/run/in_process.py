@@ -122,7 +122,7 @@ def assert_prepared(
         if value not in choices:
             raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, choices))}")
     rules = select(select_codes, ignore)
-    source = LiveModel(model)
+    source = LiveModel.of(model)
     spec = CaseSpec(
         model=source.name,
         quant=source.quant,

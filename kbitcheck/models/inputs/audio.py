@@ -1,7 +1,5 @@
 """Audio that a model may read: within a text or beside it, as mel bins or as a wave."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """The first of several layouts of a batch that an architecture really runs on."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping

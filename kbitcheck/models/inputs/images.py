@@ -1,7 +1,5 @@
 """Images that a model may read: the tokens that stand for them in a text, and the layout of their pixels."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial

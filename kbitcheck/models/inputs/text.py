@@ -1,7 +1,5 @@
 """Training batches for any kind of model: deterministic, ragged where the model takes a mask, with labels that vary."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +25,7 @@ def draw(
     images: bool = True,
     labels: int | None = None,
     lengths: Sequence[int] = (),
-) -> dict[str, Tensor]:
+) -> Batch:
     """Inputs and ``labels`` for one training step of ``model``, on the device of its embeddings.
 
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
@@ -53,7 +51,7 @@ def draw(
     return fit({k: v for k, v in made.items() if k in accepted}, model)
 
 
-def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+def fit(batch: Batch, model: PreTrainedModel) -> Batch:
     """The batch on the device of the model's embeddings, floating inputs in the dtype of its first convolution.
 
     A speech encoder does not cast its input, so that the loaded and the prepared model need different dtypes. float16,
@@ -69,7 +67,7 @@ def fit(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 
 
-def first_rows(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+def first_rows(batch: Mapping[str, Tensor], rows: int) -> Batch:
     """A batch of the first ``rows`` rows of another, each with its images.
 
     Images may be patches, several for each row, in the first dimension or, where that holds all images, in the longest.
@@ -122,9 +120,7 @@ class Tokens:
         return mask
 
 
-def _text(
-    model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int, length: int | None = None
-) -> dict[str, Tensor]:
+def _text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int, length: int | None = None) -> Batch:
     config, mask = model.config, tokens.mask(batch, seq_len)
     ids = tokens.ids(batch, seq_len).where(mask.bool(), tokens.pad)
     name = type(model).__name__
@@ -152,14 +148,13 @@ def _classes(config: Any, tokens: Tokens, batch: int) -> Tensor:
     return torch.arange(batch) % int(config.num_labels)
 
 
-def _speech(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
-    config: Any = model.config
-    frames = 2 * config.max_source_positions
-    labels = tokens.labels(batch, seq_len)
-    return {"input_features": tokens.features(batch, config.num_mel_bins, frames), "labels": labels}
+def _speech(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> Batch:
+    labels, config = tokens.labels(batch, seq_len), model.config
+    features = tokens.features(batch, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": features, "labels": labels}
 
 
-def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> dict[str, Tensor]:
+def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> Batch:
     config: Any = model.config
     vision, image = config.vision_config, getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)

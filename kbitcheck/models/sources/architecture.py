@@ -41,15 +41,11 @@ class Architecture(Source):
 
     @property
     def plan(self) -> Plan:
-        """What the weights are drawn by; errors as of ``fields``."""
+        """What the weights are drawn by."""
         return replace(super(Architecture, self).plan, config=self.fields())
 
     def fields(self) -> dict[str, Any]:
-        """The tiny ``config.json``.
-
-        Raises:
-            UsageError: transformers has no such type for the task, or refuses its configuration.
-        """
+        """The tiny ``config.json``."""
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -108,8 +104,7 @@ class Architecture(Source):
 def named(name: str, *, dtype: str | None = None) -> Architecture:
     """The source behind ``arch:TASK/TYPE`` or ``arch:TYPE``, whose task is causal language modelling.
 
-    Raises:
-        UsageError: there is no such task. Whether there is such a type shows when it is loaded.
+    Whether there is such a type shows when it is loaded.
     """
     task, _, model_type = name.removeprefix(PREFIX).rpartition("/")
     task = task or CAUSAL_LM

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
-from kbitcheck.models.sources.source import Source
+from kbitcheck.models.sources.source import NO_WEIGHTS, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from kbitcheck.models.random_weights import Plan
-
-NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,33 +25,14 @@ class Config(Source):
     foreign: str = ""
 
     def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
-        """A fresh model, each tensor quantized on ``device`` as soon as it is drawn.
-
-        Raises:
-            UsageError: the source is not loadable.
-        """
+        """A fresh model, each tensor quantized on ``device`` as soon as it is drawn."""
         from kbitcheck.models import random_weights
 
         return random_weights.load(self.plan, quant, self._options(device))
 
-    @property
-    def plan(self) -> Plan:
-        """What random weights are drawn by.
-
-        Raises:
-            UsageError: the source is not loadable.
-        """
-        if not self.loadable:
-            raise UsageError(NO_WEIGHTS.format(name=self.name))
-        return super(Config, self).plan
-
 
 def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: bool = False, **options: Any) -> Config:
-    """The source for a configuration as read; ``static`` says that no weights are needed.
-
-    Raises:
-        UsageError: the user did not request random weights, or they need code from the model's repository.
-    """
+    """The source for a configuration as read; ``static`` says that no weights are needed."""
     if static and not random_weights:
         method = foreign(config)
         own = _plain(config) if method else config

@@ -3,8 +3,6 @@
 transformers reads GGUF, but refuses to combine it with another quantizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,11 +24,7 @@ class Gguf(Source):
 
     @property
     def checkpoint(self) -> Path:
-        """The directory with the dequantized weights; made once a process, and removed when it ends.
-
-        Raises:
-            UsageError: transformers cannot read the file.
-        """
+        """The directory with the dequantized weights; made once a process, and removed when it ends."""
         from kbitcheck.models.sources import gguf_dequantize as dequantizing
 
         return dequantizing.checkpoint(self.file, self._options("cpu"))
@@ -47,11 +41,7 @@ class Gguf(Source):
 
 
 def file_of(path: Path, name: str) -> Path | None:
-    """The GGUF file that a path is, or that is the only one in a directory; None where there is none.
-
-    Raises:
-        UsageError: a directory holds several.
-    """
+    """The GGUF file that a path is, or that is the only one in a directory; None where there is none."""
     if path.is_file():
         return path if path.suffix == SUFFIX else None
     files = sorted(path.glob(f"*{SUFFIX}"))
@@ -61,11 +51,7 @@ def file_of(path: Path, name: str) -> Path | None:
 
 
 def read(file: Path, *, name: str, random_weights: bool, static: bool, **options: Any) -> Source:
-    """The source for a GGUF file, once its header is read; ``static`` says that its sizes are enough.
-
-    Raises:
-        UsageError: the gguf package is not installed, or the file is damaged or of an unsupported architecture.
-    """
+    """The source for a GGUF file, once its header is read; ``static`` says that its sizes are enough."""
     if find_spec("gguf") is None:
         raise UsageError(f"{name} is GGUF, which is read by the gguf package: pip install 'kbitcheck[gguf]'")
     from kbitcheck.models.sources import gguf_dequantize as dequantizing

@@ -1,7 +1,5 @@
 """From a GGUF file to a configuration, and to an unquantized checkpoint in a temporary directory."""
 
-from __future__ import annotations
-
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,14 @@ from kbitcheck.models.random_weights import temporary
 
 
 def config(file: Path, name: str) -> dict[str, Any]:
-    """The fields of the ``config.json`` that a GGUF file's header amounts to. Its tensors are not read.
-
-    Raises:
-        UsageError: the file is damaged, or transformers does not know its architecture.
-    """
+    """The fields of the ``config.json`` that a GGUF file's header amounts to. Its tensors are not read."""
     with loading.quiet(), loading.errors_as_usage(name):
         return _configuration(file).to_dict()
 
 
 @cache
 def checkpoint(file: Path, options: loading.Options) -> Path:
-    """The directory with the file's tensors, dequantized; made once a process, and removed when it ends.
-
-    Raises:
-        UsageError: transformers cannot read the file.
-    """
+    """The directory with the file's tensors, dequantized; made once a process, and removed when it ends."""
     with loading.quiet(), loading.errors_as_usage(options.name):
         config = _configuration(file)
         model = loading.empty(loading.architecture(config), config)
@@ -47,8 +37,7 @@ def checkpoint(file: Path, options: loading.Options) -> Path:
 
 
 def _configuration(file: Path) -> PretrainedConfig:
-    fields = _read(file)["config"]
-    config = AutoConfig.for_model(fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"})
+    config = AutoConfig.for_model(**_read(file)["config"])
     config.architectures = [loading.architecture(config).__name__]
     return config
 

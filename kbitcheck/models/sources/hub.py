@@ -1,7 +1,5 @@
 """Hub ids, ``org/name``, through the ordinary hub cache; what is cached is used without a network."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +22,7 @@ class Hub(Source):
 
     @property
     def checkpoint(self) -> Path:
-        """The directory in the hub cache, with the weights.
-
-        Raises:
-            UsageError: they cannot be fetched, are absent, damaged or a pickle.
-        """
+        """The directory in the hub cache, with the weights."""
         return self._fetched.folder
 
     @property
@@ -45,9 +39,6 @@ def read(name: str, *, random_weights: bool, static: bool = False, predicted: bo
     """The source for a hub id, once its configuration is here; ``random_weights`` and ``static`` fetch nothing else.
 
     ``predicted`` says that sizes will do where the weights were quantized by something other than bitsandbytes.
-
-    Raises:
-        UsageError: there is no such model or revision, or there is no network and it is not cached.
     """
     fields = _config(_fetch(name, ("*.json",), options["revision"]), name)
     if random_weights or static or (predicted and config.foreign(fields)):

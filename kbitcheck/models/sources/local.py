@@ -1,7 +1,5 @@
 """Local directories with weights: safetensors, whole or sharded, quantized by bitsandbytes or not quantized yet."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +29,9 @@ class Local(Source):
 
 
 def read(folder: Path, files: list[Path], config: Mapping[str, Any], *, name: str, **options: Any) -> Local:
-    """The checkpoint in a directory, once the headers of its weight ``files`` (``checkpoint.weight_files``) are sound.
-
-    Raises:
-        UsageError: a file is truncated or damaged.
-    """
-    headers: dict[str, Mapping[str, Any]] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            headers |= checkpoint.read_header(file, name)
-    if not headers and files[0].suffix == ".safetensors":
-        raise UsageError(f"{name}: {files[0].name} holds no tensors")
-    return Local(name=name, config=config, folder=folder, stored=checkpoint.floating_dtype(headers), **options)
+    """The checkpoint in a directory, once the headers of its weight ``files`` (``checkpoint.weight_files``) are sound."""
+    safe = [file for file in files if file.suffix == ".safetensors"]
+    dtypes = [dtype for file in safe for dtype in checkpoint.read_dtypes(file, name)]
+    if safe and not dtypes:
+        raise UsageError(f"{name}: {safe[0].name} holds no tensors")
+    return Local(name=name, config=config, folder=folder, stored=checkpoint.floating_dtype(dtypes), **options)

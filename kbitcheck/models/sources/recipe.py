@@ -96,11 +96,7 @@ def names() -> list[str]:
 
 
 def named(name: str, *, dtype: str | None = None) -> Recipe:
-    """The recipe behind ``tiny:NAME``.
-
-    Raises:
-        UsageError: there is no such recipe; the message lists those there are.
-    """
+    """The recipe behind ``tiny:NAME``."""
     recipes = names()
     if name not in recipes:
         hint = did_you_mean(PREFIX + name, [PREFIX + each for each in recipes], cutoff=0.75)
@@ -109,11 +105,7 @@ def named(name: str, *, dtype: str | None = None) -> Recipe:
 
 
 def read(path: Path, *, name: str | None = None, dtype: str | None = None) -> Recipe:
-    """The recipe in a TOML file.
-
-    Raises:
-        UsageError: the file is not TOML, lacks a field, or has one that is unknown or of another type.
-    """
+    """The recipe in a TOML file."""
     name = name or str(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))

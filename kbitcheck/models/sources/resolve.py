@@ -1,7 +1,5 @@
 """Where models come from: recipes, local directories, the hub, and configurations without weights. No torch here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ FORMS = "a recipe (tiny:llama, FILE.toml), arch:TYPE, a directory, a config.json
 
 
 def source_of(spec: CaseSpec, *, static: Static = "never") -> Source:
-    """The source that a case names, under all its options; ``static`` and errors as of ``resolve``."""
+    """The source that a case names, under all its options; ``static`` as of ``resolve``."""
     return resolve(
         spec.model,
         static=static,
@@ -44,9 +42,6 @@ def resolve(
 
     With ``static`` always, only the configuration is read; with ``if-too-large``, a configuration without weights is
     enough. A path that exists precedes a hub id. Only a hub id uses the network, and only for its JSON files.
-
-    Raises:
-        UsageError: there is no such model, or it is damaged, unsupported, or needs what the options do not allow.
     """
     wanted = requested_dtype(dtype)
     if model.startswith(recipe.PREFIX):

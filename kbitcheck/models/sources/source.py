@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from kbitcheck.models.load import Options
     from kbitcheck.models.random_weights import Plan
 
+NO_WEIGHTS = "{name} has no weights; give --random-weights to draw some"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Source:
@@ -38,11 +40,7 @@ class Source:
 
     @property
     def checkpoint(self) -> Path:
-        """The directory that the model is loaded from; here an unquantized one of random weights, drawn once a process.
-
-        Raises:
-            UsageError: transformers cannot build the model.
-        """
+        """The directory that the model is loaded from; here an unquantized one of random weights, drawn once a process."""
         from kbitcheck.models import random_weights
 
         return random_weights.checkpoint(self.plan)
@@ -50,6 +48,8 @@ class Source:
     @property
     def plan(self) -> Plan:
         """What random weights are drawn by; a source that has weights overrides ``checkpoint`` instead."""
+        if not self.loadable:
+            raise UsageError(NO_WEIGHTS.format(name=self.name))
         from kbitcheck.models.random_weights import Plan
 
         seed = str(self.config["model_type"])
@@ -77,11 +77,7 @@ class Source:
         return None if described is None else str(Quantization.of_checkpoint(described))
 
     def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
-        """A fresh model, quantized on ``device``, in the mode ``from_pretrained`` leaves it in (eval).
-
-        Raises:
-            UsageError: it cannot be loaded, or it is already quantized in another way.
-        """
+        """A fresh model, quantized on ``device``, in the mode ``from_pretrained`` leaves it in (eval)."""
         from kbitcheck.models import load as loading
 
         self._same_quantization(quant)
@@ -89,11 +85,7 @@ class Source:
         return self.finished(model, quant.skip)
 
     def meta(self, quant: Quantization) -> PreTrainedModel:
-        """The model that ``load`` gives, on the meta device: no weights are read or made.
-
-        Raises:
-            UsageError: it cannot be built, or it is already quantized in another way.
-        """
+        """The model that ``load`` gives, on the meta device: no weights are read or made."""
         from kbitcheck.models import meta
 
         self._same_quantization(quant)
@@ -102,11 +94,7 @@ class Source:
         return self.finished(model, quant.skip)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
-        """A quantized model of this kind as ``save_pretrained`` left it in ``folder``.
-
-        Raises:
-            UsageError: it cannot be loaded.
-        """
+        """A quantized model of this kind as ``save_pretrained`` left it in ``folder``."""
         from kbitcheck.models import load as loading
 
         return self.finished(loading.load(Path(folder), None, self._options(device)))
@@ -161,11 +149,7 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def requested_dtype(text: str | None) -> str | None:
-    """Torch's name of the dtype that ``--dtype`` requests.
-
-    Raises:
-        UsageError: no model can be loaded in it.
-    """
+    """Torch's name of the dtype that ``--dtype`` requests."""
     if text is None:
         return None
     short = short_dtype(text)

@@ -5,8 +5,6 @@ of 16 make a hidden size of 64, and so on. Lists with an entry for each layer ar
 twice. The caps are in ``caps.toml``, exceptions by family in ``families.toml``.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import tomllib
@@ -108,7 +106,7 @@ class _Shrinker:
                 return [v for v in value if v < depth] or [depth - 1]
             # What is inside an entry is no list with an entry for each layer.
             return _cut([self._field(name, v, values, 0, depth) for v in value], name, layers, depth)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:
             return value
         if _is_depth(name):
             return min(value, depth)
@@ -123,7 +121,7 @@ class _Shrinker:
     def _token(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [self._token(v) for v in value]
-        if not isinstance(value, int) or isinstance(value, bool) or value < VOCABULARY:
+        if type(value) is not int or value < VOCABULARY:
             return value
         return self._moved.setdefault(value, VOCABULARY - 1 - len(self._moved))
 
@@ -133,7 +131,7 @@ def _is_depth(name: str) -> bool:
 
 
 def _layers(values: Fields) -> int:
-    depths = (v for k, v in values.items() if _is_depth(k) and isinstance(v, int) and not isinstance(v, bool))
+    depths = (v for k, v in values.items() if _is_depth(k) and type(v) is int)
     # Some count their layers by naming the kind of each.
     named = (len(v) for k, v in values.items() if LAYER_KINDS.fullmatch(k) and isinstance(v, list | tuple))
     return max(depths, default=0) or max(named, default=0)
@@ -144,9 +142,7 @@ def _depth(values: Fields) -> int:
     layers = _layers(values)
     lists = [v for v in values.values() if isinstance(v, list | tuple) and v]
     kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not _are_indices(v, layers)]
-    kinds += [
-        len(v) for k, v in values.items() if k.endswith("types") and isinstance(v, list | tuple) and len(v) < layers
-    ]
+    kinds += [len(v) for k, v in values.items() if k.endswith("types") and v in lists and len(v) < layers]
     if any(PERIOD.fullmatch(k) and isinstance(v, int) and v > 1 for k, v in values.items()):
         kinds.append(2)
     return BLOCKS_OF_A_KIND * min(max(kinds, default=1), MOST_KINDS)
@@ -158,11 +154,7 @@ def _query_heads(values: Fields) -> set[int]:
 
 
 def _kinds(values: Sequence[Any]) -> list[Any]:
-    kinds: list[Any] = []
-    for value in values:
-        if value not in kinds:
-            kinds.append(value)
-    return kinds
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]:
@@ -177,7 +169,7 @@ def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]
 
 
 def _are_indices(values: Sequence[Any], layers: int) -> bool:
-    plain = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    plain = all(type(v) is int for v in values)
     return plain and len(values) > 1 and list(values) == sorted(set(values)) and values[-1] < layers
 
 

@@ -33,13 +33,13 @@ shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
 def read(folder: Path, content: bytes) -> Any:
     path = folder / "model.safetensors"
     path.write_bytes(content)
-    return checkpoint.read_header(path, "it")
+    return checkpoint.read_dtypes(path, "it")
 
 
 def test_sound_header_is_read_in_the_order_of_the_data(tmp_path: Path) -> None:
-    assert list(read(tmp_path, SOUND)) == ["a", "b", "none"]
-    assert checkpoint.floating_dtype({"x": HEADER["a"], "y": HEADER["b"], "z": HEADER["b"]}) == "bfloat16"
-    assert checkpoint.floating_dtype({"x": {"dtype": "U8"}}) is None
+    assert read(tmp_path, SOUND) == ["F32", "BF16", "F32"]
+    assert checkpoint.floating_dtype(["F32", "BF16", "BF16"]) == "bfloat16"
+    assert checkpoint.floating_dtype(["U8"]) is None
 
 
 @shared_folder

@@ -97,7 +97,7 @@ def test_a_directory_and_a_live_model_are_fed_as_their_architecture_is(name: str
     directory = resolve(str(architecture.checkpoint))
     model = directory.load(NF4)
     state = torch.get_rng_state()
-    fed, live, wanted = (source.batch(model) for source in (directory, LiveModel(model), architecture))
+    fed, live, wanted = (source.batch(model) for source in (directory, LiveModel.of(model), architecture))
     assert torch.equal(torch.get_rng_state(), state)
     assert fed.keys() == live.keys() == wanted.keys()
     assert all(torch.equal(fed[key], wanted[key]) and torch.equal(live[key], wanted[key]) for key in wanted)
