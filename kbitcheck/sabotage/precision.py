@@ -132,10 +132,11 @@ def last_layer_dequantized(model: Any) -> None:
     dequantize(model, [name for name, _ in backends.quantized_layers(model)][-1])
 
 
-@adds("KB207")
+@casts("KB207")
 def dequantizes_projections(model: Any) -> None:
     for name in [name for name, _ in backends.quantized_layers(model) if name.endswith("c_fc")]:
         dequantize(model, name, torch.float32)
+    cast(model)
 
 
 @breaks("KB208")
