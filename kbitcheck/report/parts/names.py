@@ -1,8 +1,10 @@
 """Many names on one line: ``model.layers.{0..31}.mlp.{up,down}_proj.weight`` is easier to read than 64 lines."""
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+PROSE = re.compile(r"[\s{},\[\]()]")
 Parts = tuple[tuple[str, ...], ...]
 
 
@@ -12,26 +14,19 @@ def grouped(names: Iterable[str]) -> list[str]:
     No name is lost and none is added: spelling out the braces gives the same set back. What holds spaces is prose, and
     is left as it is.
     """
-    prose: list[str] = []
-    dotted: dict[Parts, None] = {}
-    for name in dict.fromkeys(names):
-        if any(c.isspace() or c in "{},[]()" for c in name):
-            prose.append(name)
-        else:
-            dotted[tuple((part,) for part in name.split("."))] = None
-    return [".".join(map(_spelled, parts)) for parts in _merged(list(dotted))] + prose
+    distinct = list(dict.fromkeys(names))
+    prose = [name for name in distinct if PROSE.search(name)]
+    dotted: list[Parts] = [tuple((p,) for p in name.split(".")) for name in distinct if not PROSE.search(name)]
+    return [".".join(map(_spelled, parts)) for parts in _merged(dotted)] + prose
 
 
 def _merged(names: list[Parts]) -> list[Parts]:
-    before = -1
-    while len(names) != before:
-        before = len(names)
-        depth = max(map(len, names), default=0)
-        # Numbers first: a run of layers is what repeats. Then from the end, where siblings differ.
-        for numeric in (True, False):
-            for position in reversed(range(depth)):
-                names = _merge_at(names, position, numeric=numeric)
-    return names
+    merged = names
+    # Numbers first: a run of layers is what repeats. Then from the end, where siblings differ.
+    for numeric in (True, False):
+        for position in reversed(range(max(map(len, names), default=0))):
+            merged = _merge_at(merged, position, numeric=numeric)
+    return merged if len(merged) == len(names) else _merged(merged)
 
 
 def _merge_at(names: Sequence[Parts], position: int, *, numeric: bool) -> list[Parts]:
