@@ -76,9 +76,7 @@ def _loaded(
     cls = architecture(config, trust_remote_code=options.trust_remote_code)
     still(config)
     if options.attention:
-        more["attn_implementation"] = options.attention
-        if hasattr(PreTrainedModel, "set_experts_implementation"):  # since transformers 5
-            more["experts_implementation"] = options.attention
+        internals.choose_implementation(config, options.attention)
     configured = quant and quant.config(automatic_skip(cls, config) if quant.skip else [])
     if configured is not None:
         more["quantization_config"] = configured
@@ -95,11 +93,9 @@ def _loaded(
         **more,
     )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    for fault in ("missing_keys", "mismatched_keys"):
-        if info.get(fault):
-            raise UsageError(
-                f"{options.name}: not this model's weights: {_listed(fault.replace('_', ' '), info[fault])}"
-            )
+    for what in ("missing keys", "mismatched keys"):
+        if keys := info.get(what.replace(" ", "_")):
+            raise UsageError(f"{options.name}: not this model's weights: {_listed(what, keys)}")
     if quant is not None and configured is None:
         quant.backend.quantize(model, quant, [*automatic_skip(cls, config), *quant.skip])
     backends.steady(model)
@@ -208,6 +204,6 @@ def quiet() -> Iterator[None]:
             hf.enable_progress_bar()
 
 
-def _listed(what: str, keys: Any, limit: int = 3) -> str:
+def _listed(what: str, keys: Any) -> str:
     names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-    return f"{len(names)} {what} ({', '.join(names[:limit])}{', ...' if len(names) > limit else ''})"
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -38,24 +38,20 @@ class Plan:
     dtype: str
     scale: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def key(self) -> str:
-        """Equal for equal plans."""
-        return json.dumps([self.seed, self.config, self.dtype, self.scale], sort_keys=True, default=str)
-
 
 _folders: dict[str, Path] = {}
 
 
 def checkpoint(plan: Plan) -> Path:
     """The directory of the plan's unquantized checkpoint; drawn once a process, removed when the process ends."""
-    folder = _folders.get(plan.key)
+    key = json.dumps([plan.seed, plan.config, plan.dtype, plan.scale], sort_keys=True, default=str)
+    folder = _folders.get(key)
     if folder is None or not folder.exists():
         config = loading.configuration(plan.config, name=plan.name)
         with loading.quiet(), loading.errors_as_usage(plan.name):
             model = loading.empty(loading.architecture(config), config)
             fill(model, plan)
-            folder = _folders[plan.key] = temporary()
+            folder = _folders[key] = temporary()
             model.save_pretrained(folder)
     return folder
 

@@ -1,7 +1,7 @@
 """Audio that a model may read: within a text or beside it, as mel bins or as a wave."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kbitcheck.models.inputs.text import IGNORED, Batch, Tokens, draw, fit
+from kbitcheck.models.inputs.text import IGNORED, Batch, Shape, Tokens, draw, fit
 
 FRAMES, SAMPLES = 64, 1600
 ENCODERS = ("encoder_config", "audio_config", "encoder", "asr_config")
@@ -20,11 +20,8 @@ BINS = (
 Layout = Callable[[Any, Tokens, int], tuple[Tensor, int]]
 
 
-def batches_with_audio(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
-    """Functions that make a batch with audio for a copy of ``model``, to be tried in this order.
-
-    ``shape`` holds ``batch``, ``seq_len`` and ``seed``.
-    """
+def batches_with_audio(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
+    """Functions that make a batch with audio for a copy of ``model``, to be tried in this order."""
     accepted = inspect.signature(model.forward).parameters
     tower = _tower(model)
     in_text = inspect.signature(tower.get_audio_features).parameters if tower and "input_ids" in accepted else {}

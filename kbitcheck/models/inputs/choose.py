@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kbitcheck.models.inputs.audio import batches_with_audio
 from kbitcheck.models.inputs.images import PIXELS, batches_with_images
-from kbitcheck.models.inputs.text import Batch, Tokens, draw, fit
+from kbitcheck.models.inputs.text import Batch, Shape, Tokens, draw, fit
 
 KINDS = {"input_ids": "text", "input_features": "audio", "input_values": "audio", **dict.fromkeys(PIXELS, "images")}
 
@@ -33,10 +33,7 @@ def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape:
     """A batch that a copy of ``model`` computes a loss from; text alone is the last resort. ``model`` is not run.
 
     ``shape`` holds ``batch``, ``seq_len`` and ``seed``. A layout whose images change no logits is passed over, since the
-    model does not read them.
-
-    Raises:
-        Exception: no layout fits; this is the error of the first one.
+    model does not read them. If no layout fits, the error is that of the first one.
     """
     failed: Exception | None = None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -71,9 +68,7 @@ def kinds(batch: Mapping[str, Tensor]) -> str:
     return ", ".join(dict.fromkeys(kind for key, kind in KINDS.items() if key in batch))
 
 
-def _layouts(
-    model: PreTrainedModel, shape: Mapping[str, Any], *, images: bool, audio: bool
-) -> Iterator[Callable[[Any], Batch]]:
+def _layouts(model: PreTrainedModel, shape: Shape, *, images: bool, audio: bool) -> Iterator[Callable[[Any], Batch]]:
     if images:
         yield from batches_with_images(model, shape)
     if audio:

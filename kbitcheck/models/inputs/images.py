@@ -1,7 +1,7 @@
 """Images that a model may read: the tokens that stand for them in a text, and the layout of their pixels."""
 
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kbitcheck.models.inputs.text import IGNORED, Batch, Tokens, draw, fit
+from kbitcheck.models.inputs.text import IGNORED, Batch, Shape, Tokens, draw, fit
 
 PIXELS = ("pixel_values", "flattened_patches")
 ENCODERS = ("get_image_features", "get_video_features")
@@ -20,11 +20,8 @@ MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_f
 Layout = Callable[[Any, Tokens, int], Batch]
 
 
-def batches_with_images(model: PreTrainedModel, shape: Mapping[str, Any]) -> Iterator[Callable[[Any], Batch]]:
-    """Functions that make a batch with images for a copy of ``model``, to be tried in this order.
-
-    ``shape`` holds ``batch``, ``seq_len`` and ``seed``.
-    """
+def batches_with_images(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
+    """Functions that make a batch with images for a copy of ``model``, to be tried in this order."""
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" in accepted:
         yield lambda m: draw(m, **shape)

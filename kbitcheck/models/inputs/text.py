@@ -14,6 +14,7 @@ IGNORED = -100
 UNICODE = 0x110000
 
 Batch = dict[str, Tensor]
+Shape = Mapping[str, Any]  # batch, seq_len and seed
 
 
 def draw(
@@ -34,9 +35,6 @@ def draw(
     come on top of ``seq_len``. ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins,
     frames) are floating, in the dtype that ``fit`` chooses. Without ``images`` a model that reads text gets text alone.
     The global generator is not used.
-
-    Raises:
-        UsageError: kbitcheck does not support the kind of input that the model takes.
     """
     accepted = inspect.signature(model.forward).parameters
     drawn = Tokens(model, seed, [length / seq_len for length in lengths])

@@ -58,7 +58,7 @@ def tiny(cls: type[PretrainedConfig], *, decoder: bool = False) -> Fields:
     Sub-configurations are dictionaries of the same kind. A special token that lies outside the tiny vocabulary moves to
     its end, to the same place in every part. ``decoder`` makes a decoder of what can be encoder or decoder.
     """
-    fields = {"model_type": cls.model_type, **_Shrinker().fields(cls)}
+    fields = _Shrinker().fields(cls(), {})
     return {**fields, "is_decoder": True} if decoder and "is_decoder" in _parameters(cls) else fields
 
 
@@ -66,26 +66,18 @@ class _Shrinker:
     def __init__(self) -> None:
         self._moved: dict[int, int] = {}
 
-    def fields(
-        self,
-        cls: type[PretrainedConfig],
-        default: PretrainedConfig | None = None,
-        overrides: Mapping[str, Any] | None = None,
-    ) -> Fields:
-        overrides = {**families().get(cls.model_type, {}), **(overrides or {})}
+    def fields(self, default: PretrainedConfig, overrides: Mapping[str, Any]) -> Fields:
+        overrides = {**families().get(default.model_type, {}), **overrides}
         overrides.pop(SKIP, None)
-        plain = cls()
-        default = default or plain
         # A part that the default leaves open is of the type that families.toml tells.
         values = {name: _part(overrides.get(name)) if v is None else v for name, v in _values(default).items()}
         fixed = {k: v for k, v in overrides.items() if not isinstance(values.get(k), PretrainedConfig)}
-        left_out = _values(plain)  # a part's default within the whole need not be the default of its class
+        left_out = _values(type(default)())  # a part's default within the whole need not be the default of its class
         layers, depth = _layers(values), _depth(values)
-        fields: Fields = {}
+        fields: Fields = {"model_type": default.model_type}
         for name, value in values.items():
             if isinstance(value, PretrainedConfig):
-                part = self.fields(type(value), value, overrides.get(name))
-                fields[name] = {"model_type": value.model_type, **part}
+                fields[name] = self.fields(value, overrides.get(name) or {})
             elif name not in overrides:
                 new = self._field(name, value, values, layers, depth)
                 if new != left_out.get(name):
