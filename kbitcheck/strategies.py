@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, cast, get_args
 
+import tomlkit
 from hypothesis import strategies as st
 
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec, Checkpointing
-from kbitcheck.models.sources import recipe as recipes_of
 
 __all__ = ["batches", "call_arguments", "cases", "quantizations", "recipes"]
 
@@ -193,7 +193,7 @@ class Drawn:
     @property
     def toml(self) -> str:
         """The recipe as a file; empty for a model's name."""
-        return "" if isinstance(self.model, str) else recipes_of.text(self.model)
+        return "" if isinstance(self.model, str) else tomlkit.dumps(self.model)
 
     def spec(self, model: str, implementation: str, **options: Any) -> CaseSpec:
         """The case, with the recipe under the name ``model``."""

@@ -90,7 +90,7 @@ def test_a_recipe_prints_as_a_file_that_reads_back(drawn, tmp_path):
 
 def test_a_text_needs_no_quotes_only_where_toml_does_not():
     data = {"architecture": 'A "b" \\ c', "scale": {"*.weight": 0.5, "plain": 1.0}, "config": {"inner": {"x": [1, 2]}}}
-    assert tomllib.loads(recipes_of.text(data)) == data
+    assert tomllib.loads(Drawn(model=data, quant="nf4", checkpointing="default").toml) == data
 
 
 @pytest.mark.parametrize("lengths", ["[0, 3]", "[true]", '["3"]'])

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kbitcheck.models.inputs.text import IGNORED, Batch, Shape, Tokens, draw, fit
@@ -17,7 +16,7 @@ BINS = (
     "input_size", "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "feature_projection_input_dim",
 )  # fmt: skip
 
-Layout = Callable[[Any, Tokens, int], tuple[Tensor, int]]
+Sides = Callable[[Any], tuple[int, ...]]
 
 
 def batches_with_audio(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
@@ -26,7 +25,9 @@ def batches_with_audio(model: PreTrainedModel, shape: Shape) -> Iterator[Callabl
     tower = _tower(model)
     in_text = inspect.signature(tower.get_audio_features).parameters if tower and "input_ids" in accepted else {}
     for make, taken in ((_audio_in_text, in_text), (_audio_beside_text, accepted)):
-        yield from (partial(make, key=key, layout=layout, **shape) for key, layout in LAYOUTS if key in taken)
+        for key, sides, time in LAYOUTS:
+            if key in taken:
+                yield partial(make, key=key, sides=sides, time=time, **shape)
 
 
 def _tower(model: Any) -> Any:
@@ -34,15 +35,15 @@ def _tower(model: Any) -> Any:
     return next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features")), None)
 
 
-def _audio_in_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
+def _audio_in_text(model: Any, *, key: str, sides: Sides, time: int, batch: int, seq_len: int, seed: int) -> Batch:
     """Text with as many tokens for the audio as the model itself computes features of it.
 
     A model without such a token adds features and embeddings up, so that its text is as long as its audio.
     """
     tower = _tower(model)
     accepted = inspect.signature(tower.get_audio_features).parameters
-    numbers, length = layout(_config(model.config), Tokens(model, seed), batch)
-    whole = torch.ones(batch, length, dtype=torch.int64)
+    numbers = Tokens(model, seed).features(batch, *sides(_config(model.config)))
+    whole = torch.ones(batch, numbers.shape[1 + time], dtype=torch.int64)
     masks = {mask: whole for mask in ("input_features_mask", "padding_mask") if mask in accepted}
     audio = fit({key: numbers, **masks}, model)
     with torch.no_grad():
@@ -57,12 +58,11 @@ def _audio_in_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len:
     return {**text, **audio}
 
 
-def _audio_beside_text(model: Any, *, key: str, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
+def _audio_beside_text(model: Any, *, key: str, sides: Sides, time: int, batch: int, seq_len: int, seed: int) -> Batch:
     """Audio for an encoder; the labels are text."""
     tokens = Tokens(model, seed)
     labels = tokens.labels(batch, seq_len)
-    numbers, _ = layout(_config(model.config), tokens, batch)
-    return fit({key: numbers, "labels": labels}, model)
+    return fit({"labels": labels, key: tokens.features(batch, *sides(_config(model.config)))}, model)
 
 
 def _config(config: Any) -> Any:
@@ -75,28 +75,16 @@ def _bins(config: Any) -> int:
     return next((v for name in BINS if isinstance(v := getattr(config, name, None), int)), 80)
 
 
-def _bins_by_frames(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
+def _frames(config: Any) -> int:
     positions = getattr(config, "max_source_positions", None)
     windows = 2 * getattr(config, "n_window", FRAMES // 2)  # some read whole windows
-    frames = 2 * positions if isinstance(positions, int) else windows
-    return tokens.features(batch, _bins(config), frames), frames
+    return 2 * positions if isinstance(positions, int) else windows
 
 
-def _frames_by_bins(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
-    return tokens.features(batch, FRAMES, _bins(config)), FRAMES
-
-
-def _wave(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
-    return tokens.features(batch, SAMPLES), SAMPLES
-
-
-def _wave_of_a_channel(config: Any, tokens: Tokens, batch: int) -> tuple[Tensor, int]:
-    return tokens.features(batch, 1, SAMPLES), SAMPLES
-
-
-LAYOUTS: tuple[tuple[str, Layout], ...] = (
-    ("input_features", _bins_by_frames),
-    ("input_features", _frames_by_bins),
-    ("input_values", _wave),
-    ("input_values", _wave_of_a_channel),
+# How a model may name its audio, with the sides of a row and which of them is time.
+LAYOUTS: tuple[tuple[str, Sides, int], ...] = (
+    ("input_features", lambda config: (_bins(config), _frames(config)), 1),
+    ("input_features", lambda config: (FRAMES, _bins(config)), 0),
+    ("input_values", lambda _: (SAMPLES,), 0),
+    ("input_values", lambda _: (1, SAMPLES), 1),
 )

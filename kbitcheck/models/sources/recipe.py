@@ -127,13 +127,6 @@ def read(path: Path, *, name: str | None = None, dtype: str | None = None) -> Re
     )
 
 
-def text(data: Mapping[str, Any]) -> str:
-    """The TOML of a recipe; ``read`` reads it back."""
-    import tomlkit
-
-    return tomlkit.dumps(data)
-
-
 def _check_fields(name: str, data: Mapping[str, Any]) -> None:
     for key, value in data.items():
         if key not in FIELDS:
