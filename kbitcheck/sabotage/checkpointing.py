@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
 from kbitcheck.sabotage.helpers import before_enabling, blocks, call, cast, enable, prepare_well, quantized
-from kbitcheck.sabotage.hooks import change_gradient, change_input, hoard
+from kbitcheck.sabotage.hooks import change_gradient, change_input, change_output, hoard
 
 
 @breaks("KB401")
@@ -117,9 +117,14 @@ def collects_inputs_to_initialise_adapters(model: Any) -> None:
 @breaks("KB406")
 def a_copy_kept_by_each_block(model: Any) -> None:
     kept: list[Any] = []
+
+    def keep(states: Any) -> Any:
+        kept.append(states.detach().clone())
+        return states
+
     model.register_forward_pre_hook(lambda module, args: kept.clear())
     for block in blocks(model):
-        block.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach().clone()))
+        change_output(block, keep)
 
 
 def _offloading(function: Any, *args: Any) -> Any:
