@@ -100,7 +100,7 @@ def grid() -> list[dict[str, Any]]:
                     step.train_step(model, made, owned)
                     real = memory.activations(model, made, seed=0)
                     with switches.checkpointing_off(model):
-                        peak_plain = memory.measure(model, made, 0, None).peak
+                        peak_plain = memory.measure(model, made, 0).peak
                     plain, held = run.step(batch, length, "off"), run.step(batch, length, mode)
                     pairs = {
                         "plain": (plain.held, real.plain),

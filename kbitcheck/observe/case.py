@@ -22,16 +22,16 @@ from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
+from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
-from kbitcheck.observe.probes.interleaving import STANDARD_ORDER, Session, Subject
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Wrapped
 from kbitcheck.observe.static import static_case
 from kbitcheck.observe.stepped import Stepped
-from kbitcheck.observe.trained import Trained, interleaving_subject
+from kbitcheck.observe.trained import Trained, wrapped_copy
 from kbitcheck.observe.twin import twins
 
 # Before any subject is imported: one that patches a quantizer's library must be seen to.
@@ -86,14 +86,13 @@ class Case(OpenCase):
     _calls = Fact(lambda self: Calls(self._preparation, self._outputs))
     _trained = Fact(lambda self: Trained(self._preparation, self._outputs))
 
-    @property
-    def interleaving(self) -> Subject:
-        """What a session of steps runs on."""
-        return interleaving_subject(self._preparation, self._outputs)
+    def session(self) -> Session:
+        """A fresh prepared model with adapters, for steps in any order."""
+        return Session(self._preparation, lambda: wrapped_copy(self._preparation, self._outputs))
 
     @Fact
     def interleaved(self) -> Sequence[StepOutcome]:
-        return Session(self.interleaving).run(STANDARD_ORDER)
+        return self.session().run(STANDARD_ORDER)
 
     base = Fact[ModelFacts](lambda self: self._loaded.facts)
     loaded = Fact[ModelFacts](lambda self: self._loaded.facts)
@@ -109,7 +108,7 @@ class Case(OpenCase):
         rounded = {}
         for name, parameter in self.wrapped.parameters.items():
             if parameter.quantized_bias:
-                layer = layers.base_name(name.removesuffix(".bias"), self._loaded.weights)
+                layer = layers.base_name(name.removesuffix(".bias"), self._loaded.weights.layers)
                 module = self._loaded.pristine.get_submodule(layer)
                 rounded[name] = digest.bits(backends.arithmetic(module).bias_after_forward(module))
         return rounded

@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
@@ -63,7 +63,7 @@ class Loaded:
         self.batch = batch or source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
-        self.weights, self.misread = layers.originals(model)
+        self.weights = layers.Weights(model)
         self.attach: Attach = attach or self._attach_targets
         self._twin_errors = twin_errors
         self._results: dict[tuple[Any, ...], Any] = {}
@@ -180,32 +180,31 @@ class Loaded:
 
     def logits(self, model: nn.Module, profile: Profile | None = None) -> routers.Routed:
         """The model's logits on the base's batch, as it runs under a profile (none: as it is)."""
-        autocast = self.autocast(profile) if profile else None
-        run = partial(forwards.forward_logits, model, self.batch, autocast() if autocast else None)
+        run = partial(forwards.forward_logits, model, self.batch, self.autocast(profile) if profile else nullcontext)
         return routers.Routed(*routers.routed(model, run))
 
-    def autocast(self, profile: str, *, caching: bool = True) -> Callable[[], AbstractContextManager[Any]] | None:
+    def autocast(self, profile: str, *, caching: bool = True) -> step.Autocast:
         """How training runs under a profile: mixed dtypes need autocast.
 
         Autocast keeps the weights that it casts until its end (``caching``): they are no activations.
         """
         if not PROMISES[profile].autocast:
-            return None
-        device = next(iter(self.batch.values())).device.type
-        return lambda: torch.autocast(device, dtype=self.half, cache_enabled=caching)
+            return nullcontext
+        return partial(torch.autocast, step.device(self.batch).type, dtype=self.half, cache_enabled=caching)
 
     def _attach_targets(self, model: nn.Module, spec: CaseSpec) -> Attached:
         """The spec's adapters on the target layers, with the same numbers each time."""
         return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
 
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
-        autocast = self.autocast(spec.profile)
         batches = (self.batch, self.single)
         model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
         if not any(p.requires_grad for p in adapters.values()):
             raise Unavailable("no adapter is trainable (KB102)")
         rounded = [
-            step.train_step(model, b, adapters, seed=spec.seed, watch=False, autocast=autocast and autocast()).gradients
+            step.train_step(
+                model, b, adapters, seed=spec.seed, watch=False, autocast=self.autocast(spec.profile)
+            ).gradients
             for b in batches
         ]
         model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)

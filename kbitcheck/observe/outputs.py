@@ -58,7 +58,7 @@ class Outputs:
     @Fact
     def left_by_evaluation(self) -> int:
         model = self._preparation.prepared_copy()
-        return memory.left_by_evaluation(model, self._loaded.batch, self._loaded.autocast(self._profile))
+        return memory.left_by_evaluation(model, self._loaded.batch, self._preparation.autocast)
 
     @Fact
     def store(self) -> StoreFacts:
@@ -69,6 +69,6 @@ class Outputs:
             reload=lambda folder: self._loaded.source.reload(folder, preparation.spec.device),
             prepare=preparation.apply,
             attach=preparation.attach,
-            autocast=self._loaded.autocast(self._profile),
+            autocast=preparation.autocast,
         )
         return store.round_trip(subject, frozenset(self._loaded.pristine.state_dict()), self._loaded.batch)

@@ -1,7 +1,6 @@
 """An implementation applied to a loaded model: how it is called, and fresh copies of the model that it prepares."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,7 @@ from kbitcheck.core.facts import CallFacts
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call, model_from
-from kbitcheck.observe.probes.step import Batch, Step, train_step
+from kbitcheck.observe.probes.step import Autocast, Batch, Step, train_step
 
 
 class Preparation:
@@ -40,10 +39,10 @@ class Preparation:
             return {SECOND: True}
         return {SECOND: True, THIRD: {"use_reentrant": mode == "reentrant"}}
 
-    def autocast(self) -> AbstractContextManager[Any] | None:
-        """A fresh context in which training runs under the profile; None where it needs none."""
-        context = self.loaded.autocast(self.spec.profile)
-        return context() if context else None
+    @property
+    def autocast(self) -> Autocast:
+        """Makes the context in which training runs under the profile."""
+        return self.loaded.autocast(self.spec.profile)
 
     def copy(self) -> Any:
         """A fresh base."""
@@ -77,6 +76,6 @@ class Preparation:
             batch or self.batch,
             attached.adapters,
             seed=self.spec.seed,
-            autocast=self.autocast(),
+            autocast=self.autocast,
             watch=watch,
         )

@@ -1,7 +1,7 @@
 """Training steps of one prepared model with adapters, none of which changes it, and what they are compared with."""
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -109,10 +109,10 @@ class Stepped:
     @Fact
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
-        attached = self._wrapped.attached
-        originals = (self._loaded.weights, self._loaded.misread)
-        autocast = self._preparation.autocast()
-        backwards = layers.backwards(attached.model, self._loaded.batch, *originals, autocast, extremes=True)
+        attached, loaded = self._wrapped.attached, self._loaded
+        backwards = layers.backwards(
+            attached.model, loaded.batch, loaded.weights, self._preparation.autocast, extremes=True
+        )
         if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.forwards):
             return backwards  # KB210 reports it
         if any(p.quantized_bias for p in self._wrapped.wrapped.parameters.values()):
@@ -130,11 +130,11 @@ class Stepped:
     def _mixed_backwards(self, attached: Attached) -> Mapping[str, LayerBackward]:
         """The backwards of a step on a single row under autocast, as trainers with mixed precision run it."""
         loaded = self._loaded
-        half = torch.autocast(next(iter(loaded.batch.values())).device.type, dtype=loaded.half)
+        half = partial(torch.autocast, step.device(loaded.batch).type, dtype=loaded.half)
         single = first_rows(loaded.batch, 1)
         if not getattr(getattr(loaded.pristine, "config", None), "is_encoder_decoder", False):
             del single["labels"]  # as for a caller with a loss of its own; a decoder's inputs are made from labels
-        return layers.backwards(attached.model, single, loaded.weights, loaded.misread, half, loaded.half)
+        return layers.backwards(attached.model, single, loaded.weights, half, loaded.half)
 
     @cached_property
     def _base_runs_under_autocast(self) -> bool:

@@ -3,7 +3,7 @@
 from kbitcheck.core.facts import ForwardFacts, ModelFacts, TrainingFacts
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import forwards, interleaving
+from kbitcheck.observe.probes import forwards
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.snapshot import fingerprints, snapshot
 from kbitcheck.observe.twin import twins
@@ -25,7 +25,7 @@ class Trained:
             model,
             preparation.batch,
             learning_rate=expected.learning_rate,
-            autocast=preparation.loaded.autocast(preparation.spec.profile),
+            autocast=preparation.autocast,
             seed=preparation.spec.seed,
         )
         after = fingerprints(adapters)
@@ -33,22 +33,6 @@ class Trained:
         self.training = TrainingFacts(losses=losses, twin_losses=expected.losses, changed=changed)
         self.trained = snapshot(model, adapters)
         self.generates = forwards.generate(model, preparation.batch)
-
-
-def interleaving_subject(preparation: Preparation, outputs: Outputs) -> interleaving.Subject:
-    """Fresh prepared copies with adapters, for sessions of training steps and others in any order."""
-    loaded = preparation.loaded
-    return interleaving.Subject(
-        make=lambda: wrapped_copy(preparation, outputs),
-        prepare=preparation.apply,
-        attach=preparation.attach,
-        batch=preparation.batch,
-        layers=tuple(loaded.weights),
-        half=loaded.half,
-        generator=loaded.generator,
-        needs_autocast=loaded.autocast(preparation.spec.profile) is not None,
-        seed=preparation.spec.seed,
-    )
 
 
 def wrapped_copy(preparation: Preparation, outputs: Outputs) -> Attached:

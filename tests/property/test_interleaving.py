@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
+from kbitcheck.observe.interleaving import STEPS
 from kbitcheck.observe.loaded import Loaded
-from kbitcheck.observe.probes.interleaving import STEPS, Session
 from kbitcheck.run.subject import load
 from kbitcheck.sabotage import faults
 
@@ -48,7 +48,7 @@ def machine(case):
     class Interleaving(RuleBasedStateMachine):
         @initialize()
         def load(self):
-            self.session = Session(case.interleaving)
+            self.session = case.session()
             self.program = []
 
         @rule(name=st.sampled_from([s for s in STEPS if s != "train"]))
@@ -109,7 +109,7 @@ def small(tmp_path_factory):
     return str(file)
 
 
-def smallest(subject, examples):
+def smallest(case, examples):
     """The shortest program found that breaks something, or None."""
     found = []
 
@@ -117,7 +117,7 @@ def smallest(subject, examples):
     @settings(max_examples=examples, report_multiple_bugs=False, **QUIET)
     @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=12))
     def search(program):
-        session = Session(subject)
+        session = case.session()
         for name in program:
             if faulty(session.do(name)):
                 found.append(program)
@@ -131,7 +131,7 @@ def smallest(subject, examples):
 @pytest.mark.slow
 def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases, small):
     fault = next(f for f in faults() if f.name == "third_step_in_a_row_forgets")
-    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare, model=small).interleaving, 60)
+    program = smallest(case_of("fault", "nf4", bases, prepare=fault.prepare, model=small), 60)
     assert len(program) == 3
     assert set(program[:2]) <= {"evaluate", "generate", "infer"}
     assert program[2] in ("train", "accumulate")
@@ -139,26 +139,20 @@ def test_a_fault_that_needs_three_steps_is_found_and_shrunk_to_them(bases, small
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16: bitsandbytes repacks nothing here")
-def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(bases, small):
+def test_the_repacking_of_bitsandbytes_is_found_where_it_is_not_switched_off(small):
     """Told nothing but to take steps, on a model that loads as a user's does."""
-    subject = case_of("reference", "nf4", bases, model=small).interleaving
-    make = subject.make
-
-    def as_users_load():
-        model, adapters = make()
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = True
-        return model, adapters
-
-    subject.make = as_users_load
-    program = smallest(subject, 40)
+    own: dict[Any, Loaded] = {}
+    case = case_of("reference", "nf4", own, model=small)
+    for module in next(iter(own.values())).pristine.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    program = smallest(case, 40)
     assert program in (["evaluate"], ["infer"], ["generate"])
 
 
 def test_a_sessions_packed_weights_are_watched(bases):
     case = case_of("reference", "nf4", bases)
-    session = Session(case.interleaving)
+    session = case.session()
     layer = next(m for m in session.model.modules() if hasattr(getattr(m, "weight", None), "quant_state"))
     with torch.no_grad():
         layer.weight.data.view(-1)[0] ^= 1
@@ -175,7 +169,7 @@ def alive():
 )
 def test_memory_returns(quant, bases):
     """Rounds of steps leave as many tensors as the round before; one that is hoarded would be counted."""
-    session = Session(case_of("reference", quant, bases).interleaving)
+    session = case_of("reference", quant, bases).session()
     counts = []
     for _ in range(3):
         for name in ("train", "evaluate", "infer", "generate", "accumulate", "save", "move"):

@@ -45,7 +45,7 @@ def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, lib
     step.train_step(wrapped, made, owned)
     measured = memory.activations(wrapped, made, seed=0)
     with switches.checkpointing_off(wrapped):
-        peak = memory.measure(wrapped, made, 0, None).peak
+        peak = memory.measure(wrapped, made, 0).peak
     predicted, told = training(source, quant, checkpointing=mode, adapters=library)
     plain, held = predicted.step(batch, length, "off"), predicted.step(batch, length, mode)
     assert plain.held == pytest.approx(measured.plain, rel=CLOSE)

@@ -51,5 +51,5 @@ def test_a_block_is_inexact_where_its_input_is_read_after_it_too(
     model = Tapped(taps)
     watch = blocks.Watch(model)
     watch.follow(model(torch.ones(2, 4)))
-    watch.remove()
+    watch.close()
     assert watch.inexact == inexact

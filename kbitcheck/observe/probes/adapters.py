@@ -1,7 +1,5 @@
 """Adapters for a case: the reference's LoRA or PEFT's, on the same layers and with the same drawn numbers."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """One call of an implementation, observed: what it takes, what it gives back, what it says, what else it changes."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import warnings

@@ -1,7 +1,5 @@
 """Fingerprints of tensors: equal digests mean equal bits, or equal numbers whatever the dtype."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

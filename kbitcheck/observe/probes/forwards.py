@@ -1,11 +1,10 @@
 """Forwards under every condition a user may run the model in."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice, product
 from typing import Any
 
@@ -54,55 +53,63 @@ def left_padded(batch: step.Batch) -> step.Batch:
 Ran = tuple[bool, Raised | None, routers.Routed | None]
 
 
-def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
-    """Whether every output of one forward is finite, what it raised (None if nothing), and its logits. No dropout."""
-    inputs = step.feed(model, batch)
-    model.train(training)
-    device = step.device(batch).type
-    context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
+def run(model: nn.Module, batch: step.Batch, forward: Callable[[], Any]) -> Ran:
+    """Whether every output of a forward is finite, what it raised (None if nothing), and its logits. No dropout."""
     try:
-        with torch.set_grad_enabled(training), context, switches.seeded(0, batch), switches.dropout(model, 0.0):
-            output, routes = routers.routed(model, lambda: model(**inputs))
+        with switches.seeded(0, batch), switches.dropout(model, 0.0):
+            output, routes = routers.routed(model, forward)
     except Exception as error:
         return False, Raised.of(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
     finite = bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2])
-    return finite, None, routers.Routed(output.logits.detach(), routes)
+    return finite, None, routers.Routed(output["logits"].detach(), routes)
 
 
-def everywhere(model: nn.Module, batch: step.Batch, autocast: torch.dtype) -> Iterator[Forward]:
+def everywhere(model: Any, batch: step.Batch, half: torch.dtype) -> Iterator[Forward]:
     """A forward under every condition, each computed when iterated over. The model is used up: eval mode may repack weights."""
+
+    def plain(inputs: step.Batch, training: bool, autocast: step.Autocast = nullcontext) -> Any:
+        model.train(training)
+        with torch.set_grad_enabled(training), autocast():
+            return model(**step.feed(model, inputs))
+
+    cast = partial(torch.autocast, step.device(batch).type, dtype=half)
     fed: dict[str, step.Batch] = {"with mask": batch} if "attention_mask" in batch else {}
     fed["no mask"] = {k: v for k, v in batch.items() if k != "attention_mask"}
     for training, (mask, inputs), auto in product((True, False), fed.items(), (True, False)):
         condition = f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}"
-        yield Forward(condition, auto, *run(model, inputs, training=training, autocast=autocast if auto else None))
+        yield Forward(
+            condition, auto, *run(model, batch, partial(plain, inputs, training, cast if auto else nullcontext))
+        )
+    padded = left_padded(batch)
     if not bool(batch.get("attention_mask", torch.ones(1)).all()):
-        padded = run(model, left_padded(batch), training=False, autocast=None)
-        yield Forward("eval, left padding, no autocast", False, *padded, optional=True)
+        ran = run(model, batch, partial(plain, padded, False))
+        yield Forward("eval, left padding, no autocast", False, *ran, optional=True)
     if "input_ids" in batch:
         yield Forward(EMBEDDED, False, *embedded(model, batch), optional=True)
     can = getattr(model, "can_generate", None)
     if can and can():
-        yield Forward("eval, token by token, no autocast", False, *token_by_token(model, batch), optional=True)
+        ran = run(model, batch, partial(token_by_token, model, padded))
+        yield Forward("eval, token by token, no autocast", False, *ran, optional=True)
 
 
 def embedded(model: Any, batch: step.Batch) -> Ran:
-    """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
-    inputs = step.feed(model, batch)
-    model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
-    try:
+    """``run`` in training, fed what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
+    reached: list[torch.Tensor] = []
+
+    def forward() -> Any:
+        inputs = step.feed(model, batch)
+        model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
-        with switches.seeded(0, batch), switches.dropout(model, 0.0):
-            output, routes = routers.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
-            output.loss.backward()
-    except Exception as error:
-        return False, Raised.of(error), None
-    finally:
-        step.clear_gradients(model)
-    raised = None if embeddings.grad is not None else Raised("", "no gradient comes back to the embeddings")
-    return bool(torch.isfinite(output.logits).all()), raised, routers.Routed(output.logits.detach(), routes)
+        embeddings.register_hook(reached.append)
+        output = model(**inputs, inputs_embeds=embeddings)
+        output.loss.backward()
+        return output
+
+    finite, raised, logits = run(model, batch, forward)
+    cut = None if reached else Raised("", "no gradient comes back to the embeddings")
+    return finite, raised or cut, logits
 
 
 class _Forced(LogitsProcessor):
@@ -117,46 +124,34 @@ class _Forced(LogitsProcessor):
         return forced
 
 
-def token_by_token(model: Any, batch: step.Batch) -> Ran:
-    """As ``run``, of a few tokens with a cache: (rows, steps, vocabulary)."""
-    model.eval()
-    fed = step.feed(model, left_padded(batch))
-    inputs = {k: v for k, v in fed.items() if k not in ("labels", "decoder_input_ids")}
+def prompt(model: nn.Module, batch: step.Batch) -> step.Batch:
+    """What of the batch a generation starts from."""
+    return {k: v for k, v in step.feed(model, batch).items() if k not in ("labels", "decoder_input_ids")}
+
+
+def token_by_token(model: Any, batch: step.Batch) -> dict[str, torch.Tensor]:
+    """Logits of a few tokens generated with a cache: (rows, steps, vocabulary)."""
     end = model.generation_config.eos_token_id
     plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
-    try:
-        with torch.no_grad():
-            output, routes = routers.routed(
-                model,
-                lambda: model.generate(
-                    **inputs,
-                    max_new_tokens=TOKENS,
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                ),
-            )
-        logits = torch.stack(list(output.logits), dim=1)
-    except Exception as error:
-        return False, Raised.of(error), None
-    return bool(torch.isfinite(logits).all()), None, routers.Routed(logits, routes)
+    with torch.no_grad():
+        output = model.eval().generate(
+            **prompt(model, batch),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return {"logits": torch.stack(list(output.logits), dim=1)}
 
 
-def forward_logits(
-    model: nn.Module, batch: step.Batch, autocast: AbstractContextManager[Any] | None = None
-) -> torch.Tensor:
+def forward_logits(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> torch.Tensor:
     """Logits of one forward without gradients or dropout, in train mode: in eval mode kernels may repack weights."""
     with switches.attributes(*((m, "training", m.training) for m in model.modules())):
         model.train()
-        with (
-            torch.no_grad(),
-            switches.checkpointing_off(model),
-            switches.dropout(model, 0.0),
-            autocast or nullcontext(),
-        ):
+        with torch.no_grad(), switches.checkpointing_off(model), switches.dropout(model, 0.0), autocast():
             logits = model(**step.feed(model, batch)).logits
     if not isinstance(logits, torch.Tensor):
         raise TypeError("the model's output has no logits tensor")
@@ -212,10 +207,9 @@ def _apart(prepared: routers.Routed | None, base: routers.Routed | None) -> floa
 def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
     """A short greedy generation after training, in eval mode; the model is used up."""
     model.eval()
-    first = first_rows(step.feed(model, batch), 1)
-    inputs = {k: v for k, v in first.items() if k not in ("labels", "decoder_input_ids")}
     try:
         with torch.no_grad():
+            inputs = prompt(model, first_rows(batch, 1))
             finite, raised = model.generate(**inputs, max_new_tokens=2, do_sample=False).numel() > 0, None
     except Exception as error:
         finite, raised = False, Raised.of(error)

@@ -4,11 +4,9 @@ Non-zero adapter gradients do not prove flow through a quantized layer, because 
 gradients at a layer's output and input are compared with the product that the chain rule demands.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Container
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -32,83 +30,57 @@ Empty = Callable[..., torch.Tensor]  # as ``torch.empty``
 Unpack = Callable[[Any, Empty], torch.Tensor]  # a layer's weight, in memory that the second one gives
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """Each quantized layer's weight, (out, in) in float64, by name, unpacked by the oracle from layers that never run.
+class Weights:
+    """Each quantized layer's weight, (out, in), by name, unpacked from layers of a model that never runs.
 
-    Large models' are unpacked at each access. ``kernels`` has the backend's own unpacked weights where it misreads one.
+    A layer computes with the weight that the backend's own kernel unpacks: where that differs from the format by more
+    than the rounding of the output, it is used; ``misread`` has the relative errors of those.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], kernels: Mapping[str, torch.Tensor]) -> None:
-        self._layers, self._kernels = layers, kernels
-        elements = [math.prod(backends.recognition(layer).shape(layer)) for layer in layers.values()]
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[str, Any] = dict(backends.quantized_layers(model))
+        self.misread: dict[str, float] = {}
+        elements = [math.prod(backends.recognition(layer).shape(layer)) for layer in self.layers.values()]
         self._all_kept = 8 * sum(elements) <= KEPT_BYTES
         self._kept: dict[str, torch.Tensor] = {}
+        self._kernels: dict[str, torch.Tensor] = {}
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        layer = self._layers[name]
-        weight = self._kernels[name].double() if name in self._kernels else backends.arithmetic(layer).exact(layer)
-        if self._all_kept:
-            self._kept[name] = weight
-        return weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers
-
-    def reader(self, name: str, unpack: Unpack) -> Read:
-        """The layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time in the same memory."""
-        layer = self._layers[name]
-        if self._all_kept:
-            return cache(lambda: unpack(layer, torch.empty))
-        return lambda: unpack(layer, self._scratch)
+        for name, layer in self.layers.items():
+            arithmetic = backends.arithmetic(layer)
+            weight = arithmetic.exact(layer)
+            # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
+            kernel = arithmetic.unpacked(layer, torch.float32)
+            gap = (kernel.double() - weight).abs()
+            unpacked = arithmetic.unpacked_dtype(layer) or torch.float32
+            bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
+            if bool((gap > bound).any()):
+                self.misread[name] = float(gap.norm() / weight.norm())
+                self._kernels[name] = kernel
+            elif self._all_kept:
+                self._kept[name] = weight
 
     def exact(self, name: str) -> torch.Tensor:
-        """``self[name]``, of a large model in memory that the next one is unpacked to as well."""
-        if self._all_kept or name in self._kernels:
-            return self[name]
-        layer: Any = self._layers[name]
+        """The layer's weight in float64: that of a large model in memory that the next one is unpacked to as well."""
+        if name in self._kernels:
+            return self._kernels[name].double()
+        if name in self._kept:
+            return self._kept[name]
+        layer = self.layers[name]
         out = self._scratch(backends.recognition(layer).shape(layer), dtype=torch.float64, device=layer.weight.device)
         return backends.arithmetic(layer).exact(layer, out)
 
+    def reader(self, name: str, unpack: Unpack) -> Read:
+        """The layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time in the same memory."""
+        layer = self.layers[name]
+        return cache(partial(unpack, layer, torch.empty)) if self._all_kept else partial(unpack, layer, self._scratch)
+
     def _scratch(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory that was used before: the page faults of fresh memory take longer than unpacking into it."""
-        count = shape[0] * shape[1]
+        count = math.prod(shape)
         held = self._scratches.get(dtype)
         if held is None or held.numel() < count:
             held = self._scratches[dtype] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)
-
-
-def originals(model: nn.Module) -> tuple[Weights, dict[str, float]]:
-    """Each quantized layer's weight in float64, by name, and the relative errors of those that the backend misreads.
-
-    A layer computes with the weight that the backend's own kernel unpacks: where that differs from the format by more
-    than the rounding of the output, it is used. ``model`` is read from later, and must never run.
-    """
-    kernels: dict[str, torch.Tensor] = {}
-    misread: dict[str, float] = {}
-    quantized = dict(backends.quantized_layers(model))
-    weights = Weights(quantized, kernels)
-    for name, module in quantized.items():
-        arithmetic = backends.arithmetic(module)
-        weight = arithmetic.exact(module)
-        # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
-        kernel = arithmetic.unpacked(module, torch.float32)
-        gap = (kernel.double() - weight).abs()
-        unpacked = arithmetic.unpacked_dtype(module) or torch.float32
-        bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
-        if bool((gap > bound).any()):
-            misread[name] = float(gap.norm() / weight.norm())
-            kernels[name] = kernel
-    return weights, misread
 
 
 class _Tap(torch.autograd.Function):
@@ -231,23 +203,22 @@ def backwards(
     model: nn.Module,
     batch: step.Batch,
     weights: Weights,
-    misread: Mapping[str, float],
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: step.Autocast = nullcontext,
     half: torch.dtype | None = None,
     *,
     extremes: bool = False,
 ) -> dict[str, LayerBackward]:
     """The backward of every quantized layer that takes part in a plain step, with ``extremes`` of other gradients too.
 
-    ``weights`` and ``misread`` are those of ``originals``. ``half`` is the dtype to which ``autocast`` rounds.
+    ``half`` is the dtype to which ``autocast`` rounds.
     """
     modules = dict(backends.quantized_layers(model))
-    probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights)), half) for n, m in modules.items()}
+    probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights.layers)), half) for n, m in modules.items()}
     with ExitStack() as hooks:
         hooks.callback(step.clear_gradients, model)
         for probe in probes.values():
             probe.attach(hooks)
-        with switches.checkpointing_off(model), autocast or nullcontext():
+        with switches.checkpointing_off(model), autocast():
             model.train()
             output = model(**step.feed(model, batch))
         # Without labels the caller has a loss of its own; a square keeps every logit's gradient apart.
@@ -257,7 +228,7 @@ def backwards(
     results = {}
     for name, probe in probes.items():
         if probe.ran:
-            judged = probe.result(misread.get(base_name(name, weights), 0.0))
+            judged = probe.result(weights.misread.get(base_name(name, weights.layers), 0.0))
             results[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
     return results
 
@@ -288,7 +259,7 @@ def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     }
 
 
-def base_name(name: str, names: Any) -> str:
+def base_name(name: str, names: Container[str]) -> str:
     """The base model's name of a layer that an adapter library wrapped."""
     plain = name.removesuffix(".base_layer")
     while plain not in names and "." in plain:

@@ -4,8 +4,6 @@ Hooks on what autograd saves would miss attributes of nodes (the inputs of bitsa
 keyword arguments of reentrant checkpointing), and what a non-reentrant recompute brings back.
 """
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,10 +51,10 @@ class Live(internals.TorchDispatchMode):
         """Size and tag of each storage alive, by its identity."""
         return {key: (size, tag) for key, (_, size, tag) in self._alive.items()}
 
-    def is_tagged(self, tensor: torch.Tensor, tag: str) -> bool:
-        """Whether a tensor's storage was made under a tag."""
-        counted = self._alive.get(internals.storage_id(tensor))
-        return counted is not None and counted[2] == tag
+    def tag_of(self, tensor: torch.Tensor) -> str | None:
+        """The tag of a tensor's storage; None where that is not counted."""
+        _, _, tag = self._alive.get(internals.storage_id(tensor), (None, 0, None))
+        return tag
 
     def _freed(self, key: int, _: Any) -> None:
         if key in self._alive:

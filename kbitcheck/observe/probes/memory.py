@@ -1,10 +1,8 @@
 """What a training step holds, and what preparing costs, in bytes of storages alive."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -41,11 +39,7 @@ class Held:
 
 
 def activations(
-    model: nn.Module,
-    batch: step.Batch,
-    *,
-    seed: int,
-    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Autocast = nullcontext
 ) -> MemoryFacts:
     """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
     with only_new_garbage():
@@ -81,42 +75,34 @@ def _random_state(model: nn.Module) -> int:
 
 
 def _increments(entries: Mapping[str, int]) -> dict[str, int]:
-    names = list(entries)
-    return {a: entries[b] - entries[a] for a, b in pairwise(names)}
+    return {a: entries[b] - entries[a] for a, b in pairwise(entries)}
 
 
-class _Boundaries:
-    """Hooks on the blocks that tag what is made inside them and note what is handed in and out."""
+class _Boundaries(ExitStack):
+    """Hooks on the blocks, until closed, that tag what is made inside them and note what is handed in and out."""
 
     def __init__(self, model: nn.Module, live: Live, held: Held) -> None:
+        super().__init__()
         self._live, self._held = live, held
         # Kept alive meanwhile: an identity is only one while its storage lives.
         self._crossing: dict[int, torch.Tensor] = {}
         self._last = ""
-        self._hooks = ExitStack()
+        self.callback(self._crossing.clear)
         for name, module in model.named_modules():
             if is_block(module):
-                self._hooks.enter_context(
-                    module.register_forward_pre_hook(partial(self._entered, name), with_kwargs=True)
-                )
-                self._hooks.enter_context(module.register_forward_hook(self._left))
-
-    def remove(self) -> None:
-        """Take the hooks off and let go of what crossed."""
-        self._hooks.close()
-        self._crossing.clear()
+                self.enter_context(module.register_forward_pre_hook(partial(self._entered, name), with_kwargs=True))
+                self.enter_context(module.register_forward_hook(self._left))
 
     @property
     def nbytes(self) -> int:
         """Bytes that crossed a boundary and were made inside a block."""
-        inside = (t for t in self._crossing.values() if not self._live.is_tagged(t, OUTSIDE))
-        return sum(t.untyped_storage().nbytes() for t in inside)
+        return sum(t.untyped_storage().nbytes() for t in self._crossing.values() if self._live.tag_of(t) != OUTSIDE)
 
     def _cross(self, *items: Any) -> None:
         added = self._held.added
         for tensor in tensors(*items):
             key = internals.storage_id(tensor)
-            if key not in self._crossing and not self._live.is_tagged(tensor, EXISTING):
+            if key not in self._crossing and self._live.tag_of(tensor) != EXISTING:
                 self._crossing[key] = tensor
                 if self._last:
                     added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
@@ -131,29 +117,25 @@ class _Boundaries:
         self._live.tag = OUTSIDE
 
 
-def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> Held:
+def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: step.Autocast = nullcontext) -> Held:
     """What one training step holds. Leaves no gradient."""
     model.train()
     step.clear_gradients(model)
     held = Held()
     live = Live([*own_tensors(model), *batch.values()])
     floor = live.now
-    boundaries = _Boundaries(model, live, held)
-    try:
-        with switches.seeded(seed, batch), live:
-            with autocast() if autocast else nullcontext():
+    with switches.seeded(seed, batch), live:
+        with _Boundaries(model, live, held) as boundaries:
+            with autocast():
                 output = model(**step.feed(model, batch))
             gc.collect()
             held.crossing = boundaries.nbytes
             held.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
-            boundaries.remove()
-            held.held = live.now - floor
-            held.entries["end"] = live.now
-            if output.loss.requires_grad:
-                output.loss.backward()
-            held.peak = live.peak - floor
-    finally:
-        boundaries.remove()
+        held.held = live.now - floor
+        held.entries["end"] = live.now
+        if output.loss.requires_grad:
+            output.loss.backward()
+        held.peak = live.peak - floor
     del output
     step.clear_gradients(model)
     gc.collect()
@@ -161,14 +143,12 @@ def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: Any) -> He
     return held
 
 
-def left_by_evaluation(
-    model: nn.Module, batch: step.Batch, autocast: Callable[[], AbstractContextManager[Any]] | None
-) -> int:
+def left_by_evaluation(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> int:
     """Bytes that a forward in eval mode leaves behind, after a first one, which makes what the stack keeps."""
     model.eval()
 
     def run() -> None:
-        with torch.no_grad(), autocast() if autocast else nullcontext():
+        with torch.no_grad(), autocast():
             model(**step.feed(model, batch))
 
     run()
@@ -189,7 +169,7 @@ def _scratch(model: nn.Module, live: Live) -> int:
     return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != EXISTING)
 
 
-def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[str, int]:
+def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> dict[str, int]:
     """Bytes that each quantized layer, bare, keeps inside a non-reentrant checkpoint, in this model's shapes; none if 0."""
     shapes: dict[str, tuple[nn.Module, torch.Size, torch.dtype]] = {}
 
@@ -200,7 +180,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: Any) -> dict[s
     with ExitStack() as hooks:
         for name, module in backends.quantized_layers(model):
             hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
-        with torch.no_grad(), switches.seeded(0, batch), autocast() if autocast else nullcontext():
+        with torch.no_grad(), switches.seeded(0, batch), autocast():
             model(**step.feed(model, batch))
     by_shape: dict[object, int] = {}
     kept = {}

@@ -1,7 +1,5 @@
 """The state of the process that a preparation must leave alone: seeds, defaults, modes, filters."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import logging

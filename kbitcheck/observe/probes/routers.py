@@ -1,7 +1,5 @@
 """Routers of experts: rounding can move their choices, and with them a whole token's logits."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """A model at one stage, as plain data. Reads only: nothing is run, cast, moved or saved."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from contextlib import suppress

@@ -1,10 +1,8 @@
 """One training step, watched: which blocks ran when, what reached torch's checkpoint, which gradients came out."""
 
-from __future__ import annotations
-
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from kbitcheck.observe.probes.live import tensors
 
 Batch = Mapping[str, torch.Tensor]
 Gradients = dict[str, torch.Tensor | None]
+Autocast = Callable[[], AbstractContextManager[Any]]  # makes the context that a forward runs in
 
 
 class Step(NamedTuple):
@@ -43,7 +42,7 @@ def train_step(
     adapters: Mapping[str, nn.Parameter],
     *,
     seed: int = 0,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Autocast = nullcontext,
     watch: bool = True,
     gathered: Gradients | None = None,
 ) -> Step:
@@ -55,23 +54,20 @@ def train_step(
     for name, gradient in (gathered or {}).items():
         adapters[name].grad = gradient
     model.train()
-    watcher = blocks.Watch(model if watch else nn.Identity())
     with (
+        blocks.Watch(model if watch else nn.Identity()) as watcher,
         switches.seeded(seed, batch),
         switches.checkpoint_spies() as calls,
         warnings.catch_warnings(record=True) as heard,
     ):
         warnings.simplefilter("always")
-        try:
-            with autocast or nullcontext():
-                output = model(**feed(model, batch))
-            loss = output.loss
-            watcher.follow(loss)
-            watcher.phase = "backward"
-            if loss.requires_grad:
-                loss.backward()
-        finally:
-            watcher.remove()
+        with autocast():
+            output = model(**feed(model, batch))
+        loss = output.loss
+        watcher.follow(loss)
+        watcher.phase = "backward"
+        if loss.requires_grad:
+            loss.backward()
     owned = {id(p) for p in adapters.values()}
     base = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in owned]
     grads: Gradients = {n: None if p.grad is None else p.grad.detach().clone() for n, p in adapters.items()}

@@ -1,15 +1,14 @@
 """Save and reload of a model that never ran, and of its adapters."""
 
-from __future__ import annotations
-
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import nn
 
 from kbitcheck.core.errors import Raised
@@ -29,7 +28,7 @@ class Subject:
     reload: Callable[[str], Any]
     prepare: Callable[[Any], Any]
     attach: Callable[[nn.Module], tuple[nn.Module, dict[str, nn.Parameter]]]
-    autocast: Any = None
+    autocast: step.Autocast = nullcontext
 
 
 def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -> StoreFacts:
@@ -39,21 +38,18 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
     """
     prepared = subject.prepared()
     keys = frozenset(prepared.state_dict())
-    facts: dict[str, Any] = {
-        "missing": tuple(sorted(base_keys - keys)),
-        "unexpected": tuple(sorted(keys - base_keys)),
-    }
+    facts: dict[str, Any] = {"missing": tuple(sorted(base_keys - keys)), "unexpected": tuple(sorted(keys - base_keys))}
 
     def logits(model: nn.Module) -> torch.Tensor:
         # From one seed, as some models draw noise in every forward.
         with switches.seeded(0, batch):
-            return forwards.forward_logits(model, batch, subject.autocast() if subject.autocast else None)
+            return forwards.forward_logits(model, batch, subject.autocast)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
         error = _raised(partial(prepared.save_pretrained, folder))
         try:
             model, adapters = subject.attach(prepared)
-            file = _saved(adapters, folder)
+            saved = save({n: p.detach().clone().contiguous() for n, p in adapters.items()})
             first = logits(model)
             del prepared, model, adapters  # at most one of the models exists at a time
             try:
@@ -69,7 +65,9 @@ def round_trip(subject: Subject, base_keys: frozenset[str], batch: step.Batch) -
                 facts["base_raised"] = Raised.of(base_error)
                 again = subject.prepared()
             model, adapters = subject.attach(again)
-            _load(adapters, file)
+            loaded = load(saved)
+            for name, parameter in adapters.items():
+                parameter.data = torch.zeros_like(parameter).copy_(loaded[name])
             second = logits(model)
         except torch.OutOfMemoryError:  # no property of the model
             raise
@@ -93,17 +91,3 @@ def _base_round_trip(subject: Subject) -> None:
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
         subject.base().save_pretrained(folder)
         subject.reload(folder)
-
-
-def _saved(adapters: Mapping[str, nn.Parameter], folder: str) -> str:
-    """The file that the adapters were written to."""
-    path = f"{folder}/kbitcheck-adapters.safetensors"
-    save_file({n: p.detach().clone().contiguous() for n, p in adapters.items()}, path)
-    return path
-
-
-def _load(adapters: Mapping[str, nn.Parameter], file: str) -> None:
-    """Back from a file into another model's adapters, whose own numbers are blanked."""
-    loaded = load_file(file)
-    for name, parameter in adapters.items():
-        parameter.data = torch.zeros_like(parameter).copy_(loaded[name])

@@ -1,7 +1,5 @@
 """What a probe switches on a model or in the process for a while: checkpointing, dropout, the cache, the random state."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence

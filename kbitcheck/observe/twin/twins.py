@@ -1,7 +1,5 @@
 """Float twins: the base with every quantized layer replaced by its unpacked weights, read before anything ran."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -250,7 +248,7 @@ def train(
     batch: step.Batch,
     *,
     learning_rate: float,
-    autocast: Any = None,
+    autocast: step.Autocast = nullcontext,
     seed: int = 0,
 ) -> tuple[float, ...]:
     """Losses before each of a few AdamW steps on one batch, and after the last. Weight decay is on."""
@@ -261,14 +259,14 @@ def train(
     model.train()
     with switches.seeded(seed, batch):
         for _ in range(STEPS):
-            with autocast() if autocast else nullcontext():
+            with autocast():
                 loss = model(**step.feed(model, batch)).loss
             losses.append(float(loss.detach()))
             if loss.requires_grad:
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast() if autocast else nullcontext():
+        with torch.no_grad(), autocast():
             losses.append(float(model(**step.feed(model, batch)).loss.detach()))
     step.clear_gradients(model)
     return tuple(losses)

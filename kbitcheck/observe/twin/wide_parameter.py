@@ -1,8 +1,6 @@
 """A parameter that computes in a wider dtype than it is stored in, so that a float twin holds no second copy of it."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -30,8 +28,8 @@ class Widened(torch.Tensor):
     stored: torch.Tensor
 
     @staticmethod
-    def __new__(cls, stored: torch.Tensor, dtype: torch.dtype) -> Widened:
-        wide: Widened = internals.tensor_that_computes_as(cls, stored, dtype)
+    def __new__(cls, stored: torch.Tensor, dtype: torch.dtype) -> Self:
+        wide: Self = internals.tensor_that_computes_as(cls, stored, dtype)
         wide.stored = stored
         return wide
 

@@ -1,17 +1,16 @@
 """Steps that a user may take between two training steps, in any order, each training step beside a fresh model's."""
 
-from __future__ import annotations
-
 import copy
-import io
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from kbitcheck_reference import lora
+from safetensors.torch import load, save
 from torch import nn
 
 from kbitcheck import backends
@@ -20,6 +19,7 @@ from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import StepOutcome
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe import internals
+from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.forwards import generate
@@ -34,32 +34,15 @@ HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by desi
 CHECKPOINTING = {"checkpointing-off": None, "checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
 
 
-@dataclass(slots=True)
-class Subject:
-    """The model to run: ``make`` gives a fresh one, prepared, with adapters; ``prepare`` and ``attach`` repeat a part."""
-
-    make: Callable[[], Attached]
-    prepare: Callable[[Any], Any]
-    attach: Callable[[Any], Attached]
-    batch: step.Batch
-    layers: Sequence[str]
-    half: torch.dtype
-    generator: bool = True
-    needs_autocast: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
+class _Settings(NamedTuple):
     """What is switched on or around the model; ``checkpointing`` is None until it is switched."""
 
     checkpointing: str | None = None
     autocast: bool = False
-    rows: int = 0
+    rows: int = sys.maxsize
 
 
-@dataclass(frozen=True, slots=True)
-class _Trained:
+class _Trained(NamedTuple):
     """A training step's gradients, and all that a fresh model needs to take the same one."""
 
     gradients: step.Gradients
@@ -70,22 +53,14 @@ class _Trained:
     biases: Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A step that was taken; ``outcome`` is complete but for what a fresh model makes of it."""
-
-    outcome: StepOutcome
-    trained: _Trained | None
-
-
 class Session:
-    """One model and the steps that it has taken so far."""
+    """One prepared model with adapters, and the steps that it has taken so far; ``make`` gives a fresh one."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.settings = subject, _Settings()
+    def __init__(self, preparation: Preparation, make: Callable[[], Attached]) -> None:
+        self.preparation, self.make, self.settings = preparation, make, _Settings()
         self.model: Any
-        self.model, self.adapters = subject.make()
-        self._packed = fingerprints(self.model, subject.layers)
+        self.model, self.adapters = make()
+        self._packed = self._fingerprints()
         self._fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = {}
         self._names: list[str] = []
 
@@ -93,19 +68,20 @@ class Session:
         """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
         taken = [self._take(name) for name in names]
         self.model, self.adapters = None, {}
-        return [self._judge(one) for one in taken]
+        return [self._judge(*each) for each in taken]
 
     def do(self, name: str) -> StepOutcome:
         """Take one step; what it raises, and what it changed, is in the outcome."""
-        return self._judge(self._take(name))
+        return self._judge(*self._take(name))
 
-    def _take(self, name: str) -> Taken:
-        action, hooks, raised, trained = ACTIONS[name], _hooks(self.model), None, None
+    def _take(self, name: str) -> tuple[StepOutcome, _Trained | None]:
+        """The outcome is complete but for what a fresh model makes of a training step."""
+        hooks, raised, trained = _hooks(self.model), None, None
         try:
-            trained = action(self, name)
+            trained = ACTIONS[name](self, name)
         except Exception as error:
             raised = Raised.of(error)
-        now = fingerprints(self.model, self.subject.layers)
+        now = self._fingerprints()
         # transformers hooks some models for good in their first forward.
         repeated = name in self._names and not name.startswith(HOOKING)
         self._names.append(name)
@@ -115,30 +91,39 @@ class Session:
             changed=tuple(n for n, bits in self._packed.items() if now.get(n) != bits),
             hooks_added=max(0, _hooks(self.model) - hooks) if repeated else 0,
             gradients={},
-            checkpoints=(0, 0),
         )
-        return Taken(outcome, trained)
+        return outcome, trained
 
-    def _judge(self, taken: Taken) -> StepOutcome:
-        mine = taken.trained
+    def _judge(self, outcome: StepOutcome, mine: _Trained | None) -> StepOutcome:
         if mine is None:
-            return taken.outcome
+            return outcome
         try:
             fresh, calls = self._fresh_gradients(mine)
         except Exception as error:
-            return replace(taken.outcome, raised=Raised.of(error))
+            return replace(outcome, raised=Raised.of(error))
         # A fresh model's names may come from another copy of the wrapper, in the same order.
         expected = dict(zip(mine.gradients, fresh.values(), strict=True))
         gradients = step.distances(mine.gradients, expected, {})
-        return replace(taken.outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
+        return replace(outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Digest of each quantized layer's packed weight and state, by the base's name."""
+        prints = {}
+        for name, module in self._quantized(self.model):
+            state = backends.recognition(module).state(module)
+            prints[name] = digest.bits(module.weight) + "".join(map(digest.of, state.values()))
+        return prints
+
+    def _quantized(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
+        names = self.preparation.loaded.weights.layers
+        return ((base_name(name, names), layer) for name, layer in backends.quantized_layers(model))
 
     # Training
 
     def train(self, name: str) -> _Trained:
         times = 2 if name == "accumulate" else 1
         adapters = [p.detach().clone() for p in self.adapters.values()]
-        layers = _quantized(self.model, self.subject.layers)
-        biases = {n: m.bias.detach().clone() for n, m in layers if m.bias is not None}
+        biases = {n: m.bias.detach().clone() for n, m in self._quantized(self.model) if m.bias is not None}
         gradients, calls = self._gradients(self.model, self.adapters, self.settings, times)
         return _Trained(gradients, calls, times, self.settings, adapters, biases)
 
@@ -160,9 +145,9 @@ class Session:
             with switches.dropout(model, 0.0):
                 run, gradients = step.train_step(
                     model,
-                    self._batch_of(settings),
+                    first_rows(self.preparation.batch, settings.rows),
                     adapters,
-                    seed=self.subject.seed + turn,
+                    seed=self.preparation.spec.seed + turn,
                     autocast=self._autocast(settings),
                     watch=False,
                     gathered=None if apart else total,
@@ -175,11 +160,11 @@ class Session:
         settings, biases = trained.settings, trained.biases
         key = (settings, trained.times, *map(digest.bits, trained.adapters), *map(digest.of, biases.values()))
         if key not in self._fresh:
-            model, adapters = self.subject.make()
+            model, adapters = self.make()
             for mine, other in zip(adapters.values(), trained.adapters, strict=True):
                 mine.data.copy_(other)
             # A forward may recast a quantized layer's own bias: KB104 tells, and this goes on from it.
-            for name, module in _quantized(model, self.subject.layers):
+            for name, module in self._quantized(model):
                 if name in biases:
                     module.bias.data = biases[name].clone()
             if settings.checkpointing:
@@ -187,34 +172,31 @@ class Session:
             self._fresh[key] = self._gradients(model, adapters, settings, trained.times, apart=True)
         return self._fresh[key]
 
-    def _batch_of(self, settings: _Settings) -> step.Batch:
-        return first_rows(self.subject.batch, settings.rows) if settings.rows else dict(self.subject.batch)
-
-    def _autocast(self, settings: _Settings) -> AbstractContextManager[Any]:
-        if not settings.autocast and not self.subject.needs_autocast:
-            return nullcontext()
-        return torch.autocast(step.device(self.subject.batch).type, dtype=self.subject.half)
+    def _autocast(self, settings: _Settings) -> step.Autocast:
+        if not settings.autocast:
+            return self.preparation.autocast
+        return partial(torch.autocast, step.device(self.preparation.batch).type, dtype=self.preparation.loaded.half)
 
     # Looking
 
     def look(self, name: str) -> None:
         self.model.eval()
-        with torch.inference_mode() if name == "infer" else torch.no_grad(), self._autocast(self.settings):
-            self.model(**step.feed(self.model, self._batch_of(self.settings)))
+        batch = first_rows(self.preparation.batch, self.settings.rows)
+        with torch.inference_mode() if name == "infer" else torch.no_grad(), self._autocast(self.settings)():
+            self.model(**step.feed(self.model, batch))
 
     def generate(self, name: str) -> None:
-        if not self.subject.generator:
+        if not self.preparation.loaded.generator:
             return
-        with self._autocast(self.settings):
-            result = generate(self.model, self._batch_of(self.settings))
+        with self._autocast(self.settings)():
+            result = generate(self.model, self.preparation.batch)
         if result.raised:
             raise RuntimeError(str(result.raised))
 
     # Changing
 
     def prepare(self, name: str) -> None:
-        returned = self.subject.prepare(self.model)
-        self.model = returned if isinstance(returned, nn.Module) else self.model
+        self.model = self.preparation.apply(self.model)
         for parameter in self.adapters.values():  # whether they stay trainable is KB106's to say
             parameter.requires_grad_(True)
         if self.settings.checkpointing:
@@ -222,31 +204,29 @@ class Session:
 
     def reattach(self, name: str) -> None:
         bare = self.model.unload() if hasattr(self.model, "unload") else lora.detach(self.model)
-        self.model, self.adapters = self.subject.attach(bare)
+        self.model, self.adapters = self.preparation.attach(bare)
 
     def save(self, name: str) -> None:
-        """Adapters through a file; what was there in between is lost."""
-        file = io.BytesIO()
-        torch.save({n: p.detach() for n, p in self.adapters.items()}, file)
+        """Adapters as in a file; what was there in between is lost."""
+        saved = save({n: p.detach().contiguous() for n, p in self.adapters.items()})
         for parameter in self.adapters.values():
             parameter.data.fill_(math.nan)
-        file.seek(0)
-        for name, saved in torch.load(file, weights_only=True).items():
-            self.adapters[name].data.copy_(saved)
+        for adapter, numbers in load(saved).items():
+            self.adapters[adapter].data.copy_(numbers)
 
     def checkpointing(self, name: str) -> None:
         if getattr(self.model, "supports_gradient_checkpointing", False):
             switch(self.model, name)
-            self.settings = replace(self.settings, checkpointing=name)
+            self.settings = self.settings._replace(checkpointing=name)
 
     def mode(self, name: str) -> None:
         self.model.train(name == "train-mode")
 
     def autocast(self, name: str) -> None:
-        self.settings = replace(self.settings, autocast=name == "autocast-on")
+        self.settings = self.settings._replace(autocast=name == "autocast-on")
 
     def batch(self, name: str) -> None:
-        self.settings = replace(self.settings, rows=1 if name == "batch-one" else 0)
+        self.settings = self.settings._replace(rows=1 if name == "batch-one" else sys.maxsize)
 
     def copy(self, name: str) -> None:
         memo: dict[int, Any] = {}
@@ -288,19 +268,6 @@ def switch(model: Any, name: str) -> None:
     else:
         switches.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[name]}))
         model.enable_input_require_grads()
-
-
-def fingerprints(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
-    """Digest of each quantized layer's packed weight and state, by the base's name."""
-    prints = {}
-    for name, module in _quantized(model, layers):
-        state = backends.recognition(module).state(module)
-        prints[name] = digest.bits(module.weight) + "".join(map(digest.of, state.values()))
-    return prints
-
-
-def _quantized(model: nn.Module, layers: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    return ((base_name(name, layers), layer) for name, layer in backends.quantized_layers(model))
 
 
 def _hooks(model: nn.Module) -> int:
