@@ -1,5 +1,6 @@
 """Further calls of the implementation: in other forms, a second time, refused, with other arguments, after adapters."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -78,7 +79,7 @@ class Calls:
     @Fact
     def adapters_first(self) -> AdaptersFirst:
         preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
-        library = "peft" if spec.adapters == "peft" or adapters.peft_installed() else "reference"
+        library = "peft" if spec.adapters == "peft" or find_spec("peft") else "reference"
         # PEFT refuses some targets, which KB905 reports.
         fit = [name for name in loaded.targets if name not in loaded.unfit_targets]
         try:

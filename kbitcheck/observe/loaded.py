@@ -208,7 +208,8 @@ class Loaded:
             for b in batches
         ]
         model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
-        adapter_probe.recast(adapters, torch.float64)
+        for adapter in adapters.values():
+            adapter.data = adapter.data.double()
         exact = [step.train_step(model, b, adapters, seed=spec.seed, watch=False).gradients for b in batches]
         whole, single = map(twin.Pair, exact, rounded)
         rate, losses = twin.smooth_training(model, self.batch, adapters, seed=spec.seed)

@@ -9,7 +9,8 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CANNOT_RUN, Fact, ForwardFacts, FunctionFacts, StoreFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import forwards, memory, routers, store
+from kbitcheck.observe.probes import forwards, memory, routers
+from kbitcheck.observe.store import round_trip
 from kbitcheck.observe.twin import twins
 
 
@@ -24,7 +25,7 @@ class Outputs:
 
     @Fact
     def forwards(self) -> Sequence[ForwardFacts]:
-        everywhere = partial(forwards.everywhere, batch=self._loaded.batch, autocast=self._loaded.half)
+        everywhere = partial(forwards.everywhere, batch=self._loaded.batch, half=self._loaded.half)
         self._preparation.make_room()
         base = self._loaded.forwards  # first, so that its copy of the base is gone
         return forwards.compare(
@@ -60,15 +61,4 @@ class Outputs:
         model = self._preparation.prepared_copy()
         return memory.left_by_evaluation(model, self._loaded.batch, self._preparation.autocast)
 
-    @Fact
-    def store(self) -> StoreFacts:
-        preparation = self._preparation
-        subject = store.Subject(
-            prepared=preparation.prepared_copy,
-            base=preparation.copy,
-            reload=lambda folder: self._loaded.source.reload(folder, preparation.spec.device),
-            prepare=preparation.apply,
-            attach=preparation.attach,
-            autocast=preparation.autocast,
-        )
-        return store.round_trip(subject, frozenset(self._loaded.pristine.state_dict()), self._loaded.batch)
+    store = Fact[StoreFacts](lambda self: round_trip(self._preparation))

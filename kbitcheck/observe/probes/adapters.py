@@ -1,7 +1,6 @@
 """Adapters for a case: the reference's LoRA or PEFT's, on the same layers and with the same drawn numbers."""
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,11 +60,6 @@ def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
     return reasons
 
 
-def peft_installed() -> bool:
-    """Whether PEFT can be imported."""
-    return importlib.util.find_spec("peft") is not None
-
-
 class Attached(NamedTuple):
     """A model to train (PEFT returns a wrapper), and the adapters' parameters by name."""
 
@@ -94,9 +88,3 @@ def draw(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
         generator = torch.Generator().manual_seed(key)
         values = SPREAD * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
         parameter.data.copy_(values)
-
-
-def recast(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-    """Give adapters another dtype in place."""
-    for parameter in parameters.values():
-        parameter.data = parameter.data.to(dtype)

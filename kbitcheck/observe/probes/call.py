@@ -1,6 +1,5 @@
 """One call of an implementation, observed: what it takes, what it gives back, what it says, what else it changes."""
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,11 +42,7 @@ def model_from(returned: Any, passed: Any) -> Any:
 
 
 def call(
-    prepare: Prepare,
-    model: nn.Module,
-    *positional: Any,
-    libraries: bool = False,
-    **wanted: Any,
+    prepare: Prepare, model: nn.Module, *positional: Any, libraries: bool = False, **wanted: Any
 ) -> tuple[Any, CallFacts]:
     """Call ``prepare``; the model that comes of it, and the facts of the call.
 
@@ -55,33 +50,31 @@ def call(
     """
     parameters, anything = signature(prepare)
     kwargs = arguments(prepare, wanted)
-    passed = copy.deepcopy(kwargs.get(THIRD))
+    kwargs_before = repr(kwargs.get(THIRD))
     original = attributes(of=classes_of(model), libraries=libraries)
+    cls, modes = type(model), {name: module.training for name, module in model.named_modules()}
     raised, returned = None, None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        modes = {name: module.training for name, module in model.named_modules()}
-        cls = type(model)
         before = process_state.state()
         try:
             returned = prepare(model, *positional, **kwargs)
         except Exception as error:
             raised = Raised.of(error)
         after = process_state.state()
-    changed = {**process_state.changed(before, after), **replaced(original)}
     return model_from(returned, model), CallFacts(
         raised=raised,
         same_object=returned is model,
         returned=type(returned).__name__,
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
-        kwargs_before=repr(passed),
+        kwargs_before=kwargs_before,
         kwargs_after=repr(kwargs.get(THIRD)),
         class_kept=type(model) is cls,
         checkpoints=any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()),
         modes_changed=tuple(
             n or cls.__name__ for n, m in model.named_modules() if modes.get(n, m.training) != m.training
         ),
-        process=changed,
+        process={**process_state.changed(before, after), **replaced(original)},
         parameters=parameters,
         accepts_any=anything,
     )

@@ -18,10 +18,8 @@ import torch
 from kbitcheck.observe import internals
 from kbitcheck.observe.library_attributes import libraries_watched
 
-State = Mapping[str, str]
 
-
-def state() -> State:
+def state() -> dict[str, str]:
     """Text of every process-wide setting that numerics or users depend on."""
     settings = {
         "default dtype": torch.get_default_dtype(),

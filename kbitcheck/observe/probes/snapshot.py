@@ -19,16 +19,16 @@ NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 
 def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None) -> ModelFacts:
     """Facts of every parameter, buffer, quantized layer and module; ``adapters`` are the adapters' parameters."""
-    storages = _Storages()
+    met: dict[object, int] = {}
     owned = {id(p) for p in (adapters or {}).values()}
     biases = {id(m.bias) for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None}
     return ModelFacts(
         cls=type(model).__name__,
         parameters={
-            n: _tensor(n, p, storages, adapter=id(p) in owned, quantized_bias=id(p) in biases)
+            n: _tensor(n, p, met, adapter=id(p) in owned, quantized_bias=id(p) in biases)
             for n, p in model.named_parameters(remove_duplicate=False)
         },
-        buffers={n: _tensor(n, b, storages) for n, b in model.named_buffers(remove_duplicate=False)},
+        buffers={n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
         layers={n: layer(n, m) for n, m in backends.quantized_layers(model)},
         modules={n: _module(n, m) for n, m in model.named_modules()},
         config=_config(model),
@@ -51,10 +51,8 @@ def tower(block: str) -> str:
 
 def can_checkpoint(model: nn.Module) -> bool:
     """Whether the architecture can be checkpointed: the outermost model says so, and a module carries the flag."""
-    says = next(
-        (m.supports_gradient_checkpointing for m in model.modules() if hasattr(m, "supports_gradient_checkpointing")),
-        False,
-    )
+    flag = "supports_gradient_checkpointing"
+    says = next((getattr(m, flag) for m in model.modules() if hasattr(m, flag)), False)
     return bool(says) and any(hasattr(m, "gradient_checkpointing") for m in model.modules())
 
 
@@ -72,8 +70,7 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
 
 def heads(model: nn.Module) -> list[nn.Module]:
     """The output head, where the model names one."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return [head] if isinstance(head, nn.Module) else []
 
 
@@ -114,22 +111,15 @@ def _names(model: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if id(module) in ids)
 
 
-class _Storages:
-    """Numbers storages in the order in which they are met, so that snapshots of two copies compare."""
-
-    def __init__(self) -> None:
-        self._seen: dict[object, int] = {}
-
-    def number(self, tensor: torch.Tensor) -> int:
-        key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        if tensor.device.type == "meta" or not tensor.numel():
-            key = id(tensor)
-        return self._seen.setdefault(key, len(self._seen))
+def _storage(tensor: torch.Tensor, met: dict[object, int]) -> int:
+    """The number of a tensor's storage in the order in which they are met, so that snapshots of two copies compare."""
+    key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    if tensor.device.type == "meta" or not tensor.numel():
+        key = id(tensor)
+    return met.setdefault(key, len(met))
 
 
-def _tensor(
-    name: str, tensor: torch.Tensor, storages: _Storages, *, adapter: bool = False, quantized_bias: bool = False
-) -> TensorFacts:
+def _tensor(name: str, tensor: torch.Tensor, met: dict[object, int], **flags: bool) -> TensorFacts:
     packed = backends.is_packed(tensor)
     return TensorFacts(
         name=name,
@@ -138,14 +128,13 @@ def _tensor(
         shape=tuple(tensor.shape),
         device=str(tensor.device),
         requires_grad=tensor.requires_grad,
-        storage=storages.number(tensor),
-        nbytes=tensor.numel() * tensor.element_size(),
+        storage=_storage(tensor, met),
+        nbytes=tensor.nbytes,
         bits=digest.bits(tensor),
         value=digest.value(tensor) if tensor.is_floating_point() and not packed else None,
         packed=packed,
-        adapter=adapter,
-        quantized_bias=quantized_bias,
         has_grad=tensor.is_leaf and tensor.grad is not None,
+        **flags,
     )
 
 
@@ -173,12 +162,11 @@ def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
     if not own or any(True for _ in module.children()) or backends.is_quantized(module):
         return frozenset()
     flat = all(p.dim() == 1 for p in own.values())
+    alone = set(own) <= {"weight", "bias", "scale", "gamma", "beta"} and len({p.shape for p in own.values()}) == 1
     evidence = {
-        "class": bool(NORM_CLASS.search(type(module).__name__)),
-        "name": flat and bool(NORM_NAME.search(name)),
-        "shape": flat
-        and set(own) <= {"weight", "bias", "scale", "gamma", "beta"}
-        and len({p.shape for p in own.values()}) == 1,
+        "class": NORM_CLASS.search(type(module).__name__),
+        "name": flat and NORM_NAME.search(name),
+        "shape": flat and alone,
     }
     return frozenset(k for k, v in evidence.items() if v)
 

@@ -106,9 +106,8 @@ def distance(actual: torch.Tensor | None, expected: torch.Tensor | None) -> floa
     """Relative Frobenius distance; a missing tensor is zero, and infinitely far from one that is not."""
     if actual is None or expected is None:
         return 0.0 if equal(actual, expected) else math.inf
-    wide, target = actual.double(), expected.double()
-    norm = float(target.norm())
-    gap = float((wide - target).norm())
+    target = expected.double()
+    norm, gap = float(target.norm()), float((actual.double() - target).norm())
     return gap / norm if norm else (0.0 if gap == 0 else math.inf)
 
 

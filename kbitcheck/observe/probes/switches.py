@@ -51,8 +51,7 @@ def cache_off(model: nn.Module) -> AbstractContextManager[None]:
     return attributes(*((c, "use_cache", False) for c in configs if getattr(c, "use_cache", False) is True))
 
 
-@contextmanager
-def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator[None]:
+def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> AbstractContextManager[None]:
     """The same blocks under the other mode; their inputs are made to require grad, as reentrant checkpointing needs."""
 
     def checkpoint(function: Any, *args: Any) -> Any:
@@ -61,8 +60,7 @@ def checkpointing_switched(model: nn.Module, *, use_reentrant: bool) -> Iterator
             floating[0].requires_grad_(True)
         return CHECKPOINT(function, *args, use_reentrant=use_reentrant)
 
-    with checkpointed_by(checkpoint, _checkpointing(model)):
-        yield
+    return checkpointed_by(checkpoint, _checkpointing(model))
 
 
 @contextmanager

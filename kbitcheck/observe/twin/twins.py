@@ -31,7 +31,6 @@ EPSILON = 1e-3
 # A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
 LARGE_BYTES = 16 << 20
 
-
 Round = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -59,12 +58,7 @@ class TwinLinear(nn.Linear):
     """
 
     def __init__(
-        self,
-        layer: Any,
-        read: Read,
-        compute: torch.dtype | None,
-        backward_read: Read | None = None,
-        rounded: Round = lambda x: x,
+        self, layer: Any, read: Read, compute: torch.dtype | None, backward_read: Read, rounded: Round
     ) -> None:
         rows, columns = backends.recognition(layer).shape(layer)
         super().__init__(columns, rows, bias=False, device="meta")
@@ -72,10 +66,10 @@ class TwinLinear(nn.Linear):
         blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=layer.weight.device)
         self.weight = nn.Parameter(blank.expand(rows, columns), requires_grad=False)
         if layer.bias is not None:
-            bias = layer.bias.detach().clone()
-            self.bias = nn.Parameter(bias.to(compute or bias.dtype), requires_grad=False)
+            bias = layer.bias.detach().to(compute or layer.bias.dtype, copy=True)
+            self.bias = nn.Parameter(bias, requires_grad=False)
         self.compute = compute
-        self._read, self._backward_read, self._rounded = read, backward_read or read, rounded
+        self._read, self._backward_read, self._rounded = read, backward_read, rounded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = self.compute or x.dtype
@@ -95,7 +89,8 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
     """The float64 twin of a base, which is left alone; ``weights`` are the quantized layers', by name."""
 
     def plain(name: str, layer: Any) -> TwinLinear:
-        return TwinLinear(layer, partial(weights.exact, name), torch.float64)
+        read = partial(weights.exact, name)
+        return TwinLinear(layer, read, torch.float64, read, lambda x: x)
 
     twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
     if hasattr(twin, "set_experts_implementation"):
@@ -112,8 +107,9 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         compute, backward = arithmetic.compute_dtype(layer), arithmetic.unpacked_dtype(layer)
         # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
         read = weights.reader(name, partial(_unpacked, dtype=compute or torch.float32))
-        differs = backward is not None and compute is not None and backward != compute
-        backward_read = weights.reader(name, partial(_unpacked, dtype=backward or torch.float32)) if differs else read
+        backward_read = read
+        if compute is not None and backward not in (None, compute):
+            backward_read = weights.reader(name, partial(_unpacked, dtype=backward))
         return TwinLinear(layer, read, compute, backward_read, partial(arithmetic.round_input, layer))
 
     twin = _replaced(base, plain, partial(promised, profile))
@@ -143,9 +139,7 @@ def cast(model: nn.Module, profile: str) -> None:
 
 
 def _replaced(
-    model: nn.Module,
-    build: Callable[[str, Any], nn.Module],
-    wide: Callable[[str, nn.Module], torch.dtype | None],
+    model: nn.Module, build: Callable[[str, Any], nn.Module], wide: Callable[[str, nn.Module], torch.dtype | None]
 ) -> nn.Module:
     """A copy of a model with its quantized layers replaced; nothing packed and no large parameter is copied.
 
@@ -244,17 +238,11 @@ def smooth_training(
 
 
 def train(
-    model: nn.Module,
-    batch: step.Batch,
-    *,
-    learning_rate: float,
-    autocast: step.Autocast = nullcontext,
-    seed: int = 0,
+    model: nn.Module, batch: step.Batch, *, learning_rate: float, autocast: step.Autocast = nullcontext, seed: int
 ) -> tuple[float, ...]:
     """Losses before each of a few AdamW steps on one batch, and after the last. Weight decay is on."""
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=WEIGHT_DECAY, eps=EPSILON
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY, eps=EPSILON)
     losses = []
     model.train()
     with switches.seeded(seed, batch):

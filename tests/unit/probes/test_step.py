@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.backends.protocol import Arithmetic, Recognition
-from kbitcheck.observe.probes import layers, step, store
+from kbitcheck.observe.probes import layers, step
+from kbitcheck.observe.store import round_trip
 
 ZERO, ONE = torch.zeros(2), torch.ones(2)
 
@@ -79,12 +81,12 @@ class Noisy(nn.Module):
 
 
 def test_noise_that_a_model_draws_is_no_difference_after_reloading() -> None:
-    def attach(model: Any) -> Any:
-        return model, {"weight": model.weight}
-
-    subject = store.Subject(
-        prepared=Noisy, base=Noisy, reload=lambda folder: Noisy(), prepare=lambda model: model, attach=attach
-    )
-    facts = store.round_trip(subject, frozenset({"weight"}), {"x": torch.ones(1, 2)})
+    source = SimpleNamespace(reload=lambda folder, device: Noisy())
+    preparation: Any = SimpleNamespace(
+        prepared_copy=Noisy, apply=lambda model: model, attach=lambda model: (model, {"weight": model.weight}),
+        autocast=nullcontext, batch={"x": torch.ones(1, 2)}, spec=SimpleNamespace(device="cpu"),
+        loaded=SimpleNamespace(source=source, pristine=Noisy()),
+    )  # fmt: skip
+    facts = round_trip(preparation)
     assert facts.logits is not None
     assert facts.logits.equal

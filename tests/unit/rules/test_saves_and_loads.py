@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from kbitcheck.core.result import Observation, Party, Result, Status
 from kbitcheck.core.rule import judge, select
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import open_case
-from kbitcheck.observe.probes import store
+from kbitcheck.observe.store import round_trip
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.findings import settler
 from kbitcheck.run.runner import run
@@ -123,11 +126,11 @@ def test_running_out_of_memory_is_no_property_of_the_model(where: str) -> None:
     full, other = torch.OutOfMemoryError("no memory"), ValueError("not saved")
     models = {"prepared": Model(full if where == "prepared" else other), "base": Model(full)}
     adapter = {"a": torch.nn.Parameter(torch.ones(1))}
-    subject = store.Subject(
-        prepared=lambda: models["prepared"], base=lambda: models["base"], reload=lambda folder: None,
-        prepare=lambda model: model, attach=lambda model: (model, adapter),
+    preparation: Any = SimpleNamespace(
+        prepared_copy=lambda: models["prepared"], copy=lambda: models["base"], attach=lambda model: (model, adapter),
+        autocast=nullcontext, batch={"input_ids": torch.ones(1, 1)}, loaded=SimpleNamespace(pristine=models["base"]),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kbitcheck.observe.probes.forwards.forward_logits", lambda *_: torch.ones(1))
         with pytest.raises(torch.OutOfMemoryError):
-            store.round_trip(subject, frozenset(), {"input_ids": torch.ones(1, 1)})
+            round_trip(preparation)
