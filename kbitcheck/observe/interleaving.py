@@ -118,8 +118,6 @@ class Session:
         names = self.preparation.loaded.weights.layers
         return ((base_name(name, names), layer) for name, layer in backends.quantized_layers(model))
 
-    # Training
-
     def train(self, name: str) -> _Trained:
         times = 2 if name == "accumulate" else 1
         adapters = [p.detach().clone() for p in self.adapters.values()]
@@ -177,8 +175,6 @@ class Session:
             return self.preparation.autocast
         return partial(torch.autocast, step.device(self.preparation.batch).type, dtype=self.preparation.loaded.half)
 
-    # Looking
-
     def look(self, name: str) -> None:
         self.model.eval()
         batch = first_rows(self.preparation.batch, self.settings.rows)
@@ -192,8 +188,6 @@ class Session:
             result = generate(self.model, self.preparation.batch)
         if result.raised:
             raise RuntimeError(str(result.raised))
-
-    # Changing
 
     def prepare(self, name: str) -> None:
         self.model = self.preparation.apply(self.model)

@@ -3,9 +3,9 @@
 from kbitcheck.core.facts import ForwardFacts, ModelFacts, TrainingFacts
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import forwards
+from kbitcheck.observe.probes import digest, forwards
 from kbitcheck.observe.probes.adapters import Attached
-from kbitcheck.observe.probes.snapshot import fingerprints, snapshot
+from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.twin import twins
 
 
@@ -20,7 +20,7 @@ class Trained:
         preparation.make_room()
         expected = preparation.loaded.twins(preparation.spec)
         model, adapters = wrapped_copy(preparation, outputs)
-        before = fingerprints(adapters)
+        before = {n: digest.bits(p) for n, p in adapters.items()}
         losses = twins.train(
             model,
             preparation.batch,
@@ -28,8 +28,7 @@ class Trained:
             autocast=preparation.autocast,
             seed=preparation.spec.seed,
         )
-        after = fingerprints(adapters)
-        changed = frozenset(n for n in before if before[n] != after[n])
+        changed = frozenset(n for n, p in adapters.items() if digest.bits(p) != before[n])
         self.training = TrainingFacts(losses=losses, twin_losses=expected.losses, changed=changed)
         self.trained = snapshot(model, adapters)
         self.generates = forwards.generate(model, preparation.batch)

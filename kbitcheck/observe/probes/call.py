@@ -31,9 +31,7 @@ def signature(prepare: Prepare) -> tuple[dict[str, str] | None, bool]:
 def arguments(prepare: Prepare, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the wanted keyword arguments that the implementation takes: an older one is run with what it has."""
     parameters, anything = signature(prepare)
-    if parameters is None or anything:
-        return dict(wanted)
-    return {k: v for k, v in wanted.items() if k in parameters}
+    return {k: v for k, v in wanted.items() if anything or k in (parameters or ())}
 
 
 def model_from(returned: Any, passed: Any) -> Any:

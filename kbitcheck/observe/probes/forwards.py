@@ -53,11 +53,13 @@ def left_padded(batch: step.Batch) -> step.Batch:
 Ran = tuple[bool, Raised | None, routers.Routed | None]
 
 
-def run(model: nn.Module, batch: step.Batch, forward: Callable[[], Any]) -> Ran:
+def run(model: nn.Module, batch: step.Batch, forward: Callable[[], Any], *, backward: bool = False) -> Ran:
     """Whether every output of a forward is finite, what it raised (None if nothing), and its logits. No dropout."""
     try:
         with switches.seeded(0, batch), switches.dropout(model, 0.0):
             output, routes = routers.routed(model, forward)
+            if backward:  # not routed, as checkpointing runs routers again
+                output.loss.backward()
     except Exception as error:
         return False, Raised.of(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
@@ -79,9 +81,8 @@ def everywhere(model: Any, batch: step.Batch, half: torch.dtype) -> Iterator[For
     fed["no mask"] = {k: v for k, v in batch.items() if k != "attention_mask"}
     for training, (mask, inputs), auto in product((True, False), fed.items(), (True, False)):
         condition = f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}"
-        yield Forward(
-            condition, auto, *run(model, batch, partial(plain, inputs, training, cast if auto else nullcontext))
-        )
+        ran = run(model, batch, partial(plain, inputs, training, cast if auto else nullcontext))
+        yield Forward(condition, auto, *ran)
     padded = left_padded(batch)
     if not bool(batch.get("attention_mask", torch.ones(1)).all()):
         ran = run(model, batch, partial(plain, padded, False))
@@ -103,11 +104,9 @@ def embedded(model: Any, batch: step.Batch) -> Ran:
         model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
         embeddings.register_hook(reached.append)
-        output = model(**inputs, inputs_embeds=embeddings)
-        output.loss.backward()
-        return output
+        return model(**inputs, inputs_embeds=embeddings)
 
-    finite, raised, logits = run(model, batch, forward)
+    finite, raised, logits = run(model, batch, forward, backward=True)
     cut = None if reached else Raised("", "no gradient comes back to the embeddings")
     return finite, raised or cut, logits
 

@@ -83,36 +83,20 @@ class Weights:
         return held[:count].view(shape)
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; its backward passes the gradient to ``caught`` too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        ctx.caught = caught
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.caught(gradient.detach())
-        return gradient, None
-
-
 class _Probe:
-    """Taps around one layer, whose backward is judged as it happens, so that no gradient is kept. Its hooks are outermost.
+    """Hooks on one layer, whose backward is judged as it happens, so that no gradient is kept. They are outermost.
 
-    ``weight`` gives the layer's, in float64; ``half`` is the dtype to which an autocast around the step rounds.
+    ``weight`` gives the layer's, in float64; ``half`` is the dtype to which an autocast around the step rounds. ``dtype``
+    is that of the input, None until the layer runs.
     """
 
     def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None) -> None:
-        self.ran = 0
         self.dtype: torch.dtype | None = None
         self._module, self._weight, self._half = module, weight, half
         self._arithmetic = backends.arithmetic(module)
-        self._carried = True
-        self._entered = self._left = 0
+        self._reached, self._carried, self._passed = False, True, False
         self._waiting: list[torch.Tensor] = []
         self._excess = self._products = self._squares = self._rounding = 0.0
-        self._passed = False
 
     def attach(self, hooks: ExitStack) -> None:
         """Put the hooks on the layer, until ``hooks`` closes."""
@@ -125,30 +109,30 @@ class _Probe:
         self._passed = not x.is_floating_point() or not torch.is_grad_enabled()
         if self._passed:
             return None
-        self.ran += 1
         self.dtype = x.dtype
         if not x.requires_grad:
             x = x.detach().requires_grad_(True)
-        tapped = _Tap.apply(x, self._leaves)
-        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
+        own = x.view_as(x)  # other layers may read x as well
+        own.register_hook(self._leaves)
+        return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): own})
 
-    def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if self._passed:
-            return output
-        if not output.requires_grad:
+            return
+        if output.requires_grad:
+            output.register_hook(self._enters)
+        else:
             self._carried = False
-            return output
-        tapped: torch.Tensor = _Tap.apply(output, self._enters)
-        return tapped
 
     def _enters(self, gradient: torch.Tensor) -> None:
-        self._entered += 1
+        self._reached = True
         self._waiting.append(gradient)
 
     def _leaves(self, gradient: torch.Tensor) -> None:
-        self._left += 1
         if self._waiting:
             self._judge(self._waiting.pop(0), gradient)
+        else:
+            self._carried = False
 
     @property
     def _compute(self) -> torch.dtype:
@@ -184,9 +168,9 @@ class _Probe:
 
     def result(self, misread: float) -> LayerBackward:
         """Facts of the layer's backward; ``misread`` is the relative error of its kernel."""
-        if self._carried and not self._entered:
+        if self._carried and not self._reached:
             return LayerBackward(reached=False, carried=True)
-        if not self._carried or self._left != self._entered or self._waiting:
+        if not self._carried or self._waiting:
             return LayerBackward(reached=True, carried=False)
         squares = self._squares
         return LayerBackward(
@@ -227,7 +211,7 @@ def backwards(
             loss.backward()
     results = {}
     for name, probe in probes.items():
-        if probe.ran:
+        if probe.dtype is not None:
             judged = probe.result(weights.misread.get(base_name(name, weights.layers), 0.0))
             results[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
     return results

@@ -47,7 +47,9 @@ def activations(
             plain = measure(model, batch, seed, autocast)
         checkpointed = measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
-    random_state = _random_state(model)
+    random_state = torch.get_rng_state().nbytes  # checkpointing keeps one for each block (preserve_rng_state)
+    if next(model.parameters()).is_cuda:
+        random_state += torch.cuda.get_rng_state().nbytes
     allowed = plain.outside + plain.crossing + random_state * len(blocks)
     increments = _increments(checkpointed.entries)
     step_allowed = {n: b + random_state for n, b in plain.added.items()}
@@ -66,12 +68,6 @@ def activations(
         survivors=checkpointed.survivors,
         plain_steps=_increments(plain.entries),
     )
-
-
-def _random_state(model: nn.Module) -> int:
-    """Bytes of the generators' states that checkpointing keeps for each block (preserve_rng_state)."""
-    on_cuda = next(model.parameters()).is_cuda
-    return torch.get_rng_state().nbytes + (torch.cuda.get_rng_state().nbytes if on_cuda else 0)
 
 
 def _increments(entries: Mapping[str, int]) -> dict[str, int]:
@@ -170,7 +166,7 @@ def _scratch(model: nn.Module, live: Live) -> int:
 
 
 def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> dict[str, int]:
-    """Bytes that each quantized layer, bare, keeps inside a non-reentrant checkpoint, in this model's shapes; none if 0."""
+    """Bytes that each quantized layer, bare, keeps inside a non-reentrant checkpoint, in this model's shapes."""
     shapes: dict[str, tuple[nn.Module, torch.Size, torch.dtype]] = {}
 
     def note(name: str, module: nn.Module, args: Any) -> None:
@@ -189,8 +185,7 @@ def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: step.Autocast)
         key = (type(module), recognition.shape(module), shape, dtype)
         if key not in by_shape:
             by_shape[key] = bare_layer_keeps(recognition.bare(module), shape, dtype)
-        if by_shape[key]:
-            kept[name] = by_shape[key]
+        kept[name] = by_shape[key]
     return kept
 
 
@@ -200,13 +195,9 @@ def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) ->
     x = torch.zeros(shape, dtype=dtype, device=weight.device).requires_grad_(True)
     live = Live([x, *own_tensors(layer)])
     floor = live.now
-
-    def inner(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = layer(x * 1.0)  # the product stands for an activation made inside the block
-        return y
-
     with live:
-        y = switches.CHECKPOINT(inner, x, use_reentrant=False, preserve_rng_state=False)
+        # The product stands for an activation made inside the block.
+        y = switches.CHECKPOINT(lambda x: layer(x * 1.0), x, use_reentrant=False, preserve_rng_state=False)
         kept = live.now - floor - y.untyped_storage().nbytes()
     return max(int(kept), 0)
 

@@ -189,8 +189,3 @@ def _plain(item: Any) -> Any:
     if isinstance(item, (list, tuple, set)):
         return [_plain(v) for v in item]
     return item if isinstance(item, (str, int, float, bool, type(None))) else str(item)
-
-
-def fingerprints(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """Digest of each parameter's bits."""
-    return {n: digest.bits(p) for n, p in parameters.items()}

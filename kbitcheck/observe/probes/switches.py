@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -119,11 +120,9 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
     calls: list[dict[str, str]] = []
     signature = inspect.signature(internals.NON_REENTRANT)
 
-    class Reentrant:
-        @staticmethod
-        def apply(function: Any, preserve: Any, *args: Any) -> Any:
-            calls.append({"use_reentrant": "True", "preserve_rng_state": str(preserve)})
-            return internals.REENTRANT.apply(function, preserve, *args)
+    def reentrant(function: Any, preserve: Any, *args: Any) -> Any:
+        calls.append({"use_reentrant": "True", "preserve_rng_state": str(preserve)})
+        return internals.REENTRANT.apply(function, preserve, *args)
 
     def non_reentrant(function: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(function, *args, **kwargs)
@@ -132,5 +131,5 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
         calls.append({"use_reentrant": "False", **{k: str(v) for k, v in bound.arguments.items() if k in recorded}})
         return internals.NON_REENTRANT(function, *args, **kwargs)
 
-    with internals.checkpoint_entries(Reentrant, non_reentrant):
+    with internals.checkpoint_entries(SimpleNamespace(apply=reentrant), non_reentrant):
         yield calls
