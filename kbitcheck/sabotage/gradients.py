@@ -85,6 +85,35 @@ def large_gradients_clamped(model: Any) -> None:
     change_input(quantized(model)[2], lambda x: change_gradient(x, lambda g: g.nan_to_num().clamp(-1, 1)))
 
 
+@breaks("KB303")
+def gradient_scaled_by_a_hook_on_an_output(model: Any) -> None:
+    """The layer itself hooks the tensor that it returns."""
+    layer = quantized(model)[1]
+    run = layer.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = run(x)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: 1.05 * gradient)
+        return output
+
+    layer.forward = forward
+
+
+@breaks("KB303", quant="int8")
+def gradient_scaled_by_a_hook_on_an_input(model: Any) -> None:
+    """The layer itself hooks the tensor that it takes."""
+    layer = quantized(model)[1]
+    run = layer.forward
+
+    def forward(x: torch.Tensor) -> Any:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: 1.05 * gradient)
+        return run(x)
+
+    layer.forward = forward
+
+
 @breaks("KB303", quant="int8")
 def cut_in_one_int8_layer(model: Any) -> None:
     change_input(quantized(model)[1], torch.Tensor.detach)

@@ -83,8 +83,22 @@ class Weights:
         return held[:count].view(shape)
 
 
+class _Tap(torch.autograd.Function):
+    """The identity; its backward passes the gradient, as hooks on the tensor leave it, to ``caught`` too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        ctx.caught = caught
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.caught(gradient.detach())
+        return gradient, None
+
+
 class _Probe:
-    """Hooks on one layer, whose backward is judged as it happens, so that no gradient is kept. They are outermost.
+    """Taps around one layer, whose backward is judged as it happens, so that no gradient is kept. Its hooks are outermost.
 
     ``weight`` gives the layer's, in float64; ``half`` is the dtype to which an autocast around the step rounds. ``dtype``
     is that of the input, None until the layer runs.
@@ -112,17 +126,17 @@ class _Probe:
         self.dtype = x.dtype
         if not x.requires_grad:
             x = x.detach().requires_grad_(True)
-        own = x.view_as(x)  # other layers may read x as well
-        own.register_hook(self._leaves)
-        return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): own})
+        tapped = _Tap.apply(x, self._leaves)
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
 
-    def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if self._passed:
-            return
-        if output.requires_grad:
-            output.register_hook(self._enters)
-        else:
+            return output
+        if not output.requires_grad:
             self._carried = False
+            return output
+        tapped: torch.Tensor = _Tap.apply(output, self._enters)
+        return tapped
 
     def _enters(self, gradient: torch.Tensor) -> None:
         self._reached = True
