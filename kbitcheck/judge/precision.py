@@ -172,7 +172,7 @@ def quant_state_intact(facts: Facts) -> Iterable[Observation]:
             yield Observation.either(f"{old.name}.{field}", "the same", "changed", ok=same)
         yield Observation(f"{old.name}.compute_dtype", old.compute, new.compute, ok=new.compute == old.compute)
         same = new.dequantized == old.dequantized
-        yield Observation.either(f"{old.name}.unpacked", "the same numbers", "other numbers", ok=same)
+        yield Observation.either(f"{old.name} (unpacked)", "the same numbers", "other numbers", ok=same)
 
 
 @rule("KB207", "still-quantized", Level.MUST)

@@ -125,6 +125,7 @@ class Case(OpenCase):
     @Fact
     def unprepared(self) -> Facts:
         """The same case of a base that transformers alone checkpoints and nothing prepares."""
+        self._require_libraries()
         mode = self.checkpointing
         with suppress(Unavailable):  # it may not run at all
             if mode == "default" and not self.step_raised:  # torch's default and transformers' differ
@@ -134,6 +135,7 @@ class Case(OpenCase):
     @Fact
     def bare(self) -> Facts:
         """The same case of a base that is cast as the profile promises, and not prepared or checkpointed."""
+        self._require_libraries()
 
         def cast_alone(model: Any, use_gradient_checkpointing: bool = False) -> Any:
             twins.cast(model.requires_grad_(False), self.profile)
@@ -141,10 +143,13 @@ class Case(OpenCase):
 
         return self._witness(cast_alone, "off")
 
-    def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:
-        """The same case with another preparation; raises ``Unavailable`` in changed libraries, where it proves nothing."""
+    def _require_libraries(self) -> None:
+        """Raise ``Unavailable`` where the implementation changed the libraries: a witness proves nothing there."""
         if self._patches or any("." in name for name in self.call.process):
             raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
+
+    def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:
+        """The same case with another preparation."""
         return Case(dataclasses.replace(self.spec, checkpointing=cast(Any, checkpointing)), function, self._loaded)
 
     def summary(self) -> dict[str, Any]:

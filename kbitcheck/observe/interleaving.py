@@ -76,9 +76,9 @@ class Session:
 
     def _take(self, name: str) -> tuple[StepOutcome, _Trained | None]:
         """The outcome is complete but for what a fresh model makes of a training step."""
-        hooks, raised, trained = _hooks(self.model), None, None
+        action, hooks, raised, trained = ACTIONS[name], _hooks(self.model), None, None
         try:
-            trained = ACTIONS[name](self, name)
+            trained = action(self, name)
         except Exception as error:
             raised = Raised.of(error)
         now = self._fingerprints()
@@ -202,7 +202,7 @@ class Session:
 
     def save(self, name: str) -> None:
         """Adapters as in a file; what was there in between is lost."""
-        saved = save({n: p.detach().contiguous() for n, p in self.adapters.items()})
+        saved = save({n: p.detach().clone().contiguous() for n, p in self.adapters.items()})
         for parameter in self.adapters.values():
             parameter.data.fill_(math.nan)
         for adapter, numbers in load(saved).items():

@@ -18,6 +18,7 @@ from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -60,6 +61,7 @@ class Loaded:
         self.source = source
         self.quant = Quantization.parse(spec.quant)
         self.facts = snapshot.snapshot(model)
+        self.state_keys = _state_keys(model)  # before any implementation runs, which may patch how modules save
         self.batch = batch or source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
@@ -125,7 +127,7 @@ class Loaded:
 
     def forecast(self, spec: CaseSpec) -> ForecastFacts:
         """Bytes predicted from the model's configuration; those of training steps for ``kbitcheck model`` alone."""
-        if not isinstance(self.source, Source):
+        if isinstance(self.source, LiveModel):
             raise Unavailable("a live model: there is nothing to predict it from")
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
@@ -214,6 +216,13 @@ class Loaded:
         whole, single = map(twin.Pair, exact, rounded)
         rate, losses = twin.smooth_training(model, self.batch, adapters, seed=spec.seed)
         return twin.Twins(whole=whole, single=single, losses=losses, learning_rate=rate)
+
+
+def _state_keys(model: nn.Module) -> frozenset[str]:
+    try:
+        return frozenset(model.state_dict())
+    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
+        return frozenset({f"{type(error).__name__}: {error}"})
 
 
 _cache: OrderedDict[tuple[Any, ...], Loaded] = OrderedDict()

@@ -21,7 +21,7 @@ def round_trip(preparation: Preparation) -> StoreFacts:
     If neither the prepared model nor its base can be saved and loaded, the adapters are loaded into another prepared base.
     """
     prepared = preparation.prepared_copy()
-    base_keys, keys = preparation.loaded.pristine.state_dict().keys(), prepared.state_dict().keys()
+    base_keys, keys = preparation.loaded.state_keys, frozenset(prepared.state_dict())
     facts: dict[str, Any] = {"missing": tuple(sorted(base_keys - keys)), "unexpected": tuple(sorted(keys - base_keys))}
 
     def logits(model: nn.Module) -> torch.Tensor:

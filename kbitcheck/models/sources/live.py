@@ -22,7 +22,9 @@ class LiveModel(Source):
         return cls(
             name=str(getattr(config, "name_or_path", "") or type(model).__name__),
             config={"auto_map": getattr(config, "auto_map", None)},
-            dtype=str(getattr(model, "dtype", "auto")).removeprefix("torch."),
+            dtype=next(
+                (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "auto"
+            ),
             model=model,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,10 +17,14 @@ import kbitcheck_reference
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.facts import Distance
 from kbitcheck.core.result import Observation, Party, Result, Status
 from kbitcheck.core.rule import judge, select
+from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import open_case
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.store import round_trip
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.findings import settler
@@ -101,6 +106,35 @@ def test_a_preparation_that_cannot_be_saved_counts_where_its_base_can(monkeypatc
     assert failure.actual.startswith("RuntimeError: not this model (test_saves_and_loads.py:")
 
 
+def test_a_preparation_that_changes_how_a_class_saves_loses_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+        monkeypatch.setattr(type(model.model.norm), "_save_to_state_dict", lambda *_: None)
+        return model.requires_grad_(False)
+
+    case = open_case(CaseSpec(model="tiny:llama", quant="nf4", implementation="x"), implementations.describe(prepare))
+    assert "model.norm.weight" in case.store.missing
+
+
+def test_a_base_whose_logits_are_no_number_excuses_nobody() -> None:
+    def facts(relative: float) -> Any:
+        store = SimpleNamespace(
+            missing=(), unexpected=(), base_raised=None, raised=None, logits=Distance(equal=False, relative=relative)
+        )
+        return SimpleNamespace(store=store, forwards=(), compute_ulp=1e-7, unprepared=None)
+
+    case = facts(0.5)
+    for case.unprepared, party in ((facts(math.nan), Party.IMPLEMENTATION), (facts(0.5), Party.STACK)):
+        assert [seen.party for seen in KB510.check(case) if not seen.ok] == [party]
+
+
+def test_a_live_model_has_no_forecast() -> None:
+    live = LiveModel.of(resolve("tiny:llama").load(Quantization.parse("nf4")))
+    with pytest.raises(Unavailable, match="a live model"):
+        Loaded.from_source(live, CaseSpec(model="mine", quant="nf4", implementation="x")).forecast(
+            CaseSpec(model="mine", quant="nf4", implementation="x")
+        )
+
+
 def test_an_error_of_a_rule_says_where() -> None:
     def prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
         raise KeyError("a")
@@ -128,7 +162,7 @@ def test_running_out_of_memory_is_no_property_of_the_model(where: str) -> None:
     adapter = {"a": torch.nn.Parameter(torch.ones(1))}
     preparation: Any = SimpleNamespace(
         prepared_copy=lambda: models["prepared"], copy=lambda: models["base"], attach=lambda model: (model, adapter),
-        autocast=nullcontext, batch={"input_ids": torch.ones(1, 1)}, loaded=SimpleNamespace(pristine=models["base"]),
+        autocast=nullcontext, batch={"input_ids": torch.ones(1, 1)}, loaded=SimpleNamespace(state_keys=frozenset()),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kbitcheck.observe.probes.forwards.forward_logits", lambda *_: torch.ones(1))
