@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, islice, product
 from typing import Any
 
@@ -53,62 +52,55 @@ def left_padded(batch: step.Batch) -> step.Batch:
 Ran = tuple[bool, Raised | None, routers.Routed | None]
 
 
-def run(model: nn.Module, batch: step.Batch, forward: Callable[[], Any], *, backward: bool = False) -> Ran:
-    """Whether every output of a forward is finite, what it raised (None if nothing), and its logits. No dropout."""
+def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.dtype | None) -> Ran:
+    """Whether every output of one forward is finite, what it raised (None if nothing), and its logits. No dropout."""
+    inputs = step.feed(model, batch)
+    model.train(training)
+    device = step.device(batch).type
+    context: Any = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
     try:
-        with switches.seeded(0, batch), switches.dropout(model, 0.0):
-            output, routes = routers.routed(model, forward)
-            if backward:  # not routed, as checkpointing runs routers again
-                output.loss.backward()
+        with torch.set_grad_enabled(training), context, switches.seeded(0, batch), switches.dropout(model, 0.0):
+            output, routes = routers.routed(model, lambda: model(**inputs))
     except Exception as error:
         return False, Raised.of(error), None
     floating = [t for t in tensors(dict(output)) if t.is_floating_point() and t.numel()]
     # -inf is a mask's way to say "never": only NaN and a loss or logits that overflow are wrong.
     finite = bool(floating) and all(bool(torch.isfinite(t).all()) for t in floating[:2])
-    return finite, None, routers.Routed(output["logits"].detach(), routes)
+    return finite, None, routers.Routed(output.logits.detach(), routes)
 
 
-def everywhere(model: Any, batch: step.Batch, half: torch.dtype) -> Iterator[Forward]:
+def everywhere(model: nn.Module, batch: step.Batch, half: torch.dtype) -> Iterator[Forward]:
     """A forward under every condition, each computed when iterated over. The model is used up: eval mode may repack weights."""
-
-    def plain(inputs: step.Batch, training: bool, autocast: step.Autocast = nullcontext) -> Any:
-        model.train(training)
-        with torch.set_grad_enabled(training), autocast():
-            return model(**step.feed(model, inputs))
-
-    cast = partial(torch.autocast, step.device(batch).type, dtype=half)
     fed: dict[str, step.Batch] = {"with mask": batch} if "attention_mask" in batch else {}
     fed["no mask"] = {k: v for k, v in batch.items() if k != "attention_mask"}
     for training, (mask, inputs), auto in product((True, False), fed.items(), (True, False)):
         condition = f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}"
-        ran = run(model, batch, partial(plain, inputs, training, cast if auto else nullcontext))
-        yield Forward(condition, auto, *ran)
-    padded = left_padded(batch)
+        yield Forward(condition, auto, *run(model, inputs, training=training, autocast=half if auto else None))
     if not bool(batch.get("attention_mask", torch.ones(1)).all()):
-        ran = run(model, batch, partial(plain, padded, False))
-        yield Forward("eval, left padding, no autocast", False, *ran, optional=True)
+        padded = run(model, left_padded(batch), training=False, autocast=None)
+        yield Forward("eval, left padding, no autocast", False, *padded, optional=True)
     if "input_ids" in batch:
         yield Forward(EMBEDDED, False, *embedded(model, batch), optional=True)
     can = getattr(model, "can_generate", None)
     if can and can():
-        ran = run(model, batch, partial(token_by_token, model, padded))
-        yield Forward("eval, token by token, no autocast", False, *ran, optional=True)
+        yield Forward("eval, token by token, no autocast", False, *token_by_token(model, batch), optional=True)
 
 
 def embedded(model: Any, batch: step.Batch) -> Ran:
-    """``run`` in training, fed what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
-    reached: list[torch.Tensor] = []
-
-    def forward() -> Any:
-        inputs = step.feed(model, batch)
-        model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
+    """As ``run`` in training, of what the embedding makes of the ids; that a gradient comes back to it belongs to it."""
+    inputs = step.feed(model, batch)
+    model.train().requires_grad_(False)  # gradients of a base that nobody froze take as much memory as it does
+    try:
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
-        embeddings.register_hook(reached.append)
-        return model(**inputs, inputs_embeds=embeddings)
-
-    finite, raised, logits = run(model, batch, forward, backward=True)
-    cut = None if reached else Raised("", "no gradient comes back to the embeddings")
-    return finite, raised or cut, logits
+        with switches.seeded(0, batch), switches.dropout(model, 0.0):
+            output, routes = routers.routed(model, lambda: model(**inputs, inputs_embeds=embeddings))
+            output.loss.backward()
+    except Exception as error:
+        return False, Raised.of(error), None
+    finally:
+        step.clear_gradients(model)
+    raised = None if embeddings.grad is not None else Raised("", "no gradient comes back to the embeddings")
+    return bool(torch.isfinite(output.logits).all()), raised, routers.Routed(output.logits.detach(), routes)
 
 
 class _Forced(LogitsProcessor):
@@ -123,27 +115,32 @@ class _Forced(LogitsProcessor):
         return forced
 
 
-def prompt(model: nn.Module, batch: step.Batch) -> step.Batch:
-    """What of the batch a generation starts from."""
-    return {k: v for k, v in step.feed(model, batch).items() if k not in ("labels", "decoder_input_ids")}
-
-
-def token_by_token(model: Any, batch: step.Batch) -> dict[str, torch.Tensor]:
-    """Logits of a few tokens generated with a cache: (rows, steps, vocabulary)."""
+def token_by_token(model: Any, batch: step.Batch) -> Ran:
+    """As ``run``, of a few tokens with a cache: (rows, steps, vocabulary)."""
+    model.eval()
+    fed = step.feed(model, left_padded(batch))
+    inputs = {k: v for k, v in fed.items() if k not in ("labels", "decoder_input_ids")}
     end = model.generation_config.eos_token_id
     plain = (t for t in count() if t not in (end if isinstance(end, list) else [end]))
-    with torch.no_grad():
-        output = model.eval().generate(
-            **prompt(model, batch),
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    return {"logits": torch.stack(list(output.logits), dim=1)}
+    try:
+        with torch.no_grad():
+            output, routes = routers.routed(
+                model,
+                lambda: model.generate(
+                    **inputs,
+                    max_new_tokens=TOKENS,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    logits_processor=LogitsProcessorList([_Forced(islice(plain, TOKENS))]),
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ),
+            )
+        logits = torch.stack(list(output.logits), dim=1)
+    except Exception as error:
+        return False, Raised.of(error), None
+    return bool(torch.isfinite(logits).all()), None, routers.Routed(logits, routes)
 
 
 def forward_logits(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> torch.Tensor:
@@ -206,9 +203,10 @@ def _apart(prepared: routers.Routed | None, base: routers.Routed | None) -> floa
 def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
     """A short greedy generation after training, in eval mode; the model is used up."""
     model.eval()
+    first = first_rows(step.feed(model, batch), 1)
+    inputs = {k: v for k, v in first.items() if k not in ("labels", "decoder_input_ids")}
     try:
         with torch.no_grad():
-            inputs = prompt(model, first_rows(batch, 1))
             finite, raised = model.generate(**inputs, max_new_tokens=2, do_sample=False).numel() > 0, None
     except Exception as error:
         finite, raised = False, Raised.of(error)

@@ -56,18 +56,19 @@ class Weights:
             if bool((gap > bound).any()):
                 self.misread[name] = float(gap.norm() / weight.norm())
                 self._kernels[name] = kernel
-            elif self._all_kept:
-                self._kept[name] = weight
 
     def exact(self, name: str) -> torch.Tensor:
         """The layer's weight in float64: that of a large model in memory that the next one is unpacked to as well."""
-        if name in self._kernels:
-            return self._kernels[name].double()
         if name in self._kept:
             return self._kept[name]
         layer = self.layers[name]
-        out = self._scratch(backends.recognition(layer).shape(layer), dtype=torch.float64, device=layer.weight.device)
-        return backends.arithmetic(layer).exact(layer, out)
+        if name not in self._kernels and not self._all_kept:
+            shape, device = backends.recognition(layer).shape(layer), layer.weight.device
+            return backends.arithmetic(layer).exact(layer, self._scratch(shape, dtype=torch.float64, device=device))
+        weight = self._kernels[name].double() if name in self._kernels else backends.arithmetic(layer).exact(layer)
+        if self._all_kept:
+            self._kept[name] = weight
+        return weight
 
     def reader(self, name: str, unpack: Unpack) -> Read:
         """The layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time in the same memory."""
@@ -108,7 +109,7 @@ class _Probe:
         self.dtype: torch.dtype | None = None
         self._module, self._weight, self._half = module, weight, half
         self._arithmetic = backends.arithmetic(module)
-        self._reached, self._carried, self._passed = False, True, False
+        self._entered, self._left, self._carried, self._passed = 0, 0, True, False
         self._waiting: list[torch.Tensor] = []
         self._excess = self._products = self._squares = self._rounding = 0.0
 
@@ -139,14 +140,13 @@ class _Probe:
         return tapped
 
     def _enters(self, gradient: torch.Tensor) -> None:
-        self._reached = True
+        self._entered += 1
         self._waiting.append(gradient)
 
     def _leaves(self, gradient: torch.Tensor) -> None:
+        self._left += 1
         if self._waiting:
             self._judge(self._waiting.pop(0), gradient)
-        else:
-            self._carried = False
 
     @property
     def _compute(self) -> torch.dtype:
@@ -182,9 +182,9 @@ class _Probe:
 
     def result(self, misread: float) -> LayerBackward:
         """Facts of the layer's backward; ``misread`` is the relative error of its kernel."""
-        if self._carried and not self._reached:
+        if self._carried and not self._entered:
             return LayerBackward(reached=False, carried=True)
-        if not self._carried or self._waiting:
+        if not self._carried or self._left != self._entered or self._waiting:
             return LayerBackward(reached=True, carried=False)
         squares = self._squares
         return LayerBackward(

@@ -70,7 +70,8 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
 
 def heads(model: nn.Module) -> list[nn.Module]:
     """The output head, where the model names one."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
     return [head] if isinstance(head, nn.Module) else []
 
 
