@@ -2,31 +2,50 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kbitcheck.core.errors import UsageError
 from kbitcheck.models.inputs.audio import batches_with_audio
 from kbitcheck.models.inputs.images import PIXELS, batches_with_images
 from kbitcheck.models.inputs.text import Batch, Shape, Tokens, draw, fit
+from kbitcheck.models.load import quiet
+
+log = logging.getLogger("kbitcheck")
 
 KINDS = {"input_ids": "text", "input_features": "audio", "input_values": "audio", **dict.fromkeys(PIXELS, "images")}
 
 
 def training_batch(model: PreTrainedModel, **shape: Any) -> Batch:
-    """A batch of the first layout that ``model`` computes a loss from, images and audio before text alone.
+    """A batch of the first layout with images or audio that ``model`` computes a loss from, or what ``draw`` makes.
 
-    A model that reads text alone, has no weights, or runs on no layout gets what ``draw`` makes, unless that raises.
+    A model that runs on text alone gets that only where ``draw`` can make nothing: if it broke on images, it is to be judged
+    on images.
     """
     accepted = inspect.signature(model.forward).parameters
-    if (KINDS.keys() - {"input_ids"}) & accepted.keys() and model.device.type != "meta":
-        with suppress(Exception):  # the model's own code: it may raise anything, and does so again when it is judged
-            return first_fitting(model, images=True, audio=True, **shape)
-    return draw(model, **shape)
+    if not (KINDS.keys() - {"input_ids"}) & accepted.keys() or model.device.type == "meta":
+        return draw(model, **shape)
+    fitting: Batch = {}
+    try:
+        with quiet():
+            fitting = first_fitting(model, images=True, audio=True, **shape)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # the model's own code: it may raise anything
+        log.debug("no layout of a batch fits %s", type(model).__name__, exc_info=True)
+    if kinds(fitting) not in ("", "text"):
+        return fitting
+    try:
+        return draw(model, **shape)
+    except UsageError:
+        if not fitting:
+            raise
+        return fitting
 
 
 def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape: Any) -> Batch:
@@ -39,14 +58,17 @@ def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     for make in _layouts(model, shape, images=images, audio=audio):
         try:
-            # Some layouts run the model, to count an image's tokens: on a copy, which is not used again.
-            made = make(copy.deepcopy(model))
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                loss = copy.deepcopy(model).train()(**made).loss
-            if loss is not None and bool(torch.isfinite(loss)) and _reads_images(model, made):
-                return made
+            with torch.random.fork_rng(devices):
+                # Some layouts run the model, to count an image's tokens: on a copy, which is not used again.
+                made = make(copy.deepcopy(model))
+                with torch.no_grad():
+                    loss = copy.deepcopy(model).train()(**made).loss
+                if loss is not None and bool(torch.isfinite(loss)) and _reads_images(model, made):
+                    return made
+        except (torch.OutOfMemoryError, MemoryError):  # no property of the model
+            raise
         except Exception as error:
-            failed = failed or error
+            failed = failed or error.with_traceback(None)  # its frames hold the copy
     raise failed or ValueError(f"{type(model).__name__} computes no finite loss")
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
+from kbitcheck.models.inputs.choose import training_batch
 from kbitcheck.models.inputs.text import IGNORED, draw, first_rows, fit
 from kbitcheck.models.sources import recipe
 from kbitcheck.models.sources.resolve import resolve
@@ -147,3 +148,31 @@ def test_unknown_kinds_of_input_are_told() -> None:
         draw(Pixels(), batch=1, seq_len=4, seed=0)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="its images come in a layout that kbitcheck does not support"):
         draw(Images(SimpleNamespace(patch_size=14)), batch=1, seq_len=4, seed=0)  # type: ignore[arg-type]
+
+
+SHAPE = {"batch": 2, "seq_len": 24, "seed": 0}
+
+
+@pytest.fixture
+def llava_with_a_tower_that_raises() -> Any:
+    """A function that loads tiny:llava, whose vision tower raises what it is given."""
+
+    def fail(error: Exception) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            raise error
+
+        model = load("llava")
+        model.model.vision_tower.register_forward_pre_hook(hook)
+        return model
+
+    return fail
+
+
+def test_a_model_that_breaks_on_images_is_given_images(llava_with_a_tower_that_raises: Any) -> None:
+    made = training_batch(llava_with_a_tower_that_raises(RuntimeError("broken")), **SHAPE)
+    assert "pixel_values" in made
+
+
+def test_running_out_of_memory_over_images_is_no_reason_for_text(llava_with_a_tower_that_raises: Any) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        training_batch(llava_with_a_tower_that_raises(torch.OutOfMemoryError("full")), **SHAPE)
