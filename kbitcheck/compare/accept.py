@@ -68,8 +68,9 @@ def _kept(before: str, starts: list[int], old: Ledger, results: Mapping[Cell, Re
         text = before[start:end]
         if len(cases) < len(entry.cases):
             block: Any = tomlkit.parse(text)
-            for case in set(entry.cases).difference(cases):
-                block["accepted"][0]["cases"].remove(case)
+            for case in entry.cases:
+                if case not in cases:
+                    block["accepted"][0]["cases"].remove(case)
             text = block.as_string()
         if cases:
             yield (entry.rule, cases[0]), text

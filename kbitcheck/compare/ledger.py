@@ -7,8 +7,9 @@ import contextlib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,7 +47,7 @@ class Entry:
     line: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Ledger:
     """A ledger as read. ``skipped`` maps cases to the rules that did not apply."""
 
@@ -90,12 +91,25 @@ class Ledger:
             raise UsageError(f"{name}:{line}: not TOML: {message}") from None
         return cls(name=name, **_Reader(name, text).read(data))
 
-    @property
+    @cached_property
     def expected(self) -> dict[Cell, Status]:
         """The accepted status of each cell."""
         cells = {(rule, case): Status.PASS for case in self.cases for rule in self.rules}
         cells |= {(rule, case): Status.SKIP for case, rules in self.skipped.items() for rule in rules}
         return cells | {(e.rule, case): e.status for e in self.accepted for case in e.cases}
+
+    def part(self, cell: Cell) -> Self:
+        """What it says about one cell."""
+        rule, case = cell
+        listed = cell in self.expected
+        entries = (e for e in self.accepted if e.rule == rule and case in e.cases)
+        return replace(
+            self,
+            rules=(rule,) if listed else (),
+            cases=(case,) if listed else (),
+            skipped={case: (rule,)} if rule in self.skipped.get(case, ()) else {},
+            accepted=tuple(replace(entry, cases=(case,)) for entry in entries),
+        )
 
 
 class _Reader:

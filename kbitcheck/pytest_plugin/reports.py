@@ -38,15 +38,17 @@ def reports(
     ]
 
 
-def compared(report: Report, settings: Settings, *, left_out: Iterable[Cell]) -> Report:
+def compared(report: Report, settings: Settings, *, left_out: Iterable[Cell] = (), cell: Cell | None = None) -> Report:
     """The report of ``--kbit-impl`` with its comparison, where there is a ledger; any other report itself.
 
-    Of ``left_out``, as where tests are judged one by one or deselected (``-k``, ``--lf``), no cell is missed.
+    No cell of ``left_out``, whose tests were deselected (``-k``, ``--lf``), is missed. With ``cell`` the ledger is cut
+    down to that cell, as tests are judged one by one: the whole of it for each test takes minutes.
     """
     implementations = {spec["implementation"] for spec in report.subject.get("cases", {}).values()}
     if settings.ledger is None or implementations != {settings.implementation}:
         return report
-    return gate.judge(report, settings.ledger, recipes=recipe.names(), left_out=left_out)
+    ledger = settings.ledger if cell is None else settings.ledger.part(cell)
+    return gate.judge(report, ledger, recipes=recipe.names(), left_out=left_out)
 
 
 def _report(

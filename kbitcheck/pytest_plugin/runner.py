@@ -136,9 +136,8 @@ class Runner:
     def _end_test(self, result: Result, outcome: Outcome) -> None:
         from kbitcheck.pytest_plugin.reports import compared, reports
 
-        ledger = self.settings.ledger
         [report] = reports([outcome], [], {}, "", strict=self.settings.strict)
-        report = compared(report, self.settings, left_out=ledger.expected if ledger else ())
+        report = compared(report, self.settings, cell=(result.rule, result.case))
         if report.gate is not None:
             if any(breach["counted"] for breach in report.gate["breaches"]):
                 fail(report)

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
@@ -59,6 +59,23 @@ def fuzz(
             return _Run(plan=plan, scratch=scratch, on_event=on_event, worker=worker).report()
 
 
+class _Own(ExampleDatabase):
+    """One implementation's part of a database: what broke another is not tried first on it."""
+
+    def __init__(self, whole: ExampleDatabase | None, implementation: str) -> None:
+        super().__init__()
+        self._whole, self._prefix = whole or InMemoryExampleDatabase(), implementation.encode() + b":"
+
+    def save(self, key: bytes, value: bytes) -> None:
+        self._whole.save(self._prefix + key, value)
+
+    def fetch(self, key: bytes) -> Iterable[bytes]:
+        return self._whole.fetch(self._prefix + key)
+
+    def delete(self, key: bytes, value: bytes) -> None:
+        self._whole.delete(self._prefix + key, value)
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Run:
     """One run of the fuzzer: what it drew, what came of it, and the worker it asks."""
@@ -96,13 +113,11 @@ class _Run:
         return self._report(results, {spec.id: spec}, complete=complete, fuzz=drawn)
 
     def _search(self) -> None:
-        plan, database = self.plan, settings().database
-        if isinstance(database, DirectoryBasedExampleDatabase):  # what broke another implementation is not tried first
-            database = DirectoryBasedExampleDatabase(database.path / _digest(plan.implementation))
+        plan = self.plan
 
         @settings(  # outside of the seed, which takes the database away
             max_examples=plan.number,
-            database=database,
+            database=_Own(settings().database, plan.implementation),
             deadline=None,
             verbosity=Verbosity.quiet,
             report_multiple_bugs=False,

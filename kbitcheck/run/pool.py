@@ -81,7 +81,7 @@ class Worker:
                 fatal |= isinstance(event, (Judged, Broken)) and event.fatal
                 yield event
         except Lost as lost:
-            fatal = True
+            self.close()
             yield from not_reached(spec, rules, reached, str(lost))
         if fatal:
             self.close()

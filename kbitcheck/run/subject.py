@@ -81,11 +81,14 @@ def load(text: str) -> Implementation:
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
+        why = f" cannot be imported: {cause(error)}"
+        if not isinstance(error, ModuleNotFoundError) or not f"{where}.".startswith(f"{error.name}."):
+            raise UsageError(f"implementation {text!r}{why}") from error
+        if error.msg == f"No module named {error.name!r}":  # else a package may give advice of its own
             parent, _, name = str(error.name).rpartition(".")
             hint = did_you_mean(name, _modules(getattr(sys.modules.get(parent), "__path__", ())))
-            raise Missing(f"implementation {text!r}: no module named {error.name!r}{hint}") from error
-        raise UsageError(f"implementation {text!r} cannot be imported: {cause(error)}") from error
+            why = f": no module named {error.name!r}{hint}"
+        raise Missing(f"implementation {text!r}{why}") from error
     function: Any = module
     for name in attribute.split("."):
         try:

@@ -70,6 +70,7 @@ class WorkerProcess:
     ) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
+        self._open = {self._requests, self._replies}
         self._echo = echo
         self._printed = b""
         self._unread = b""
@@ -189,15 +190,22 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process and all that it started: it may end by itself first, unless it is in the middle of a request."""
-        os.close(self._requests)
-        with self._popen:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(1.0)
-            self.stop()
-        os.close(self._replies)
+        self._close(self._requests)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1.0)
+        self.stop()
+        self._popen.wait()
+        if self._popen.stdout is not None:
+            self._popen.stdout.close()
+        self._close(self._replies)
 
     def stop(self) -> None:
         """End the process and its group at once; a thread that waits for an answer gets ``Lost``."""
         # The group, and not the tree: a grandchild whose parent is dead is in no tree.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:  # Ctrl-C may have cut an earlier ``close`` short
+            self._open.remove(fd)
+            os.close(fd)

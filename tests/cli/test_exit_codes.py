@@ -210,6 +210,12 @@ def test_model_counts_the_stacks_failures_too(door: Door) -> None:
     assert again.returncode == 1
 
 
+def test_an_empty_option_of_model_is_as_one_not_given(door: Door) -> None:
+    given = ("--prepare", "good.py:prepare", "--dtype", "", "--revision", "", "--format", "json")
+    [case] = json.loads(door("model", "tiny:llama", *given).stdout)["subject"]["cases"].values()
+    assert [case[name] for name in ("dtype", "revision", "random_weights")] == [None, None, False]
+
+
 def test_in_process_runs_the_same_cases_and_says_so(door: Door) -> None:
     ran = door("impl", "nothing.py:prepare", *ONE, "--in-process")
     assert ran.returncode == 1

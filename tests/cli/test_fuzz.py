@@ -8,8 +8,14 @@ import sys
 import tomllib
 
 import pytest
+from hypothesis import settings
+from hypothesis.database import InMemoryExampleDatabase
 
+from kbitcheck.core.events import Judged
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS
+from kbitcheck.core.result import Level, Observation, Result, Status
+from kbitcheck.core.rule import select
+from kbitcheck.run.fuzz import Plan, fuzz
 
 NEVER_CASTS_WIDE_MODELS = """
 from kbitcheck_reference import prepare_model_for_kbit_training
@@ -111,6 +117,66 @@ def test_nothing_healthy_is_flagged(implementation, tmp_path):
     run = kbitcheck("impl", implementation, "--fuzz", "12", "--seed", "3", cwd=tmp_path)
     assert run.returncode == EXIT_CONFORMS, run.stdout
     assert "12 cases drawn, seed 3" in run.stdout
+
+
+def test_what_it_keeps_is_hidden_from_git(door, monkeypatch):
+    for name in CI:
+        monkeypatch.delenv(name, raising=False)
+    assert door("impl", "nothing.py:prepare", "--fuzz", "1", "--seed", "0", "--select", "KB103").returncode == 1
+    kept = door.cwd / ".hypothesis"
+    assert (kept / "examples").is_dir()
+    assert "*" in (kept / ".gitignore").read_text().splitlines()
+
+
+class Refutes:
+    """A worker to which every case is broken."""
+
+    loaded = True
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def examine(self, spec, rules):
+        failure = Observation("here", "one", "other", ok=False)
+        for rule in rules:
+            yield Judged(
+                result=Result(rule=rule.code, case=spec.id, level=Level.MUST, status=Status.FAIL, failures=(failure,))
+            )
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def database():
+    """The one that hypothesis keeps examples in."""
+    memory = InMemoryExampleDatabase()
+    settings.register_profile("memory", database=memory)
+    settings.load_profile("memory")
+    yield memory
+    settings.load_profile("kbitcheck")
+
+
+def test_implementations_share_no_examples_in_any_database(database, monkeypatch):
+    monkeypatch.setattr("kbitcheck.run.fuzz.Worker", Refutes)
+    keys = []
+    for implementation in ("one.py:f", "other.py:f"):
+        plan = Plan(
+            implementation=implementation,
+            rules=select(["KB103"]),
+            number=1,
+            seed=0,
+            strict=False,
+            models=["tiny:llama"],
+            quants=["nf4"],
+            checkpointing=["off"],
+            options={},
+        )
+        assert fuzz(plan, timeout=1.0, on_event=print, echo=None).exit_code == EXIT_BROKEN_RULE
+        keys.append(set(database.data))
+        database.data.clear()
+    assert all(keys)
+    assert keys[0].isdisjoint(keys[1])
 
 
 def test_hypothesis_is_not_imported_unless_something_is_drawn():

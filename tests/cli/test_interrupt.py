@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from kbitcheck.core.report import Report
+from kbitcheck.run.worker_process import WorkerProcess
 from tests.cli.conftest import Door, heed
 
 ARGUMENTS = ("impl", "{}.py:prepare", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
@@ -87,3 +89,27 @@ def test_a_reader_that_leaves_is_no_error(door: Door) -> None:
         err = process.stderr.read()
         assert process.wait(30) == 1
     assert err.count("\n") == 1
+
+
+def test_a_worker_whose_close_was_interrupted_is_killed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(process: object, timeout: float | None = None) -> int:
+        raise KeyboardInterrupt
+
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 60\n")
+    hangs.chmod(0o755)
+    scratch = tmp_path / "kbitcheck-"
+    scratch.mkdir()
+    process = WorkerProcess(scratch, python=str(hangs))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.close()
+    assert _workers(tmp_path)
+    try:
+        process.close()
+        assert _workers(tmp_path) == []
+    finally:
+        process.stop()

@@ -108,6 +108,13 @@ def test_what_people_wrote_is_kept() -> None:
     )
 
 
+def test_a_case_that_stands_twice_goes_twice() -> None:
+    one = report(result("KB505", NF4, FAIL))
+    head, _, _ = accept(one).rpartition("cases = ")
+    text = accept(one, f'{head}cases = ["{INT8}", "{NF4}", "{INT8}"]\n')
+    assert [entry.cases for entry in Ledger.parse(text).accepted] == [(NF4,)]
+
+
 def test_a_new_case_of_an_explained_rule_is_not_explained_with_it() -> None:
     one = accept(report(result("KB505", NF4, FAIL))).replace('reason = ""', 'reason = "two hooks"')
     ledger = Ledger.parse(accept(report(result("KB505", NF4, FAIL), result("KB505", INT8, FAIL)), one))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.run.subject import describe, load, validate
+from kbitcheck.run.subject import Missing, describe, load, validate
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,14 @@ def test_what_fails_on_import_is_wrong_usage(tmp_path: Path, source: str) -> Non
     (tmp_path / "bad.py").write_text(source)
     with pytest.raises(UsageError, match=r"'bad.py:f' cannot be imported: \w+"):
         load("bad.py:f")
+
+
+def test_the_advice_of_a_package_that_lacks_something_is_told(tmp_path: Path) -> None:
+    (tmp_path / "advises.py").write_text("raise ModuleNotFoundError('pip install advises[cuda]', name='advises')")
+    with pytest.raises(Missing, match=r"'advises:f' cannot be imported: .*pip install advises\[cuda\]"):
+        load("advises:f")
+    with pytest.raises(Missing, match=r"'json.absent:f': no module named 'json.absent'$"):
+        load("json.absent:f")
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

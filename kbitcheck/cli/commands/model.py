@@ -32,7 +32,7 @@ class Options(RunOptions):
     def source(self) -> dict[str, Any]:
         """How the model is read, by the names of ``CaseSpec``."""
         names = ("random_weights", "dtype", "revision", "trust_remote_code", "allow_pickle")
-        return {name: getattr(self, name) for name in names}
+        return {name: None if (value := getattr(self, name)) == "" else value for name in names}
 
 
 def run(options: Options) -> int:
