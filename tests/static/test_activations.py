@@ -1,6 +1,7 @@
 """Predicted steps against measured ones, on the CPU."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.inputs import choose
 from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.forecast import predict as forecast
@@ -80,6 +82,15 @@ def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
         steps = predicted.step(2, 40, mode), predicted.step(1, 3, mode)
         measured.append([(s.held, s.peak) for s in steps])
     assert measured[0] == measured[1]
+
+
+def test_nothing_runs_to_choose_a_batch(monkeypatch):
+    """Kernels would read and write memory that fake tensors do not have."""
+    run = Mock()
+    monkeypatch.setattr(choose, "first_fitting", run)
+    predicted, _ = training(resolve("tiny:whisper"), "nf4")
+    assert predicted.step(2, 20, "off").held > 0
+    run.assert_not_called()
 
 
 def test_the_qlora_profile_runs_under_autocast():

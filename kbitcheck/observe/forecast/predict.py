@@ -17,6 +17,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.models.inputs.text import draw
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.forecast.activations import Measured, measure, thin
@@ -102,11 +103,10 @@ class Training:
     """
 
     def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
-        self._source, self._spec = source, spec
+        self._model, self._spec = model, spec
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
-        self._unprepared = model
         targets = adapter_probe.target_layers(model, spec.targets)
         thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
@@ -132,9 +132,10 @@ class Training:
 
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         try:
-            tensors = self._source.batch(self._unprepared, batch=batch, seq_len=length, seed=self._spec.seed)
+            # Drawn, not chosen by a run, as a source's are: kernels would read and write memory that fake tensors lack.
+            tensors = draw(self._model, batch=batch, seq_len=length, seed=self._spec.seed)
         except UsageError as error:
-            if not hasattr(self._unprepared.config, "vision_config"):
+            if not hasattr(self._model.config, "vision_config"):
                 raise
             self.notes = (f"activations of text alone: {error}",)
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
