@@ -85,7 +85,7 @@ def test_noise_that_a_model_draws_is_no_difference_after_reloading() -> None:
     preparation: Any = SimpleNamespace(
         prepared_copy=Noisy, apply=lambda model: model, attach=lambda model: (model, {"weight": model.weight}),
         autocast=nullcontext, batch={"x": torch.ones(1, 2)}, spec=SimpleNamespace(device="cpu"),
-        loaded=SimpleNamespace(source=source, pristine=Noisy()),
+        loaded=SimpleNamespace(source=source, state_keys=frozenset(Noisy().state_dict())),
     )  # fmt: skip
     facts = round_trip(preparation)
     assert facts.logits is not None
