@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def _workers(scratch: Path) -> list[int]:
     return found
 
 
+def _eventually(condition: Callable[[], object], seconds: float = 30) -> bool:
+    """Whether a condition comes true: a process that is just being started has no environment for a moment."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(met)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signals) -> None:
     (door.cwd / "hangs.py").write_text(
@@ -39,9 +48,7 @@ def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signa
     )
     arguments = (ARGUMENTS[0], "hangs.py:prepare", *ARGUMENTS[2:])
     with door.start(*arguments, "--format", "json", "--timeout", "60", preexec_fn=heed) as process:
-        deadline = time.monotonic() + 30
-        while not (door.cwd / "here").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        assert _eventually((door.cwd / "here").exists)
         assert _workers(door.scratch), "the worker was never seen: the check below would prove nothing"
         process.send_signal(number)
         for _ in range(40):  # impatient ones must not lose the report, whenever they come
@@ -60,15 +67,9 @@ def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signa
 
 def test_a_worker_does_not_outlive_a_killed_parent(door: Door) -> None:
     with door.start("impl", "hangs.py:prepare", *ARGUMENTS[2:]) as process:
-        deadline = time.monotonic() + 30
-        while not _workers(door.scratch) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert _workers(door.scratch)
+        assert _eventually(lambda: _workers(door.scratch))
         process.kill()
-    deadline = time.monotonic() + 10
-    while _workers(door.scratch) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert _workers(door.scratch) == []
+    assert _eventually(lambda: not _workers(door.scratch))
 
 
 def test_what_the_caller_ignores_stays_ignored(door: Door) -> None:
@@ -107,7 +108,7 @@ def test_a_worker_whose_close_was_interrupted_is_killed_by_the_next(
         patch.setattr(subprocess.Popen, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             process.close()
-    assert _workers(tmp_path)
+    assert _eventually(lambda: _workers(tmp_path))
     try:
         process.close()
         assert _workers(tmp_path) == []
