@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from kbitcheck.cli.app import COMMANDS
+from tests.fork_server import ForkServer
+
+STUB_STACK = Path(__file__).parent / "cli" / "stub_stack"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # As kbitcheck's own worker: on tiny models threads wait for each other, and compiling takes longer than running.
@@ -23,6 +30,18 @@ settings.load_profile("kbitcheck")
 def bases() -> dict[Any, Any]:
     """Bases by model and quantization, shared by the cases of a test process."""
     return {}
+
+
+@pytest.fixture(scope="session")
+def stubbed() -> Iterator[ForkServer]:
+    """Runs the command, or pytest with the plugin, on the stubs of ``cli/stub_stack``."""
+    path = os.pathsep.join(filter(None, [str(STUB_STACK), os.environ.get("PYTHONPATH", "")]))
+    commands = [f"kbitcheck.cli.commands.{name}" for name in COMMANDS]
+    server = ForkServer(
+        {**os.environ, "PYTHONPATH": path}, [*commands, "pytest", "xdist.dsession", "kbitcheck.pytest_plugin"]
+    )
+    yield server
+    server.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-STUB_STACK = Path(__file__).parent / "stub_stack"
+from tests.conftest import STUB_STACK
+from tests.fork_server import ForkServer
 
 SUBJECTS = {
     "good": "def prepare(model):\n    return model\nprepare.please = True\n",
@@ -43,10 +44,11 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Door:
-    """``cwd`` is where commands run and subjects live; ``scratch`` is their TMPDIR."""
+    """``cwd`` is where commands run and subjects live; ``scratch`` is their TMPDIR; ``stubbed`` runs them on the stubs."""
 
     cwd: Path
     scratch: Path
+    stubbed: ForkServer
 
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(STUB_STACK), os.environ.get("PYTHONPATH", "")]))
@@ -64,9 +66,7 @@ class Door:
         )
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+        return self.stubbed.run("kbitcheck", *arguments, cwd=self.cwd, environment=self.environment())
 
     def left(self) -> list[str]:
         """What was left in the temporary and the working directory, less the subjects themselves."""
@@ -75,14 +75,14 @@ class Door:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Door:
+def door(tmp_path: Path, stubbed: ForkServer) -> Door:
     cwd, scratch = tmp_path / "cwd", tmp_path / "scratch"
     cwd.mkdir()
     scratch.mkdir()
     for name, source in SUBJECTS.items():
         (cwd / f"{name}.py").write_text(source)
     (cwd / "helper.py").write_text("def same(model):\n    return model\n")
-    return Door(cwd, scratch)
+    return Door(cwd, scratch, stubbed)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

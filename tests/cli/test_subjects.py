@@ -56,7 +56,7 @@ class Elsewhere(Door):
 
 @pytest.fixture
 def elsewhere(door: Door) -> Elsewhere:
-    return Elsewhere(door.cwd, door.scratch)
+    return Elsewhere(door.cwd, door.scratch, door.stubbed)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shop(door: Door, shelf: Path) -> Shop:
-    return Shop(door.cwd, door.scratch, shelf)
+    return Shop(door.cwd, door.scratch, door.stubbed, shelf)
 
 
 def test_it_is_installed_once_and_judged(elsewhere: Elsewhere) -> None:

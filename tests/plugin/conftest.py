@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
-STUB_STACK = Path(__file__).parents[1] / "cli" / "stub_stack"
+from tests.conftest import STUB_STACK
+from tests.fork_server import ForkServer
+
 INSTALLED = any(entry.value == "kbitcheck.pytest_plugin" for entry in metadata.entry_points(group="pytest11"))
 PLUGIN = () if INSTALLED else ("-p", "kbitcheck.pytest_plugin")  # twice would be an error
+# Rewriting assertions, pytest would find kbitcheck's own modules before the stubs. The others' plugins import much.
+ALONE = ("--assert=plain", "-p", "no:hypothesispytest", "-p", "no:anyio", "--basetemp=basetemp")
 
 ONE = ("--kbit-model=tiny:llama", "--kbit-quant=nf4", "--kbit-checkpointing=off")
 TWO = ("--kbit-model=tiny:llama", "--kbit-model=tiny:gpt2", "--kbit-quant=nf4", "--kbit-checkpointing=off")
@@ -50,10 +54,14 @@ def subjects(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def run(pytester: pytest.Pytester, subjects: Path) -> Run:
+def run(subjects: Path, stubbed: ForkServer) -> Run:
     def pytest_with(*arguments: str) -> pytest.RunResult:
-        # Rewriting assertions, pytest would find kbitcheck's own modules before the stubs.
-        result = pytester.runpytest_subprocess("--assert=plain", *PLUGIN, *arguments, timeout=120)
+        path = os.pathsep.join([str(subjects), os.environ["PYTHONPATH"]])
+        ran = stubbed.run(
+            "pytest", *ALONE, *PLUGIN, *arguments, cwd=subjects, environment={**os.environ, "PYTHONPATH": path}
+        )
+        print(ran.stdout, ran.stderr)
+        result = pytest.RunResult(ran.returncode, ran.stdout.splitlines(), ran.stderr.splitlines(), 0.0)
         left = [p for p in subjects.parent.joinpath("scratch").iterdir() if p.name.startswith("kbitcheck-")]
         assert left == []
         return result
