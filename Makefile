@@ -18,13 +18,13 @@ demo: $(STAMP)
 	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 test-oldest: $(OLDEST_STAMP)
-	$(OLDEST)/bin/python -m pytest -n auto
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -38,7 +38,7 @@ format: $(STAMP)
 
 cov: $(STAMP)
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n auto -m "slow or not slow" --cov --cov-report=
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "slow or not slow" --cov --cov-report=
 	$(BIN)/coverage report
 
 docs: $(STAMP)

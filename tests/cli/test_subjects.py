@@ -15,6 +15,7 @@ import pytest
 from tests.cli.conftest import Door
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
+shares_the_shelf = pytest.mark.xdist_group("shelf")  # or each of pytest's workers builds its own
 SOURCE = "def prepare(model):\n    return model\nprepare.please = True\n__version__ = '1'\n"
 WHEEL = "fork_prep-1.0-py3-none-any.whl"
 BAD = "def prepare(model):\n    pass\n"
@@ -185,6 +186,7 @@ def test_two_at_once_build_it_once(elsewhere: Elsewhere) -> None:
     assert (elsewhere.cwd / "loads").read_text() == "..."  # one build, two runs
 
 
+@shares_the_shelf
 @pytest.mark.slow
 @pytest.mark.parametrize("other", ["installed", "fork"])
 def test_the_gate_compares_it(shop: Shop, other: str) -> None:
@@ -195,6 +197,7 @@ def test_the_gate_compares_it(shop: Shop, other: str) -> None:
     assert (worse.returncode, "✗ regressed KB103" in worse.stdout) == (1, True)
 
 
+@shares_the_shelf
 def test_a_ledger_is_kept_of_it(shop: Shop) -> None:
     ledger = ("gate", shop.good, "--ledger", "ledger.toml", *ONE)
     assert shop(*ledger, "--accept").returncode == 0
@@ -202,6 +205,7 @@ def test_a_ledger_is_kept_of_it(shop: Shop) -> None:
     assert (again.returncode, "nothing changed" in again.stderr) == (0, True), again.stderr
 
 
+@shares_the_shelf
 def test_a_model_is_prepared_by_it_and_what_is_drawn_too(shop: Shop) -> None:
     run = shop("model", "tiny:llama", "--prepare", shop.bad)
     assert (run.returncode, f"--prepare {shop.bad}" in run.stdout) == (1, True), run.stderr
@@ -212,6 +216,7 @@ def test_a_model_is_prepared_by_it_and_what_is_drawn_too(shop: Shop) -> None:
     assert "environment of its own" in inside.stderr
 
 
+@shares_the_shelf
 def test_an_adapter_file_may_stand_between(shop: Shop) -> None:
     """A file of the user's, imported beside what was installed."""
     (shop.cwd / "adapter.py").write_text("import fork_prep\nprepare = fork_prep.prepare\n")
@@ -219,11 +224,13 @@ def test_an_adapter_file_may_stand_between(shop: Shop) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@shares_the_shelf
 def test_the_subject_stands_before_what_is_in_the_working_directory(shop: Shop) -> None:
     (shop.cwd / "fork_prep.py").write_text(BAD)
     assert shop("impl", shop.good, *ONE).returncode == 0
 
 
+@shares_the_shelf
 @pytest.mark.slow
 def test_a_matrix_has_a_row_for_each(shop: Shop) -> None:
     """Those that cannot be had are rows too; the table is the same in every format."""

@@ -8,6 +8,7 @@ from kbitcheck.core.rule import rules
 from tests.forks.historical import RELEASES, behaviour, implementation
 from tests.forks.judged import broken
 
+pytestmark = pytest.mark.xdist_group("historical")  # what is found of a behaviour is shared
 TRANSFORMERS_5 = hasattr(PreTrainedModel, "activation_checkpointing_enable")
 MUSTS = {code for code, rule in rules().items() if rule.level is Level.MUST}
 # Still so today: it freezes adapters that are there already, hooks anew with every call, stops half-way where a model

@@ -8,6 +8,7 @@ from kbitcheck.core.result import Level
 from tests.forks import variants
 from tests.forks.judged import STRUCTURE, broken
 
+pytestmark = pytest.mark.xdist_group("variants")  # of one base
 NORMS, REST = "KB201", "KB202"
 # Name, profile, when it freezes, mode, storage of packed weights, whether every rule judges or those of structure alone,
 # and the MUSTs that it breaks.

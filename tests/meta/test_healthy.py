@@ -78,8 +78,17 @@ def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, L
     }
 
 
-@pytest.mark.parametrize("name", HEALTHY)
-@pytest.mark.parametrize(("quant", "checkpointing"), [("nf4", "default"), ("int8", "reentrant"), ("nf4", "off")])
+# The first does its work otherwise, in each mode; the second passes on what it was not given; the others are the
+# reference, called otherwise.
+UNUSUAL = [
+    *[("walks_modules", *cell) for cell in (("nf4", "default"), ("int8", "reentrant"), ("nf4", "off"))],
+    *[("reentrant_by_default", "nf4", mode) for mode in ("default", "off")],
+    ("partial", "nf4", "default"),
+    ("callable_object", "int8", "reentrant"),
+]
+
+
+@pytest.mark.parametrize(("name", "quant", "checkpointing"), UNUSUAL)
 def test_unusual_implementations_keep_every_must(name, quant, checkpointing, bases):
     found = broken(
         HEALTHY[name], bases, model="tiny:gpt2", quant=quant, checkpointing=checkpointing, levels=(Level.MUST,)

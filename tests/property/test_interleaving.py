@@ -22,6 +22,7 @@ from kbitcheck.observe.loaded import Loaded
 from kbitcheck.run.subject import load
 from kbitcheck.sabotage import faults
 
+pytestmark = pytest.mark.xdist_group("interleaving")  # of four bases
 CELLS = [
     (implementation, quant)
     for implementation in ("reference", "peft")

@@ -78,7 +78,7 @@ def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
     for thinned in (True, False):
         if not thinned:
             monkeypatch.setattr(forecast, "thin", lambda model: None)
-        predicted, _ = training(plain_llama(depth=7), "nf4")
+        predicted, _ = training(plain_llama(depth=5), "nf4")
         steps = predicted.step(2, 40, mode), predicted.step(1, 3, mode)
         measured.append([(s.held, s.peak) for s in steps])
     assert measured[0] == measured[1]

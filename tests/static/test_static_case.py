@@ -31,6 +31,10 @@ def mixtral():
     return opened(CONFIGS / "mixtral-8x7b.json", memory=24 << 30, seq_len=64, device="auto")
 
 
+shares_a_forecast = pytest.mark.xdist_group("mixtral")
+
+
+@shares_a_forecast
 @pytest.mark.transformers5("Mixtral's experts, and Falcon's layers, are quantized")
 def test_only_what_needs_no_run_is_judged(mixtral):
     results = {code: judge(rule, mixtral) for code, rule in rules().items()}
@@ -44,6 +48,7 @@ def test_only_what_needs_no_run_is_judged(mixtral):
     assert f"experts +{2 * 32 * 8 * 3 * 4096 * 14336:,}" in results["KB902"].failures[0].actual
 
 
+@shares_a_forecast
 def test_the_forecast_adds_up(mixtral):
     told = mixtral.forecast
     assert told.device == "cuda"  # not asked for a device: where such a model is trained

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, Checkpointing
+from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.result import Party, Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.observe.case import open_case
 from kbitcheck.run import subject as implementations
 
+pytestmark = pytest.mark.xdist_group("whose")  # several are of one case
 MODEL, IMPLEMENTATION = Party.MODEL, Party.IMPLEMENTATION
+
+
+@cache
+def opened(name: str, prepare: str, checkpointing: Checkpointing) -> OpenCase:
+    """One case, of which several rules are judged."""
+    spec = CaseSpec(model=name, quant="nf4", implementation=prepare, checkpointing=checkpointing)
+    return open_case(spec, implementations.load(prepare))
 
 
 @pytest.mark.transformers5("findings of this transformers")
@@ -33,9 +43,7 @@ MODEL, IMPLEMENTATION = Party.MODEL, Party.IMPLEMENTATION
 )
 def test_a_failure_is_theirs_who_can_mend_it(name: str, prepare: str, code: str, whose: Party) -> None:
     pytest.importorskip("peft")
-    spec = CaseSpec(model=name, quant="nf4", implementation=prepare, checkpointing="default")
-    case = open_case(spec, implementations.load(prepare))
-    result = judge(rules()[code], case)
+    result = judge(rules()[code], opened(name, prepare, "default"))
     assert result.status is Status.FAIL
     assert {f.party for f in result.failures} == {whose}
     assert all(f.witness for f in result.failures) == (whose is MODEL)
@@ -52,8 +60,7 @@ def test_a_failure_is_theirs_who_can_mend_it(name: str, prepare: str, code: str,
     ],
 )
 def test_the_reference_keeps_what_can_be_kept(name: str, code: str) -> None:
-    spec = CaseSpec(model=name, quant="nf4", implementation="reference", checkpointing="reentrant")
-    result = judge(rules()[code], open_case(spec, implementations.load("reference")))
+    result = judge(rules()[code], opened(name, "reference", "reentrant"))
     assert result.status is Status.PASS, (result.reason, result.failures[:2])
 
 
@@ -61,7 +68,5 @@ def test_the_reference_keeps_what_can_be_kept(name: str, code: str) -> None:
 @pytest.mark.parametrize(("code", "status"), [("KB302", Status.PASS), ("KB305", Status.PASS), ("KB309", Status.SKIP)])
 def test_no_bound_follows_from_a_twin_that_is_not_finite(code: str, status: Status) -> None:
     """Under a mask this model's own code makes NaN of float64."""
-    spec = CaseSpec(
-        model="arch:seq2seq-lm/prophetnet", quant="nf4", implementation="reference", checkpointing="reentrant"
-    )
-    assert judge(rules()[code], open_case(spec, implementations.load("reference"))).status is status
+    case = opened("arch:seq2seq-lm/prophetnet", "reference", "reentrant")
+    assert judge(rules()[code], case).status is status
