@@ -19,7 +19,10 @@ from kbitcheck.core.cases import Checkpointing
 from kbitcheck.models.sources.resolve import resolve
 from tests.backends.rowwise import BACKEND, FORMAT, RowwiseLinear
 
-MODES: list[Checkpointing] = ["reentrant", "non-reentrant", "off"]
+MODES: list[tuple[str, list[Checkpointing]]] = [
+    ("tiny:llama", ["reentrant", "non-reentrant", "off"]),
+    ("tiny:gpt2", ["reentrant"]),  # with biases, and weights the other way round, which no mode asks after
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +38,10 @@ def failing(prepare: Any, codes: list[str], model: str = "tiny:llama", mode: Che
     return {result.rule for result in report.results if result.status.value in ("FAIL", "ERROR")}
 
 
-@pytest.mark.parametrize("model", ["tiny:llama", "tiny:gpt2"])
-def test_the_reference_conforms(model: str) -> None:
+@pytest.mark.parametrize(("model", "modes"), MODES, ids=[model for model, _ in MODES])
+def test_the_reference_conforms(model: str, modes: list[Checkpointing]) -> None:
     report = kbitcheck.check_implementation(
-        reference, models=[model], quants=["rowwise-int8"], checkpointing=MODES, strict=True
+        reference, models=[model], quants=["rowwise-int8"], checkpointing=modes, strict=True
     )
     broken = {
         (r.rule, r.case): r.reason or r.failures[0]

@@ -12,6 +12,7 @@ import pytest
 from tests.cli.conftest import Door, heed
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
+HERE = (*ONE, "--in-process")  # where it is not the process that is tested
 
 
 def explained(path: Path) -> None:
@@ -20,33 +21,33 @@ def explained(path: Path) -> None:
 
 def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
     ledger = door.cwd / "ledger.toml"
-    made = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--accept", *ONE)
+    made = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--accept", *HERE)
     assert made.returncode == 0, made.stderr
     assert "accepted: new KB201" in made.stderr
     assert "unexplained KB201" in made.stdout
     first = ledger.read_text()
-    unexplained = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *ONE)
+    unexplained = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *HERE)
     assert unexplained.returncode == 1
     assert "✗ unexplained KB201 says-please [tiny:llama-nf4-off]: ledger.toml:" in unexplained.stdout
     explained(ledger)
     stamp = ledger.stat().st_mtime_ns
     for again in ((), ("--accept",)):
-        ran = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *again, *ONE)
+        ran = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *again, *HERE)
         assert (ran.returncode, "nothing changed" in ran.stderr) == (0, True), ran.stdout
     assert ledger.stat().st_mtime_ns == stamp
     assert ledger.read_text() == first.replace('reason = ""', 'reason = "known"')
-    worse = door("gate", "nothing.py:prepare", "--ledger", "ledger.toml", *ONE)
+    worse = door("gate", "nothing.py:prepare", "--ledger", "ledger.toml", *HERE)
     assert worse.returncode == 1
     assert "✗ regressed KB103 returns [tiny:llama-nf4-off]: was PASS in the ledger, now FAIL" in worse.stdout
-    better = door("gate", "good.py:prepare", "--ledger", "ledger.toml", *ONE)
+    better = door("gate", "good.py:prepare", "--ledger", "ledger.toml", *HERE)
     assert better.returncode == 1
     assert "✗ stale KB201" in better.stdout
-    narrower = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--select", "KB1", *ONE)
+    narrower = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--select", "KB1", *HERE)
     assert narrower.returncode == 1
     assert "✗ lost KB201 says-please [tiny:llama-nf4-off]: was accepted as FAIL, did not run" in narrower.stdout
     assert "✗ lost KB901" in narrower.stdout
-    assert door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *ONE, "--ignore", "KB201=later").returncode == 0
-    broken = door("gate", "raises.py:prepare", "--ledger", "ledger.toml", *ONE)
+    assert door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *HERE, "--ignore", "KB201=later").returncode == 0
+    broken = door("gate", "raises.py:prepare", "--ledger", "ledger.toml", *HERE)
     assert broken.returncode == 3
     assert "ValueError: no" in broken.stdout
     assert [p for p in door.left() if not p.endswith("ledger.toml")] == []
@@ -67,7 +68,7 @@ BREACHES = [
 def test_each_breach_is_named(door: Door, kind: str, old: str, new: str, subject: str, told: str) -> None:
     """The others are in the story above. ``--accept`` takes each away, and then there is nothing left to tell."""
     ledger = door.cwd / "l.toml"
-    command = ("--ledger", "l.toml", *ONE)
+    command = ("--ledger", "l.toml", *HERE)
     door("gate", "rude.py:prepare", "--accept", *command)
     explained(ledger)
     text = ledger.read_text()
@@ -109,12 +110,12 @@ def test_wrong_usage_is_one_line(door: Door, arguments: tuple[str, ...], told: s
 
 
 def test_a_run_that_broke_is_accepted_only_with_a_reason_and_one_that_checked_nothing_never(door: Door) -> None:
-    ran = door("gate", "raises.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
+    ran = door("gate", "raises.py:prepare", "--ledger", "l.toml", "--accept", *HERE)
     assert ran.returncode == 0
-    assert door("gate", "raises.py:prepare", "--ledger", "l.toml", *ONE).returncode == 1
+    assert door("gate", "raises.py:prepare", "--ledger", "l.toml", *HERE).returncode == 1
     explained(door.cwd / "l.toml")
-    assert door("gate", "raises.py:prepare", "--ledger", "l.toml", *ONE).returncode == 0
-    nothing = door("gate", "good.py:prepare", "--ledger", "m.toml", "--accept", *ONE, "--select", "KB102")
+    assert door("gate", "raises.py:prepare", "--ledger", "l.toml", *HERE).returncode == 0
+    nothing = door("gate", "good.py:prepare", "--ledger", "m.toml", "--accept", *HERE, "--select", "KB102")
     assert nothing.returncode == 5
     assert "nothing was checked" in nothing.stderr
     assert not (door.cwd / "m.toml").exists()
@@ -167,7 +168,7 @@ def test_the_two_preparations_never_share_a_process(door: Door) -> None:
 
 def test_two_saved_reports_are_compared(door: Door) -> None:
     for name in ("good", "nothing", "rude"):
-        door("impl", f"{name}.py:prepare", *ONE, "--format", "json", "--output", f"{name}.json")
+        door("impl", f"{name}.py:prepare", *HERE, "--format", "json", "--output", f"{name}.json")
     assert door("diff", "good.json", "good.json").returncode == 0
     worse = door("diff", "good.json", "nothing.json")
     assert worse.returncode == 1
@@ -182,8 +183,8 @@ def test_two_saved_reports_are_compared(door: Door) -> None:
 
 @pytest.mark.parametrize("form", ["junit", "sarif", "markdown", "html"])
 def test_every_format_tells_of_the_gate(door: Door, form: str) -> None:
-    door("gate", "rude.py:prepare", "--ledger", "l.toml", "--accept", *ONE)
-    ran = door("gate", "nothing.py:prepare", "--ledger", "l.toml", *ONE, "--format", form)
+    door("gate", "rude.py:prepare", "--ledger", "l.toml", "--accept", *HERE)
+    ran = door("gate", "nothing.py:prepare", "--ledger", "l.toml", *HERE, "--format", form)
     assert ran.returncode == 1, ran.stderr
     assert "KB103" in ran.stdout
     assert ("regressed" in ran.stdout) == (form != "sarif")

@@ -42,7 +42,7 @@ def test_the_default_case_is_the_options(run: Run, subjects: Path) -> None:
     result.assert_outcomes(passed=8, skipped=2)
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
 def test_an_overridden_case(run: Run, subjects: Path, workers: str) -> None:
     (subjects / "test_fork.py").write_text(OVERRIDDEN)
     result = run("--kbit-report=report.json", "--strict-markers", workers)
