@@ -17,6 +17,8 @@ from tests.fork_server import ForkServer
 STUB_STACK = Path(__file__).parent / "cli" / "stub_stack"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where bytecode is not kept, each of the hundreds of processes that tests start compiles kbitcheck anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # As kbitcheck's own worker: on tiny models threads wait for each other, and compiling takes longer than running.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
