@@ -149,8 +149,9 @@ class Case(OpenCase):
             raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
 
     def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:
-        """The same case with another preparation."""
-        return Case(dataclasses.replace(self.spec, checkpointing=cast(Any, checkpointing)), function, self._loaded)
+        """The same case with another preparation, which the cases of a base share: it hangs on none of theirs."""
+        spec = dataclasses.replace(self.spec, implementation=function.__name__, checkpointing=cast(Any, checkpointing))
+        return self._loaded.witness(spec, lambda: Case(spec, function, self._loaded))
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report; beside those of the loaded model only what has been computed."""

@@ -144,6 +144,10 @@ class Loaded:
         """The unprepared base under every condition."""
         return self._computed_once(("forwards",), lambda: list(forwards.everywhere(self.copy(), self.batch, self.half)))
 
+    def witness(self, spec: CaseSpec, make: Callable[[], T]) -> T:
+        """The base's case of a spec that no implementation has a part in; made once, but of a large model."""
+        return self._computed_once(("witness", spec), make)
+
     def _computed_once(self, key: tuple[Any, ...], compute: Callable[[], T], *, small: bool = False) -> T:
         """What ``compute`` returns, kept under the key; that of a large model is not, unless it is ``small``."""
         if key in self._results:

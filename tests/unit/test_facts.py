@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Fact, Facts
@@ -68,3 +69,14 @@ def test_a_report_has_the_figures_of_a_fact_that_another_fact_needed() -> None:
     assert case.summary()["activations"] > case.summary()["checkpointed"] > 0
     case.close()
     assert not case.computed
+
+
+def test_the_cases_of_a_base_share_its_witnesses_but_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bare(**options: Any) -> Facts:
+        spec = CaseSpec(model="tiny:gpt2", quant="nf4", implementation="reference", **options)
+        return open_case(spec, load("reference")).bare
+
+    assert bare(checkpointing="reentrant") is bare(checkpointing="off")
+    assert bare(profile="qlora") is not bare()
+    monkeypatch.setattr(machine, "LARGE_BYTES", 0)
+    assert bare(profile="frozen-half") is not bare(profile="frozen-half")
