@@ -236,11 +236,11 @@ def test_a_cut_gradient_is_found_in_a_step_of_a_copy(model: Any) -> None:
     assert "KB303" in broken(model, select=["KB303"])[0]
 
 
+@pytest.mark.transformers5("it always passes use_reentrant")
 def test_strict_counts_a_should_and_ignore_leaves_it_out(loaded: Any) -> None:
     model = prepare_model_for_kbit_training(copy.deepcopy(loaded), True, {"use_reentrant": True})
-    model.activation_checkpointing_enable({}) if hasattr(model, "activation_checkpointing_enable") else None
-    if prepared.mode_of(model) != "default":
-        pytest.skip("this transformers always passes use_reentrant")
+    model.activation_checkpointing_enable({})
+    assert prepared.mode_of(model) == "default"
     kbitcheck.assert_prepared(model, select=["KB407"])
     assert broken(model, select=["KB407"], strict=True)[0] == {"KB407"}
 
