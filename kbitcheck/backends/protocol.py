@@ -67,6 +67,10 @@ class Arithmetic:
         """The dtype of the layer's products; None where the products follow the layer's input."""
         return None
 
+    def product_dtype(self, module: nn.Module, x: Tensor) -> torch.dtype:
+        """The dtype in which a layer without a compute dtype multiplies ``x`` in training, and which it returns."""
+        return x.dtype
+
     def unpacked_dtype(self, module: nn.Module) -> torch.dtype | None:
         """The dtype that the backward unpacks the weight to; None where the weight is unpacked to float32."""
         return None

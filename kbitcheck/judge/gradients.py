@@ -11,6 +11,7 @@ from kbitcheck.core.facts import Distance, Facts, GradientFacts, RunFacts, StepO
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
+from kbitcheck.judge.blockwise import tensors_off
 
 # Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
 YARDSTICKS = 4
@@ -155,6 +156,7 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     single = {f"{n} (one row, no mask)": g for n, g in facts.single_gradients.items()}
     all_runs = {**facts.gradients, **single}
     judged = {n: g for n, g in all_runs.items() if g.live and (g.bitwise or YARDSTICKS * g.noise < 1)}
+    yield from tensors_off(facts.blockwise)
     if not judged:
         raise NotApplicable("rounding alone moves every gradient by as much as it is long")
     for name, g in judged.items():

@@ -15,11 +15,13 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec, Profile
 from kbitcheck.core.errors import Unavailable, cause
-from kbitcheck.core.facts import ForecastFacts
+from kbitcheck.core.facts import BlockwiseFacts, ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
+from kbitcheck.observe.blockwise.oracle import Twin, compare
+from kbitcheck.observe.blockwise.record import BlockCall
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
@@ -201,6 +203,21 @@ class Loaded:
     def _attach_targets(self, model: nn.Module, spec: CaseSpec) -> Attached:
         """The spec's adapters on the target layers, with the same numbers each time."""
         return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
+
+    def blockwise(self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall]) -> BlockwiseFacts:
+        """A recorded plain step of the base, prepared and with the spec's adapters, beside its twins."""
+        return self._in_float64(
+            lambda: compare(run, calls, (self._exact(spec), self._rounded(spec)), self.batch, spec.seed)
+        )
+
+    def _exact(self, spec: CaseSpec) -> Twin:
+        model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
+        adapter_probe.recast(adapters, torch.float64)
+        return Twin(model, adapters, torch.float64)
+
+    def _rounded(self, spec: CaseSpec) -> Twin:
+        model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
+        return Twin(model, adapters, autocast=self.autocast(spec.profile))
 
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
         batches = (self.batch, self.single)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from kbitcheck.core.errors import Raised, Unavailable
-from kbitcheck.core.facts import Distance, Fact, GradientFacts, LayerBackward, MemoryFacts, RunFacts
+from kbitcheck.core.facts import BlockwiseFacts, Distance, Fact, GradientFacts, LayerBackward, MemoryFacts, RunFacts
 from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.observe.blockwise.record import recorded
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
@@ -61,6 +62,14 @@ class Stepped:
         return self._wrapped.attached
 
     # Gradients, beside those of other runs
+
+    @Fact
+    def blockwise(self) -> BlockwiseFacts:
+        attached = self._wrapped.attached
+        # A step of its own: where a tensor has several readers, recording changes the order in which gradients are added.
+        with switches.plain(attached.model), recorded(attached.model) as calls:
+            run = self._preparation.step(attached)
+        return self._loaded.blockwise(self._spec, run, calls)
 
     @Fact
     def gradients(self) -> Mapping[str, GradientFacts]:

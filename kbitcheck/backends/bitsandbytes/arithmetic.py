@@ -24,6 +24,12 @@ class BitsAndBytesArithmetic(Arithmetic):
         dtype = getattr(module, "compute_dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else None
 
+    def product_dtype(self, module: nn.Module, x: torch.Tensor) -> torch.dtype:
+        """Where int8 layers train on unpacked weights they call torch's own product, which autocast casts."""
+        device = x.device.type
+        autocast = device in UNROUNDED and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else x.dtype
+
     def unpacked_dtype(self, module: Any) -> torch.dtype | None:
         """The quantization state's dtype: the 4-bit backward unpacks to it first, and the forward does not."""
         state = getattr(module.weight, "quant_state", None)

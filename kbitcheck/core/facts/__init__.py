@@ -3,6 +3,7 @@
 A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equal numbers (``value``).
 """
 
+from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part
 from kbitcheck.core.facts.case import Fact, Facts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, GroupFacts, HeldFacts, MemoryFacts
 from kbitcheck.core.facts.model import (
@@ -32,8 +33,8 @@ from kbitcheck.core.facts.step import (
 )
 
 __all__ = [
-    "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "CallFacts", "CostFacts", "Distance",
-    "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "GradientFacts", "GroupFacts",
-    "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts", "ModuleFacts",
+    "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CostFacts", "Distance",
+    "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GradientFacts", "GroupFacts",
+    "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts", "ModuleFacts", "Part",
     "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts", "TrainingFacts",
 ]  # fmt: skip

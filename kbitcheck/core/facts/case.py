@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import step
+from kbitcheck.core.facts.blockwise import BlockwiseFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
@@ -83,6 +84,8 @@ class Facts:
     """A witness: the same case of a base that nothing prepares and that transformers itself checkpoints."""
     bare: "Facts"
     """A witness: the same case of a base that is only cast as the profile promises, not prepared or checkpointed."""
+    blockwise: BlockwiseFacts
+    """A plain step beside twins that take its inputs and gradients, block by block."""
     gradients: Mapping[str, step.GradientFacts]
     """By adapter, its gradient against the float64 twin's."""
     single_gradients: Mapping[str, step.GradientFacts]

@@ -42,6 +42,13 @@ def checkpointing_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Nothing that makes two steps of one model differ: no checkpointing, no cache, no dropout or jitter of routers."""
+    with checkpointing_off(model), cache_off(model), dropout(model, 0.0):
+        yield
+
+
 def _checkpointing(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
@@ -100,7 +107,7 @@ def _dropouts(model: nn.Module, rate: float) -> list[tuple[nn.Module, str, float
         (module, name, rate)
         for module in model.modules()
         for name, value in vars(module).items()
-        if "dropout" in name and isinstance(value, float) and "layer" not in name
+        if ("dropout" in name or "jitter" in name) and isinstance(value, float) and "layer" not in name
     ]
     return numbers + [(module, "p", rate) for module in model.modules() if isinstance(module, nn.Dropout)]
 

@@ -35,30 +35,49 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T + bias``; forward and backward each read the weight anew, so that the graph holds none."""
+    """``x @ weight.T + bias`` in ``dtype``; forward and backward each read the weight anew, so that the graph holds none.
+
+    The weight is unpacked to ``backward_dtype``, in which the backward computes.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Read, backward_weight: Read, bias: torch.Tensor | None, rounded: Round
+        ctx: Any,
+        x: torch.Tensor,
+        dtype: torch.dtype,
+        backward_dtype: torch.dtype,
+        weight: Read,
+        backward_weight: Read,
+        bias: torch.Tensor | None,
+        rounded: Round,
     ) -> Any:
-        ctx.weight = backward_weight
-        return linear(rounded(x), weight(), bias)
+        ctx.weight, ctx.dtype, ctx.entered = backward_weight, backward_dtype, x.dtype
+        return linear(
+            rounded(x.to(dtype)), weight().to(backward_dtype).to(dtype), None if bias is None else bias.to(dtype)
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient @ ctx.weight(), None, None, None, None
+        product = gradient.to(ctx.dtype) @ ctx.weight().to(ctx.dtype)
+        return product.to(ctx.entered), None, None, None, None, None, None, None
 
 
 class TwinLinear(nn.Linear):
     """A quantized layer's arithmetic with a plain weight: computes in ``compute``, returns the input's dtype.
 
-    ``read`` gives the weight, (out, in) in ``compute`` (None: float32, cast to the input's dtype), ``backward_read`` that
-    of a backward which unpacks to another dtype. ``rounded`` rounds the input as the kernel does, but not the gradient.
+    Without ``compute`` it computes in the dtype that ``follows`` gives for an input, and returns that. ``read`` gives the
+    weight, (out, in) in ``compute`` (None: float32), ``backward_read`` that of a backward which unpacks to another dtype. ``rounded`` rounds the input as the kernel does, but not the gradient.
     ``weight`` itself has shape and dtype, and no numbers.
     """
 
     def __init__(
-        self, layer: Any, read: Read, compute: torch.dtype | None, backward_read: Read, rounded: Round
+        self,
+        layer: Any,
+        read: Read,
+        compute: torch.dtype | None,
+        backward_read: Read,
+        rounded: Round,
+        follows: Callable[[torch.Tensor], torch.dtype],
     ) -> None:
         rows, columns = backends.recognition(layer).shape(layer)
         super().__init__(columns, rows, bias=False, device="meta")
@@ -69,20 +88,17 @@ class TwinLinear(nn.Linear):
             bias = layer.bias.detach().to(compute or layer.bias.dtype, copy=True)
             self.bias = nn.Parameter(bias, requires_grad=False)
         self.compute = compute
-        self._read, self._backward_read, self._rounded = read, backward_read, rounded
+        self._read, self._backward_read = read, backward_read
+        self._rounded, self._follows = rounded, follows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        compute = self.compute or x.dtype
+        dtype = self.compute or self._follows(x)
         own: torch.Tensor | None = self._parameters["bias"]
         with torch.autocast(x.device.type, enabled=False):
             product: torch.Tensor = _Product.apply(
-                x.to(compute),
-                lambda: self._read().to(compute),
-                lambda: self._backward_read().to(compute),
-                None if own is None else own.to(compute),
-                self._rounded,
+                x, dtype, self.compute or x.dtype, self._read, self._backward_read, own, self._rounded
             )
-        return product.to(x.dtype)
+        return product.to(x.dtype) if self.compute else product
 
 
 def float64(base: nn.Module, weights: Weights) -> nn.Module:
@@ -110,7 +126,8 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         backward_read = read
         if compute is not None and backward not in (None, compute):
             backward_read = weights.reader(name, partial(_unpacked, dtype=backward))
-        return TwinLinear(layer, read, compute, backward_read, partial(arithmetic.round_input, layer))
+        rounded, follows = partial(arithmetic.round_input, layer), partial(arithmetic.product_dtype, layer)
+        return TwinLinear(layer, read, compute, backward_read, rounded, follows)
 
     twin = _replaced(base, plain, partial(promised, profile))
     cast(twin, profile)

@@ -1,0 +1,1 @@
+"""The oracle that goes block by block."""

@@ -1,0 +1,206 @@
+"""A recorded step against twins that take its inputs and gradients, one block at a time.
+
+Local exactness and exact joints are end-to-end exactness by the chain rule, and errors do not grow with depth: a fault
+of one part in a thousand in one block of many shows, which a twin of the whole model drowns.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.facts import BlockwiseFacts, Gap, Part
+from kbitcheck.observe.blockwise.gap import gap
+from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating
+from kbitcheck.observe.blockwise.routing import ImposeChoices
+from kbitcheck.observe.probes import step, switches
+
+Autocast = Callable[[], AbstractContextManager[Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A twin with its adapters. ``dtype`` is that of all its tensors; None where it computes as the model under test does."""
+
+    model: nn.Module
+    adapters: Mapping[str, nn.Parameter]
+    dtype: torch.dtype | None = None
+    autocast: Autocast = None
+
+    def around(self, call: BlockCall) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype else call.around()
+
+
+@dataclass(slots=True)
+class _Replay:
+    """One call of a block in a twin's pass.
+
+    ``inputs`` (by leaf index; ``tracked`` require grad) and ``entering`` (by output position) are what the twin's outside hands to the block;
+    ``outputs`` and ``leaving`` are what the twin's block makes of the *recorded* inputs and gradients.
+    """
+
+    twin: Twin
+    call: BlockCall
+    player: _Player
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    tracked: list[int] = field(default_factory=list)
+    entering: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    leaving: dict[int, torch.Tensor | None] = field(default_factory=dict)
+
+    def forward(self, differentiable: Sequence[int]) -> tuple[list[Any], list[torch.Tensor]]:
+        """The twin's block on the recorded arguments: their leaves, and the floating outputs."""
+        leaves, args, kwargs = self.call.arguments(self.inputs, differentiable)
+        with torch.enable_grad(), ImposeChoices(self.call.choices), self.twin.around(self.call):
+            # In a context of its own: transformers collects hidden states through context variables.
+            output = contextvars.Context().run(self.player.block, *args, **kwargs)
+        return leaves, [leaf for leaf in tree_flatten(output)[0] if floating(leaf)]
+
+    def run(self) -> None:
+        """Forward and backward of the block; the gradients of its adapters accumulate.
+
+        Where no gradient entered the model's block, though the twin's outside has one, the twin's is taken.
+        """
+        differentiable = sorted({*self.call.differentiable, *self.tracked})
+        leaves, outputs = self.forward(differentiable)
+        entering = {**self.entering, **self.call.entering}
+        pairs = [(o, entering[i].to(o.dtype)) for i, o in enumerate(outputs) if i in entering and o.requires_grad]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        self.outputs = [o.detach() for o in outputs]
+        self.leaving = {i: leaves[i].grad for i in differentiable}
+
+
+class _Played(torch.autograd.Function):
+    """Recorded outputs in forward; in backward the twin's block runs, and the recorded gradients leave."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, replay: _Replay, like: Sequence[torch.Tensor], anchor: torch.Tensor, *inputs: torch.Tensor
+    ) -> Any:
+        ctx.replay, ctx.dtypes = replay, [x.dtype for x in inputs]
+        ctx.set_materialize_grads(False)
+        outputs = tuple(o.to(mine.dtype, copy=True) for o, mine in zip(replay.call.outputs, like, strict=True))
+        ctx.mark_non_differentiable(*(o for o, mine in zip(outputs, like, strict=True) if not mine.requires_grad))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        replay: _Replay = ctx.replay
+        replay.entering = {i: g.detach() for i, g in enumerate(gradients) if g is not None}
+        replay.run()
+        leaving = [replay.call.leaving.get(i, replay.leaving[i]) for i in replay.tracked]
+        cast = [g if g is None else g.to(dtype) for g, dtype in zip(leaving, ctx.dtypes, strict=True)]
+        return None, None, None, *cast
+
+
+class _Player:
+    """Stands in for one block's forward, which is kept in ``block``: answers its calls from the record, in order."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block.forward
+        self.replays: list[_Replay] = []
+        self._answered = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._answered == len(self.replays):
+            raise Unavailable("the twin calls a block that the model did not call")
+        replay, self._answered = self.replays[self._answered], self._answered + 1
+        call = replay.call
+        leaves, _ = tree_flatten((args, kwargs))
+        wanted = [i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad]
+        replay.inputs = {i: leaf.detach() for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        replay.tracked = wanted
+        like = replay.forward(wanted)[1]
+        # Where a frozen embedding asks for no gradient, what follows the block must ask for one all the same.
+        anchor = torch.zeros((), requires_grad=True)
+        outputs = iter(_Played.apply(replay, like, anchor, *(leaves[i] for i in wanted)))
+        returned = [next(outputs) if leaf is TENSOR else leaf for leaf in call.returned]
+        assert call.returned_structure is not None
+        return tree_unflatten(returned, call.returned_structure)
+
+
+@contextmanager
+def _replaying(twin: Twin, calls: Sequence[BlockCall]) -> Iterator[list[_Replay]]:
+    """The twin's blocks answer from the record while the context is open."""
+    blocks = {call.block: twin.model.get_submodule(call.block) for call in calls}
+    players = {name: _Player(block) for name, block in blocks.items()}
+    replays = [_Replay(twin, call, players[call.block]) for call in calls]
+    for replay in replays:
+        replay.player.replays.append(replay)
+    with switches.attributes(*((block, "forward", players[name]) for name, block in blocks.items())):
+        yield replays
+
+
+def compare(
+    run: step.Step, calls: Sequence[BlockCall], twins: tuple[Twin, Twin], batch: step.Batch, seed: int
+) -> BlockwiseFacts:
+    """The recorded step beside its twins, the float64 one and the same-dtype one, whose blocks have the recorded names.
+
+    Raises:
+        Unavailable: the twins' path through the blocks is another one than the model's.
+    """
+    exact, rounded = (_run(twin, calls, batch, seed) for twin in twins)
+    loss = torch.tensor(run.facts.loss, dtype=torch.float64)
+    parts = {"": Part(block="", kind="", gaps={"loss": gap(loss, exact.loss.cpu(), rounded.loss.cpu().double())})}
+    times: dict[str, int] = {}
+    for call, *replays in zip(calls, exact.replays, rounded.replays, strict=True):
+        times[call.block] = times.get(call.block, 0) + 1
+        label = call.block if times[call.block] == 1 else f"{call.block} (call {times[call.block]})"
+        kind = type(twins[0].model.get_submodule(call.block)).__name__
+        parts[label] = Part(block=call.block, kind=kind, gaps=_gaps(call, *replays))
+    adapters = {n: gap(g, exact.gradients[n], rounded.gradients[n]) for n, g in run.gradients.items()}
+    return BlockwiseFacts(parts=parts, adapters=adapters)
+
+
+class _Pass(NamedTuple):
+    loss: torch.Tensor
+    replays: list[_Replay]
+    gradients: step.Gradients
+
+
+def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -> _Pass:
+    """A step of the twin in which every block replays, and runs by itself on what was recorded."""
+    step.clear_gradients(twin.model)
+    twin.model.train()
+    with (
+        _replaying(twin, calls) as replays,
+        switches.seeded(seed, batch),
+        switches.plain(twin.model),
+    ):
+        with twin.autocast() if twin.autocast else nullcontext():
+            loss = twin.model(**step.feed(twin.model, batch)).loss
+        if loss.requires_grad:
+            loss.backward()
+        for replay in replays:
+            if not replay.outputs:  # no gradient came by
+                replay.run()
+    gradients = {n: p.grad for n, p in twin.adapters.items()}
+    step.clear_gradients(twin.model)
+    return _Pass(loss.detach(), replays, gradients)
+
+
+def _gaps(call: BlockCall, exact: _Replay, rounded: _Replay) -> dict[str, Gap]:
+    """What entered and left one call, forward and backward."""
+    gaps = {}
+    for i, name in enumerate(call.names):
+        if isinstance(call.leaves[i], torch.Tensor):
+            gaps[name] = gap(call.leaves[i], exact.inputs.get(i), rounded.inputs.get(i))
+        if i in exact.leaving:
+            leaving = gap(call.leaving.get(i), exact.leaving[i], rounded.leaving.get(i))
+            gaps[f"gradient that leaves {name}"] = leaving
+    for i, output in enumerate(call.outputs):
+        name = f"output {i}" if i else "output"
+        gaps[name] = gap(output, exact.outputs[i], rounded.outputs[i])
+        if i in call.entering or i in exact.entering:
+            entering = gap(call.entering.get(i), exact.entering.get(i), rounded.entering.get(i))
+            gaps[f"gradient that enters {name}"] = entering
+    return gaps

@@ -1,0 +1,122 @@
+"""The oracle that goes block by block: it has the bits of a right step, and names the block of a small fault."""
+
+import pytest
+import torch
+from kbitcheck_reference import prepare_model_for_kbit_training
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.judge.blockwise import tensors_off
+from kbitcheck.observe.blockwise.gap import gap
+from kbitcheck.observe.case import checkpointed_alone, open_case
+from kbitcheck.observe.twin import twins
+from kbitcheck.run import subject
+from kbitcheck.sabotage.gradients import ChangedGradient, scale_after
+
+RECIPES = ["bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper"]
+
+
+def blockwise(change=lambda model: None, *, model="tiny:llama", quant="nf4", profile="peft"):
+    def prepare(base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+        if profile == "peft":
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        else:
+            twins.cast(base, profile)
+            base = checkpointed_alone(base, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        change(base)
+        return base
+
+    spec = CaseSpec(model=model, quant=quant, profile=profile, implementation="prepare")
+    return open_case(spec, subject.describe(prepare, name="prepare")).blockwise
+
+
+def broken(change, **options):
+    return [seen.where for seen in tensors_off(blockwise(change, **options)) if not seen.ok]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("quant", "profile"), [("nf4", "peft"), ("int8", "peft"), ("fp4", "qlora"), ("int8", "qlora")])
+def test_a_right_step_has_the_bits_of_the_twin_in_the_same_dtypes(recipe, quant, profile):
+    facts = blockwise(model=f"tiny:{recipe}", quant=quant, profile=profile)
+    gaps = [*(g for part in facts.parts.values() for g in part.gaps.values()), *facts.adapters.values()]
+    assert len(facts.parts) > 3
+    assert sum(not g.bitwise for g in gaps) <= (
+        3 if recipe == "t5" else 0
+    )  # encoder states, whose readers' gradients add
+    assert all(seen.ok for seen in tensors_off(facts))
+
+
+def scale_gradient(model):
+    scale_after(model.model.layers[1].input_layernorm, 1.001)
+
+
+def scale_attention(model):
+    model.model.layers[1].self_attn.scaling *= 1.001
+
+
+def drop_a_head(model):
+    attention = model.model.layers[1].self_attn
+
+    def without_first_head(gradient):
+        gradient = gradient.clone()
+        gradient[..., : attention.head_dim] = 0
+        return gradient
+
+    attention.o_proj.register_forward_pre_hook(lambda m, args: (ChangedGradient.apply(args[0], without_first_head),))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("fault", [scale_gradient, scale_attention, drop_a_head])
+def test_a_small_fault_shows_in_its_block_alone(fault, quant):
+    where = broken(fault, quant=quant)
+    assert where
+    assert all(".layers.1" in place for place in where)
+
+
+def scale_between(model):
+    scale_after(model.model.layers[1], 1.001)
+
+
+def scale_embedding(model):
+    model.model.embed_tokens.register_forward_hook(lambda m, args, output: output * 1.001)
+
+
+def scale_logits(model):
+    model.lm_head.register_forward_hook(lambda m, args, output: output * 1.001)
+
+
+def drop_the_mask(model):
+    model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        (scale_between, "model.layers.1: gradient that enters output"),
+        (scale_embedding, "model.layers.0: hidden_states"),
+        (scale_logits, "loss"),
+        (drop_the_mask, "model.layers.2: attention_mask"),
+    ],
+)
+def test_a_fault_between_the_blocks_shows_at_its_joint(fault, where):
+    assert where in broken(fault)
+
+
+def test_what_a_cut_leaves_without_gradient_is_live_in_the_twin():
+    def cut(model):
+        model.model.layers[1].register_forward_hook(lambda m, args, output: output.detach())
+
+    facts = blockwise(cut)
+    first = {name: g for name, g in facts.adapters.items() if ".layers.0." in name}
+    assert first
+    assert all(g.live and g.norm is None for g in first.values())
+
+
+def test_a_missing_tensor_is_zero():
+    one, none = torch.ones(2), torch.zeros(2, dtype=torch.float64)
+    assert gap(None, None, None).bitwise
+    assert gap(one, none, None).error == float("inf")
+    assert gap(None, one.double(), one).error == 1
+    assert gap(one, one.double(), one).error == 0
+    assert not gap(one, none, one).live
