@@ -94,7 +94,7 @@ def _names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
     parameters = [*inspect.signature(type(module).forward).parameters][1:]
     positional = {i: parameters[i] if i < len(parameters) else f"argument {i}" for i in range(len(args))}
     values = {**{positional[i]: value for i, value in enumerate(args)}, **kwargs}
-    return [key.key + keystr(rest) for (key, *rest), _ in tree_flatten_with_path(values)[0]]
+    return [str(key.key) + keystr(tuple(rest)) for (key, *rest), _ in tree_flatten_with_path(values)[0]]  # type: ignore[attr-defined]
 
 
 class _Recorder:

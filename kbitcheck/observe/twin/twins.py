@@ -66,8 +66,8 @@ class TwinLinear(nn.Linear):
     """A quantized layer's arithmetic with a plain weight: computes in ``compute``, returns the input's dtype.
 
     Without ``compute`` it computes in the dtype that ``follows`` gives for an input, and returns that. ``read`` gives the
-    weight, (out, in) in ``compute`` (None: float32), ``backward_read`` that of a backward which unpacks to another dtype. ``rounded`` rounds the input as the kernel does, but not the gradient.
-    ``weight`` itself has shape and dtype, and no numbers.
+    weight, (out, in) in ``compute`` (None: float32), ``backward_read`` that of a backward which unpacks to another dtype.
+    ``rounded`` rounds the input as the kernel does, but not the gradient. ``weight`` has shape and dtype, and no numbers.
     """
 
     def __init__(
