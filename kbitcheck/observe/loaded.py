@@ -212,7 +212,8 @@ class Loaded:
 
     def _exact(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
-        adapter_probe.recast(adapters, torch.float64)
+        for adapter in adapters.values():
+            adapter.data = adapter.data.double()
         return Twin(model, adapters, torch.float64)
 
     def _rounded(self, spec: CaseSpec) -> Twin:

@@ -106,7 +106,7 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
 
     def plain(name: str, layer: Any) -> TwinLinear:
         read = partial(weights.exact, name)
-        return TwinLinear(layer, read, torch.float64, read, lambda x: x)
+        return TwinLinear(layer, read, torch.float64, read, lambda x: x, lambda x: torch.float64)
 
     twin: Any = _replaced(base, plain, lambda name, module: torch.float64)
     if hasattr(twin, "set_experts_implementation"):
