@@ -7,7 +7,7 @@ from torch import nn
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CallFacts
+from kbitcheck.core.facts import CallFacts, Computed
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call, model_from
@@ -27,7 +27,7 @@ class Preparation:
         self.loaded = loaded
         self.batch = loaded.batch
         self.make_room: Callable[[], None] = lambda: None
-        self.computed: dict[str, Any] = {}
+        self.computed = Computed()
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equa
 """
 
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part
-from kbitcheck.core.facts.case import Fact, Facts
+from kbitcheck.core.facts.case import Computed, Fact, Facts, fact
+from kbitcheck.core.facts.cost import Cost, Passes
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, GroupFacts, HeldFacts, MemoryFacts
 from kbitcheck.core.facts.model import (
     FLOATING,
@@ -33,8 +34,9 @@ from kbitcheck.core.facts.step import (
 )
 
 __all__ = [
-    "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CostFacts", "Distance",
-    "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GradientFacts", "GroupFacts",
-    "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts", "ModuleFacts", "Part",
-    "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts", "TrainingFacts",
+    "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "Computed", "Cost",
+    "CostFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GradientFacts",
+    "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts",
+    "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts",
+    "TrainingFacts", "fact",
 ]  # fmt: skip

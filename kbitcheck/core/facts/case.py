@@ -1,18 +1,46 @@
 """What rules read: the facts of one case."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import methodcaller
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import Raised
+from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import step
 from kbitcheck.core.facts.blockwise import BlockwiseFacts
+from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
 
 T = TypeVar("T", covariant=True)
+V = TypeVar("V")
+FREE = Cost()
+
+
+class Computed(dict[str, Any]):
+    """The facts of one case that have been computed, by name.
+
+    Reading a fact in ``left_out`` raises ``Unavailable`` with the reason. ``watch`` is called with the name of a fact before
+    it is computed, and with None after.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: Mapping[str, str] = {}
+        self.watch: Callable[[str | None], None] = lambda name: None
+
+    @contextmanager
+    def computing(self, name: str) -> Iterator[None]:
+        """Around the computation of a fact."""
+        if name in self.left_out:
+            raise Unavailable(self.left_out[name])
+        self.watch(name)
+        try:
+            yield
+        finally:
+            self.watch(None)
 
 
 class Fact(Generic[T]):
@@ -21,18 +49,27 @@ class Fact(Generic[T]):
     ``"memory" in case.computed`` says whether a fact has been computed; clearing ``computed`` frees all of them.
     """
 
-    def __init__(self, compute: Callable[[Any], T], name: str = "") -> None:
+    def __init__(self, compute: Callable[[Any], T], name: str = "", *, cost: Cost = FREE) -> None:
         self.compute = compute
+        self.cost = cost
         self._name = name
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, owner: Any, cls: type | None = None) -> T:
-        computed: dict[str, T] = owner.computed
+        if owner is None:
+            return cast(T, self)
+        computed: Computed = owner.computed
         if self._name not in computed:
-            computed[self._name] = self.compute(owner)
-        return computed[self._name]
+            with computed.computing(self._name):
+                computed[self._name] = self.compute(owner)
+        return cast(T, computed[self._name])
+
+
+def fact(cost: Cost) -> Callable[[Callable[[Any], V]], Fact[V]]:
+    """Makes a method a ``Fact`` of this cost."""
+    return lambda compute: Fact(compute, cost=cost)
 
 
 class Facts:
@@ -146,7 +183,7 @@ class Facts:
     """Bytes that preparation adds to each half-precision parameter that it widens."""
 
     def __init__(self) -> None:
-        self.computed: dict[str, Any] = {}
+        self.computed = Computed()
 
     def compute(self, name: str) -> Any:
         """The fact of that name, computed anew; raises ``Unavailable`` if the case does not have it."""
