@@ -87,8 +87,9 @@ class ForecastFacts:
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
     of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
     other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
-    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``; they are empty where the step takes less than
-    1 % of any and no memory was given.
+    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``, confirmed by predicted steps: one of that shape
+    fits, one more row or token does not, or is above ``limit``, the most tokens that the model takes. They are empty
+    where the step takes less than 1 % of any memory and none was requested.
     ``missing`` is why no step was predicted.
     """
 
@@ -102,6 +103,7 @@ class ForecastFacts:
     memory: int | None = None
     batch: int = 0
     seq_len: int = 0
+    limit: int = 0
     activations: Mapping[str, HeldFacts] = field(default_factory=dict)
     logits: int = 0
     largest_batch: Mapping[int, int] = field(default_factory=dict)

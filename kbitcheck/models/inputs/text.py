@@ -70,15 +70,36 @@ def first_rows(batch: Mapping[str, Tensor], rows: int) -> Batch:
 
     Images may be patches, several for each row, in the first dimension or, where that holds all images, in the longest.
     """
-    total = len(next((batch[key] for key in ("input_ids", "labels") if key in batch), next(iter(batch.values()))))
+    total = row_count(batch)
     if rows >= total:
         return dict(batch)
 
     def cut(tensor: Tensor) -> Tensor:
-        dim = 0 if len(tensor) % total == 0 else tensor.shape.index(max(tensor.shape))
+        dim = _dimension_of_rows(tensor, total)
         return tensor.narrow(dim, 0, tensor.shape[dim] * rows // total)
 
     return {key: cut(value) for key, value in batch.items()}
+
+
+def widened(batch: Mapping[str, Tensor], rows: int) -> Batch:
+    """Tensors without numbers, on the meta device, of the shapes that a batch of ``rows`` rows would have."""
+    total = row_count(batch)
+
+    def shape(tensor: Tensor) -> list[int]:
+        dim, sizes = _dimension_of_rows(tensor, total), list(tensor.shape)
+        sizes[dim] = sizes[dim] * rows // total
+        return sizes
+
+    return {key: torch.empty(shape(t), dtype=t.dtype, device="meta") for key, t in batch.items()}
+
+
+def row_count(batch: Mapping[str, Tensor]) -> int:
+    """The number of rows of a batch."""
+    return len(next((batch[key] for key in ("input_ids", "labels") if key in batch), next(iter(batch.values()))))
+
+
+def _dimension_of_rows(tensor: Tensor, total: int) -> int:
+    return 0 if len(tensor) % total == 0 else tensor.shape.index(max(tensor.shape))
 
 
 class Tokens:

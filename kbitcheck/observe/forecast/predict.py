@@ -17,12 +17,12 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
-from kbitcheck.models.inputs.text import draw
+from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.forecast.activations import Measured, measure, thin
 from kbitcheck.observe.forecast.fake_tensors import HALF, World
-from kbitcheck.observe.forecast.growth import USUAL, Growth, shapes
+from kbitcheck.observe.forecast.search import USUAL, Search
 from kbitcheck.observe.probes import adapters as adapter_probe
 
 BATCH, SEQ_LEN = 1, 2048
@@ -71,29 +71,37 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         mode = forecast.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
         taken = forecast.resident + max(steps[mode].peak, forecast.adapters)
-        tiny = forecast.memory is None and 100 * taken < min(memory_sizes.GPUS)  # it fits any GPU many times
-        growth = None if tiny else run.growth(min(length, limit // 2), mode)
+        # What fits any GPU many times is not searched for, unless there is a size to fit.
+        tiny = forecast.memory is None and 100 * taken < min(memory_sizes.GPUS)
+        fitting = {} if tiny else _fitting(run.search(limit), forecast, length, mode)
     except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return dataclasses.replace(forecast, missing=cause(error))
-    forecast = dataclasses.replace(
+    named = memory_sizes.named(forecast.memory)
+    return dataclasses.replace(
         forecast,
         batch=batch,
         seq_len=length,
         mode=mode,
         activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
         logits=steps[mode].logits,
-        rooms=memory_sizes.named(forecast.memory),
+        limit=limit,
+        rooms={size: name for size, name in named.items() if not fitting or size in fitting["longest"]},
         notes=(*forecast.notes, *run.notes),
+        **fitting,
     )
-    if growth is None:
-        return forecast
-    rooms = {size: size - forecast.resident for size in forecast.rooms}
-    return dataclasses.replace(
-        forecast,
-        largest_batch={size: growth.largest_batch(length, room) for size, room in rooms.items()},
-        usual={n: {size: growth.largest_batch(n, r) for size, r in rooms.items()} for n in USUAL if n <= limit},
-        longest={size: growth.longest(room, limit) for size, room in rooms.items()},
-    )
+
+
+def _fitting(search: Search, forecast: ForecastFacts, length: int, mode: str) -> dict[str, Any]:
+    """What fits by size of memory, by the names of ``ForecastFacts``: into the requested size, or into the common GPUs."""
+    sizes = [forecast.memory] if forecast.memory else list(memory_sizes.GPUS)
+    rooms = {size: size - forecast.resident for size in sizes}
+    lengths = dict.fromkeys((length, *(n for n in USUAL if n <= search.limit)))
+    largest = {n: {s: search.largest_batch(n, room, mode).number for s, room in rooms.items()} for n in lengths}
+    return {
+        "largest_batch": largest[length],
+        "usual": {n: largest[n] for n in USUAL if n in largest},
+        "longest": {size: search.longest(room, mode).number for size, room in rooms.items()},
+    }
 
 
 class Training:
@@ -107,6 +115,7 @@ class Training:
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
+        self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         targets = adapter_probe.target_layers(model, spec.targets)
         thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
@@ -126,23 +135,30 @@ class Training:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``; ``padded`` ones have a mask."""
         return self._measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
 
-    def growth(self, length: int, mode: str) -> Growth:
-        """How steps without padding grow under a mode, from steps around a length."""
-        return Growth.through(length, {shape: self.step(*shape, mode, padded=False).places for shape in shapes(length)})
+    def search(self, limit: int) -> Search:
+        """The largest steps that fit, of at most ``limit`` tokens."""
+        return Search(partial(self.step, padded=False), limit)
 
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
+        """Shapes of inputs: those of at most two sequences are drawn, and more are widened from them."""
+        rows = min(batch, 2)
+        if (rows, length) not in self._drawn:
+            self._drawn[rows, length] = self._draw(rows, length)
+        tensors = widened(self._drawn[rows, length], batch)
+        if not padded:  # a mask of ones, which models leave out when they see that it is one
+            tensors.pop("attention_mask", None)
+        return tensors
+
+    def _draw(self, batch: int, length: int) -> Mapping[str, Tensor]:
         try:
             # Drawn, not chosen by a run, as a source's are: kernels would read and write memory that fake tensors lack.
-            tensors = draw(self._model, batch=batch, seq_len=length, seed=self._spec.seed)
+            return draw(self._model, batch=batch, seq_len=length, seed=self._spec.seed)
         except UsageError as error:
             if not hasattr(self._model.config, "vision_config"):
                 raise
             self.notes = (f"activations of text alone: {error}",)
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-            tensors = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-        if not padded:  # a mask of ones, which models leave out when they see that it is one
-            tensors.pop("attention_mask", None)
-        return tensors
+            return {"input_ids": ids, "attention_mask": ids, "labels": ids}
 
     @staticmethod
     def _prepare(model: nn.Module, facts: ModelFacts, spec: CaseSpec) -> bool:
