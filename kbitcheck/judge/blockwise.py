@@ -1,22 +1,27 @@
-"""A training step beside its twins, block by block: which tensors are off, and by how much more than rounding."""
+"""A training step beside its twins: which tensors are off, and by how much more than rounding."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from kbitcheck.core.facts import BlockwiseFacts, Gap
+from kbitcheck.core.facts import BlockwiseFacts, Gap, median_yardstick
 from kbitcheck.core.result import Observation
 
+# Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
 YARDSTICKS = 4
 FLOAT32_ULP = 2.0**-23
 # Where the stack computes the twin's bits in most tensors of a kind of block, the others differ by the order in which
 # sums are added: by a few hundredths of a yardstick (measured: 0.02 to 0.04). A quarter is no rounding.
 SIBLINGS_SHARE = 0.25
-# The least-squares factor of n independent rounding errors has their relative size over the root of n as its standard
-# deviation; eight of these happen once in 10^15. Sums added in another order move it by a few ulps of float32.
+# If the signs of the differences are independent, their sum is more than eight of its standard deviations from zero once
+# in 10^13 tensors, whatever the magnitudes (Hoeffding: 2 exp(-8^2 / 2)). Sums added in another order move all elements of
+# a row alike, by a few ulps of float32.
 DEVIATIONS = 8
 LEAST_FACTOR = 8 * FLOAT32_ULP
+# The median of the magnitude of a normal variable, in standard deviations.
+NORMAL_MEDIAN = 0.6745
 # Who computes with more bits than promised, as with a head in float32, is nearer to the float64 twin than the twin in the
 # preparation's own dtypes. A fault beside the same rounding is farther.
 MORE_EXACT = 0.9
@@ -24,26 +29,44 @@ MORE_EXACT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The tensors of all blocks of one class. ``exact``: most of those that rounding moves have the twin's bits."""
+    """What tensors that belong together show: all of one kind of block, or the adapters' gradients of a whole model.
 
-    exact: bool
+    ``exact``: most of those that rounding moves have the twin's bits. ``deviation``: how many of its own standard
+    deviations a factor is from zero where signs are not independent, as of sums that share a rounded term; at least 1.
+    """
+
     yardstick: float
+    exact: bool = False
+    deviation: float = 1.0
 
     @classmethod
-    def of(cls, gaps: Iterable[Gap]) -> "_Group":
-        rounded = [gap for gap in gaps if gap.live and 0 < gap.yardstick < math.inf]
+    def of(cls, gaps: Iterable[Gap]) -> _Group:
+        """Of the tensors of one kind of block."""
+        rounded = [gap for gap in gaps if gap.live and gap.yardstick > 0]
         bitwise = sum(gap.bitwise for gap in rounded)
-        return cls(2 * bitwise > len(rounded), median(gap.yardstick for gap in rounded) if rounded else 0.0)
+        factors = [abs(gap.factor) / gap.factor_noise if gap.factor_noise else 0.0 for gap in rounded]
+        deviation = median(factors) / NORMAL_MEDIAN if factors else 0.0
+        return cls(median_yardstick(rounded), 2 * bitwise > len(rounded), max(1.0, deviation))
 
 
 def tensors_off(facts: BlockwiseFacts) -> Iterable[Observation]:
     """One observation for each tensor of the step that the float64 twin has, and whose rounding is less than itself."""
-    labelled = _by_kind(facts)
-    for gaps in labelled.values():
+    for gaps in _by_kind(facts).values():
         group = _Group.of(gaps.values())
         for where, gap in gaps.items():
-            if gap.bitwise or YARDSTICKS * gap.yardstick < 1:
-                yield _judged(where, gap, group)
+            if measurable(gap):
+                yield _judged_by_siblings(where, gap, group)
+
+
+def gradients_off(gradients: Mapping[str, Gap]) -> list[Observation]:
+    """One observation for each live adapter of a whole model, unless its gradient is noise."""
+    group = _Group(median_yardstick(gradients.values()))
+    return [_judged(name, gap, group) for name, gap in gradients.items() if gap.live and measurable(gap)]
+
+
+def measurable(gap: Gap) -> bool:
+    """True unless four yardsticks are as long as the tensor: no comparison could then tell it from zero."""
+    return gap.bitwise or YARDSTICKS * gap.yardstick < 1
 
 
 def _by_kind(facts: BlockwiseFacts) -> Mapping[str, dict[str, Gap]]:
@@ -54,18 +77,32 @@ def _by_kind(facts: BlockwiseFacts) -> Mapping[str, dict[str, Gap]]:
         grouped[part.kind].update({f"{label}: {name}" if label else name: gap for name, gap in part.gaps.items()})
     for name, gap in facts.adapters.items():
         block = next((block for block in kinds if block and f".{block}." in f".{name}"), "")
-        grouped[kinds[block]][name] = gap
+        place = f"{block}: gradient of {f'.{name}'.partition(f'.{block}.')[2]}" if block else f"gradient of {name}"
+        grouped[kinds[block]][place] = gap
     return grouped
 
 
 def _judged(where: str, gap: Gap, group: _Group) -> Observation:
+    """By the distance from the float64 twin."""
     bound = YARDSTICKS * max(gap.yardstick, group.yardstick, FLOAT32_ULP)
+    missing = gap.norm is None and gap.live
+    ok = gap.bitwise or (gap.error <= bound and not missing)
+    actual = "missing" if missing else f"off by {gap.error:.2e}"
+    return Observation(where, f"within {bound:.2e} of the float64 twin", actual, ok=ok)
+
+
+def _judged_by_siblings(where: str, gap: Gap, group: _Group) -> Observation:
+    """By the distance from the float64 twin, and then by that from the same-dtype twin, as other blocks show it."""
+    judged = _judged(where, gap, group)
     more_exact = gap.error < MORE_EXACT * gap.yardstick
-    if gap.bitwise or gap.error > bound or more_exact or not group.exact:
-        ok = gap.bitwise or gap.error <= bound
-        return Observation(where, f"within {bound:.2e} of the float64 twin", f"off by {gap.error:.2e}", ok=ok)
+    if gap.bitwise or not judged.ok or more_exact:
+        return judged
+    factor = max(DEVIATIONS * group.deviation * gap.factor_noise, LEAST_FACTOR)
+    if abs(gap.factor) > factor:
+        expected = f"within {factor:.1e} of the twin in the same dtypes in scale"
+        return Observation(where, expected, f"off by {abs(gap.factor):.1e} in scale", ok=False)
     share = SIBLINGS_SHARE * max(gap.yardstick, FLOAT32_ULP)
-    factor = max(DEVIATIONS * gap.from_rounded / math.sqrt(gap.elements or 1), LEAST_FACTOR)
-    ok = gap.from_rounded <= share and abs(gap.factor) <= factor
-    expected = f"within {share:.2e} of the twin in the same dtypes, as in the other blocks, and {factor:.1e} in scale"
-    return Observation(where, expected, f"off by {gap.from_rounded:.2e}, {abs(gap.factor):.1e} in scale", ok=ok)
+    if group.exact and gap.from_rounded > share:
+        expected = f"within {share:.2e} of the twin in the same dtypes, as in the other blocks"
+        return Observation(where, expected, f"off by {gap.from_rounded:.2e}", ok=False)
+    return judged

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Container, Mapping
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 from torch import Tensor
 
 from kbitcheck.core.anatomy import unquantized
-from kbitcheck.core.facts import Facts, GradientFacts, MemoryFacts, ModelFacts
+from kbitcheck.core.facts import Facts, Gap, MemoryFacts, ModelFacts, median_yardstick
 from kbitcheck.models.inputs.choose import kinds
 
 GRADIENT_BOUND = 4.0  # yardsticks (KB304)
@@ -68,13 +68,14 @@ def by_block(memory: MemoryFacts) -> dict[str, Any]:
     }
 
 
-def by_layer(gradients: Mapping[str, GradientFacts]) -> dict[str, Any]:
+def by_layer(gradients: Mapping[str, Gap]) -> dict[str, Any]:
     """Relative error of the adapters' gradients against the float64 twin's, and the bound, for each layer's worst."""
     worst: dict[str, tuple[float, float]] = {}
+    least = median_yardstick(gradients.values())
     for name, gradient in gradients.items():
-        if gradient.live:
+        if gradient.live and isfinite(gradient.yardstick):
             layer = ADAPTER_PARTS.sub("", name)
-            error = (gradient.error, GRADIENT_BOUND * gradient.yardstick)
+            error = (gradient.error, GRADIENT_BOUND * max(gradient.yardstick, least))
             worst[layer] = max(worst.get(layer, error), error, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
     return {
         "layers": list(worst),

@@ -15,12 +15,12 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec, Profile
 from kbitcheck.core.errors import Unavailable, cause
-from kbitcheck.core.facts import BlockwiseFacts, ForecastFacts
+from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
-from kbitcheck.observe.blockwise.oracle import Twin, compare
+from kbitcheck.observe.blockwise.oracle import Comparison, Twin, compare
 from kbitcheck.observe.blockwise.record import BlockCall
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -204,40 +204,50 @@ class Loaded:
         """The spec's adapters on the target layers, with the same numbers each time."""
         return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
 
-    def blockwise(self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall]) -> BlockwiseFacts:
+    def block_by_block(
+        self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch
+    ) -> Comparison:
         """A recorded plain step of the base, prepared and with the spec's adapters, beside its twins."""
-        return self._in_float64(
-            lambda: compare(run, calls, (self._exact(spec), self._rounded(spec)), self.batch, spec.seed)
-        )
+        return self._in_float64(lambda: compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed))
 
     def _exact(self, spec: CaseSpec) -> Twin:
+        key = ("exact", spec.adapters, spec.rank, spec.seed)
+        return self._computed_once(key, lambda: self._make_exact(spec))
+
+    def _make_exact(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
         for adapter in adapters.values():
             adapter.data = adapter.data.double()
         return Twin(model, adapters, torch.float64)
 
     def _rounded(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
-        return Twin(model, adapters, autocast=self.autocast(spec.profile))
+        key = ("rounded", spec.profile, spec.adapters, spec.rank, spec.seed)
+        return self._computed_once(key, lambda: self._make_rounded(spec))
 
-    def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
-        batches = (self.batch, self.single)
+    def _make_rounded(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
         if not any(p.requires_grad for p in adapters.values()):
             raise Unavailable("no adapter is trainable (KB102)")
-        rounded = [
-            step.train_step(
-                model, b, adapters, seed=spec.seed, watch=False, autocast=self.autocast(spec.profile)
-            ).gradients
-            for b in batches
-        ]
-        model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
-        for adapter in adapters.values():
-            adapter.data = adapter.data.double()
-        exact = [step.train_step(model, b, adapters, seed=spec.seed, watch=False).gradients for b in batches]
-        whole, single = map(twin.Pair, exact, rounded)
-        rate, losses = twin.smooth_training(model, self.batch, adapters, seed=spec.seed)
-        return twin.Twins(whole=whole, single=single, losses=losses, learning_rate=rate)
+        return Twin(model, adapters, autocast=self.autocast(spec.profile))
+
+    def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
+        def gradients(side: Twin) -> list[step.Gradients]:
+            settings: dict[str, Any] = {"seed": spec.seed, "watch": False, "autocast": side.autocast or nullcontext}
+            batches = (self.batch, self.single)
+            return [step.train_step(side.model, b, side.adapters, **settings).gradients for b in batches]
+
+        whole, single = map(twin.Pair, gradients(self._exact(spec)), gradients(self._rounded(spec)))
+        return twin.Twins(whole=whole, single=single)
+
+    def twin_training(self, spec: CaseSpec) -> twin.TwinTraining:
+        """A few optimizer steps of the float64 twin with the spec's adapters."""
+
+        def trained() -> twin.TwinTraining:
+            side = self._make_exact(spec)  # its adapters change
+            return twin.smooth_training(side.model, self.batch, side.adapters, seed=spec.seed)
+
+        key = ("twin training", spec.adapters, spec.rank, spec.seed)
+        return self._computed_once(key, lambda: self._in_float64(trained), small=True)
 
 
 def _state_keys(model: nn.Module) -> frozenset[str]:

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from kbitcheck.core.errors import Raised, Unavailable
-from kbitcheck.core.facts import BlockwiseFacts, Distance, Fact, GradientFacts, LayerBackward, MemoryFacts, RunFacts
+from kbitcheck.core.facts import BlockwiseFacts, Distance, Fact, Gap, LayerBackward, MemoryFacts, RunFacts
 from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import recorded
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.stages import Wrapped
+from kbitcheck.observe.twin.twins import Twins
 
 
 class Stepped:
@@ -63,22 +65,41 @@ class Stepped:
 
     # Gradients, beside those of other runs
 
-    @Fact
-    def blockwise(self) -> BlockwiseFacts:
+    @cached_property
+    def _whole_batch(self) -> Comparison:
+        return self._block_by_block(self._loaded.batch)
+
+    @cached_property
+    def _single_row(self) -> Comparison:
+        return self._block_by_block(self._loaded.single)
+
+    def _block_by_block(self, batch: step.Batch) -> Comparison:
         attached = self._wrapped.attached
         # A step of its own: where a tensor has several readers, recording changes the order in which gradients are added.
         with switches.plain(attached.model), recorded(attached.model) as calls:
-            run = self._preparation.step(attached)
-        return self._loaded.blockwise(self._spec, run, calls)
+            run = self._preparation.step(attached, batch=batch)
+        return self._loaded.block_by_block(self._spec, run, calls, batch)
+
+    blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts)
+    single_blockwise = Fact[BlockwiseFacts](lambda self: self._single_row.facts)
+
+    @property
+    def _twins(self) -> Twins:
+        """Gradients of twins of the whole model; of a large one, of its blocks."""
+        if self._loaded.large:
+            return Twins(whole=self._whole_batch.twins, single=self._single_row.twins)
+        return self._loaded.twins(self._spec)
 
     @Fact
-    def gradients(self) -> Mapping[str, GradientFacts]:
-        return self._loaded.twins(self._spec).whole.beside(self._checkpointed.gradients)
+    def gradients(self) -> Mapping[str, Gap]:
+        return self._twins.whole.beside(self._checkpointed.gradients)
 
     @Fact
-    def single_gradients(self) -> Mapping[str, GradientFacts]:
+    def single_gradients(self) -> Mapping[str, Gap]:
+        if self._loaded.large:  # one step less: KB305 judges whether checkpointing changes gradients
+            return self.single_blockwise.adapters
         gradients = self._preparation.step(self._wrapped.attached, batch=self._loaded.single).gradients
-        return self._loaded.twins(self._spec).single.beside(gradients)
+        return self._twins.single.beside(gradients)
 
     @Fact
     def against_plain(self) -> Mapping[str, Distance]:
@@ -107,7 +128,7 @@ class Stepped:
 
     @property
     def _yardsticks(self) -> Mapping[str, float]:
-        twins = self._loaded.twins(self._spec)
+        twins = self._twins
         # The single row's yardstick, where the whole batch gives none.
         yardsticks = {**twins.single.yardsticks, **twins.whole.yardsticks}
         least = twins.whole.median_yardstick or twins.single.median_yardstick

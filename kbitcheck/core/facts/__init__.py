@@ -3,7 +3,7 @@
 A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equal numbers (``value``).
 """
 
-from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part
+from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part, median_yardstick
 from kbitcheck.core.facts.case import Computed, Fact, Facts, fact
 from kbitcheck.core.facts.cost import Cost, Passes
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, GroupFacts, HeldFacts, MemoryFacts
@@ -24,7 +24,6 @@ from kbitcheck.core.facts.step import (
     Distance,
     ForwardFacts,
     FunctionFacts,
-    GradientFacts,
     HonouredArguments,
     LayerBackward,
     RunFacts,
@@ -35,8 +34,8 @@ from kbitcheck.core.facts.step import (
 
 __all__ = [
     "CANNOT_RUN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "Computed", "Cost",
-    "CostFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GradientFacts",
+    "CostFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap",
     "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts", "MemoryFacts", "ModelFacts",
     "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome", "StoreFacts", "TensorFacts",
-    "TrainingFacts", "fact",
+    "TrainingFacts", "fact", "median_yardstick",
 ]  # fmt: skip

@@ -1,7 +1,9 @@
 """A training step beside its twins, block by block."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,23 +13,30 @@ class Gap:
     ``norm`` is the tensor's Frobenius norm (None: there is no tensor, which counts as zero), ``size`` the float64 twin's.
     Relative to ``size``: ``error`` is the distance from the float64 twin, ``yardstick`` that of the same-dtype twin,
     ``from_rounded`` the distance from the same-dtype twin. ``factor`` is the least-squares factor between the tensor and
-    the same-dtype twin's, less one. ``bitwise`` says that these two are equal.
+    the same-dtype twin's, less one; ``factor_noise`` is the standard deviation of ``factor`` if the differences of the two
+    tensors' elements have independent signs. ``bitwise`` says that these two tensors are equal.
     """
 
     norm: float | None
     finite: bool
     size: float
-    elements: int
     error: float
     yardstick: float
     from_rounded: float
     factor: float
+    factor_noise: float
     bitwise: bool
 
     @property
     def live(self) -> bool:
         """Whether the float64 twin has a tensor that is not zero."""
         return self.size != 0
+
+
+def median_yardstick(gaps: Iterable[Gap]) -> float:
+    """The median over the live tensors that rounding moves; 0.0 where it moves none."""
+    yardsticks = [gap.yardstick for gap in gaps if gap.live and 0 < gap.yardstick < math.inf]
+    return median(yardsticks) if yardsticks else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

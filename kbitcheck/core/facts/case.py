@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import step
-from kbitcheck.core.facts.blockwise import BlockwiseFacts
+from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
@@ -123,10 +123,12 @@ class Facts:
     """A witness: the same case of a base that is only cast as the profile promises, not prepared or checkpointed."""
     blockwise: BlockwiseFacts
     """A plain step beside twins that take its inputs and gradients, block by block."""
-    gradients: Mapping[str, step.GradientFacts]
-    """By adapter, its gradient against the float64 twin's."""
-    single_gradients: Mapping[str, step.GradientFacts]
-    """Adapter gradients for the batch's first row, without an attention mask."""
+    single_blockwise: BlockwiseFacts
+    """``blockwise`` for the batch's first row, without an attention mask."""
+    gradients: Mapping[str, Gap]
+    """By adapter, its gradient in the step of ``run``, beside the twins'."""
+    single_gradients: Mapping[str, Gap]
+    """``gradients`` for the batch's first row, without an attention mask."""
     against_plain: Mapping[str, step.Distance]
     """By adapter, how far checkpointing moves its gradient."""
     against_other_mode: Mapping[str, step.Distance]

@@ -54,19 +54,6 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GradientFacts:
-    """One adapter's gradient against the float64 twin's. ``live``: the twin has a gradient there; norms are Frobenius norms."""
-
-    live: bool
-    norm: float | None
-    finite: bool
-    error: float
-    noise: float
-    yardstick: float
-    bitwise: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBackward:
     """A quantized layer's own backward.
 

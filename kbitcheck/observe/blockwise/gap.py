@@ -16,28 +16,30 @@ LIMIT = 1e30
 def gap(value: Tensor, exact: Tensor, rounded: Tensor) -> Gap:
     """``value`` beside the float64 twin's tensor and the same-dtype twin's, all of one shape; a missing tensor is zero."""
     bitwise = equal(value, rounded)
+    finite = value is not None and bool(torch.isfinite(value).all())
     value, exact, rounded = _wide(value), _wide(exact), _wide(rounded)
     size = 0.0 if exact is None else float(exact.norm())
     norm = None if value is None else float(value.norm())
-    finite = norm is not None and math.isfinite(norm)
     if exact is None or not size or not math.isfinite(size):  # nothing to measure by
         off = 0.0 if bitwise else math.inf
         noise = math.inf if size or (rounded is not None and rounded.any()) else 0.0
         return Gap(
-            norm=norm, finite=finite, size=size, elements=0, error=off if norm else 0.0, yardstick=noise,
-            from_rounded=off, factor=0.0, bitwise=bitwise,
+            norm=norm, finite=finite, size=size, error=off if norm else 0.0, yardstick=noise,
+            from_rounded=off, factor=0.0, factor_noise=0.0, bitwise=bitwise,
         )  # fmt: skip
     error, rounding = _minus(value, exact), _minus(rounded, exact)
-    reference = exact + rounding
+    reference, apart = exact + rounding, error - rounding
+    squares = float(reference.norm()) ** 2 or 1.0
+    products = apart * reference
     return Gap(
         norm=norm,
         finite=finite,
         size=size,
-        elements=exact.numel(),
         error=float(error.norm()) / size,
         yardstick=float(rounding.norm()) / size,
-        from_rounded=float((error - rounding).norm()) / size,
-        factor=float(((error - rounding) * reference).sum()) / (float(reference.norm()) ** 2 or 1.0),
+        from_rounded=float(apart.norm()) / size,
+        factor=float(products.sum()) / squares,
+        factor_noise=float(products.norm()) / squares,
         bitwise=bitwise,
     )
 

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise.gap import gap
-from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating
+from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
 from kbitcheck.observe.blockwise.routing import ImposeChoices
 from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.twin.twins import Pair
 
 Autocast = Callable[[], AbstractContextManager[Any]] | None
 
@@ -56,31 +56,35 @@ class _Replay:
     outputs: list[torch.Tensor] = field(default_factory=list)
     leaving: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
-    def forward(self, differentiable: Sequence[int]) -> tuple[list[Any], list[torch.Tensor]]:
-        """The twin's block on the recorded arguments: their leaves, and the floating outputs."""
+    def run(self, entering: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        """The floating outputs of the twin's block on the recorded arguments, after a backward from ``entering``.
+
+        The gradients of the block's adapters accumulate, and so do those that leave.
+        """
+        differentiable = sorted({*self.call.differentiable, *self.tracked})
         leaves, args, kwargs = self.call.arguments(self.inputs, differentiable)
         with torch.enable_grad(), ImposeChoices(self.call.choices), self.twin.around(self.call):
             # In a context of its own: transformers collects hidden states through context variables.
             output = contextvars.Context().run(self.player.block, *args, **kwargs)
-        return leaves, [leaf for leaf in tree_flatten(output)[0] if floating(leaf)]
-
-    def run(self) -> None:
-        """Forward and backward of the block; the gradients of its adapters accumulate.
-
-        Where no gradient entered the model's block, though the twin's outside has one, the twin's is taken.
-        """
-        differentiable = sorted({*self.call.differentiable, *self.tracked})
-        leaves, outputs = self.forward(differentiable)
-        entering = {**self.entering, **self.call.entering}
+        outputs = [leaf for leaf in tree_flatten(output)[0] if floating(leaf)]
         pairs = [(o, entering[i].to(o.dtype)) for i, o in enumerate(outputs) if i in entering and o.requires_grad]
         if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+            with torch.autocast(self.call.device, enabled=False):  # the twin's forward may be running under it
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         self.outputs = [o.detach() for o in outputs]
-        self.leaving = {i: leaves[i].grad for i in differentiable}
+        self.leaving = {i: _sum(self.leaving.get(i), leaves[i].grad) for i in differentiable}
+        return outputs
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return one if other is None else other if one is None else one + other
 
 
 class _Played(torch.autograd.Function):
-    """Recorded outputs in forward; in backward the twin's block runs, and the recorded gradients leave."""
+    """Recorded outputs in forward; in backward the recorded gradients leave.
+
+    Where no gradient entered the model's block, though the twin's outside has one, the twin's block takes it.
+    """
 
     @staticmethod
     def forward(
@@ -96,7 +100,9 @@ class _Played(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         replay: _Replay = ctx.replay
         replay.entering = {i: g.detach() for i, g in enumerate(gradients) if g is not None}
-        replay.run()
+        cut = {i: g for i, g in replay.entering.items() if i not in replay.call.entering}
+        if cut:
+            replay.run(cut)
         leaving = [replay.call.leaving.get(i, replay.leaving[i]) for i in replay.tracked]
         cast = [g if g is None else g.to(dtype) for g, dtype in zip(leaving, ctx.dtypes, strict=True)]
         return None, None, None, *cast
@@ -108,63 +114,73 @@ class _Player:
     def __init__(self, block: nn.Module) -> None:
         self.block = block.forward
         self.replays: list[_Replay] = []
+        self.uncalled: list[torch.Tensor] = []  # first outputs of calls that the model did not make
         self._answered = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._answered == len(self.replays):
-            raise Unavailable("the twin calls a block that the model did not call")
+            output = self.block(*args, **kwargs)
+            self.uncalled += [leaf.detach() for leaf in tree_flatten(output)[0] if floating(leaf)][:1]
+            return output
         replay, self._answered = self.replays[self._answered], self._answered + 1
         call = replay.call
         leaves, _ = tree_flatten((args, kwargs))
-        wanted = [i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad]
+        replay.tracked = [i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad]
         replay.inputs = {i: leaf.detach() for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-        replay.tracked = wanted
-        like = replay.forward(wanted)[1]
+        like = replay.run(call.entering)
         # Where a frozen embedding asks for no gradient, what follows the block must ask for one all the same.
         anchor = torch.zeros((), requires_grad=True)
-        outputs = iter(_Played.apply(replay, like, anchor, *(leaves[i] for i in wanted)))
+        outputs = iter(_Played.apply(replay, like, anchor, *(leaves[i] for i in replay.tracked)))
         returned = [next(outputs) if leaf is TENSOR else leaf for leaf in call.returned]
         assert call.returned_structure is not None
         return tree_unflatten(returned, call.returned_structure)
 
 
 @contextmanager
-def _replaying(twin: Twin, calls: Sequence[BlockCall]) -> Iterator[list[_Replay]]:
+def _replaying(twin: Twin, calls: Sequence[BlockCall]) -> Iterator[tuple[list[_Replay], dict[str, _Player]]]:
     """The twin's blocks answer from the record while the context is open."""
-    blocks = {call.block: twin.model.get_submodule(call.block) for call in calls}
+    blocks = {name: twin.model.get_submodule(name) for name in outermost_blocks(twin.model)}
     players = {name: _Player(block) for name, block in blocks.items()}
     replays = [_Replay(twin, call, players[call.block]) for call in calls]
     for replay in replays:
         replay.player.replays.append(replay)
     with switches.attributes(*((block, "forward", players[name]) for name, block in blocks.items())):
-        yield replays
+        yield replays, players
+
+
+class Comparison(NamedTuple):
+    """A recorded step beside its twins, and the gradients of the twins' adapters."""
+
+    facts: BlockwiseFacts
+    twins: Pair
 
 
 def compare(
     run: step.Step, calls: Sequence[BlockCall], twins: tuple[Twin, Twin], batch: step.Batch, seed: int
-) -> BlockwiseFacts:
-    """The recorded step beside its twins, the float64 one and the same-dtype one, whose blocks have the recorded names.
-
-    Raises:
-        Unavailable: the twins' path through the blocks is another one than the model's.
-    """
+) -> Comparison:
+    """The recorded step beside its twins, the float64 one and the same-dtype one, whose blocks have the recorded names."""
     exact, rounded = (_run(twin, calls, batch, seed) for twin in twins)
     loss = torch.tensor(run.facts.loss, dtype=torch.float64)
     parts = {"": Part(block="", kind="", gaps={"loss": gap(loss, exact.loss.cpu(), rounded.loss.cpu().double())})}
+    kinds = {name: type(twins[0].model.get_submodule(name)).__name__ for name in exact.uncalled}
     times: dict[str, int] = {}
     for call, *replays in zip(calls, exact.replays, rounded.replays, strict=True):
         times[call.block] = times.get(call.block, 0) + 1
         label = call.block if times[call.block] == 1 else f"{call.block} (call {times[call.block]})"
-        kind = type(twins[0].model.get_submodule(call.block)).__name__
-        parts[label] = Part(block=call.block, kind=kind, gaps=_gaps(call, *replays))
-    adapters = {n: gap(g, exact.gradients[n], rounded.gradients[n]) for n, g in run.gradients.items()}
-    return BlockwiseFacts(parts=parts, adapters=adapters)
+        parts[label] = Part(block=call.block, kind=kinds[call.block], gaps=_gaps(call, *replays))
+    for name, outputs in exact.uncalled.items():
+        for output, beside in zip(outputs, rounded.uncalled[name], strict=True):
+            missing = {"output": gap(None, output, beside)}
+            parts[f"{name} (a call that was left out)"] = Part(block=name, kind=kinds[name], gaps=missing)
+    pair = Pair(exact.gradients, rounded.gradients)
+    return Comparison(BlockwiseFacts(parts=parts, adapters=pair.beside(run.gradients)), pair)
 
 
 class _Pass(NamedTuple):
     loss: torch.Tensor
     replays: list[_Replay]
     gradients: step.Gradients
+    uncalled: Mapping[str, list[torch.Tensor]]  # by block
 
 
 def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -> _Pass:
@@ -172,7 +188,7 @@ def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -
     step.clear_gradients(twin.model)
     twin.model.train()
     with (
-        _replaying(twin, calls) as replays,
+        _replaying(twin, calls) as (replays, players),
         switches.seeded(seed, batch),
         switches.plain(twin.model),
     ):
@@ -180,16 +196,13 @@ def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -
             loss = twin.model(**step.feed(twin.model, batch)).loss
         if loss.requires_grad:
             loss.backward()
-        for replay in replays:
-            if not replay.outputs:  # no gradient came by
-                replay.run()
     gradients = {n: p.grad for n, p in twin.adapters.items()}
     step.clear_gradients(twin.model)
-    return _Pass(loss.detach(), replays, gradients)
+    return _Pass(loss.detach(), replays, gradients, {name: player.uncalled for name, player in players.items()})
 
 
 def _gaps(call: BlockCall, exact: _Replay, rounded: _Replay) -> dict[str, Gap]:
-    """What entered and left one call, forward and backward."""
+    """What entered and left one call, forward and backward; all that entered one that the twin does not make is off."""
     gaps = {}
     for i, name in enumerate(call.names):
         if isinstance(call.leaves[i], torch.Tensor):
@@ -197,9 +210,9 @@ def _gaps(call: BlockCall, exact: _Replay, rounded: _Replay) -> dict[str, Gap]:
         if i in exact.leaving:
             leaving = gap(call.leaving.get(i), exact.leaving[i], rounded.leaving.get(i))
             gaps[f"gradient that leaves {name}"] = leaving
-    for i, output in enumerate(call.outputs):
+    for i, (output, right, beside) in enumerate(zip(call.outputs, exact.outputs, rounded.outputs, strict=False)):
         name = f"output {i}" if i else "output"
-        gaps[name] = gap(output, exact.outputs[i], rounded.outputs[i])
+        gaps[name] = gap(output, right, beside)
         if i in call.entering or i in exact.entering:
             entering = gap(call.entering.get(i), exact.entering.get(i), rounded.entering.get(i))
             gaps[f"gradient that enters {name}"] = entering

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from kbitcheck import backends
-from kbitcheck.core.facts import GradientFacts
+from kbitcheck.core.facts import Gap
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.observe.blockwise.gap import gap
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
@@ -197,30 +198,25 @@ class Pair:
         """The median over adapters with a gradient."""
         return median(self.yardsticks.values()) if self.yardsticks else 0.0
 
-    def beside(self, gradients: step.Gradients) -> dict[str, GradientFacts]:
-        """Each adapter's gradient with its distances from the twins'."""
-        return {
-            name: GradientFacts(
-                live=live(self.exact[name]),
-                norm=None if gradient is None else float(gradient.norm()),
-                finite=gradient is not None and bool(torch.isfinite(gradient).all()),
-                error=step.distance(gradient, exact := self.exact[name]),
-                noise=self.yardsticks.get(name, math.inf if live(exact) else 0.0),
-                yardstick=max(self.yardsticks.get(name, 0.0), self.median_yardstick),
-                bitwise=gradient is not None and step.equal(gradient, self.rounded[name]),
-            )
-            for name, gradient in gradients.items()
-        }
+    def beside(self, gradients: step.Gradients) -> dict[str, Gap]:
+        """Each adapter's gradient beside the twins'."""
+        return {n: gap(gradient, self.exact[n], self.rounded[n]) for n, gradient in gradients.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """Gradients of one base's twins, of the whole batch and of one row without a mask, and losses of training."""
+    """Gradients of one base's twins, of the whole batch and of one row without a mask."""
 
     whole: Pair
     single: Pair
-    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TwinTraining:
+    """Losses of the float64 twin, trained at the learning rate."""
+
     learning_rate: float
+    losses: tuple[float, ...]
 
 
 def live(gradient: torch.Tensor | None) -> bool:
@@ -239,7 +235,7 @@ def root_mean_square_error(actual: torch.Tensor, exact: torch.Tensor, keep: torc
 
 def smooth_training(
     model: nn.Module, batch: step.Batch, adapters: Mapping[str, nn.Parameter], *, seed: int
-) -> tuple[float, tuple[float, ...]]:
+) -> TwinTraining:
     """The largest learning rate at which the twin's loss falls in every step, with those losses.
 
     At a larger one rounding decides where training ends.
@@ -251,7 +247,7 @@ def smooth_training(
             break
         for name, parameter in adapters.items():
             parameter.data.copy_(start[name])
-    return rate, losses
+    return TwinTraining(rate, losses)
 
 
 def train(
