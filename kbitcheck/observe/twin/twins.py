@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 from kbitcheck import backends
 from kbitcheck.core.facts import Gap
 from kbitcheck.core.profile import PROMISES
-from kbitcheck.observe.blockwise.gap import gap
 from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
 from kbitcheck.observe.twin.wide_parameter import Widened
