@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
+from kbitcheck.observe.forecast.storages import Log, Trace, whole
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import only_new_garbage, tensors
 from kbitcheck.observe.probes.snapshot import is_block, tower
@@ -59,7 +60,7 @@ class Passed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert self.watch is not None
-        return self.watch.passed(self.__dict__["like"], args, kwargs)
+        return self.watch.passed(self, self.__dict__["like"], args, kwargs)
 
 
 def thin(model: nn.Module) -> None:
@@ -90,6 +91,12 @@ class Measured:
     held: int
     logits: int
     places: Sequence[int]
+    log: Log = field(default_factory=Log)
+    gradients: frozenset[int] = frozenset()
+
+    def trace(self) -> Trace:
+        """The storages of the step, those of blocks that did not run too."""
+        return whole(self.log, gradients=self.gradients, logits=self.logits)
 
     @property
     def peak(self) -> int:
@@ -130,9 +137,13 @@ def measure(
         if output.loss.requires_grad:
             output.loss.backward()
         places = [alive - floor for alive in watch.places()]
+        keys = (internals.storage_id(p.grad) for p in model.parameters() if p.grad is not None)
+        gradients = frozenset(n for n in map(live.log.number, keys) if n is not None)
+    log = live.log
+    log.close()
     del output
     step.clear_gradients(model)
-    return Measured(held, logits, places)
+    return Measured(held, logits, places, log, gradients)
 
 
 @dataclass(slots=True)
@@ -172,6 +183,7 @@ class _Watch:
         self._between: list[tuple[list[int], int]] = []  # alive between two marks, and how many were passed till then
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._hooks = ExitStack()
+        self._names = {module: name for name, module in model.named_modules()}
 
     def __enter__(self) -> Self:
         for module in self._model.modules():
@@ -180,7 +192,7 @@ class _Watch:
                 self._standing.add(module.__dict__["like"])
             elif is_block(module):
                 self._hooks.enter_context(module.register_forward_pre_hook(self._entering, with_kwargs=True))
-                self._hooks.enter_context(module.register_forward_hook(self._leaving))
+                self._hooks.enter_context(module.register_forward_hook(self._leaving, always_call=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,12 +214,15 @@ class _Watch:
     def turn(self) -> None:
         """The forward is over."""
         self._close()
+        self._live.log.mark("turn")
+        self._live.log.in_forward = False
         self._backward = True
         self._live.trace = [self._live.now]
 
-    def passed(self, like: nn.Module, args: Any, kwargs: Any) -> Any:
+    def passed(self, block: nn.Module, like: nn.Module, args: Any, kwargs: Any) -> Any:
         """One block handed on: its input, in the form in which the block it is like returned."""
         ran = self._ran[like]
+        self._live.log.mark("enter", self._names[block], self._names[like])
         self._close()
         if ran.arguments != _arguments(args, kwargs):
             raise NotImplementedError(f"a {type(like).__name__} is called in another way than one that is like it")
@@ -216,23 +231,28 @@ class _Watch:
         hidden = _hidden(args, kwargs)
         if hidden.requires_grad:
             hidden = hidden.view_as(hidden)  # the same storage, with a place of its own in the graph
-            hidden.register_hook(lambda gradient: self._came_back(like))
+            hidden.register_hook(lambda gradient: self._came_back(block, like))
         return hidden if ran.rest is None else (hidden, *ran.rest)
 
     def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._backward:
+        if self._backward:
+            self._live.log.in_forward = True
+        else:
             self._close()
+            self._live.log.mark("enter", self._names[module])
             self._open = self._ran[module] = _Ran(arguments=_arguments(args, kwargs), entered=self._live.now)
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._backward:
+            self._live.log.in_forward = False
             return
+        self._live.log.mark("leave", self._names[module])
         ran = self._ran[module]
         first = output[0] if isinstance(output, tuple) else output
         if module in self._standing and isinstance(output, tuple):
             ran.rest = output[1:]
         if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(lambda gradient: self._mark(ran))
+            first.register_hook(lambda gradient: self._mark(ran, self._names[module]))
 
     def _close(self) -> None:
         alive, self._live.trace = self._live.trace, []
@@ -242,7 +262,7 @@ class _Watch:
             self._open.climbs = [now - self._open.entered for now in alive]
             self._open = None
 
-    def _mark(self, ran: _Ran | None) -> None:
+    def _mark(self, ran: _Ran | None, block: str = "") -> None:
         """The backward comes to a block: what was alive since the last mark belongs to what came before."""
         alive = self._live.trace
         self._between.append((alive, len(self._back)))
@@ -252,11 +272,13 @@ class _Watch:
         self._now = ran
         self._live.trace = [self._live.now]
         if ran is not None:
+            self._live.log.mark("back", block)
             ran.returned = self._live.now
 
-    def _came_back(self, like: nn.Module) -> None:
+    def _came_back(self, block: nn.Module, like: nn.Module) -> None:
         """The backward comes to a block that is not there."""
         self._mark(None)
+        self._live.log.mark("back", self._names[block], self._names[like])
         self._entries.append((self._live.now, like))
         self._back.append(like)
 

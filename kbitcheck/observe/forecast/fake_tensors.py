@@ -18,6 +18,7 @@ from transformers import masking_utils
 from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.observe import internals
+from kbitcheck.observe.forecast.storages import Log
 from kbitcheck.observe.probes.live import Live
 
 HALF = (torch.float16, torch.bfloat16)
@@ -96,11 +97,20 @@ class Counted(Live):
     """
 
     def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu") -> None:
+        self.log = Log()
         super().__init__(existing)
+        self.log = Log()  # what exists is not of the step
         self._device = device
         self._backends = registry.available()
         self._readers, self._taken = 1, 0
         self.trace: list[int] = []
+
+    def made(self, key: int, size: int) -> None:
+        if size:
+            self.log.make(key, size)
+
+    def freed(self, key: int) -> None:
+        self.log.free(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls
@@ -119,6 +129,7 @@ class Counted(Live):
         if func is internals.SOFTMAX_BACKWARD and self._device == "cuda":
             # The kernel multiplies its arguments first (torch: aten/src/ATen/native/cuda/SoftMax.cu).
             self.trace.append(self.now + out.nbytes)
+            self.log.scratch(out.nbytes)
         return out
 
     @classmethod

@@ -46,6 +46,13 @@ class Live(internals.TorchDispatchMode):
         self._alive[key] = (weakref.ref(storage, partial(self._freed, key)), size, self.tag)
         self.now += size
         self.peak = max(self.peak, self.now)
+        self.made(key, size)
+
+    def made(self, key: int, size: int) -> None:
+        """A storage of that identity is counted from now on. For subclasses."""
+
+    def freed(self, key: int) -> None:
+        """The storage of that identity was freed. For subclasses."""
 
     def holds(self) -> dict[int, tuple[int, str]]:
         """Size and tag of each storage alive, by its identity."""
@@ -59,6 +66,7 @@ class Live(internals.TorchDispatchMode):
     def _freed(self, key: int, _: Any) -> None:
         if key in self._alive:
             self.now -= self._alive.pop(key)[1]
+            self.freed(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
