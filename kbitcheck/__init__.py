@@ -35,20 +35,31 @@ def audit(
     select: Sequence[str] = (),
     ignore: Mapping[str, str] | None = None,
     strict: bool = False,
+    allow_step: bool | None = None,
     **options: Any,
 ) -> Report:
     """Audit a live quantized model in this process, as ``kbitcheck model`` audits a named one.
 
-    ``prepare`` is the preparation to use (peft where it is installed, else the reference); ``ignore`` maps rule codes
-    or prefixes to the reason why they are left out; ``options`` are those of ``kbitcheck.extend.CaseSpec``. The
-    default profile is ``auto``, which also reads off whether the preparation freezes the base: see ``assert_prepared``.
+    The model itself is prepared and takes training steps; afterwards it is bitwise what it was, also after an exception.
+    ``allow_step=False`` forbids steps; the report then says what was not judged. ``prepare`` is the preparation to use
+    (peft where it is installed, else the reference); ``ignore`` maps rule codes or prefixes to the reason why they are
+    left out; ``options`` are those of ``kbitcheck.extend.CaseSpec``. The default profile is ``auto``, which also reads
+    off whether the preparation freezes the base: see ``assert_prepared``.
 
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
     from kbitcheck.run import in_process
 
-    return in_process.audit(model, prepare, select_codes=select, ignore=ignore or {}, strict=strict, options=options)
+    return in_process.audit(
+        model,
+        prepare,
+        select_codes=select,
+        ignore=ignore or {},
+        strict=strict,
+        allow_step=allow_step,
+        options=options,
+    )
 
 
 def check_implementation(
@@ -115,14 +126,18 @@ def assert_prepared(
     select: Sequence[str] = (),
     ignore: Mapping[str, str] | None = None,
     batch: Mapping[str, Any] | None = None,
+    allow_step: bool | None = None,
 ) -> Report:
     """Assert that a quantized model is ready for k-bit training as it stands, with or without adapters.
 
-    The model is only read: steps run on copies, with ``batch`` (keyword arguments of its forward, labels among them;
-    drawn where none is given). Rules that need what was before preparation are skipped. Profile ``auto`` reads the
-    recipe of dtypes off the model and judges by it, and so it cannot see that an upcast is missing: if your code promises
-    one, name its ``profile``. ``checkpointing`` is what was
-    asked for (``None``: whatever is on). Returns the report where it conforms.
+    Training steps run on the model itself, with ``batch`` (keyword arguments of its forward, labels among them; drawn
+    where none is given). Afterwards the model is bitwise what it was, also after an exception: parameters, gradients,
+    buffers, modes, hooks, random states. ``allow_step=False`` forbids steps; the report then says what was not judged.
+    Where ``torch.distributed`` wraps the model, steps need ``allow_step=True`` on every rank.
+
+    Rules that need what was before preparation are skipped. Profile ``auto`` reads the recipe of dtypes off the model
+    and judges by it, and so it cannot see that an upcast is missing: if your code promises one, name its ``profile``.
+    ``checkpointing`` is what was requested (``None``: whatever is on). Returns the report where it conforms.
 
     Raises:
         NonConformance: an ``AssertionError`` with the report as its message.
@@ -141,6 +156,7 @@ def assert_prepared(
         select_codes=select,
         ignore=ignore or {},
         batch=batch,
+        allow_step=allow_step,
     )
     if report.exit_code:
         raise NonConformance(report, render(report, "text"))

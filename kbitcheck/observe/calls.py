@@ -35,7 +35,8 @@ class Calls:
     @Fact
     def _repeated(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
         """A base prepared while its memory is watched, then prepared again: the cost, and the model after each call."""
-        model = self._preparation.copy()
+        self._preparation.make_room()
+        model = self._preparation.loaded.own_copy()
         mix_training_flags(model)
 
         def prepare(base: nn.Module) -> None:

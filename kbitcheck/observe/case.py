@@ -23,6 +23,7 @@ from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
+from kbitcheck.observe.lent import Lent
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
@@ -109,7 +110,7 @@ class Case(OpenCase):
         for name, parameter in self.wrapped.parameters.items():
             if parameter.quantized_bias:
                 layer = layers.base_name(name.removesuffix(".bias"), self._loaded.weights.layers)
-                module = self._loaded.pristine.get_submodule(layer)
+                module = self._loaded.weights.layers[layer]
                 rounded[name] = digest.bits(backends.arithmetic(module).bias_after_forward(module))
         return rounded
 
@@ -167,8 +168,13 @@ def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float 
     return static_case(assumed, seconds) or _opened(spec, implementation, loaded_model(spec))
 
 
-def open_live(model: Any, *, implementation: Implementation, **options: Any) -> Case:
-    """The case of a quantized model that the caller has; it is copied, and the copies are prepared and run."""
+def open_live(
+    model: Any, *, implementation: Implementation, restore: Callable[[], None], no_step: str = "", **options: Any
+) -> Case:
+    """The case of a quantized model that the caller has: the model itself is prepared and run.
+
+    ``restore`` puts the model back to what it was; ``no_step`` is why the model may not run.
+    """
     source = LiveModel.of(model)
     device = str(next(model.parameters()).device)
     try:
@@ -177,7 +183,7 @@ def open_live(model: Any, *, implementation: Implementation, **options: Any) -> 
         )
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from None
-    return _opened(spec, implementation, Loaded.from_source(source, spec))
+    return _opened(spec, implementation, Lent(model, spec, restore, no_step=no_step))
 
 
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:

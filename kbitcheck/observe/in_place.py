@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,21 +14,26 @@ from torch import nn
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore, also after an exception, everything that steps and probes change on a model, and every random state.
 
-    Restored are the attributes of each module, of its configuration and of its quantization state (and with them hooks,
-    submodules, modes and switches), what each parameter reads and whether it requires grad, the numbers of trainable
-    parameters, of gradients and of buffers. The numbers of frozen parameters are not copied: no step writes to them.
+    Yields a function that restores the model at once. Restored are the class and the attributes of each module, of its configuration
+    and of its quantization state (and with them hooks, submodules, modes and switches), what each parameter reads and
+    whether it requires grad, the numbers of trainable parameters, of gradients and of buffers. The numbers of frozen
+    parameters are not copied: no step writes to them.
     """
     attributes = _Attributes(model)
     tensors = _Tensors(model)
-    try:
-        with random_states_restored():
-            yield
-    finally:
+
+    def restore() -> None:
         attributes.restore()
         tensors.restore()
+
+    try:
+        with random_states_restored():
+            yield restore
+    finally:
+        restore()
 
 
 class _Attributes:
@@ -41,10 +46,14 @@ class _Attributes:
         for parameter in model.parameters():
             owners += _states(parameter)
         unique = {id(owner): owner for owner in owners if hasattr(owner, "__dict__")}
-        self._before = [(owner, {n: (v, _entries(v)) for n, v in vars(owner).items()}) for owner in unique.values()]
+        self._before = [
+            (owner, type(owner), {n: (v, _entries(v)) for n, v in vars(owner).items()}) for owner in unique.values()
+        ]
 
     def restore(self) -> None:
-        for owner, before in self._before:
+        for owner, cls, before in self._before:
+            if type(owner) is not cls:
+                owner.__class__ = cls
             own = vars(owner)
             own.clear()
             for name, (value, entries) in before.items():

@@ -59,7 +59,9 @@ class Session:
     def __init__(self, preparation: Preparation, make: Callable[[], Attached]) -> None:
         self.preparation, self.make, self.settings = preparation, make, _Settings()
         self.model: Any
+        _ = preparation.loaded.generator  # which runs a base of its own
         self.model, self.adapters = make()
+        self._lease = preparation.loaded.lease
         self._packed = self._fingerprints()
         self._fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = {}
         self._names: list[str] = []
@@ -67,6 +69,7 @@ class Session:
     def run(self, names: Sequence[str]) -> list[StepOutcome]:
         """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""
         taken = [self._take(name) for name in names]
+        assert self.preparation.loaded.lease is self._lease, "another stage took the model meanwhile"
         self.model, self.adapters = None, {}
         return [self._judge(*each) for each in taken]
 
@@ -223,6 +226,8 @@ class Session:
         self.settings = self.settings._replace(rows=1 if name == "batch-one" else sys.maxsize)
 
     def copy(self, name: str) -> None:
+        if not self.preparation.loaded.copies:
+            return
         memo: dict[int, Any] = {}
         machine.return_free_pages()
         self.model = copy.deepcopy(self.model, memo)

@@ -11,9 +11,11 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -52,6 +54,11 @@ def checkpoint_entries(reentrant: Any, non_reentrant: Any) -> AbstractContextMan
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The forward hooks of a module itself, and then its forward pre-hooks."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """The hooks of a module itself, to be taken off in place: forward, forward pre-, backward, backward pre-hooks."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 def hook_count(module: nn.Module) -> int:
@@ -108,6 +115,19 @@ def set_checkpoint_function(module: nn.Module, function: Callable[..., Any] | No
         vars(module).pop("_gradient_checkpointing_func", None)
     else:
         module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def waits_for_ranks(model: nn.Module) -> bool:
+    """Whether a step of the model waits for other processes: DDP or FSDP wraps it, or its parameters are sharded."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel)
+    return any(isinstance(m, wrappers) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
 
 
 def inputs_hooked(model: nn.Module) -> bool:

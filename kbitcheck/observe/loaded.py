@@ -47,6 +47,8 @@ class Loaded:
     by which the float64 twin says that the model's code does not run in float64.
     """
 
+    copies = True  # whether a model may be copied
+    lease: object = None  # another object whenever the base that cases hold is taken back
     _no_twin = ""  # why there is none
 
     def __init__(
@@ -64,7 +66,9 @@ class Loaded:
         self.quant = Quantization.parse(spec.quant)
         self.facts = snapshot.snapshot(model)
         self.state_keys = _state_keys(model)  # before any implementation runs, which may patch how modules save
-        self.batch = batch or source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
+        if batch is None:
+            batch = source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
+        self.batch = batch
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
         self.weights = layers.Weights(model)
@@ -100,6 +104,17 @@ class Loaded:
         self._room()
         return copy.deepcopy(self.pristine)
 
+    def require_step(self) -> None:
+        """Raise ``Unavailable`` if the model may not run."""
+
+    def own_copy(self) -> Any:
+        """A fresh base that shares nothing, so that its tensors are freed when they are replaced."""
+        return self.copy()
+
+    def original(self) -> Any:
+        """The base as loaded, to read and never to run."""
+        return self.pristine
+
     @property
     def single(self) -> step.Batch:
         """The batch's first row alone, without a mask."""
@@ -118,6 +133,7 @@ class Loaded:
 
     def _in_float64(self, compute: Callable[[], T]) -> T:
         """What ``compute`` returns. It runs a float64 twin; where the model's own code does not, it is tried once."""
+        self.require_step()
         if not self._no_twin:
             try:
                 return compute()
@@ -163,11 +179,12 @@ class Loaded:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
         self._room()
         # Not its own ``float``, which refuses where layers were quantized.
-        return nn.Module.float(twin.same_dtype(self.pristine, self.weights, "peft"))
+        return nn.Module.float(twin.same_dtype(self.original(), self.weights, "peft"))
 
     @cached_property
     def generator(self) -> bool:
         """Whether the unprepared base generates: of some shapes transformers itself cannot make the cache."""
+        self.require_step()
         can = getattr(self.pristine, "can_generate", None)
         return bool(can and can()) and not forwards.generate(self.copy(), self.batch).raised
 
@@ -176,8 +193,8 @@ class Loaded:
         return self._computed_once(("function", profile), lambda: self._compute_function(profile))
 
     def _compute_function(self, profile: Profile) -> Function:
-        exact = self._in_float64(lambda: self.logits(twin.float64(self.pristine, self.weights)))
-        rounded = self.logits(twin.same_dtype(self.pristine, self.weights, profile), profile)
+        exact = self._in_float64(lambda: self.logits(twin.float64(self.original(), self.weights)))
+        rounded = self.logits(twin.same_dtype(self.original(), self.weights, profile), profile)
         try:
             original = self.logits(self.copy())
         except torch.OutOfMemoryError:
@@ -215,7 +232,7 @@ class Loaded:
         return self._computed_once(key, lambda: self._make_exact(spec))
 
     def _make_exact(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(twin.float64(self.pristine, self.weights), spec)
+        model, adapters = self.attach(twin.float64(self.original(), self.weights), spec)
         for adapter in adapters.values():
             adapter.data = adapter.data.double()
         return Twin(model, adapters, torch.float64)
@@ -225,7 +242,7 @@ class Loaded:
         return self._computed_once(key, lambda: self._make_rounded(spec))
 
     def _make_rounded(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(twin.same_dtype(self.pristine, self.weights, spec.profile), spec)
+        model, adapters = self.attach(twin.same_dtype(self.original(), self.weights, spec.profile), spec)
         if not any(p.requires_grad for p in adapters.values()):
             raise Unavailable("no adapter is trainable (KB102)")
         return Twin(model, adapters, autocast=self.autocast(spec.profile))

@@ -25,6 +25,7 @@ class Outputs:
 
     @Fact
     def forwards(self) -> Sequence[ForwardFacts]:
+        self._loaded.require_step()
         everywhere = partial(forwards.everywhere, batch=self._loaded.batch, half=self._loaded.half)
         self._preparation.make_room()
         base = self._loaded.forwards  # first, so that its copy of the base is gone
@@ -58,7 +59,11 @@ class Outputs:
 
     @Fact
     def left_by_evaluation(self) -> int:
+        self._loaded.require_step()
         model = self._preparation.prepared_copy()
         return memory.left_by_evaluation(model, self._loaded.batch, self._preparation.autocast)
 
-    store = Fact[StoreFacts](lambda self: round_trip(self._preparation))
+    @Fact
+    def store(self) -> StoreFacts:
+        self._loaded.require_step()
+        return round_trip(self._preparation)

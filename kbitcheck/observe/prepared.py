@@ -1,33 +1,30 @@
 """The facts of a model as it stands, prepared by someone else, before or in the middle of training.
 
-The caller's object is only read. What has to run runs on copies, and the random states are put back.
+The steps are those of the caller's own object, which is afterwards bitwise what it was.
 """
 
-import copy
 import dataclasses
 import functools
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
 import torch
 from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_adapter_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import Unavailable, UsageError
-from kbitcheck.core.facts import Fact, ModelFacts, RunFacts
+from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.models.inputs.choose import training_batch
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
 from kbitcheck.observe.case import Case, facts_of
-from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.lent import Lent
+from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.adapters import Attached
@@ -37,7 +34,7 @@ from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.trained import Trained
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
-FROM_COPY = {
+FROM_STEPS = {
     *facts_of(Stepped), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets", "bias_after_forward"
 }  # fmt: skip
 
@@ -77,76 +74,98 @@ def _resting(model: nn.Module) -> set[str]:
 
 @contextmanager
 def undisturbed(*, threads: int) -> Iterator[None]:
-    """Put every random state back afterwards, say nothing, and compile nothing.
+    """Say nothing, and compile nothing.
 
     bitsandbytes compiles a kernel for each odd shape on a CPU: half a minute a model. On a tiny one more threads than
     one only wait for each other.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    states = random.getstate(), numpy.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), quiet():
+        with torch.compiler.set_stance("force_eager"), quiet():
             yield
     finally:
         torch.set_num_threads(before)
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
 
 
-def copy_of(model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None) -> Loaded:
-    """A copy of the model as it stands, with its own adapters or, where it has none, the spec's."""
-    if tied := captures(model):
-        raise Unavailable(f"nothing can run on a copy: {tied} holds on to the model itself")
-    try:
-        pristine = backends.steady(copy.deepcopy(model))
-    except (RuntimeError, TypeError) as error:
-        raise Unavailable(f"the model cannot be copied: {error}".splitlines()[0]) from None
-    pristine.state_dict()  # a backend may undo what it repacked for inference when it saves
-    switches.set_dropout(pristine, 0.0)  # or no step compares with another; KB307 raises it
-    dtypes = {name: p.dtype for name, p in owned(pristine).items()}
-    return Loaded(
-        pristine,
-        LiveModel.of(pristine),
-        spec,
-        batch=batch or _drawn(pristine, spec.seed),
-        attach=functools.partial(attach_own, dtypes) if dtypes else None,
-        twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),
-    )
+class _Prepared(Lent):
+    """A model as it stands, with its own adapters or, where it has none, the spec's."""
+
+    def __init__(
+        self, model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None, restore: Callable[[], None]
+    ) -> None:
+        dtypes = {name: p.dtype for name, p in owned(model).items()}
+        super().__init__(
+            model,
+            spec,
+            restore,
+            batch=_drawn(model, spec.seed) if batch is None else batch,
+            attach=functools.partial(attach_own, dtypes) if dtypes else None,
+            twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),
+        )
+
+    def copy(self) -> Any:
+        model = super().copy()
+        switches.set_dropout(model, 0.0)  # or no step compares with another; KB307 raises it
+        return model
 
 
 def attach_own(dtypes: Mapping[str, torch.dtype], model: nn.Module, spec: CaseSpec) -> Attached:
     """The model with the adapters that it carries, by name and dtype; zeros are drawn anew, or half of the gradients would be zero."""
     adapters = {name: p for name, p in model.named_parameters() if name in dtypes}
     for name, parameter in adapters.items():
-        parameter.data = parameter.data.to(dtypes[name])
+        parameter.data = parameter.data.to(dtypes[name], copy=True)  # the caller's numbers stay where they are
     adapter_probe.draw({name: p for name, p in adapters.items() if not p.any()}, spec.seed)
     return Attached(model, adapters)
 
 
-class PreparedCase(OpenCase):
-    """The facts that a model still shows which someone else prepared: what is read off it, and the steps of a copy.
+class _NoPreparation(Outputs):
+    """Outputs of a model that nothing prepares: they are its own."""
 
-    The copy is a case whose preparation does nothing; ``batch`` is fed to it, one is drawn where there is none.
+    forwards = Fact[Sequence[ForwardFacts]](lambda self: ())
+
+
+class _Steps(Case):
+    """The case of a preparation that does nothing: a prepared model's own steps."""
+
+    _outputs = Fact(lambda self: _NoPreparation(self._preparation))
+
+
+class PreparedCase(OpenCase):
+    """The facts that a model still shows which someone else prepared: what is read off it, and its own steps.
+
+    ``batch`` is fed to the model, one is drawn where there is none. Steps change the model until ``restore`` is called,
+    which puts it back to what it was; without ``restore``, for which ``no_step`` gives the reason, no step is taken.
     """
 
-    def __init__(self, spec: CaseSpec, model: Any, batch: Mapping[str, torch.Tensor] | None) -> None:
+    def __init__(
+        self,
+        spec: CaseSpec,
+        model: Any,
+        batch: Mapping[str, torch.Tensor] | None,
+        *,
+        restore: Callable[[], None],
+        no_step: str = "",
+    ) -> None:
         self._model = model
         self._batch = batch
+        self._restore = restore
+        self._no_step = no_step
         self.prepared = snapshot(model, owned(model))
         recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
         super().__init__(settled(spec, recipe), recipe)
 
     def compute(self, name: str) -> Any:
-        """The fact of that name, from the copy."""
-        if name not in FROM_COPY:
+        """The fact of that name, from the model's steps."""
+        if name not in FROM_STEPS:
             raise Unavailable(GONE)
-        return getattr(self._copy, name)
+        return getattr(self._steps, name)
 
     @Fact
-    def _copy(self) -> Case:
-        return Case(self.spec, lambda model: model, copy_of(self._model, self.spec, self._batch))
+    def _steps(self) -> Case:
+        if self._no_step:
+            raise Unavailable(self._no_step)
+        return _Steps(self.spec, lambda model: model, _Prepared(self._model, self.spec, self._batch, self._restore))
 
     @Fact
     def base(self) -> ModelFacts:
@@ -161,22 +180,22 @@ class PreparedCase(OpenCase):
     def wrapped(self) -> ModelFacts:
         if any(p.adapter for p in self.prepared.parameters.values()):
             return self.prepared
-        return self._copy.wrapped
+        return self._steps.wrapped
 
     remote_code = Fact[bool](lambda self: LiveModel.of(self._model).remote_code)
 
     @Fact
     def run(self) -> RunFacts:
         """A step of the copy, with the gradients that base parameters of the model itself hold already."""
-        run = self._copy.run
+        run = self._steps.run
         held = [n for n, p in self.prepared.parameters.items() if p.has_grad and not p.adapter]
         return dataclasses.replace(run, base_grads=tuple(dict.fromkeys((*run.base_grads, *held))))
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``."""
-        if "_copy" not in self.computed:  # where nothing ran, nothing was fed
+        if "_steps" not in self.computed:  # where nothing ran, nothing was fed
             return figures.summary(self, {"prepared"}, batch=None)
-        return figures.summary(self, {"prepared", *self.computed, *self._copy.computed}, batch=self._copy.batch)
+        return figures.summary(self, {"prepared", *self.computed, *self._steps.computed}, batch=self._steps.batch)
 
 
 def _drawn(model: nn.Module, seed: int) -> step.Batch:
@@ -185,33 +204,3 @@ def _drawn(model: nn.Module, seed: int) -> step.Batch:
     if inner is None:
         raise UsageError(f"{type(model).__name__} holds no model of transformers: give batch=")
     return training_batch(inner, batch=2, seq_len=24, seed=seed)
-
-
-def captures(model: nn.Module) -> str:
-    """The name of a hook or method of the model that keeps the model in a closure, which no copy would replace; or "".
-
-    A bound method or an argument of a partial is copied with the model; a closure is not.
-    """
-    own = {id(m) for m in model.modules()}
-    for name, module in model.named_modules():
-        for function in (*internals.forward_hooks(module), *vars(module).values()):
-            if _closes_over(function, own):
-                return f"{name or type(module).__name__}.{getattr(function, '__qualname__', 'function')}"
-    return ""
-
-
-def _closes_over(function: Any, own: set[int], depth: int = 4) -> bool:
-    if isinstance(function, functools.partial):
-        return _closes_over(function.func, own, depth)
-    function = getattr(function, "__func__", function)
-    cells: Sequence[Any] = getattr(function, "__closure__", None) or ()
-    for cell in cells:
-        try:
-            held = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        if id(held) in own or id(getattr(held, "__self__", None)) in own:
-            return True
-        if depth and isinstance(held, Callable) and _closes_over(held, own, depth - 1):  # type: ignore[arg-type]
-            return True
-    return False

@@ -32,15 +32,20 @@ class Called:
 
     def _run(self) -> tuple[Any, CallFacts, Mapping[str, bool]]:
         model = self.preparation.loaded.copy()
+        self.lease = self.preparation.loaded.lease
         flags = mix_training_flags(model)
         return *call(self.preparation.function, model, libraries=True, **self.preparation.keywords), flags
 
     @property
     def model(self) -> Any:
-        """The prepared model, after ``drop`` that of another call; raises ``Unavailable`` if the preparation raised."""
+        """The prepared model; after ``drop``, or when its base was taken back, that of another call.
+
+        Raises:
+            Unavailable: the preparation raised.
+        """
         if raised := self.call.raised:
             raise Unavailable(f"preparation raised {raised}", failed=True, raised=raised)
-        if self._model is None:
+        if self._model is None or self.lease is not self.preparation.loaded.lease:
             self._model = self._run()[0]
         return self._model
 
@@ -61,13 +66,15 @@ class Wrapped:
         self.preparation = called.preparation
         self._called = called
         self._attached: Attached | None = None
+        self._lease: object = None
         self.wrapped = snapshot(*self.attached)
 
     @property
     def attached(self) -> Attached:
-        """Model and adapters; after ``drop`` made again from another call."""
-        if self._attached is None:
-            self._attached = self.preparation.attach(self._called.model)
+        """Model and adapters; after ``drop``, or when the base was taken back, made again from another call."""
+        model = self._called.model
+        if self._attached is None or self._lease is not self._called.lease:
+            self._attached, self._lease = self.preparation.attach(model), self._called.lease
         return self._attached
 
     def drop(self) -> None:

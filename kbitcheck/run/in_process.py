@@ -72,10 +72,12 @@ def audit(
     select_codes: Sequence[str],
     ignore: Mapping[str, str],
     strict: bool,
+    allow_step: bool | None,
     options: Mapping[str, Any],
 ) -> Report:
     """The report of ``kbitcheck.audit``."""
     from kbitcheck.observe import device as devices
+    from kbitcheck.observe import lent
     from kbitcheck.observe.case import open_live
 
     if not callable(getattr(model, "parameters", None)):
@@ -86,8 +88,10 @@ def audit(
     else:
         implementation = implementations.describe(prepare)
     start = time.perf_counter()
-    with like_a_worker() as size_threads:
-        case = open_live(model, implementation=implementation, **{"profile": "auto", **options})
+    no_step = lent.why_no_step(model, allow_step=allow_step)
+    with lent.lending(model) as restore, like_a_worker() as size_threads:
+        settings = {"profile": "auto", **options}
+        case = open_live(model, implementation=implementation, restore=restore, no_step=no_step, **settings)
         size_threads(case.base.nbytes)
         device = str(next(model.parameters()).device)
         loaded = Loaded(implementation=implementation.as_json(), environment=devices.describe(device, case.spec.seed))
@@ -106,13 +110,14 @@ def assert_prepared(
     select_codes: Sequence[str],
     ignore: Mapping[str, str],
     batch: Mapping[str, Any] | None,
+    allow_step: bool | None,
 ) -> Report:
     """The report of ``kbitcheck.assert_prepared``."""
     import torch
 
     from kbitcheck.models.sources.live import LiveModel
     from kbitcheck.observe import device as devices
-    from kbitcheck.observe import prepared
+    from kbitcheck.observe import lent, prepared
 
     for name, value, choices in (
         ("profile", profile, get_args(Profile)),
@@ -135,8 +140,13 @@ def assert_prepared(
     start = time.perf_counter()
     small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
     environment = devices.describe(spec.device, spec.seed)
-    with prepared.undisturbed(threads=1 if small else torch.get_num_threads()), torch.enable_grad():
-        case = prepared.PreparedCase(spec, model, batch)
+    with (
+        prepared.undisturbed(threads=1 if small else torch.get_num_threads()),
+        torch.enable_grad(),
+        lent.lending(model) as restore,
+    ):
+        no_step = lent.why_no_step(model, allow_step=allow_step)
+        case = prepared.PreparedCase(spec, model, batch, restore=restore, no_step=no_step)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
         subject = {"command": "assert_prepared", "ignored": dict(ignore)}
         return _report(Collector(loaded=loaded), case, rules, start, subject=subject, blame="own", strict=strict)

@@ -21,9 +21,11 @@ from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import prepared
+from kbitcheck.observe.in_place import left_as_it_was
 from kbitcheck.observe.twin import twins
+from tests.plugin.traces import everything
 
-# The rules whose facts a prepared model still shows, by itself or in a step of a copy.
+# The rules whose facts a prepared model still shows, by itself or in its own steps.
 JUDGED = {
     "KB101", "KB102", "KB103", "KB104", "KB105", "KB201", "KB202", "KB211", "KB215", "KB301", "KB302", "KB303", "KB304", "KB305",
     "KB306", "KB307", "KB309", "KB401", "KB402", "KB403", "KB405", "KB406", "KB407", "KB408", "KB901", "KB903", "KB904",
@@ -55,38 +57,6 @@ def trained(model: Any) -> tuple[Any, Any]:
         wrapped(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     return wrapped, optimizer
-
-
-def raw(item: Any) -> Any:
-    """Everything that a value holds, by bytes for tensors and by identity for what is not plain."""
-    if isinstance(item, torch.Tensor):
-        held = item.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if item.numel() else b""
-        state = raw(vars(item)) if vars(item) else None
-        grad = raw(item.grad) if item.is_leaf and item.grad is not None else None
-        return type(item), item.dtype, tuple(item.shape), item.requires_grad, item.data_ptr(), held, grad, state
-    if isinstance(item, dict):
-        return {str(k): raw(v) for k, v in item.items()}
-    if isinstance(item, (list, tuple, set)):
-        return [raw(v) for v in item]
-    if item is None or isinstance(item, (bool, int, float, str, torch.dtype)):
-        return item
-    state = type(item).__module__.startswith("bitsandbytes") and not isinstance(item, torch.nn.Module)
-    return id(item), raw(vars(item)) if state else None
-
-
-def everything(model: Any, *others: Any) -> dict[str, Any]:
-    """All that can change in a model, in what trains it, and in the process."""
-    modules = {name: raw({k: v for k, v in vars(m).items() if k != "_modules"}) for name, m in model.named_modules()}
-    return {
-        "modules": modules,
-        "names": [(name, id(m)) for name, m in model.named_modules()],
-        "config": model.config.to_dict(),
-        "others": raw(others),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": repr(numpy.random.get_state()),
-        "random": random.getstate(),
-        "modes": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
-    }
 
 
 def test_it_leaves_no_trace_in_the_middle_of_training(model: Any) -> None:
@@ -181,9 +151,12 @@ def as_trl_prepares(loaded: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def test_a_trainers_recipe_conforms_and_is_named(loaded: Any) -> None:
     model = as_trl_prepares(loaded)
-    text = str(kbitcheck.assert_prepared(model)).replace("\n", " ")
-    assert "dtypes as TRL prepares them: nothing upcast, adapters bf16 ·" in text
-    assert "no gradient rule was judged: nothing can run on a copy" in text
+    before = everything(model)
+    report = kbitcheck.assert_prepared(model)
+    assert everything(model) == before
+    assert "dtypes as TRL prepares them: nothing upcast, adapters bf16 ·" in str(report).replace("\n", " ")
+    judged = {r.rule for r in report if r.status is Status.PASS}
+    assert judged >= {"KB103", "KB104", "KB302", "KB303", "KB304", "KB309", "KB904"}
     assert broken(model, profile="peft", select=STATIC)[0] == {"KB201", "KB202"}
 
 
@@ -228,7 +201,7 @@ def test_a_gradient_on_the_base(model: Any) -> None:
     assert (found, "model.norm.weight" in told) == ({"KB103"}, True)
 
 
-def test_a_cut_gradient_is_found_in_a_step_of_a_copy(model: Any) -> None:
+def test_a_cut_gradient_is_caught_in_a_step(model: Any) -> None:
     def cut(module: Any, args: Any, output: Any) -> Any:
         return output.detach()
 
@@ -245,17 +218,30 @@ def test_strict_counts_a_should_and_ignore_leaves_it_out(loaded: Any) -> None:
     assert broken(model, select=["KB407"], strict=True)[0] == {"KB407"}
 
 
-def test_nothing_runs_where_a_copy_would_run_the_model_itself(model: Any) -> None:
-    """A closure over the model is shared by its copies: a step of the copy would be one of the model."""
-    original = model.model.norm.forward
-    model.model.norm.forward = lambda x: original(x)
-    before = everything(model)
-    report = kbitcheck.assert_prepared(model, select=["KB1"])
-    assert everything(model) == before
-    found = {r.rule: r for r in report}
-    assert found["KB101"].status is Status.PASS
-    assert found["KB103"].status is Status.SKIP
-    assert "model.norm" in found["KB103"].reason
+def test_no_step_runs_where_none_is_allowed(model: Any) -> None:
+    model.forward = Mock(side_effect=AssertionError)
+    report = kbitcheck.assert_prepared(model, allow_step=False)
+    results = {r.rule: r for r in report}
+    assert results["KB101"].status is Status.PASS
+    assert (results["KB304"].status, "allow_step=False" in results["KB304"].reason) == (Status.SKIP, True)
+    assert "no gradient rule was judged: no step was allowed" in str(report).replace("\n", " ")
+
+
+def scaled(module: Any) -> None:
+    """An attention whose forward was replaced, and is off by a part in a hundred."""
+    original = module.forward
+    module.forward = lambda *args, **kwargs: (original(*args, **kwargs)[0] * 1.01, None)
+
+
+def cut(module: Any) -> None:
+    module.register_forward_hook(lambda module, args, output: (output[0].detach(), output[1]))
+
+
+@pytest.mark.parametrize(("fault", "code"), [(scaled, "KB304"), (cut, "KB302")])
+def test_what_was_put_over_a_block_is_no_part_of_its_twin(model: Any, fault: Callable[[Any], None], code: str) -> None:
+    fault(model.model.layers[1].self_attn)
+    found, text = broken(model, select=[code])
+    assert (found, "layers.1" in text) == ({code}, True)
 
 
 def test_a_resting_adapter_is_no_fault(model: Any) -> None:
@@ -307,7 +293,7 @@ def test_random_states_and_threads_are_put_back() -> None:
         )
 
     before = states()
-    with prepared.undisturbed(threads=torch.get_num_threads() + 1):
+    with left_as_it_was(torch.nn.Identity()), prepared.undisturbed(threads=torch.get_num_threads() + 1):
         torch.rand(1), numpy.random.rand(), random.random()
         assert not any(a == b for a, b in zip(before, states(), strict=True))
     assert states() == before

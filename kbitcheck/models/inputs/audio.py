@@ -21,7 +21,7 @@ Sides = Callable[[Any], tuple[int, ...]]
 
 def batches_with_audio(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
     """Functions that make a batch with audio for a copy of ``model``, to be tried in this order."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(type(model).forward).parameters
     tower = _tower(model)
     in_text = inspect.signature(tower.get_audio_features).parameters if tower and "input_ids" in accepted else {}
     for make, taken in ((_audio_in_text, in_text), (_audio_beside_text, accepted)):

@@ -27,7 +27,7 @@ def training_batch(model: PreTrainedModel, **shape: Any) -> Batch:
     A model that runs on text alone gets that only where ``draw`` can make nothing: if it broke on images, it is to be judged
     on images.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(type(model).forward).parameters
     if not (KINDS.keys() - {"input_ids"}) & accepted.keys() or model.device.type == "meta":
         return draw(model, **shape)
     fitting: Batch = {}
@@ -97,7 +97,7 @@ def _layouts(model: PreTrainedModel, shape: Shape, *, images: bool, audio: bool)
         yield from batches_with_audio(model, shape)
     yield lambda m: draw(m, **shape, images=False)
     yield lambda m: draw(m, **shape, images=False, labels=shape["seq_len"])
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    if "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
         yield lambda m: _with_decoder_inputs(m, **shape)
     if hasattr(model.config, "num_codebooks"):
         yield lambda m: _with_codebooks(m, **shape)

@@ -22,7 +22,7 @@ Layout = Callable[[Any, Tokens, int], Batch]
 
 def batches_with_images(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
     """Functions that make a batch with images for a copy of ``model``, to be tried in this order."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(type(model).forward).parameters
     if "pixel_values" in accepted:
         yield lambda m: draw(m, **shape)
     for layout in WITHIN_TEXT:
@@ -35,7 +35,7 @@ def batches_with_images(model: PreTrainedModel, shape: Shape) -> Iterator[Callab
 
 def _images_in_text(model: Any, *, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
     """Text with as many tokens for each image as the model itself computes features of it."""
-    tokens, accepted = Tokens(model, seed), inspect.signature(model.forward).parameters
+    tokens, accepted = Tokens(model, seed), inspect.signature(type(model).forward).parameters
     pixels = _accepted(layout(model.config, tokens, batch), accepted)
     with torch.no_grad():
         features = _encoder(model.eval())(**fit(pixels, model))  # type: ignore[misc]
@@ -77,7 +77,7 @@ def _images_beside_text(
     model: Any, *, layout: Layout, length: int | None, batch: int, seq_len: int, seed: int
 ) -> Batch:
     """An image for each row, without tokens in its text: cross-attention reads it, or it precedes the text."""
-    accepted, tokens = inspect.signature(model.forward).parameters, Tokens(model, seed)
+    accepted, tokens = inspect.signature(type(model).forward).parameters, Tokens(model, seed)
     read = _accepted(layout(getattr(model.config, "encoder", model.config), tokens, batch), accepted)
     if "input_ids" in accepted:
         made = draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False, labels=length)

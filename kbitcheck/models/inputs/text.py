@@ -36,7 +36,7 @@ def draw(
     frames) are floating, in the dtype that ``fit`` chooses. Without ``images`` a model that reads text gets text alone.
     The global generator is not used.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(type(model).forward).parameters
     drawn = Tokens(model, seed, [length / seq_len for length in lengths])
     if images and "pixel_values" in accepted and "input_ids" in accepted:
         made = _image_text(model, drawn, batch, seq_len)

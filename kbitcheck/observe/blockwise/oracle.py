@@ -36,7 +36,14 @@ class Twin:
     autocast: Autocast = None
 
     def around(self, call: BlockCall) -> AbstractContextManager[Any]:
+        """Autocast as it was in the model's block; a float64 twin has none."""
         return nullcontext() if self.dtype else call.around()
+
+    def outside(self, calls: Sequence[BlockCall]) -> AbstractContextManager[Any]:
+        """Autocast outside the blocks: as it was where the first began, which shows what a wrapper of the model switched on."""
+        if self.dtype or not calls:
+            return self.autocast() if self.autocast else nullcontext()
+        return calls[0].around()
 
 
 @dataclass(slots=True)
@@ -192,7 +199,7 @@ def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -
         switches.seeded(seed, batch),
         switches.plain(twin.model),
     ):
-        with twin.autocast() if twin.autocast else nullcontext():
+        with twin.outside(calls):
             loss = twin.model(**step.feed(twin.model, batch)).loss
         if loss.requires_grad:
             loss.backward()

@@ -21,6 +21,7 @@ from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
+from kbitcheck.observe.twin import patches
 from kbitcheck.observe.twin.wide_parameter import Widened
 
 STEPS = 4
@@ -173,7 +174,7 @@ def _replaced(
                 if narrower and parameter.numel() * dtype.itemsize > LARGE_BYTES:
                     widened = Widened(parameter.detach(), dtype)
                     instead[id(parameter)] = nn.Parameter(widened, requires_grad=False)
-    return copy.deepcopy(model, instead)
+    return patches.remove(copy.deepcopy(model, instead), model)
 
 
 @dataclass(frozen=True)

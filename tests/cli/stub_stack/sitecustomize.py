@@ -15,6 +15,7 @@ NAMES = (
     "torch",
     "kbitcheck_reference",
     "kbitcheck.observe.case",
+    "kbitcheck.observe.lent",
     "kbitcheck.judge",
     "kbitcheck.models.sources.resolve",
     "kbitcheck.models.sources.architecture",

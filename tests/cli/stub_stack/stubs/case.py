@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,8 @@ def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float 
     return Case(spec, implementation)
 
 
-def open_live(model: Any, *, implementation: Implementation, **options: Any) -> Case:
+def open_live(
+    model: Any, *, implementation: Implementation, restore: Callable[[], None], no_step: str, **options: Any
+) -> Case:
     spec = CaseSpec(model=type(model).__name__, quant="int8", implementation=implementation.name, **options)
     return Case(spec, implementation)

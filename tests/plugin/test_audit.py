@@ -1,0 +1,106 @@
+"""``audit`` prepares and runs the caller's own model, which is afterwards what it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from kbitcheck_reference import prepare_model_for_kbit_training
+from torch.nn.parallel import DistributedDataParallel
+
+import kbitcheck
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.result import Status
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe import internals
+from kbitcheck.observe.lent import why_no_step
+from tests.plugin.traces import everything
+
+
+@pytest.fixture(scope="module", params=["nf4,double", "int8"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return resolve("tiny:gpt2").load(Quantization.parse(request.param), "cpu")
+
+
+def test_it_leaves_no_trace(model: Any) -> None:
+    before = everything(model)
+    report = kbitcheck.audit(model, prepare=prepare_model_for_kbit_training)
+    after = everything(model)
+    assert {key: before[key] == after[key] for key in before} == dict.fromkeys(before, True)
+    judged = {r.rule for r in report if r.status is Status.PASS}
+    assert judged >= {"KB104", "KB205", "KB210", "KB304", "KB308", "KB309", "KB405", "KB508", "KB601"}
+
+
+def test_it_leaves_no_trace_where_the_preparation_raises(model: Any) -> None:
+    def raises(model: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare_model_for_kbit_training(model, *args, **kwargs)
+        raise ValueError("too late")
+
+    before = everything(model)
+    report = kbitcheck.audit(model, prepare=raises, select=["KB101", "KB502"])
+    assert everything(model) == before
+    assert "too late" in str(report)
+
+
+def test_it_leaves_no_trace_where_it_is_interrupted(model: Any) -> None:
+    def interrupted(model: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare_model_for_kbit_training(model, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    before = everything(model)
+    with pytest.raises(KeyboardInterrupt):
+        kbitcheck.audit(model, prepare=interrupted)
+    assert everything(model) == before
+
+
+def test_no_step_runs_where_none_is_allowed(model: Any) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError
+
+    handle = model.register_forward_pre_hook(refuse)
+    try:
+        report = kbitcheck.audit(model, prepare=prepare_model_for_kbit_training, allow_step=False)
+    finally:
+        handle.remove()
+    results = {r.rule: r for r in report}
+    assert results["KB101"].status is Status.PASS
+    for code in ("KB210", "KB304", "KB308", "KB405"):
+        assert "allow_step=False" in results[code].reason
+    assert {r.rule: r.reason for r in report if r.status is Status.ERROR} == {}
+
+
+def test_numbers_written_in_place_are_restored(model: Any) -> None:
+    def overwrites(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            model.transformer.ln_f.weight.add_(1)
+        return prepare_model_for_kbit_training(model, *args, **kwargs)
+
+    before = everything(model)
+    kbitcheck.audit(model, prepare=overwrites, select=["KB101"])
+    assert everything(model) == before
+
+
+def test_what_nothing_restores_is_told(model: Any) -> None:
+    def overwrites(model: Any, *args: Any, **kwargs: Any) -> Any:
+        model.transformer.h[0].mlp.c_fc.weight.data.view(torch.uint8).view(-1)[:1].add_(1)
+        return prepare_model_for_kbit_training(model, *args, **kwargs)
+
+    mine = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"something wrote into transformer.h.0.mlp.c_fc.weight in place"):
+        kbitcheck.audit(mine, prepare=overwrites, select=["KB101"])
+
+
+def test_where_other_ranks_would_wait_no_step_is_taken(
+    model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(torch.nn.Linear(2, 2))
+        assert why_no_step(wrapped, allow_step=None) == ""
+        monkeypatch.setattr(internals.dist, "get_world_size", lambda: 2)
+        assert "allow_step=True on every rank" in why_no_step(wrapped, allow_step=None)
+        assert why_no_step(wrapped, allow_step=True) == why_no_step(model, allow_step=None) == ""
+    finally:
+        torch.distributed.destroy_process_group()
