@@ -12,6 +12,7 @@ from inspect import getdoc
 from typing import TYPE_CHECKING
 
 from kbitcheck.core.errors import NotApplicable, Unavailable, UsageError, cause
+from kbitcheck.core.reads import facts_read
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.core.suggest import did_you_mean
 
@@ -56,6 +57,11 @@ class Rule:
                 page[heading] = ""
             page[heading] += line.replace("``", "`") + "\n"
         return page
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the facts that the rule may read, but for those that explain a failure."""
+        return facts_read(self.check)
 
     @property
     def family(self) -> str:

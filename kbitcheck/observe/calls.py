@@ -6,7 +6,18 @@ from typing import Any
 from torch import nn
 
 from kbitcheck.core.errors import Unavailable, cause
-from kbitcheck.core.facts import AdaptersFirst, CallFacts, CostFacts, Fact, HonouredArguments, ModelFacts, RefusedCall
+from kbitcheck.core.facts import (
+    AdaptersFirst,
+    CallFacts,
+    Cost,
+    CostFacts,
+    Fact,
+    HonouredArguments,
+    ModelFacts,
+    Passes,
+    RefusedCall,
+    fact,
+)
 from kbitcheck.observe import internals
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
@@ -24,15 +35,15 @@ class Calls:
         self._outputs = outputs
         self.computed = preparation.computed
 
-    @Fact
+    @fact(Cost("whole", Passes(copies=1, calls=1), models=1))
     def default_call(self) -> CallFacts:
         return call(self._preparation.function, self._preparation.copy())[1]
 
-    @Fact
+    @fact(Cost("whole", Passes(copies=1, calls=1), models=1))
     def positional_call(self) -> CallFacts:
         return call(self._preparation.function, self._preparation.copy().train(), False)[1]
 
-    @Fact
+    @fact(Cost("whole", Passes(copies=1, calls=2, snapshots=2), models=1))
     def _repeated(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
         """A base prepared while its memory is watched, then prepared again: the cost, and the model after each call."""
         self._preparation.make_room()
@@ -52,11 +63,11 @@ class Calls:
         prepare(model)
         return cost, once, snapshot(model)
 
-    cost = Fact[CostFacts](lambda self: self._repeated[0])
-    repeated = Fact[ModelFacts](lambda self: self._repeated[1])
-    prepared_again = Fact[ModelFacts](lambda self: self._repeated[2])
+    cost = Fact[CostFacts](lambda self: self._repeated[0], cost=Cost(needs=("_repeated",)))
+    repeated = Fact[ModelFacts](lambda self: self._repeated[1], cost=Cost(needs=("_repeated",)))
+    prepared_again = Fact[ModelFacts](lambda self: self._repeated[2], cost=Cost(needs=("_repeated",)))
 
-    @Fact
+    @fact(Cost("whole", Passes(copies=1, calls=1, snapshots=1), models=1))
     def switched_off(self) -> ModelFacts:
         """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
         model = self._preparation.prepared_copy()
@@ -66,7 +77,7 @@ class Calls:
             switches.quietly(model.gradient_checkpointing_disable)
         return snapshot(model)
 
-    @Fact
+    @fact(Cost("whole", Passes(copies=1, calls=1, snapshots=2), models=1))
     def refused(self) -> RefusedCall:
         model = self._preparation.copy()
         cls = type(model)
@@ -77,7 +88,7 @@ class Calls:
         _, facts = call(self._preparation.function, model, **{SECOND: True})
         return RefusedCall(call=facts, before=before, after=snapshot(model))
 
-    @Fact
+    @fact(Cost("whole", Passes(copies=1, calls=1), models=1))
     def adapters_first(self) -> AdaptersFirst:
         preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
         library = "peft" if spec.adapters == "peft" or find_spec("peft") else "reference"
@@ -94,7 +105,7 @@ class Calls:
         trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
         return AdaptersFirst(call=facts, before=before, after=before & trainable)
 
-    @Fact
+    @fact(Cost("whole", Passes(forwards=1, backwards=1, copies=1, calls=1), needs=("forwards",), models=1))
     def honoured(self) -> HonouredArguments:
         self._outputs.require_forward()
         mode = self._preparation.spec.checkpointing

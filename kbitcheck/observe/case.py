@@ -16,7 +16,7 @@ import torch
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Implementation
 from kbitcheck.core.errors import Unavailable, UsageError
-from kbitcheck.core.facts import HALF, Fact, Facts, ForecastFacts, ModelFacts, StepOutcome
+from kbitcheck.core.facts import HALF, Cost, Fact, Facts, ForecastFacts, ModelFacts, Passes, StepOutcome, fact
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.sources.live import LiveModel
@@ -80,19 +80,39 @@ class Case(OpenCase):
             for name in self.computed.keys() & {"_wrapped", "_called"}:
                 self.computed[name].drop()
 
-    _called = Fact(lambda self: Called(self._preparation))
-    _wrapped = Fact(lambda self: Wrapped(self._called))
-    _stepped = Fact(lambda self: Stepped(self._wrapped, self._outputs))
+    _called = Fact(lambda self: Called(self._preparation), cost=Cost("whole", Passes(copies=1, calls=1), models=1))
+    _wrapped = Fact(
+        lambda self: Wrapped(self._called), cost=Cost("static", Passes(snapshots=1), needs=("_called", "prepared"))
+    )
+    _stepped = Fact(
+        lambda self: Stepped(self._wrapped, self._outputs), cost=Cost(needs=("_wrapped", "_outputs", "forwards"))
+    )
     _outputs = Fact(lambda self: Outputs(self._preparation))
-    _calls = Fact(lambda self: Calls(self._preparation, self._outputs))
-    _trained = Fact(lambda self: Trained(self._preparation, self._outputs))
+    _calls = Fact(lambda self: Calls(self._preparation, self._outputs), cost=Cost(needs=("_outputs",)))
+    _trained = Fact(
+        lambda self: Trained(self._preparation, self._outputs),
+        cost=Cost(
+            "whole",
+            Passes(forwards=7, backwards=4, copies=1, calls=1, snapshots=1),
+            needs=("_outputs", "forwards", "twin_training"),
+            models=1,
+        ),
+    )
 
     def session(self) -> Session:
         """A fresh prepared model with adapters, for steps in any order."""
         return Session(self._preparation, lambda: wrapped_copy(self._preparation, self._outputs))
 
-    @Fact
+    @fact(
+        Cost(
+            "whole",
+            Passes(forwards=15, backwards=10, copies=5, calls=5),
+            needs=("_outputs", "forwards", "generator"),
+            models=2,
+        )
+    )
     def interleaved(self) -> Sequence[StepOutcome]:
+        _ = self.generator  # first, so that its copy of the base is gone
         return self.session().run(STANDARD_ORDER)
 
     base = Fact[ModelFacts](lambda self: self._loaded.facts)
@@ -100,11 +120,13 @@ class Case(OpenCase):
     compute_ulp = Fact[float](lambda self: float(torch.finfo(self._loaded.compute).eps))
     half_ulp = Fact[float](lambda self: float(torch.finfo(self._loaded.half).eps))
     remote_code = Fact[bool](lambda self: self._loaded.remote_code)
-    generator = Fact[bool](lambda self: self._loaded.generator)
+    generator = Fact[bool](
+        lambda self: self._loaded.generator, cost=Cost("whole", Passes(forwards=2, copies=1), shared=True, models=1)
+    )
     unfit_targets = Fact[Mapping[str, str]](lambda self: self._loaded.unfit_targets)
     forecast = Fact[ForecastFacts](lambda self: self._loaded.forecast(self.spec))
 
-    @Fact
+    @fact(Cost(needs=("wrapped",)))
     def bias_after_forward(self) -> Mapping[str, str]:
         rounded = {}
         for name, parameter in self.wrapped.parameters.items():
@@ -114,7 +136,7 @@ class Case(OpenCase):
                 rounded[name] = digest.bits(backends.arithmetic(module).bias_after_forward(module))
         return rounded
 
-    @Fact
+    @fact(Cost(needs=("base", "prepared")))
     def widened(self) -> Mapping[str, int]:
         after = self.prepared.parameters
         return {
@@ -123,7 +145,7 @@ class Case(OpenCase):
             if not t.packed and t.dtype in HALF and name in after and after[name].dtype not in HALF
         }
 
-    @Fact
+    @fact(Cost(needs=("call",), witness=True))
     def unprepared(self) -> Facts:
         """The same case of a base that transformers alone checkpoints and nothing prepares."""
         self._require_libraries()
@@ -133,7 +155,7 @@ class Case(OpenCase):
                 mode = "reentrant" if self._stepped.reentrant else "non-reentrant"
         return self._witness(checkpointed_alone, mode)
 
-    @Fact
+    @fact(Cost(needs=("call",), witness=True))
     def bare(self) -> Facts:
         """The same case of a base that is cast as the profile promises, and not prepared or checkpointed."""
         self._require_libraries()

@@ -6,12 +6,12 @@ from functools import partial
 import torch
 
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CANNOT_RUN, Fact, ForwardFacts, FunctionFacts, StoreFacts
+from kbitcheck.core.facts import CANNOT_RUN, Cost, Fact, ForwardFacts, FunctionFacts, Passes, StoreFacts, fact
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import forwards, memory, routers
 from kbitcheck.observe.store import round_trip
-from kbitcheck.observe.twin import twins
+from kbitcheck.observe.twin.twins import Twins, TwinTraining, root_mean_square_error
 
 
 class Outputs:
@@ -23,12 +23,35 @@ class Outputs:
         self._profile = preparation.spec.profile
         self.computed = preparation.computed
 
-    @Fact
+    base_forwards = Fact(
+        lambda self: self._loaded.forwards,
+        cost=Cost("whole", Passes(forwards=13, backwards=1, copies=1), shared=True, models=1),
+    )
+    base_logits = Fact(
+        lambda self: self._loaded.function(self._profile),
+        cost=Cost("whole", Passes(forwards=2, float64_forwards=1, copies=3), shared=True, models=1),
+    )
+    twins = Fact[Twins](
+        lambda self: self._loaded.twins(self._preparation.spec),
+        cost=Cost(
+            "whole",
+            Passes(forwards=2, backwards=2, float64_forwards=2, float64_backwards=2, copies=2),
+            shared=True,
+            models=2,
+            large=Cost(),  # a large model's twins go block by block
+        ),
+    )
+    twin_training = Fact[TwinTraining](
+        lambda self: self._loaded.twin_training(self._preparation.spec),
+        cost=Cost("whole", Passes(float64_forwards=5, float64_backwards=4, copies=1), shared=True, models=1),
+    )
+
+    @fact(Cost("whole", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1))
     def forwards(self) -> Sequence[ForwardFacts]:
         self._loaded.require_step()
         everywhere = partial(forwards.everywhere, batch=self._loaded.batch, half=self._loaded.half)
         self._preparation.make_room()
-        base = self._loaded.forwards  # first, so that its copy of the base is gone
+        base = self.base_forwards  # first, so that its copy of the base is gone
         return forwards.compare(
             everywhere(self._preparation.prepared_copy()), base, lambda: everywhere(self._loaded.wide())
         )
@@ -41,29 +64,29 @@ class Outputs:
             if f.raised and not f.base_raised and f.autocast is PROMISES[self._profile].autocast and trains:
                 raise Unavailable(f"{CANNOT_RUN}{f.raised}", raised=f.raised)
 
-    @Fact
+    @fact(Cost("whole", Passes(forwards=1, copies=1, calls=1), needs=("forwards", "base_logits"), models=1))
     def function(self) -> FunctionFacts:
         self.require_forward()
-        expected = self._loaded.function(self._profile)
+        expected = self.base_logits
         exact = expected.exact.logits
         logits, routes = self._loaded.logits(self._preparation.prepared_copy(), self._profile)
         keep = routers.unmoved(exact, expected.exact.routes, routes, expected.original.routes, expected.rounded.routes)
         return FunctionFacts(
-            base_error=twins.root_mean_square_error(expected.original.logits, exact, keep),
-            error=twins.root_mean_square_error(logits, exact, keep),
-            twin_error=twins.root_mean_square_error(expected.rounded.logits, exact, keep),
+            base_error=root_mean_square_error(expected.original.logits, exact, keep),
+            error=root_mean_square_error(logits, exact, keep),
+            twin_error=root_mean_square_error(expected.rounded.logits, exact, keep),
             ulp=float(torch.finfo(torch.float32).eps),
             left_out=int((~keep).sum()),
             tokens=keep.numel(),
         )
 
-    @Fact
+    @fact(Cost("whole", Passes(forwards=2, copies=1, calls=1), models=1))
     def left_by_evaluation(self) -> int:
         self._loaded.require_step()
         model = self._preparation.prepared_copy()
         return memory.left_by_evaluation(model, self._loaded.batch, self._preparation.autocast)
 
-    @Fact
+    @fact(Cost("whole", Passes(forwards=2, copies=1, calls=2), models=1))
     def store(self) -> StoreFacts:
         self._loaded.require_step()
         return round_trip(self._preparation)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CallFacts, Fact, ModelFacts
+from kbitcheck.core.facts import CallFacts, Cost, Fact, ModelFacts, Passes
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import call
@@ -49,7 +49,7 @@ class Called:
             self._model = self._run()[0]
         return self._model
 
-    prepared = Fact[ModelFacts](lambda self: snapshot(self.model))
+    prepared = Fact[ModelFacts](lambda self: snapshot(self.model), cost=Cost("static", Passes(snapshots=1)))
 
     def drop(self) -> None:
         """Free the model."""

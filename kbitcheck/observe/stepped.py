@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from kbitcheck.core.errors import Raised, Unavailable
-from kbitcheck.core.facts import BlockwiseFacts, Distance, Fact, Gap, LayerBackward, MemoryFacts, RunFacts
+from kbitcheck.core.facts import (
+    BlockwiseFacts,
+    Cost,
+    Distance,
+    Fact,
+    Gap,
+    LayerBackward,
+    MemoryFacts,
+    Passes,
+    RunFacts,
+    fact,
+)
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import recorded
@@ -17,6 +28,12 @@ from kbitcheck.observe.probes import layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.stages import Wrapped
 from kbitcheck.observe.twin.twins import Twins
+
+STEP = Passes(forwards=1, backwards=1)
+TWO_STEPS = STEP + STEP
+BESIDE_TWINS = TWO_STEPS + Passes(float64_forwards=1, float64_backwards=1)
+# A large model that was dropped for another copy is made again.
+AGAIN = Passes(copies=1, calls=1)
 
 
 class Stepped:
@@ -33,27 +50,29 @@ class Stepped:
 
     # One step, plain or checkpointed
 
-    @cached_property
+    @fact(Cost("whole", STEP))
     def _plain(self) -> step.Step:
         attached = self._wrapped.attached
         with switches.checkpointing_off(attached.model):
             return self._preparation.step(attached, watch=True)
 
-    @cached_property
+    @fact(Cost("whole", STEP, large=Cost("whole", STEP + AGAIN)))
     def _checkpointed(self) -> step.Step:
         return self._preparation.step(self._wrapped.attached, watch=True)
 
-    plain_run = Fact[RunFacts](lambda self: self._plain.facts)
-    run = Fact[RunFacts](lambda self: self._checkpointed.facts)
-    step_raised = Fact(lambda self: raised_by(lambda: self.run))
-    other_mode_raised = Fact(lambda self: raised_by(lambda: self.against_other_mode))
+    plain_run = Fact[RunFacts](lambda self: self._plain.facts, cost=Cost(needs=("_plain",)))
+    run = Fact[RunFacts](lambda self: self._checkpointed.facts, cost=Cost(needs=("_checkpointed",)))
+    step_raised = Fact(lambda self: raised_by(lambda: self.run), cost=Cost(needs=("run",)))
+    other_mode_raised = Fact(
+        lambda self: raised_by(lambda: self.against_other_mode), cost=Cost(needs=("against_other_mode",))
+    )
 
     @property
     def reentrant(self) -> bool:
         """Whether any block ran under reentrant checkpointing."""
         return any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
 
-    @Fact
+    @fact(Cost("whole", STEP, needs=("memory", "layer_backwards", "against_plain_dropout")))
     def repeated_run(self) -> RunFacts:
         """The step of ``run`` once more, after everything else that ran on this model."""
         attached = self._attached_after(self.memory, self.layer_backwards, self.against_plain_dropout)
@@ -65,11 +84,11 @@ class Stepped:
 
     # Gradients, beside those of other runs
 
-    @cached_property
+    @fact(Cost("block", BESIDE_TWINS, large=Cost("block", BESIDE_TWINS + AGAIN + Passes(copies=2), models=1)))
     def _whole_batch(self) -> Comparison:
         return self._block_by_block(self._loaded.batch)
 
-    @cached_property
+    @fact(Cost("block", BESIDE_TWINS, large=Cost("block", BESIDE_TWINS + Passes(copies=2), models=1)))
     def _single_row(self) -> Comparison:
         return self._block_by_block(self._loaded.single)
 
@@ -80,39 +99,39 @@ class Stepped:
             run = self._preparation.step(attached, batch=batch)
         return self._loaded.block_by_block(self._spec, run, calls, batch)
 
-    blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts)
-    single_blockwise = Fact[BlockwiseFacts](lambda self: self._single_row.facts)
+    blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts, cost=Cost(needs=("_whole_batch",)))
+    single_blockwise = Fact[BlockwiseFacts](lambda self: self._single_row.facts, cost=Cost(needs=("_single_row",)))
 
-    @property
+    @fact(Cost(needs=("twins",), large=Cost(needs=("_whole_batch", "_single_row"))))
     def _twins(self) -> Twins:
         """Gradients of twins of the whole model; of a large one, of its blocks."""
         if self._loaded.large:
             return Twins(whole=self._whole_batch.twins, single=self._single_row.twins)
-        return self._loaded.twins(self._spec)
+        return self._outputs.twins
 
-    @Fact
+    @fact(Cost(needs=("_twins", "_checkpointed")))
     def gradients(self) -> Mapping[str, Gap]:
         return self._twins.whole.beside(self._checkpointed.gradients)
 
-    @Fact
+    @fact(Cost("whole", STEP, needs=("_twins",), large=Cost(needs=("single_blockwise",))))
     def single_gradients(self) -> Mapping[str, Gap]:
         if self._loaded.large:  # one step less: KB305 judges whether checkpointing changes gradients
             return self.single_blockwise.adapters
         gradients = self._preparation.step(self._wrapped.attached, batch=self._loaded.single).gradients
         return self._twins.single.beside(gradients)
 
-    @Fact
+    @fact(Cost(needs=("_plain", "_checkpointed", "_twins")))
     def against_plain(self) -> Mapping[str, Distance]:
         return self._distances(self._checkpointed, self._plain)
 
-    @Fact
+    @fact(Cost("whole", STEP, needs=("run", "_checkpointed", "_twins")))
     def against_other_mode(self) -> Mapping[str, Distance]:
         attached = self._wrapped.attached
         with switches.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
             other = self._preparation.step(attached)
         return self._distances(self._checkpointed, other)
 
-    @Fact
+    @fact(Cost("whole", TWO_STEPS, needs=("_twins",)))
     def against_plain_dropout(self) -> Mapping[str, Distance]:
         """As ``against_plain``, with every dropout raised and one seed."""
         attached = self._wrapped.attached
@@ -136,7 +155,7 @@ class Stepped:
 
     # Layers and memory
 
-    @Fact
+    @fact(Cost("whole", TWO_STEPS, needs=("forwards",), large=Cost("whole", TWO_STEPS + AGAIN, needs=("forwards",))))
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
         attached, loaded = self._wrapped.attached, self._loaded
@@ -179,7 +198,7 @@ class Stepped:
             return False
         return True
 
-    @Fact
+    @fact(Cost("whole", TWO_STEPS + Passes(forwards=1), needs=("run",)))
     def memory(self) -> MemoryFacts:
         attached = self._attached_after(self.run)  # the first step of a model allocates what it keeps for good
         return memory.activations(

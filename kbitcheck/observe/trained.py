@@ -18,7 +18,7 @@ class Trained:
 
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
         preparation.make_room()
-        expected = preparation.loaded.twin_training(preparation.spec)
+        expected = outputs.twin_training
         model, adapters = wrapped_copy(preparation, outputs)
         before = {n: digest.bits(p) for n, p in adapters.items()}
         losses = twins.train(

@@ -46,25 +46,29 @@ class Computed(dict[str, Any]):
 class Fact(Generic[T]):
     """An attribute that is computed when it is first read, and then kept in its owner's ``computed``.
 
-    ``"memory" in case.computed`` says whether a fact has been computed; clearing ``computed`` frees all of them.
+    ``"memory" in case.computed`` says whether a fact has been computed; clearing ``computed`` frees all of them. What is
+    shared by cases is kept with their base instead.
     """
 
     def __init__(self, compute: Callable[[Any], T], name: str = "", *, cost: Cost = FREE) -> None:
         self.compute = compute
         self.cost = cost
-        self._name = name
+        self.name = name
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+        self.name = name
 
     def __get__(self, owner: Any, cls: type | None = None) -> T:
         if owner is None:
             return cast(T, self)
         computed: Computed = owner.computed
-        if self._name not in computed:
-            with computed.computing(self._name):
-                computed[self._name] = self.compute(owner)
-        return cast(T, computed[self._name])
+        if self.name in computed:
+            return cast(T, computed[self.name])
+        with computed.computing(self.name):
+            value = self.compute(owner)
+        if not self.cost.shared:
+            computed[self.name] = value
+        return value
 
 
 def fact(cost: Cost) -> Callable[[Callable[[Any], V]], Fact[V]]:

@@ -36,8 +36,8 @@ class Cost:
     """What a fact takes beyond the facts that it ``needs``.
 
     It runs ``on`` the whole model, on a cut of it or on its blocks one by one, or is read off (``static``). ``models`` of
-    them exist at a time beside the base. What is ``shared`` is computed once for all cases of a base. A ``witness`` is
-    read only after a failure.
+    them exist at a time beside the base. What is ``shared`` is kept with the base, for all of its cases. A ``witness`` is
+    read only after a failure. ``large`` is the cost of a large model (``core.machine.LARGE_BYTES``) where it differs.
     """
 
     on: RunsOn = "static"
@@ -46,3 +46,4 @@ class Cost:
     models: int = 0
     shared: bool = False
     witness: bool = False
+    large: Cost | None = None

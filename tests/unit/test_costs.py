@@ -1,0 +1,94 @@
+"""What facts declare that they cost and need is what they take, and what a rule's source reads is what it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from kbitcheck.core import machine
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.facts import Facts, Passes
+from kbitcheck.core.result import Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.observe.case import open_case
+from kbitcheck.observe.costs import costs
+from kbitcheck.observe.passes import OPENING, Counts, counted
+from kbitcheck.run.subject import load
+
+WITNESSES = {"unprepared", "bare"}  # read after a failure
+SETTINGS = {"case", "profile", "freezes", "checkpointing", "recipe"}
+# Read where attaching freezes the base, where biases are quantized, or to say more of a failure.
+ELSEWHERE = {
+    "KB101": {"wrapped"},
+    "KB104": {"bias_after_forward"},
+    "KB303": {"wrapped"},
+    "KB305": {"compute_ulp"},
+    "KB501": {"base"},
+    "KB510": {"compute_ulp"},
+}
+
+
+@dataclasses.dataclass
+class Counted:
+    counts: Counts
+    reads: Mapping[str, set[str]]
+    statuses: Mapping[str, Status]
+
+
+def examined(seed: int) -> Counted:
+    """All rules on a base that no other test has, prepared by the reference."""
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="reference", checkpointing="reentrant", seed=seed)
+    reads, statuses = {}, {}
+    with torch.compiler.set_stance("force_eager"), counted() as counts:
+        reference = load("reference")
+        case = open_case(spec, dataclasses.replace(reference, function=counts.calls(reference.function)))
+        for code, rule in rules().items():
+            counts.reads[OPENING] = set()
+            statuses[code] = judge(rule, case).status
+            reads[code] = counts.reads[OPENING]
+        case.close()
+    return Counted(counts, reads, statuses)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Counted:
+    return examined(seed=1_000_003)
+
+
+@pytest.mark.transformers5("before it, loading copies the model once more")
+@pytest.mark.parametrize("large", [False, True])
+def test_each_fact_takes_the_passes_that_it_declares(
+    large: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(machine, "LARGE_BYTES", 0)
+    counted = examined(seed=1_000_033) if large else request.getfixturevalue("healthy")
+    declared = {name: cost.passes for name, cost in costs(large=large).items() if cost.passes != Passes()}
+    assert {n: p for n, p in counted.counts.by_fact.items() if n != OPENING} == declared
+    _needs_hold(counted, large=large)
+
+
+def _needs_hold(counted: Counted, *, large: bool) -> None:
+    """Each fact read the facts that it declares."""
+    declared = costs(large=large)
+    stages = {name for cost in declared.values() for name in cost.needs if name.startswith("_")}
+    for name, cost in declared.items():
+        if name in counted.counts.by_fact or name in counted.counts.reads:
+            stage = {need for need in cost.needs[:1] if need in stages}  # which all facts of a stage need
+            assert counted.counts.reads[name] | stage == set(cost.needs), name
+
+
+def test_a_rule_reads_what_its_source_says(healthy: Counted) -> None:
+    passed = [rule for code, rule in rules().items() if healthy.statuses[code] is Status.PASS]
+    expected = {rule.code: (rule.reads & Facts.__annotations__.keys()) - WITNESSES - SETTINGS for rule in passed}
+    read = {rule.code: healthy.reads[rule.code] | ELSEWHERE.get(rule.code, set()) for rule in passed}
+    assert read == expected
+    assert len(passed) > 50
+
+
+def test_what_a_fact_needs_is_a_fact() -> None:
+    assert {need for cost in costs().values() for need in cost.needs} <= costs().keys()
+    assert Facts.__annotations__.keys() - SETTINGS <= costs().keys()
