@@ -93,8 +93,8 @@ class Case(OpenCase):
         lambda self: Trained(self._preparation, self._outputs),
         cost=Cost(
             "whole",
-            Passes(forwards=7, backwards=4, copies=1, calls=1, snapshots=1),
-            needs=("_outputs", "forwards", "twin_training"),
+            Passes(forwards=8, backwards=2, copies=1, calls=1, snapshots=1),
+            needs=("_outputs", "forwards"),
             models=1,
         ),
     )

@@ -44,7 +44,7 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         figures["batch"] = list(next(iter(batch.values())).shape[:2])
         figures["activations_by_block"] = by_block(facts.memory)
     if "_trained" in computed:
-        figures["losses"], figures["twin_losses"] = list(facts.training.losses), list(facts.training.twin_losses)
+        figures["losses"], figures["predicted_changes"] = list(facts.training.losses), list(facts.training.predicted)
     return figures
 
 

@@ -256,16 +256,6 @@ class Loaded:
         whole, single = map(twin.Pair, gradients(self._exact(spec)), gradients(self._rounded(spec)))
         return twin.Twins(whole=whole, single=single)
 
-    def twin_training(self, spec: CaseSpec) -> twin.TwinTraining:
-        """A few optimizer steps of the float64 twin with the spec's adapters."""
-
-        def trained() -> twin.TwinTraining:
-            side = self._make_exact(spec)  # its adapters change
-            return twin.smooth_training(side.model, self.batch, side.adapters, seed=spec.seed)
-
-        key = ("twin training", spec.adapters, spec.rank, spec.seed)
-        return self._computed_once(key, lambda: self._in_float64(trained), small=True)
-
 
 def _state_keys(model: nn.Module) -> frozenset[str]:
     try:

@@ -11,7 +11,7 @@ from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import forwards, memory, routers
 from kbitcheck.observe.store import round_trip
-from kbitcheck.observe.twin.twins import Twins, TwinTraining, root_mean_square_error
+from kbitcheck.observe.twin.twins import Twins, root_mean_square_error
 
 
 class Outputs:
@@ -40,10 +40,6 @@ class Outputs:
             models=2,
             large=Cost(),  # a large model's twins go block by block
         ),
-    )
-    twin_training = Fact[TwinTraining](
-        lambda self: self._loaded.twin_training(self._preparation.spec),
-        cost=Cost("whole", Passes(float64_forwards=5, float64_backwards=4, copies=1), shared=True, models=1),
     )
 
     @fact(Cost("whole", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1))

@@ -5,12 +5,12 @@ from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, forwards
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.descent import descend
 from kbitcheck.observe.probes.snapshot import snapshot
-from kbitcheck.observe.twin import twins
 
 
 class Trained:
-    """A fresh prepared copy with adapters after a few optimizer steps."""
+    """A fresh prepared copy with adapters after two optimizer steps."""
 
     training: TrainingFacts
     trained: ModelFacts
@@ -18,18 +18,17 @@ class Trained:
 
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
         preparation.make_room()
-        expected = outputs.twin_training
         model, adapters = wrapped_copy(preparation, outputs)
         before = {n: digest.bits(p) for n, p in adapters.items()}
-        losses = twins.train(
-            model,
-            preparation.batch,
-            learning_rate=expected.learning_rate,
-            autocast=preparation.autocast,
-            seed=preparation.spec.seed,
-        )
+        way = descend(model, preparation.batch, seed=preparation.spec.seed, autocast=preparation.autocast)
         changed = frozenset(n for n, p in adapters.items() if digest.bits(p) != before[n])
-        self.training = TrainingFacts(losses=losses, twin_losses=expected.losses, changed=changed)
+        self.training = TrainingFacts(
+            losses=way.losses,
+            predicted=way.predicted,
+            slope=way.slope,
+            uncertainty=way.uncertainty,
+            changed=changed,
+        )
         self.trained = snapshot(model, adapters)
         self.generates = forwards.generate(model, preparation.batch)
 

@@ -311,9 +311,9 @@ def test_a_report_prints_as_on_the_command_line() -> None:
     assert "KB201" in str(found)
 
 
-def test_the_first_steps_of_training_are_told_beside_the_twins() -> None:
-    losses = {"losses": [6.25, 6.0, 5.5], "twin_losses": [6.25, 6.0, 5.45]}
-    told = "trained     2 steps on one batch: loss 6.25 to 5.5 (the float64 twin's to 5.45)"
+def test_the_loss_after_a_step_stands_beside_what_the_gradient_says() -> None:
+    losses = {"losses": [6.25, 6.0, 5.5], "predicted_changes": [0.0, -0.25, -0.8]}
+    told = "trained     one step: loss 6.25 to 5.5 (5.45 by the gradient alone)"
     for facts in ({"forecast": FORECAST, **losses}, losses):
         found = report(specs=(spec(),), subject={"command": "model"}, facts={"cases": {spec().id: facts}})
         assert told in render(found, "text").splitlines()

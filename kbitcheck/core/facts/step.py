@@ -125,12 +125,22 @@ class StepOutcome:
     checkpoints: tuple[int, int] = (0, 0)
 
 
+CERTAIN = 1 / 32  # the uncertainty that is wanted of a slope
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFacts:
-    """A few AdamW steps with weight decay on one batch: losses before each step and after the last; what changed."""
+    """Two AdamW steps with weight decay on one batch: the loss before the first and on its way; what both changed.
+
+    ``predicted`` has, for each of the ``losses``, the change that the gradient times the change of the parameters
+    predicts. The loss changes by ``slope`` times the prediction, plus a second-order term; ``uncertainty`` is the standard
+    error of the slope.
+    """
 
     losses: tuple[float, ...]
-    twin_losses: tuple[float, ...]
+    predicted: tuple[float, ...]
+    slope: float
+    uncertainty: float
     changed: frozenset[str]
 
 

@@ -3,10 +3,8 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -17,19 +15,13 @@ from torch.nn.functional import linear
 from kbitcheck import backends
 from kbitcheck.core.facts import Gap
 from kbitcheck.core.profile import PROMISES
-from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
 from kbitcheck.observe.twin import patches
 from kbitcheck.observe.twin.wide_parameter import Widened
 
-STEPS = 4
-LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
-WEIGHT_DECAY = 0.1
-# Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
-# gradient is rounding noise from walking at random.
-EPSILON = 1e-3
 # A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
 LARGE_BYTES = 16 << 20
 
@@ -212,14 +204,6 @@ class Twins:
     single: Pair
 
 
-@dataclass(frozen=True, slots=True)
-class TwinTraining:
-    """Losses of the float64 twin, trained at the learning rate."""
-
-    learning_rate: float
-    losses: tuple[float, ...]
-
-
 def live(gradient: torch.Tensor | None) -> bool:
     """Whether an adapter's gradient is there and not zero."""
     return gradient is not None and bool(gradient.any())
@@ -232,43 +216,3 @@ def root_mean_square_error(actual: torch.Tensor, exact: torch.Tensor, keep: torc
         apart = math.hypot(apart, float((mine[kept].double() - theirs[kept]).norm()))
         size = math.hypot(size, float(theirs[kept].norm()))
     return apart / size if size else 0.0
-
-
-def smooth_training(
-    model: nn.Module, batch: step.Batch, adapters: Mapping[str, nn.Parameter], *, seed: int
-) -> TwinTraining:
-    """The largest learning rate at which the twin's loss falls in every step, with those losses.
-
-    At a larger one rounding decides where training ends.
-    """
-    start = {n: p.detach().clone() for n, p in adapters.items()}
-    for rate in LEARNING_RATES:
-        losses = train(model, batch, learning_rate=rate, seed=seed)
-        if all(b < a for a, b in pairwise(losses)):
-            break
-        for name, parameter in adapters.items():
-            parameter.data.copy_(start[name])
-    return TwinTraining(rate, losses)
-
-
-def train(
-    model: nn.Module, batch: step.Batch, *, learning_rate: float, autocast: step.Autocast = nullcontext, seed: int
-) -> tuple[float, ...]:
-    """Losses before each of a few AdamW steps on one batch, and after the last. Weight decay is on."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY, eps=EPSILON)
-    losses = []
-    model.train()
-    with switches.seeded(seed, batch):
-        for _ in range(STEPS):
-            with autocast():
-                loss = model(**step.feed(model, batch)).loss
-            losses.append(float(loss.detach()))
-            if loss.requires_grad:
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast():
-            losses.append(float(model(**step.feed(model, batch)).loss.detach()))
-    step.clear_gradients(model)
-    return tuple(losses)

@@ -39,8 +39,8 @@ def _table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _measured(facts) if forecast is None else _forecast(facts, forecast)
     if "losses" in facts:
         first, *_, last = facts["losses"]
-        fall = f"loss {first:.4g} to {last:.4g} (the float64 twin's to {facts['twin_losses'][-1]:.4g})"
-        yield "trained", f"{len(facts['losses']) - 1} steps on one batch: {fall}"
+        predicted = first + facts["predicted_changes"][-1]
+        yield "trained", f"one step: loss {first:.4g} to {last:.4g} ({predicted:.4g} by the gradient alone)"
     for note in (forecast or {}).get("notes", ()):
         yield "note", note
 

@@ -1,0 +1,124 @@
+"""How the loss changes along one optimizer step, and how the gradient says that it does."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kbitcheck.core.facts import CERTAIN
+from kbitcheck.observe.probes import step, switches
+
+LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
+WEIGHT_DECAY = 0.1
+# Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
+# gradient is rounding noise from walking at random.
+EPSILON = 1e-3
+PLACES = 4  # on the way of the first step
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """One optimizer step: by place on its way, the loss, and the change of the loss that the gradient predicts.
+
+    ``losses`` begins before the step, ``predicted`` with zero. The loss changes by ``slope`` times the prediction, plus a
+    second-order term; ``uncertainty`` is the standard error of the slope.
+    """
+
+    losses: tuple[float, ...]
+    predicted: tuple[float, ...]
+    slope: float
+    uncertainty: float
+
+
+def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Autocast = nullcontext) -> Descent:
+    """Take two AdamW steps with weight decay on one batch, and measure the loss on the way of the first.
+
+    The learning rate is the largest that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
+    uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding.
+    """
+    with switches.seeded(seed, batch), switches.dropout(model, 0.0):
+        way = _Way(model, batch, seed, autocast)
+        descents: dict[float, Descent] = {}
+        for rate in LEARNING_RATES:
+            way.put(way.start)
+            way.update(rate)
+            descents[rate] = way.measured()
+            if descents[rate].uncertainty <= CERTAIN:
+                break
+        best = min(descents, key=lambda rate: descents[rate].uncertainty)
+        if best != rate:
+            way.put(way.start)
+            way.update(best)
+        way.backward()
+        way.update(best)
+        step.clear_gradients(model)
+    return descents[best]
+
+
+class _Way:
+    """From ``start``, where the parameters have gradients, to where an update has left them."""
+
+    def __init__(self, model: nn.Module, batch: step.Batch, seed: int, autocast: step.Autocast) -> None:
+        self._model, self._batch, self._seed, self._autocast = model, batch, seed, autocast
+        model.train()
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._before = self.backward()
+        self.start = self._copies()
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self._trained]
+
+    @torch.no_grad()
+    def put(self, values: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(self._trained, values, strict=True):
+            parameter.copy_(value)
+
+    def update(self, rate: float) -> None:
+        if self._trained:
+            torch.optim.AdamW(self._trained, lr=rate, weight_decay=WEIGHT_DECAY, eps=EPSILON).step()
+
+    def _loss(self) -> torch.Tensor:
+        torch.manual_seed(self._seed)
+        with self._autocast():
+            loss: torch.Tensor = self._model(**step.feed(self._model, self._batch)).loss
+        return loss
+
+    def backward(self) -> torch.Tensor:
+        """The loss; its gradients are left on the parameters."""
+        step.clear_gradients(self._model)
+        loss = self._loss()
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def measured(self) -> Descent:
+        """The descent on the way to where the parameters are, where they are left."""
+        end = self._copies()
+        losses, predicted = [float(self._before)], [0.0]
+        for place in range(1, PLACES + 1):
+            self.put([torch.lerp(a.double(), b.double(), place / PLACES) for a, b in zip(self.start, end, strict=True)])
+            pairs = zip(self._trained, self.start, strict=True)
+            predicted.append(
+                sum(float((p.grad.double() * (p - a.double())).sum()) for p, a in pairs if p.grad is not None)
+            )
+            losses.append(float(self._loss()))
+        rounding = torch.finfo(self._before.dtype).eps * abs(losses[0])
+        return Descent(tuple(losses), tuple(predicted), *_slope(losses, predicted, rounding))
+
+
+def _slope(losses: Sequence[float], predicted: Sequence[float], rounding: float) -> tuple[float, float]:
+    """Slope of the change of the loss over the prediction, with its standard error, from the parabola of least squares."""
+    x = torch.tensor(predicted[1:], dtype=torch.float64)
+    y = torch.tensor(losses[1:], dtype=torch.float64) - losses[0]
+    scale = float(x.abs().max())
+    if not scale or not bool(torch.isfinite(y).all()):
+        return 0.0, 0.0
+    terms = torch.stack([x / scale, (x / scale) ** 2], dim=1)
+    inverse = torch.linalg.pinv(terms.T @ terms)
+    fitted = inverse @ terms.T @ y
+    residual = math.hypot(float((y - terms @ fitted).norm()) / (PLACES - 2) ** 0.5, rounding)
+    return float(fitted[0]) / scale, residual * float(inverse[0, 0]) ** 0.5 / scale
