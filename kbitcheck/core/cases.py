@@ -9,6 +9,7 @@ Profile = Literal["auto", "peft", "qlora", "frozen-half"]
 Freezes = Literal["at-prepare", "at-attach"]
 Adapters = Literal["reference", "peft"]
 Static = Literal["never", "always", "if-too-large"]
+Autocast = Literal["default", "bf16", "fp16", "none"]
 ALL_LINEAR = "all-linear"
 REFERENCE = "reference"  # the implementation that comes with kbitcheck
 
@@ -19,7 +20,8 @@ class CaseSpec:
 
     ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
     comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
-    audit reads no weights; ``memory`` is what training has to fit into, in bytes.
+    audit reads no weights; ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU that has it, if one
+    was named. Steps are forecast under ``autocast``, which no rule reads.
     """
 
     model: str
@@ -42,6 +44,8 @@ class CaseSpec:
     allow_pickle: bool = False
     static: Static = "never"
     memory: int | None = None
+    gpu: str = ""
+    autocast: Autocast = "default"
 
     @property
     def id(self) -> str:

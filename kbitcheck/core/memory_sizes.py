@@ -25,6 +25,29 @@ GPUS: Mapping[int, str] = {
     180 * GIB: "B200",
 }
 
+# CUDA compute capabilities, from NVIDIA's tables: kernels of attention and dtypes of autocast depend on them.
+CAPABILITIES: Mapping[str, tuple[int, int]] = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100-40": (8, 0),
+    "A100-80": (8, 0),
+    "RTX 3090": (8, 6),
+    "A10": (8, 6),
+    "RTX 4090": (8, 9),
+    "L4": (8, 9),
+    "L40S": (8, 9),
+    "RTX 6000 Ada": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "B200": (10, 0),
+    "RTX 5090": (12, 0),
+}
+
+
+def gpu(text: str) -> str:
+    """The GPU that a text names, as ``CAPABILITIES`` spells it; empty where it names none."""
+    return next((name for name in CAPABILITIES if name.casefold() == text.strip().casefold()), "")
+
 
 def named(memory: int | None) -> dict[int, str]:
     """Names by size, from small to large: the GPUs, and the size that was requested."""
@@ -33,13 +56,15 @@ def named(memory: int | None) -> dict[int, str]:
 
 
 def parse(text: str) -> int:
-    """The bytes that a text means: ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold) or a bare number of bytes."""
+    """The bytes that a text means: ``24GiB``, ``24 GB``, ``24G`` (GiB, as GPUs are sold), bytes, or those of a GPU: ``T4``."""
+    if name := gpu(text):
+        return next(size for size, names in GPUS.items() if name in names.split(", "))
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else "?"
     unit = f"{unit}IB" if unit in ("K", "M", "G", "T") else unit
     size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
     if size < 1:
-        raise UsageError(f"--memory wants a size such as 24GiB, 80GB or 512MiB, not {text!r}")
+        raise UsageError(f"--memory wants a size such as 24GiB or 80GB, or a GPU such as T4 or A100-80, not {text!r}")
     return size
 
 

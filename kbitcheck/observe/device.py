@@ -40,6 +40,11 @@ def describe(device: str, seed: int) -> dict[str, Any]:
     }
 
 
+def capability(device: str) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device that is here; None where there is none of that name."""
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") and torch.cuda.is_available() else None
+
+
 def free_bytes(device: str) -> int:
     """Bytes that are free on a device now."""
     if device.startswith("cuda"):

@@ -5,8 +5,9 @@ Each is there in torch 2.11 to 2.13 and in transformers 4.56 and 5.23, but where
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 from unittest import mock
 
@@ -34,6 +35,8 @@ ARGMAX = aten.argmax.default
 FLASH_ATTENTION = aten._scaled_dot_product_flash_attention
 EFFICIENT_ATTENTION = aten._scaled_dot_product_efficient_attention
 MATH_ATTENTION = aten._scaled_dot_product_attention_math
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
+EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.default
 
 GLOBAL_HOOKS = tuple(
     hooks
@@ -170,3 +173,45 @@ def without_grouped_kernel() -> AbstractContextManager[Any]:
     except ImportError:
         return nullcontext()
     return mock.patch.object(moe, "_can_use_grouped_mm", return_value=False)
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows the tensor as a view of another."""
+    return bool(tensor._is_view())
+
+
+def operator(name: str) -> Any:
+    """The operator of aten of that name, with its overload: ``mm``, ``softmax.int``."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def argument_names(operator: Any) -> list[str]:
+    """The names of an operator's arguments, in order."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def autocast_operators(device: str) -> frozenset[str]:
+    """Names of aten's operators that autocast handles on ``CPU`` or ``CUDA``, whether this torch has CUDA or not."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(f"Autocast{device}")
+    return frozenset(name.removeprefix("aten::") for name in names if name.startswith("aten::"))
+
+
+def below_autocast() -> AbstractContextManager[Any]:
+    """Operators called inside are not cast by the CPU's autocast."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    return torch._C._ExcludeDispatchKeyGuard(key)
+
+
+@contextmanager
+def autocast_kernels(kernels: Iterable[tuple[str, Callable[..., Any] | None]]) -> Iterator[None]:
+    """Replace what the CPU's autocast does for operators of aten, for a while; None: nothing."""
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is replaced
+            for name, kernel in kernels:
+                library.impl(name, kernel or torch.library.fallthrough_kernel)
+        yield
+    finally:
+        library._destroy()

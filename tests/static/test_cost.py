@@ -10,6 +10,7 @@ from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.forecast import fake_tensors as fake
 from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.probes.snapshot import snapshot
 
 MOST_OF_A_BLOCK = 3  # what is passed is handed on, with a place of its own in the graph, and may be cast
@@ -32,7 +33,7 @@ def test_deeper_models_cost_hardly_more(mode, monkeypatch):
         source = dataclasses.replace(found, unread={}, config={**found.config, "num_hidden_layers": depth})
         spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="cpu")
         model = source.meta(Quantization.parse("nf4"))
-        run = forecast.Training(source, model, snapshot(model), spec, device="cpu")
+        run = forecast.Training(source, model, snapshot(model), spec, Runtime(device="cpu"))
         run.step(2, 40, mode)
         asked.clear()
         run.step(2, 40, mode)

@@ -15,6 +15,14 @@ def test_memory_is_read_with_units(text, size):
     assert fits.parse(text) == size
 
 
+def test_a_gpu_is_a_size():
+    assert (fits.parse("T4"), fits.parse("a100-80"), fits.parse("RTX 4090")) == (16 << 30, 80 << 30, 24 << 30)
+    assert fits.gpu("rtx 4090") == "RTX 4090"
+    assert fits.gpu("24GiB") == ""
+    named = {name for names in fits.GPUS.values() for name in names.split(", ")}
+    assert named == fits.CAPABILITIES.keys()
+
+
 @pytest.mark.parametrize("text", ["", "lots", "0", "-1GiB", "24XB", "24GiBs", "GiB", "0.1B"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="24GiB"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
 
 from kbitcheck.core.cases import CaseSpec
@@ -13,7 +14,8 @@ from kbitcheck.core.rule import judge, rules
 from kbitcheck.observe import static as static_case
 from kbitcheck.observe.case import Case, open_case
 from kbitcheck.observe.device import free_bytes
-from kbitcheck.observe.forecast.predict import default_mode
+from kbitcheck.observe.forecast.attention import AMPERE
+from kbitcheck.observe.forecast.predict import default_mode, runtime_of
 from kbitcheck.observe.static import NEEDS_A_RUN, StaticCase
 from kbitcheck.run.subject import describe
 
@@ -57,6 +59,9 @@ def test_the_forecast_adds_up(mixtral):
     assert told.total("non-reentrant") == (
         told.loaded + told.upcast + told.adapters + 2 * told.adapters + max(step.peak, told.adapters)
     )
+    assert told.autocast == "bf16"
+    assert set(told.attention) == {"bf16", "none"}
+    assert told.attention["bf16"] == {"flash": 32}
     assert told.logits == 4 * told.batch * told.seq_len * 32_000  # of that step, in float32
     assert told.memory == 24 << 30
     assert told.largest_batch[24 << 30] == told.longest[24 << 30] == 0
@@ -90,9 +95,11 @@ def test_a_full_audit_predicts_what_it_finds():
     result = judge(rules()["KB906"], case)
     assert (result.status, result.examined) == (Status.PASS, 1)
     assert case.forecast.activations == {}
-    told = opened("tiny:llama", static="if-too-large", device="cpu")
+    told = opened("tiny:llama", static="if-too-large", device="cpu", autocast="none")
     assert isinstance(told, Case)
-    assert told.forecast.activations["non-reentrant"].held == told.memory.held
+    logits = told.forecast.logits  # the Trainer drops them before the backward, the probe does not
+    assert told.forecast.activations["non-reentrant"].held + logits == told.memory.held
+    assert set(told.forecast.compared) == {"bf16"}
     assert told.forecast.longest == {}  # far less than any GPU has
 
 
@@ -189,3 +196,21 @@ def test_a_broken_config_is_wrong_usage(tmp_path, fields, told):
 )
 def test_peft_is_predicted_reentrant_however_it_is_named(implementation: str, mode: str) -> None:
     assert default_mode(implementation) == mode
+
+
+@pytest.mark.parametrize(
+    ("gpu", "autocast", "expected"),
+    [
+        ("", "default", (AMPERE, torch.bfloat16)),
+        ("T4", "default", ((7, 5), torch.float16)),
+        ("T4", "bf16", ((7, 5), torch.bfloat16)),
+        ("V100", "none", ((7, 0), None)),
+        ("H100", "default", ((9, 0), torch.bfloat16)),
+    ],
+)
+def test_autocast_is_what_the_gpu_can(gpu, autocast, expected):
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="auto", gpu=gpu, autocast=autocast)
+    runtime = runtime_of(spec, "cuda")
+    assert (runtime.capability, runtime.autocast) == expected
+    if autocast == "default":
+        assert runtime_of(spec, "cpu").autocast == torch.bfloat16

@@ -172,6 +172,27 @@ def test_what_is_the_same_in_all_cases_is_told_once_and_the_rest_beside_each_oth
     assert not [line for line in lines if "tiny:llama" in line]
 
 
+KERNELS = {
+    "autocast": "none", "activations": {"reentrant": {"held": 80, "peak": 100}}, "compared": {"bf16": {"held": 60, "peak": 60}},
+    "attention": {"none": {"math (float32 and grouped queries)": 4}, "bf16": {"flash": 3, "memory-efficient (a mask)": 1}},
+}  # fmt: skip
+
+
+def test_a_step_is_described_with_and_without_autocast() -> None:
+    lines = costs({**FORECAST, **KERNELS})
+    told = "none; under bf16 60 B at the peak with reentrant checkpointing: train with bf16=True"
+    assert f"autocast    {told}" in lines
+    text = " ".join(" ".join(lines).split())
+    assert (
+        "attention math (float32 and grouped queries) in 4 layers; under bf16 flash in 3 layers, memory-efficient (a mask) "
+        "in 1 layer; math and eager attention keep every score"
+    ) in text
+    own = {"autocast": "bf16", "compared": {"none": {"held": 80, "peak": 100}}}
+    lines = costs({**FORECAST, **KERNELS, **own, "attention": {"bf16": {}, "none": {}}})
+    assert "autocast    bf16, as of Trainer(bf16=True)" in lines
+    assert not [line for line in lines if line.startswith("attention")]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -6,13 +6,16 @@ from typing import Any, cast
 from kbitcheck.cli.cases import audit
 from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, choice, option
 from kbitcheck.core import memory_sizes
-from kbitcheck.core.cases import Profile
+from kbitcheck.core.cases import Autocast, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.run.subject import default, default_profile
 from kbitcheck.run.suites import cases
 
 PROFILE_HELP = "The dtypes to judge by; default: peft for peft and reference, otherwise auto, read off the model."
+AUTOCAST_HELP = (
+    "Autocast of the forecast steps; default: bf16, as of Trainer(bf16=True), or fp16 on a GPU without bf16."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,8 @@ class Options(RunOptions):
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
     profile: Profile = choice(PROFILE_HELP, None, Profile)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
-    memory: str = option("Memory that training has to fit into: 24GiB, 80GB.", "", metavar="SIZE")
+    memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4.", "", metavar="SIZE|GPU")
+    autocast: Autocast | None = choice(AUTOCAST_HELP, None, ("bf16", "fp16", "none"))
     random_weights: bool = option("Give a config without weights random ones.", False)
     dtype: str | None = option("Load in this dtype: bf16, fp16 or fp32.", None, metavar="DTYPE")
     revision: str | None = option("Hub revision (branch, tag or commit).", None, metavar="REVISION")
@@ -50,6 +54,8 @@ def run(options: Options) -> int:
         implementation=implementation,
         static="always" if only_static else "if-too-large",
         memory=memory_sizes.parse(options.memory) if options.memory else None,
+        gpu=memory_sizes.gpu(options.memory),
+        autocast=options.autocast or "default",
         **{**options.case, "profile": cast("Profile | None", options.profile) or default_profile(implementation)},
         **options.source,
     )

@@ -85,7 +85,9 @@ class ForecastFacts:
     """What training will take, in bytes, predicted without weights.
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
-    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``. ``largest_batch`` (at ``seq_len``; at
+    of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``, under ``autocast`` (a dtype, or ``none``).
+    ``compared`` is the same step under ``mode`` without autocast, or under the one of ``Trainer(bf16=True)`` if it is off,
+    and ``attention`` counts the layers that take each kernel: both by autocast. ``largest_batch`` (at ``seq_len``; at
     other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
     bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``, confirmed by predicted steps: one of that shape
     fits, one more row or token does not, or is above ``limit``, the most tokens that the model takes. They are empty
@@ -106,6 +108,9 @@ class ForecastFacts:
     limit: int = 0
     activations: Mapping[str, HeldFacts] = field(default_factory=dict)
     logits: int = 0
+    autocast: str = "none"
+    compared: Mapping[str, HeldFacts] = field(default_factory=dict)
+    attention: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     largest_batch: Mapping[int, int] = field(default_factory=dict)
     longest: Mapping[int, int] = field(default_factory=dict)
     usual: Mapping[int, Mapping[int, int]] = field(default_factory=dict)

@@ -4,9 +4,9 @@
 
 import gc
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Self
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
+from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log, Trace, whole
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import only_new_garbage, tensors
@@ -86,13 +87,17 @@ def thin(model: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A step on fake tensors, in bytes; ``places`` is what was alive when each storage was made, in order."""
+    """A step on fake tensors, in bytes; ``places`` is what was alive when each storage was made, in order.
+
+    ``attention`` counts the blocks that took each kernel of scaled-dot-product attention.
+    """
 
     held: int
     logits: int
     places: Sequence[int]
     log: Log = field(default_factory=Log)
     gradients: frozenset[int] = frozenset()
+    attention: Mapping[str, int] = field(default_factory=dict)
 
     def trace(self) -> Trace:
         """The storages of the step, those of blocks that did not run too."""
@@ -104,16 +109,11 @@ class Measured:
 
 
 def measure(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    world: World,
-    *,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    reentrant: bool | None,
+    model: nn.Module, batch: Mapping[str, Tensor], world: World, runtime: Runtime, *, reentrant: bool | None
 ) -> Measured:
     """A step of a model that was moved to the world, under reentrant or non-reentrant checkpointing; None: without."""
     fed = {name: world.tensor(t) for name, t in batch.items()}
-    live = Counted(world.tensors, world.device)
+    live = Counted(world.tensors, runtime.device)
     watch = _Watch(model, live)
     step.clear_gradients(model)
     floor = live.now
@@ -123,27 +123,30 @@ def measure(
         switches.cache_off(model),
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
-        world.entered(),
+        world.entered(runtime, watch.attends),
         live,
         watch,
     ):
         warnings.simplefilter("ignore")
-        with autocast():
+        with runtime.autocasting():
             output = model(**step.feed(model, fed))
+        output = runtime.returned(output)
+        loss, logits = output["loss"], output["logits"].nbytes
+        if not runtime.keeps_output:
+            del output
         gc.collect()
         watch.turn()
         held = live.now - floor + watch.missing
-        logits = output.logits.nbytes
-        if output.loss.requires_grad:
-            output.loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         places = [alive - floor for alive in watch.places()]
+        attention = dict(watch.attention)
         keys = (internals.storage_id(p.grad) for p in model.parameters() if p.grad is not None)
         gradients = frozenset(n for n in map(live.log.number, keys) if n is not None)
     log = live.log
     log.close()
-    del output
     step.clear_gradients(model)
-    return Measured(held, logits, places, log, gradients)
+    return Measured(held, logits, places, log, gradients, attention)
 
 
 @dataclass(slots=True)
@@ -175,6 +178,7 @@ class _Watch:
         self._ran: dict[nn.Module, _Ran] = {}
         self._standing: set[nn.Module] = set()
         self._open: _Ran | None = None
+        self._running: nn.Module | None = None
         self.missing = 0
         self._forward: list[int] = []
         self._backward = False
@@ -184,6 +188,8 @@ class _Watch:
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._hooks = ExitStack()
         self._names = {module: name for name, module in model.named_modules()}
+        self._attends: dict[nn.Module, list[str]] = defaultdict(list)
+        self.attention: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         for module in self._model.modules():
@@ -211,6 +217,13 @@ class _Watch:
             places += [now + offsets[i] + rise for rise in self._ran[like].rises]
         return places
 
+    def attends(self, kernel: str) -> None:
+        """Attention takes a kernel, in the block that runs or outside of all."""
+        if not self._backward:
+            if self._running is not None:
+                self._attends[self._running].append(kernel)
+            self.attention[kernel] += 1
+
     def turn(self) -> None:
         """The forward is over."""
         self._close()
@@ -228,6 +241,7 @@ class _Watch:
             raise NotImplementedError(f"a {type(like).__name__} is called in another way than one that is like it")
         self._forward += [self._live.now + self.missing + climb for climb in ran.climbs]
         self.missing += ran.grown
+        self.attention.update(self._attends[like])
         hidden = _hidden(args, kwargs)
         if hidden.requires_grad:
             hidden = hidden.view_as(hidden)  # the same storage, with a place of its own in the graph
@@ -240,6 +254,7 @@ class _Watch:
         else:
             self._close()
             self._live.log.mark("enter", self._names[module])
+            self._running = module
             self._open = self._ran[module] = _Ran(arguments=_arguments(args, kwargs), entered=self._live.now)
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -247,6 +262,7 @@ class _Watch:
             self._live.log.in_forward = False
             return
         self._live.log.mark("leave", self._names[module])
+        self._running = None
         ran = self._ran[module]
         first = output[0] if isinstance(output, tuple) else output
         if module in self._standing and isinstance(output, tuple):

@@ -5,35 +5,32 @@ what is saved for the backward.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (torch's own name)
 from torch import Tensor, nn
 from transformers import masking_utils
 
 from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.observe import internals
+from kbitcheck.observe.forecast.attention import workspace
+from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log
 from kbitcheck.observe.probes.live import Live
-
-HALF = (torch.float16, torch.bfloat16)
-LARGEST_FLASH_HEAD = 256  # torch/csrc: sdp_utils.cpp, check_head_dim_size_flash
 
 
 class World:
     """Where fake tensors live: the mode, and the fake twin of each real or meta tensor.
 
-    Kernels are those of ``device``, ``cpu`` or ``cuda``. Fake tensors are on the CPU either way: torch's autograd engine
-    needs a driver for a CUDA tensor, even for a fake one.
+    They are on the CPU whatever the runtime is: torch's autograd engine needs a driver for a CUDA tensor, even for a fake
+    one.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.mode = internals.FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # the originals are kept: an identity is one while they live
 
@@ -73,8 +70,8 @@ class World:
         return twin
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Inside, operators take and make fake tensors, and kernels are those of the device."""
+    def entered(self, runtime: Runtime, note: Callable[[str], None] = lambda kernel: None) -> Iterator[None]:
+        """Inside, operators take and make fake tensors, and kernels are those of the runtime; ``note`` hears of attention's."""
         with ExitStack() as stack:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
@@ -82,10 +79,9 @@ class World:
             # It looks for sequences packed into one, which needs the numbers of positions.
             if hasattr(masking_utils, "find_packed_sequence_indices"):
                 stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
-            if self.device == "cuda":
-                stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention_on_cuda))
+            stack.enter_context(runtime.kernels(note))
             for backend in registry.available():
-                stack.enter_context(backend.kernels.on_device(self.device))
+                stack.enter_context(backend.kernels.on_device(runtime.device))
             stack.enter_context(self.mode)
             yield
 
@@ -126,10 +122,12 @@ class Counted(Live):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.now > before:
             self.trace.append(self.now)
-        if func is internals.SOFTMAX_BACKWARD and self._device == "cuda":
-            # The kernel multiplies its arguments first (torch: aten/src/ATen/native/cuda/SoftMax.cu).
-            self.trace.append(self.now + out.nbytes)
-            self.log.scratch(out.nbytes)
+        if self._device == "cuda":
+            # The backward of softmax multiplies its arguments first (torch: aten/src/ATen/native/cuda/SoftMax.cu).
+            freed = out.nbytes if func is internals.SOFTMAX_BACKWARD else workspace(func, args)
+            if freed:
+                self.trace.append(self.now + freed)
+                self.log.scratch(freed)
         return out
 
     @classmethod
@@ -144,35 +142,3 @@ class Counted(Live):
         before = mask.numel() * self._taken // self._readers
         self._taken += 1
         return mask.numel() * self._taken // self._readers - before
-
-
-def attention_on_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` by the kernel that CUDA devices from Ampere on choose.
-
-    Half precision without a mask: flash attention; else the memory-efficient kernel, for which a boolean mask becomes a
-    bias in the query's dtype. It has no grouped queries: those are computed in full (``sdp_utils.cpp``).
-    """
-    head = query.shape[-1]
-    result: tuple[Tensor, ...]
-    if attn_mask is None and query.dtype in HALF and head == value.shape[-1] and head <= LARGEST_FLASH_HEAD:
-        result = internals.FLASH_ATTENTION(query, key, value, dropout_p, is_causal, scale=scale)
-    elif enable_gqa and query.shape[-3] != key.shape[-3]:
-        grouped = {"scale": scale, "enable_gqa": True}
-        result = internals.MATH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, None, **grouped)
-    else:
-        bias = attn_mask
-        if bias is not None and bias.dtype is torch.bool:
-            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), float("-inf"))
-        if bias is not None:
-            bias = bias.expand(*query.shape[:3], key.shape[2])
-        result = internals.EFFICIENT_ATTENTION(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
-    return result[0]

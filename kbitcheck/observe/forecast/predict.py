@@ -3,9 +3,8 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from kbitcheck_reference import prepare, upcast
@@ -19,15 +18,19 @@ from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
+from kbitcheck.observe import device as devices
 from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.forecast.activations import Measured, measure, thin
-from kbitcheck.observe.forecast.fake_tensors import HALF, World
+from kbitcheck.observe.forecast.attention import AMPERE
+from kbitcheck.observe.forecast.fake_tensors import World
+from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.search import USUAL, Search
 from kbitcheck.observe.probes import adapters as adapter_probe
 
 BATCH, SEQ_LEN = 1, 2048
 # PEFT however it is named (peft, peft==0.13.2, peft:function, peft.utils:function), and no file peft.py.
 PEFT = re.compile(r"peft(?![\w-]|\.py\b)")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
@@ -66,10 +69,13 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
     if not facts.layers:
         return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
     try:
-        run = Training(source, model, facts, spec, device=forecast.device)
+        runtime = runtime_of(spec, "cpu" if forecast.device == "cpu" else "cuda")
+        run = Training(source, model, facts, spec, runtime)
         batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
         mode = forecast.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
+        other = dataclasses.replace(runtime, autocast=_usual_half(runtime) if runtime.autocast is None else None)
+        compared = {runtime: steps[mode], other: run.step(batch, length, mode, runtime=other)}
         taken = forecast.resident + max(steps[mode].peak, forecast.adapters)
         # What fits any GPU many times is not searched for, unless there is a size to fit.
         tiny = forecast.memory is None and 100 * taken < min(memory_sizes.GPUS)
@@ -84,6 +90,9 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         mode=mode,
         activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
         logits=steps[mode].logits,
+        autocast=_name(runtime),
+        compared={_name(r): HeldFacts(held=s.held, peak=s.peak) for r, s in compared.items() if r is not runtime},
+        attention={_name(r): s.attention for r, s in compared.items()},
         limit=limit,
         rooms={size: name for size, name in named.items() if not fitting or size in fitting["longest"]},
         notes=(*forecast.notes, *run.notes),
@@ -104,14 +113,33 @@ def _fitting(search: Search, forecast: ForecastFacts, length: int, mode: str) ->
     }
 
 
+def runtime_of(spec: CaseSpec, device: Literal["cpu", "cuda"]) -> Runtime:
+    """How the case's steps run: on the GPU that the case names, the one that is here, or one of Ampere's generation.
+
+    Autocast is that of transformers' ``Trainer(bf16=True)``; in float16 where the GPU has no bfloat16.
+    """
+    capability = memory_sizes.CAPABILITIES.get(spec.gpu) or devices.capability(spec.device) or AMPERE
+    plain = Runtime(device=device, capability=capability)
+    half = {"default": _usual_half(plain), "none": None}
+    return dataclasses.replace(plain, autocast=half[spec.autocast] if spec.autocast in half else DTYPES[spec.autocast])
+
+
+def _usual_half(runtime: Runtime) -> torch.dtype:
+    return torch.float16 if runtime.device == "cuda" and runtime.capability < AMPERE else torch.bfloat16
+
+
+def _name(runtime: Runtime) -> str:
+    return next((name for name, dtype in DTYPES.items() if dtype == runtime.autocast), "none")
+
+
 class Training:
     """A model on the meta device, prepared, with adapters, whose training steps are measured without numbers.
 
     There is no key/value cache, as transformers' Trainer switches ``use_cache`` off.
     """
 
-    def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, *, device: str) -> None:
-        self._model, self._spec = model, spec
+    def __init__(self, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec, runtime: Runtime) -> None:
+        self._model, self._spec, self.runtime = model, spec, runtime
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
         self.notes: tuple[str, ...] = ()
@@ -123,21 +151,21 @@ class Training:
         wrapped, _ = adapter_probe.attach(
             model, [t for t in targets if t in names], library=spec.adapters, rank=spec.rank, seed=spec.seed
         )
-        compute = getattr(torch, next(layer.compute for layer in facts.layers.values()), None)
-        half = compute if compute in HALF else torch.bfloat16
-        autocast = partial(torch.autocast, "cpu", dtype=half) if PROMISES[spec.profile].autocast else nullcontext
-        world = World(device)
+        world = World()
         world.move(wrapped)
         wrapped.train()
-        self._measure = partial(measure, wrapped, world=world, autocast=autocast)
+        self._measure = partial(measure, wrapped, world=world)
 
-    def step(self, batch: int, length: int, mode: str, *, padded: bool = True) -> Measured:
+    def step(
+        self, batch: int, length: int, mode: str, *, padded: bool = True, runtime: Runtime | None = None
+    ) -> Measured:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``; ``padded`` ones have a mask."""
-        return self._measure(self._batch(batch, length, padded and batch > 1), reentrant=MODES[mode])
+        tensors = self._batch(batch, length, padded and batch > 1)
+        return self._measure(tensors, runtime=runtime or self.runtime, reentrant=MODES[mode])
 
-    def search(self, limit: int) -> Search:
-        """The largest steps that fit, of at most ``limit`` tokens."""
-        return Search(partial(self.step, padded=False), limit)
+    def search(self, limit: int, runtime: Runtime | None = None) -> Search:
+        """The largest steps that fit, of at most ``limit`` tokens, in this runtime or in another."""
+        return Search(partial(self.step, padded=False, runtime=runtime), limit)
 
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         """Shapes of inputs: those of at most two sequences are drawn, and more are widened from them."""

@@ -6,6 +6,8 @@ from itertools import chain, repeat
 from typing import Any
 
 GPUS_SHOWN = 6
+NOTABLE = 0.02  # of a peak
+KEEP_SCORES = ("math", "eager")
 GIB = 1 << 30
 
 
@@ -89,11 +91,39 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
     )
     shape, logits = f"{forecast['batch']} × {forecast['seq_len']} tokens", size(forecast["logits"])
     yield "a step", f"{shape}, checkpointing {modes}; logits {logits}"
+    yield from _kernels(forecast)
     if "activations" in facts:
         yield "measured", dict(_measured(facts))["activations"]
     mode = forecast["mode"]
     yield "in all", f"{size(forecast['total'][mode])} with {mode} checkpointing, by {forecast['device']} kernels"
     yield from zip(chain(["fits"], repeat("")), _fits(forecast), strict=False)
+
+
+def _kernels(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Autocast and the kernels of attention, beside those without autocast where they differ."""
+    if "compared" not in forecast:  # saved by an older version
+        return
+    own, mode = forecast["autocast"], forecast["mode"]
+    peak = forecast["activations"][mode]["peak"]
+    text = {"none": "none", "bf16": "bf16, as of Trainer(bf16=True)", "fp16": "fp16, as of Trainer(fp16=True)"}[own]
+    ((other, held),) = forecast["compared"].items()
+    if abs(held["peak"] - peak) > NOTABLE * peak:
+        advice = f": train with {other}=True" if other != "none" and held["peak"] < peak else ""
+        text += f"; {_condition(other)} {size(held['peak'])} at the peak with {mode} checkpointing{advice}"
+    yield "autocast", text
+    kernels = {
+        autocast: ", ".join(f"{kernel} in {count} layer{'s' * (count > 1)}" for kernel, count in counts.items())
+        for autocast, counts in forecast["attention"].items()
+    }
+    if any(kernels.values()):
+        text = kernels[own] or "no kernel of torch's"
+        text += f"; {_condition(other)} {kernels[other]}" if kernels[other] != kernels[own] else ""
+        scores = any(kernel.startswith(KEEP_SCORES) for counts in forecast["attention"].values() for kernel in counts)
+        yield "attention", text + "; math and eager attention keep every score" * scores
+
+
+def _condition(autocast: str) -> str:
+    return "without autocast" if autocast == "none" else f"under {autocast}"
 
 
 def _fits(forecast: Mapping[str, Any]) -> Iterator[str]:
