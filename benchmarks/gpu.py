@@ -26,6 +26,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.sources.resolve import Source, resolve
 from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.probes import adapters, step, switches
 from kbitcheck.observe.probes.live import Live, own_tensors
 from kbitcheck.observe.probes.memory import empty_cache
@@ -115,7 +116,8 @@ def predicted(source: Source, plan: Plan, device: str) -> dict[str, Any]:
     empty = source.meta(Quantization.parse(plan.quant))
     facts = snapshot(empty)
     told = forecast.of_weights(empty, facts, spec)
-    run = forecast.Training(source, empty, facts, spec, device=told.device)
+    runtime = Runtime(device="cpu" if told.device == "cpu" else "cuda", keeps_output=True)  # as ``measured`` trains
+    run = forecast.Training(source, empty, facts, spec, runtime)
     steps = {
         f"{mode} {batch} x {length}": told.resident
         + max(run.step(batch, length, mode, padded=False).peak, told.adapters)

@@ -68,6 +68,7 @@ def grid() -> list[dict[str, Any]]:
     from kbitcheck.models.sources.resolve import resolve
     from kbitcheck.observe.forecast import predict as forecast
     from kbitcheck.observe.forecast import weights
+    from kbitcheck.observe.forecast.runtime import Runtime
     from kbitcheck.observe.probes import adapters, memory, step, switches
     from kbitcheck.observe.probes.live import own_tensors
     from kbitcheck.observe.probes.snapshot import snapshot
@@ -90,7 +91,7 @@ def grid() -> list[dict[str, Any]]:
                 empty = source.meta(wanted)
                 facts = snapshot(empty)
                 predicted = forecast.of_weights(empty, facts, spec)
-                run = forecast.Training(source, empty, facts, spec, device="cpu")
+                run = forecast.Training(source, empty, facts, spec, Runtime(device="cpu", keeps_output=True))
                 model: Any = copy.deepcopy(base)
                 prepare_model_for_kbit_training(model, True, {"use_reentrant": mode == "reentrant"})
                 targets = adapters.target_layers(model, spec.targets)

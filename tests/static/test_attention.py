@@ -5,6 +5,7 @@ import torch
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.attention import AMPERE, workspace
+from kbitcheck.observe.forecast.cuda_autocast import Watcher
 from kbitcheck.observe.forecast.fake_tensors import World
 from kbitcheck.observe.forecast.runtime import Runtime
 
@@ -14,15 +15,23 @@ LENGTH, HEADS = 256, 4
 SCORES = HEADS * LENGTH**2
 
 
+class Listener(Watcher):
+    def __init__(self):
+        self.kernels = []
+
+    def attends(self, kernel):
+        self.kernels.append(kernel)
+
+
 def attend(
     *, dtype=BF16, capability=AMPERE, autocast=None, key_heads=HEADS, head=64, mask=None, dropout=0.0, length=LENGTH
 ):
     """The kernel, and the largest number of elements that it saves."""
     world = World()
-    kernels: list[str] = []
+    watcher = Listener()
     saved: list[torch.Tensor] = []
     runtime = Runtime(capability=capability, autocast=autocast)
-    with world.entered(runtime, kernels.append), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+    with world.entered(runtime, watcher), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
         query = torch.empty(1, HEADS, length, head, dtype=dtype, requires_grad=True)
         key = torch.empty(1, key_heads, length, head, dtype=dtype, requires_grad=True)
         bias = None if mask is None else torch.ones(1, 1, length, length, dtype=mask)
@@ -30,7 +39,7 @@ def attend(
         with runtime.autocasting():
             out = torch.nn.functional.scaled_dot_product_attention(query, key, key, **settings)
     assert out.shape == query.shape
-    (kernel,) = kernels
+    (kernel,) = watcher.kernels
     return kernel, max(t.untyped_storage().nbytes() // t.element_size() for t in saved)
 
 

@@ -57,7 +57,7 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_results_have_the_dtypes_of_cuda(name):
     compute, of_half, of_float = OPERATORS[name]
-    world, casts = World(), autocast.Casts()
+    world, casts = World(), autocast.Casts(autocast.Watcher())
     with casts.installed(), world.mode, torch.autocast("cpu", dtype=BF16):
         assert compute(torch.empty(8, 8, dtype=BF16)).dtype == of_half
         assert compute(torch.empty(8, 8)).dtype == of_float
@@ -68,13 +68,16 @@ def test_results_have_the_dtypes_of_cuda(name):
 def test_the_cpus_own_autocast_is_back_afterwards():
     half = torch.ones(4, 4, dtype=BF16)
     for installed in (True, False):
-        with autocast.Casts().installed() if installed else torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+        with (
+            autocast.Casts(autocast.Watcher()).installed() if installed else torch.no_grad(),
+            torch.autocast("cpu", dtype=BF16),
+        ):
             assert (half @ half).dtype == BF16
             assert half.softmax(-1).dtype == (FP32 if installed else BF16)  # on CUDA's list alone
 
 
 def test_casts_of_trained_weights_are_kept_until_autocast_ends():
-    world, casts = World(), autocast.Casts()
+    world, casts = World(), autocast.Casts(autocast.Watcher())
     with world.mode:
         x, trained, frozen = torch.empty(8, 8, dtype=FP16), torch.empty(8, 8, requires_grad=True), torch.empty(8, 8)
     live = Counted([x, trained, frozen])

@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.probes.snapshot import snapshot
 
 ALTERNATING = {
@@ -26,10 +28,13 @@ ALTERNATING = {
 }
 
 
-def training(source, *, device="cuda"):
-    spec = CaseSpec(model=source.name, quant="nf4", implementation="none", device=device)
+RUNTIME = Runtime(autocast=torch.bfloat16)
+
+
+def training(source, runtime=RUNTIME):
+    spec = CaseSpec(model=source.name, quant="nf4", implementation="none", device=runtime.device)
     model = source.meta(Quantization.parse("nf4"))
-    return predict.Training(source, model, snapshot(model), spec, device=device)
+    return predict.Training(source, model, snapshot(model), spec, runtime)
 
 
 @pytest.fixture(params=["llama", "mixtral", "gemma2"])

@@ -15,74 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from kbitcheck.observe import internals
+from kbitcheck.observe.forecast.cuda_autocast import Watcher
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log, Trace, whole
+from kbitcheck.observe.forecast.thinning import Passed, Signature, plain
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import only_new_garbage, tensors
-from kbitcheck.observe.probes.snapshot import is_block, tower
-
-PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx", "training"})
-
-Signature = tuple[object, ...]
-
-
-def signature(block: nn.Module) -> Signature:
-    """Equal for blocks that compute the same on other numbers: classes, settings, shapes, dtypes and trained parameters.
-
-    A block's place in the stack is left out; a setting that the model derives from it (a window, say) is not.
-    """
-    parts: list[object] = []
-    for name, module in block.named_modules():
-        settings = sorted((k, repr(v)) for k, v in vars(module).items() if k not in PLACE and _plain(v))
-        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        shapes = [(n, type(t).__name__, tuple(t.shape), t.dtype, t.requires_grad) for n, t in own]
-        parts.append((name, type(module).__qualname__, tuple(settings), tuple(shapes)))
-    return tuple(parts)
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
-
-
-class Passed(nn.Module):
-    """Stands for a block that equals ``like``, which runs: returns its input, and reports both passes to the watch."""
-
-    def __init__(self, block: nn.Module, like: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(block=block, like=like)  # no children: neither is run, moved or counted from here
-        self.gradient_checkpointing = False
-        self.watch: _Watch | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.watch is not None
-        return self.watch.passed(self, self.__dict__["like"], args, kwargs)
-
-
-def thin(model: nn.Module) -> None:
-    """Put ``Passed`` in the place of the blocks that equal one that runs, tower by tower.
-
-    The first block runs, as the steady state may not be reached before it, the last, whose output may not be read, and
-    one of each kind between.
-    """
-    towers: dict[str, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        if is_block(module):
-            towers[tower(name)].append(name)
-    for names in towers.values():
-        kinds: dict[Signature, nn.Module] = {}
-        for name in names[1:-1]:
-            block = model.get_submodule(name)
-            like = kinds.setdefault(signature(block), block)
-            if like is not block:
-                parent, _, child = name.rpartition(".")
-                both: type[Passed] = type(Passed.__name__, (Passed, type(block)), {})  # models collect outputs by class
-                internals.replace_child(model.get_submodule(parent), child, both(block, like))
+from kbitcheck.observe.probes.snapshot import is_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +63,7 @@ def measure(
         switches.cache_off(model),
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
-        world.entered(runtime, watch.attends),
+        world.entered(runtime, watch),
         live,
         watch,
     ):
@@ -166,7 +106,7 @@ class _Ran:
     rest: tuple[Any, ...] | None = None
 
 
-class _Watch:
+class _Watch(Watcher):
     """Hooks that follow a step from block to block and back. Bytes throughout.
 
     ``missing`` is what blocks that were passed would hold by now: as much as those that they equal, until the backward
@@ -178,7 +118,8 @@ class _Watch:
         self._ran: dict[nn.Module, _Ran] = {}
         self._standing: set[nn.Module] = set()
         self._open: _Ran | None = None
-        self._running: nn.Module | None = None
+        self.block: nn.Module | None = None
+        self._passed: Counter[nn.Module] = Counter()
         self.missing = 0
         self._forward: list[int] = []
         self._backward = False
@@ -220,9 +161,21 @@ class _Watch:
     def attends(self, kernel: str) -> None:
         """Attention takes a kernel, in the block that runs or outside of all."""
         if not self._backward:
-            if self._running is not None:
-                self._attends[self._running].append(kernel)
+            if self.block is not None:
+                self._attends[self.block].append(kernel)
             self.attention[kernel] += 1
+
+    @contextmanager
+    def dropping(self, block: Any) -> Iterator[None]:
+        """Inside, what blocks hold that are like ``block`` becomes less by what is freed."""
+        if self._backward:
+            yield
+            return
+        self._close()
+        before, self._live.log.dropping = self._live.now, True
+        yield
+        self._live.log.dropping = False
+        self.missing -= (before - self._live.now) * self._passed[block]
 
     def turn(self) -> None:
         """The forward is over."""
@@ -241,6 +194,7 @@ class _Watch:
             raise NotImplementedError(f"a {type(like).__name__} is called in another way than one that is like it")
         self._forward += [self._live.now + self.missing + climb for climb in ran.climbs]
         self.missing += ran.grown
+        self._passed[like] += 1
         self.attention.update(self._attends[like])
         hidden = _hidden(args, kwargs)
         if hidden.requires_grad:
@@ -254,7 +208,7 @@ class _Watch:
         else:
             self._close()
             self._live.log.mark("enter", self._names[module])
-            self._running = module
+            self.block = module
             self._open = self._ran[module] = _Ran(arguments=_arguments(args, kwargs), entered=self._live.now)
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -262,7 +216,7 @@ class _Watch:
             self._live.log.in_forward = False
             return
         self._live.log.mark("leave", self._names[module])
-        self._running = None
+        self.block = None
         ran = self._ran[module]
         first = output[0] if isinstance(output, tuple) else output
         if module in self._standing and isinstance(output, tuple):
@@ -307,7 +261,7 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
             return tuple((k, described(v)) for k, v in sorted(value.items()))
         if isinstance(value, (tuple, list)):
             return tuple(map(described, value))
-        return value if _plain(value) else type(value).__qualname__
+        return value if plain(value) else type(value).__qualname__
 
     return described(args), described(kwargs)
 

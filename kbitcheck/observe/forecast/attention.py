@@ -1,6 +1,6 @@
 """Which kernel ``scaled_dot_product_attention`` takes on a CUDA device, and what the kernel allocates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own name)
 from torch import Tensor
 
 from kbitcheck.observe import internals
-from kbitcheck.observe.forecast.cuda_autocast import Casts, half
+from kbitcheck.observe.forecast.cuda_autocast import Casts, Watcher, half
 
 HALF = (torch.float16, torch.bfloat16)
 LARGEST_FLASH_HEAD = 256
@@ -19,11 +19,11 @@ FLASH, EFFICIENT, MATH = "flash", "memory-efficient", "math"
 class CudaAttention:
     """Stands for ``torch.nn.functional.scaled_dot_product_attention`` on a device of a compute capability.
 
-    Kernels are chosen as in torch's ``sdp_utils.cpp``, up to torch 2.13. ``note`` hears of each choice.
+    Kernels are chosen as in torch's ``sdp_utils.cpp``, up to torch 2.13.
     """
 
-    def __init__(self, capability: tuple[int, int], casts: Casts, note: Callable[[str], None]) -> None:
-        self._capability, self._casts, self._note = capability, casts, note
+    def __init__(self, capability: tuple[int, int], casts: Casts, watcher: Watcher) -> None:
+        self._capability, self._casts, self._watcher = capability, casts, watcher
 
     def __call__(
         self,
@@ -44,13 +44,13 @@ class CudaAttention:
         why = self._no_flash(query, key, value, attn_mask, dropout_p, is_causal)
         with internals.below_autocast():
             if not why:
-                self._note(FLASH)
+                self._watcher.attends(FLASH)
                 return _flash(query, key, value, dropout_p, is_causal, scale)
             why_math = "grouped queries" if grouped else self._no_efficient(query, key, value)
             if not why_math:
-                self._note(f"{EFFICIENT} ({why})")
+                self._watcher.attends(f"{EFFICIENT} ({why})")
                 return _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale)
-            self._note(f"{MATH} ({why} and {why_math})")
+            self._watcher.attends(f"{MATH} ({why} and {why_math})")
             settings = {"scale": scale, "enable_gqa": enable_gqa}
             result: tuple[Tensor, ...] = internals.MATH_ATTENTION(
                 query, key, value, attn_mask, dropout_p, is_causal, None, **settings

@@ -5,8 +5,9 @@ casts its arguments is stated here, as in torch's ``ATen/autocast_mode.h``.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -39,6 +40,29 @@ REFUSED = frozenset({"binary_cross_entropy"})  # autocast on CUDA raises for it
 Operator = Callable[..., Any]
 
 
+class Watcher:
+    """Hears what a step does that no operator shows. This one does not listen."""
+
+    block: Hashable = None
+    """The block whose forward runs; None beside the blocks."""
+
+    def attends(self, kernel: str) -> None:
+        """Attention takes a kernel."""
+
+    def dropping(self, block: Hashable) -> AbstractContextManager[Any]:
+        """Inside, autocast drops a cast that it kept since the forward of ``block``."""
+        return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A cast that is kept, the weight that it is of, and the block whose forward made it."""
+
+    weight: weakref.ref[Tensor]
+    cast: Tensor
+    block: Hashable
+
+
 def half() -> torch.dtype | None:
     """The dtype that autocast casts to at the moment; None where it is off."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -47,8 +71,9 @@ def half() -> torch.dtype | None:
 class Casts:
     """What autocast casts. Casts of trained float32 weights are kept until it ends, as torch keeps them."""
 
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._kept: dict[int, _Kept] = {}
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """The value in ``dtype`` if it is a floating tensor, other than a float64 one, or a list of them."""
@@ -60,13 +85,16 @@ class Casts:
         if not (trained and value.dtype == torch.float32 and dtype == half() and torch.is_autocast_cache_enabled()):
             return value.to(dtype)
         kept = self._kept.get(id(value))
-        if kept is None or kept[0]() is not value:
-            kept = self._kept[id(value)] = weakref.ref(value), value.to(dtype)
-        return kept[1]
+        if kept is None or kept.weight() is not value:
+            kept = self._kept[id(value)] = _Kept(weakref.ref(value), value.to(dtype), self._watcher.block)
+        return kept.cast
 
     def clear(self) -> None:
         """Drop all that is kept."""
-        self._kept.clear()
+        while self._kept:
+            first = next(iter(self._kept))
+            with self._watcher.dropping(self._kept[first].block):
+                del self._kept[first]
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ what is saved for the backward.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.attention import workspace
+from kbitcheck.observe.forecast.cuda_autocast import Watcher
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log
 from kbitcheck.observe.probes.live import Live
@@ -70,8 +71,8 @@ class World:
         return twin
 
     @contextmanager
-    def entered(self, runtime: Runtime, note: Callable[[str], None] = lambda kernel: None) -> Iterator[None]:
-        """Inside, operators take and make fake tensors, and kernels are those of the runtime; ``note`` hears of attention's."""
+    def entered(self, runtime: Runtime, watcher: Watcher | None = None) -> Iterator[None]:
+        """Inside, operators take and make fake tensors, and kernels are those of the runtime."""
         with ExitStack() as stack:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
@@ -79,7 +80,7 @@ class World:
             # It looks for sequences packed into one, which needs the numbers of positions.
             if hasattr(masking_utils, "find_packed_sequence_indices"):
                 stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
-            stack.enter_context(runtime.kernels(note))
+            stack.enter_context(runtime.kernels(watcher or Watcher()))
             for backend in registry.available():
                 stack.enter_context(backend.kernels.on_device(runtime.device))
             stack.enter_context(self.mode)

@@ -20,11 +20,12 @@ from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe import device as devices
 from kbitcheck.observe.forecast import weights
-from kbitcheck.observe.forecast.activations import Measured, measure, thin
+from kbitcheck.observe.forecast.activations import Measured, measure
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.fake_tensors import World
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.search import USUAL, Search
+from kbitcheck.observe.forecast.thinning import thin
 from kbitcheck.observe.probes import adapters as adapter_probe
 
 BATCH, SEQ_LEN = 1, 2048

@@ -1,6 +1,6 @@
 """How a predicted step runs: on what kind of device, under which autocast, in what loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.attention import AMPERE, HALF, CudaAttention
-from kbitcheck.observe.forecast.cuda_autocast import Casts
+from kbitcheck.observe.forecast.cuda_autocast import Casts, Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +30,12 @@ class Runtime:
     keeps_output: bool = False
 
     @contextmanager
-    def kernels(self, note: Callable[[str], None]) -> Iterator[None]:
+    def kernels(self, watcher: Watcher) -> Iterator[None]:
         """Attention and autocast by the kernels of the device, for tensors that say they are on the CPU."""
         with ExitStack() as stack:
             if self.device == "cuda":
-                casts = Casts()
-                attention = CudaAttention(self.capability, casts, note)
+                casts = Casts(watcher)
+                attention = CudaAttention(self.capability, casts, watcher)
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
                 if self.autocast is not None:
                     stack.enter_context(casts.installed())

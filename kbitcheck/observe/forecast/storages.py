@@ -30,7 +30,8 @@ class Mark:
 class Log:
     """What a step makes and frees: a storage's number among ``nbytes``, or its complement when it is freed.
 
-    ``forward`` says of each storage whether a forward made it, also one that recomputes a block.
+    ``forward`` says of each storage whether a forward made it, also one that recomputes a block. Those that are freed while
+    the log is ``dropping`` are ``dropped``: every block's are, at the end of a forward.
     """
 
     nbytes: list[int] = field(default_factory=list)
@@ -38,6 +39,8 @@ class Log:
     events: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     in_forward: bool = True
+    dropping: bool = False
+    dropped: set[int] = field(default_factory=set)
     _alive: dict[int, int] = field(default_factory=dict)
 
     def make(self, key: int, nbytes: int) -> None:
@@ -50,7 +53,10 @@ class Log:
     def free(self, key: int) -> None:
         """A storage is freed; of others than those made here nothing is noted."""
         if key in self._alive:
-            self.events.append(~self._alive.pop(key))
+            number = self._alive.pop(key)
+            self.events.append(~number)
+            if self.dropping:
+                self.dropped.add(number)
 
     def scratch(self, nbytes: int) -> None:
         """A storage lives as long as one kernel."""
@@ -179,6 +185,9 @@ class _Expansion:
                     self._alive[place, event] = len(self._storages)
                     self._events.append(len(self._storages))
                     self._storages.append(self._storage(part, place, event, within=order < part.within))
+                elif ~event in self._log.dropped:
+                    alive = sorted(key for key in self._alive if key[1] in self._log.dropped)
+                    self._events += [~self._alive.pop(key) for key in alive]
                 elif (number := self._taken(place, ~event)) is not None:
                     self._events.append(~number)
         return Trace(self._storages, self._events)

@@ -1,0 +1,72 @@
+"""Of the blocks of a model that compute the same, one runs: the others are passed."""
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from kbitcheck.observe import internals
+from kbitcheck.observe.probes.snapshot import is_block, tower
+
+PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx", "training"})
+
+Signature = tuple[object, ...]
+
+
+def signature(block: nn.Module) -> Signature:
+    """Equal for blocks that compute the same on other numbers: classes, settings, shapes, dtypes and trained parameters.
+
+    A block's place in the stack is left out; a setting that the model derives from it (a window, say) is not.
+    """
+    parts: list[object] = []
+    for name, module in block.named_modules():
+        settings = sorted((k, repr(v)) for k, v in vars(module).items() if k not in PLACE and plain(v))
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        shapes = [(n, type(t).__name__, tuple(t.shape), t.dtype, t.requires_grad) for n, t in own]
+        parts.append((name, type(module).__qualname__, tuple(settings), tuple(shapes)))
+    return tuple(parts)
+
+
+def plain(value: Any) -> bool:
+    """Whether a value is a plain one, or a tuple of such."""
+    if isinstance(value, tuple):
+        return all(map(plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+class Passed(nn.Module):
+    """Stands for a block that equals ``like``, which runs: returns its input, and reports both passes to its ``watch``."""
+
+    def __init__(self, block: nn.Module, like: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(block=block, like=like)  # no children: neither is run, moved or counted from here
+        self.gradient_checkpointing = False
+        self.watch: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.watch is not None
+        return self.watch.passed(self, self.__dict__["like"], args, kwargs)
+
+
+def thin(model: nn.Module) -> None:
+    """Put ``Passed`` in the place of the blocks that equal one that runs, tower by tower.
+
+    The first block runs, as the steady state may not be reached before it, the last, whose output may not be read, and
+    one of each kind between.
+    """
+    towers: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if is_block(module):
+            towers[tower(name)].append(name)
+    for names in towers.values():
+        kinds: dict[Signature, nn.Module] = {}
+        for name in names[1:-1]:
+            block = model.get_submodule(name)
+            like = kinds.setdefault(signature(block), block)
+            if like is not block:
+                parent, _, child = name.rpartition(".")
+                both: type[Passed] = type(Passed.__name__, (Passed, type(block)), {})  # models collect outputs by class
+                internals.replace_child(model.get_submodule(parent), child, both(block, like))
