@@ -10,6 +10,7 @@ Freezes = Literal["at-prepare", "at-attach"]
 Adapters = Literal["reference", "peft"]
 Static = Literal["never", "always", "if-too-large"]
 Autocast = Literal["default", "bf16", "fp16", "none"]
+UseCut = Literal["if-large", "always", "never"]
 ALL_LINEAR = "all-linear"
 REFERENCE = "reference"  # the implementation that comes with kbitcheck
 
@@ -22,6 +23,8 @@ class CaseSpec:
     comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
     audit reads no weights; ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU that has it, if one
     was named. Steps are forecast under ``autocast``, which no rule reads.
+    audit reads no weights; ``memory`` is what training has to fit into, in bytes. ``cut`` says when facts about code paths run
+    on a cut of the model.
     """
 
     model: str
@@ -46,6 +49,7 @@ class CaseSpec:
     memory: int | None = None
     gpu: str = ""
     autocast: Autocast = "default"
+    cut: UseCut = "if-large"
 
     @property
     def id(self) -> str:

@@ -184,4 +184,5 @@ def judge(rule: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = l
         failures=tuple(failures),
         notes=tuple(notes),
         seconds=round(time.perf_counter() - start, 6),
+        cut=facts.cut_behind(rule.reads),
     )

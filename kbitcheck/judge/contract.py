@@ -263,7 +263,7 @@ def deterministic(facts: Facts) -> Iterable[Observation]:
     Fix: use no random numbers, and depend on the arguments alone.
     Sources: specification KB512.
     """
-    yield from same_model(facts.prepared, facts.repeated, "the first model", "the second")
+    yield from same_model(facts.first_prepared, facts.repeated, "the first model", "the second")
 
 
 def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> Iterator[Observation]:

@@ -275,13 +275,21 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
             # The inputs of the unprepared base require grad too, which some models cannot bear.
             yield unless_unprepared(forward, facts, Party.MODEL, partial(_fails_so, f))
     raised = facts.step_raised
+    if facts.cut.towers and not raised:
+        f = facts.evaluation
+        ok = f.finite and not f.raised
+        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok)
+        yield unless_unprepared(forward, facts, Party.MODEL, lambda base: _same_failure(f, base.evaluation))
     step = Observation("training step", "no error", str(raised or "none"), ok=not raised)
     yield unless_unprepared(step, facts, Party.MODEL, lambda base: base.step_raised == raised)
 
 
 def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:
-    failure = (forward.condition, forward.raised, forward.finite)
-    return any((f.condition, f.raised, f.finite) == failure for f in facts.forwards)
+    return any(_same_failure(forward, f) for f in facts.forwards)
+
+
+def _same_failure(one: ForwardFacts, other: ForwardFacts) -> bool:
+    return (one.condition, one.raised, one.finite) == (other.condition, other.raised, other.finite)
 
 
 @rule("KB211", "trainables-not-fp16", Level.MUST)

@@ -31,43 +31,53 @@ class Calls:
     """Facts of calls, each on a fresh base."""
 
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
+        self._on_cut = outputs.paths is not outputs
         self._preparation = preparation
         self._outputs = outputs
         self.computed = preparation.computed
 
-    @fact(Cost("whole", Passes(copies=1, calls=1), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1), models=1))
     def default_call(self) -> CallFacts:
         return call(self._preparation.function, self._preparation.copy())[1]
 
-    @fact(Cost("whole", Passes(copies=1, calls=1), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1), models=1))
     def positional_call(self) -> CallFacts:
         return call(self._preparation.function, self._preparation.copy().train(), False)[1]
 
-    @fact(Cost("whole", Passes(copies=1, calls=2, snapshots=2), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=2, snapshots=2), models=1))
     def _repeated(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
         """A base prepared while its memory is watched, then prepared again: the cost, and the model after each call."""
+        cost, model = self._watched()
+        once = snapshot(model)
+        return cost, once, snapshot(self._prepared(model))
+
+    @fact(Cost(needs=("_repeated",)))
+    def cost(self) -> CostFacts:
+        return self._watched()[0] if self._on_cut else self._repeated[0]
+
+    repeated = Fact[ModelFacts](lambda self: self._repeated[1], cost=Cost("cut", needs=("_repeated",)))
+    prepared_again = Fact[ModelFacts](lambda self: self._repeated[2], cost=Cost("cut", needs=("_repeated",)))
+
+    def _watched(self) -> tuple[CostFacts, Any]:
+        """What preparing a base costs, and the model that comes of it."""
         self._preparation.make_room()
         model = self._preparation.loaded.own_copy()
         mix_training_flags(model)
 
         def prepare(base: nn.Module) -> None:
             nonlocal model
-            # Not by ``call``, whose copies of random states would count as the preparation's memory.
-            try:
-                model = self._preparation.apply(base)
-            except Exception as error:
-                raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error
+            model = self._prepared(base)
 
-        cost = memory.cost(prepare, model)
-        once = snapshot(model)
-        prepare(model)
-        return cost, once, snapshot(model)
+        return memory.cost(prepare, model), model
 
-    cost = Fact[CostFacts](lambda self: self._repeated[0], cost=Cost(needs=("_repeated",)))
-    repeated = Fact[ModelFacts](lambda self: self._repeated[1], cost=Cost(needs=("_repeated",)))
-    prepared_again = Fact[ModelFacts](lambda self: self._repeated[2], cost=Cost(needs=("_repeated",)))
+    def _prepared(self, model: nn.Module) -> Any:
+        # Not by ``call``, whose copies of random states would count as the preparation's memory.
+        try:
+            return self._preparation.apply(model)
+        except Exception as error:
+            raise Unavailable(f"preparation raised {cause(error)}", failed=True) from error
 
-    @fact(Cost("whole", Passes(copies=1, calls=1, snapshots=1), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1, snapshots=1), models=1))
     def switched_off(self) -> ModelFacts:
         """After one preparation, then ``disable_input_require_grads`` and checkpointing off."""
         model = self._preparation.prepared_copy()
@@ -77,7 +87,7 @@ class Calls:
             switches.quietly(model.gradient_checkpointing_disable)
         return snapshot(model)
 
-    @fact(Cost("whole", Passes(copies=1, calls=1, snapshots=2), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1, snapshots=2), models=1))
     def refused(self) -> RefusedCall:
         model = self._preparation.copy()
         cls = type(model)
@@ -88,7 +98,7 @@ class Calls:
         _, facts = call(self._preparation.function, model, **{SECOND: True})
         return RefusedCall(call=facts, before=before, after=snapshot(model))
 
-    @fact(Cost("whole", Passes(copies=1, calls=1), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1), models=1))
     def adapters_first(self) -> AdaptersFirst:
         preparation, loaded, spec = self._preparation, self._preparation.loaded, self._preparation.spec
         library = "peft" if spec.adapters == "peft" or find_spec("peft") else "reference"
@@ -105,7 +115,7 @@ class Calls:
         trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
         return AdaptersFirst(call=facts, before=before, after=before & trainable)
 
-    @fact(Cost("whole", Passes(forwards=1, backwards=1, copies=1, calls=1), needs=("forwards",), models=1))
+    @fact(Cost("cut", Passes(forwards=1, backwards=1, copies=1, calls=1), needs=("forwards",), models=1))
     def honoured(self) -> HonouredArguments:
         self._outputs.require_forward()
         mode = self._preparation.spec.checkpointing

@@ -7,24 +7,37 @@ adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared 
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Implementation
 from kbitcheck.core.errors import Unavailable, UsageError
-from kbitcheck.core.facts import HALF, Cost, Fact, Facts, ForecastFacts, ModelFacts, Passes, StepOutcome, fact
+from kbitcheck.core.facts import (
+    HALF,
+    Cost,
+    CutFacts,
+    Fact,
+    Facts,
+    ForecastFacts,
+    ModelFacts,
+    Passes,
+    StepOutcome,
+    StoreFacts,
+    fact,
+)
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.facts.recipe import Recipe
+from kbitcheck.models.cut import NoCut
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
 from kbitcheck.observe.lent import Lent
-from kbitcheck.observe.loaded import Loaded, loaded_model
+from kbitcheck.observe.loaded import Loaded, loaded_model, state_keys
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
@@ -32,6 +45,7 @@ from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Wrapped
 from kbitcheck.observe.static import static_case
 from kbitcheck.observe.stepped import Stepped
+from kbitcheck.observe.store import differences
 from kbitcheck.observe.trained import Trained, wrapped_copy
 from kbitcheck.observe.twin import twins
 
@@ -50,6 +64,14 @@ def facts_of(stage: type) -> frozenset[str]:
 STAGE_OF = {fact: f"_{stage.__name__.lower()}" for stage in STAGES for fact in facts_of(stage)}
 
 
+class _Paths(NamedTuple):
+    """The case that facts about code paths are of; with a cut, also the keys that the whole prepared model saves."""
+
+    case: "Case"
+    cut: CutFacts
+    state_keys: frozenset[str] = frozenset()
+
+
 class Case(OpenCase):
     """The facts of one case: those of its stages, and here those of the loaded model and across stages."""
 
@@ -64,6 +86,7 @@ class Case(OpenCase):
     ) -> None:
         super().__init__(spec, recipe)
         self._loaded = loaded
+        self._function = function
         self.batch = loaded.batch
         self._patches = patches
         self._preparation = Preparation(spec, function, loaded)
@@ -72,7 +95,8 @@ class Case(OpenCase):
 
     def compute(self, name: str) -> Any:
         """The fact of that name, from its stage."""
-        return getattr(getattr(self, STAGE_OF[name]), name)
+        case = self._paths.case if name in ON_CUT else self
+        return getattr(getattr(case, STAGE_OF[name]), name)
 
     def _make_room(self) -> None:
         """Drop the one prepared model of a large base, as another copy is needed; its facts stay."""
@@ -80,14 +104,38 @@ class Case(OpenCase):
             for name in self.computed.keys() & {"_wrapped", "_called"}:
                 self.computed[name].drop()
 
+    @Fact
+    def _paths(self) -> "_Paths":
+        """The case that facts about code paths are of: this one, of a cut of its model; itself where there is no cut."""
+        try:
+            proof, loaded = self._loaded.cut(self.spec)
+            spec = dataclasses.replace(self.spec, cut="never")
+            case = Case(spec, self._function, loaded, patches=self._patches, recipe=self.recipe)
+            case.computed.left_out, case.computed.watch = self.computed.left_out, self.computed.watch
+            model = self._called.model
+            proof.require_alike(model, case._called.model)
+        except (NoCut, Unavailable) as reason:
+            return _Paths(self, CutFacts(reason=str(reason)))
+        return _Paths(case, CutFacts(towers=proof.cut.towers), state_keys(model))
+
+    cut = Fact[CutFacts](lambda self: self._paths.cut, cost=Cost(needs=("_paths",)))
+
     _called = Fact(lambda self: Called(self._preparation), cost=Cost("whole", Passes(copies=1, calls=1), models=1))
-    _wrapped = Fact(
-        lambda self: Wrapped(self._called), cost=Cost("static", Passes(snapshots=1), needs=("_called", "prepared"))
-    )
+
+    @fact(Cost("static", Passes(snapshots=1), needs=("_called", "_paths", "prepared")))
+    def _wrapped(self) -> Wrapped:
+        _ = self._paths  # what it compares has no adapters
+        return Wrapped(self._called)
+
     _stepped = Fact(
         lambda self: Stepped(self._wrapped, self._outputs), cost=Cost(needs=("_wrapped", "_outputs", "forwards"))
     )
-    _outputs = Fact(lambda self: Outputs(self._preparation))
+
+    @fact(Cost(needs=("_paths",)))
+    def _outputs(self) -> Outputs:
+        case = self._paths.case
+        return Outputs(self._preparation, None if case is self else case._outputs)
+
     _calls = Fact(lambda self: Calls(self._preparation, self._outputs), cost=Cost(needs=("_outputs",)))
     _trained = Fact(
         lambda self: Trained(self._preparation, self._outputs),
@@ -105,15 +153,22 @@ class Case(OpenCase):
 
     @fact(
         Cost(
-            "whole",
+            "cut",
             Passes(forwards=15, backwards=10, copies=5, calls=5),
-            needs=("_outputs", "forwards", "generator"),
+            needs=("_paths", "_outputs", "forwards", "generator"),
             models=2,
         )
     )
     def interleaved(self) -> Sequence[StepOutcome]:
         _ = self.generator  # first, so that its copy of the base is gone
-        return self.session().run(STANDARD_ORDER)
+        return self._paths.case.session().run(STANDARD_ORDER)
+
+    @fact(Cost("cut", needs=("_paths", "_outputs", "round_trip")))
+    def store(self) -> StoreFacts:
+        facts = self._paths.case._outputs.round_trip
+        if self._paths.case is self:
+            return facts
+        return dataclasses.replace(facts, **differences(self._loaded.state_keys, self._paths.state_keys))
 
     base = Fact[ModelFacts](lambda self: self._loaded.facts)
     loaded = Fact[ModelFacts](lambda self: self._loaded.facts)
@@ -121,7 +176,8 @@ class Case(OpenCase):
     half_ulp = Fact[float](lambda self: float(torch.finfo(self._loaded.half).eps))
     remote_code = Fact[bool](lambda self: self._loaded.remote_code)
     generator = Fact[bool](
-        lambda self: self._loaded.generator, cost=Cost("whole", Passes(forwards=2, copies=1), shared=True, models=1)
+        lambda self: self._paths.case._loaded.generator,
+        cost=Cost("cut", Passes(forwards=2, copies=1), needs=("_paths",), shared=True, models=1),
     )
     unfit_targets = Fact[Mapping[str, str]](lambda self: self._loaded.unfit_targets)
     forecast = Fact[ForecastFacts](lambda self: self._loaded.forecast(self.spec))
@@ -176,9 +232,28 @@ class Case(OpenCase):
         spec = dataclasses.replace(self.spec, implementation=function.__name__, checkpointing=cast(Any, checkpointing))
         return self._loaded.witness(spec, lambda: Case(spec, function, self._loaded))
 
+    def cut_behind(self, reads: Set[str]) -> str:
+        paths = self.computed.get("_paths")
+        return str(paths.cut) if paths is not None and reads & ON_CUT else ""
+
+    def close(self) -> None:
+        """Drop every model of the case, and those of its cut."""
+        paths = self.computed.pop("_paths", None)
+        if paths is not None and paths.case is not self:
+            paths.case.close()
+        super().close()
+
     def summary(self) -> dict[str, Any]:
         """Figures of a report; beside those of the loaded model only what has been computed."""
         return figures.summary(self, self.computed, batch=self.batch)
+
+
+ON_CUT = frozenset(
+    name
+    for owner in (*STAGES, Case)
+    for name, each in vars(owner).items()
+    if isinstance(each, Fact) and each.cost.on == "cut"
+)
 
 
 def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float = math.inf) -> OpenCase:

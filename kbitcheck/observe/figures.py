@@ -30,6 +30,8 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         figures["recipe"] = str(facts.recipe)
     if batch is not None:
         figures["inputs"] = kinds(batch)
+    if "cut" in computed and (facts.cut.towers or facts.cut.reason):
+        figures["cut"] = facts.cut.as_json()
     if "prepared" in computed:
         figures["bytes_prepared"] = facts.prepared.nbytes
         figures["bytes_by_group"] = {"loaded": by_group(base), "prepared": by_group(facts.prepared)}

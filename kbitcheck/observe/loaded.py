@@ -17,11 +17,13 @@ from kbitcheck.core.cases import CaseSpec, Profile
 from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.models.cut import NoCut
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.blockwise.oracle import Comparison, Twin, compare
 from kbitcheck.observe.blockwise.record import BlockCall
+from kbitcheck.observe.cut import ProvenCut, proven_cut
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
@@ -38,6 +40,13 @@ class Function(NamedTuple):
     exact: routers.Routed
     original: routers.Routed
     rounded: routers.Routed
+
+
+class LoadedCut(NamedTuple):
+    """A cut with its proof, and its model as loaded."""
+
+    proof: ProvenCut
+    loaded: "Loaded"
 
 
 class Loaded:
@@ -65,7 +74,7 @@ class Loaded:
         self.source = source
         self.quant = Quantization.parse(spec.quant)
         self.facts = snapshot.snapshot(model)
-        self.state_keys = _state_keys(model)  # before any implementation runs, which may patch how modules save
+        self.state_keys = state_keys(model)  # before any implementation runs, which may patch how modules save
         if batch is None:
             batch = source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.batch = batch
@@ -125,6 +134,27 @@ class Loaded:
         """The dtype quantized layers compute in: float32 where they follow prepared (float32) inputs, as int8 does."""
         dtypes = {backends.arithmetic(m).compute_dtype(m) for _, m in backends.quantized_layers(self.pristine)}
         return next((d for d in dtypes if d is not None), torch.float32)
+
+    def cut(self, spec: CaseSpec) -> "LoadedCut":
+        """A cut of the model, proven to be one; raises ``NoCut`` if there is none, or none is worth its price."""
+        if spec.cut == "never" or (spec.cut == "if-large" and not self.large):
+            raise NoCut("")
+        made = self._computed_once(("cut", spec.targets), lambda: self._proven_cut(spec), small=True)
+        if isinstance(made, NoCut):
+            raise made
+        return made
+
+    def _proven_cut(self, spec: CaseSpec) -> "LoadedCut | NoCut":
+        self.require_step()
+        try:
+            proof = proven_cut(self.original(), self.batch)
+        except NoCut as reason:
+            return reason
+        # Of a caller's own model, whose tensors change as it is prepared and stepped, the cut has copies.
+        model = proof.cut.model if self.copies else copy.deepcopy(proof.cut.model)
+        attach = None if self.attach == self._attach_targets else self.attach
+        loaded = Loaded(model, self.source, spec, batch=self.batch, attach=attach, twin_errors=self._twin_errors)
+        return LoadedCut(proof, loaded)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
         """Twins under the spec's profile and adapters."""
@@ -257,7 +287,8 @@ class Loaded:
         return twin.Twins(whole=whole, single=single)
 
 
-def _state_keys(model: nn.Module) -> frozenset[str]:
+def state_keys(model: nn.Module) -> frozenset[str]:
+    """The keys that a model saves; where that raises, the exception in their place."""
     try:
         return frozenset(model.state_dict())
     except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash

@@ -15,9 +15,10 @@ from kbitcheck.observe.twin.twins import Twins, root_mean_square_error
 
 
 class Outputs:
-    """Facts of forwards, each on a fresh prepared copy, without adapters."""
+    """Facts of forwards, each on a fresh prepared copy, without adapters; ``on_cut`` has those of a cut, where there is one."""
 
-    def __init__(self, preparation: Preparation) -> None:
+    def __init__(self, preparation: Preparation, on_cut: "Outputs | None" = None) -> None:
+        self.paths = on_cut or self
         self._preparation = preparation
         self._loaded = preparation.loaded
         self._profile = preparation.spec.profile
@@ -25,11 +26,11 @@ class Outputs:
 
     base_forwards = Fact(
         lambda self: self._loaded.forwards,
-        cost=Cost("whole", Passes(forwards=13, backwards=1, copies=1), shared=True, models=1),
+        cost=Cost("cut", Passes(forwards=13, backwards=1, copies=1), shared=True, models=1),
     )
     base_logits = Fact(
         lambda self: self._loaded.function(self._profile),
-        cost=Cost("whole", Passes(forwards=2, float64_forwards=1, copies=3), shared=True, models=1),
+        cost=Cost("cut", Passes(forwards=2, float64_forwards=1, copies=3), shared=True, models=1),
     )
     twins = Fact[Twins](
         lambda self: self._loaded.twins(self._preparation.spec),
@@ -42,7 +43,7 @@ class Outputs:
         ),
     )
 
-    @fact(Cost("whole", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1))
+    @fact(Cost("cut", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1))
     def forwards(self) -> Sequence[ForwardFacts]:
         self._loaded.require_step()
         everywhere = partial(forwards.everywhere, batch=self._loaded.batch, half=self._loaded.half)
@@ -54,13 +55,13 @@ class Outputs:
 
     def require_forward(self) -> None:
         """Raise ``Unavailable`` if no training forward of the prepared model runs, and the base's does: KB210 reports it."""
-        for f in self.forwards:
+        for f in self.paths.forwards:
             # Fed embeddings, it fails where a gradient is cut, and runs all the same.
             trains = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
             if f.raised and not f.base_raised and f.autocast is PROMISES[self._profile].autocast and trains:
                 raise Unavailable(f"{CANNOT_RUN}{f.raised}", raised=f.raised)
 
-    @fact(Cost("whole", Passes(forwards=1, copies=1, calls=1), needs=("forwards", "base_logits"), models=1))
+    @fact(Cost("cut", Passes(forwards=1, copies=1, calls=1), needs=("forwards", "base_logits"), models=1))
     def function(self) -> FunctionFacts:
         self.require_forward()
         expected = self.base_logits
@@ -76,13 +77,13 @@ class Outputs:
             tokens=keep.numel(),
         )
 
-    @fact(Cost("whole", Passes(forwards=2, copies=1, calls=1), models=1))
+    @fact(Cost("cut", Passes(forwards=2, copies=1, calls=1), models=1))
     def left_by_evaluation(self) -> int:
         self._loaded.require_step()
         model = self._preparation.prepared_copy()
         return memory.left_by_evaluation(model, self._loaded.batch, self._preparation.autocast)
 
-    @fact(Cost("whole", Passes(forwards=2, copies=1, calls=2), models=1))
-    def store(self) -> StoreFacts:
+    @fact(Cost("cut", Passes(forwards=2, copies=1, calls=2), models=1))
+    def round_trip(self) -> StoreFacts:
         self._loaded.require_step()
         return round_trip(self._preparation)

@@ -5,7 +5,7 @@ The steps are those of the caller's own object, which is afterwards bitwise what
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ from kbitcheck.observe.trained import Trained
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
 FROM_STEPS = {
-    *facts_of(Stepped), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets", "bias_after_forward"
+    *facts_of(Stepped), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets", "bias_after_forward", "cut"
 }  # fmt: skip
 
 
@@ -190,6 +190,9 @@ class PreparedCase(OpenCase):
         run = self._steps.run
         held = [n for n, p in self.prepared.parameters.items() if p.has_grad and not p.adapter]
         return dataclasses.replace(run, base_grads=tuple(dict.fromkeys((*run.base_grads, *held))))
+
+    def cut_behind(self, reads: Set[str]) -> str:
+        return self._steps.cut_behind(reads) if "_steps" in self.computed else ""
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``."""

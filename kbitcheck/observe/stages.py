@@ -51,6 +51,8 @@ class Called:
 
     prepared = Fact[ModelFacts](lambda self: snapshot(self.model), cost=Cost("static", Passes(snapshots=1)))
 
+    first_prepared = Fact[ModelFacts](lambda self: self.prepared, cost=Cost("cut", needs=("prepared",)))
+
     def drop(self) -> None:
         """Free the model."""
         self._model = None

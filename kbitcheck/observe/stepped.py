@@ -1,6 +1,7 @@
 """Training steps of one prepared model with adapters, none of which changes it, and what they are compared with."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from kbitcheck.core.facts import (
     Cost,
     Distance,
     Fact,
+    ForwardFacts,
     Gap,
     LayerBackward,
     MemoryFacts,
@@ -24,7 +26,7 @@ from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import recorded
 from kbitcheck.observe.outputs import Outputs
-from kbitcheck.observe.probes import layers, memory, step, switches
+from kbitcheck.observe.probes import forwards, layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.stages import Wrapped
 from kbitcheck.observe.twin.twins import Twins
@@ -64,7 +66,7 @@ class Stepped:
     run = Fact[RunFacts](lambda self: self._checkpointed.facts, cost=Cost(needs=("_checkpointed",)))
     step_raised = Fact(lambda self: raised_by(lambda: self.run), cost=Cost(needs=("run",)))
     other_mode_raised = Fact(
-        lambda self: raised_by(lambda: self.against_other_mode), cost=Cost(needs=("against_other_mode",))
+        lambda self: raised_by(lambda: self.against_other_mode), cost=Cost("cut", needs=("against_other_mode",))
     )
 
     @property
@@ -75,12 +77,20 @@ class Stepped:
     @fact(Cost("whole", STEP, needs=("memory", "layer_backwards", "against_plain_dropout")))
     def repeated_run(self) -> RunFacts:
         """The step of ``run`` once more, after everything else that ran on this model."""
-        attached = self._attached_after(self.memory, self.layer_backwards, self.against_plain_dropout)
+        last = self.against_plain_dropout if self._outputs.paths is self._outputs else self.evaluation
+        attached = self._attached_after(self.memory, self.layer_backwards, last)
         return self._preparation.step(attached).facts
 
     def _attached_after(self, *facts: object) -> Attached:
         """The wrapped model; its caller has it only after these facts were computed on it."""
         return self._wrapped.attached
+
+    @fact(Cost("whole", Passes(forwards=1), needs=("run", "plain_run", "memory", "layer_backwards", "blockwise")))
+    def evaluation(self) -> ForwardFacts:
+        for earlier in ("run", "plain_run", "memory", "layer_backwards", "blockwise"):  # it may change the model
+            with suppress(Unavailable):
+                getattr(self, earlier)
+        return forwards.evaluate(self._wrapped.attached.model, self._preparation.batch, self._preparation.autocast)
 
     # Gradients, beside those of other runs
 
@@ -120,18 +130,23 @@ class Stepped:
         gradients = self._preparation.step(self._wrapped.attached, batch=self._loaded.single).gradients
         return self._twins.single.beside(gradients)
 
-    @fact(Cost(needs=("_plain", "_checkpointed", "_twins")))
+    @fact(Cost(needs=("_plain", "_checkpointed")))
     def against_plain(self) -> Mapping[str, Distance]:
         return self._distances(self._checkpointed, self._plain)
 
-    @fact(Cost("whole", STEP, needs=("run", "_checkpointed", "_twins")))
+    @fact(Cost("cut", STEP, needs=("run", "_checkpointed")))
     def against_other_mode(self) -> Mapping[str, Distance]:
         attached = self._wrapped.attached
         with switches.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
             other = self._preparation.step(attached)
         return self._distances(self._checkpointed, other)
 
-    @fact(Cost("whole", TWO_STEPS, needs=("_twins",)))
+    @fact(
+        Cost(
+            "cut",
+            TWO_STEPS,
+        )
+    )
     def against_plain_dropout(self) -> Mapping[str, Distance]:
         """As ``against_plain``, with every dropout raised and one seed."""
         attached = self._wrapped.attached
@@ -143,6 +158,9 @@ class Stepped:
 
     def _distances(self, one: step.Step, other: step.Step) -> Mapping[str, Distance]:
         """By adapter, how far its gradients in two steps are from each other."""
+        distances = step.distances(one.gradients, other.gradients, {})
+        if all(distance.equal for distance in distances.values()):  # twins, which give yardsticks, are dear
+            return distances
         return step.distances(one.gradients, other.gradients, self._yardsticks)
 
     @property
@@ -162,7 +180,7 @@ class Stepped:
         backwards = layers.backwards(
             attached.model, loaded.batch, loaded.weights, self._preparation.autocast, extremes=True
         )
-        if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.forwards):
+        if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.paths.forwards):
             return backwards  # KB210 reports it
         if any(p.quantized_bias for p in self._wrapped.wrapped.parameters.values()):
             # An int8 layer casts its bias in place to the dtype of its input.

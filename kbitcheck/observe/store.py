@@ -21,8 +21,7 @@ def round_trip(preparation: Preparation) -> StoreFacts:
     If neither the prepared model nor its base can be saved and loaded, the adapters are loaded into another prepared base.
     """
     prepared = preparation.prepared_copy()
-    base_keys, keys = preparation.loaded.state_keys, frozenset(prepared.state_dict())
-    facts: dict[str, Any] = {"missing": tuple(sorted(base_keys - keys)), "unexpected": tuple(sorted(keys - base_keys))}
+    facts: dict[str, Any] = differences(preparation.loaded.state_keys, frozenset(prepared.state_dict()))
 
     def logits(model: nn.Module) -> torch.Tensor:
         # From one seed, as some models draw noise in every forward.
@@ -59,6 +58,11 @@ def round_trip(preparation: Preparation) -> StoreFacts:
             return StoreFacts(**facts, raised=Raised.of(error))
     distance = Distance(equal=torch.equal(first, second), relative=step.distance(second, first))
     return StoreFacts(**facts, logits=distance)
+
+
+def differences(base: frozenset[str], prepared: frozenset[str]) -> dict[str, Any]:
+    """Keys of a state dict that a preparation took away (``missing``) and that it added (``unexpected``)."""
+    return {"missing": tuple(sorted(base - prepared)), "unexpected": tuple(sorted(prepared - base))}
 
 
 def _raised(action: Callable[[], object]) -> Exception | None:

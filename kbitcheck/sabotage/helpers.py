@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kbitcheck import backends
-from kbitcheck.observe.probes.snapshot import is_block
+from kbitcheck.models.blocks import is_block
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -11,13 +11,14 @@ from torch import nn
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.blocks import signature
 from kbitcheck.models.inputs import choose
 from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.forecast.runtime import Runtime
-from kbitcheck.observe.forecast.thinning import Passed, signature, thin
+from kbitcheck.observe.forecast.thinning import Passed, thin
 from kbitcheck.observe.probes import adapters, memory, step, switches
 from kbitcheck.observe.probes.snapshot import snapshot
 

@@ -8,8 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -36,7 +35,9 @@ def judged(*seen: Any, **changes: Any) -> Result:
             yield item
 
     subject = Rule(**{"code": "KB999", "name": "x", "level": Level.MUST, "check": check, **changes})
-    return judge(subject, cast(Facts, SimpleNamespace(case="case")))
+    facts = Facts()
+    facts.case = "case"
+    return judge(subject, facts)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equa
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part, median_yardstick
 from kbitcheck.core.facts.case import Computed, Fact, Facts, fact
 from kbitcheck.core.facts.cost import Cost, Passes
+from kbitcheck.core.facts.cut import CutFacts, Tower
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, GroupFacts, HeldFacts, MemoryFacts
 from kbitcheck.core.facts.model import (
     FLOATING,
@@ -34,40 +35,9 @@ from kbitcheck.core.facts.step import (
 )
 
 __all__ = [
-    "CANNOT_RUN",
-    "CERTAIN",
-    "FLOATING",
-    "HALF",
-    "AdaptersFirst",
-    "BlockFacts",
-    "BlockwiseFacts",
-    "CallFacts",
-    "Computed",
-    "Cost",
-    "CostFacts",
-    "Distance",
-    "Fact",
-    "Facts",
-    "ForecastFacts",
-    "ForwardFacts",
-    "FunctionFacts",
-    "Gap",
-    "GroupFacts",
-    "HeldFacts",
-    "HonouredArguments",
-    "LayerBackward",
-    "LayerFacts",
-    "MemoryFacts",
-    "ModelFacts",
-    "ModuleFacts",
-    "Part",
-    "Passes",
-    "RefusedCall",
-    "RunFacts",
-    "StepOutcome",
-    "StoreFacts",
-    "TensorFacts",
-    "TrainingFacts",
-    "fact",
-    "median_yardstick",
+    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts",
+    "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
+    "FunctionFacts", "Gap", "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
+    "MemoryFacts", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome",
+    "StoreFacts", "TensorFacts", "Tower", "TrainingFacts", "fact", "median_yardstick",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """What rules read: the facts of one case."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from operator import methodcaller
 from typing import Any, Generic, TypeVar, cast
@@ -10,6 +10,7 @@ from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import step
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
+from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
@@ -97,6 +98,8 @@ class Facts:
     """The relative rounding error of the dtype that quantized layers compute in."""
     half_ulp: float
     """The ulp of the half-precision dtype that autocast runs in."""
+    cut: CutFacts
+    """The cut of the model that facts about code paths ran on."""
     base: ModelFacts
     """The model without adapters, where it is prepared already; else as loaded."""
     loaded: ModelFacts
@@ -145,6 +148,8 @@ class Facts:
     """Bytes of activations in a plain and in a checkpointed step."""
     cost: CostFacts
     """Bytes while the model is prepared."""
+    evaluation: step.ForwardFacts
+    """A forward in eval mode, between two training steps."""
     forwards: Sequence[step.ForwardFacts]
     """A forward under each condition: train or eval, with or without mask and autocast."""
     left_by_evaluation: int
@@ -165,6 +170,8 @@ class Facts:
     """The call ``prepare(model)``."""
     positional_call: CallFacts
     """The call ``prepare(model, False)``, on a model all in train mode."""
+    first_prepared: ModelFacts
+    """A model after preparation, beside which ``repeated`` is the second."""
     repeated: ModelFacts
     """A second model, prepared by the same call."""
     prepared_again: ModelFacts
@@ -194,6 +201,10 @@ class Facts:
     def compute(self, name: str) -> Any:
         """The fact of that name, computed anew; raises ``Unavailable`` if the case does not have it."""
         raise NotImplementedError
+
+    def cut_behind(self, reads: Set[str]) -> str:
+        """The cut that any of these facts ran on, ``2 of 30 blocks``; empty if none of them did."""
+        return ""
 
 
 for _name in Facts.__annotations__:

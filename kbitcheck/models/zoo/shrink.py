@@ -94,13 +94,13 @@ class _Shrinker:
         if TOKEN.fullmatch(name):
             return self._token(value)
         if isinstance(value, list | tuple):
-            if _are_indices(value, layers):
+            if are_indices(value, layers):
                 return [v for v in value if v < depth] or [depth - 1]
             # What is inside an entry is no list with an entry for each layer.
             return _cut([self._field(name, v, values, 0, depth) for v in value], name, layers, depth)
         if type(value) is not int:
             return value
-        if _is_depth(name):
+        if is_depth(name):
             return min(value, depth)
         if PERIOD.fullmatch(name):
             return min(value, 2)
@@ -118,12 +118,13 @@ class _Shrinker:
         return self._moved.setdefault(value, VOCABULARY - 1 - len(self._moved))
 
 
-def _is_depth(name: str) -> bool:
+def is_depth(name: str) -> bool:
+    """Whether a configuration's field of this name counts layers."""
     return bool(DEPTH.fullmatch(name)) and not NO_DEPTH.fullmatch(name)
 
 
 def _layers(values: Fields) -> int:
-    depths = (v for k, v in values.items() if _is_depth(k) and type(v) is int)
+    depths = (v for k, v in values.items() if is_depth(k) and type(v) is int)
     # Some count their layers by naming the kind of each.
     named = (len(v) for k, v in values.items() if LAYER_KINDS.fullmatch(k) and isinstance(v, list | tuple))
     return max(depths, default=0) or max(named, default=0)
@@ -133,7 +134,7 @@ def _depth(values: Fields) -> int:
     """Blocks enough for each kind of layer to come twice."""
     layers = _layers(values)
     lists = [v for v in values.values() if isinstance(v, list | tuple) and v]
-    kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not _are_indices(v, layers)]
+    kinds = [len(_kinds(v)) for v in lists if len(v) == layers and not are_indices(v, layers)]
     kinds += [len(v) for k, v in values.items() if k.endswith("types") and v in lists and len(v) < layers]
     if any(PERIOD.fullmatch(k) and isinstance(v, int) and v > 1 for k, v in values.items()):
         kinds.append(2)
@@ -160,7 +161,8 @@ def _cut(values: Sequence[Any], name: str, layers: int, depth: int) -> list[Any]
     return (kinds * depth)[:depth]
 
 
-def _are_indices(values: Sequence[Any], layers: int) -> bool:
+def are_indices(values: Sequence[Any], layers: int) -> bool:
+    """Whether a field names some of so many layers by index."""
     plain = all(type(v) is int for v in values)
     return plain and len(values) > 1 and list(values) == sorted(set(values)) and values[-1] < layers
 

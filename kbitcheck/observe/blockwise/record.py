@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from kbitcheck.models.blocks import is_block
 from kbitcheck.observe.blockwise.routing import RecordChoices
-from kbitcheck.observe.probes.snapshot import is_block
 
 TENSOR = object()  # stands for a floating tensor in a recorded output
 

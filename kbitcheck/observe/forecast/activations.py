@@ -14,15 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from kbitcheck.models.blocks import Signature, is_block, is_plain
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.cuda_autocast import Watcher
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log, Trace, whole
-from kbitcheck.observe.forecast.thinning import Passed, Signature, plain
+from kbitcheck.observe.forecast.thinning import Passed
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.probes.live import only_new_garbage, tensors
-from kbitcheck.observe.probes.snapshot import is_block
+from kbitcheck.observe.probes.live import hidden_states, only_new_garbage
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class _Watch(Watcher):
         self.missing += ran.grown
         self._passed[like] += 1
         self.attention.update(self._attends[like])
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_states(args, kwargs)
         if hidden.requires_grad:
             hidden = hidden.view_as(hidden)  # the same storage, with a place of its own in the graph
             hidden.register_hook(lambda gradient: self._came_back(block, like))
@@ -261,16 +261,9 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
             return tuple((k, described(v)) for k, v in sorted(value.items()))
         if isinstance(value, (tuple, list)):
             return tuple(map(described, value))
-        return value if plain(value) else type(value).__qualname__
+        return value if is_plain(value) else type(value).__qualname__
 
     return described(args), described(kwargs)
-
-
-def _hidden(args: Any, kwargs: Any) -> Tensor:
-    hidden = next(tensors(*args), None) if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
-    if hidden is None:
-        raise NotImplementedError("a block that is called without hidden states")
-    return hidden
 
 
 @contextmanager

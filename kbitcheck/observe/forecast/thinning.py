@@ -5,33 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from kbitcheck.models.blocks import Signature, is_block, signature, tower
 from kbitcheck.observe import internals
-from kbitcheck.observe.probes.snapshot import is_block, tower
-
-PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx", "training"})
-
-Signature = tuple[object, ...]
-
-
-def signature(block: nn.Module) -> Signature:
-    """Equal for blocks that compute the same on other numbers: classes, settings, shapes, dtypes and trained parameters.
-
-    A block's place in the stack is left out; a setting that the model derives from it (a window, say) is not.
-    """
-    parts: list[object] = []
-    for name, module in block.named_modules():
-        settings = sorted((k, repr(v)) for k, v in vars(module).items() if k not in PLACE and plain(v))
-        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        shapes = [(n, type(t).__name__, tuple(t.shape), t.dtype, t.requires_grad) for n, t in own]
-        parts.append((name, type(module).__qualname__, tuple(settings), tuple(shapes)))
-    return tuple(parts)
-
-
-def plain(value: Any) -> bool:
-    """Whether a value is a plain one, or a tuple of such."""
-    if isinstance(value, tuple):
-        return all(map(plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 class Passed(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kbitcheck.core.facts import BlockFacts
+from kbitcheck.models.blocks import is_block, tower
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes.live import tensors
-from kbitcheck.observe.probes.snapshot import is_block, tower
 
 
 class Watch(ExitStack):

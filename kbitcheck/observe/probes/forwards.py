@@ -200,6 +200,17 @@ def _apart(prepared: routers.Routed | None, base: routers.Routed | None) -> floa
     return float((ours - theirs).norm() / theirs.norm()) if theirs.numel() else None
 
 
+def evaluate(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> ForwardFacts:
+    """A forward in eval mode; the model is in eval mode afterwards."""
+    model.eval()
+    try:
+        with torch.no_grad(), autocast():
+            finite, raised = bool(torch.isfinite(model(**step.feed(model, batch)).logits).all()), None
+    except Exception as error:
+        finite, raised = False, Raised.of(error)
+    return ForwardFacts(condition="eval, the whole model", autocast=False, finite=finite, raised=raised)
+
+
 def generate(model: Any, batch: Mapping[str, torch.Tensor]) -> ForwardFacts:
     """A short greedy generation after training, in eval mode; the model is used up."""
     model.eval()

@@ -111,3 +111,11 @@ def tensors(*items: Any) -> Iterator[torch.Tensor]:
             yield from tensors(*item.values())
         elif isinstance(item, (tuple, list)):
             yield from tensors(*item)
+
+
+def hidden_states(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that a block called with these arguments passes on to the next one."""
+    hidden = next(tensors(*args), None) if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
+    if hidden is None:
+        raise NotImplementedError("a block that is called without hidden states")
+    return hidden

@@ -13,10 +13,10 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import CostFacts, MemoryFacts
+from kbitcheck.models.blocks import is_block
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import EXISTING, Live, only_new_garbage, own_tensors, tensors
-from kbitcheck.observe.probes.snapshot import is_block
 
 OUTSIDE = ""  # the tag of what no block makes
 

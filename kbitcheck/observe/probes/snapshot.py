@@ -10,6 +10,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerFacts, ModelFacts, ModuleFacts, TensorFacts
+from kbitcheck.models.blocks import is_block, tower
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import digest
 
@@ -37,16 +38,6 @@ def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = Non
         heads=_names(model, heads(model)),
         kept_in_float32=internals.kept_in_float32(model),
     )
-
-
-def is_block(module: nn.Module) -> bool:
-    """Whether transformers checkpoints the module as one of its repeated layers; never a container of such layers."""
-    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
-
-
-def tower(block: str) -> str:
-    """The stack a block belongs to: its name without the index."""
-    return re.sub(r"\.\d+$", "", block)
 
 
 def can_checkpoint(model: nn.Module) -> bool:

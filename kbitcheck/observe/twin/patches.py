@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from kbitcheck.models.blocks import is_block
 from kbitcheck.observe import internals
-from kbitcheck.observe.probes.snapshot import is_block
 
 # Their hooks move, collect or cast, and compute nothing else.
 LIBRARIES = ("accelerate", "peft", "transformers")
