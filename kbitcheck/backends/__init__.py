@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.protocol import Arithmetic, Backend, Recognition
+from kbitcheck.backends.protocol import Arithmetic, Backend, Packing, Recognition
 from kbitcheck.backends.registry import available
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def _holder(module: nn.Module) -> Backend:
     if backend is None:
         raise TypeError(f"{type(module).__name__} is no quantized layer")
     return backend
+
+
+def packing(module: nn.Module) -> Packing:
+    """What its backend says of how a quantized layer is packed."""
+    return _holder(module).packing
 
 
 def steady(model: Any) -> Any:

@@ -110,6 +110,16 @@ class Packing:
         on the meta device already as they will be.
         """
 
+    def while_quantizing(self, module: Any, dtype: torch.dtype) -> int:
+        """The most bytes alive on an accelerator while transformers quantizes one layer's weight of this dtype."""
+        weight: Tensor = module.weight
+        rows, columns = int(module.out_features), int(module.in_features)
+        return rows * columns * dtype.itemsize + weight.nbytes
+
+    def undivided(self, choice: Choice) -> str:
+        """Why FSDP2 and ZeRO-3 do not divide packed weights among GPUs; empty where they do."""
+        return f"nothing says that packed {choice.scheme} weights can be divided"
+
 
 class Kernels:
     """What a training step saves and allocates where operators run on tensors without numbers (the forecast)."""

@@ -11,7 +11,9 @@ Adapters = Literal["reference", "peft"]
 Static = Literal["never", "always", "if-too-large"]
 Autocast = Literal["default", "bf16", "fp16", "none"]
 UseCut = Literal["if-large", "always", "never"]
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
 ALL_LINEAR = "all-linear"
+MODEL_RANK = 16  # of the adapters in `kbitcheck model`, as people train; suites take fewer, for speed
 REFERENCE = "reference"  # the implementation that comes with kbitcheck
 
 
@@ -21,10 +23,10 @@ class CaseSpec:
 
     ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
     comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
-    audit reads no weights; ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU that has it, if one
-    was named. Steps are forecast under ``autocast``, which no rule reads.
-    audit reads no weights; ``memory`` is what training has to fit into, in bytes. ``cut`` says when facts about code paths run
-    on a cut of the model.
+    audit reads no weights. For the forecast: ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU
+    that has it, if one was named; ``fits`` requests the table of common GPUs, ``accumulate`` is the number of batches that
+    an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under ``autocast``, which no rule reads.
+    ``cut`` says when facts about code paths run on a cut of the model.
     """
 
     model: str
@@ -50,6 +52,10 @@ class CaseSpec:
     gpu: str = ""
     autocast: Autocast = "default"
     cut: UseCut = "if-large"
+    fits: bool = False
+    optimizer: Optimizer = "adamw"
+    accumulate: int = 1
+    gpus: int = 1
 
     @property
     def id(self) -> str:

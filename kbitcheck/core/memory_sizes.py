@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 
 UNITS = {
     "": 1,
@@ -24,6 +25,12 @@ GPUS: Mapping[int, str] = {
     141 * GIB: "H200",
     180 * GIB: "B200",
 }
+
+# Beside what torch's allocator gives out for tensors. Both are estimates:
+# the context with torch's kernels takes 0.3 to 0.8 GB by device and versions (discuss.pytorch.org/t/81330), and
+# cuBLAS takes up to 32 MiB for the thread of the forward and as much for that of the backward (benchmarks/gpu.json).
+CUDA_CONTEXT = GIB // 2
+CUBLAS_WORKSPACE = 64 << 20
 
 # CUDA compute capabilities, from NVIDIA's tables: kernels of attention and dtypes of autocast depend on them.
 CAPABILITIES: Mapping[str, tuple[int, int]] = {
@@ -46,7 +53,7 @@ CAPABILITIES: Mapping[str, tuple[int, int]] = {
 
 def gpu(text: str) -> str:
     """The GPU that a text names, as ``CAPABILITIES`` spells it; empty where it names none."""
-    return next((name for name in CAPABILITIES if name.casefold() == text.strip().casefold()), "")
+    return next((name for name in CAPABILITIES if _plain(name) == _plain(text)), "")
 
 
 def named(memory: int | None) -> dict[int, str]:
@@ -64,8 +71,15 @@ def parse(text: str) -> int:
     unit = f"{unit}IB" if unit in ("K", "M", "G", "T") else unit
     size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
     if size < 1:
-        raise UsageError(f"--memory wants a size such as 24GiB or 80GB, or a GPU such as T4 or A100-80, not {text!r}")
+        hint = did_you_mean(text, CAPABILITIES)
+        raise UsageError(
+            f"--memory wants a size such as 24GiB or 80GB, or a GPU such as T4 or A100-80, not {text!r}{hint}"
+        )
     return size
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def optimizers(sizes: Mapping[str, int]) -> dict[str, int]:

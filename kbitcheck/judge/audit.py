@@ -119,7 +119,8 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
     """The model takes the memory that its configuration predicts, and training fits ``--memory``.
 
     Predicted are weights, upcast, adapters, optimizer, activations with and without checkpointing, and logits, for
-    a batch and length; and the largest batch that fits ``--memory``. The report's memory table shows them.
+    a batch and length, the peak while loading, and the largest batch that fits ``--memory`` beside what CUDA itself
+    takes. If the step does not fit, the report's memory table names the smallest change that makes it fit.
 
     Why: a run that ends out of memory costs more than a forecast.
     Symptom: "CUDA out of memory" in the first step, or in the first long batch.
@@ -136,9 +137,14 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
             where, total, fitting = "weights, adapters and optimizer", forecast.resident, f"no step: {forecast.missing}"
         else:
             where = f"{forecast.batch} x {forecast.seq_len} tokens"
+            total = forecast.answer.requested - forecast.overhead if forecast.answer else total
             fitting = f"largest batch that fits: {forecast.largest_batch[forecast.memory]:,}"
-        expected, witness = f"at most {forecast.memory:,} bytes", f"predicted, {forecast.mode} checkpointing"
-        yield _of_model(where, expected, f"{total:,} bytes; {fitting}", witness, ok=total <= forecast.memory)
+        room = forecast.memory - forecast.overhead
+        expected, witness = f"at most {room:,} bytes", f"predicted, {forecast.mode} checkpointing"
+        yield _of_model(where, expected, f"{total:,} bytes; {fitting}", witness, ok=total <= room)
+        if forecast.loading is not None and forecast.loading.peak > room:
+            actual = f"{forecast.loading.peak:,} bytes; {forecast.loading.how}"
+            yield _of_model("while loading", expected, actual, forecast.loading.tensor or "all tensors", ok=False)
 
 
 @rule("KB907", "norms-recognised", Level.INFO)

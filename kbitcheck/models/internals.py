@@ -5,6 +5,7 @@ when one moves.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
     """Parts of the names of the parameters that transformers loads in float32 where ``dtype`` is requested."""
     float16_alone = getattr(model, "_keep_in_fp32_modules", None) if dtype is torch.float16 else None
     return {*(float16_alone or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+
+
+def joined_parameters(model: PreTrainedModel) -> Callable[[str], bool]:
+    """True for the name of a parameter that loading makes of other tensors than its own; of none before transformers 5."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return lambda name: False
+    converters = [c for c in get_model_conversion_mapping(model) if getattr(c, "operations", None)]
+    targets = {target.strip("^$") for converter in converters for target in converter.target_patterns}
+    return lambda name: any(target in name for target in targets)
+
+
+def tied_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters that a checkpoint leaves out, as they are another by that name too; before transformers 5 none."""
+    return frozenset(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def replace_layers(quantizer: Any, model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.blockwise.oracle import Comparison, Twin, compare
 from kbitcheck.observe.blockwise.record import BlockCall
 from kbitcheck.observe.cut import ProvenCut, proven_cut
+from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
@@ -180,7 +181,7 @@ class Loaded:
         model = self.source.meta(self.quant)
         facts = snapshot.snapshot(model)
         weights = forecast.of_weights(model, facts, spec, self.source.notes)
-        return weights if spec.static == "never" else forecast.with_steps(weights, self.source, model, facts, spec)
+        return weights if spec.static == "never" else fitting.with_steps(weights, self.source, model, facts, spec)
 
     @property
     def half(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.device import free_bytes
-from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.forecast import fitting, predict
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot
 
@@ -46,7 +46,7 @@ class StaticCase(OpenCase):
 
     @Fact
     def forecast(self) -> ForecastFacts:
-        return predict.with_steps(self.weights, self._source, self._model, self.base, self.spec)
+        return fitting.with_steps(self.weights, self._source, self._model, self.base, self.spec)
 
     @Fact
     def widened(self) -> Mapping[str, int]:

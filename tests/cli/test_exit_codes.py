@@ -205,7 +205,7 @@ def test_model_counts_the_stacks_failures_too(door: Door) -> None:
         "Again: kbitcheck model tiny:llama --prepare rude.py:prepare --quant int8 --profile auto --select KB901"
         in ran.stdout
     )
-    assert "weights     2 kB → 3 MB after preparing" in ran.stdout
+    assert "weights     1.95 KiB → 2.86 MiB after preparing" in ran.stdout
     again = door(*ran.stdout.partition("Again: kbitcheck ")[2].splitlines()[0].split())
     assert again.returncode == 1
 

@@ -15,6 +15,7 @@ from kbitcheck.models.blocks import signature
 from kbitcheck.models.inputs import choose
 from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.forecast.runtime import Runtime
@@ -179,7 +180,7 @@ def test_a_model_that_cannot_be_fed_still_has_weights():
         raise RuntimeError("looks at numbers\nand more")
 
     model.forward = refuses
-    full = forecast.with_steps(told, source, model, facts, spec)
+    full = fitting.with_steps(told, source, model, facts, spec)
     assert full.missing.startswith("RuntimeError: looks at numbers (test_activations.py:")
     assert full.loaded == told.loaded
     assert full.total("off") is None

@@ -166,9 +166,9 @@ def test_what_is_the_same_in_all_cases_is_told_once_and_the_rest_beside_each_oth
     assert one == "weights     900 B as loaded (mlp 900 B)"
     lines = costs(FORECAST, {**FORECAST, "loaded": 70_000})
     assert "weights     nf4   900 B as loaded (mlp 900 B)" in lines
-    assert "            int8  70 kB as loaded (mlp 900 B)" in lines
+    assert "            int8  68.4 KiB as loaded (mlp 900 B)" in lines
     assert sum(line.startswith("upcast") for line in lines) == 1
-    assert "adapters    50 B, AdamW 100 B" in lines
+    assert "adapters    50 B, and 100 B for adamw" in lines
     assert not [line for line in lines if "tiny:llama" in line]
 
 
@@ -196,7 +196,10 @@ def test_a_step_is_described_with_and_without_autocast() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"longest": {}}, "fits        any common GPU: this takes less than 1 % of the smallest, T4 (16 GiB)"),
+        (
+            {"longest": {}},
+            "fits        not searched for: --memory 24GiB answers for one device, --fits for all common GPUs",
+        ),
         ({}, "                16      9      512  T4"),
         (
             {"memory": 1, "usual": {"256": {str(16 << 30): 70}, "512": {str(16 << 30): 35}}},
@@ -211,7 +214,7 @@ def test_a_tiny_model_needs_no_table_of_gpus(changes: dict[str, Any], told: str)
 
 def test_optimizers_that_keep_less_are_told() -> None:
     optimizer = {"adamw": 100, "adamw-8bit": 30, "paged-adamw": 0}
-    told = "adapters    50 B, AdamW 100 B (8-bit 30 B, paged 0 B on the device)"
+    told = "adapters    50 B, and 100 B for adamw (adamw-8bit: 30 B, paged-adamw: 0 B)"
     assert told in costs({**FORECAST, "optimizer": optimizer})
 
 

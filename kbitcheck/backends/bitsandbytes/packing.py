@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+import transformers
 from bitsandbytes import functional
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from kbitcheck.backends.protocol import Packing
+from kbitcheck.backends.schemes import Choice
 
 META = torch.device("meta")
 
@@ -21,6 +24,34 @@ class BitsAndBytesPacking(Packing):
         for module in model.modules():
             if isinstance(module, Linear4bit | Linear8bitLt):
                 _quantize(module, dtype)
+
+    def while_quantizing(self, module: Any, dtype: torch.dtype) -> int:
+        """The weight as read, the copy of it that is packed, and what comes of it.
+
+        4 bits: the weight is on the device, and packed there (transformers 5.23, ``Bnb4bitQuantize``). The scales are in
+        float32 at first, and nested ones stand twice beside what they are quantized to (``functional.quantize_4bit``).
+        int8: the weight goes back to the host, and comes again in float16 (``Bnb8bitQuantize``, ``Int8Params._quantize``);
+        before transformers 5 it was on the host until then.
+        """
+        rows, columns, packed = int(module.out_features), int(module.in_features), int(module.weight.nbytes)
+        read = rows * columns * dtype.itemsize
+        if isinstance(module, Linear8bitLt):
+            again = rows * columns * torch.float16.itemsize
+            return (read if transformers.__version__ >= "5" else 0) + again + packed + 4 * rows
+        if getattr(module, "source_cls", None) is Conv1D:  # transposed, and then made contiguous
+            read *= 2
+        scales = 4 * -(-rows * columns // int(module.weight.blocksize))
+        return read + packed + scales * (2 if module.weight.compress_statistics else 1)
+
+    def undivided(self, choice: Choice) -> str:
+        """FSDP and DeepSpeed divide float dtypes; bitsandbytes can store 4 bits as one (its docs, "FSDP-QLoRA")."""
+        if choice.scheme == "int8":
+            return "packed int8 weights are not divided: there is no float storage for them, as there is for nf4"
+        if choice["storage"] == "uint8":
+            return (
+                "packed weights stored as uint8 are not divided: --quant nf4,storage=bf16 stores them as a float dtype"
+            )
+        return ""
 
 
 def _quantize(module: Any, dtype: torch.dtype) -> None:

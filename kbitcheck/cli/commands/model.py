@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from kbitcheck.cli.cases import audit
-from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, choice, option
+from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, at_least, choice, option
 from kbitcheck.core import memory_sizes
-from kbitcheck.core.cases import Autocast, Profile
+from kbitcheck.core.cases import MODEL_RANK, Autocast, Optimizer, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.run.subject import default, default_profile
@@ -24,8 +24,15 @@ class Options(RunOptions):
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
     profile: Profile = choice(PROFILE_HELP, None, Profile)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
-    memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4.", "", metavar="SIZE|GPU")
+    memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4, A100-80.", "", metavar="SIZE|GPU")
+    fits: bool = option("Forecast what fits into each common GPU; takes up to a minute.", False)
     autocast: Autocast | None = choice(AUTOCAST_HELP, None, ("bf16", "fp16", "none"))
+    optimizer: Optimizer = choice("Optimizer of the forecast.", "adamw", Optimizer)
+    accumulate: int = option("Batches that an optimizer step adds up.", 1, metavar="N", read=at_least(1))
+    gpus: int = option(
+        "GPUs; above 1, the forecast has bytes for each under DDP, FSDP2, ZeRO-3.", 1, metavar="N", read=at_least(1)
+    )
+    rank: int = option("Rank of the adapters.", MODEL_RANK, metavar="N", read=at_least(1))
     random_weights: bool = option("Give a config without weights random ones.", False)
     dtype: str | None = option("Load in this dtype: bf16, fp16 or fp32.", None, metavar="DTYPE")
     revision: str | None = option("Hub revision (branch, tag or commit).", None, metavar="REVISION")
@@ -56,6 +63,10 @@ def run(options: Options) -> int:
         memory=memory_sizes.parse(options.memory) if options.memory else None,
         gpu=memory_sizes.gpu(options.memory),
         autocast=options.autocast or "default",
+        fits=options.fits,
+        optimizer=options.optimizer,
+        accumulate=options.accumulate,
+        gpus=options.gpus,
         **{**options.case, "profile": cast("Profile | None", options.profile) or default_profile(implementation)},
         **options.source,
     )

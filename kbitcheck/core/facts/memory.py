@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from kbitcheck.core import memory_sizes
+from kbitcheck.core.facts.fit import AnswerFacts, LoadingFacts, PartFacts, ShareFacts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFacts:
@@ -74,7 +77,7 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldFacts:
-    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time."""
+    """Bytes of activations: ``held`` between forward and backward, ``peak`` the most at any time, gradients included."""
 
     held: int
     peak: int
@@ -82,17 +85,18 @@ class HeldFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastFacts:
-    """What training will take, in bytes, predicted without weights.
+    """What training will take, in bytes, predicted without weights, with the ``chosen`` optimizer.
 
     ``optimizer`` maps an optimizer to what it keeps on the device; ``activations`` maps a checkpointing mode to a step
     of ``batch`` sequences of ``seq_len`` tokens, by the kernels of ``device``, under ``autocast`` (a dtype, or ``none``).
     ``compared`` is the same step under ``mode`` without autocast, or under the one of ``Trainer(bf16=True)`` if it is off,
     and ``attention`` counts the layers that take each kernel: both by autocast. ``largest_batch`` (at ``seq_len``; at
     other lengths in ``usual``) and ``longest`` (one sequence, in tokens), all without padding, map memory sizes in
-    bytes, named in ``rooms``, to what fits with 32-bit AdamW under ``mode``, confirmed by predicted steps: one of that shape
+    bytes, named in ``rooms``, to what fits beside ``overhead`` under ``mode``, confirmed by predicted steps: one of that shape
     fits, one more row or token does not, or is above ``limit``, the most tokens that the model takes. They are empty
     where the step takes less than 1 % of any memory and none was requested.
-    ``missing`` is why no step was predicted.
+    ``parts`` are the bytes alive at the peak under ``mode``, which they sum to; ``reserved`` is what CUDA's allocator takes
+    from the device for that step, 0 where it was not simulated. ``missing`` is why no step was predicted.
     """
 
     groups: Mapping[str, GroupFacts]
@@ -117,6 +121,14 @@ class ForecastFacts:
     rooms: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     missing: str = ""
+    chosen: str = "adamw"
+    accumulate: int = 1
+    loading: LoadingFacts | None = None
+    parts: tuple[PartFacts, ...] = ()
+    reserved: int = 0
+    answer: AnswerFacts | None = None
+    gpus: int = 1
+    shares: tuple[ShareFacts, ...] = ()
 
     @property
     def loaded(self) -> int:
@@ -135,12 +147,17 @@ class ForecastFacts:
 
     @property
     def resident(self) -> int:
-        """Bytes that stay through training: prepared weights, adapters and the state of 32-bit AdamW."""
-        return self.loaded + self.upcast + self.adapters + self.optimizer["adamw"]
+        """Bytes that stay through training: prepared weights, adapters and the state of the ``chosen`` optimizer."""
+        return self.loaded + self.upcast + self.adapters + self.optimizer[self.chosen]
+
+    @property
+    def overhead(self) -> int:
+        """An estimate of what a CUDA device holds beside tensors: its context, and the workspaces of cuBLAS."""
+        return 0 if self.device == "cpu" else memory_sizes.CUDA_CONTEXT + memory_sizes.CUBLAS_WORKSPACE
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary, sums included."""
-        sums = {name: getattr(self, name) for name in ("loaded", "upcast", "parameters", "resident")}
+        sums = {name: getattr(self, name) for name in ("loaded", "upcast", "parameters", "resident", "overhead")}
         totals = {mode: self.total(mode) for mode in self.activations}
         plain = json.loads(json.dumps(asdict(self)))  # sizes, the keys of some fields, become text
         return {**plain, **sums, "gradients": self.adapters, "total": totals}

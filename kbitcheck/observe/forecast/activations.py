@@ -30,6 +30,7 @@ class Measured:
     """A step on fake tensors, in bytes; ``places`` is what was alive when each storage was made, in order.
 
     ``attention`` counts the blocks that took each kernel of scaled-dot-product attention.
+    ``accumulated`` are gradients that were there before, which no place counts.
     """
 
     held: int
@@ -38,6 +39,7 @@ class Measured:
     log: Log = field(default_factory=Log)
     gradients: frozenset[int] = frozenset()
     attention: Mapping[str, int] = field(default_factory=dict)
+    accumulated: int = 0
 
     def trace(self) -> Trace:
         """The storages of the step, those of blocks that did not run too."""
@@ -45,18 +47,32 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        return max(self.places)
+        return max(self.places) + self.accumulated
 
 
 def measure(
-    model: nn.Module, batch: Mapping[str, Tensor], world: World, runtime: Runtime, *, reentrant: bool | None
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    world: World,
+    runtime: Runtime,
+    *,
+    reentrant: bool | None,
+    accumulated: int = 0,
 ) -> Measured:
-    """A step of a model that was moved to the world, under reentrant or non-reentrant checkpointing; None: without."""
+    """A step of a model that was moved to the world, under reentrant or non-reentrant checkpointing; None: without.
+
+    ``accumulated`` is the bytes of gradients that are there already and stay; 0 where there are none.
+    """
     fed = {name: world.tensor(t) for name, t in batch.items()}
     live = Counted(world.tensors, runtime.device)
     watch = _Watch(model, live)
     step.clear_gradients(model)
     floor = live.now
+    if accumulated:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                with world.mode:
+                    parameter.grad = torch.empty_like(parameter)
     with (
         only_new_garbage(),
         _checkpointing(model, reentrant),
@@ -86,7 +102,7 @@ def measure(
     log = live.log
     log.close()
     step.clear_gradients(model)
-    return Measured(held, logits, places, log, gradients, attention)
+    return Measured(held, logits, places, log, gradients, attention, accumulated)
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kbitcheck.core import memory_sizes
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import UsageError, cause
-from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.facts import ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
@@ -24,7 +24,7 @@ from kbitcheck.observe.forecast.activations import Measured, measure
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.fake_tensors import World
 from kbitcheck.observe.forecast.runtime import Runtime
-from kbitcheck.observe.forecast.search import USUAL, Search
+from kbitcheck.observe.forecast.search import Search
 from kbitcheck.observe.forecast.thinning import thin
 from kbitcheck.observe.probes import adapters as adapter_probe
 
@@ -60,58 +60,11 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
         device="cpu" if spec.device == "cpu" else "cuda",
         mode=default_mode(spec.implementation) if spec.checkpointing == "default" else spec.checkpointing,
         memory=spec.memory,
+        chosen=spec.optimizer,
+        accumulate=spec.accumulate,
+        gpus=spec.gpus,
         notes=notes,
     )
-
-
-def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
-    """The same with training steps predicted, and what fits; ``missing`` is why no step is predicted. Uses up the model."""
-    limit = _limit(model)
-    if not facts.layers:
-        return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
-    try:
-        runtime = runtime_of(spec, "cpu" if forecast.device == "cpu" else "cuda")
-        run = Training(source, model, facts, spec, runtime)
-        batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
-        mode = forecast.mode if run.checkpoints else "off"
-        steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
-        other = dataclasses.replace(runtime, autocast=_usual_half(runtime) if runtime.autocast is None else None)
-        compared = {runtime: steps[mode], other: run.step(batch, length, mode, runtime=other)}
-        taken = forecast.resident + max(steps[mode].peak, forecast.adapters)
-        # What fits any GPU many times is not searched for, unless there is a size to fit.
-        tiny = forecast.memory is None and 100 * taken < min(memory_sizes.GPUS)
-        fitting = {} if tiny else _fitting(run.search(limit), forecast, length, mode)
-    except (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return dataclasses.replace(forecast, missing=cause(error))
-    named = memory_sizes.named(forecast.memory)
-    return dataclasses.replace(
-        forecast,
-        batch=batch,
-        seq_len=length,
-        mode=mode,
-        activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
-        logits=steps[mode].logits,
-        autocast=_name(runtime),
-        compared={_name(r): HeldFacts(held=s.held, peak=s.peak) for r, s in compared.items() if r is not runtime},
-        attention={_name(r): s.attention for r, s in compared.items()},
-        limit=limit,
-        rooms={size: name for size, name in named.items() if not fitting or size in fitting["longest"]},
-        notes=(*forecast.notes, *run.notes),
-        **fitting,
-    )
-
-
-def _fitting(search: Search, forecast: ForecastFacts, length: int, mode: str) -> dict[str, Any]:
-    """What fits by size of memory, by the names of ``ForecastFacts``: into the requested size, or into the common GPUs."""
-    sizes = [forecast.memory] if forecast.memory else list(memory_sizes.GPUS)
-    rooms = {size: size - forecast.resident for size in sizes}
-    lengths = dict.fromkeys((length, *(n for n in USUAL if n <= search.limit)))
-    largest = {n: {s: search.largest_batch(n, room, mode).number for s, room in rooms.items()} for n in lengths}
-    return {
-        "largest_batch": largest[length],
-        "usual": {n: largest[n] for n in USUAL if n in largest},
-        "longest": {size: search.longest(room, mode).number for size, room in rooms.items()},
-    }
 
 
 def runtime_of(spec: CaseSpec, device: Literal["cpu", "cuda"]) -> Runtime:
@@ -121,15 +74,17 @@ def runtime_of(spec: CaseSpec, device: Literal["cpu", "cuda"]) -> Runtime:
     """
     capability = memory_sizes.CAPABILITIES.get(spec.gpu) or devices.capability(spec.device) or AMPERE
     plain = Runtime(device=device, capability=capability)
-    half = {"default": _usual_half(plain), "none": None}
+    half = {"default": usual_half(plain), "none": None}
     return dataclasses.replace(plain, autocast=half[spec.autocast] if spec.autocast in half else DTYPES[spec.autocast])
 
 
-def _usual_half(runtime: Runtime) -> torch.dtype:
+def usual_half(runtime: Runtime) -> torch.dtype:
+    """The dtype that people train in: bfloat16 where the device has it."""
     return torch.float16 if runtime.device == "cuda" and runtime.capability < AMPERE else torch.bfloat16
 
 
-def _name(runtime: Runtime) -> str:
+def autocast_name(runtime: Runtime) -> str:
+    """``bf16``, ``fp16`` or ``none``."""
     return next((name for name, dtype in DTYPES.items() if dtype == runtime.autocast), "none")
 
 
@@ -146,6 +101,8 @@ class Training:
         self.notes: tuple[str, ...] = ()
         self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         targets = adapter_probe.target_layers(model, spec.targets)
+        # From the second of several batches on, gradients are there all the time.
+        kept = of_weights(model, facts, spec).adapters if spec.accumulate > 1 else 0
         thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
         names = dict(model.named_modules())
@@ -155,7 +112,7 @@ class Training:
         world = World()
         world.move(wrapped)
         wrapped.train()
-        self._measure = partial(measure, wrapped, world=world)
+        self._measure = partial(measure, wrapped, world=world, accumulated=kept)
 
     def step(
         self, batch: int, length: int, mode: str, *, padded: bool = True, runtime: Runtime | None = None
@@ -205,7 +162,7 @@ class Training:
         return bool(parts)
 
 
-def _limit(model: Any) -> int:
+def token_limit(model: Any) -> int:
     """The most tokens that the model's own configuration allows."""
     text = model.config.get_text_config()
     stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.report import Report
-from kbitcheck.report.parts.memory import scaled
+from kbitcheck.report.parts.units import scaled
 
 
 def header(report: Report) -> str:

@@ -5,6 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
+from kbitcheck.report.parts import fit
+from kbitcheck.report.parts.units import size
+
 GPUS_SHOWN = 6
 NOTABLE = 0.02  # of a peak
 KEEP_SCORES = ("math", "eager")
@@ -48,6 +51,8 @@ def _table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _forecast(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from fit.answer(forecast)
+    yield from fit.loading(forecast)
     largest = sorted(forecast["groups"].items(), key=lambda g: -_nbytes(g[1]))
     parts = ", ".join(f"{name} {size(_nbytes(g))}" for name, g in largest[:3] if _nbytes(g))
     yield "weights", f"{size(forecast['loaded'])} as loaded ({parts})"
@@ -55,25 +60,14 @@ def _forecast(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator
     others.pop(forecast["profile"], None)
     under_others = ", ".join(f"{profile}: {size(added)}" for profile, added in others.items())
     yield "upcast", f"{size(forecast['upcast'])} under {forecast['profile']} ({under_others})"
-    adamw, bits8, paged = (size(forecast["optimizer"][name]) for name in ("adamw", "adamw-8bit", "paged-adamw"))
-    differ = len(set(forecast["optimizer"].values())) > 1
-    beside = f" (8-bit {bits8}, paged {paged} on the device)" if differ else ""
-    yield "adapters", f"{size(forecast['adapters'])}, AdamW {adamw}{beside}"
+    chosen = forecast.get("chosen", "adamw")
+    optimizers = {name: size(nbytes) for name, nbytes in forecast["optimizer"].items()}
+    beside = ", ".join(f"{n}: {nbytes}" for n, nbytes in optimizers.items() if nbytes != optimizers[chosen])
+    yield (
+        "adapters",
+        f"{size(forecast['adapters'])}, and {optimizers[chosen]} for {chosen}" + f" ({beside})" * bool(beside),
+    )
     yield from _steps(facts, forecast)
-
-
-def size(number: float) -> str:
-    """Three figures and a decimal prefix."""
-    return scaled(number, ("B", "kB", "MB", "GB", "TB"))
-
-
-def scaled(number: float, units: tuple[str, ...]) -> str:
-    """Three figures and one of the units, each a thousand times the one before."""
-    for unit in units[:-1]:
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {units[-1]}"
 
 
 def _nbytes(group: Mapping[str, int]) -> int:
@@ -95,8 +89,18 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
     if "activations" in facts:
         yield "measured", dict(_measured(facts))["activations"]
     mode = forecast["mode"]
-    yield "in all", f"{size(forecast['total'][mode])} with {mode} checkpointing, by {forecast['device']} kernels"
-    yield from zip(chain(["fits"], repeat("")), _fits(forecast), strict=False)
+    together = f", and gradients kept over {count} batches" if (count := forecast.get("accumulate", 1)) > 1 else ""
+    yield (
+        "in all",
+        f"{size(forecast['total'][mode])} with {mode} checkpointing{together}, by {forecast['device']} kernels",
+    )
+    if forecast.get("reserved"):
+        reserved = f"{size(forecast['reserved'])} reserved by the allocator, as simulated"
+        yield "", f"{reserved}; about {size(forecast['overhead'])} more for the CUDA context and cuBLAS, an estimate"
+    yield from fit.parts(forecast)
+    yield from fit.gpus(forecast)
+    if forecast.get("answer") is None or len(forecast["rooms"]) > 1:
+        yield from zip(chain(["fits"], repeat("")), _fits(forecast), strict=False)
 
 
 def _kernels(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -128,10 +132,8 @@ def _condition(autocast: str) -> str:
 
 def _fits(forecast: Mapping[str, Any]) -> Iterator[str]:
     """The largest batch of each usual length, and the longest sequence, on the common GPUs: lines of a table."""
-    smallest = min(forecast["rooms"], key=int)
-    if not forecast["longest"]:  # the model fits on every GPU
-        gpu = f"{forecast['rooms'][smallest]} ({int(smallest) / GIB:.4g} GiB)"
-        yield f"any common GPU: this takes less than 1 % of the smallest, {gpu}"
+    if not forecast["longest"]:
+        yield "not searched for: --memory 24GiB answers for one device, --fits for all common GPUs"
         return
     lengths = forecast.get("usual") or {str(forecast["seq_len"]): forecast["largest_batch"]}
     memory = str(forecast["memory"])

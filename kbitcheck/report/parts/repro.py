@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import MODEL_RANK, CaseSpec
 from kbitcheck.core.report import Report
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
@@ -25,7 +25,8 @@ def command(report: Report, case: str, code: str = "") -> str:
         words += [spec["implementation"], "--model", spec["model"], "--quant", spec["quant"]]
     if kind != "model" or spec["checkpointing"] != "default":
         words += ["--checkpointing", spec["checkpointing"]]
-    for name, default in DEFAULTS.items():
+    defaults = {**DEFAULTS, "rank": MODEL_RANK} if kind == "model" else DEFAULTS
+    for name, default in defaults.items():
         value = spec.get(name, default)
         if name in NAMED or value == default or (name, value) == ("device", "auto"):
             continue

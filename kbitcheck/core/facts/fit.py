@@ -1,0 +1,72 @@
+"""Whether training fits, and where its bytes are: plain data of the forecast."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingFacts:
+    """The most bytes on the device while the model is loaded, which is when ``tensor`` is; ``how`` says why more than it weighs."""
+
+    peak: int
+    tensor: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFacts:
+    """Bytes of one ``kind`` that are alive at the peak of a step; ``where`` is the block or the group, "" for neither."""
+
+    kind: str
+    where: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeFacts:
+    """Options that were tried instead, and the bytes that a device needs with them for ``batch`` x ``seq_len`` tokens."""
+
+    options: tuple[str, ...]
+    batch: int
+    seq_len: int
+    needed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerFacts:
+    """Whether the requested step fits ``memory``, confirmed by predicted steps.
+
+    ``requested`` is what the requested step needs on the device, in bytes. If it fits: the largest batch at ``seq_len``,
+    what it ``needed``, what the allocator then has ``reserved``, as simulated (0: not on CUDA), and the ``longest`` single
+    sequence. If not: in ``change`` the smallest change that makes it fit; None where nothing that was tried does, when
+    ``least`` has what came closest.
+    """
+
+    memory: int
+    fits: bool
+    batch: int
+    seq_len: int
+    requested: int
+    needed: int
+    reserved: int = 0
+    longest: int = 0
+    change: ChangeFacts | None = None
+    least: ChangeFacts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareFacts:
+    """Bytes on each of several GPUs under one ``strategy``; ``extra`` is what it needs beside its share, ``note`` what it cannot divide."""
+
+    strategy: str
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    extra: int
+    note: str = ""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.extra

@@ -1,0 +1,82 @@
+"""What fits: training steps predicted, the answer for one memory size, and the table of common GPUs."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core import memory_sizes
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
+from kbitcheck.models.sources.resolve import Source
+from kbitcheck.observe.forecast import parts, shares
+from kbitcheck.observe.forecast.answer import Answer, Candidate
+from kbitcheck.observe.forecast.loading import while_loading
+from kbitcheck.observe.forecast.predict import Training, autocast_name, runtime_of, token_limit, usual_half
+from kbitcheck.observe.forecast.search import USUAL, Search
+
+NO_STEP = (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+
+
+def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
+    """The same with training steps predicted, and what fits; ``missing`` is why no step is predicted. Uses up the model."""
+    dtype = getattr(torch, source.unquantized_dtype)
+    loading = while_loading(model, facts, stored=source.quant is not None, dtype=dtype)
+    forecast = dataclasses.replace(forecast, loading=loading)
+    if not facts.layers:
+        return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
+    limit = token_limit(model)
+    try:
+        runtime = runtime_of(spec, "cpu" if forecast.device == "cpu" else "cuda")
+        run = Training(source, model, facts, spec, runtime)
+        batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
+        mode = forecast.mode if run.checkpoints else "off"
+        steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
+        other = dataclasses.replace(runtime, autocast=usual_half(runtime) if runtime.autocast is None else None)
+        compared = {runtime: steps[mode], other: run.step(batch, length, mode, runtime=other)}
+        forecast = dataclasses.replace(
+            forecast,
+            batch=batch,
+            seq_len=length,
+            mode=mode,
+            activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
+            logits=steps[mode].logits,
+            autocast=autocast_name(runtime),
+            compared={autocast_name(other): HeldFacts(held=compared[other].held, peak=compared[other].peak)},
+            attention={autocast_name(r): s.attention for r, s in compared.items()},
+            limit=limit,
+            notes=(*forecast.notes, *run.notes),
+        )
+        trace = steps[mode].trace()
+        forecast = dataclasses.replace(forecast, parts=parts.at_the_peak(forecast, steps[mode], trace))
+        if spec.gpus > 1:
+            quant = Quantization.parse(spec.quant)
+            shared = shares.of_gpus(forecast, facts, quant, spec.gpus, peak=steps[mode].peak)
+            forecast = dataclasses.replace(forecast, shares=shared)
+        search = run.search(limit)
+        if spec.memory is not None:
+            reserved = 0 if forecast.device == "cpu" else parts.reserved(forecast, facts, steps[mode], trace)
+            answer = Answer(Candidate(forecast, facts, run, limit, {runtime: search}), source, spec).facts
+            forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)
+        return dataclasses.replace(forecast, **_table(forecast, search, fits=spec.fits))
+    except NO_STEP as error:
+        return dataclasses.replace(forecast, missing=cause(error))
+
+
+def _table(forecast: ForecastFacts, search: Search, *, fits: bool) -> dict[str, Any]:
+    """What fits by size of memory, by the names of ``ForecastFacts``: into the requested size, or into the common GPUs."""
+    requested = [forecast.memory] if forecast.memory is not None else []
+    sizes = sorted({*memory_sizes.GPUS, *requested}) if fits else requested
+    length, mode = forecast.seq_len, forecast.mode
+    rooms = {size: size - forecast.resident - forecast.overhead for size in sizes}
+    lengths = dict.fromkeys((length, *(n for n in USUAL if fits and n <= search.limit)))
+    largest = {n: {s: search.largest_batch(n, room, mode).number for s, room in rooms.items()} for n in lengths}
+    named = memory_sizes.named(forecast.memory)
+    return {
+        "largest_batch": largest[length],
+        "usual": {n: largest[n] for n in USUAL if n in largest and fits},
+        "longest": {size: search.longest(room, mode).number for size, room in rooms.items()},
+        "rooms": {size: named[size] for size in sizes},
+    }

@@ -1,0 +1,71 @@
+"""What each of several GPUs holds: what DDP, FSDP2 and ZeRO-3 divide of a model whose packed weights are frozen.
+
+* DistributedDataParallel divides nothing: each process has the model, its adapters, gradients and optimizer. The
+  reducer's buckets hold the gradients a second time (``gradient_as_bucket_view=False``, torch's default).
+* FSDP2 (``fully_shard`` on each block and on the root) divides parameters, gradients and optimizer. It gathers the next
+  block while one computes, and what is outside the blocks stays gathered from the forward to the backward
+  (``reshard_after_forward``: by default not the root's). Quantization states and buffers are no parameters: every GPU
+  has all of them. Packed weights are divided where the backend says so.
+* ZeRO-3 divides the same and gathers as much. Parameters of fewer than ``stage3_param_persistence_threshold`` elements
+  (100,000), as adapters mostly are, stay whole on every GPU (DeepSpeed's docs, "ZeRO-3 options").
+* Activations, logits and workspaces belong to each GPU's own batch.
+"""
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.anatomy import norm_parameters
+from kbitcheck.core.facts import HALF, ForecastFacts, ModelFacts
+from kbitcheck.core.facts.fit import ShareFacts
+from kbitcheck.core.profile import PROMISES
+
+GATHERED_BLOCKS = 2
+
+
+def of_gpus(
+    forecast: ForecastFacts, facts: ModelFacts, quant: Quantization, gpus: int, *, peak: int
+) -> tuple[ShareFacts, ...]:
+    """Bytes on each of ``gpus`` GPUs where each has a batch whose step takes ``peak`` bytes, gradients included."""
+
+    def share(nbytes: int) -> int:
+        return -(-nbytes // gpus)
+
+    prepared, adapters = forecast.loaded + forecast.upcast, forecast.adapters
+    optimizer, activations = forecast.optimizer[forecast.chosen], max(peak - adapters, 0)
+    undivided = quant.backend.packing.undivided(quant)
+    whole = sum(g.state + g.buffers + (g.packed if undivided else 0) for g in forecast.groups.values())
+    weights = whole + share(prepared - whole)
+    units = _units(forecast, facts, packed=not undivided)
+    root, blocks = units.pop("", 0), sorted(units.values())
+    gathered = root + sum(blocks[-GATHERED_BLOCKS:])
+    gathered -= share(gathered)
+    loading = "each process loads the whole model first"
+    return (
+        ShareFacts(
+            strategy="DDP", weights=prepared, adapters=adapters, gradients=adapters, optimizer=optimizer,
+            activations=activations, extra=adapters, note="divides the batch alone",
+        ),
+        ShareFacts(
+            strategy="FSDP2", weights=weights, adapters=share(adapters), gradients=share(adapters),
+            optimizer=share(optimizer), activations=activations, extra=gathered, note=undivided,
+        ),
+        ShareFacts(
+            strategy="ZeRO-3", weights=weights, adapters=adapters, gradients=share(adapters),
+            optimizer=share(optimizer), activations=activations, extra=gathered,
+            note="; ".join(filter(None, (undivided, loading))),
+        ),
+    )  # fmt: skip
+
+
+def _units(forecast: ForecastFacts, facts: ModelFacts, *, packed: bool) -> dict[str, int]:
+    """Prepared bytes of the parameters of each block that are divided; "" is what belongs to none."""
+    norms, promise = norm_parameters(facts), PROMISES[forecast.profile]
+    names = [block.name for block in facts.blocks]
+    units = dict.fromkeys(["", *names], 0)
+    seen: set[int] = set()
+    for name, tensor in facts.parameters.items():
+        if tensor.storage in seen or (tensor.packed and not packed):
+            continue
+        seen.add(tensor.storage)
+        unit = next((block for block in names if name.startswith(block + ".")), "")
+        wide = not tensor.packed and tensor.dtype in HALF and promise.casts(norm=name in norms)
+        units[unit] += tensor.nbytes * (2 if wide else 1)
+    return units
