@@ -57,6 +57,16 @@ def test_holes_are_not_joined_over_what_is_alive():
     assert allocator.reserved == 30 * MIB
 
 
+def test_a_device_without_room_gets_whole_segments_back_first():
+    allocator = Allocator(limit=40 * MIB)
+    allocator.make("first", 20 * MIB)
+    allocator.free("first")
+    allocator.make("second", 30 * MIB)
+    assert (allocator.reserved, allocator.short) == (30 * MIB, 0)
+    allocator.make("third", 12 * MIB)
+    assert (allocator.short, allocator.peak_reserved) == (2 * MIB, 42 * MIB)
+
+
 def test_nothing_is_lost_in_any_order():
     rng, allocator = random.Random(0), Allocator()
     alive: dict[int, int] = {}

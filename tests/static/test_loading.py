@@ -51,15 +51,15 @@ def test_the_peak_is_what_was_predicted(recipe, quant, tmp_path):
     peak, _ = measured(tmp_path, wanted)
     model = dataclasses.replace(source, dtype="bfloat16").meta(wanted)
     facts = snapshot(model)
-    told = while_loading(model, facts, stored=False, dtype=torch.bfloat16)
+    forecast = while_loading(model, facts, stored=False, dtype=torch.bfloat16)
     # Buffers are counted from the start, and are made at the end; of joined tensors the one that comes last is not known.
     buffers = sum(t.nbytes for t in facts.buffers.values())
     order = max((t.nbytes for n, t in facts.parameters.items() if ".experts." in n), default=0)
     if (recipe, quant) == ("gpt2", "int8"):  # the host transposes, in two bytes a number, and frees it before packing
         peak -= max(t.nbytes for t in facts.parameters.values() if t.packed)
     scalars = 16 * len(facts.layers) + 2048
-    assert peak - scalars <= told.peak <= peak + buffers + order + scalars
-    assert told.how == (JOINED if recipe == "mixtral" else QUANTIZED)
+    assert peak - scalars <= forecast.peak <= peak + buffers + order + scalars
+    assert forecast.how == (JOINED if recipe == "mixtral" else QUANTIZED)
 
 
 def test_what_is_quantized_already_takes_no_more_than_it_weighs(tmp_path):
@@ -69,6 +69,6 @@ def test_what_is_quantized_already_takes_no_more_than_it_weighs(tmp_path):
     assert isinstance(saved, Local)
     model = saved.meta(wanted)
     facts = snapshot(model)
-    told = while_loading(model, facts, stored=True, dtype=torch.float32)
-    assert told.how == STORED
-    assert told.peak == pytest.approx(facts.nbytes, rel=0.1)
+    forecast = while_loading(model, facts, stored=True, dtype=torch.float32)
+    assert forecast.how == STORED
+    assert forecast.peak == pytest.approx(facts.nbytes, rel=0.1)

@@ -36,9 +36,9 @@ class AnswerFacts:
     """Whether the requested step fits ``memory``, confirmed by predicted steps.
 
     ``requested`` is what the requested step needs on the device, in bytes. If it fits: the largest batch at ``seq_len``,
-    what it ``needed``, what the allocator then has ``reserved``, as simulated (0: not on CUDA), and the ``longest`` single
-    sequence. If not: in ``change`` the smallest change that makes it fit; None where nothing that was tried does, when
-    ``least`` has what came closest.
+    what it ``needed``, the ``longest`` single sequence, and how many bytes CUDA's allocator would be ``short`` of, as
+    simulated, for its holes (0: none, or not simulated). If not: in ``change`` the smallest change that makes it fit; None
+    where nothing that was tried does, when ``least`` has what came closest.
     """
 
     memory: int
@@ -47,7 +47,7 @@ class AnswerFacts:
     seq_len: int
     requested: int
     needed: int
-    reserved: int = 0
+    short: int = 0
     longest: int = 0
     change: ChangeFacts | None = None
     least: ChangeFacts | None = None

@@ -3,7 +3,8 @@
 The rules are those of torch's c10/cuda/CUDACachingAllocator.cpp with its default settings: sizes are rounded up to 512
 bytes; up to 1 MiB a block is cut from a segment of 2 MiB, up to 10 MiB from one of 20 MiB, and larger ones get a segment
 rounded up to 2 MiB; a free block is taken where the smallest that is large enough is, and split unless less than 512 bytes
-(small) or 1 MiB (large) would be left; neighbours in a segment that are free become one block; nothing goes back.
+(small) or 1 MiB (large) would be left; neighbours in a segment that are free become one block. Segments that are free as
+a whole go back when the device has no room for another one.
 """
 
 from bisect import bisect_left, insort
@@ -31,11 +32,17 @@ class _Block:
 
 @dataclass(slots=True)
 class Allocator:
-    """Bytes ``allocated`` to storages as rounded, and ``reserved`` from the device, now and at the most."""
+    """Bytes ``allocated`` to storages as rounded, and ``reserved`` from the device, now and at the most.
 
+    ``limit`` is what the device has, None for all that it takes; ``short`` is how much it would have had to have more.
+    """
+
+    limit: int | None = None
     allocated: int = 0
     reserved: int = 0
     peak_allocated: int = 0
+    peak_reserved: int = 0
+    short: int = 0
     _free: dict[bool, list[_Block]] = field(default_factory=lambda: {True: [], False: []})
     _blocks: dict[object, _Block] = field(default_factory=dict)
     _count: int = 0
@@ -88,7 +95,11 @@ class Allocator:
             block.free = False
             return block
         segment = 2 * SMALL if small else 20 * SMALL if size < 10 * SMALL else -(-size // (2 * SMALL)) * 2 * SMALL
+        if self.limit is not None and self.reserved + segment > self.limit:
+            self._return_segments()
+            self.short = max(self.short, self.reserved + segment - self.limit)
         self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         return self._new(segment, small=small)
 
     def _new(self, size: int, *, small: bool) -> _Block:
@@ -98,6 +109,12 @@ class Allocator:
     def _release(self, block: _Block) -> None:
         block.free = True
         insort(self._free[block.small], block)
+
+    def _return_segments(self) -> None:
+        for small, blocks in self._free.items():
+            whole = [block for block in blocks if block.before is None and block.after is None]
+            self.reserved -= sum(block.size for block in whole)
+            self._free[small] = [block for block in blocks if block.before is not None or block.after is not None]
 
     def _take(self, block: _Block) -> None:
         free = self._free[block.small]

@@ -101,9 +101,11 @@ class Answer:
         search = model.search(self._spec)
         largest, longest = search.largest_batch(length, room, mode), search.longest(room, mode)
         best = self._tried(dataclasses.replace(self._spec, batch=largest.number), ())
-        on_cuda = model.forecast.device != "cpu"
         step = search.step(largest.number, length, mode)
-        reserved = parts.reserved(model.forecast, model.facts, step, step.trace()) if on_cuda else 0
+        limit = self._memory - model.forecast.overhead
+        short = 0
+        if model.forecast.device != "cpu" and self._spec.gpus == 1:
+            short = parts.allocated(model.forecast, model.facts, step, step.trace(), limit=limit).short
         return AnswerFacts(
             memory=self._memory,
             fits=True,
@@ -111,7 +113,7 @@ class Answer:
             seq_len=length,
             requested=asked.needed,
             needed=best.needed,
-            reserved=reserved,
+            short=short,
             longest=longest.number,
         )
 
@@ -196,12 +198,12 @@ class Answer:
         assert spec.batch is not None
         assert spec.seq_len is not None
         if name == "batch":
-            found = model.search(spec).largest_batch(spec.seq_len, room, spec.checkpointing).number
-            return max(min(found, spec.batch - 1), 1) if spec.batch > 1 else None
+            largest = model.search(spec).largest_batch(spec.seq_len, room, spec.checkpointing).number
+            return max(min(largest, spec.batch - 1), 1) if spec.batch > 1 else None
         if spec.seq_len <= SHORTEST or spec.batch > 1:
             return None
-        found = model.search(spec).longest(room, spec.checkpointing).number
-        return max(min(found, spec.seq_len - 1), SHORTEST)
+        largest = model.search(spec).longest(room, spec.checkpointing).number
+        return max(min(largest, spec.seq_len - 1), SHORTEST)
 
     def _room(self, spec: CaseSpec) -> int:
         """Bytes that a step may take."""

@@ -57,7 +57,9 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             forecast = dataclasses.replace(forecast, shares=shared)
         search = run.search(limit)
         if spec.memory is not None:
-            reserved = 0 if forecast.device == "cpu" else parts.reserved(forecast, facts, steps[mode], trace)
+            reserved = 0
+            if forecast.device != "cpu":
+                reserved = parts.allocated(forecast, facts, steps[mode], trace).peak_reserved
             answer = Answer(Candidate(forecast, facts, run, limit, {runtime: search}), source, spec).facts
             forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)
         return dataclasses.replace(forecast, **_table(forecast, search, fits=spec.fits))

@@ -32,16 +32,18 @@ def at_the_peak(forecast: ForecastFacts, step: Measured, trace: Trace) -> tuple[
     return tuple(PartFacts(kind=k, where=where, nbytes=nbytes) for (k, where), nbytes in sizes.items() if nbytes)
 
 
-def reserved(forecast: ForecastFacts, facts: ModelFacts, step: Measured, trace: Trace) -> int:
-    """The most that CUDA's allocator takes from the device: the weights, adapters and optimizer as they stay, and a step."""
-    allocator = Allocator()
+def allocated(
+    forecast: ForecastFacts, facts: ModelFacts, step: Measured, trace: Trace, *, limit: int | None = None
+) -> Allocator:
+    """CUDA's allocator after a step beside what stays, where the device has room for ``limit`` bytes, None: for any."""
+    allocator = Allocator(limit)
     allocator.play(_staying(forecast, facts, step))
     for event in trace.events:
         if event >= 0:
             allocator.make(event, trace.storages[event].nbytes)
         else:
             allocator.free(~event)
-    return allocator.reserved
+    return allocator
 
 
 def _staying(forecast: ForecastFacts, facts: ModelFacts, step: Measured) -> Iterator[int]:

@@ -11,30 +11,33 @@ GIB = 1 << 30
 
 def answer(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The line to act on, if a memory size was requested."""
-    told = forecast.get("answer")
-    if not told:
+    reply = forecast.get("answer")
+    if not reply:
         return
     mode = _mode(forecast["mode"])
-    memory = f"{told['memory'] / GIB:.4g} GiB"
-    if told["fits"]:
-        shape = f"{told['batch']:,} × {told['seq_len']:,} tokens"
-        longest = f"; or 1 × {told['longest']:,}" if told["longest"] > told["seq_len"] else ""
-        whole = longest and told["longest"] == forecast["limit"]
+    memory = f"{reply['memory'] / GIB:.4g} GiB"
+    if reply["fits"]:
+        shape = f"{reply['batch']:,} × {reply['seq_len']:,} tokens"
+        longest = f"; or 1 × {reply['longest']:,}" if reply["longest"] > reply["seq_len"] else ""
+        whole = longest and reply["longest"] == forecast["limit"]
         most = f"{longest}{', the most that the model takes' if whole else ''}"
-        yield "fits", f"{memory}: {shape} {mode}, {_gib(told['needed'])}{most}"
-        if told["reserved"] + forecast["overhead"] > told["memory"]:
-            advice = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take one row less"
-            yield "", f"the allocator would reserve {_gib(told['reserved'])} for this by default: {advice}"
+        yield "fits", f"{memory}: {shape} {mode}, {_gib(reply['needed'])}{most}"
+        if reply["short"]:
+            advice = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take fewer rows"
+            yield (
+                "",
+                f"holes in the allocator's segments would take {_gib(reply['short'])} too much, as simulated: {advice}",
+            )
         return
-    shape = f"{told['batch']:,} × {told['seq_len']:,} tokens {mode}"
+    shape = f"{reply['batch']:,} × {reply['seq_len']:,} tokens {mode}"
     yield (
         "too large",
-        f"for {memory}: {shape} need {_gib(told['needed'])}, {_gib(told['needed'] - told['memory'])} too much",
+        f"for {memory}: {shape} need {_gib(reply['needed'])}, {_gib(reply['needed'] - reply['memory'])} too much",
     )
-    if told["change"]:
-        yield "instead", f"{_changed(told['change'])}, which fits"
-    elif told["least"]:
-        yield "instead", f"nothing that was tried fits; the least: {_changed(told['least'])}"
+    if reply["change"]:
+        yield "instead", f"{_changed(reply['change'])}, which fits"
+    elif reply["least"]:
+        yield "instead", f"nothing that was tried fits; the least: {_changed(reply['least'])}"
 
 
 def _changed(change: Mapping[str, Any]) -> str:
@@ -52,26 +55,26 @@ def _gib(nbytes: int) -> str:
 
 def loading(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The peak while loading, where it is more than that of training, or more than there is room for."""
-    told = forecast.get("loading")
-    if not told:
+    peak = forecast.get("loading")
+    if not peak:
         return
     total = forecast["total"].get(forecast["mode"], forecast["resident"])
     room = (forecast["memory"] or float("inf")) - forecast["overhead"]
-    if told["peak"] > total or told["peak"] > room:
-        at = f" at {told['tensor']}" if told["tensor"] else ""
+    if peak["peak"] > total or peak["peak"] > room:
+        at = f" at {peak['tensor']}" if peak["tensor"] else ""
         yield (
             "loading",
-            f"takes {size(told['peak'])}{at}, more than {'training' if told['peak'] > total else 'there is'}: {told['how']}",
+            f"takes {size(peak['peak'])}{at}, more than {'training' if peak['peak'] > total else 'there is'}: {peak['how']}",
         )
 
 
 def parts(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is alive at the peak by kind, the largest first; all of it is the peak."""
-    told = forecast.get("parts") or ()
+    alive = forecast.get("parts") or ()
     kinds: dict[str, Counter[str]] = {}
-    for part in told:
+    for part in alive:
         kinds.setdefault(part["kind"], Counter())[part["where"]] += part["nbytes"]
-    total = sum(part["nbytes"] for part in told)
+    total = sum(part["nbytes"] for part in alive)
     heading = "at the peak"
     for kind, places in sorted(kinds.items(), key=lambda item: -item[1].total()):
         yield heading, f"{size(places.total()):>9} {places.total() / total:>4.0%}  {kind}{_places(places)}"
@@ -88,14 +91,14 @@ def _places(places: Counter[str]) -> str:
 
 def gpus(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What each of several GPUs holds under each strategy."""
-    told = forecast.get("shares") or ()
-    if not told:
+    shares = forecast.get("shares") or ()
+    if not shares:
         return
     columns = ("weights", "adapters", "gradients", "optimizer", "activations", "extra")
     number = f"on each of {forecast['gpus']}"
     yield "GPUs", f"{number:13}{''.join(f'{name:>12}' for name in columns)}{'in all':>11}"
-    for share in told:
+    for share in shares:
         total = sum(share[name] for name in columns)
         yield "", f"{share['strategy']:13}{''.join(f'{size(share[name]):>12}' for name in columns)}{size(total):>11}"
-    for note in dict.fromkeys(f"{share['strategy']}: {share['note']}" for share in told if share["note"]):
+    for note in dict.fromkeys(f"{share['strategy']}: {share['note']}" for share in shares if share["note"]):
         yield "", note

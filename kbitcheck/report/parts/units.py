@@ -6,8 +6,8 @@ BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 def size(number: float) -> str:
     """Three figures and a binary prefix, as memory is sold and as torch reports it."""
     for unit in BINARY[:-1]:
-        if number < 1023.5:
-            return f"{number:.0f} {unit}" if number >= 999.5 else f"{number:.3g} {unit}"
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:.3g} {BINARY[-1]}"
 
