@@ -12,6 +12,8 @@ Static = Literal["never", "always", "if-too-large"]
 Autocast = Literal["default", "bf16", "fp16", "none"]
 UseCut = Literal["if-large", "always", "never"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
+Attention = Literal["default", "sdpa", "eager", "flash_attention_2"]
+Loss = Literal["full", "chunked", "fused"]
 ALL_LINEAR = "all-linear"
 MODEL_RANK = 16  # of the adapters in `kbitcheck model`, as people train; suites take fewer, for speed
 REFERENCE = "reference"  # the implementation that comes with kbitcheck
@@ -25,7 +27,8 @@ class CaseSpec:
     comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
     audit reads no weights. For the forecast: ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU
     that has it, if one was named; ``fits`` requests the table of common GPUs, ``accumulate`` is the number of batches that
-    an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under ``autocast``, which no rule reads.
+    an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under ``autocast``, with ``attention``,
+    ``packed`` sequences and ``loss``: no rule reads them.
     ``cut`` says when facts about code paths run on a cut of the model.
     """
 
@@ -56,6 +59,9 @@ class CaseSpec:
     optimizer: Optimizer = "adamw"
     accumulate: int = 1
     gpus: int = 1
+    attention: Attention = "default"
+    packed: bool = False
+    loss: Loss = "full"
 
     @property
     def id(self) -> str:

@@ -144,6 +144,25 @@ def attention(config: Any) -> str | None:
     return chosen
 
 
+def choose_attention(config: Any, name: str) -> None:
+    """Have a model compute attention by ``name``, in all its towers, whether the package for it is here or not."""
+    for each in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
+        if each is not None:
+            each._attn_implementation_internal = name
+
+
+def attention_functions() -> dict[str, Any]:
+    """Transformers' functions of attention by name, to be replaced in place."""
+    functions: dict[str, Any] = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS._global_mapping
+    return functions
+
+
+def attention_is_supported(model: Any, name: str) -> bool:
+    """Whether a model's class computes attention by ``name``: ``_supports_flash_attn_2`` was its name before."""
+    flags = {"sdpa": ("_supports_sdpa",), "flash_attention_2": ("_supports_flash_attn", "_supports_flash_attn_2")}
+    return any(getattr(model, flag, False) for flag in flags[name]) if name in flags else True
+
+
 def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
     """The parts of names of parameters that transformers' classes keep in float32."""
     lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

@@ -148,7 +148,8 @@ FORECAST = {
     "groups": {"mlp": {"packed": 900, "state": 0, "unquantized": 0, "buffers": 0, "upcast": {"peft": 100}}},
     "profile": "peft", "loaded": 900, "upcast": 100, "adapters": 50, "batch": 2, "seq_len": 24, "logits": 10,
     "optimizer": {"adamw": 100, "adamw-8bit": 100, "paged-adamw": 100}, "device": "cpu", "mode": "reentrant",
-    "activations": {"off": {"held": 80, "peak": 90}}, "total": {"reentrant": 2000}, "memory": None, "missing": "",
+    "activations": {"off": {"held": 80, "peak": 90}, "reentrant": {"held": 80, "peak": 90}},
+    "total": {"reentrant": 2000}, "memory": None, "missing": "",
     "notes": (), "rooms": {str(16 << 30): "T4"}, "largest_batch": {str(16 << 30): 9}, "longest": {str(16 << 30): 512},
 }  # fmt: skip
 
@@ -176,6 +177,12 @@ KERNELS = {
     "autocast": "none", "activations": {"reentrant": {"held": 80, "peak": 100}}, "compared": {"bf16": {"held": 60, "peak": 60}},
     "attention": {"none": {"math (float32 and grouped queries)": 4}, "bf16": {"flash": 3, "memory-efficient (a mask)": 1}},
 }  # fmt: skip
+
+
+def test_logits_that_are_most_of_a_step_are_named() -> None:
+    for logits, named in ((10, False), (20, True)):
+        text = " ".join(" ".join(costs({**FORECAST, "logits": logits})).split())
+        assert ("see `--loss fused`, use_liger_kernel=True" in text) is named
 
 
 def test_a_step_is_described_with_and_without_autocast() -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 from kbitcheck.cli.cases import audit
 from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, at_least, choice, option
 from kbitcheck.core import memory_sizes
-from kbitcheck.core.cases import MODEL_RANK, Autocast, Optimizer, Profile
+from kbitcheck.core.cases import MODEL_RANK, Attention, Autocast, Loss, Optimizer, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.run.subject import default, default_profile
@@ -16,6 +16,8 @@ PROFILE_HELP = "The dtypes to judge by; default: peft for peft and reference, ot
 AUTOCAST_HELP = (
     "Autocast of the forecast steps; default: bf16, as of Trainer(bf16=True), or fp16 on a GPU without bf16."
 )
+ATTENTION_HELP = "Attention of the forecast steps; default: the model's own. flash_attention_2 needs no package here."
+LOSS_HELP = "Loss of the forecast steps: of all logits, of chunks, or fused with the head as Liger's."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class Options(RunOptions):
     memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4, A100-80.", "", metavar="SIZE|GPU")
     fits: bool = option("Forecast what fits into each common GPU; takes up to a minute.", False)
     autocast: Autocast | None = choice(AUTOCAST_HELP, None, ("bf16", "fp16", "none"))
+    attention: Attention | None = choice(ATTENTION_HELP, None, ("sdpa", "eager", "flash_attention_2"))
+    packed: bool = option("Forecast steps of sequences packed into one row, without padding.", False)
+    loss: Loss = choice(LOSS_HELP, "full", Loss)
     optimizer: Optimizer = choice("Optimizer of the forecast.", "adamw", Optimizer)
     accumulate: int = option("Batches that an optimizer step adds up.", 1, metavar="N", read=at_least(1))
     gpus: int = option(
@@ -63,6 +68,9 @@ def run(options: Options) -> int:
         memory=memory_sizes.parse(options.memory) if options.memory else None,
         gpu=memory_sizes.gpu(options.memory),
         autocast=options.autocast or "default",
+        attention=options.attention or "default",
+        packed=options.packed,
+        loss=options.loss,
         fits=options.fits,
         optimizer=options.optimizer,
         accumulate=options.accumulate,

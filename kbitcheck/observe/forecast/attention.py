@@ -136,3 +136,40 @@ def workspace(operator: Any, args: Sequence[Any]) -> int:
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+class FlashAttention2:
+    """Stands for transformers' ``flash_attention_2`` without its package: it saves queries, keys, values, results and sums.
+
+    Windows need no mask, and a padded batch is gathered into one row and scattered back.
+    """
+
+    def __init__(self, casts: Casts, watcher: Watcher) -> None:
+        self._casts, self._watcher = casts, watcher
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Queries, keys and values (batch, heads, tokens, head); results (batch, tokens, heads, head)."""
+        self._watcher.attends("flash_attention_2")
+        dtype = half() or (query.dtype if query.dtype in HALF else _half_of(module))
+        query, key, value = (self._casts.cast(t, dtype) for t in (query, key, value))
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        with internals.below_autocast():
+            if attention_mask is not None:
+                query, key, value = (t.clone() for t in (query, key, value))
+            result = _flash(query, key, value, dropout, causal and query.shape[2] == key.shape[2], None)
+            return (result if attention_mask is None else result.clone()).transpose(1, 2), None
+
+
+def _half_of(module: Any) -> torch.dtype:
+    stated = getattr(module.config, "dtype", None)
+    return stated if stated in HALF else torch.bfloat16

@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
 
 from kbitcheck import backends
 from kbitcheck.backends import registry
@@ -77,9 +76,6 @@ class World:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
             stack.enter_context(internals.without_grouped_kernel())
-            # It looks for sequences packed into one, which needs the numbers of positions.
-            if hasattr(masking_utils, "find_packed_sequence_indices"):
-                stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             stack.enter_context(runtime.kernels(watcher or Watcher()))
             for backend in registry.available():
                 stack.enter_context(backend.kernels.on_device(runtime.device))

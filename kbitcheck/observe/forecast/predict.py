@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,13 +17,16 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts import ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.models.blocks import is_block
 from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe import device as devices
+from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import weights
 from kbitcheck.observe.forecast.activations import Measured, measure
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.fake_tensors import World
+from kbitcheck.observe.forecast.losses import LOSSES, Headless
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.search import Search
 from kbitcheck.observe.forecast.thinning import thin
@@ -32,6 +36,11 @@ BATCH, SEQ_LEN = 1, 2048
 # PEFT however it is named (peft, peft==0.13.2, peft:function, peft.utils:function), and no file peft.py.
 PEFT = re.compile(r"peft(?![\w-]|\.py\b)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NOTES = {
+    "flash_attention_2": "flash_attention_2 is not run: it keeps queries, keys, values, results and a sum for each query",
+    "chunked": "the loss is of chunks of 512 tokens from head to loss, each recomputed in the backward",
+    "fused": "the loss is Liger's fused linear cross-entropy; its other kernels, which use_liger_kernel=True adds, hold less still",
+}
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
@@ -73,9 +82,19 @@ def runtime_of(spec: CaseSpec, device: Literal["cpu", "cuda"]) -> Runtime:
     Autocast is that of transformers' ``Trainer(bf16=True)``; in float16 where the GPU has no bfloat16.
     """
     capability = memory_sizes.CAPABILITIES.get(spec.gpu) or devices.capability(spec.device) or AMPERE
-    plain = Runtime(device=device, capability=capability)
+    plain = Runtime(device=device, capability=capability, packed=spec.packed, loss=spec.loss)
     half = {"default": usual_half(plain), "none": None}
     return dataclasses.replace(plain, autocast=half[spec.autocast] if spec.autocast in half else DTYPES[spec.autocast])
+
+
+def _choose_attention(model: Any, name: str, runtime: Runtime) -> None:
+    if name == "default":
+        return
+    if not internals.attention_is_supported(model, name):
+        raise UsageError(f"--attention {name}: {type(model).__name__} does not support it")
+    if name == "flash_attention_2" and (runtime.device != "cuda" or runtime.capability < AMPERE):
+        raise UsageError(f"--attention {name} needs a GPU of Ampere's generation or later")
+    internals.choose_attention(model.config, name)
 
 
 def usual_half(runtime: Runtime) -> torch.dtype:
@@ -98,11 +117,15 @@ class Training:
         self._model, self._spec, self.runtime = model, spec, runtime
         self.rows: int = getattr(source, "rows", BATCH)
         self.length: int = getattr(source, "seq_len", SEQ_LEN)
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = tuple(
+            note for stated, note in NOTES.items() if stated in (spec.attention, spec.loss)
+        )
         self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        _choose_attention(model, spec.attention, runtime)
         targets = adapter_probe.target_layers(model, spec.targets)
         # From the second of several batches on, gradients are there all the time.
         kept = of_weights(model, facts, spec).adapters if spec.accumulate > 1 else 0
+        self._blocks = sum(map(is_block, model.modules()))
         thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
         names = dict(model.named_modules())
@@ -118,12 +141,27 @@ class Training:
         self, batch: int, length: int, mode: str, *, padded: bool = True, runtime: Runtime | None = None
     ) -> Measured:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``; ``padded`` ones have a mask."""
-        tensors = self._batch(batch, length, padded and batch > 1)
-        return self._measure(tensors, runtime=runtime or self.runtime, reentrant=MODES[mode])
+        runtime = runtime or self.runtime
+        tensors = self._packed(batch, length) if runtime.packed else self._batch(batch, length, padded and batch > 1)
+        runtime = dataclasses.replace(runtime, packed=runtime.packed and batch > 1)
+        headless = Headless(self._model, runtime.loss) if runtime.loss in LOSSES else None
+        with headless.installed() if headless else nullcontext():
+            step = self._measure(tensors, runtime=runtime, reentrant=MODES[mode])
+        eager = {"eager": self._blocks} if internals.attention(self._model.config) == "eager" else {}
+        logits = headless.logits if headless else step.logits
+        return dataclasses.replace(step, logits=logits, attention=step.attention or eager)
 
     def search(self, limit: int, runtime: Runtime | None = None) -> Search:
         """The largest steps that fit, of at most ``limit`` tokens, in this runtime or in another."""
         return Search(partial(self.step, padded=False, runtime=runtime), limit)
+
+    def _packed(self, batch: int, length: int) -> Mapping[str, Tensor]:
+        """Sequences in one row, without a mask, whose positions begin anew with each."""
+        tensors = self._batch(1, length, padded=False)
+        if {t.shape for t in tensors.values()} != {(1, length)}:
+            raise UsageError(f"--packed: {type(self._model).__name__} reads more than one row of tokens")
+        row = {name: torch.empty(1, batch * length, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+        return {**row, "position_ids": row["input_ids"]}
 
     def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
         """Shapes of inputs: those of at most two sequences are drawn, and more are widened from them."""
@@ -142,7 +180,7 @@ class Training:
         except UsageError as error:
             if not hasattr(self._model.config, "vision_config"):
                 raise
-            self.notes = (f"activations of text alone: {error}",)
+            self.notes = tuple(dict.fromkeys((*self.notes, f"activations of text alone: {error}")))
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
             return {"input_ids": ids, "attention_mask": ids, "labels": ids}
 

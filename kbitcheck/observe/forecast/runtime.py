@@ -9,9 +9,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own name)
 from torch import Tensor
+from transformers import masking_utils
 
+from kbitcheck.core.cases import Loss
 from kbitcheck.observe import internals
-from kbitcheck.observe.forecast.attention import AMPERE, HALF, CudaAttention
+from kbitcheck.observe.forecast.attention import AMPERE, HALF, CudaAttention, FlashAttention2
 from kbitcheck.observe.forecast.cuda_autocast import Casts, Watcher
 
 
@@ -21,20 +23,28 @@ class Runtime:
 
     ``capability`` is a CUDA device's compute capability; ``autocast`` the dtype of autocast, None without. As in
     transformers' Trainer, the output is converted to float32 under autocast, and dropped before the backward, unless the
-    training loop ``keeps_output``.
+    training loop ``keeps_output``. ``packed`` sequences are one row without padding, ``loss`` says what holds the logits.
     """
 
     device: Literal["cpu", "cuda"] = "cuda"
     capability: tuple[int, int] = AMPERE
     autocast: torch.dtype | None = None
     keeps_output: bool = False
+    packed: bool = False
+    loss: Loss = "full"
 
     @contextmanager
     def kernels(self, watcher: Watcher) -> Iterator[None]:
         """Attention and autocast by the kernels of the device, for tensors that say they are on the CPU."""
+        casts = Casts(watcher)
         with ExitStack() as stack:
+            flash = {"flash_attention_2": FlashAttention2(casts, watcher)}
+            stack.enter_context(mock.patch.dict(internals.attention_functions(), flash))
+            # It looks for sequences packed into one, which needs the numbers of positions.
+            if hasattr(masking_utils, "find_packed_sequence_indices"):
+                packed = torch.zeros_like if self.packed else lambda position_ids: None
+                stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", packed))
             if self.device == "cuda":
-                casts = Casts(watcher)
                 attention = CudaAttention(self.capability, casts, watcher)
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
                 if self.autocast is not None:

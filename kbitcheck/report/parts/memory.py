@@ -10,6 +10,7 @@ from kbitcheck.report.parts.units import size
 
 GPUS_SHOWN = 6
 NOTABLE = 0.02  # of a peak
+MOSTLY_LOGITS = ", with copies of them most of the peak: see `--loss fused`, use_liger_kernel=True"
 KEEP_SCORES = ("math", "eager")
 GIB = 1 << 30
 
@@ -84,7 +85,10 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
         for mode, held in forecast["activations"].items()
     )
     shape, logits = f"{forecast['batch']} × {forecast['seq_len']} tokens", size(forecast["logits"])
-    yield "a step", f"{shape}, checkpointing {modes}; logits {logits}"
+    mostly = MOSTLY_LOGITS * (
+        6 * forecast["logits"] > forecast["activations"][forecast["mode"]]["peak"]
+    )  # three, at the loss
+    yield "a step", f"{shape}, checkpointing {modes}; logits {logits}{mostly}"
     yield from _kernels(forecast)
     if "activations" in facts:
         yield "measured", dict(_measured(facts))["activations"]
