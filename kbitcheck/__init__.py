@@ -133,7 +133,7 @@ def assert_prepared(
     Training steps run on the model itself, with ``batch`` (keyword arguments of its forward, labels among them; drawn
     where none is given). Afterwards the model is bitwise what it was, also after an exception: parameters, gradients,
     buffers, modes, hooks, random states. ``allow_step=False`` forbids steps; the report then says what was not judged.
-    Where ``torch.distributed`` wraps the model, steps need ``allow_step=True`` on every rank.
+    Where FSDP shards the model, steps need ``allow_step=True`` on every rank.
 
     Rules that need what was before preparation are skipped. Profile ``auto`` reads the recipe of dtypes off the model
     and judges by it, and so it cannot see that an upcast is missing: if your code promises one, name its ``profile``.

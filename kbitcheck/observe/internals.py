@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -120,17 +119,15 @@ def set_checkpoint_function(module: nn.Module, function: Callable[..., Any] | No
         module._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
-def waits_for_ranks(model: nn.Module) -> bool:
-    """Whether a step of the model waits for other processes: DDP or FSDP wraps it, or its parameters are sharded."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+def is_sharded(model: nn.Module) -> bool:
+    """Whether other processes hold a part of the model's parameters, so that a step waits for them: FSDP of either version."""
+    if not dist.is_available():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    wrappers = (DistributedDataParallel, FullyShardedDataParallel)
-    return any(isinstance(m, wrappers) for m in model.modules()) or any(
-        isinstance(p, DTensor) for p in model.parameters()
-    )
+    parts = any(isinstance(p, DTensor) for p in model.parameters())
+    return parts or any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
 
 
 def inputs_hooked(model: nn.Module) -> bool:

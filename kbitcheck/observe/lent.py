@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec
@@ -67,9 +68,14 @@ def why_no_step(model: nn.Module, *, allow_step: bool | None) -> str:
     """
     if allow_step is False:
         return "no step was allowed (allow_step=False)"
-    if allow_step is None and internals.waits_for_ranks(model):
-        return "torch.distributed wraps the model, so that every rank would have to step: allow_step=True on every rank"
+    if allow_step is None and internals.is_sharded(model):
+        return "the model is sharded, so that every rank would have to step: allow_step=True on every rank"
     return ""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside ``DistributedDataParallel``, whose own steps no other rank waits for."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager

@@ -83,6 +83,7 @@ def audit(
     if not callable(getattr(model, "parameters", None)):
         raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
     rules = select(select_codes, ignore)
+    model = lent.unwrapped(model)
     if isinstance(prepare, str):
         implementation = implementations.load(prepare or implementations.default())
     else:
@@ -127,6 +128,7 @@ def assert_prepared(
         if value not in choices:
             raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, choices))}")
     rules = select(select_codes, ignore)
+    model = lent.unwrapped(model)
     source = LiveModel.of(model)
     spec = CaseSpec(
         model=source.name,

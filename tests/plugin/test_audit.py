@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -91,15 +92,28 @@ def test_what_nothing_restores_is_told(model: Any) -> None:
         kbitcheck.audit(mine, prepare=overwrites, select=["KB101"])
 
 
-def test_where_other_ranks_would_wait_no_step_is_taken(
-    model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def one_rank(tmp_path: Any) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(torch.nn.Linear(2, 2))
-        assert why_no_step(wrapped, allow_step=None) == ""
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        assert "allow_step=True on every rank" in why_no_step(wrapped, allow_step=None)
-        assert why_no_step(wrapped, allow_step=True) == why_no_step(model, allow_step=None) == ""
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_where_other_ranks_would_wait_no_step_is_taken(model: Any, one_rank: None) -> None:
+    sharded = torch.nn.Linear(2, 2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    sharded.weight = torch.nn.Parameter(torch.distributed.tensor.distribute_tensor(sharded.weight.detach(), mesh))
+    assert "allow_step=True on every rank" in why_no_step(sharded, allow_step=None)
+    assert why_no_step(sharded, allow_step=True) == why_no_step(model, allow_step=None) == ""
+
+
+def test_a_model_that_ddp_wraps_is_judged_inside(model: Any, one_rank: None) -> None:
+    peft = pytest.importorskip("peft")
+    prepared = prepare_model_for_kbit_training(copy.deepcopy(model), True, {"use_reentrant": False})
+    wrapped = DistributedDataParallel(peft.get_peft_model(prepared, peft.LoraConfig(target_modules="all-linear")))
+    ids = torch.arange(24).reshape(2, 12)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    before = everything(wrapped.module)
+    report = kbitcheck.assert_prepared(wrapped, select=["KB304", "KB403"])
+    assert everything(wrapped.module) == before
+    assert {r.rule: r.status for r in report} == {"KB304": Status.PASS, "KB403": Status.PASS}

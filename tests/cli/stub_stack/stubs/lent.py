@@ -12,3 +12,7 @@ def why_no_step(model: Any, *, allow_step: bool | None) -> str:
 @contextmanager
 def lending(model: Any) -> Iterator[Callable[[], None]]:
     yield lambda: None
+
+
+def unwrapped(model: Any) -> Any:
+    return model
