@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import CERTAIN, Distance, Facts, Gap, RunFacts, StepOutcome
+from kbitcheck.core.facts import Distance, Facts, Gap, RunFacts, StepOutcome, slope_bound
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
@@ -288,9 +288,10 @@ def _raises(outcome: StepOutcome, facts: Facts) -> bool:
 def loss_falls(facts: Facts) -> Iterable[Observation]:
     """Along an optimizer step the loss changes as the gradient says: by the gradient times the change of the adapters.
 
-    Losses on the way of the step tell the first-order term from the second-order one, and how uncertain rounding leaves
-    the first: the step is of a size that leaves it 1/32. The first-order term is what the gradient says, within a quarter
-    or, if the loss is rougher, within eight times the uncertainty; above a half nothing follows.
+    A parabola through the losses on the way of the step has a first-order and a second-order term; a cubic has another
+    first-order term, where rounding is in the way or the step is too long. The first-order term is what the gradient
+    says, within six times that difference, or within a quarter. The step is chosen so that the difference is small: where
+    six times the difference are more than a half at every learning rate, nothing follows.
 
     Why: this is the end-to-end check that the prepared model can learn.
     Symptom: a loss that stays, rises, or is NaN or 0.
@@ -303,7 +304,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
             raise NotApplicable("no adapter of the float64 twin has a gradient on this batch either")
         yield Observation("gradient", "changes the adapters", "no adapter has one", ok=False)
         return
-    bound = 8 * max(t.uncertainty, CERTAIN)
+    bound = slope_bound(t.uncertainty)
     if bound > 1 / 2:
         raise NotApplicable(f"the loss is rough: its slope is uncertain by {t.uncertainty:.0%} at every learning rate")
     actual = f"by {t.slope:.2f} times that: from {t.losses[0]:.4f} to {t.losses[-1]:.4f}"

@@ -32,6 +32,7 @@ from kbitcheck.core.facts.step import (
     StepOutcome,
     StoreFacts,
     TrainingFacts,
+    slope_bound,
 )
 
 __all__ = [
@@ -39,5 +40,5 @@ __all__ = [
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
     "MemoryFacts", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome",
-    "StoreFacts", "TensorFacts", "Tower", "TrainingFacts", "fact", "median_yardstick",
+    "StoreFacts", "TensorFacts", "Tower", "TrainingFacts", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

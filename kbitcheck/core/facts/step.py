@@ -125,7 +125,12 @@ class StepOutcome:
     checkpoints: tuple[int, int] = (0, 0)
 
 
-CERTAIN = 1 / 32  # the uncertainty that is wanted of a slope
+CERTAIN = 1 / 24  # the uncertainty that is wanted of a slope
+
+
+def slope_bound(uncertainty: float) -> float:
+    """How far the slope of a descent may be from 1: a quarter, or six times its uncertainty if that is more."""
+    return 6 * max(uncertainty, CERTAIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +138,8 @@ class TrainingFacts:
     """Two AdamW steps with weight decay on one batch: the loss before the first and on its way; what both changed.
 
     ``predicted`` has, for each of the ``losses``, the change that the gradient times the change of the parameters
-    predicts. The loss changes by ``slope`` times the prediction, plus a second-order term; ``uncertainty`` is the standard
-    error of the slope.
+    predicts. The loss changes by ``slope`` times the prediction, plus a second-order term; ``uncertainty`` is that of the slope,
+    from rounding and from terms of higher order.
     """
 
     losses: tuple[float, ...]

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kbitcheck.core.facts import CERTAIN
+from kbitcheck.core.facts import CERTAIN, slope_bound
 from kbitcheck.observe.probes import step, switches
 
-LEARNING_RATES = (5e-3, 5e-4, 5e-5, 5e-6, 5e-7)
+LEARNING_RATES = (5e-3, 1.5e-3, 5e-4, 1.5e-4, 5e-5, 5e-6)
 WEIGHT_DECAY = 0.1
 # Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
 # gradient is rounding noise from walking at random.
 EPSILON = 1e-3
 PLACES = 4  # on the way of the first step
+MORE_PLACES = 16  # before a slope is called another than the gradient's: a few may lie on a parabola by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Descent:
     """One optimizer step: by place on its way, the loss, and the change of the loss that the gradient predicts.
 
     ``losses`` begins before the step, ``predicted`` with zero. The loss changes by ``slope`` times the prediction, plus a
-    second-order term; ``uncertainty`` is the standard error of the slope.
+    second-order term; ``uncertainty`` is that of the slope, from rounding and from terms of higher order.
     """
 
     losses: tuple[float, ...]
@@ -52,6 +53,8 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
         if best != rate:
             way.put(way.start)
             way.update(best)
+        if abs(descents[best].slope - 1) > slope_bound(descents[best].uncertainty):
+            descents[best] = way.measured(MORE_PLACES)
         way.backward()
         way.update(best)
         step.clear_gradients(model)
@@ -95,12 +98,12 @@ class _Way:
         return loss.detach()
 
     @torch.no_grad()
-    def measured(self) -> Descent:
+    def measured(self, places: int = PLACES) -> Descent:
         """The descent on the way to where the parameters are, where they are left."""
         end = self._copies()
         losses, predicted = [float(self._before)], [0.0]
-        for place in range(1, PLACES + 1):
-            self.put([torch.lerp(a.double(), b.double(), place / PLACES) for a, b in zip(self.start, end, strict=True)])
+        for place in range(1, places + 1):
+            self.put([torch.lerp(a.double(), b.double(), place / places) for a, b in zip(self.start, end, strict=True)])
             pairs = zip(self._trained, self.start, strict=True)
             predicted.append(
                 sum(float((p.grad.double() * (p - a.double())).sum()) for p, a in pairs if p.grad is not None)
@@ -111,14 +114,18 @@ class _Way:
 
 
 def _slope(losses: Sequence[float], predicted: Sequence[float], rounding: float) -> tuple[float, float]:
-    """Slope of the change of the loss over the prediction, with its standard error, from the parabola of least squares."""
+    """Slope of the change of the loss over the prediction, with its standard error, from the parabola of least squares.
+
+    Where a cubic has another slope, the loss is no parabola, and the slope is as uncertain as the two are apart.
+    """
     x = torch.tensor(predicted[1:], dtype=torch.float64)
     y = torch.tensor(losses[1:], dtype=torch.float64) - losses[0]
     scale = float(x.abs().max())
     if not scale or not bool(torch.isfinite(y).all()):
         return 0.0, 0.0
-    terms = torch.stack([x / scale, (x / scale) ** 2], dim=1)
-    inverse = torch.linalg.pinv(terms.T @ terms)
-    fitted = inverse @ terms.T @ y
-    residual = math.hypot(float((y - terms @ fitted).norm()) / (PLACES - 2) ** 0.5, rounding)
-    return float(fitted[0]) / scale, residual * float(inverse[0, 0]) ** 0.5 / scale
+    powers = torch.stack([(x / scale) ** n for n in (1, 2, 3)], dim=1)
+    parabola, cubic = (torch.linalg.pinv(powers[:, :n]) @ y for n in (2, 3))
+    terms = powers[:, :2]
+    residual = math.hypot(float((y - terms @ parabola).norm()) / (len(x) - 2) ** 0.5, rounding)
+    error = residual * float(torch.linalg.pinv(terms.T @ terms)[0, 0]) ** 0.5
+    return float(parabola[0]) / scale, max(error, float((parabola - cubic[:2])[0].abs())) / scale
