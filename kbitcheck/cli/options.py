@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any, NoReturn, get_args
 
-from kbitcheck.core.cases import ALL_LINEAR, Adapters, Checkpointing, Freezes, Profile
+from kbitcheck.core.cases import ALL_LINEAR, Adapters, Checkpointing, Freezes, Profile, UseCut
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.report import FORMATS
@@ -170,6 +170,7 @@ class RunOptions(ReportOptions):
     batch: int | None = option("Sequences per step.", None, metavar="N", read=at_least(1))
     seq_len: int | None = option("Tokens per sequence.", None, metavar="N", read=at_least(1))
     seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
+    cut: UseCut = choice("When facts about code paths run on a cut: the first blocks of the model.", "if-large", UseCut)
     timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=seconds)
     in_process: bool = option("Run in this process: no time limit, no isolation.", False)
 
@@ -185,7 +186,7 @@ class RunOptions(ReportOptions):
     @property
     def case(self) -> dict[str, Any]:
         """The options that every case of the run has in common, by the names of ``CaseSpec``."""
-        names = ("profile", "device", "adapters", "targets", "rank", "freezes", "batch", "seq_len", "seed")
+        names = ("profile", "device", "adapters", "targets", "rank", "freezes", "batch", "seq_len", "seed", "cut")
         return {name: getattr(self, name) for name in names}
 
 

@@ -71,8 +71,8 @@ class Result:
     """One rule on one case. ``examined`` counts observations; ``failures`` holds those that are not ok.
 
     ``finding`` says which committed finding excuses the failure: it is reported and not counted. ``raised`` is the
-    exception of the model or of its preparation that kept the rule from being judged. ``cut`` says which part of the model
-    facts about code paths ran on, ``2 of 30 blocks``, where the rule read any and that was not the whole model.
+    exception of the model or of its preparation that kept the rule from being judged. ``cut`` says which part of a large model
+    facts about code paths ran on, if the rule read any: ``2 of 30 blocks``, or ``the whole model`` if no cut could be made.
     """
 
     rule: str

@@ -29,7 +29,7 @@ from kbitcheck.core.facts import (
     StoreFacts,
     fact,
 )
-from kbitcheck.core.facts.case import OpenCase
+from kbitcheck.core.facts.case import WHOLE, OpenCase
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.cut import NoCut
 from kbitcheck.models.sources.live import LiveModel
@@ -234,7 +234,9 @@ class Case(OpenCase):
 
     def cut_behind(self, reads: Set[str]) -> str:
         paths = self.computed.get("_paths")
-        return str(paths.cut) if paths is not None and reads & ON_CUT else ""
+        if paths is None or not reads & ON_CUT:
+            return ""
+        return str(paths.cut) or (WHOLE if paths.cut.reason else "")
 
     def close(self) -> None:
         """Drop every model of the case, and those of its cut."""

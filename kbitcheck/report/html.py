@@ -5,6 +5,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.rule import rules
 from kbitcheck.report.parts.broken_rules import BrokenRule, broken_rules
 from kbitcheck.report.parts.charts import charts
+from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
 from kbitcheck.report.parts.repro import command
 from kbitcheck.report.parts.verdict import outcome, verdict
@@ -28,6 +29,7 @@ def render(report: Report) -> str:
         report=report,
         header=header(report),
         verdict=verdict(report),
+        cuts=list(cuts(report)),
         breaches=breaches(report),
         families=families,
         charts=charts(report),

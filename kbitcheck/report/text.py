@@ -5,10 +5,12 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from kbitcheck.compare.gate import breaches
+from kbitcheck.core.facts.case import WHOLE
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
 from kbitcheck.report.parts.broken_rules import BrokenRule, Deviation, Variant, broken_rules
+from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
 from kbitcheck.report.parts.limits import BRIEF, NONE, listed
 from kbitcheck.report.parts.markup import printable
@@ -73,7 +75,7 @@ class _Page:
         if rule.error:
             yield from self._ends(f"{rule.mark} {rule.title} could not be judged", "ERROR", style)
         else:
-            title = f"{rule.mark} {rule.title}  ({rule.level.value})"
+            title = f"{rule.mark} {rule.title}  ({rule.level.value}{f', on a cut: {rule.cut}' if rule.cut else ''})"
             yield from self._ends(title, f"attributed to {rule.attributed_to}", style)
         yield from self._wrapped(rule.requirement, "", INDENT)
         for variant in rule.variants:
@@ -111,10 +113,12 @@ class _Page:
             for result in results:
                 place = f" [{result.case}]" if len(self._cases) > 1 else ""
                 text = f"{rules().title(result.rule)}{place}: {result.reason or f'{result.examined} examined'}"
+                text += f" (on a cut: {result.cut})" if result.cut not in ("", WHOLE) else ""
                 yield from self._wrapped(text, "dim", "  ")
 
     def _foot(self) -> Iterator[Line]:
         notes = [("ignored", "", f"{c}: {why}") for c, why in self._report.subject.get("ignored", {}).items()]
+        notes += [("cut", "", line) for line in cuts(self._report)]
         if self._report.subject.get("command") in ("model", "audit"):
             notes += rows(self._report.facts.get("cases", {}), self._report.subject.get("cases", {}))
         if notes or not self._report.complete:

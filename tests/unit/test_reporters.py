@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import re
 import shlex
 from typing import Any
@@ -348,3 +350,40 @@ def test_the_loss_after_a_step_stands_beside_what_the_gradient_says() -> None:
     for facts in ({"forecast": FORECAST, **losses}, losses):
         found = report(specs=(spec(),), subject={"command": "model"}, facts={"cases": {spec().id: facts}})
         assert told in render(found, "text").splitlines()
+
+
+def of_a_cut(cut: str, facts: dict[str, Any]) -> Report:
+    results = (
+        failed("KB201", CASE, OWN),
+        dataclasses.replace(failed("KB210", CASE, OWN), cut=cut, seconds=3.0),
+        Result(rule="KB307", case=CASE, level=Level.MUST, status=Status.PASS, examined=2, cut=cut, seconds=4.0),
+    )
+    return report(*results, facts={"cases": {CASE: {"cut": facts}}})
+
+
+def test_a_report_says_which_rules_looked_at_a_cut() -> None:
+    made = of_a_cut("2 of 30 blocks", {"blocks": "2 of 30 blocks", "towers": [], "reason": ""})
+    text = " ".join(render(made, "text", verbose=True).split())
+    assert "KB210 runs-everywhere (MUST, on a cut: 2 of 30 blocks)" in text
+    assert "KB201 norms-fp32 (MUST) " in text
+    assert "KB307 dropout-replayed: 2 examined (on a cut: 2 of 30 blocks)" in text
+    assert "cut KB210, KB307 looked at 2 of 30 blocks, with the model's own weights, all other rules at" in text
+    assert "Cut: KB210, KB307 looked at 2 of 30 blocks" in render(made, "html")
+    assert "(MUST, on a cut: 2 of 30 blocks, attributed to peft)" in render(made, "markdown")
+    assert [r.get("cut") for r in json.loads(render(made, "json"))["results"]] == [None, *["2 of 30 blocks"] * 2]
+
+
+def test_a_report_says_why_there_is_no_cut_and_what_that_cost() -> None:
+    made = of_a_cut(
+        "the whole model", {"blocks": "", "towers": [], "reason": "model.layers runs a block several times"}
+    )
+    text = " ".join(render(made, "text", verbose=True).split())
+    assert "on a cut" not in text
+    reason = (
+        "cut none (model.layers runs a block several times), so that KB210, KB307 looked at the whole model, for 7 s"
+    )
+    assert reason in text
+
+
+def test_a_report_of_small_models_has_no_word_of_cuts() -> None:
+    assert "cut" not in render(report(failed("KB210", CASE, OWN), facts={"cases": {CASE: {}}}), "text")

@@ -18,6 +18,7 @@ from kbitcheck.core.facts.recipe import Recipe
 T = TypeVar("T", covariant=True)
 V = TypeVar("V")
 FREE = Cost()
+WHOLE = "the whole model"
 
 
 class Computed(dict[str, Any]):
@@ -203,7 +204,7 @@ class Facts:
         raise NotImplementedError
 
     def cut_behind(self, reads: Set[str]) -> str:
-        """The cut that any of these facts ran on, ``2 of 30 blocks``; empty if none of them did."""
+        """The cut that any of these facts ran on, ``2 of 30 blocks``; ``WHOLE`` if it could not be made; else empty."""
         return ""
 
 

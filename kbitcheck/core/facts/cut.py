@@ -25,6 +25,6 @@ class CutFacts:
         return {"blocks": str(self), "towers": list(map(asdict, self.towers)), "reason": self.reason}
 
     def __str__(self) -> str:
-        """For example ``2 of 30 blocks``; several towers are joined by a plus sign; empty without a cut."""
+        """For example ``2 of 30 blocks``, or ``2 of 24 and 2 of 32 blocks`` of two towers; empty without a cut."""
         parts = [f"{tower.kept} of {tower.total}" for tower in self.towers]
-        return f"{' + '.join(parts)} blocks" if parts else ""
+        return f"{' and '.join(parts)} blocks" if parts else ""

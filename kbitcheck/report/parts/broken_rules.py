@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kbitcheck.core.facts.case import WHOLE
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.core.rule import Rule, rules
@@ -44,7 +45,8 @@ class BrokenRule:
 
     ``rule`` is None for what could not be judged, and for a rule that does not exist any more. ``counted`` says whether
     it makes the run non-conforming, ``case_count`` is the number of its cases, ``more_cases`` that of the cases whose
-    variants are not shown, and ``again`` the command that repeats it, where there is one.
+    variants are not shown, and ``again`` the command that repeats it, where there is one. ``cut`` is the part of the model
+    that the rule looked at, ``2 of 30 blocks``, where it looked at a cut.
     """
 
     codes: tuple[str, ...]
@@ -57,6 +59,7 @@ class BrokenRule:
     case_count: int
     more_cases: int
     again: str
+    cut: str = ""
 
     @property
     def grave(self) -> bool:
@@ -127,6 +130,7 @@ def _broken_rule(report: Report, group: Sequence[Result], limits: Limits) -> Bro
         case_count=len({r.case for r in group}),
         more_cases=sum(len(v.cases) for v in variants[limits.variants :]),
         again=command(report, first.case, first.rule),
+        cut=" and ".join(dict.fromkeys(r.cut for r in group if r.cut not in ("", WHOLE))),
     )
 
 
