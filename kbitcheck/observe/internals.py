@@ -68,6 +68,11 @@ def hook_count(module: nn.Module) -> int:
     return len(forward_hooks(module)) + len(module._backward_hooks)
 
 
+def has_backward_pre_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks that may change the gradient of its output."""
+    return bool(module._backward_pre_hooks)
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The module's own parameters, to be replaced in place."""
     return module._parameters

@@ -256,11 +256,12 @@ class Loaded:
         self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch
     ) -> Comparison:
         """A recorded plain step of the base, prepared and with the spec's adapters, beside its twins."""
+        self._room()
         return self._in_float64(lambda: compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed))
 
     def _exact(self, spec: CaseSpec) -> Twin:
         key = ("exact", spec.adapters, spec.rank, spec.seed)
-        return self._computed_once(key, lambda: self._make_exact(spec))
+        return self._computed_once(key, lambda: self._make_exact(spec), small=True)
 
     def _make_exact(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(twin.float64(self.original(), self.weights), spec)
@@ -270,7 +271,7 @@ class Loaded:
 
     def _rounded(self, spec: CaseSpec) -> Twin:
         key = ("rounded", spec.profile, spec.adapters, spec.rank, spec.seed)
-        return self._computed_once(key, lambda: self._make_rounded(spec))
+        return self._computed_once(key, lambda: self._make_rounded(spec), small=True)
 
     def _make_rounded(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(twin.same_dtype(self.original(), self.weights, spec.profile), spec)

@@ -33,11 +33,13 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
         profile=fault.profile,  # type: ignore[arg-type]
         device="cuda" if fault.accelerator else "cpu",
     )
+    source = resolve(fault.model)
+    source = replace(source, config={**source.config, **fault.config})
     if fault.spoil is not None:
-        return Case(spec, fault.prepare, Loaded.from_source(resolve(fault.model), spec, spoil=fault.spoil))
-    key = (fault.model, fault.quant, spec.device)
+        return Case(spec, fault.prepare, Loaded.from_source(source, spec, spoil=fault.spoil))
+    key = (fault.model + str(fault.config or ""), fault.quant, spec.device)
     if key not in bases:
-        bases[key] = Loaded.from_source(resolve(fault.model), spec)
+        bases[key] = Loaded.from_source(source, spec)
     return Case(spec, fault.prepare, bases[key])
 
 

@@ -5,9 +5,10 @@ calls a good one (``wraps``) or is one of its own (``implements``, ``adds``). Ev
 ``WITHOUT``. Some faults hide: they show in one quantization, tower, shape, mode or step alone, or in no output at all.
 """
 
-from kbitcheck.sabotage import audit, checkpointing, contract, cost, freezing, gradients, precision
+from kbitcheck.sabotage import audit, checkpointing, contract, cost, freezing, gradients, precision, small_gradients
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "faults", "freezing", "gradients", "precision",
+    "small_gradients",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What a fault is, and the registry of faults."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kbitcheck_reference import prepare_model_for_kbit_training
@@ -23,9 +23,10 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
-    The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may fail. No CPU shows an
-    ``accelerator`` fault. ``level`` says what is broken: the ``model``, before or after a good preparation, or the
-    ``implementation``, which is ``standalone`` if it does not call the reference.
+    ``config`` has the fields of the model's configuration that differ. The rule ``code`` must catch the fault on the
+    fault's case; with ``alone`` no other rule may fail. No CPU shows an ``accelerator`` fault. ``level`` says what is
+    broken: the ``model``, before or after a good preparation, or the ``implementation``, which is ``standalone`` if it
+    does not call the reference.
     """
 
     code: str
@@ -33,6 +34,7 @@ class Fault:
     level: FaultLevel = "implementation"
     model: str = "tiny:gpt2"
     quant: str = "nf4"
+    config: Mapping[str, Any] = field(default_factory=dict)
     checkpointing: str = "reentrant"
     profile: str = "peft"
     prepare: Prepare = prepare_model_for_kbit_training

@@ -10,8 +10,9 @@ from kbitcheck.observe.case import checkpointed_alone, open_case
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin import twins
 from kbitcheck.run import subject
+from kbitcheck.sabotage import small_gradients as faults
 from kbitcheck.sabotage.gradients import scale_after
-from kbitcheck.sabotage.hooks import change_gradient, change_input
+from kbitcheck.sabotage.hooks import change_output
 
 CELLS = [
     ("bert", "nf4", "peft"), ("gemma", "int8", "peft"), ("gpt2", "fp4", "qlora"), ("llama", "int8", "qlora"), ("llava", "nf4", "peft"),
@@ -52,39 +53,18 @@ def scale_gradient(model):
     scale_after(model.model.layers[1].input_layernorm, 1.001)
 
 
-def scale_attention(model):
-    model.model.layers[1].self_attn.scaling *= 1.001
-
-
-def drop_a_head(model):
-    attention = model.model.layers[1].self_attn
-
-    def without_first_head(gradient):
-        gradient = gradient.clone()
-        gradient[..., : attention.head_dim] = 0
-        return gradient
-
-    change_input(attention.o_proj, lambda x: change_gradient(x, without_first_head))
-
-
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
-@pytest.mark.parametrize("fault", [scale_gradient, scale_attention, drop_a_head])
+@pytest.mark.parametrize(
+    "fault", [scale_gradient, faults.attention_scale_off_by_a_thousandth, faults.gradient_of_one_head_dropped]
+)
 def test_a_small_fault_shows_in_its_block_alone(fault, quant):
     where = broken(fault, quant=quant)
     assert where
     assert all(".layers.1" in place for place in where)
 
 
-def scale_between(model):
-    scale_after(model.model.layers[1], 1.001)
-
-
-def scale_embedding(model):
-    model.model.embed_tokens.register_forward_hook(lambda m, args, output: output * 1.001)
-
-
 def scale_logits(model):
-    model.lm_head.register_forward_hook(lambda m, args, output: output * 1.001)
+    change_output(model.lm_head, lambda x: x * 1.001)
 
 
 def drop_the_mask(model):
@@ -96,8 +76,8 @@ def drop_the_mask(model):
 @pytest.mark.parametrize(
     ("fault", "where"),
     [
-        (scale_between, "model.layers.1: gradient that enters output"),
-        (scale_embedding, "model.layers.0: hidden_states"),
+        (faults.scales_the_gradient_between_two_blocks, "model.layers.1: gradient that enters output"),
+        (faults.embedding_off_by_a_thousandth, "model.layers.0: hidden_states"),
         (scale_logits, "loss"),
         (drop_the_mask, "model.layers.2: attention_mask"),
     ],

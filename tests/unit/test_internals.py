@@ -50,7 +50,16 @@ def test_a_module_or_class_has_the_name(owner: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_parameters", "_buffers", "_modules"]
+    "name",
+    [
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_parameters",
+        "_buffers",
+        "_modules",
+    ],
 )
 def test_a_module_of_torch_has_the_dictionary(name: str) -> None:
     assert isinstance(getattr(torch.nn.Linear(1, 1), name), dict)

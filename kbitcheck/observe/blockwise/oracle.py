@@ -70,7 +70,8 @@ class _Replay:
         """
         differentiable = sorted({*self.call.differentiable, *self.tracked})
         leaves, args, kwargs = self.call.arguments(self.inputs, differentiable)
-        with torch.enable_grad(), ImposeChoices(self.call.choices), self.twin.around(self.call):
+        choices = ImposeChoices(self.call.choices) if self.call.choices else nullcontext()
+        with torch.enable_grad(), choices, self.twin.around(self.call):
             # In a context of its own: transformers collects hidden states through context variables.
             output = contextvars.Context().run(self.player.block, *args, **kwargs)
         outputs = [leaf for leaf in tree_flatten(output)[0] if floating(leaf)]

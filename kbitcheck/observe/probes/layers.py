@@ -16,6 +16,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes import step, switches
 
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
@@ -108,6 +109,7 @@ class _Probe:
     def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None) -> None:
         self.dtype: torch.dtype | None = None
         self._module, self._weight, self._half = module, weight, half
+        self._hooked = False
         self._arithmetic = backends.arithmetic(module)
         self._entered, self._left, self._carried, self._passed = 0, 0, True, False
         self._waiting: list[torch.Tensor] = []
@@ -117,6 +119,12 @@ class _Probe:
         """Put the hooks on the layer, until ``hooks`` closes."""
         hooks.enter_context(self._module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
         hooks.enter_context(self._module.register_forward_hook(self._after))
+        # Such hooks change the gradient before the tap on the output sees it.
+        self._hooked = internals.has_backward_pre_hooks(self._module)
+        if self._hooked:
+            hooks.enter_context(
+                self._module.register_full_backward_pre_hook(lambda _, g: self._waiting.append(g[0]), prepend=True)
+            )
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -141,7 +149,8 @@ class _Probe:
 
     def _enters(self, gradient: torch.Tensor) -> None:
         self._entered += 1
-        self._waiting.append(gradient)
+        if not self._hooked:
+            self._waiting.append(gradient)
 
     def _leaves(self, gradient: torch.Tensor) -> None:
         self._left += 1
