@@ -137,24 +137,20 @@ def _traits(name: str, facts: Facts) -> dict[str, Any] | None:
 @rule("KB304", "gradients-match-oracle", Level.MUST)
 @unless_bare
 def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
-    """In a training step, what each block returns, the gradient that leaves it and the gradients of its adapters equal
-    those of the float64 twin's block on the same inputs and incoming gradients, within four yardsticks.
+    """In a training step, what each block returns, the gradient that leaves it and its adapters' gradients equal those of
+    the float64 twin's block on the same inputs and incoming gradients, and what enters a block equals what the twin makes
+    of its neighbours' outputs and gradients, all within four yardsticks.
 
-    What enters a block, forward and backward, equals what the twin's code between the blocks makes of the outputs and
-    gradients of its neighbours; embedding, head and loss are judged so. By the chain rule the whole step is then right.
-    A tensor's yardstick is the distance between the twin in the preparation's own dtypes and the float64 twin, or the
-    median over all blocks of its class if the median is larger. A tensor that four yardsticks could make zero is left out.
+    A yardstick is the distance between the twin in the preparation's own dtypes and the float64 twin, or the median over
+    all blocks of a class if the median is larger; what four yardsticks could make zero is left out. The whole batch is
+    judged, and its first row without a mask; of a small model also the adapters against a float64 twin of the whole.
 
-    Against the twin in the preparation's own dtypes a tensor's scale is judged too: the least-squares factor between the
-    two tensors differs from one by no more than rounding moves it. If the differences of n elements have independent
-    signs, that is their relative size over the root of n; eight of these are allowed. Where most tensors of the blocks
-    of a class have the twin's bits, the others differ by no more than a quarter of a yardstick.
-
-    The whole batch is judged, and its first row without a mask. The adapters of a small model are compared with those of
-    a float64 twin of the whole model too.
-
-    Why: only a comparison with an independent computation shows a gradient that is present, finite and wrong. Errors grow
-    with depth, and a twin of the whole model does not see a gradient that is off by a thousandth in one block of many.
+    Why: only a comparison with an independent computation shows a gradient that is present, finite and wrong. By the
+    chain rule a step is right if its blocks and its joints are. Errors grow with depth: a twin of the whole model does
+    not see a gradient that is off by a thousandth in one block of many. So small an error shows in a tensor's scale, the
+    least-squares factor between the tensor and that of the twin in the same dtypes: if the signs of n differences are
+    independent, rounding moves the factor by their relative size over the root of n, and eight of these are allowed.
+    Where most tensors of a class of blocks have the twin's bits, the others differ by at most a quarter of a yardstick.
     Symptom: training that works, and ends worse than the same run elsewhere.
     Fix: look at the block that the failure names: at the layers that KB303 names, then at the operations between them.
     Sources: bitsandbytes#2034, unsloth-zoo#482.

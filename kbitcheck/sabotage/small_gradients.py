@@ -61,7 +61,7 @@ def activation_kept_in_bfloat16(model: Any) -> None:
     model.model.layers[2].mlp.act_fn.forward = _Silu.apply
 
 
-@adds("KB304", **LLAMA)
+@adds("KB304", model="tiny:llama")
 def scales_the_gradient_between_two_blocks(model: Any) -> None:
     scale_after(blocks(model)[1], 1.001)
 

@@ -122,9 +122,7 @@ class _Probe:
         # Such hooks change the gradient before the tap on the output sees it.
         self._hooked = internals.has_backward_pre_hooks(self._module)
         if self._hooked:
-            hooks.enter_context(
-                self._module.register_full_backward_pre_hook(lambda _, g: self._waiting.append(g[0]), prepend=True)
-            )
+            hooks.enter_context(self._module.register_full_backward_pre_hook(self._enters_hooks, prepend=True))
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -151,6 +149,9 @@ class _Probe:
         self._entered += 1
         if not self._hooked:
             self._waiting.append(gradient)
+
+    def _enters_hooks(self, module: nn.Module, gradients: Any) -> None:
+        self._waiting.append(gradients[0])
 
     def _leaves(self, gradient: torch.Tensor) -> None:
         self._left += 1
