@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from kbitcheck.core.events import Event, Judged, Started
+from kbitcheck.core.events import Computing, Event, Judged, Started
 
 
 def say(line: str) -> None:
@@ -25,6 +25,15 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
 @contextlib.contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[Event], None]]:
     """A bar over ``total`` results, erased at the end; yields the function that takes the events of a run.
@@ -38,13 +47,21 @@ def progress_bar(total: int) -> Iterator[Callable[[Event], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn())
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=total)
+        task = progress.add_task("starting", total=total, left="")
 
         def advance(event: Event) -> None:
             if isinstance(event, Started):
-                progress.update(task, description=event.case.replace("[", "\\["))
+                progress.update(task, description=_escaped(event.case), left="")
+            elif isinstance(event, Computing):
+                left = "" if event.left is None else f"about {duration(event.left)} left in this case"
+                progress.update(task, description=_escaped(f"{event.case}: {event.fact}"), left=left)
             elif isinstance(event, Judged):
                 progress.update(task, advance=1)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from kbitcheck.core.plan import Plan
 from kbitcheck.core.result import Result
 
 
@@ -34,6 +35,22 @@ class Started(Event):
     """A case begins."""
 
     case: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Event):
+    """What a case will compute (``core.plan.Plan``)."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computing(Event):
+    """A fact is computed. ``left`` are the predicted seconds until the case ends; None where nothing is predicted."""
+
+    case: str
+    fact: str
+    left: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +120,20 @@ class Broken(Event):
 
 KINDS: Mapping[str, type[Event]] = {
     kind.__name__: kind
-    for kind in (Ready, Loaded, Started, Judged, Figures, Architectures, FaultTried, Done, WrongUsage, Broken)
+    for kind in (
+        Ready,
+        Loaded,
+        Started,
+        Planned,
+        Computing,
+        Judged,
+        Figures,
+        Architectures,
+        FaultTried,
+        Done,
+        WrongUsage,
+        Broken,
+    )
 }
 
 # The events that end the answer to a request.
@@ -116,6 +146,8 @@ def from_json(data: Any) -> Event:
         values = {name: value for name, value in data.items() if name != "event"}
         if "result" in values:
             values["result"] = Result.from_json(values["result"])
+        if "plan" in values:
+            values["plan"] = Plan.from_json(values["plan"])
         if isinstance(values.get("kills"), list):
             values["kills"] = tuple(values["kills"])
         return KINDS[data["event"]](**values)
@@ -151,6 +183,6 @@ class Collector:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Result):
+    if isinstance(value, (Result, Plan)):
         return value.as_json()
     return list(value) if isinstance(value, tuple) else value

@@ -12,12 +12,12 @@ from typing import Any
 
 
 @cache
-def facts_read(check: Callable[..., Any]) -> frozenset[str]:
-    """Names of the attributes that a check reads of its facts, itself or in functions that it passes them to.
+def facts_read(check: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the attributes that a check reads of its facts, itself or in functions that it passes them to, in order.
 
     Some are read under a condition alone. The witnesses of a decorator are not among them.
     """
-    return frozenset(_read(inspect.unwrap(check), 0, frozenset()))
+    return tuple(dict.fromkeys(_read(inspect.unwrap(check), 0, frozenset())))
 
 
 def _read(function: Any, position: int, callers: frozenset[Any]) -> Iterator[str]:
@@ -30,7 +30,7 @@ def _read(function: Any, position: int, callers: frozenset[Any]) -> Iterator[str
     if position >= len(arguments):
         return
     facts = arguments[position].arg
-    for node in (node for statement in tree.body for node in ast.walk(statement)):
+    for node in sorted(filter(_placed, (n for statement in tree.body for n in ast.walk(statement))), key=_place):
         if isinstance(node, ast.Attribute) and _is(node.value, facts):
             yield node.attr
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -38,6 +38,14 @@ def _read(function: Any, position: int, callers: frozenset[Any]) -> Iterator[str
             for index, argument in enumerate(node.args):
                 if _is(argument, facts):
                     yield from _read(called, index, callers | {(function, position)})
+
+
+def _placed(node: ast.AST) -> bool:
+    return isinstance(node, ast.expr)
+
+
+def _place(node: Any) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset
 
 
 def _is(node: ast.expr, name: str) -> bool:

@@ -59,8 +59,8 @@ class Rule:
         return page
 
     @property
-    def reads(self) -> frozenset[str]:
-        """Names of the facts that the rule may read, but for those that explain a failure."""
+    def reads(self) -> tuple[str, ...]:
+        """Names of the facts that the rule may read, in order, but for those that explain a failure."""
         return facts_read(self.check)
 
     @property
@@ -184,5 +184,5 @@ def judge(rule: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = l
         failures=tuple(failures),
         notes=tuple(notes),
         seconds=round(time.perf_counter() - start, 6),
-        cut=facts.cut_behind(rule.reads),
+        cut=facts.cut_behind(frozenset(rule.reads)),
     )

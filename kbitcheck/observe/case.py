@@ -6,7 +6,6 @@ adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared 
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from kbitcheck import backends
-from kbitcheck.core.cases import CaseSpec, Implementation
-from kbitcheck.core.errors import Unavailable, UsageError
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import (
     HALF,
     Cost,
@@ -32,18 +31,14 @@ from kbitcheck.core.facts import (
 from kbitcheck.core.facts.case import WHOLE, OpenCase
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.cut import NoCut
-from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
-from kbitcheck.observe.lent import Lent
-from kbitcheck.observe.loaded import Loaded, loaded_model, state_keys
+from kbitcheck.observe.loaded import Loaded, state_keys
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
-from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.stages import Called, Wrapped
-from kbitcheck.observe.static import static_case
 from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.store import differences
 from kbitcheck.observe.trained import Trained, wrapped_copy
@@ -61,7 +56,12 @@ def facts_of(stage: type) -> frozenset[str]:
     return frozenset({*vars(stage), *inspect.get_annotations(stage)} & Facts.__annotations__.keys())
 
 
-STAGE_OF = {fact: f"_{stage.__name__.lower()}" for stage in STAGES for fact in facts_of(stage)}
+def attribute_of(stage: type) -> str:
+    """The attribute of a case that holds a stage."""
+    return f"_{stage.__name__.lower()}"
+
+
+STAGE_OF = {fact: attribute_of(stage) for stage in STAGES for fact in facts_of(stage)}
 
 
 class _Paths(NamedTuple):
@@ -104,14 +104,14 @@ class Case(OpenCase):
             for name in self.computed.keys() & {"_wrapped", "_called"}:
                 self.computed[name].drop()
 
-    @Fact
+    @fact(Cost(large=Cost("cut", Passes(forwards=2, copies=3, calls=1, snapshots=2), models=1)))
     def _paths(self) -> "_Paths":
         """The case that facts about code paths are of: this one, of a cut of its model; itself where there is no cut."""
         try:
             proof, loaded = self._loaded.cut(self.spec)
             spec = dataclasses.replace(self.spec, cut="never")
             case = Case(spec, self._function, loaded, patches=self._patches, recipe=self.recipe)
-            case.computed.left_out, case.computed.watch = self.computed.left_out, self.computed.watch
+            case.computed.follow(self.computed)
             model = self._called.model
             proof.require_alike(model, case._called.model)
         except (NoCut, Unavailable) as reason:
@@ -247,7 +247,10 @@ class Case(OpenCase):
 
     def summary(self) -> dict[str, Any]:
         """Figures of a report; beside those of the loaded model only what has been computed."""
-        return figures.summary(self, self.computed, batch=self.batch)
+        summary = figures.summary(self, self.computed, batch=self.batch)
+        if self.budget is not None and self.budget.left_out:
+            summary["left_out"] = self.budget.as_json()
+        return summary
 
 
 ON_CUT = frozenset(
@@ -256,39 +259,6 @@ ON_CUT = frozenset(
     for name, each in vars(owner).items()
     if isinstance(each, Fact) and each.cost.on == "cut"
 )
-
-
-def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float = math.inf) -> OpenCase:
-    """The case of a spec; nothing is prepared or run before a fact is read.
-
-    Where the spec says so, or the model is too large for this machine or for ``seconds``, it reads no weights.
-    """
-    assumed = dataclasses.replace(spec, profile="peft") if spec.profile == "auto" else spec  # nothing is prepared
-    return static_case(assumed, seconds) or _opened(spec, implementation, loaded_model(spec))
-
-
-def open_live(
-    model: Any, *, implementation: Implementation, restore: Callable[[], None], no_step: str = "", **options: Any
-) -> Case:
-    """The case of a quantized model that the caller has: the model itself is prepared and run.
-
-    ``restore`` puts the model back to what it was; ``no_step`` is why the model may not run.
-    """
-    source = LiveModel.of(model)
-    device = str(next(model.parameters()).device)
-    try:
-        spec = CaseSpec(
-            model=source.name, quant=source.quant, implementation=implementation.name, **{"device": device, **options}
-        )
-    except TypeError as error:
-        raise UsageError(f"unknown option: {error}") from None
-    return _opened(spec, implementation, Lent(model, spec, restore, no_step=no_step))
-
-
-def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
-    recipe = recipe_of_preparation(spec, implementation.function, loaded)
-    spec = settled(spec, recipe)
-    return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
 
 
 def checkpointed_alone(

@@ -15,6 +15,7 @@ from torch import nn
 
 from kbitcheck.core.facts import Fact, Passes
 from kbitcheck.observe import internals
+from kbitcheck.observe.probes import layers
 
 OPENING = ""  # stands for a fact before the first one is computed
 
@@ -86,6 +87,7 @@ def counted() -> Iterator[Counts]:
             (torch.autograd, "backward", _backwards),
             (copy, "deepcopy", _copies),
             (internals, "kept_in_float32", _snapshots),
+            (layers, "backwards", _products),
             (Fact, "__get__", _reads),
         ):
             patches.enter_context(mock.patch.object(owner, name, replace(counts, getattr(owner, name))))
@@ -126,6 +128,14 @@ def _snapshots(counts: Counts, original: Callable[..., Any]) -> Callable[..., An
         return original(model)
 
     return read
+
+
+def _products(counts: Counts, original: Callable[..., Any]) -> Callable[..., Any]:
+    def backwards(*args: Any, **kwargs: Any) -> Any:
+        counts.add("float64_products")
+        return original(*args, **kwargs)
+
+    return backwards
 
 
 def _reads(counts: Counts, original: Callable[..., Any]) -> Callable[..., Any]:

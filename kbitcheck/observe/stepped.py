@@ -34,6 +34,7 @@ from kbitcheck.observe.twin.twins import Twins
 STEP = Passes(forwards=1, backwards=1)
 TWO_STEPS = STEP + STEP
 BESIDE_TWINS = TWO_STEPS + Passes(float64_forwards=1, float64_backwards=1)
+LAYERS = TWO_STEPS + Passes(float64_products=2)
 # A large model that was dropped for another copy is made again.
 AGAIN = Passes(copies=1, calls=1)
 
@@ -173,7 +174,7 @@ class Stepped:
 
     # Layers and memory
 
-    @fact(Cost("whole", TWO_STEPS, needs=("forwards",), large=Cost("whole", TWO_STEPS + AGAIN, needs=("forwards",))))
+    @fact(Cost("whole", LAYERS, needs=("forwards",), large=Cost("whole", LAYERS + AGAIN, needs=("forwards",))))
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
         attached, loaded = self._wrapped.attached, self._loaded

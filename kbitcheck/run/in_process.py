@@ -38,11 +38,14 @@ def like_a_worker() -> Iterator[Callable[[int], None]]:
 
 
 def examine_all(
-    specs: Sequence[CaseSpec], rules: Sequence[Rule], implementation: Implementation | None
+    specs: Sequence[CaseSpec],
+    rules: Sequence[Rule],
+    implementation: Implementation | None,
+    tell: Callable[[Event], object],
 ) -> Generator[Event, None, None]:
-    """The events of the cases; ``implementation`` replaces the one that the specs name."""
+    """The events of the cases; ``implementation`` replaces the one that the specs name. ``tell`` gets those of progress."""
     from kbitcheck.observe import device as devices
-    from kbitcheck.observe.case import open_case
+    from kbitcheck.observe.open_case import open_case
 
     device = devices.resolve_device(specs[0].device)
     static = specs[0].static == "always"
@@ -54,9 +57,9 @@ def examine_all(
         try:
             placed = spec if spec.static == "always" else dataclasses.replace(spec, device=device)
             with like_a_worker() as size_threads:
-                case = open_case(placed, loaded)
+                case = open_case(placed, loaded, rules=rules)
                 size_threads(case.base.nbytes)
-                events.extend(examine(case, rules))
+                events.extend(examine(case, rules, tell=tell))
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
@@ -78,7 +81,7 @@ def audit(
     """The report of ``kbitcheck.audit``."""
     from kbitcheck.observe import device as devices
     from kbitcheck.observe import lent
-    from kbitcheck.observe.case import open_live
+    from kbitcheck.observe.open_case import open_live
 
     if not callable(getattr(model, "parameters", None)):
         raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")

@@ -28,6 +28,15 @@ class Examine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MakePlan:
+    """Plan cases that are judged by the rules with these codes, each within ``seconds``; nothing is run."""
+
+    specs: tuple[CaseSpec, ...]
+    rules: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListArchitectures:
     """List the architectures that the installed transformers has for a task."""
 
@@ -42,7 +51,7 @@ class TryFaults:
     matrix: bool = False
 
 
-Request = Load | Examine | ListArchitectures | TryFaults
+Request = Load | Examine | MakePlan | ListArchitectures | TryFaults
 KINDS: Mapping[str, type[Request]] = {kind.__name__: kind for kind in get_args(Request)}
 
 
@@ -57,4 +66,6 @@ def from_json(data: Mapping[str, Any]) -> Request:
     kind = KINDS[values.pop("request")]
     if "spec" in values:
         values["spec"] = CaseSpec.from_json(values["spec"])
+    if "specs" in values:
+        values["specs"] = tuple(map(CaseSpec.from_json, values["specs"]))
     return kind(**values)

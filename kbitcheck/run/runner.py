@@ -7,14 +7,18 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from kbitcheck.core.cases import CaseSpec, Implementation
-from kbitcheck.core.events import Collector, Event, Started
+from kbitcheck.core.events import Collector, Event, Planned, Started
+from kbitcheck.core.plan import Plan
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
 from kbitcheck.run import virtualenvs
 from kbitcheck.run.findings import settler
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
-from kbitcheck.run.worker_process import scratch_directory
+from kbitcheck.run.requests import MakePlan
+from kbitcheck.run.worker_process import answers, scratch_directory
+
+PLANNING_SECONDS = 300.0
 
 
 def run(
@@ -41,7 +45,9 @@ def run(
     live = in_process or implementation is not None
     collector = Collector(settler(specs))
     complete = True
-    events = examine_all(specs, rules, implementation) if live else _isolated(specs, rules, timeout, echo, jobs)
+    events = (
+        examine_all(specs, rules, implementation, on_event) if live else _isolated(specs, rules, timeout, echo, jobs)
+    )
     try:
         with contextlib.closing(events):
             for event in events:
@@ -58,6 +64,23 @@ def run(
         complete=complete,
         seconds=time.perf_counter() - start,
     )
+
+
+def plans(
+    specs: Sequence[CaseSpec],
+    rules: Sequence[Rule],
+    *,
+    timeout: float = 600.0,
+    echo: Callable[[str], None] | None = None,
+) -> list[Plan]:
+    """What each case will compute, which of it is left out for ``timeout`` or memory, and the predicted price.
+
+    Raises:
+        Lost: the process that plans ended or hung.
+    """
+    request = MakePlan(specs=tuple(specs), rules=tuple(rule.code for rule in rules), seconds=timeout)
+    with contextlib.closing(answers(request, PLANNING_SECONDS, echo)) as events:
+        return [event.plan for event in events if isinstance(event, Planned)]
 
 
 def _isolated(

@@ -77,6 +77,9 @@ class Server:
             case requests.Examine():
                 yield from self._examine(request)
                 yield events.Done()
+            case requests.MakePlan():
+                yield from self._plan(request)
+                yield events.Done()
             case requests.ListArchitectures(task=task):
                 from kbitcheck.models.sources.architecture import listed
 
@@ -94,7 +97,7 @@ class Server:
         import kbitcheck_reference  # noqa: F401
         import torch
 
-        import kbitcheck.observe.case  # noqa: F401
+        import kbitcheck.observe.open_case  # noqa: F401
 
         gc.enable()
         # One thread until a model is worth more: on tiny ones threads only wait for each other.
@@ -115,18 +118,26 @@ class Server:
     def _examine(self, request: requests.Examine) -> Iterator[Event]:
         import torch
 
-        from kbitcheck.observe.case import open_case
+        from kbitcheck.observe.open_case import open_case
 
         assert self._implementation is not None
         spec = request.spec
         if spec.static != "always":  # which is about whatever device was named, here or elsewhere
             spec = dataclasses.replace(spec, device=self._device)
         torch.set_num_threads(self._threads)
-        case = open_case(spec, self._implementation, seconds=request.seconds)
+        selected = [rules()[code] for code in request.rules]
+        case = open_case(spec, self._implementation, rules=selected, seconds=request.seconds)
         if case.base.nbytes <= LARGE_BYTES:
             torch.set_num_threads(1)
-        registered = rules()
-        yield from examine(case, [registered[code] for code in request.rules], device=self._device)
+        yield from examine(case, selected, device=self._device, tell=self._send)
+
+    def _plan(self, request: requests.MakePlan) -> Iterator[Event]:
+        from kbitcheck.observe import device as devices
+        from kbitcheck.observe.open_case import plans_of
+
+        specs = [dataclasses.replace(spec, device=devices.resolve_device(spec.device)) for spec in request.specs]
+        for plan in plans_of(specs, [rules()[code] for code in request.rules], seconds=request.seconds):
+            yield events.Planned(plan=plan)
 
 
 def main(requests_fd: int, replies_fd: int) -> None:

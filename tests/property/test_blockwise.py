@@ -6,7 +6,8 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.judge.blockwise import tensors_off
-from kbitcheck.observe.case import checkpointed_alone, open_case
+from kbitcheck.observe.case import checkpointed_alone
+from kbitcheck.observe.open_case import open_case
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin import twins
 from kbitcheck.run import subject

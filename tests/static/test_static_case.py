@@ -1,5 +1,6 @@
 """What is judged without weights, and when."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,23 +10,28 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.facts import Passes
+from kbitcheck.core.plan import MARGIN
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.observe import static as static_case
-from kbitcheck.observe.case import Case, open_case
+from kbitcheck.observe import open_case as opening
+from kbitcheck.observe import planning
+from kbitcheck.observe.case import Case
 from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.predict import default_mode, runtime_of
+from kbitcheck.observe.open_case import open_case, plans_of
 from kbitcheck.observe.static import NEEDS_A_RUN, StaticCase
 from kbitcheck.run.subject import describe
 
 CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
+REFERENCE = describe(prepare_model_for_kbit_training)
 JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908"}
 
 
-def opened(model, *, static="always", quant="nf4", **options):
+def opened(model, *, static="always", quant="nf4", rules=(), **options):
     spec = CaseSpec(model=str(model), quant=quant, implementation="given", static=static, **options)
-    return open_case(spec, describe(prepare_model_for_kbit_training))
+    return open_case(spec, REFERENCE, rules=rules)
 
 
 @pytest.fixture(scope="module")
@@ -103,35 +109,77 @@ def test_a_full_audit_predicts_what_it_finds():
     assert told.forecast.longest == {}  # far less than any GPU has
 
 
+SLOW = planning.Machine(half=2e-3, single=2e-3, double=4e-3, copy=2e-4, digest=5e-3, operator=1e-4)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A slow one with much memory."""
+    monkeypatch.setattr(opening, "free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(planning, "machine", lambda: SLOW)
+
+
+def large(**options):
+    return CaseSpec(
+        model=str(CONFIGS / "smollm-135m.json"), quant="nf4", implementation="peft", random_weights=True, **options
+    )
+
+
 def test_what_this_machine_has_no_room_for_is_static(monkeypatch):
-    monkeypatch.setattr(static_case, "free_bytes", lambda device: 1_000_000)
-    case = opened("tiny:llama", static="if-too-large", device="cpu")
+    monkeypatch.setattr(opening, "free_bytes", lambda device: 500_000)
+    case = opened("tiny:llama", static="if-too-large", rules=[*rules().values()])
     assert isinstance(case, StaticCase)
     assert "GB of memory are free" in case.why
     assert case.forecast.device == "cpu"
 
 
-def test_what_there_is_no_time_for_is_static(monkeypatch):
-    monkeypatch.setattr(static_case, "free_bytes", lambda device: 1 << 40)
-    monkeypatch.setattr(static_case, "product_seconds", lambda: 0.001)
-    spec = CaseSpec(
-        model=str(CONFIGS / "smollm-135m.json"),
-        quant="nf4",
-        implementation="peft",
-        random_weights=True,
-        device="cpu",
-        static="if-too-large",
-    )
-    case = static_case.static_case(spec, 60.0)
-    assert case is not None
-    assert case.summary()["static"] == "a full audit takes about 3 minutes on a CPU, which `--timeout 323` allows for"
-    assert static_case.static_case(spec, 600.0) is None
-    monkeypatch.setattr(static_case, "product_seconds", lambda: 0.02)
-    assert static_case.static_case(spec, 600.0) is not None
+def test_what_there_is_no_time_to_load_is_static(machine):
+    case = open_case(large(static="if-too-large"), REFERENCE, rules=[*rules().values()], seconds=3.0)
+    assert isinstance(case, StaticCase)
+    assert "to load and prepare the model takes about" in case.summary()["static"]
 
 
-def test_a_product_takes_some_time():
-    assert 1e-6 < static_case.product_seconds() < 10
+def test_what_does_not_fit_the_time_is_left_out_by_name(machine):
+    (whole,) = plans_of([large()], [*rules().values()])
+    assert not any(item.left_out for item in whole.items)
+    (plan,) = plans_of([large()], [*rules().values()], seconds=whole.seconds)  # a prediction may be too low
+    left = [item.left_out for item in plan.items if item.left_out]
+    assert "not judged: needs `layer_backwards`, about" in left[0]
+    assert plan.seconds * MARGIN < whole.seconds < sum(item.seconds for item in plan.items) * MARGIN
+    suggested = max(float(why.split("--timeout ")[1].split()[0]) for why in left)
+    (again,) = plans_of([large()], [*rules().values()], seconds=suggested)
+    assert not any(item.left_out for item in again.items)
+
+
+def test_an_audit_that_has_no_time_for_all_judges_the_rest(machine):
+    selected = [rules()[code] for code in ("KB101", "KB308", "KB501")]
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="reference", static="if-too-large")
+    (plan,) = plans_of([spec], selected)
+    case = open_case(spec, REFERENCE, rules=selected, seconds=plan.seconds)
+    results = {rule.code: judge(rule, case) for rule in selected}
+    assert {code: r.status for code, r in results.items()} == {
+        "KB101": Status.PASS,
+        "KB308": Status.SKIP,
+        "KB501": Status.PASS,
+    }
+    assert results["KB308"].reason.startswith("not judged: needs `interleaved`, about ")
+    assert set(case.summary()["left_out"]) == {"interleaved"}
+
+
+def test_a_case_without_a_limit_leaves_nothing_out(monkeypatch):
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="reference")
+    case = open_case(spec, REFERENCE, rules=[rules()["KB507"]])
+    assert judge(rules()["KB507"], case).status is Status.PASS
+    assert "left_out" not in case.summary()
+    assert isinstance(case, Case)
+    assert case.budget is not None
+    assert case.budget.left == 0.0
+
+
+def test_each_pass_takes_some_time():
+    sizes = planning.Sizes.of(opened("tiny:llama").base, CaseSpec(model="tiny:llama", quant="nf4", implementation="x"))
+    for field in dataclasses.fields(Passes):
+        assert 0 < planning.seconds(Passes(**{field.name: 1}), sizes, planning.machine()) < 10, field.name
 
 
 def test_free_memory_is_some():

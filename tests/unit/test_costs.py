@@ -13,15 +13,14 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import Facts, Passes
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.observe.case import open_case
-from kbitcheck.observe.costs import costs
+from kbitcheck.observe.open_case import costs, open_case
 from kbitcheck.observe.passes import OPENING, Counts, counted
 from kbitcheck.run.subject import load
 
 WITNESSES = {"unprepared", "bare"}  # read after a failure
 SETTINGS = {"case", "profile", "freezes", "checkpointing", "recipe"}
 PATHS = {"_paths"}  # read first, where a fact may be a cut's
-WITH_A_CUT = {"evaluation"}
+WITH_A_CUT = {"evaluation", "_paths"}
 # Read with a cut alone, where attaching freezes the base, where biases are quantized, or to say more of a failure.
 ELSEWHERE = {
     "KB210": {"evaluation"},
@@ -93,7 +92,7 @@ def _needs_hold(counted: Counted, *, large: bool) -> None:
 
 def test_a_rule_reads_what_its_source_says(healthy: Counted) -> None:
     passed = [rule for code, rule in rules().items() if healthy.statuses[code] is Status.PASS]
-    expected = {rule.code: (rule.reads & Facts.__annotations__.keys()) - WITNESSES - SETTINGS for rule in passed}
+    expected = {rule.code: (Facts.__annotations__.keys() & rule.reads) - WITNESSES - SETTINGS for rule in passed}
     read = {rule.code: healthy.reads[rule.code] | ELSEWHERE.get(rule.code, set()) for rule in passed}
     assert read == expected
     assert len(passed) > 50

@@ -15,7 +15,8 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Fact, Facts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.observe.case import STAGES, Case, facts_of, open_case
+from kbitcheck.observe.case import STAGES, Case, facts_of
+from kbitcheck.observe.open_case import open_case
 from kbitcheck.run.subject import load
 
 ATTRIBUTES = {"case", "profile", "freezes", "checkpointing", "recipe"}  # set when a case is opened

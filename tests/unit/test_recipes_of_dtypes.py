@@ -22,8 +22,9 @@ from kbitcheck.core.recipe import groups, read
 from kbitcheck.core.result import Party, Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.models.sources.resolve import resolve
-from kbitcheck.observe.case import Case, open_case
+from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.open_case import open_case
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.subject import default_profile

@@ -1,14 +1,24 @@
 """``kbitcheck model``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from kbitcheck.cli.cases import audit
-from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, at_least, choice, option
+from kbitcheck.cli.console import echo, fail
+from kbitcheck.cli.options import PREPARE_HELP, RunOptions, argument, at_least, choice, option, split_codes
+from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core import memory_sizes
-from kbitcheck.core.cases import MODEL_RANK, Attention, Autocast, Loss, Optimizer, Profile
-from kbitcheck.core.errors import UsageError
+from kbitcheck.core.cases import MODEL_RANK, Attention, Autocast, CaseSpec, Loss, Optimizer, Profile
+from kbitcheck.core.errors import Lost, UsageError
+from kbitcheck.core.machine import validate_device
+from kbitcheck.core.report import EXIT_CONFORMS, EXIT_ERROR
+from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.report.tables.plan import FORMATS as PLAN_FORMATS
+from kbitcheck.report.tables.plan import render
+from kbitcheck.run.runner import plans
 from kbitcheck.run.subject import default, default_profile
 from kbitcheck.run.suites import cases
 
@@ -25,6 +35,7 @@ class Options(RunOptions):
     model: str = argument("MODEL", "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config.")
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
     profile: Profile = choice(PROFILE_HELP, None, Profile)
+    plan: bool = option("Print what an audit would compute, its seconds and memory; run nothing.", False)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
     memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4, A100-80.", "", metavar="SIZE|GPU")
     fits: bool = option("Forecast what fits into each common GPU; takes up to a minute.", False)
@@ -55,6 +66,8 @@ def run(options: Options) -> int:
     """Audit one model; a failure counts whoever it is attributed to."""
     if options.static and options.random_weights:
         raise UsageError("--static makes no weights: leave out --random-weights")
+    if options.plan and (options.static or options.format not in PLAN_FORMATS):
+        raise UsageError(f"--plan goes without --static, and with --format {' or '.join(PLAN_FORMATS)}")
     source = models.resolve(options.model, static="always" if options.static else "if-too-large", **options.source)
     only_static = options.static or not getattr(source, "loadable", True)
     implementation = options.prepare or default()
@@ -78,4 +91,18 @@ def run(options: Options) -> int:
         **{**options.case, "profile": cast("Profile | None", options.profile) or default_profile(implementation)},
         **options.source,
     )
-    return audit("model", specs, options, blame="any")
+    return show_plans(specs, options) if options.plan else audit("model", specs, options, blame="any")
+
+
+def show_plans(specs: Sequence[CaseSpec], options: Options) -> int:
+    """Write the plans of the cases."""
+    validate_device(options.device)
+    output = OutputFile(options.output)
+    rules = select(split_codes(options.select), options.ignored)
+    try:
+        with signals_as_interrupts():
+            planned = plans(specs, rules, timeout=options.timeout, echo=echo if options.debug else None)
+    except Lost as lost:
+        return fail(f"the plan cannot be made: {lost}", EXIT_ERROR)
+    output.write(render(planned, options.format))
+    return EXIT_CONFORMS

@@ -6,7 +6,7 @@ from operator import methodcaller
 from typing import Any, Generic, TypeVar, cast
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import Raised, Unavailable
+from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import step
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
@@ -24,25 +24,35 @@ WHOLE = "the whole model"
 class Computed(dict[str, Any]):
     """The facts of one case that have been computed, by name.
 
-    Reading a fact in ``left_out`` raises ``Unavailable`` with the reason. ``watch`` is called with the name of a fact before
-    it is computed, and with None after.
+    ``at_hand`` are those that are being computed, the innermost last; ``finished`` has also those that are kept elsewhere.
+    ``guard`` is called with the name of a fact before it is computed, and may raise ``Unavailable`` instead. ``watch`` is
+    called when the computation of a fact begins or ends.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.left_out: Mapping[str, str] = {}
-        self.watch: Callable[[str | None], None] = lambda name: None
+        self.finished: set[str] = set()
+        self.at_hand: list[str] = []
+        self.guard: Callable[[str], None] = lambda name: None
+        self.watch: Callable[[], None] = lambda: None
+
+    def follow(self, other: "Computed") -> None:
+        """Count what is computed here among the other's, under the other's guard and watch."""
+        self.finished, self.at_hand = other.finished, other.at_hand
+        self.guard, self.watch = (lambda name: other.guard(name)), (lambda: other.watch())
 
     @contextmanager
     def computing(self, name: str) -> Iterator[None]:
         """Around the computation of a fact."""
-        if name in self.left_out:
-            raise Unavailable(self.left_out[name])
-        self.watch(name)
+        self.guard(name)
+        self.at_hand.append(name)
+        self.watch()
         try:
             yield
+            self.finished.add(name)
         finally:
-            self.watch(None)
+            self.at_hand.pop()
+            self.watch()
 
 
 class Fact(Generic[T]):
@@ -221,6 +231,7 @@ class OpenCase(Facts):
         self.case = spec.id
         self.profile, self.freezes, self.checkpointing = spec.profile, spec.freezes, spec.checkpointing
         self.recipe = recipe
+        self.budget: Any = None  # a ``core.plan.Budget``, where the case is planned
 
     def summary(self) -> dict[str, Any]:
         """Figures for a report."""

@@ -12,14 +12,16 @@ RunsOn = Literal["static", "whole", "cut", "block"]
 class Passes:
     """How often a model runs, is copied or is read, counted at its outermost module.
 
-    Forwards and backwards in float64 are counted apart. A recompute belongs to its backward. ``copies`` are deep copies,
-    also those that replace quantized layers by a twin's; ``calls`` are of the implementation; a snapshot reads every bit.
+    Forwards and backwards in float64 are counted apart; ``float64_products`` are those of every quantized layer outside a
+    twin. A recompute belongs to its backward. ``copies`` are deep copies, also those that replace quantized layers by a
+    twin's; ``calls`` are of the implementation; a snapshot reads every bit.
     """
 
     forwards: int = 0
     backwards: int = 0
     float64_forwards: int = 0
     float64_backwards: int = 0
+    float64_products: int = 0
     copies: int = 0
     calls: int = 0
     snapshots: int = 0

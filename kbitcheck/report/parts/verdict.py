@@ -44,7 +44,7 @@ def verdict(report: Report) -> str:
     ]
     if ignored := len(report.subject.get("ignored", {})):
         counts.append(f"{ignored} ignored")
-    return "; ".join([f"{answer(report)}: {', '.join(counts)}", *_not_covered(report)])
+    return "; ".join([f"{answer(report)}: {', '.join(counts)}", *_not_covered(report), *_left_out(report)])
 
 
 def answer(report: Report) -> str:
@@ -52,7 +52,8 @@ def answer(report: Report) -> str:
     if report.gate is not None and report.exit_code in (EXIT_CONFORMS, EXIT_BROKEN_RULE):
         return f"{'✗ changed' if report.exit_code else '✓ not worse'} against {report.gate['against']}"
     model = report.subject.get("command") in ("model", "audit")
-    static = any("static" in facts for facts in report.facts.get("cases", {}).values())
+    # An audit that did not compute everything rules nothing out; it proves less than a whole one.
+    static = any(facts.keys() & {"static", "left_out"} for facts in report.facts.get("cases", {}).values())
     return {
         EXIT_CONFORMS: "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms",
         EXIT_BROKEN_RULE: "✗ not ready" if model else "✗ does not conform",
@@ -72,3 +73,13 @@ def _not_covered(report: Report) -> list[str]:
     oracle = [result for result in results if result.rule == ORACLE] or results
     ((reason, _),) = Counter(result.reason for result in oracle).most_common(1)
     return [f"no gradient rule was judged: {reason}"]
+
+
+def _left_out(report: Report) -> list[str]:
+    """Which facts were left out, the dearest first, and what would allow the dearest."""
+    left: dict[str, str] = {}
+    for facts in report.facts.get("cases", {}).values():
+        left |= facts.get("left_out", {})
+    if not left:
+        return []
+    return [f"left out: {', '.join(left)} ({next(iter(left.values()))})"]

@@ -14,7 +14,7 @@ STUBS = Path(__file__).parent / "stubs"
 NAMES = (
     "torch",
     "kbitcheck_reference",
-    "kbitcheck.observe.case",
+    "kbitcheck.observe.open_case",
     "kbitcheck.observe.lent",
     "kbitcheck.judge",
     "kbitcheck.models.sources.resolve",

@@ -23,8 +23,8 @@ from kbitcheck.core.result import Observation, Party, Result, Status
 from kbitcheck.core.rule import judge, select
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import resolve
-from kbitcheck.observe.case import open_case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.open_case import open_case
 from kbitcheck.observe.store import round_trip
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.findings import settler

@@ -13,7 +13,7 @@ from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.result import Party, Status
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.observe.case import open_case
+from kbitcheck.observe.open_case import open_case
 from kbitcheck.run import subject as implementations
 
 pytestmark = pytest.mark.xdist_group("whose")  # several are of one case

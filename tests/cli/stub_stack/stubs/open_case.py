@@ -12,6 +12,9 @@ from kbitcheck.core.errors import UsageError
 
 
 class Case:
+    budget = None
+    computed = None
+
     def __init__(self, spec: CaseSpec, implementation: Implementation) -> None:
         self.spec = spec
         self.case = spec.id
@@ -21,6 +24,9 @@ class Case:
     @cached_property
     def returned(self) -> Any:
         return self.function(object())
+
+    def cut_behind(self, reads: object) -> str:
+        return ""
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -35,7 +41,7 @@ class Case:
         pass
 
 
-def open_case(spec: CaseSpec, implementation: Implementation, *, seconds: float = 0) -> Case:
+def open_case(spec: CaseSpec, implementation: Implementation, *, rules: object = (), seconds: float = 0) -> Case:
     if spec.model.rpartition("/")[2] == "late":
         raise UsageError("late: the weights are truncated")
     return Case(spec, implementation)

@@ -1,0 +1,134 @@
+"""Opens cases: loads what they need, and plans what they compute and what of it fits time and memory."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from kbitcheck.core import machine
+from kbitcheck.core.cases import CaseSpec, Implementation
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.facts import Cost, Fact, ModelFacts
+from kbitcheck.core.facts.case import OpenCase
+from kbitcheck.core.plan import MARGIN, Budget, Item, Plan, Planner, display_name
+from kbitcheck.core.rule import Rule
+from kbitcheck.models.sources.live import LiveModel
+from kbitcheck.models.sources.resolve import source_of
+from kbitcheck.observe.case import STAGES, Case, attribute_of, facts_of
+from kbitcheck.observe.device import free_bytes
+from kbitcheck.observe.lent import Lent
+from kbitcheck.observe.loaded import Loaded, loaded_model
+from kbitcheck.observe.planning import planned
+from kbitcheck.observe.recipe import recipe_of_preparation, settled
+from kbitcheck.observe.static import StaticCase
+
+
+@cache
+def costs(*, large: bool = False) -> Mapping[str, Cost]:
+    """The declared cost of each fact and stage; what a stage has needs the stage. ``large`` are those of a large model."""
+    by_name = _declared(Case, large=large)
+    for stage in STAGES:
+        declared = {**dict.fromkeys(facts_of(stage), Cost()), **_declared(stage, large=large)}
+        for name, cost in declared.items():
+            by_name[name] = dataclasses.replace(cost, needs=(attribute_of(stage), *cost.needs))
+    return by_name
+
+
+def _declared(owner: type, *, large: bool) -> dict[str, Cost]:
+    facts = {name: member for name, member in vars(owner).items() if isinstance(member, Fact)}
+    return {name: (large and member.cost.large) or member.cost for name, member in facts.items()}
+
+
+def planner_of(spec: CaseSpec, base: ModelFacts, rules: Sequence[Rule]) -> Planner:
+    """Plans the case of a base that these rules judge."""
+    return planned(costs(large=base.nbytes > machine.LARGE_BYTES), spec, base, rules)
+
+
+def open_case(
+    spec: CaseSpec, implementation: Implementation, *, rules: Sequence[Rule] = (), seconds: float = math.inf
+) -> OpenCase:
+    """The case of a spec; nothing is prepared or run before a fact is read.
+
+    Facts that ``rules`` need and for which there is no room or not enough ``seconds`` are left out. The case reads no
+    weights where the spec says so, or where not even one prepared model fits.
+    """
+    if spec.static == "never":
+        return _within(_opened(spec, implementation, loaded_model(spec)), rules)
+    assumed = _assumed(spec)
+    static = StaticCase(assumed, source_of(spec, static=spec.static))
+    if spec.static == "always":
+        return static
+    planner, free = planner_of(assumed, static.base, rules), free_bytes(spec.device)
+    start, least = time.monotonic(), planner.plan(static.case).of(display_name("_called"))
+    if least is not None and (least.nbytes > free or planner.opening + least.seconds > seconds):
+        static.why = _too_little(least, planner.opening, free, spec.device)
+        return static
+    case = _opened(spec, implementation, loaded_model(spec))
+    return _within(case, rules, seconds=seconds - (time.monotonic() - start), nbytes=free)
+
+
+def plans_of(specs: Sequence[CaseSpec], rules: Sequence[Rule], *, seconds: float = math.inf) -> Iterator[Plan]:
+    """What each case will compute in its ``seconds``, from its configuration: nothing is loaded.
+
+    What cases of one base share is in the plan of the first of them.
+    """
+    shared: dict[tuple[str, str], set[str]] = {}
+    for spec in specs:
+        assumed = _assumed(spec)
+        planner = planner_of(assumed, StaticCase(assumed, source_of(spec, static="if-too-large")).base, rules)
+        finished = shared.setdefault((spec.model, spec.quant), set())
+        opening = 0.0 if finished else planner.opening
+        left_out = planner.left_out(
+            seconds=(seconds - opening) / MARGIN, nbytes=free_bytes(spec.device), finished=finished, spent=opening
+        )
+        plan = planner.plan(spec.id, left_out, finished=finished)
+        yield dataclasses.replace(plan, opening=opening)
+        finished |= {name for name, cost in costs().items() if cost.shared and name not in left_out}
+
+
+def _assumed(spec: CaseSpec) -> CaseSpec:
+    """The spec under the profile that is assumed while nothing is prepared."""
+    return dataclasses.replace(spec, profile="peft") if spec.profile == "auto" else spec
+
+
+def _within(case: Case, rules: Sequence[Rule], **limits: float) -> Case:
+    """The case, whose facts keep to limits of ``Budget``."""
+    case.budget = Budget(planner_of(case.spec, case.base, rules), case.computed, **limits)
+    return case
+
+
+def _too_little(least: Item, opening: float, free: int, device: str) -> str:
+    """Why the audit is static."""
+    if least.nbytes > free:
+        where = "memory" if device == "cpu" else device
+        return (
+            f"to prepare the model takes about {least.nbytes / 1e9:.3g} GB and {free / 1e9:.3g} GB of {where} are free"
+        )
+    needed = opening + least.seconds
+    return f"to load and prepare the model takes about {needed:.0f} s, which `--timeout {10 * math.ceil(MARGIN * needed / 10)}` allows for"
+
+
+def open_live(
+    model: Any, *, implementation: Implementation, restore: Callable[[], None], no_step: str = "", **options: Any
+) -> Case:
+    """The case of a quantized model that the caller has: the model itself is prepared and run.
+
+    ``restore`` puts the model back to what it was; ``no_step`` is why the model may not run.
+    """
+    source = LiveModel.of(model)
+    device = str(next(model.parameters()).device)
+    try:
+        spec = CaseSpec(
+            model=source.name, quant=source.quant, implementation=implementation.name, **{"device": device, **options}
+        )
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from None
+    return _opened(spec, implementation, Lent(model, spec, restore, no_step=no_step))
+
+
+def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
+    recipe = recipe_of_preparation(spec, implementation.function, loaded)
+    spec = settled(spec, recipe)
+    return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
