@@ -51,7 +51,7 @@ class _Replay:
     """One call of a block in a twin's pass.
 
     ``inputs`` (by leaf index; ``tracked`` require grad) and ``entering`` (by output position) are what the twin's outside hands to the block;
-    ``outputs`` and ``leaving`` are what the twin's block makes of the *recorded* inputs and gradients.
+    ``outputs``, ``leaving`` and ``gradients``, those of adapters, are what the twin's block makes of the *recorded* inputs and gradients.
     """
 
     twin: Twin
@@ -62,12 +62,10 @@ class _Replay:
     entering: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: list[torch.Tensor] = field(default_factory=list)
     leaving: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    gradients: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
 
     def run(self, entering: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
-        """The floating outputs of the twin's block on the recorded arguments, after a backward from ``entering``.
-
-        The gradients of the block's adapters accumulate, and so do those that leave.
-        """
+        """The floating outputs of the twin's block on the recorded arguments, after a backward from ``entering``."""
         differentiable = sorted({*self.call.differentiable, *self.tracked})
         leaves, args, kwargs = self.call.arguments(self.inputs, differentiable)
         choices = ImposeChoices(self.call.choices) if self.call.choices else nullcontext()
@@ -80,6 +78,10 @@ class _Replay:
             with torch.autocast(self.call.device, enabled=False):  # the twin's forward may be running under it
                 torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         self.outputs = [o.detach() for o in outputs]
+        for parameter in self.player.trained:
+            if parameter.grad is not None:
+                self.gradients.append((parameter, parameter.grad))
+                parameter.grad = None
         self.leaving = {i: _sum(self.leaving.get(i), leaves[i].grad) for i in differentiable}
         return outputs
 
@@ -121,6 +123,7 @@ class _Player:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block.forward
+        self.trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         self.replays: list[_Replay] = []
         self.uncalled: list[torch.Tensor] = []  # first outputs of calls that the model did not make
         self._answered = 0
@@ -204,6 +207,9 @@ def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -
             loss = twin.model(**step.feed(twin.model, batch)).loss
         if loss.requires_grad:
             loss.backward()
+    for replay in reversed(replays):  # as a backward adds them
+        for parameter, gradient in replay.gradients:
+            parameter.grad = _sum(parameter.grad, gradient)
     gradients = {n: p.grad for n, p in twin.adapters.items()}
     step.clear_gradients(twin.model)
     return _Pass(loss.detach(), replays, gradients, {name: player.uncalled for name, player in players.items()})
