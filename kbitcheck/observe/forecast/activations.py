@@ -75,6 +75,7 @@ def measure(
                     parameter.grad = torch.empty_like(parameter)
     with (
         only_new_garbage(),
+        _collecting_on_request(),
         _checkpointing(model, reentrant),
         switches.cache_off(model),
         warnings.catch_warnings(),
@@ -241,6 +242,8 @@ class _Watch(Watcher):
             first.register_hook(lambda gradient: self._mark(ran, self._names[module]))
 
     def _close(self) -> None:
+        if self._live.trace:
+            gc.collect()  # what else were freed at some later place, another in each run
         alive, self._live.trace = self._live.trace, []
         self._forward += [now + self.missing for now in alive]
         if self._open is not None:
@@ -250,6 +253,8 @@ class _Watch(Watcher):
 
     def _mark(self, ran: _Ran | None, block: str = "") -> None:
         """The backward comes to a block: what was alive since the last mark belongs to what came before."""
+        if len(self._live.trace) > 1:
+            gc.collect()
         alive = self._live.trace
         self._between.append((alive, len(self._back)))
         if self._now is not None:
@@ -280,6 +285,18 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
         return value if is_plain(value) else type(value).__qualname__
 
     return described(args), described(kwargs)
+
+
+@contextmanager
+def _collecting_on_request() -> Iterator[None]:
+    """Python collects cycles where it is told to alone, so that each step frees them at the same places."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from kbitcheck_reference import prepare, upcast
 from torch import Tensor, nn
 
+from kbitcheck import backends
 from kbitcheck.core import memory_sizes
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
@@ -32,7 +33,7 @@ from kbitcheck.observe.forecast.search import Search
 from kbitcheck.observe.forecast.thinning import thin
 from kbitcheck.observe.probes import adapters as adapter_probe
 
-BATCH, SEQ_LEN = 1, 2048
+BATCH, SEQ_LEN, SHORT = 1, 2048, 16
 # PEFT however it is named (peft, peft==0.13.2, peft:function, peft.utils:function), and no file peft.py.
 PEFT = re.compile(r"peft(?![\w-]|\.py\b)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,6 +126,8 @@ class Training:
         targets = adapter_probe.target_layers(model, spec.targets)
         # From the second of several batches on, gradients are there all the time.
         kept = of_weights(model, facts, spec).adapters if spec.accumulate > 1 else 0
+        self._biased = any(layer.bias is not None for _, layer in backends.quantized_layers(model))
+        self._settled_for: object = self
         self._blocks = sum(map(is_block, model.modules()))
         thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
@@ -144,6 +147,9 @@ class Training:
         runtime = runtime or self.runtime
         tensors = self._packed(batch, length) if runtime.packed else self._batch(batch, length, padded and batch > 1)
         runtime = dataclasses.replace(runtime, packed=runtime.packed and batch > 1)
+        if self._biased and runtime.autocast != self._settled_for:
+            self._settled_for = runtime.autocast  # the first step casts biases for good
+            self.step(1, min(length, SHORT), mode, runtime=dataclasses.replace(runtime, packed=False))
         headless = Headless(self._model, runtime.loss) if runtime.loss in LOSSES else None
         with headless.installed() if headless else nullcontext():
             step = self._measure(tensors, runtime=runtime, reentrant=MODES[mode])

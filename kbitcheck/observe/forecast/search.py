@@ -40,6 +40,11 @@ class Search:
         self._measure, self._size = step, size
         self._measured: dict[tuple[int, int, str], Measured] = {}
 
+    @property
+    def measured(self) -> tuple[tuple[int, int, str], ...]:
+        """Batch, length and mode of every step that was measured."""
+        return tuple(self._measured)
+
     def step(self, batch: int, length: int, mode: str) -> Measured:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of checkpointing."""
         shape = batch, length, mode

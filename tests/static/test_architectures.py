@@ -1,0 +1,75 @@
+"""What the forecast says fits is confirmed for every architecture, by steps in which no block is left out."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe import internals
+from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.forecast.runtime import Runtime
+from kbitcheck.observe.probes.snapshot import snapshot
+
+NF4 = Quantization.parse("nf4")
+AUTOCAST = Runtime(autocast=torch.bfloat16)
+LENGTH = 24
+ROOM = 5  # times what two sequences take
+
+KINDS = {
+    "dense": "llama",
+    "sliding window": "mistral",
+    "alternating windows": "gemma3_text",
+    "chunked attention": "llama4_text",
+    "experts": "mixtral",
+    "state space": "mamba2",
+    "hybrid": "bamba",
+    "linear attention": "qwen3_next",
+    "learned positions": "gpt2",
+    "encoder-decoder": "seq2seq-lm/t5",
+    "speech": "speech-seq2seq/whisper",
+}
+
+
+def source_of(name):
+    return resolve(f"arch:{name}")
+
+
+def training(source, *, whole=False):
+    """Steps of a model, with torch's attention where the model has it; ``whole``: every block runs."""
+    spec = CaseSpec(model=source.name, quant="nf4", implementation="none", device="auto")
+    model = source.meta(NF4)
+    if internals.attention_is_supported(model, "sdpa"):
+        spec = dataclasses.replace(spec, attention="sdpa")
+    with pytest.MonkeyPatch.context() as patch:
+        if whole:
+            patch.setattr(predict, "thin", lambda model: None)
+        return predict.Training(source, model, snapshot(model), spec, AUTOCAST)
+
+
+def confirm(source):
+    """Search the largest batch and the longest sequence, and run what was answered, and the next, again on the whole model."""
+    thinned, whole = training(source), training(source, whole=True)
+    limit = predict.token_limit(source.meta(NF4))
+    search, length, mode = thinned.search(limit), min(LENGTH, limit), "reentrant" if thinned.checkpoints else "off"
+    room = ROOM * search.step(2, length, mode).peak
+
+    def peak(batch, tokens):
+        return whole.step(batch, tokens, mode, padded=False).peak
+
+    batch, longest = search.largest_batch(length, room, mode), search.longest(room, mode)
+    assert 1 < batch.number < 100
+    assert batch.peak == peak(batch.number, length) <= room < peak(batch.number + 1, length)
+    assert longest.peak == peak(1, longest.number) <= room
+    assert longest.number == limit if longest.limit == "model" else room < peak(1, longest.number + 1)
+    shapes = [(batch, tokens) for batch, tokens, _ in search.measured]
+    for rising in ([s for s in shapes if s[1] == length and s[0] > 1], [s for s in shapes if s[0] == 1]):
+        peaks = [search.step(*shape, mode).peak for shape in sorted(rising)]
+        assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
+def test_what_fits_is_confirmed_for_each_kind_of_layer(name):
+    confirm(source_of(name))
