@@ -120,6 +120,10 @@ class Packing:
         """Why FSDP2 and ZeRO-3 do not divide packed weights among GPUs; empty where they do."""
         return f"nothing says that packed {choice.scheme} weights can be divided"
 
+    def divisible(self, choice: Choice) -> Mapping[str, str]:
+        """The options of a scheme with which packed weights are divided that are not otherwise; empty if there are none."""
+        return {}
+
 
 class Kernels:
     """What a training step saves and allocates where operators run on tensors without numbers (the forecast)."""

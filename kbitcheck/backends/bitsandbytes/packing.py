@@ -1,5 +1,6 @@
 """Packed weights and their states on the meta device, to the byte."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class BitsAndBytesPacking(Packing):
                 "packed weights stored as uint8 are not divided: --quant nf4,storage=bf16 stores them as a float dtype"
             )
         return ""
+
+    def divisible(self, choice: Choice) -> Mapping[str, str]:
+        return {} if choice.scheme == "int8" or not self.undivided(choice) else {"storage": "bf16"}
 
 
 def _quantize(module: Any, dtype: torch.dtype) -> None:

@@ -55,7 +55,10 @@ class AnswerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareFacts:
-    """Bytes on each of several GPUs under one ``strategy``; ``extra`` is what it needs beside its share, ``note`` what it cannot divide."""
+    """Bytes on each of several GPUs under one ``strategy``; ``extra`` is what it needs beside its share.
+
+    ``note`` says what is not divided; ``loads_whole`` that each GPU first holds the whole model, as it was loaded.
+    """
 
     strategy: str
     weights: int
@@ -64,6 +67,7 @@ class ShareFacts:
     optimizer: int
     activations: int
     extra: int
+    loads_whole: bool
     note: str = ""
 
     @property

@@ -4,76 +4,42 @@ Everything that the answer says is confirmed by a predicted step.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.facts import ForecastFacts, ModelFacts
 from kbitcheck.core.facts.fit import AnswerFacts, ChangeFacts
 from kbitcheck.models.sources.resolve import Source
-from kbitcheck.observe.forecast import parts, predict, shares
-from kbitcheck.observe.forecast.runtime import Runtime
-from kbitcheck.observe.forecast.search import Search
-from kbitcheck.observe.probes.snapshot import snapshot
+from kbitcheck.observe.forecast import parts, predict
+from kbitcheck.observe.forecast.candidate import Candidate
 
 SHORTEST = 256  # tokens: a shorter sequence is no advice
 RANKS = (8, 4)
 GPUS = (2, 4, 8)
-LARGE = 1 << 50  # more than any step takes
-# What a step's bytes do not depend on, or what a search is asked for.
-NOT_BUILT = {
-    "checkpointing": "default",
-    "optimizer": "adamw",
-    "batch": None,
-    "seq_len": None,
-    "gpus": 1,
-    "memory": None,
-}
+# What a model is not built for.
+NOT_BUILT: Mapping[str, Any] = {
+    "checkpointing": "default", "optimizer": "adamw", "batch": None, "seq_len": None, "gpus": 1, "autocast": "none",
+    "loss": "full",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A model as built for some options: its forecast without steps, its snapshot, and its steps by runtime."""
-
-    forecast: ForecastFacts
-    facts: ModelFacts
-    run: predict.Training
-    limit: int
-    searches: dict[Runtime, Search] = field(default_factory=dict)
-
-    def search(self, spec: CaseSpec) -> Search:
-        """The steps under the spec's autocast."""
-        runtime = predict.runtime_of(spec, self.run.runtime.device)
-        if runtime not in self.searches:
-            self.searches[runtime] = self.run.search(self.limit, runtime)
-        return self.searches[runtime]
-
-
-@dataclass(frozen=True, slots=True)
-class _Try:
-    """Options to train with, those of them that were ``changed`` as a user writes them, and what a device then needs."""
+class _Trial:
+    """Options to train with, those of them that were changed, and the bytes that a device then needs."""
 
     spec: CaseSpec
-    changed: tuple[str, ...] = ()
-    needed: int = 0
+    values: Mapping[str, Any]
+    needed: int
 
     def facts(self) -> ChangeFacts:
-        assert self.spec.batch is not None
-        assert self.spec.seq_len is not None
-        return ChangeFacts(options=self.changed, batch=self.spec.batch, seq_len=self.spec.seq_len, needed=self.needed)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """Values of options that replace others."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def option(self) -> str:
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.values.items())
+        options = tuple(f"--{name.replace('_', '-')} {value}" for name, value in self.values.items())
+        if "gpus" in self.values:
+            options = (*options, "with FSDP2")
+        return ChangeFacts(
+            options=options, batch=self.spec.batch or 0, seq_len=self.spec.seq_len or 0, needed=self.needed
+        )
 
 
 class Answer:
@@ -81,172 +47,145 @@ class Answer:
 
     def __init__(self, built: Candidate, source: Source, spec: CaseSpec) -> None:
         assert spec.memory is not None
-        self._source, self._memory = source, spec.memory
-        forecast = built.forecast
-        mode: Any = forecast.mode
-        autocast: Any = forecast.autocast
-        self._spec = dataclasses.replace(
-            spec, batch=forecast.batch, seq_len=forecast.seq_len, checkpointing=mode, autocast=autocast
-        )
-        self._models, self._runtime = {_build(self._spec): built}, built.run.runtime
+        self._source, self._memory, forecast = source, spec.memory, built.forecast
+        settled: Mapping[str, Any] = {
+            "batch": forecast.batch, "seq_len": forecast.seq_len, "checkpointing": forecast.mode,
+            "autocast": forecast.autocast,
+        }  # fmt: skip
+        self._spec = dataclasses.replace(spec, **settled)
+        self._candidates = {_build(self._spec): built}
 
     @property
     def facts(self) -> AnswerFacts:
         """The answer."""
-        asked = self._tried(self._spec, ())
-        if asked.needed > self._memory:
-            return self._does_not_fit(asked)
-        model, room = self._built(self._spec), self._room(self._spec)
-        length, mode = model.forecast.seq_len, model.forecast.mode
-        search = model.search(self._spec)
-        largest, longest = search.largest_batch(length, room, mode), search.longest(room, mode)
-        best = self._tried(dataclasses.replace(self._spec, batch=largest.number), ())
-        step = search.step(largest.number, length, mode)
-        limit = self._memory - model.forecast.overhead
-        short = 0
-        if model.forecast.device != "cpu" and self._spec.gpus == 1:
-            short = parts.allocated(model.forecast, model.facts, step, step.trace(), limit=limit).short
-        return AnswerFacts(
+        requested = self._trial(self._spec, {})
+        answer = AnswerFacts(
             memory=self._memory,
-            fits=True,
-            batch=largest.number,
-            seq_len=length,
-            requested=asked.needed,
-            needed=best.needed,
-            short=short,
-            longest=longest.number,
-        )
-
-    def _does_not_fit(self, asked: _Try) -> AnswerFacts:
-        change, least = self._smallest_change(asked)
-        return AnswerFacts(
-            memory=self._memory,
-            fits=False,
-            batch=self._spec.batch or 1,
+            fits=requested.needed <= self._memory,
+            batch=self._spec.batch or 0,
             seq_len=self._spec.seq_len or 0,
-            requested=asked.needed,
-            needed=asked.needed,
-            change=change.facts() if change else None,
-            least=None if change or not least.changed else least.facts(),
+            requested=requested.needed,
+            needed=requested.needed,
         )
+        if answer.fits:
+            return self._largest(answer)
+        change, closest = self._smallest_change(requested)
+        least = closest.facts() if closest.values and not change else None
+        return dataclasses.replace(answer, change=change.facts() if change else None, least=least)
 
-    def _smallest_change(self, asked: _Try) -> tuple[_Try | None, _Try]:
-        """One change that makes it fit, the least harmful; else as few as do together; and what came closest."""
-        state = asked
-        for change in self._changes(asked.spec):
-            tried = self._changed(asked, change)
-            if tried.needed <= self._memory:
-                return tried, tried
-        taken: list[_Change] = []
-        for change in self._changes(asked.spec):
-            tried = self._changed(state, change)
-            if tried.needed >= state.needed:
-                continue
-            state, taken = tried, [*taken, change]
+    def _largest(self, answer: AnswerFacts) -> AnswerFacts:
+        """The same with the largest batch, the longest sequence, and what the allocator is short of."""
+        candidate, spec = self._candidate(self._spec), self._spec
+        search, room = candidate.search(spec), candidate.room(spec, self._memory)
+        largest = search.largest_batch(answer.seq_len, room, spec.checkpointing)
+        longest = search.longest(room, spec.checkpointing)
+        short = 0
+        if candidate.forecast.device != "cpu" and spec.gpus == 1:
+            step, limit = search.step(largest.number, answer.seq_len, spec.checkpointing), self._memory
+            limit -= candidate.forecast.overhead
+            short = parts.allocated(candidate.forecast, candidate.facts, step, step.trace(), limit=limit).short
+        needed = candidate.needed(spec, largest.peak)
+        return dataclasses.replace(answer, batch=largest.number, needed=needed, longest=longest.number, short=short)
+
+    def _smallest_change(self, requested: _Trial) -> tuple[_Trial | None, _Trial]:
+        """The least harmful change that makes it fit, else as few as do together; and what came closest."""
+        changes = list(self._changes(requested))
+        step_alone = self._candidate(requested.spec).room(requested.spec, self._memory) < 0
+        for change in changes:
+            # Changes of the step alone leave what stays through training, which is too much already.
+            if not step_alone or {"optimizer", "quant", "rank", "gpus"}.intersection(change):
+                trial = self._changed(requested, change)
+                if trial.needed <= self._memory:
+                    return trial, trial
+        state, taken = requested, list[Mapping[str, Any]]()
+        for change in changes:
+            trial = self._changed(state, change)
+            if trial.needed < state.needed:
+                state, taken = trial, [*taken, change]
             if state.needed <= self._memory:
-                return self._without_needless(asked, taken), state
+                return self._without_needless(requested, taken), state
         return None, state
 
-    def _without_needless(self, asked: _Try, taken: Sequence[_Change]) -> _Try:
-        """The same changes but those without which it fits as well, the most harmful first to go."""
+    def _without_needless(self, requested: _Trial, taken: Sequence[Mapping[str, Any]]) -> _Trial:
+        """The same changes without those that it fits without too; the last ones, which harm most, go first."""
         kept = list(taken)
-        for change in reversed(taken[:-1]):
-            rest = [c for c in kept if c is not change]
-            if self._all(asked, rest).needed <= self._memory:
+        for change in reversed(taken):
+            rest = [other for other in kept if other is not change]
+            if rest and self._together(requested, rest).needed <= self._memory:
                 kept = rest
-        return self._all(asked, kept)
+        return self._together(requested, kept)
 
-    def _all(self, asked: _Try, changes: Sequence[_Change]) -> _Try:
+    def _together(self, trial: _Trial, changes: Sequence[Mapping[str, Any]]) -> _Trial:
         for change in changes:
-            asked = self._changed(asked, change)
-        return asked
+            trial = self._changed(trial, change)
+        return trial
 
-    def _changes(self, spec: CaseSpec) -> Iterator[_Change]:
-        """What can be changed, the least harmful first."""
-        model = self._models[_build(spec)]
-        modes = ("non-reentrant", "reentrant") if model.run.checkpoints else ()
-        yield from (_Change({"checkpointing": mode}) for mode in modes if mode != spec.checkpointing)
+    def _changes(self, requested: _Trial) -> Iterator[Mapping[str, Any]]:
+        """Values of options to try, the least harmful first; None stands for the largest that fits."""
+        spec, candidate = requested.spec, self._candidate(requested.spec)
+        forecast, run, stored = candidate.forecast, candidate.run, self._source.quant is not None
+        quant = Quantization.parse(spec.quant)
+        modes = ("non-reentrant", "reentrant") if run.checkpoints else ()
+        yield from ({"checkpointing": mode} for mode in modes if mode != spec.checkpointing)
         if spec.autocast == "none":
-            yield _Change({"autocast": _half(model.run.runtime)})
+            usual = dataclasses.replace(run.runtime, autocast=predict.usual_half(run.runtime))
+            yield {"autocast": predict.autocast_name(usual)}
         if (spec.batch or 1) > 1:
-            yield _Change({"batch": None})
-        yield from (_Change({"optimizer": name}) for name in ("adamw-8bit", "paged-adamw") if name != spec.optimizer)
-        if self._source.quant is None and _bits(Quantization.parse(spec.quant)) > _bits(Quantization()):
-            yield _Change({"quant": str(Quantization())})
-        yield _Change({"seq_len": None})
-        yield from (_Change({"rank": rank}) for rank in RANKS if rank < spec.rank)
-        if model.forecast.device != "cpu":
-            yield from (_Change({"gpus": number}) for number in GPUS if number > spec.gpus)
+            yield {"batch": None}
+        if spec.loss == "full":
+            yield from ({"loss": loss} for loss in ("chunked", "fused"))
+        yield from ({"optimizer": name} for name in ("adamw-8bit", "paged-adamw") if name != spec.optimizer)
+        if not stored and _bits(quant) > _bits(Quantization()):
+            yield {"quant": str(Quantization())}
+        yield {"seq_len": None}
+        # Adapters, their gradients and the optimizer shrink with the rank, and little else: no model is built for less.
+        if requested.needed - 2 * forecast.adapters - forecast.optimizer[spec.optimizer] <= self._memory:
+            yield from ({"rank": rank} for rank in RANKS if rank < spec.rank)
+        if forecast.device != "cpu":
+            divided = {} if stored else quant.backend.packing.divisible(quant)
+            stores = {"quant": str(dataclasses.replace(quant, options=(*quant.options, *divided.items())))}
+            yield from ({**(stores if divided else {}), "gpus": number} for number in GPUS if number > spec.gpus)
 
-    def _changed(self, state: _Try, change: _Change) -> _Try:
-        """What a state needs with a change; a batch or length of None is the largest that fits, if any does."""
-        spec = dataclasses.replace(state.spec, **{n: v for n, v in change.values.items() if v is not None})
-        if None in change.values.values():
-            (name,) = change.values
-            number = self._largest(spec, name)
-            if number is None:
-                return state
-            change = _Change({name: number})
-            spec = dataclasses.replace(spec, **change.values)
-        name = next(iter(change.values))
-        changed = tuple(option for option in state.changed if not option.startswith(f"--{name.replace('_', '-')} "))
-        return self._tried(spec, (*changed, change.option))
+    def _changed(self, state: _Trial, change: Mapping[str, Any]) -> _Trial:
+        values = dict(change)
+        for name in ("batch", "seq_len"):
+            if name in values:
+                values[name] = self._most(state.spec, name)
+                if values[name] is None:
+                    return state
+        try:
+            return self._trial(dataclasses.replace(state.spec, **values), {**state.values, **values})
+        except predict.NO_STEP:  # this model cannot be trained so
+            return state
 
-    def _largest(self, spec: CaseSpec, name: str) -> int | None:
-        """The largest batch below the spec's, or length, that fits; the smallest worth trying if none does."""
-        model, room = self._built(spec), self._room(spec)
-        assert spec.batch is not None
-        assert spec.seq_len is not None
+    def _most(self, spec: CaseSpec, name: str) -> int | None:
+        """The largest batch or length below the spec's that fits, or the least worth trying; None if there is none."""
+        candidate, batch, length = self._candidate(spec), spec.batch or 1, spec.seq_len or 1
+        search, room = candidate.search(spec), candidate.room(spec, self._memory)
         if name == "batch":
-            largest = model.search(spec).largest_batch(spec.seq_len, room, spec.checkpointing).number
-            return max(min(largest, spec.batch - 1), 1) if spec.batch > 1 else None
-        if spec.seq_len <= SHORTEST or spec.batch > 1:
+            fitting = 1 if room < 0 else search.largest_batch(length, room, spec.checkpointing).number
+            return max(min(fitting, batch - 1), 1) if batch > 1 else None
+        if batch > 1 or length <= SHORTEST:
             return None
-        largest = model.search(spec).longest(room, spec.checkpointing).number
-        return max(min(largest, spec.seq_len - 1), SHORTEST)
+        fitting = 0 if room < 0 else search.longest(room, spec.checkpointing).number
+        return max(min(fitting, length - 1), SHORTEST)
 
-    def _room(self, spec: CaseSpec) -> int:
-        """Bytes that a step may take."""
-        return self._memory - self._needed(spec, LARGE) + LARGE
+    def _trial(self, spec: CaseSpec, values: Mapping[str, Any]) -> _Trial:
+        candidate = self._candidate(spec)
+        step = candidate.search(spec).step(spec.batch or 1, spec.seq_len or 1, spec.checkpointing)
+        return _Trial(spec, values, candidate.needed(spec, step.peak))
 
-    def _tried(self, spec: CaseSpec, changed: tuple[str, ...]) -> _Try:
-        model = self._built(spec)
-        assert spec.batch is not None
-        assert spec.seq_len is not None
-        step = model.search(spec).step(spec.batch, spec.seq_len, spec.checkpointing)
-        return _Try(spec, changed, self._needed(spec, step.peak))
-
-    def _needed(self, spec: CaseSpec, peak: int) -> int:
-        """Bytes that a device needs for a step that takes ``peak`` bytes, under the strategy that takes least."""
-        model = self._built(spec)
-        forecast = dataclasses.replace(model.forecast, chosen=spec.optimizer)
-        needed = forecast.resident + max(peak, forecast.adapters)
-        if spec.gpus > 1:
-            quant = Quantization.parse(spec.quant)
-            of_gpus = shares.of_gpus(forecast, model.facts, quant, spec.gpus, peak=peak)
-            needed = min(share.total for share in of_gpus)
-        return needed + forecast.overhead
-
-    def _built(self, spec: CaseSpec) -> Candidate:
+    def _candidate(self, spec: CaseSpec) -> Candidate:
         key = _build(spec)
-        if key not in self._models:
-            model = self._source.meta(Quantization.parse(spec.quant))
-            facts = snapshot(model)
-            forecast, limit = predict.of_weights(model, facts, spec), predict.token_limit(model)
-            run = predict.Training(self._source, model, facts, spec, self._runtime)
-            self._models[key] = Candidate(forecast, facts, run, limit)
-        return self._models[key]
-
-
-def _half(runtime: Runtime) -> str:
-    return predict.autocast_name(dataclasses.replace(runtime, autocast=predict.usual_half(runtime)))
-
-
-def _bits(quant: Quantization) -> int:
-    return quant.backend.scheme(quant.scheme).bits
+        if key not in self._candidates:
+            self._candidates[key] = Candidate.built(self._source, spec)
+        return self._candidates[key]
 
 
 def _build(spec: CaseSpec) -> CaseSpec:
     """The same for specs whose steps are those of one model."""
-    same: dict[str, Any] = NOT_BUILT
-    return dataclasses.replace(spec, **same)
+    return dataclasses.replace(spec, **NOT_BUILT)
+
+
+def _bits(quant: Quantization) -> int:
+    return quant.backend.scheme(quant.scheme).bits

@@ -3,28 +3,22 @@
 import dataclasses
 from typing import Any
 
-import torch
-
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core import memory_sizes
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.errors import cause
 from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.models.sources.resolve import Source
-from kbitcheck.observe.forecast import parts, shares
-from kbitcheck.observe.forecast.answer import Answer, Candidate
-from kbitcheck.observe.forecast.loading import while_loading
+from kbitcheck.observe.forecast import parts, predict, shares
+from kbitcheck.observe.forecast.answer import Answer
+from kbitcheck.observe.forecast.candidate import Candidate, with_loading
 from kbitcheck.observe.forecast.predict import Training, autocast_name, runtime_of, token_limit, usual_half
-from kbitcheck.observe.forecast.search import USUAL, Search
-
-NO_STEP = (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+from kbitcheck.observe.forecast.search import USUAL
 
 
 def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
     """The same with training steps predicted, and what fits; ``missing`` is why no step is predicted. Uses up the model."""
-    dtype = getattr(torch, source.unquantized_dtype)
-    loading = while_loading(model, facts, stored=source.quant is not None, dtype=dtype)
-    forecast = dataclasses.replace(forecast, loading=loading)
+    forecast = with_loading(forecast, source, model, facts)
     if not facts.layers:
         return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
     limit = token_limit(model)
@@ -55,27 +49,28 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             quant = Quantization.parse(spec.quant)
             shared = shares.of_gpus(forecast, facts, quant, spec.gpus, peak=steps[mode].peak)
             forecast = dataclasses.replace(forecast, shares=shared)
-        search = run.search(limit)
+        candidate = Candidate(forecast, facts, run, limit)
         if spec.memory is not None:
             reserved = 0
             if forecast.device != "cpu":
                 reserved = parts.allocated(forecast, facts, steps[mode], trace).peak_reserved
-            answer = Answer(Candidate(forecast, facts, run, limit, {runtime: search}), source, spec).facts
+            answer = Answer(candidate, source, spec).facts
             forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)
-        return dataclasses.replace(forecast, **_table(forecast, search, fits=spec.fits))
-    except NO_STEP as error:
+        return dataclasses.replace(forecast, **_table(candidate, spec))
+    except predict.NO_STEP as error:
         return dataclasses.replace(forecast, missing=cause(error))
 
 
-def _table(forecast: ForecastFacts, search: Search, *, fits: bool) -> dict[str, Any]:
+def _table(candidate: Candidate, spec: CaseSpec) -> dict[str, Any]:
     """What fits by size of memory, by the names of ``ForecastFacts``: into the requested size, or into the common GPUs."""
-    requested = [forecast.memory] if forecast.memory is not None else []
+    forecast, search, fits = candidate.forecast, candidate.search(spec), spec.fits
+    requested = [spec.memory] if spec.memory is not None else []
     sizes = sorted({*memory_sizes.GPUS, *requested}) if fits else requested
     length, mode = forecast.seq_len, forecast.mode
-    rooms = {size: size - forecast.resident - forecast.overhead for size in sizes}
+    rooms = {size: candidate.room(spec, size) for size in sizes}
     lengths = dict.fromkeys((length, *(n for n in USUAL if fits and n <= search.limit)))
     largest = {n: {s: search.largest_batch(n, room, mode).number for s, room in rooms.items()} for n in lengths}
-    named = memory_sizes.named(forecast.memory)
+    named = memory_sizes.named(spec.memory)
     return {
         "largest_batch": largest[length],
         "usual": {n: largest[n] for n in USUAL if n in largest and fits},

@@ -42,6 +42,8 @@ NOTES = {
     "chunked": "the loss is of chunks of 512 tokens from head to loss, each recomputed in the backward",
     "fused": "the loss is Liger's fused linear cross-entropy; its other kernels, which use_liger_kernel=True adds, hold less still",
 }
+# What a model's code raises when it cannot be predicted.
+NO_STEP = (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
@@ -123,6 +125,7 @@ class Training:
         )
         self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         _choose_attention(model, spec.attention, runtime)
+        self._steps: dict[object, Measured] = {}
         targets = adapter_probe.target_layers(model, spec.targets)
         # From the second of several batches on, gradients are there all the time.
         kept = of_weights(model, facts, spec).adapters if spec.accumulate > 1 else 0
@@ -144,8 +147,14 @@ class Training:
         self, batch: int, length: int, mode: str, *, padded: bool = True, runtime: Runtime | None = None
     ) -> Measured:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of ``MODES``; ``padded`` ones have a mask."""
-        runtime = runtime or self.runtime
-        tensors = self._packed(batch, length) if runtime.packed else self._batch(batch, length, padded and batch > 1)
+        padded, runtime = padded and batch > 1, runtime or self.runtime
+        shape = batch, length, mode, padded, runtime
+        if shape not in self._steps:
+            self._steps[shape] = self._measured(batch, length, mode, runtime, padded=padded)
+        return self._steps[shape]
+
+    def _measured(self, batch: int, length: int, mode: str, runtime: Runtime, *, padded: bool) -> Measured:
+        tensors = self._packed(batch, length) if runtime.packed else self._batch(batch, length, padded)
         runtime = dataclasses.replace(runtime, packed=runtime.packed and batch > 1)
         if self._biased and runtime.autocast != self._settled_for:
             self._settled_for = runtime.autocast  # the first step casts biases for good

@@ -8,6 +8,8 @@
   has all of them. Packed weights are divided where the backend says so.
 * ZeRO-3 divides the same and gathers as much. Parameters of fewer than ``stage3_param_persistence_threshold`` elements
   (100,000), as adapters mostly are, stay whole on every GPU (DeepSpeed's docs, "ZeRO-3 options").
+* A k-bit model is quantized before DDP and ZeRO-3 get it, on each GPU as a whole (DeepSpeed#5637, peft#2016). FSDP can
+  start from one copy in the host's memory (accelerate's ``fsdp_cpu_ram_efficient_loading``).
 * Activations, logits and workspaces belong to each GPU's own batch.
 """
 
@@ -37,20 +39,18 @@ def of_gpus(
     root, blocks = units.pop("", 0), sorted(units.values())
     gathered = root + sum(blocks[-GATHERED_BLOCKS:])
     gathered -= share(gathered)
-    loading = "each process loads the whole model first"
     return (
         ShareFacts(
             strategy="DDP", weights=prepared, adapters=adapters, gradients=adapters, optimizer=optimizer,
-            activations=activations, extra=adapters, note="divides the batch alone",
+            activations=activations, extra=adapters, loads_whole=True, note="divides the batch alone",
         ),
         ShareFacts(
             strategy="FSDP2", weights=weights, adapters=share(adapters), gradients=share(adapters),
-            optimizer=share(optimizer), activations=activations, extra=gathered, note=undivided,
+            optimizer=share(optimizer), activations=activations, extra=gathered, loads_whole=False, note=undivided,
         ),
         ShareFacts(
             strategy="ZeRO-3", weights=weights, adapters=adapters, gradients=share(adapters),
-            optimizer=share(optimizer), activations=activations, extra=gathered,
-            note="; ".join(filter(None, (undivided, loading))),
+            optimizer=share(optimizer), activations=activations, extra=gathered, loads_whole=True, note=undivided,
         ),
     )  # fmt: skip
 

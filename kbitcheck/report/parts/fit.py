@@ -7,14 +7,21 @@ from typing import Any
 from kbitcheck.report.parts.units import size
 
 GIB = 1 << 30
+NOTABLE = 0.0005  # of the peak
+FEW = 3  # places that are all named
 
 
 def answer(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The line to act on, if a memory size was requested."""
-    reply = forecast.get("answer")
+    reply, memory = forecast.get("answer"), forecast.get("memory")
     if not reply:
+        if memory and forecast.get("missing"):
+            yield (
+                "fits",
+                f"unknown for {memory / GIB:.4g} GiB: no step was predicted; {_gib(forecast['resident'])} stay through training",
+            )
         return
-    mode = _mode(forecast["mode"])
+    mode = with_checkpointing(forecast["mode"])
     memory = f"{reply['memory'] / GIB:.4g} GiB"
     if reply["fits"]:
         shape = f"{reply['batch']:,} × {reply['seq_len']:,} tokens"
@@ -45,7 +52,8 @@ def _changed(change: Mapping[str, Any]) -> str:
     return f"{options}: {change['batch']:,} × {change['seq_len']:,} tokens need {_gib(change['needed'])}"
 
 
-def _mode(mode: str) -> str:
+def with_checkpointing(mode: str) -> str:
+    """A mode in words."""
     return "without checkpointing" if mode == "off" else f"with {mode} checkpointing"
 
 
@@ -77,6 +85,8 @@ def parts(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     total = sum(part["nbytes"] for part in alive)
     heading = "at the peak"
     for kind, places in sorted(kinds.items(), key=lambda item: -item[1].total()):
+        if places.total() < NOTABLE * total:
+            continue
         yield heading, f"{size(places.total()):>9} {places.total() / total:>4.0%}  {kind}{_places(places)}"
         heading = ""
 
@@ -85,8 +95,9 @@ def _places(places: Counter[str]) -> str:
     named = [(where, nbytes) for where, nbytes in places.most_common() if where]
     if not named:
         return ""
-    rest = f", {len(named) - 2} more" if len(named) > 2 else ""
-    return f" ({', '.join(f'{where} {size(nbytes)}' for where, nbytes in named[:2])}{rest})"
+    if len(named) > FEW and sum(n for _, n in named[:FEW]) < sum(n for _, n in named) / 2:  # no few that matter most
+        return f" (in {len(named)} blocks, at most {size(named[0][1])}: {named[0][0]})"
+    return f" ({', '.join(f'{where} {size(nbytes)}' for where, nbytes in named[:FEW])})"
 
 
 def gpus(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -100,5 +111,8 @@ def gpus(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for share in shares:
         total = sum(share[name] for name in columns)
         yield "", f"{share['strategy']:13}{''.join(f'{size(share[name]):>12}' for name in columns)}{size(total):>11}"
-    for note in dict.fromkeys(f"{share['strategy']}: {share['note']}" for share in shares if share["note"]):
-        yield "", note
+    notes: dict[str, list[str]] = {}
+    for share in shares:
+        for note in (share["note"], "each GPU holds the whole model while it is loaded" * share["loads_whole"]):
+            notes.setdefault(note, []).append(share["strategy"])
+    yield from (("", f"{' and '.join(of)}: {note}") for note, of in notes.items() if note)

@@ -94,13 +94,14 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
         yield "measured", dict(_measured(facts))["activations"]
     mode = forecast["mode"]
     together = f", and gradients kept over {count} batches" if (count := forecast.get("accumulate", 1)) > 1 else ""
-    yield (
-        "in all",
-        f"{size(forecast['total'][mode])} with {mode} checkpointing{together}, by {forecast['device']} kernels",
-    )
+    taken = f"{size(forecast['total'][mode])} {fit.with_checkpointing(mode)}{together}"
+    yield "in all", f"{taken}, by {forecast['device']} kernels"
     if forecast.get("reserved"):
-        reserved = f"{size(forecast['reserved'])} reserved by the allocator, as simulated"
-        yield "", f"{reserved}; about {size(forecast['overhead'])} more for the CUDA context and cuBLAS, an estimate"
+        reserved = f"{size(forecast['reserved'])} reserved by CUDA's allocator, as simulated without a limit"
+        yield (
+            "",
+            f"{reserved}; beside it about {size(forecast['overhead'])} of the CUDA context and cuBLAS, an estimate",
+        )
     yield from fit.parts(forecast)
     yield from fit.gpus(forecast)
     if forecast.get("answer") is None or len(forecast["rooms"]) > 1:
@@ -117,7 +118,7 @@ def _kernels(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ((other, held),) = forecast["compared"].items()
     if abs(held["peak"] - peak) > NOTABLE * peak:
         advice = f": train with {other}=True" if other != "none" and held["peak"] < peak else ""
-        text += f"; {_condition(other)} {size(held['peak'])} at the peak with {mode} checkpointing{advice}"
+        text += f"; {_condition(other)} {size(held['peak'])} at the peak {fit.with_checkpointing(mode)}{advice}"
     yield "autocast", text
     kernels = {
         autocast: ", ".join(f"{kernel} in {count} layer{'s' * (count > 1)}" for kernel, count in counts.items())

@@ -9,7 +9,7 @@ from kbitcheck.core.cases import MODEL_RANK, CaseSpec
 from kbitcheck.core.report import Report
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
-NAMED = ("model", "quant", "implementation", "checkpointing", "static")
+NAMED = ("model", "quant", "implementation", "checkpointing", "static", "gpu")
 
 
 def command(report: Report, case: str, code: str = "") -> str:
@@ -30,6 +30,7 @@ def command(report: Report, case: str, code: str = "") -> str:
         value = spec.get(name, default)
         if name in NAMED or value == default or (name, value) == ("device", "auto"):
             continue
+        value = spec.get("gpu") or value if name == "memory" else value
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, str(value)]
     words += ["--static"] if spec.get("static") == "always" else []

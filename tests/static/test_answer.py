@@ -1,0 +1,135 @@
+"""The answer for a memory size, where the peak's bytes are, and what several GPUs divide."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.memory_sizes import CUBLAS_WORKSPACE, CUDA_CONTEXT
+from kbitcheck.models.sources.resolve import source_of
+from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.static import StaticCase
+
+SIZES = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
+    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+OVERHEAD = CUDA_CONTEXT + CUBLAS_WORKSPACE
+MIB = 1 << 20
+
+
+@pytest.fixture
+def opened(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+
+    def open_case(**options):
+        spec = CaseSpec(
+            model=str(tmp_path), quant="nf4", implementation="reference", static="always", device="auto", seq_len=512
+        )
+        spec = dataclasses.replace(spec, **options)
+        case = StaticCase(spec, source_of(spec, static=spec.static))
+        assert case.forecast.missing == ""
+        return case
+
+    return open_case
+
+
+def test_what_fits_is_confirmed(opened):
+    memory = OVERHEAD + 300 * MIB
+    case = opened(memory=memory)
+    answer = case.forecast.answer
+    assert answer.fits
+    assert answer.needed <= memory
+    assert answer.batch == case.forecast.largest_batch[memory] > 1
+    assert answer.longest == case.forecast.longest[memory] > 512
+    for batch, fits in ((answer.batch, True), (answer.batch + 1, False)):
+        assert opened(memory=memory, batch=batch).forecast.answer.fits is fits
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "names"),
+    [
+        ({"checkpointing": "off", "batch": 4}, 250, {"--checkpointing"}),
+        ({"batch": 16}, 250, {"--batch"}),
+        ({"rank": 64}, 52, None),
+    ],
+)
+def test_a_change_makes_it_fit_when_it_is_made(opened, options, memory, names):
+    memory = OVERHEAD + memory * MIB
+    answer = opened(memory=memory, **options).forecast.answer
+    assert not answer.fits
+    assert answer.requested > memory
+    assert answer.change is not None
+    assert answer.change.needed <= memory
+    changed = {option.split()[0]: option.split()[1] for option in answer.change.options}
+    assert names is None or set(changed) == names
+    values = {name.removeprefix("--").replace("-", "_"): value for name, value in changed.items()}
+    numbers = {name: int(value) if value.isdigit() else value for name, value in values.items()}
+    again = opened(memory=memory, **{**options, **numbers}).forecast.answer
+    assert again.fits
+    assert again.requested == answer.change.needed
+
+
+def test_where_nothing_fits_the_closest_is_named(opened):
+    answer = opened(memory=OVERHEAD + MIB).forecast.answer
+    assert (answer.fits, answer.change) == (False, None)
+    assert OVERHEAD + MIB < answer.least.needed < answer.requested
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 3}, {"optimizer": "adamw-8bit"}, {"checkpointing": "off", "batch": 2}]
+)
+def test_parts_sum_to_the_peak(opened, options):
+    forecast = opened(**options).forecast
+    kinds: dict[str, int] = {}
+    for part in forecast.parts:
+        kinds[part.kind] = kinds.get(part.kind, 0) + part.nbytes
+    assert sum(kinds.values()) == forecast.total(forecast.mode)
+    assert kinds["adapters"] == forecast.adapters
+    assert kinds["optimizer"] == forecast.optimizer[options.get("optimizer", "adamw")]
+    assert kinds["packed weights"] == sum(g.packed for g in forecast.groups.values())
+    if "accumulate" in options:
+        assert kinds["gradients"] == forecast.adapters
+    else:
+        assert kinds["logits and loss"] >= forecast.logits
+
+
+def test_batches_that_are_added_up_keep_the_gradients(opened):
+    once, added = opened().forecast, opened(accumulate=2).forecast
+    more = added.activations[added.mode].peak - once.activations[once.mode].peak
+    assert 0 < more <= once.adapters
+
+
+def test_gpus_divide_what_their_strategy_says(opened):
+    plain, stored = (opened(gpus=4, **options).forecast for options in ({}, {"quant": "nf4,storage=bf16"}))
+    ddp, fsdp, zero = plain.shares
+    assert ddp.total == plain.total(plain.mode) + plain.adapters  # the reducer's buckets
+    assert fsdp.optimizer == zero.optimizer == plain.optimizer["adamw"] // 4
+    packed = sum(g.packed for g in plain.groups.values())
+    assert fsdp.weights > packed
+    assert "storage=bf16" in fsdp.note
+    _, divided, _ = stored.shares
+    assert divided.note == ""
+    assert fsdp.weights - divided.weights == pytest.approx(packed * 3 / 4, abs=8)
+    assert {share.activations for share in (*plain.shares, *stored.shares)} == {ddp.activations}
+    # What is in no block stays gathered, and of the blocks two.
+    root = sum(g.unquantized + g.upcast.get("peft", 0) for n, g in stored.groups.items() if n in ("embeddings", "head"))
+    assert root * 3 // 4 < divided.extra < (root + packed) * 3 // 4
+
+
+def test_no_step_is_predicted_that_is_not_printed(opened, monkeypatch):
+    shapes = []
+    measured = predict.Training._measured
+
+    def counted(self, *args, **options):
+        shapes.append(args)
+        return measured(self, *args, **options)
+
+    monkeypatch.setattr(predict.Training, "_measured", counted)
+    assert opened().forecast.longest == {}
+    assert len(shapes) == 3  # without checkpointing, with it, and under the other autocast
+    shapes.clear()
+    assert opened(memory=OVERHEAD + 300 * MIB).forecast.longest
+    assert len(shapes) <= 3 + 5 + 5  # the largest batch, and the longest sequence
