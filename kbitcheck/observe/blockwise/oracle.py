@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kbitcheck.core.facts import BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
-from kbitcheck.observe.blockwise.routing import ImposeChoices
 from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes.choices import ImposeChoices
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin.twins import Pair
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from kbitcheck.models.blocks import is_block
-from kbitcheck.observe.blockwise.routing import RecordChoices
+from kbitcheck.observe.probes.choices import RecordChoices
 
 TENSOR = object()  # stands for a floating tensor in a recorded output
 

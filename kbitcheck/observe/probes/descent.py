@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from kbitcheck.core.facts import CERTAIN, slope_bound
 from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes.choices import ImposeChoices, RecordChoices
 
 LEARNING_RATES = (5e-3, 1.5e-3, 5e-4, 1.5e-4, 5e-5, 5e-6)
 WEIGHT_DECAY = 0.1
@@ -17,7 +19,7 @@ WEIGHT_DECAY = 0.1
 # gradient is rounding noise from walking at random.
 EPSILON = 1e-3
 PLACES = 4  # on the way of the first step
-MORE_PLACES = 16  # before a slope is called another than the gradient's: a few may lie on a parabola by chance
+MORE_PLACES = 16  # before a slope is called another than the gradient's
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,11 @@ class Descent:
     slope: float
     uncertainty: float
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the loss changes as the gradient says."""
+        return abs(self.slope - 1) <= slope_bound(self.uncertainty)
+
 
 def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Autocast = nullcontext) -> Descent:
     """Take two AdamW steps with weight decay on one batch, and measure the loss on the way of the first.
@@ -44,71 +51,85 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
         way = _Way(model, batch, seed, autocast)
         descents: dict[float, Descent] = {}
         for rate in LEARNING_RATES:
-            way.put(way.start)
-            way.update(rate)
-            descents[rate] = way.measured()
+            descents[rate] = way.descent(rate)
             if descents[rate].uncertainty <= CERTAIN:
                 break
         best = min(descents, key=lambda rate: descents[rate].uncertainty)
-        if best != rate:
-            way.put(way.start)
-            way.update(best)
-        if abs(descents[best].slope - 1) > slope_bound(descents[best].uncertainty):
-            descents[best] = way.measured(MORE_PLACES)
+        descent = descents[best]
+        if not descent.agrees:
+            # A few places may lie on a parabola by chance, and a sharp bend before the first is seen by a shorter step alone.
+            shorter, descent = (way.descent(rate, MORE_PLACES) for rate in (best / 10, best))
+            descent = shorter if shorter.agrees else descent
+        elif best != rate:
+            way.go(best)
         way.backward()
         way.update(best)
         step.clear_gradients(model)
-    return descents[best]
+    return descent
 
 
 class _Way:
-    """From ``start``, where the parameters have gradients, to where an update has left them."""
+    """From where the parameters have gradients to where an update leaves them."""
 
     def __init__(self, model: nn.Module, batch: step.Batch, seed: int, autocast: step.Autocast) -> None:
         self._model, self._batch, self._seed, self._autocast = model, batch, seed, autocast
         model.train()
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._before = self.backward()
-        self.start = self._copies()
+        recorded = RecordChoices()
+        self._before = self.backward(recorded)
+        self._choices = recorded.indices
+        self._start = self._copies()
 
     def _copies(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self._trained]
 
     @torch.no_grad()
-    def put(self, values: Sequence[torch.Tensor]) -> None:
+    def _put(self, values: Sequence[torch.Tensor]) -> None:
         for parameter, value in zip(self._trained, values, strict=True):
             parameter.copy_(value)
+
+    def go(self, rate: float) -> None:
+        """Take the update of a learning rate from the start."""
+        self._put(self._start)
+        self.update(rate)
 
     def update(self, rate: float) -> None:
         if self._trained:
             torch.optim.AdamW(self._trained, lr=rate, weight_decay=WEIGHT_DECAY, eps=EPSILON).step()
 
-    def _loss(self) -> torch.Tensor:
+    def _loss(self, choices: AbstractContextManager[Any]) -> torch.Tensor:
         torch.manual_seed(self._seed)
-        with self._autocast():
+        with choices, self._autocast():
             loss: torch.Tensor = self._model(**step.feed(self._model, self._batch)).loss
         return loss
 
-    def backward(self) -> torch.Tensor:
+    def backward(self, choices: RecordChoices | None = None) -> torch.Tensor:
         """The loss; its gradients are left on the parameters."""
         step.clear_gradients(self._model)
-        loss = self._loss()
+        loss = self._loss(choices or nullcontext())
         if loss.requires_grad:
             loss.backward()
         return loss.detach()
 
+    def descent(self, rate: float, places: int = PLACES) -> Descent:
+        """The descent by the update of a learning rate, after which the parameters are left."""
+        self.go(rate)
+        return self._measured(places)
+
     @torch.no_grad()
-    def measured(self, places: int = PLACES) -> Descent:
-        """The descent on the way to where the parameters are, where they are left."""
+    def _measured(self, places: int) -> Descent:
         end = self._copies()
         losses, predicted = [float(self._before)], [0.0]
         for place in range(1, places + 1):
-            self.put([torch.lerp(a.double(), b.double(), place / places) for a, b in zip(self.start, end, strict=True)])
-            pairs = zip(self._trained, self.start, strict=True)
+            self._put(
+                [torch.lerp(a.double(), b.double(), place / places) for a, b in zip(self._start, end, strict=True)]
+            )
+            pairs = zip(self._trained, self._start, strict=True)
             predicted.append(
                 sum(float((p.grad.double() * (p - a.double())).sum()) for p, a in pairs if p.grad is not None)
             )
-            losses.append(float(self._loss()))
+            # By the experts of the start: with others the loss jumps.
+            losses.append(float(self._loss(ImposeChoices(self._choices))))
         rounding = torch.finfo(self._before.dtype).eps * abs(losses[0])
         return Descent(tuple(losses), tuple(predicted), *_slope(losses, predicted, rounding))
 
