@@ -75,6 +75,8 @@ class _Paths(NamedTuple):
 class Case(OpenCase):
     """The facts of one case: those of its stages, and here those of the loaded model and across stages."""
 
+    outputs = Outputs
+
     def __init__(
         self,
         spec: CaseSpec,
@@ -99,10 +101,16 @@ class Case(OpenCase):
         return getattr(getattr(case, STAGE_OF[name]), name)
 
     def _make_room(self) -> None:
-        """Drop the one prepared model of a large base, as another copy is needed; its facts stay."""
+        """Drop the one prepared model of a large base, and that of its cut, as another copy is needed; their facts stay."""
         if self._loaded.large:
-            for name in self.computed.keys() & {"_wrapped", "_called"}:
-                self.computed[name].drop()
+            self._drop()
+
+    def _drop(self) -> None:
+        for name in self.computed.keys() & {"_wrapped", "_called"}:
+            self.computed[name].drop()
+        paths = self.computed.get("_paths")
+        if paths is not None and paths.case is not self:
+            paths.case._drop()
 
     @fact(Cost(large=Cost("cut", Passes(forwards=2, copies=3, calls=1, snapshots=2), models=1)))
     def _paths(self) -> "_Paths":
@@ -110,7 +118,7 @@ class Case(OpenCase):
         try:
             proof, loaded = self._loaded.cut(self.spec)
             spec = dataclasses.replace(self.spec, cut="never")
-            case = Case(spec, self._function, loaded, patches=self._patches, recipe=self.recipe)
+            case = type(self)(spec, self._function, loaded, patches=self._patches, recipe=self.recipe)
             case.computed.follow(self.computed)
             model = self._called.model
             proof.require_alike(model, case._called.model)
@@ -134,7 +142,7 @@ class Case(OpenCase):
     @fact(Cost(needs=("_paths",)))
     def _outputs(self) -> Outputs:
         case = self._paths.case
-        return Outputs(self._preparation, None if case is self else case._outputs)
+        return self.outputs(self._preparation, None if case is self else case._outputs)
 
     _calls = Fact(lambda self: Calls(self._preparation, self._outputs), cost=Cost(needs=("_outputs",)))
     _trained = Fact(

@@ -128,7 +128,7 @@ class _NoPreparation(Outputs):
 class _Steps(Case):
     """The case of a preparation that does nothing: a prepared model's own steps."""
 
-    _outputs = Fact(lambda self: _NoPreparation(self._preparation))
+    outputs = _NoPreparation
 
 
 class PreparedCase(OpenCase):

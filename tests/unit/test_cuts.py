@@ -10,6 +10,9 @@ import pytest
 from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 
+import kbitcheck
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import CutFacts
 from kbitcheck.core.result import Result, Status
@@ -18,6 +21,7 @@ from kbitcheck.models.sources.architecture import named
 from kbitcheck.observe.case import ON_CUT, Case, facts_of
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.outputs import Outputs
+from kbitcheck.observe.probes import digest
 from kbitcheck.sabotage.helpers import blocks, subclass
 from tests.deep import deep
 
@@ -221,3 +225,32 @@ def test_a_hook_that_counts_is_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
     opened = case("always", damaged(damage))
     assert opened.cut.towers == ()
+
+
+def bits(model: nn.Module) -> dict[str, str]:
+    return {name: digest.bits(parameter) for name, parameter in model.named_parameters()}
+
+
+def test_a_callers_model_is_cut_and_left_as_it_was() -> None:
+    model = deep(named(MODEL)).load(Quantization.parse("nf4"))
+    before = bits(model)
+    whole, cut = (kbitcheck.audit(model, prepare="reference", cut=when) for when in ("never", "always"))
+    assert bits(model) == before
+    assert [(r.rule, r.status) for r in cut.results] == [(r.rule, r.status) for r in whole.results]
+    assert {r.rule for r in cut.results if r.cut == CUT} >= {*PATHS}
+
+
+def test_a_prepared_model_with_adapters_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    model = deep(named(MODEL)).load(Quantization.parse("nf4"))
+    prepare_model_for_kbit_training(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    before = bits(wrapped)
+    small = kbitcheck.assert_prepared(wrapped)
+    monkeypatch.setattr(machine, "LARGE_BYTES", 0)
+    large = kbitcheck.assert_prepared(wrapped)
+    assert bits(wrapped) == before
+    assert [(r.rule, r.status) for r in large.results] == [(r.rule, r.status) for r in small.results]
+    assert {r.rule for r in large.results if r.cut} >= {"KB306", "KB307"}
+    assert {r.cut for r in large.results} == {"", "3 of 6 blocks"}  # the reference hooks the first block
+    assert {r.cut for r in small.results} == {""}
