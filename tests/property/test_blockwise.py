@@ -38,6 +38,7 @@ CANNOT_TRAIN = {
     "causal-lm/git": "takes as many labels as tokens and images",
     "causal-lm/longcat_flash": "multiplies with a packed weight",
     "causal-lm/mamba": "multiplies with a packed weight",
+    "masked-lm/mobilebert": "concatenates a packed weight",
 }
 
 
@@ -77,15 +78,66 @@ def test_a_right_step_has_the_bits_of_the_twin_in_the_same_dtypes(model, quant, 
     assert all(seen.ok for seen in tensors_off(facts))
 
 
+def add_in_another_order(model):
+    """Each linear layer adds its products in another order, as another kernel does."""
+    linear = torch.nn.functional.linear
+
+    def permuted(x, weight, bias=None):
+        order = torch.randperm(weight.shape[-1], generator=torch.Generator().manual_seed(0))
+        return linear(x[..., order], weight[:, order], bias)
+
+    def choose(function):
+        def hook(*_):
+            torch.nn.functional.linear = function
+
+        return hook
+
+    model.register_forward_pre_hook(choose(permuted))
+    model.register_forward_hook(choose(linear), always_call=True)
+
+
+REORDERED = [
+    ("tiny:llama", "nf4"),
+    ("tiny:bert", "int8"),
+    ("tiny:mixtral", "nf4"),
+    ("tiny:gpt2", "int8"),
+    ("tiny:t5", "nf4"),
+]
+
+
+@pytest.mark.parametrize(("model", "quant"), REORDERED)
+def test_sums_in_another_order_are_not_off(model, quant):
+    facts = blockwise(add_in_another_order, model=model, quant=quant)
+    assert sum(not g.bitwise for g in facts.adapters.values()) > len(facts.adapters) / 2
+    assert [seen for seen in tensors_off(facts) if not seen.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        (faults.scales_the_gradient_between_two_blocks, "model.layers.1: gradient that enters output"),
+        (faults.embedding_off_by_a_thousandth, "model.layers.0: hidden_states"),
+        (faults.gradient_of_the_logits_off_by_a_thousandth, "model.layers.3: gradient that enters output"),
+    ],
+)
+def test_a_scale_shows_where_sums_are_in_another_order(fault, where):
+    def change(model):
+        fault(model)
+        add_in_another_order(model)
+
+    assert broken(change) == [where]
+
+
 @pytest.mark.slow
 @pytest.mark.transformers5("transformers 4 does not know all of these")
+@pytest.mark.parametrize("change", [lambda model: None, add_in_another_order], ids=["same", "another_order"])
 @pytest.mark.parametrize("task", architecture.TASKS)
-def test_no_architecture_is_off(task):
+def test_no_architecture_is_off(task, change):
     """False alarms: of every architecture that loads and trains, no tensor is off."""
     off, judged = {}, 0
     for name in architecture.listed(task):
         try:
-            seen = list(tensors_off(blockwise(model=f"arch:{task}/{name}")))
+            seen = list(tensors_off(blockwise(change, model=f"arch:{task}/{name}")))
         except (Unavailable, UsageError):  # it cannot be loaded, trained or run in float64
             continue
         except (RuntimeError, ValueError) as error:
