@@ -7,6 +7,7 @@ from kbitcheck.report.parts.broken_rules import BrokenRule, broken_rules
 from kbitcheck.report.parts.charts import charts
 from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
+from kbitcheck.report.parts.memory import rows
 from kbitcheck.report.parts.repro import command
 from kbitcheck.report.parts.verdict import outcome, verdict
 from kbitcheck.report.rule_page import FAMILIES
@@ -33,9 +34,21 @@ def render(report: Report) -> str:
         breaches=breaches(report),
         families=families,
         charts=charts(report),
+        memory=_memory(report),
         titles={code: rules().title(code) for code in sorted({r.rule for r in report.results})},
         outcomes=outcomes,
         marks=MARKS,
         command=command(report, next(iter(report.subject.get("cases", {})), "")),
         glossary=glossary(),
     )
+
+
+def _memory(report: Report) -> list[tuple[str, list[str]]]:
+    """The memory table by heading: lines of text, of which those of one heading stand under each other."""
+    lines: list[tuple[str, list[str]]] = []
+    if report.subject.get("command") in ("model", "audit"):
+        for heading, cases, text in rows(report.facts.get("cases", {}), report.subject.get("cases", {})):
+            if heading or not lines:
+                lines.append((heading, []))
+            lines[-1][1].append(f"{cases}: {text}" if cases else text)
+    return lines

@@ -24,6 +24,7 @@ BARS = 8  # models in the first chart
 LAYERS = 60  # points in the last
 WIDTH = 5.2  # inches, of 72 CSS pixels: a telephone's width
 LABEL = 20  # characters of a tick's label
+CASE = 48  # characters of a case's name above its bar
 TICKS = 14
 # As kbitcheck.observe.figures names them; those that a chart has no colour for are its rest.
 GROUPS = (
@@ -47,7 +48,7 @@ def charts(report: Report) -> list[Chart]:
     cases: Cases = report.facts.get("cases", {})
     specs: Cases = report.subject.get("cases", {})
     checkpointed = {c: f for c, f in cases.items() if specs.get(c, {}).get("checkpointing") != "off"}
-    return [*_bytes(cases, specs), *_activations(checkpointed or cases), *_gradients(cases)]
+    return [*_bytes(cases, specs), *_peaks(cases), *_activations(checkpointed or cases), *_gradients(cases)]
 
 
 def _bytes(cases: Cases, specs: Cases) -> Iterator[Chart]:
@@ -99,6 +100,50 @@ def _bytes(cases: Cases, specs: Cases) -> Iterator[Chart]:
 
 def _growth(groups: Mapping[str, Mapping[str, int]]) -> float:
     return sum(groups["prepared"].values()) / max(sum(groups["loaded"].values()), 1)
+
+
+def _peaks(cases: Cases) -> Iterator[Chart]:
+    """What is alive at the predicted peak of a training step, by kind, in each case."""
+    of_case: dict[str, dict[str, int]] = {}
+    for case, facts in cases.items():
+        kinds: dict[str, int] = {}
+        for part in facts.get("forecast", {}).get("parts", ()):
+            kinds[part["kind"]] = kinds.get(part["kind"], 0) + part["nbytes"]
+        if kinds:
+            of_case[case] = kinds
+    if not of_case:
+        return
+    shown = sorted(of_case, key=lambda case: -sum(of_case[case].values()))[:BARS]
+    most = {kind: max(of_case[case].get(kind, 0) for case in shown) for case in shown for kind in of_case[case]}
+    columns = sorted(most, key=lambda kind: -most[kind])
+    unit, scale = _unit(max(sum(of_case[case].values()) for case in shown))
+
+    def draw(axes: Axes) -> None:
+        own = columns if len(columns) <= len(SERIES) else columns[: len(SERIES) - 1]
+        stacks = {kind: [kind] for kind in own} | ({"the rest": columns[len(own) :]} if len(own) < len(columns) else {})
+        left = [0.0] * len(shown)
+        places = [-1.6 * i for i in range(len(shown))]
+        for color, (label, members) in zip(SERIES, stacks.items(), strict=False):
+            widths = [sum(of_case[case].get(kind, 0) for kind in members) / scale for case in shown]
+            axes.barh(places, widths, 0.85, left=left, color=color, label=label)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axes.set_yticks([])
+        for place, case in zip(places, shown, strict=True):
+            axes.text(0, place + 0.5, f" {case if len(case) <= CASE else '…' + case[1 - CASE :]}", va="bottom")
+        axes.set_ylim(places[-1] - 0.6, 1.4)
+        axes.set_xlabel(unit)
+
+    few = f" The {BARS} largest of {len(of_case)}." if len(of_case) > BARS else ""
+    yield Chart(
+        title="What is alive at the peak of a training step",
+        caption=f"Predicted, on the device, by kind; together they are the peak allocated.{few}",
+        svg=_svg("peaks", draw, 1.5 + 0.45 * len(shown), grid="x"),
+        columns=("case", *columns, "all"),
+        rows=tuple(
+            (case, *(f"{of_case[case].get(kind, 0):,}" for kind in columns), f"{sum(of_case[case].values()):,}")
+            for case in shown
+        ),
+    )
 
 
 def _activations(cases: Cases) -> Iterator[Chart]:
@@ -185,7 +230,7 @@ def _named(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _unit(largest: float) -> tuple[str, float]:
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    units = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
     return next((unit for unit in units if largest >= unit[1]), ("bytes", 1.0))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.cases import MODEL_RANK, CaseSpec
+from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import Report
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
@@ -30,7 +31,8 @@ def command(report: Report, case: str, code: str = "") -> str:
         value = spec.get(name, default)
         if name in NAMED or value == default or (name, value) == ("device", "auto"):
             continue
-        value = spec.get("gpu") or value if name == "memory" else value
+        if name == "memory":
+            value = spec.get("gpu") or (f"{value // GIB}GiB" if value % GIB == 0 else value)
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, str(value)]
     words += ["--static"] if spec.get("static") == "always" else []
