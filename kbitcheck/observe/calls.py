@@ -1,7 +1,8 @@
 """Further calls of the implementation: in other forms, a second time, refused, with other arguments, after adapters."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -26,6 +27,8 @@ from kbitcheck.observe.probes.call import SECOND, THIRD, call
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.stages import mix_training_flags
 
+T = TypeVar("T")
+
 
 class Calls:
     """Facts of calls, each on a fresh base."""
@@ -36,13 +39,19 @@ class Calls:
         self._outputs = outputs
         self.computed = preparation.computed
 
-    @fact(Cost("cut", Passes(copies=1, calls=1), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1), shared=True, models=1))
     def default_call(self) -> CallFacts:
-        return call(self._preparation.function, self._preparation.copy())[1]
+        return self._once("default call", lambda: call(self._preparation.function, self._preparation.copy())[1])
 
-    @fact(Cost("cut", Passes(copies=1, calls=1), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1), shared=True, models=1))
     def positional_call(self) -> CallFacts:
-        return call(self._preparation.function, self._preparation.copy().train(), False)[1]
+        return self._once(
+            "positional call", lambda: call(self._preparation.function, self._preparation.copy().train(), False)[1]
+        )
+
+    def _once(self, name: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns of a call that names no mode of checkpointing; cases of other modes have the same."""
+        return self._preparation.loaded.once(name, self._preparation.function, compute)
 
     @fact(Cost("cut", Passes(copies=1, calls=2, snapshots=2), models=1))
     def _repeated(self) -> tuple[CostFacts, ModelFacts, ModelFacts]:
@@ -87,8 +96,11 @@ class Calls:
             switches.quietly(model.gradient_checkpointing_disable)
         return snapshot(model)
 
-    @fact(Cost("cut", Passes(copies=1, calls=1, snapshots=2), models=1))
+    @fact(Cost("cut", Passes(copies=1, calls=1, snapshots=2), shared=True, models=1))
     def refused(self) -> RefusedCall:
+        return self._once("refused", self._refused)
+
+    def _refused(self) -> RefusedCall:
         model = self._preparation.copy()
         cls = type(model)
         model.__class__ = type(

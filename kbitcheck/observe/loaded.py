@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
@@ -27,7 +28,7 @@ from kbitcheck.observe.cut import ProvenCut, proven_cut
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.probes import adapters as adapter_probe
-from kbitcheck.observe.probes import forwards, layers, routers, snapshot, step
+from kbitcheck.observe.probes import digest, forwards, layers, routers, snapshot, step
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.twin import twins as twin
 
@@ -206,6 +207,10 @@ class Loaded:
             self._results[key] = result
         return result
 
+    def once(self, name: str, function: Callable[..., Any], compute: Callable[[], T]) -> T:
+        """What ``compute`` returns of an implementation, whatever the mode of checkpointing; kept for its other cases."""
+        return self._computed_once((name, function), compute, small=True)
+
     def wide(self) -> nn.Module:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
         self._room()
@@ -256,8 +261,14 @@ class Loaded:
         self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch
     ) -> Comparison:
         """A recorded plain step of the base, prepared and with the spec's adapters, beside its twins."""
-        self._room()
-        return self._in_float64(lambda: compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed))
+        key = ("blocks", spec.profile, spec.adapters, spec.rank, spec.seed, *_bits(run, calls))
+
+        def compared() -> Comparison:
+            self._room()
+            twins = (self._exact(spec), self._rounded(spec))
+            return self._in_float64(lambda: compare(run, calls, twins, batch, spec.seed))
+
+        return self._computed_once(key, compared, small=True)
 
     def _exact(self, spec: CaseSpec) -> Twin:
         key = ("exact", spec.adapters, spec.rank, spec.seed)
@@ -287,6 +298,13 @@ class Loaded:
 
         whole, single = map(twin.Pair, gradients(self._exact(spec)), gradients(self._rounded(spec)))
         return twin.Twins(whole=whole, single=single)
+
+
+def _bits(run: step.Step, calls: Sequence[BlockCall]) -> tuple[str, ...]:
+    """Digests of all that a comparison reads of a recorded step; what is no tensor counts by its text."""
+    read = [(c.block, c.leaves, c.outputs, c.entering, c.leaving, c.choices, c.returned, c.autocast) for c in calls]
+    leaves, structure = tree_flatten([run.facts.loss_bits, run.gradients, read])
+    return (*map(digest.of, leaves), str(structure))
 
 
 def state_keys(model: nn.Module) -> frozenset[str]:
