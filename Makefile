@@ -45,6 +45,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
+	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/predict.py

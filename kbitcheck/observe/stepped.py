@@ -99,7 +99,7 @@ class Stepped:
     def _whole_batch(self) -> Comparison:
         return self._block_by_block(self._loaded.batch)
 
-    @fact(Cost("block", BESIDE_TWINS, large=Cost("block", BESIDE_TWINS + Passes(copies=2), models=1)))
+    @fact(Cost("block", BESIDE_TWINS))
     def _single_row(self) -> Comparison:
         return self._block_by_block(self._loaded.single)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +103,32 @@ def test_a_rule_reads_what_its_source_says(healthy: Counted) -> None:
 def test_what_a_fact_needs_is_a_fact() -> None:
     assert {need for cost in costs().values() for need in cost.needs} <= costs().keys()
     assert Facts.__annotations__.keys() - SETTINGS <= costs().keys()
+
+
+@pytest.mark.transformers5("before it, loading copies the model once more")
+def test_the_published_counts_are_those_that_facts_declare() -> None:
+    published = json.loads((Path(__file__).parents[2] / "benchmarks" / "passes.json").read_text(encoding="utf-8"))
+    declared = {n: c.passes for n, c in costs().items() if c.passes != Passes() and n not in WITH_A_CUT}
+    assert {name: Passes(**passes) for name, passes in published.items()} == declared
+
+
+def test_cases_of_one_base_share_what_no_mode_changes() -> None:
+    """The calls that name no mode, and the comparison of a step that is bitwise that of the other mode."""
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="reference", checkpointing="reentrant", seed=977)
+    shared = ("default_call", "positional_call", "refused", "single_blockwise")
+    with torch.compiler.set_stance("force_eager"), counted() as counts:
+        reference = load("reference")
+        implementation = dataclasses.replace(reference, function=counts.calls(reference.function))
+        taken, facts = [], []
+        for mode in ("reentrant", "non-reentrant"):
+            before = counts.by_fact
+            case = open_case(dataclasses.replace(spec, checkpointing=mode), implementation)
+            facts.append([getattr(case, name) for name in shared])
+            none = Passes()
+            taken.append({n: p for n, p in counts.by_fact.items() if p != before.get(n, none)})
+            case.close()
+    assert facts[0] == facts[1]
+    assert {*taken[0]} >= {"default_call", "positional_call", "refused", "_single_row"}
+    assert not {"default_call", "positional_call", "refused"} & {*taken[1]}
+    assert counts.by_fact["_single_row"].float64_forwards == 1
+    assert counts.by_fact["_single_row"].backwards == 3  # a step of each case, and the twin's

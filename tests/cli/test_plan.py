@@ -1,0 +1,100 @@
+"""``kbitcheck model --plan``, and what a report says of facts that were left out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kbitcheck.cli.console import duration
+from kbitcheck.core.events import Collector, Computing, Figures, Judged, Planned, from_json
+from kbitcheck.core.facts import Passes
+from kbitcheck.core.plan import Item, Plan
+from kbitcheck.core.report import Report, assemble
+from kbitcheck.core.result import Level, Result, Status
+from kbitcheck.report import verdict
+from kbitcheck.report.tables.plan import render
+from tests.cli.conftest import Door
+
+WHY = "about 210 s; --timeout 600 allows it"
+PLAN = Plan(
+    case="m-nf4-off",
+    opening=2.0,
+    items=(
+        Item(fact="run", on="whole", passes=Passes(forwards=1, backwards=1), seconds=3.0, nbytes=10, rules=("KB103",)),
+        Item(
+            fact="interleaved",
+            on="cut",
+            passes=Passes(forwards=15),
+            seconds=210.0,
+            nbytes=20,
+            rules=("KB308",),
+            left_out=f"not judged: needs `interleaved`, {WHY}",
+        ),
+    ),
+)
+
+
+def test_a_plan_is_printed_before_anything_runs(tmp_path: Path) -> None:
+    arguments = ["model", "tiny:llama", "--prepare", "reference", "--quant", "nf4", "--checkpointing", "off"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "kbitcheck", *arguments, "--checkpointing", "reentrant", "--plan", "--format", "json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    first, second = map(Plan.from_json, json.loads(ran.stdout)["plans"])
+    assert (first.case, second.case) == ("tiny:llama-nf4-off", "tiny:llama-nf4-reentrant")
+    assert first.of("twins") is not None
+    assert second.of("twins") is None  # the first case has them
+    assert first.of("against_other_mode") is None  # no rule needs it without checkpointing
+    mode = second.of("against_other_mode")
+    assert mode is not None
+    assert (mode.rules, mode.passes) == (("KB306",), Passes(forwards=1, backwards=1))
+    assert 0 < second.seconds < first.seconds < 600
+    assert 0 < first.nbytes < 10e6
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extra", [("--static",), ("--format", "html")])
+def test_a_plan_goes_without(door: Door, extra: tuple[str, ...]) -> None:
+    ran = door("model", "tiny:llama", "--plan", *extra)
+    assert (ran.returncode, ran.stdout) == (4, "")
+    assert "--plan goes without --static" in ran.stderr
+
+
+def test_the_text_says_what_is_left_out_and_for_which_rules() -> None:
+    text = render([PLAN], "text")
+    assert "KB308 not judged: needs `interleaved`, about 210 s; --timeout 600 allows it" in text
+    (total,) = (line for line in text.splitlines() if line.startswith("  in all"))
+    assert total.split() == ["in", "all", "1", "f", "1", "b", "5.00", "0.0", "MB"]
+
+
+@pytest.mark.parametrize("event", [Planned(plan=PLAN), Computing(case="m", fact="run", left=2.5)])
+def test_events_cross_the_pipe(event: Planned | Computing) -> None:
+    assert from_json(json.loads(json.dumps(event.as_json()))) == event
+
+
+def report(**facts: object) -> Report:
+    collector = Collector()
+    for status in (Status.PASS, Status.SKIP):
+        collector.add(Judged(result=Result(rule="KB101", case="m", level=Level.MUST, status=status)))
+    collector.add(Figures(case="m", facts=facts))
+    return assemble(collector, {"m": {"implementation": "peft"}}, subject={"command": "model"})
+
+
+def test_the_verdict_names_what_was_left_out() -> None:
+    whole, part = report(), report(left_out={"interleaved": WHY})
+    assert verdict(whole).startswith("✓ ready")
+    assert verdict(part).startswith("✓ nothing rules it out")
+    assert verdict(part).endswith(f"left out: interleaved ({WHY})")
+    assert part.exit_code == whole.exit_code == 0
+
+
+def test_durations_are_short() -> None:
+    assert [duration(s) for s in (3.4, 99.4, 150.0)] == ["3 s", "99 s", "2 min"]
