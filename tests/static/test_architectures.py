@@ -7,9 +7,12 @@ import torch
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import cause
+from kbitcheck.models.sources import architecture
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.forecast.fitting import NO_STEP
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.probes.snapshot import snapshot
 
@@ -17,6 +20,7 @@ NF4 = Quantization.parse("nf4")
 AUTOCAST = Runtime(autocast=torch.bfloat16)
 LENGTH = 24
 ROOM = 5  # times what two sequences take
+TASKS = (architecture.CAUSAL_LM, "seq2seq-lm", "speech-seq2seq")
 
 KINDS = {
     "dense": "llama",
@@ -73,3 +77,19 @@ def confirm(source):
 @pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
 def test_what_fits_is_confirmed_for_each_kind_of_layer(name):
     confirm(source_of(name))
+
+
+# Of a type of the sweep that is no kind above; those without a step are ``missing`` in a report, with the reason.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"{task}/{kind}" for task in TASKS for kind in sorted(architecture.listed(task))])
+def test_what_fits_is_confirmed_for_every_architecture(name):
+    try:
+        source = source_of(name)
+        facts = snapshot(source.meta(NF4))
+        if facts.layers:
+            training(source).step(2, LENGTH, "off")
+    except NO_STEP as error:
+        pytest.skip(f"not forecast: {cause(error)}")
+    if not facts.layers:
+        pytest.skip("no layer is quantized")
+    confirm(source)
