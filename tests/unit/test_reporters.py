@@ -156,6 +156,14 @@ FORECAST = {
 }  # fmt: skip
 
 
+def report_lines(forecast: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """The lines of a report on one case."""
+    found = report(
+        specs=(spec(),), subject={"command": "model"}, facts={"cases": {spec().id: {**facts, "forecast": forecast}}}
+    )
+    return render(found, "text").splitlines()
+
+
 def costs(*forecasts: dict[str, Any]) -> list[str]:
     """The lines on memory of a report on as many cases."""
     specs = tuple(spec(quant=quant) for quant in ("nf4", "int8")[: len(forecasts)])
@@ -179,6 +187,11 @@ KERNELS = {
     "autocast": "none", "activations": {"reentrant": {"held": 80, "peak": 100}}, "compared": {"bf16": {"held": 60, "peak": 60}},
     "attention": {"none": {"math (float32 and grouped queries)": 4}, "bf16": {"flash": 3, "memory-efficient (a mask)": 1}},
 }  # fmt: skip
+
+
+def test_a_measured_step_names_its_conditions() -> None:
+    lines = report_lines(FORECAST, {"activations": 70, "checkpointed": 60, "batch": [2, 24]})
+    assert "measured    70 B, 60 B checkpointed at 2 × 24, without autocast, as rules judge it" in lines
 
 
 def test_logits_that_are_most_of_a_step_are_named() -> None:

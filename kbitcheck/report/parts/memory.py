@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.report.parts import fit
 from kbitcheck.report.parts.units import size
 
@@ -91,7 +92,8 @@ def _steps(facts: Mapping[str, Any], forecast: Mapping[str, Any]) -> Iterator[tu
     yield "a step", f"{shape}, checkpointing {modes}; logits {logits}{mostly}"
     yield from _kernels(forecast)
     if "activations" in facts:
-        yield "measured", dict(_measured(facts))["activations"]
+        how = "under" if PROMISES[forecast["profile"]].autocast else "without"
+        yield "measured", f"{dict(_measured(facts))['activations']}, {how} autocast, as rules judge it"
     mode = forecast["mode"]
     together = f", and gradients kept over {count} batches" if (count := forecast.get("accumulate", 1)) > 1 else ""
     taken = f"{size(forecast['total'][mode])} {fit.with_checkpointing(mode)}{together}"
