@@ -12,7 +12,6 @@ from kbitcheck.models.sources import architecture
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import predict
-from kbitcheck.observe.forecast.fitting import NO_STEP
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.probes.snapshot import snapshot
 
@@ -88,7 +87,7 @@ def test_what_fits_is_confirmed_for_every_architecture(name):
         facts = snapshot(source.meta(NF4))
         if facts.layers:
             training(source).step(2, LENGTH, "off")
-    except NO_STEP as error:
+    except predict.NO_STEP as error:
         pytest.skip(f"not forecast: {cause(error)}")
     if not facts.layers:
         pytest.skip("no layer is quantized")
