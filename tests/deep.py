@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kbitcheck.models.sources.architecture import Architecture
-from kbitcheck.models.zoo.shrink import are_indices, is_depth
+from kbitcheck.models.zoo.shrink import LAYER_KINDS, are_indices, is_depth
 
 TIMES = 3
 
@@ -14,6 +14,7 @@ TIMES = 3
 def deepened(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration's fields with three times as many blocks; lists by block are repeated."""
     depths = [v for k, v in config.items() if is_depth(k) and type(v) is int]
+    depths += [len(v) for k, v in config.items() if LAYER_KINDS.fullmatch(k)]
     return {k: _deepened(k, v, max(depths, default=0)) for k, v in config.items()}
 
 

@@ -6,7 +6,7 @@ The model itself is cut, not its checkpoint, so that a live model can be cut as 
 import copy
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from textwrap import shorten
 from typing import Any
 
@@ -54,11 +54,15 @@ def cut(model: nn.Module, *, uncut: Container[str] = ()) -> Cut:
         NoCut: the cut would be the whole model, or the model cannot be built with fewer blocks.
     """
     prefix, inner = _transformers_model(model)
-    towers = [_tower(name, blocks, whole=prefix + name in uncut) for name, blocks in _stacks(inner).items()]
+    stacks = _stacks(inner)
+    depths = _depths(inner, [_tower(name, blocks, whole=prefix + name in uncut) for name, blocks in stacks.items()])
+    towers = [
+        Tower(name=name, kept=depths[_field(inner, name, len(blocks))], total=len(blocks))
+        for name, blocks in stacks.items()
+    ]
     shorter = [tower for tower in towers if tower.kept < tower.total]
     if not shorter:
         raise NoCut("no tower has more blocks than a cut holds" if towers else "the model has no numbered blocks")
-    depths = _depths(inner, shorter)
     memo = _shared(inner, shorter)
     root = copy.deepcopy(inner.config, memo)
     _shorten(root, depths)
@@ -115,12 +119,17 @@ def _tower(name: str, blocks: Sequence[nn.Module], *, whole: bool) -> Tower:
 def _depths(model: nn.Module, towers: Sequence[Tower]) -> Depths:
     depths: dict[tuple[type, int], int] = {}
     for tower in towers:
-        path = tower.name.split(".")
-        owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
-        config = next(owner.config for owner in owners if isinstance(getattr(owner, "config", None), PretrainedConfig))
-        key = type(config), tower.total
+        key = _field(model, tower.name, tower.total)
         depths[key] = max(depths.get(key, 0), tower.kept)
     return depths
+
+
+def _field(model: nn.Module, tower: str, total: int) -> tuple[type, int]:
+    """What tells the field of a configuration that counts a tower's blocks: the configuration's class, and the number."""
+    path = tower.split(".")
+    owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
+    config = next(owner.config for owner in owners if isinstance(getattr(owner, "config", None), PretrainedConfig))
+    return type(config), total
 
 
 def _shorten(config: PretrainedConfig, depths: Depths) -> None:
@@ -143,6 +152,13 @@ def _shortened(name: str, value: Any, total: int, kept: int) -> Any:
         if are_indices(value, total):
             return type(value)(index for index in value if index < kept)
         return value[:kept] if len(value) == total else value
+    if is_dataclass(value) and not isinstance(
+        value, (type, PretrainedConfig)
+    ):  # settings by layer, as Gemma-4 has them
+        new = {f.name: _shortened(f.name, getattr(value, f.name), total, kept) for f in fields(value)}
+        return value if all(new[name] is getattr(value, name) for name in new) else replace(value, **new)
+    if isinstance(value, dict) and value and all(type(key) is int and 0 <= key < total for key in value):
+        return {key: item for key, item in value.items() if key < kept}
     if isinstance(value, str) and name.endswith("_pattern") and len(value) == total:
         return value[:kept]
     return value

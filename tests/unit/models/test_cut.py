@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
 from kbitcheck.models import cut as cutting
 from kbitcheck.models.blocks import described, signature
 from kbitcheck.models.cut import NoCut, cut
 from kbitcheck.models.load import quiet
-from kbitcheck.models.sources.architecture import named
+from kbitcheck.models.sources.architecture import listed, named
 from kbitcheck.observe import cut as proof
 from kbitcheck.observe.cut import proven_cut
 from tests.deep import deep
@@ -161,3 +162,41 @@ def test_the_description_of_a_block_tells_functions_apart_by_what_they_do() -> N
     renamed = copy.deepcopy(plain)
     renamed.__class__ = type("Linear", (nn.Linear,), {"forward": lambda self, x: x})
     assert signature(renamed) != signature(plain)
+
+
+# Architectures that cannot be cut, or do not run at all, by what the reason says.
+NOT_CUT = {
+    "has other modules": {"blt"},
+    "another shape": {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"},
+    "is not the whole model's": {"minicpm3"},  # residuals are scaled by the number of blocks
+    "no numbered blocks": {"cpmant", "ctrl", "gpt_neox_japanese", "openai-gpt", "reformer", "xlm", "xlnet", "fsmt"},
+    # Each block is of a kind of its own: its seed, or its initial lambda; or there are two blocks.
+    "no tower has more blocks": {"beam", "big_bird", "bloom", "diffllama", "nemotron_h", "bigbird_pegasus", "gemma3n_text"},
+    "does not say how many blocks": {"hrm_text"},
+    "a forward raises": {"git", "longcat_flash", "mamba"},  # nor does the whole model run, quantized
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.transformers5("has these architectures")
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "speech-seq2seq"])
+def test_every_architecture_that_runs_is_cut_or_has_a_reason(task: str) -> None:
+    kinds = {cls: kind for kind, cls in reversed(listed(task).items())}.values()
+    odd, number = {}, 0
+    for kind in kinds:
+        name = f"arch:{task}/{kind}"
+        try:
+            with quiet():
+                model = loaded(name)
+                fed = batch(name, model)
+        except UsageError:  # the deep configuration is refused
+            continue
+        number += 1
+        try:
+            with quiet():
+                proven_cut(model, fed)
+        except NoCut as error:
+            if not any(reason in str(error) and kind in expected for reason, expected in NOT_CUT.items()):
+                odd[kind] = str(error)
+    assert odd == {}
+    assert number > 5
