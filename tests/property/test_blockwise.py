@@ -17,14 +17,14 @@ from kbitcheck.sabotage import small_gradients as faults
 from kbitcheck.sabotage.gradients import scale_after
 from kbitcheck.sabotage.hooks import change_output
 
+IN_5 = pytest.mark.transformers5("transformers 4 does not know, load or run it without CUDA")
 CELLS = [
     ("tiny:bert", "nf4", "peft"), ("tiny:gemma", "int8", "peft"), ("tiny:gpt2", "fp4", "qlora"),
     ("tiny:llama", "int8", "qlora"), ("tiny:llava", "nf4", "peft"), ("tiny:mixtral", "nf4", "peft"),
     ("tiny:opt", "int8", "qlora"), ("tiny:t5", "int8", "qlora"), ("tiny:whisper", "nf4", "frozen-half"),
     ("arch:mamba2", "nf4", "peft"),  # state-space
-    ("arch:jamba", "nf4", "peft"),  # state-space and attention, experts
-    ("arch:zamba2", "nf4", "peft"),  # blocks that share a block
-    pytest.param("arch:hrm_text", "nf4", "peft", marks=pytest.mark.transformers5("it is new there")),  # calls a block twice
+    # State-space and attention, experts; blocks that share a block; a block that is called twice.
+    *(pytest.param(f"arch:{name}", "nf4", "peft", marks=IN_5) for name in ("jamba", "zamba2", "hrm_text")),
     ("arch:ctrl", "nf4", "peft"),  # no blocks
     ("arch:masked-lm/albert", "nf4", "peft"),
 ]  # fmt: skip
@@ -186,6 +186,25 @@ def drop_the_mask(model):
 )
 def test_a_fault_between_the_blocks_shows_at_its_joint(fault, where):
     assert where in broken(fault)
+
+
+def test_a_block_that_runs_in_the_place_of_another_shows():
+    def run_again(model):
+        layers = model.model.layers
+        own = layers[2]
+
+        def put(block):
+            def hook(*_):
+                layers[2] = block
+
+            return hook
+
+        model.model.register_forward_pre_hook(put(layers[1]))
+        model.model.register_forward_hook(put(own), always_call=True)
+
+    where = broken(run_again)
+    assert "model.layers.1 (call 2): hidden_states" in where
+    assert "model.layers.2 (a call that was left out): output" in where
 
 
 def test_what_a_cut_leaves_without_gradient_is_live_in_the_twin():
