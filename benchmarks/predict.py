@@ -26,13 +26,25 @@ DEPTHS = (2, 8)  # of a Llama, beside each family's own
 FAMILIES = ("llama", "gpt2", "t5", "mixtral", "llava", "qwen3", "gemma", "opt", "bert", "whisper")
 SHAPES = ((1, 16), (2, 64))
 QUANTS = ("nf4", "int8")
-LIMITS = {"seconds": 10.0, "gib": 1.0, "held_percent": 2.0, "peak_percent": 5.0}
+IMPORTS = [sys.executable, "-c", "import torch, transformers, bitsandbytes"]
+MEMORY = "24GiB"
+CELLS = 2  # that a memory size prints: the largest batch and the longest sequence
+# Processor time: so many times that of the imports and a second, and so many times more for each printed cell.
+LIMITS = {"times": 1.5, "times_for_a_cell": 0.3, "gib": 1.0, "held_percent": 2.0, "peak_percent": 5.0}
 KINDS = {"held": ("plain", "held"), "peak": ("plain_peak", "peak")}
 
 
-def audited(config: Path) -> dict[str, Any]:
-    """One static audit: its cost, and the sizes it tells."""
-    command = [sys.executable, "-m", "kbitcheck", "model", str(config), "--static", "--format", "json"]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Used:
+    """What a command and its children printed and used."""
+
+    text: str
+    cpu_seconds: float
+    peak_rss_gib: float
+
+
+def used(command: list[str]) -> Used:
+    """Run a command in a process of its own, whose children are the command's alone."""
     code = (
         "import json, resource, subprocess, sys\n"
         f"out = subprocess.run({command!r}, capture_output=True, text=True)\n"
@@ -41,14 +53,24 @@ def audited(config: Path) -> dict[str, Any]:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     text, seconds, kilobytes = json.loads(ran.stdout)
-    report = json.loads(text)
+    return Used(text, seconds, kilobytes / (1 << 20))
+
+
+def audited(config: Path) -> dict[str, Any]:
+    """One static audit: its cost beside that of the imports, without and with a memory size, and the sizes it predicts."""
+    command = [sys.executable, "-m", "kbitcheck", "model", str(config), "--static", "--format", "json"]
+    imports, plain, fitted = used(IMPORTS), used(command), used([*command, "--memory", MEMORY])
+    report = json.loads(plain.text)
     (prediction,) = (facts["forecast"] for facts in report["facts"]["cases"].values())
     kept = ("parameters", "loaded", "upcast", "adapters", "batch", "seq_len", "activations", "total", "longest")
     return {
         "config": config.stem,
-        "cpu_seconds": round(seconds, 2),
-        "wall_seconds": report["facts"]["seconds"],
-        "peak_rss_gib": round(kilobytes / (1 << 20), 3),
+        "imports_cpu_seconds": round(imports.cpu_seconds, 2),
+        "cpu_seconds": round(plain.cpu_seconds, 2),
+        "times_imports": round((plain.cpu_seconds - 1) / imports.cpu_seconds, 2),
+        "with_memory_cpu_seconds": round(fitted.cpu_seconds, 2),
+        "with_memory_times_imports": round((fitted.cpu_seconds - 1) / imports.cpu_seconds, 2),
+        "peak_rss_gib": round(plain.peak_rss_gib, 3),
         **{name: prediction[name] for name in kept},
     }
 
@@ -155,13 +177,30 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     configs = [audited(config) for config in CONFIGS]
     for row in configs:
-        print(row["config"], f"{row['parameters']:,}", row["cpu_seconds"], "s", row["peak_rss_gib"], "GiB", flush=True)
+        times = row["times_imports"], row["with_memory_times_imports"]
+        print(
+            row["config"],
+            f"{row['parameters']:,}",
+            row["cpu_seconds"],
+            "s",
+            *times,
+            row["peak_rss_gib"],
+            "GiB",
+            flush=True,
+        )
     rows = grid()
     versions = {p: metadata.version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")}
     results = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "see gpu.json"}
     (HERE / "predicted.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(rows)
-    over = [r["config"] for r in configs if r["cpu_seconds"] > LIMITS["seconds"] or r["peak_rss_gib"] > LIMITS["gib"]]
+    fitted = LIMITS["times"] + CELLS * LIMITS["times_for_a_cell"]
+    over = [
+        r["config"]
+        for r in configs
+        if r["times_imports"] > LIMITS["times"]
+        or r["with_memory_times_imports"] > fitted
+        or r["peak_rss_gib"] > LIMITS["gib"]
+    ]
     exact = ("parameters", "bytes")
     far = sum(
         any(r[f"{kind}_percent"] > LIMITS[f"{kind}_percent"] for kind in KINDS)
