@@ -56,6 +56,12 @@ def gpu(text: str) -> str:
     return next((name for name in CAPABILITIES if _plain(name) == _plain(text)), "")
 
 
+def alike(size: int) -> str:
+    """The GPUs with this memory that take the same kernels: the newer ones, where some are older than Ampere."""
+    names = GPUS[size].split(", ")
+    return ", ".join([name for name in names if CAPABILITIES[name] >= (8, 0)] or names)
+
+
 def named(memory: int | None) -> dict[int, str]:
     """Names by size, from small to large: the GPUs, and the size that was requested."""
     requested = {memory: f"{GPUS[memory]} (given)" if memory in GPUS else "given"} if memory else {}

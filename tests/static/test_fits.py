@@ -23,6 +23,12 @@ def test_a_gpu_is_a_size():
     assert named == fits.CAPABILITIES.keys()
 
 
+def test_gpus_of_one_size_take_the_same_kernels():
+    assert {size: fits.alike(size) for size in (16 << 30, 32 << 30)} == {16 << 30: "T4", 32 << 30: "RTX 5090"}
+    for size in fits.GPUS:
+        assert len({fits.CAPABILITIES[name] >= (8, 0) for name in fits.alike(size).split(", ")}) == 1
+
+
 @pytest.mark.parametrize("text", ["", "lots", "0", "-1GiB", "24XB", "24GiBs", "GiB", "0.1B"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="24GiB"):

@@ -11,6 +11,7 @@ from kbitcheck_reference import prepare_model_for_kbit_training
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts import Passes
+from kbitcheck.core.memory_sizes import GPUS
 from kbitcheck.core.plan import MARGIN
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
@@ -19,6 +20,7 @@ from kbitcheck.observe import planning
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.forecast.attention import AMPERE
+from kbitcheck.observe.forecast.fitting import on_gpu_of
 from kbitcheck.observe.forecast.predict import default_mode, runtime_of
 from kbitcheck.observe.open_case import open_case, plans_of
 from kbitcheck.observe.static import NEEDS_A_RUN, StaticCase
@@ -262,3 +264,10 @@ def test_autocast_is_what_the_gpu_can(gpu, autocast, expected):
     assert (runtime.capability, runtime.autocast) == expected
     if autocast == "default":
         assert runtime_of(spec, "cpu").autocast == torch.bfloat16
+
+
+def test_the_table_of_gpus_takes_their_kernels():
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="auto", gpu="V100")
+    runtimes = {size: runtime_of(on_gpu_of(size, spec), "cuda") for size in GPUS}
+    assert {size >> 30 for size, runtime in runtimes.items() if runtime.capability < AMPERE} == {16}
+    assert runtimes[16 << 30].autocast == torch.float16

@@ -11,6 +11,7 @@ from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import parts, predict, shares
 from kbitcheck.observe.forecast.answer import Answer
+from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.candidate import Candidate, with_loading
 from kbitcheck.observe.forecast.predict import Training, autocast_name, runtime_of, token_limit, usual_half
 from kbitcheck.observe.forecast.search import USUAL
@@ -63,17 +64,24 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
 
 def _table(candidate: Candidate, spec: CaseSpec) -> dict[str, Any]:
     """What fits by size of memory, by the names of ``ForecastFacts``: into the requested size, or into the common GPUs."""
-    forecast, search, fits = candidate.forecast, candidate.search(spec), spec.fits
+    forecast, fits = candidate.forecast, spec.fits
     requested = [spec.memory] if spec.memory is not None else []
     sizes = sorted({*memory_sizes.GPUS, *requested}) if fits else requested
     length, mode = forecast.seq_len, forecast.mode
     rooms = {size: candidate.room(spec, size) for size in sizes}
-    lengths = dict.fromkeys((length, *(n for n in USUAL if fits and n <= search.limit)))
-    largest = {n: {s: search.largest_batch(n, room, mode).number for s, room in rooms.items()} for n in lengths}
+    searches = {size: candidate.search(spec if size in requested else on_gpu_of(size, spec)) for size in sizes}
+    lengths = dict.fromkeys((length, *(n for n in USUAL if fits and n <= forecast.limit)))
+    largest = {n: {s: searches[s].largest_batch(n, room, mode).number for s, room in rooms.items()} for n in lengths}
     named = memory_sizes.named(spec.memory)
     return {
         "largest_batch": largest[length],
         "usual": {n: largest[n] for n in USUAL if n in largest and fits},
-        "longest": {size: search.longest(room, mode).number for size, room in rooms.items()},
-        "rooms": {size: named[size] for size in sizes},
+        "longest": {size: searches[size].longest(room, mode).number for size, room in rooms.items()},
+        "rooms": {size: named[size] if size in requested else memory_sizes.alike(size) for size in sizes},
     }
+
+
+def on_gpu_of(size: int, spec: CaseSpec) -> CaseSpec:
+    """The spec on a GPU with this memory: kernels are the same from Ampere on, before it there is no flash attention."""
+    gpu = memory_sizes.alike(size).split(", ")[0]
+    return dataclasses.replace(spec, gpu=gpu if memory_sizes.CAPABILITIES[gpu] < AMPERE else "")
