@@ -271,3 +271,10 @@ def test_the_table_of_gpus_takes_their_kernels():
     runtimes = {size: runtime_of(on_gpu_of(size, spec), "cuda") for size in GPUS}
     assert {size >> 30 for size, runtime in runtimes.items() if runtime.capability < AMPERE} == {16}
     assert runtimes[16 << 30].autocast == torch.float16
+
+
+def test_a_profile_of_mixed_dtypes_runs_under_autocast_alone():
+    forecast = opened(CONFIGS / "smollm-135m.json", profile="qlora", seq_len=16).forecast
+    assert (forecast.autocast, forecast.compared, forecast.missing) == ("bf16", {}, "")
+    forecast = opened(CONFIGS / "smollm-135m.json", profile="qlora", seq_len=16, autocast="none").forecast
+    assert "leave out --autocast none" in forecast.missing

@@ -8,6 +8,7 @@ from kbitcheck.core import memory_sizes
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import cause
 from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import parts, predict, shares
 from kbitcheck.observe.forecast.answer import Answer
@@ -29,8 +30,10 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
         mode = forecast.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
-        other = dataclasses.replace(runtime, autocast=usual_half(runtime) if runtime.autocast is None else None)
-        compared = {runtime: steps[mode], other: run.step(batch, length, mode, runtime=other)}
+        compared = {runtime: steps[mode]}
+        if not PROMISES[spec.profile].autocast:  # else dtypes are mixed, which only autocast can run
+            other = dataclasses.replace(runtime, autocast=usual_half(runtime) if runtime.autocast is None else None)
+            compared[other] = run.step(batch, length, mode, runtime=other)
         forecast = dataclasses.replace(
             forecast,
             batch=batch,
@@ -39,7 +42,9 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             activations={m: HeldFacts(held=s.held, peak=s.peak) for m, s in steps.items()},
             logits=steps[mode].logits,
             autocast=autocast_name(runtime),
-            compared={autocast_name(other): HeldFacts(held=compared[other].held, peak=compared[other].peak)},
+            compared={
+                autocast_name(r): HeldFacts(held=s.held, peak=s.peak) for r, s in compared.items() if r != runtime
+            },
             attention={autocast_name(r): s.attention for r, s in compared.items()},
             limit=limit,
             notes=(*forecast.notes, *run.notes),

@@ -85,6 +85,8 @@ def runtime_of(spec: CaseSpec, device: Literal["cpu", "cuda"]) -> Runtime:
     Autocast is that of transformers' ``Trainer(bf16=True)``; in float16 where the GPU has no bfloat16.
     """
     capability = memory_sizes.CAPABILITIES.get(spec.gpu) or devices.capability(spec.device) or AMPERE
+    if spec.autocast == "none" and PROMISES[spec.profile].autocast:
+        raise UsageError(f"profile {spec.profile} mixes dtypes, which only autocast can run: leave out --autocast none")
     plain = Runtime(device=device, capability=capability, packed=spec.packed, loss=spec.loss)
     half = {"default": usual_half(plain), "none": None}
     return dataclasses.replace(plain, autocast=half[spec.autocast] if spec.autocast in half else DTYPES[spec.autocast])

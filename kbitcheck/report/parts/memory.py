@@ -117,10 +117,10 @@ def _kernels(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     own, mode = forecast["autocast"], forecast["mode"]
     peak = forecast["activations"][mode]["peak"]
     text = {"none": "none", "bf16": "bf16, as of Trainer(bf16=True)", "fp16": "fp16, as of Trainer(fp16=True)"}[own]
-    ((other, held),) = forecast["compared"].items()
-    if abs(held["peak"] - peak) > NOTABLE * peak:
-        advice = f": train with {other}=True" if other != "none" and held["peak"] < peak else ""
-        text += f"; {_condition(other)} {size(held['peak'])} at the peak {fit.with_checkpointing(mode)}{advice}"
+    for other, held in forecast["compared"].items():
+        if abs(held["peak"] - peak) > NOTABLE * peak:
+            advice = f": train with {other}=True" if other != "none" and held["peak"] < peak else ""
+            text += f"; {_condition(other)} {size(held['peak'])} at the peak {fit.with_checkpointing(mode)}{advice}"
     yield "autocast", text
     kernels = {
         autocast: ", ".join(f"{kernel} in {count} layer{'s' * (count > 1)}" for kernel, count in counts.items())
@@ -128,7 +128,8 @@ def _kernels(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     }
     if any(kernels.values()):
         text = kernels[own] or "no kernel of torch's"
-        text += f"; {_condition(other)} {kernels[other]}" if kernels[other] != kernels[own] else ""
+        for other in forecast["compared"]:
+            text += f"; {_condition(other)} {kernels[other]}" if kernels[other] != kernels[own] else ""
         scores = any(kernel.startswith(KEEP_SCORES) for counts in forecast["attention"].values() for kernel in counts)
         yield "attention", text + "; math and eager attention keep every score" * scores
 
