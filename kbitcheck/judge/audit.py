@@ -138,7 +138,8 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
         else:
             where = f"{forecast.batch} x {forecast.seq_len} tokens"
             total = forecast.answer.requested - forecast.overhead if forecast.answer else total
-            fitting = f"largest batch that fits: {forecast.largest_batch[forecast.memory]:,}"
+            largest = forecast.largest_batch.get(forecast.memory)
+            fitting = f"no search: {forecast.missing}" if largest is None else f"largest batch that fits: {largest:,}"
         room = forecast.memory - forecast.overhead
         expected, witness = f"at most {room:,} bytes", f"predicted, {forecast.mode} checkpointing"
         yield _of_model(where, expected, f"{total:,} bytes; {fitting}", witness, ok=total <= room)

@@ -42,8 +42,9 @@ class Measured:
     accumulated: int = 0
 
     def trace(self) -> Trace:
-        """The storages of the step, those of blocks that did not run too."""
-        return whole(self.log, gradients=self.gradients, logits=self.logits)
+        """The storages of the step, those of blocks that did not run too; none if they do not add up to the step's peak."""
+        trace = whole(self.log, gradients=self.gradients, logits=self.logits)
+        return trace if trace.peak == max(self.places) else Trace((), ())
 
     @property
     def peak(self) -> int:

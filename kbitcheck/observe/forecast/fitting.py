@@ -58,7 +58,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         candidate = Candidate(forecast, facts, run, limit)
         if spec.memory is not None:
             reserved = 0
-            if forecast.device != "cpu":
+            if forecast.device != "cpu" and trace.events:
                 reserved = parts.allocated(forecast, facts, steps[mode], trace).peak_reserved
             answer = Answer(candidate, source, spec).facts
             forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)

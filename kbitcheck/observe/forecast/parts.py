@@ -13,8 +13,11 @@ from kbitcheck.observe.forecast.storages import Trace
 def at_the_peak(forecast: ForecastFacts, step: Measured, trace: Trace) -> tuple[PartFacts, ...]:
     """The bytes alive at the peak of a training step with this trace; they sum to the step's total.
 
-    If the adapters' gradients alone are more than the step's peak, they are what is alive, after the backward.
+    If the adapters' gradients alone are more than the step's peak, they are what is alive, after the backward. Nothing comes
+    back for a step without a trace.
     """
+    if not trace.events:
+        return ()
     sizes: Counter[tuple[str, str]] = Counter()
     for name, group in forecast.groups.items():
         sizes["packed weights", name] += group.packed
