@@ -176,10 +176,12 @@ class Planner:
         finished: Collection[str] = (),
         before: Mapping[str, LeftOut] = NOTHING,
         spent: float = 0.0,
+        pace: float = 1.0,
     ) -> dict[str, LeftOut]:
-        """Why facts are left out, the dearest first, so that those that remain take at most ``seconds``; ``before`` are already.
+        """Why facts are left out, the dearest first, so that those that remain take at most ``seconds``.
 
-        ``spent`` seconds are over. A fact that only rules need which cannot be judged any more is left out with them.
+        Those in ``before`` are left out already. ``spent`` seconds are over, and a predicted second takes ``pace`` of them. A
+        fact that only rules need which cannot be judged any more is left out with them.
         """
         everything = self._wanted()
         reasons = dict(before)
@@ -190,8 +192,8 @@ class Planner:
                 reasons[name] = LeftOut(display_name(name), why)
         while (total := self.remaining(finished, reasons)) > seconds and (dearest := self._dearest(finished, reasons)):
             saved = total - self.remaining(finished, {*reasons, dearest})
-            enough = 10 * math.ceil((spent + MARGIN * total) / 10)
-            why = f"about {saved:.0f} s; --timeout {enough} allows it"
+            enough = 10 * math.ceil((spent + MARGIN * pace * total) / 10)
+            why = f"about {pace * saved:.0f} s; --timeout {enough} allows it"
             reasons[dearest] = LeftOut(display_name(dearest), why)
         for name in everything.keys() - self._wanted(reasons).keys() - set(finished):
             facts = next(facts for facts in self._needs.values() if name in facts)
@@ -247,15 +249,21 @@ class Planner:
 class Budget:
     """Keeps a case within ``seconds`` from now and ``nbytes`` of memory: leaves out by name what does not fit.
 
-    Where facts take longer than predicted, so will the others.
+    Where facts take longer than predicted, so will the others. ``before`` are the seconds that loading took.
     """
 
     def __init__(
-        self, planner: Planner, computed: Computed, *, seconds: float = math.inf, nbytes: float = math.inf
+        self,
+        planner: Planner,
+        computed: Computed,
+        *,
+        seconds: float = math.inf,
+        nbytes: float = math.inf,
+        before: float = 0.0,
     ) -> None:
         self.planner = planner
         self._computed = computed
-        self._seconds, self._nbytes = seconds, nbytes
+        self._seconds, self._nbytes, self._before = seconds, nbytes, before
         self._start = time.monotonic()
         self._pace = 1.0
         self.left_out: dict[str, LeftOut] = {}
@@ -272,9 +280,15 @@ class Budget:
         predicted = self.planner.seconds(finished)
         if min(spent, predicted) > LONG:
             self._pace = spent / predicted
-        left = (self._seconds - spent) / (MARGIN * max(self._pace, 1.0))
+        pace = max(self._pace, 1.0)
+        left = (self._seconds - spent) / (MARGIN * pace)
         self.left_out |= self.planner.left_out(
-            seconds=left, nbytes=self._nbytes, finished=finished, before=self.left_out, spent=spent
+            seconds=left,
+            nbytes=self._nbytes,
+            finished=finished,
+            before=self.left_out,
+            spent=self._before + spent,
+            pace=pace,
         )
 
     def as_json(self) -> dict[str, str]:

@@ -66,7 +66,8 @@ def open_case(
         static.why = _too_little(least, planner.opening, free, spec.device)
         return static
     case = _opened(spec, implementation, loaded_model(spec))
-    return _within(case, rules, seconds=seconds - (time.monotonic() - start), nbytes=free)
+    took = time.monotonic() - start
+    return _within(case, rules, seconds=seconds - took, nbytes=free, before=took)
 
 
 def plans_of(specs: Sequence[CaseSpec], rules: Sequence[Rule], *, seconds: float = math.inf) -> Iterator[Plan]:
