@@ -39,6 +39,7 @@ CANNOT_TRAIN = {
     "causal-lm/longcat_flash": "multiplies with a packed weight",
     "causal-lm/mamba": "multiplies with a packed weight",
     "masked-lm/mobilebert": "concatenates a packed weight",
+    "sequence-classification/layoutlmv3": "indexes a packed weight",
 }
 
 
@@ -140,7 +141,7 @@ def test_no_architecture_is_off(task, change):
             seen = list(tensors_off(blockwise(change, model=f"arch:{task}/{name}")))
         except (Unavailable, UsageError):  # it cannot be loaded, trained or run in float64
             continue
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             off[f"{task}/{name}"] = str(error)
             continue
         judged += 1
