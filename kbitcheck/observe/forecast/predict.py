@@ -160,7 +160,7 @@ class Training:
         runtime = dataclasses.replace(runtime, packed=runtime.packed and batch > 1)
         if self._biased and runtime.autocast != self._settled_for:
             self._settled_for = runtime.autocast  # the first step casts biases for good
-            self.step(1, min(length, SHORT), mode, runtime=dataclasses.replace(runtime, packed=False))
+            self._measured(1, min(length, SHORT), mode, dataclasses.replace(runtime, packed=False), padded=False)
         headless = Headless(self._model, runtime.loss) if runtime.loss in LOSSES else None
         with headless.installed() if headless else nullcontext():
             step = self._measure(tensors, runtime=runtime, reentrant=MODES[mode])
