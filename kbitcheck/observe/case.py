@@ -120,6 +120,7 @@ class Case(OpenCase):
             spec = dataclasses.replace(self.spec, cut="never")
             case = type(self)(spec, self._function, loaded, patches=self._patches, recipe=self.recipe)
             case.computed.follow(self.computed)
+            case._preparation.make_room = self._make_room
             model = self._called.model
             proof.require_alike(model, case._called.model)
         except (NoCut, Unavailable) as reason:
