@@ -229,11 +229,7 @@ class Case(OpenCase):
             twins.cast(model.requires_grad_(False), self.profile)
             return model
 
-        if self._loaded.large:
-            return self._witness(cast_alone, "off")
-        # It is the same whatever the case's mode of checkpointing.
-        settings = dataclasses.replace(self.spec, checkpointing="off", implementation="")
-        return self._loaded.once(f"bare {settings}", type(self), lambda: self._witness(cast_alone, "off"))
+        return self._witness(cast_alone, "off")
 
     def _require_libraries(self) -> None:
         """Raise ``Unavailable`` where the implementation changed the libraries: a witness proves nothing there."""
