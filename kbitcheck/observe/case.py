@@ -103,14 +103,14 @@ class Case(OpenCase):
     def _make_room(self) -> None:
         """Drop the one prepared model of a large base, and that of its cut, as another copy is needed; their facts stay."""
         if self._loaded.large:
-            self._drop()
+            self.drop_evidence()
 
-    def _drop(self) -> None:
+    def drop_evidence(self) -> None:
         for name in self.computed.keys() & {"_wrapped", "_called"}:
             self.computed[name].drop()
         paths = self.computed.get("_paths")
         if paths is not None and paths.case is not self:
-            paths.case._drop()
+            paths.case.drop_evidence()
 
     @fact(Cost(large=Cost("cut", Passes(forwards=2, copies=3, calls=1, snapshots=2), models=1)))
     def _paths(self) -> "_Paths":

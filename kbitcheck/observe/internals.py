@@ -17,9 +17,18 @@ import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_map_only"]
+__all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "keystr",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_map_only",
+    "tree_unflatten",
+]
 
 aten: Any = torch.ops.aten
 

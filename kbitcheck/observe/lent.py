@@ -27,6 +27,7 @@ class Lent(Loaded):
     """
 
     copies = False
+    patched = True
 
     def __init__(
         self, model: Any, spec: CaseSpec, restore: Callable[[], None], *, no_step: str = "", **options: Any

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
@@ -27,9 +26,11 @@ from kbitcheck.observe.blockwise.record import BlockCall
 from kbitcheck.observe.cut import ProvenCut, proven_cut
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
+from kbitcheck.observe.internals import tree_flatten
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import digest, forwards, layers, routers, snapshot, step
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.twin import patches
 from kbitcheck.observe.twin import twins as twin
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Loaded:
     """
 
     copies = True  # whether a model may be copied
+    patched = False  # whether a caller may have put something over its arithmetic, which its twins leave out
     lease: object = None  # another object whenever the base that cases hold is taken back
     _no_twin = ""  # why there is none
 
@@ -156,6 +158,7 @@ class Loaded:
         model = proof.cut.model if self.copies else copy.deepcopy(proof.cut.model)
         attach = None if self.attach == self._attach_targets else self.attach
         loaded = Loaded(model, self.source, spec, batch=self.batch, attach=attach, twin_errors=self._twin_errors)
+        loaded.patched = self.patched
         return LoadedCut(proof, loaded)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
@@ -211,11 +214,22 @@ class Loaded:
         """What ``compute`` returns of an implementation, whatever the mode of checkpointing; kept for its other cases."""
         return self._computed_once((name, function), compute, small=True)
 
+    def _float64(self) -> nn.Module:
+        original = self.original()
+        return self._as_its_classes_compute(twin.float64(original, self.weights), original)
+
+    def _same_dtype(self, profile: str) -> nn.Module:
+        original = self.original()
+        return self._as_its_classes_compute(twin.same_dtype(original, self.weights, profile), original)
+
+    def _as_its_classes_compute(self, made: nn.Module, original: nn.Module) -> nn.Module:
+        return patches.remove(made, original) if self.patched else made
+
     def wide(self) -> nn.Module:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
         self._room()
         # Not its own ``float``, which refuses where layers were quantized.
-        return nn.Module.float(twin.same_dtype(self.original(), self.weights, "peft"))
+        return nn.Module.float(self._same_dtype("peft"))
 
     @cached_property
     def generator(self) -> bool:
@@ -229,8 +243,8 @@ class Loaded:
         return self._computed_once(("function", profile), lambda: self._compute_function(profile))
 
     def _compute_function(self, profile: Profile) -> Function:
-        exact = self._in_float64(lambda: self.logits(twin.float64(self.original(), self.weights)))
-        rounded = self.logits(twin.same_dtype(self.original(), self.weights, profile), profile)
+        exact = self._in_float64(lambda: self.logits(self._float64()))
+        rounded = self.logits(self._same_dtype(profile), profile)
         try:
             original = self.logits(self.copy())
         except torch.OutOfMemoryError:
@@ -266,16 +280,16 @@ class Loaded:
         def compared() -> Comparison:
             self._room()
             twins = (self._exact(spec), self._rounded(spec))
-            return self._in_float64(lambda: compare(run, calls, twins, batch, spec.seed))
+            return compare(run, calls, twins, batch, spec.seed)
 
-        return self._computed_once(key, compared, small=True)
+        return self._computed_once(key, lambda: self._in_float64(compared), small=True)
 
     def _exact(self, spec: CaseSpec) -> Twin:
         key = ("exact", spec.adapters, spec.rank, spec.seed)
         return self._computed_once(key, lambda: self._make_exact(spec), small=True)
 
     def _make_exact(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(twin.float64(self.original(), self.weights), spec)
+        model, adapters = self.attach(self._float64(), spec)
         for adapter in adapters.values():
             adapter.data = adapter.data.double()
         return Twin(model, adapters, torch.float64)
@@ -285,7 +299,7 @@ class Loaded:
         return self._computed_once(key, lambda: self._make_rounded(spec), small=True)
 
     def _make_rounded(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(twin.same_dtype(self.original(), self.weights, spec.profile), spec)
+        model, adapters = self.attach(self._same_dtype(spec.profile), spec)
         if not any(p.requires_grad for p in adapters.values()):
             raise Unavailable("no adapter is trainable (KB102)")
         return Twin(model, adapters, autocast=self.autocast(spec.profile))

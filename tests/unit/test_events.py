@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from kbitcheck.core import events
+from kbitcheck.core.facts import Passes
+from kbitcheck.core.plan import Item, Plan
 from kbitcheck.core.result import Level, Observation, Result, Status
 
 FAILED = Result(
@@ -19,10 +21,21 @@ FAILED = Result(
     failures=(Observation("a", "1", "2", ok=False),),
     notes=("n",),
 )
+PLAN = Plan(
+    case="c",
+    opening=1.0,
+    items=(
+        Item(
+            fact="run", on="whole", passes=Passes(forwards=1), seconds=2.0, nbytes=3, rules=("KB101",), left_out="dear"
+        ),
+    ),
+)
 EXAMPLES = [
     events.Ready(),
     events.Loaded(implementation={"name": "peft"}, environment={"seed": 0}),
     events.Started(case="c"),
+    events.Planned(plan=PLAN),
+    events.Computing(case="c", fact="run", left=1.5),
     events.Judged(result=FAILED, fatal=True),
     events.Figures(case="c", facts={"parameters": 3}),
     events.Architectures(classes={"llama": "Llama"}),
@@ -55,7 +68,7 @@ def test_a_collector_gathers_settled_results_facts_and_what_was_loaded() -> None
     collector = events.Collector(lambda result, environment: dataclasses.replace(result, finding="f"))
     passed_on = [collector.add(event) for event in EXAMPLES]
     assert collector.results == [dataclasses.replace(FAILED, finding="f")]
-    assert passed_on[3] == events.Judged(result=collector.results[0], fatal=True)
+    assert passed_on[5] == events.Judged(result=collector.results[0], fatal=True)
     assert passed_on[0] is EXAMPLES[0]
     assert collector.facts == {"c": {"parameters": 3}}
     assert collector.loaded == EXAMPLES[1]

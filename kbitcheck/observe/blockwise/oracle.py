@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kbitcheck.core.facts import BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
+from kbitcheck.observe.internals import tree_flatten, tree_unflatten
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.choices import ImposeChoices
 from kbitcheck.observe.probes.gap import gap

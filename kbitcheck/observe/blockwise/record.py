@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from kbitcheck.models.blocks import is_block
+from kbitcheck.observe.internals import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from kbitcheck.observe.probes.choices import RecordChoices
 
 TENSOR = object()  # stands for a floating tensor in a recorded output

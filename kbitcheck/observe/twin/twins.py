@@ -19,7 +19,6 @@ from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
-from kbitcheck.observe.twin import patches
 from kbitcheck.observe.twin.wide_parameter import Widened
 
 # A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
@@ -166,7 +165,7 @@ def _replaced(
                 if narrower and parameter.numel() * dtype.itemsize > LARGE_BYTES:
                     widened = Widened(parameter.detach(), dtype)
                     instead[id(parameter)] = nn.Parameter(widened, requires_grad=False)
-    return patches.remove(copy.deepcopy(model, instead), model)
+    return copy.deepcopy(model, instead)
 
 
 @dataclass(frozen=True)
