@@ -127,7 +127,7 @@ class Calls:
         trainable = frozenset(n for n, p in after.named_parameters() if p.requires_grad)
         return AdaptersFirst(call=facts, before=before, after=before & trainable)
 
-    @fact(Cost("cut", Passes(forwards=1, backwards=1, copies=1, calls=1), needs=("forwards",), models=1))
+    @fact(Cost("cut", Passes(forwards=1, backwards=1, copies=1, calls=1), needs=("_training_forwards",), models=1))
     def honoured(self) -> HonouredArguments:
         self._outputs.require_forward()
         mode = self._preparation.spec.checkpointing

@@ -137,7 +137,8 @@ class Case(OpenCase):
         return Wrapped(self._called)
 
     _stepped = Fact(
-        lambda self: Stepped(self._wrapped, self._outputs), cost=Cost(needs=("_wrapped", "_outputs", "forwards"))
+        lambda self: Stepped(self._wrapped, self._outputs),
+        cost=Cost(needs=("_wrapped", "_outputs", "_training_forwards")),
     )
 
     @fact(Cost(needs=("_paths",)))
@@ -151,7 +152,7 @@ class Case(OpenCase):
         cost=Cost(
             "whole",
             Passes(forwards=8, backwards=2, copies=1, calls=1, snapshots=1),
-            needs=("_outputs", "forwards"),
+            needs=("_outputs", "_training_forwards"),
             models=1,
         ),
     )
@@ -164,7 +165,7 @@ class Case(OpenCase):
         Cost(
             "cut",
             Passes(forwards=15, backwards=10, copies=5, calls=5),
-            needs=("_paths", "_outputs", "forwards", "generator"),
+            needs=("_paths", "_outputs", "_training_forwards", "generator"),
             models=2,
         )
     )

@@ -1,9 +1,10 @@
 """What a prepared model computes: its outputs under every condition, its logits, and what an evaluation or a save leaves."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
+from torch import nn
 
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CANNOT_RUN, Cost, Fact, ForwardFacts, FunctionFacts, Passes, StoreFacts, fact
@@ -43,25 +44,55 @@ class Outputs:
         ),
     )
 
-    @fact(Cost("cut", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1))
-    def forwards(self) -> Sequence[ForwardFacts]:
+    @fact(
+        Cost(
+            "cut",
+            Passes(forwards=4, copies=1, calls=1),
+            needs=("base_forwards",),
+            models=1,
+            large=Cost("cut", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1),
+        )
+    )
+    def _training_forwards(self) -> tuple[list[ForwardFacts], Iterator[ForwardFacts]]:
+        """The forwards in train mode, and the others, which run when they are iterated over.
+
+        All run at once where the copy cannot be kept: that of a large model, or what a caller lent.
+        """
         self._loaded.require_step()
-        everywhere = partial(forwards.everywhere, batch=self._loaded.batch, half=self._loaded.half)
         self._preparation.make_room()
         base = self.base_forwards  # first, so that its copy of the base is gone
-        return forwards.compare(
-            everywhere(self._preparation.prepared_copy()), base, lambda: everywhere(self._loaded.wide())
+        compared = forwards.compare(self._everywhere(self._preparation.prepared_copy()), base)
+        kept = self._loaded.copies and not self._loaded.large
+        first = len(forwards.in_training(base)) if kept else None
+        return list(islice(compared, first)), compared
+
+    def _everywhere(self, model: nn.Module) -> Iterator[forwards.Forward]:
+        return forwards.everywhere(model, self._loaded.batch, self._loaded.half)
+
+    @property
+    def training_forwards(self) -> Sequence[ForwardFacts]:
+        """The first ``forwards``: those in train mode that are fed the batch."""
+        return forwards.in_training(self._training_forwards[0])
+
+    @fact(
+        Cost(
+            "cut",
+            Passes(forwards=9, backwards=1),
+            needs=("_training_forwards",),
+            large=Cost(needs=("_training_forwards",)),
         )
+    )
+    def forwards(self) -> Sequence[ForwardFacts]:
+        first, others = self._training_forwards
+        return forwards.beside_wide([*first, *others], lambda: self._everywhere(self._loaded.wide()))
 
     def require_forward(self) -> None:
         """Raise ``Unavailable`` if no training forward of the prepared model runs, and the base's does: KB210 reports it."""
-        for f in self.paths.forwards:
-            # Fed embeddings, it fails where a gradient is cut, and runs all the same.
-            trains = f.condition.startswith("train") and f.condition != forwards.EMBEDDED
-            if f.raised and not f.base_raised and f.autocast is PROMISES[self._profile].autocast and trains:
+        for f in self.paths.training_forwards:
+            if f.raised and not f.base_raised and f.autocast is PROMISES[self._profile].autocast:
                 raise Unavailable(f"{CANNOT_RUN}{f.raised}", raised=f.raised)
 
-    @fact(Cost("cut", Passes(forwards=1, copies=1, calls=1), needs=("forwards", "base_logits"), models=1))
+    @fact(Cost("cut", Passes(forwards=1, copies=1, calls=1), needs=("_training_forwards", "base_logits"), models=1))
     def function(self) -> FunctionFacts:
         self.require_forward()
         expected = self.base_logits

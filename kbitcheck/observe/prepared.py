@@ -124,6 +124,10 @@ class _NoPreparation(Outputs):
 
     forwards = Fact[Sequence[ForwardFacts]](lambda self: ())
 
+    @property
+    def training_forwards(self) -> Sequence[ForwardFacts]:
+        return ()
+
 
 class _Steps(Case):
     """The case of a preparation that does nothing: a prepared model's own steps."""

@@ -174,14 +174,21 @@ class Stepped:
 
     # Layers and memory
 
-    @fact(Cost("whole", LAYERS, needs=("forwards",), large=Cost("whole", LAYERS + AGAIN, needs=("forwards",))))
+    @fact(
+        Cost(
+            "whole",
+            LAYERS,
+            needs=("_training_forwards",),
+            large=Cost("whole", LAYERS + AGAIN, needs=("_training_forwards",)),
+        )
+    )
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
         attached, loaded = self._wrapped.attached, self._loaded
         backwards = layers.backwards(
             attached.model, loaded.batch, loaded.weights, self._preparation.autocast, extremes=True
         )
-        if any(f.raised and f.autocast and f.condition.startswith("train") for f in self._outputs.paths.forwards):
+        if any(f.raised and f.autocast for f in self._outputs.paths.training_forwards):
             return backwards  # KB210 reports it
         if any(p.quantized_bias for p in self._wrapped.wrapped.parameters.values()):
             # An int8 layer casts its bias in place to the dtype of its input.

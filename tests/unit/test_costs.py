@@ -131,4 +131,6 @@ def test_cases_of_one_base_share_what_no_mode_changes() -> None:
     assert {*taken[0]} >= {"default_call", "positional_call", "refused", "_single_row"}
     assert not {"default_call", "positional_call", "refused"} & {*taken[1]}
     assert counts.by_fact["_single_row"].float64_forwards == 1
+    assert counts.by_fact["_training_forwards"].forwards == 2 * 4
+    assert "forwards" not in taken[0]  # no rule that needs a step alone runs a model in eval mode
     assert counts.by_fact["_single_row"].backwards == 3  # a step of each case, and the twin's

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import count, islice, product
-from typing import Any
+from itertools import count, islice, product, takewhile
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ class Forward:
     optional: bool = False
 
 
+F = TypeVar("F", Forward, ForwardFacts)
 TOKENS = 3
 EMBEDDED = "train, embeddings in place of ids, no autocast"
 
@@ -154,37 +155,39 @@ def forward_logits(model: nn.Module, batch: step.Batch, autocast: step.Autocast)
     return logits.detach()
 
 
-def compare(
-    prepared: Iterable[Forward], base: Sequence[Forward], wide: Callable[[], Iterable[Forward]]
-) -> list[ForwardFacts]:
-    """The prepared model's forwards beside the base's; ``wide`` runs the float32 model's, where those raise alone.
+def in_training(every: Iterable[F]) -> Sequence[F]:
+    """Of a model's forwards those in train mode that are fed the batch: the first ones."""
+    return list(takewhile(lambda forward: forward.condition.startswith("train"), every))
 
-    ``prepared`` is read one by one, so that only one of its logits is in memory.
-    """
+
+def compare(prepared: Iterable[Forward], base: Sequence[Forward]) -> Iterator[ForwardFacts]:
+    """The prepared model's forwards beside the base's, each when it is iterated over: one has its logits in memory."""
     uncast = {b.condition.replace("no autocast", "autocast"): b.routed for b in base if not b.autocast}
     trained = {bare.condition.replace("train", "eval"): bare.routed for bare in base if "train" in bare.condition}
     steps = {b.condition: _apart(b.routed, trained.get(b.condition)) or 0.0 for b in base if b.finite}
     # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
     farthest = max(steps.values(), default=0.0)
-    compared = [
-        ForwardFacts(
-            condition=mine.condition,
-            autocast=mine.autocast,
-            finite=mine.finite,
-            raised=mine.raised,
-            base_raised=bare.raised,
-            base_finite=bare.finite,
-            apart=_apart(mine.routed, bare.routed) if mine.finite and bare.finite else None,
-            base_cast=(_apart(bare.routed, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
-            base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
-        )
-        for mine, bare in zip(prepared, base, strict=True)
-        if not (bare.optional and (bare.raised or not bare.finite))
-    ]
-    if any(f.raised and not f.base_raised for f in compared):
-        raised = {f.condition: f.raised for f in wide()}
-        compared = [replace(f, wide_raised=raised.get(f.condition)) for f in compared]
-    return compared
+    for mine, bare in zip(prepared, base, strict=True):
+        if not (bare.optional and (bare.raised or not bare.finite)):
+            yield ForwardFacts(
+                condition=mine.condition,
+                autocast=mine.autocast,
+                finite=mine.finite,
+                raised=mine.raised,
+                base_raised=bare.raised,
+                base_finite=bare.finite,
+                apart=_apart(mine.routed, bare.routed) if mine.finite and bare.finite else None,
+                base_cast=(_apart(bare.routed, uncast.get(bare.condition)) or 0.0) if bare.finite else 0.0,
+                base_step=0.0 if "train" in bare.condition else steps.get(bare.condition) or farthest,
+            )
+
+
+def beside_wide(compared: Sequence[ForwardFacts], wide: Callable[[], Iterable[Forward]]) -> Sequence[ForwardFacts]:
+    """The same forwards with what the float32 model's raised; ``wide`` runs those where the prepared model's raise alone."""
+    if not any(f.raised and not f.base_raised for f in compared):
+        return compared
+    raised = {f.condition: f.raised for f in wide()}
+    return [replace(f, wide_raised=raised.get(f.condition)) for f in compared]
 
 
 def _apart(prepared: routers.Routed | None, base: routers.Routed | None) -> float | None:
