@@ -18,9 +18,10 @@ from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import source_of
 from kbitcheck.observe.case import STAGES, Case, attribute_of, facts_of
 from kbitcheck.observe.device import free_bytes
+from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.lent import Lent
 from kbitcheck.observe.loaded import Loaded, loaded_model
-from kbitcheck.observe.planning import planned
+from kbitcheck.observe.planning import forecast_alone, planned
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.static import StaticCase
 
@@ -43,7 +44,8 @@ def _declared(owner: type, *, large: bool) -> dict[str, Cost]:
 
 def planner_of(spec: CaseSpec, base: ModelFacts, rules: Sequence[Rule]) -> Planner:
     """Plans the case of a base that these rules judge."""
-    return planned(costs(large=base.nbytes > machine.LARGE_BYTES), spec, base, rules)
+    declared = costs(large=base.nbytes > machine.LARGE_BYTES)
+    return planned({**declared, "forecast": fitting.cost(spec)}, spec, base, rules)
 
 
 def open_case(
@@ -57,14 +59,15 @@ def open_case(
     if spec.static == "never":
         return _within(_opened(spec, implementation, loaded_model(spec)), rules)
     assumed = _assumed(spec)
+    start = time.monotonic()
     static = StaticCase(assumed, source_of(spec, static=spec.static))
     if spec.static == "always":
-        return static
+        return _forecast_within(static, rules, seconds, time.monotonic() - start)
     planner, free = planner_of(assumed, static.base, rules), free_bytes(spec.device)
-    start, least = time.monotonic(), planner.plan(static.case).of(display_name("_called"))
+    least = planner.plan(static.case).of(display_name("_called"))
     if least is not None and (least.nbytes > free or planner.opening + least.seconds > seconds):
         static.why = _too_little(least, planner.opening, free, spec.device)
-        return static
+        return _forecast_within(static, rules, seconds, time.monotonic() - start)
     case = _opened(spec, implementation, loaded_model(spec))
     took = time.monotonic() - start
     return _within(case, rules, seconds=seconds - took, nbytes=free, before=took)
@@ -97,6 +100,13 @@ def _assumed(spec: CaseSpec) -> CaseSpec:
 def _within(case: Case, rules: Sequence[Rule], **limits: float) -> Case:
     """The case, whose facts keep to limits of ``Budget``."""
     case.budget = Budget(planner_of(case.spec, case.base, rules), case.computed, **limits)
+    return case
+
+
+def _forecast_within(case: StaticCase, rules: Sequence[Rule], seconds: float, took: float) -> StaticCase:
+    """The case, whose forecast is left out where it does not fit the seconds that are left once those it took are over."""
+    planner = forecast_alone(case.spec, case.base, rules)
+    case.budget = Budget(planner, case.computed, seconds=seconds - took, before=took)
     return case
 
 

@@ -19,6 +19,7 @@ from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.plan import Planner, facts_by_rule
 from kbitcheck.core.rule import Rule
 from kbitcheck.models.zoo.shrink import BLOCKS_OF_A_KIND
+from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.probes.layers import KEPT_BYTES
 from kbitcheck.observe.static import promised_bytes
 
@@ -28,6 +29,8 @@ TOKENS = ROWS * LENGTH
 # Times that a weight is copied, a byte a weight, while it is unpacked: by the library's kernels, and by the oracle to float64.
 UNPACK, EXACT, EXACT_4BIT, QUANTIZE = 6, 10, 50, 500
 WIDTH = 1024  # of the weight that is timed
+# Small operators that a predicted step takes as long as, and for each quantized layer that runs.
+PREDICTED, PREDICTED_LAYER = 4000, 1200
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,14 @@ class Machine:
 class Sizes:
     """Of a model: millions of quantized weights, of weights of other products, and of bytes before and after its preparation.
 
-    ``layers`` is the number of quantized layers, ``packed`` the bytes of a quantized weight, ``steps`` how many times ``TOKENS``
-    tokens a batch has.
+    ``layers`` is the number of quantized layers, ``kinds`` that in two blocks of each kind, ``packed`` the bytes of a quantized
+    weight, ``steps`` how many times ``TOKENS`` tokens a batch has.
     """
 
     quantized: float
     others: float
     layers: int
+    kinds: int
     packed: float
     loaded: float
     prepared: float
@@ -78,6 +82,7 @@ class Sizes:
             quantized=weights / MILLION,
             others=others / MILLION,
             layers=len(base.layers),
+            kinds=len(_shortened(base).layers),
             packed=sum(packed.values()) / weights if weights else 0.0,
             loaded=base.nbytes / MILLION,
             prepared=(base.nbytes + added) / MILLION,
@@ -101,6 +106,17 @@ def planned(costs: Mapping[str, Cost], spec: CaseSpec, base: ModelFacts, rules: 
         seconds=lambda cost: seconds(cost.passes, short if cost.on == "cut" else whole, speed),
         nbytes=lambda cost: nbytes(cost, whole, short if cost.on == "cut" else whole),
         opening=opening(whole, speed),
+    )
+
+
+def forecast_alone(spec: CaseSpec, base: ModelFacts, rules: Sequence[Rule]) -> Planner:
+    """Plans a case without weights, where nothing but the forecast takes time."""
+    sizes, speed = Sizes.of(base, spec), machine()
+    return Planner(
+        {"forecast": fitting.cost(spec)},
+        facts_by_rule(rules, spec, base),
+        seconds=lambda cost: seconds(cost.passes, sizes, speed),
+        nbytes=lambda cost: 0,
     )
 
 
@@ -144,6 +160,7 @@ def seconds(passes: Passes, sizes: Sizes, speed: Machine) -> float:
         + passes.copies * (10 * layer + 2 * sizes.prepared * speed.copy)
         + passes.calls * (15 * layer + 4 * sizes.prepared * speed.copy)
         + passes.snapshots * (12 * layer + 2 * sizes.prepared * speed.digest)
+        + passes.predicted * (PREDICTED + PREDICTED_LAYER * sizes.kinds) * speed.operator
     )
 
 
@@ -155,7 +172,8 @@ def opening(sizes: Sizes, speed: Machine) -> float:
 
 def nbytes(cost: Cost, base: Sizes, model: Sizes) -> int:
     """About the bytes at the peak: the base, and the models beside it; what a step of small batches holds is little."""
-    return round(MILLION * (base.loaded + max(cost.models, 1) * model.prepared))
+    models = 0 if cost.passes.predicted else max(cost.models, 1)
+    return round(MILLION * (base.loaded + models * model.prepared))
 
 
 @cache

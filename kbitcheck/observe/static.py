@@ -58,7 +58,9 @@ class StaticCase(OpenCase):
     def summary(self) -> dict[str, Any]:
         """Facts for the head and the memory table of a report."""
         forecast = self.forecast if "forecast" in self.computed else self.weights
+        left_out = self.budget.as_json() if self.budget is not None else {}
         return {
+            **({"left_out": left_out} if left_out else {}),
             "static": self.why,
             "model_class": self.base.cls,
             "parameters": forecast.parameters,

@@ -1,6 +1,7 @@
 """Predicted steps against measured ones, on the CPU."""
 
 import dataclasses
+import json
 from functools import partial
 from unittest.mock import Mock
 
@@ -14,7 +15,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.blocks import signature
 from kbitcheck.models.inputs import choose
 from kbitcheck.models.sources.recipe import Recipe
-from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.models.sources.resolve import resolve, source_of
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
@@ -87,6 +88,23 @@ def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
         steps = predicted.step(2, 40, mode), predicted.step(1, 3, mode)
         measured.append([(s.held, s.peak) for s in steps])
     assert measured[0] == measured[1]
+
+
+def test_an_image_takes_the_tokens_that_the_model_computes(tmp_path):
+    """Gemma 3 pools its patches: 16 of them become one token."""
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16,
+            "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 512}  # fmt: skip
+    vision = {"hidden_size": 32, "image_size": 32, "patch_size": 2, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 16,
+              "image_token_index": 299, "text_config": text, "vision_config": {**vision, "intermediate_size": 64}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = CaseSpec(model=str(tmp_path), quant="nf4", implementation="none", device="cpu", static="always")
+    source = source_of(spec, static="always")
+    predicted, _ = training(source, "nf4")
+    assert predicted.image_tokens == 16
+    assert predicted.limit == 512 - 16
+    assert predicted.notes == ("each sequence has an image of 16 tokens beside its text",)
+    assert predicted.step(2, 20, "off").logits == 4 * 2 * (20 + 16) * 300
 
 
 def test_nothing_runs_to_choose_a_batch(monkeypatch):

@@ -30,6 +30,7 @@ KINDS = {
     "experts": "mixtral",
     "state space": "mamba2",
     "hybrid": "bamba",
+    "code that asks whether it is quantized": "jamba",
     "linear attention": "qwen3_next",
     "learned positions": "gpt2",
     "encoder-decoder": "seq2seq-lm/t5",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -32,9 +33,9 @@ REFERENCE = describe(prepare_model_for_kbit_training)
 JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908"}
 
 
-def opened(model, *, static="always", quant="nf4", rules=(), **options):
+def opened(model, *, static="always", quant="nf4", rules=(), seconds=math.inf, **options):
     spec = CaseSpec(model=str(model), quant=quant, implementation="given", static=static, **options)
-    return open_case(spec, REFERENCE, rules=rules)
+    return open_case(spec, REFERENCE, rules=rules, seconds=seconds)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,14 @@ def test_steps_are_no_longer_than_the_model_allows(tmp_path):
     assert told.largest_batch[16 << 30] > 0
 
 
+def test_a_length_beyond_the_models_limit_is_told_of(tmp_path):
+    told = opened(
+        with_fields(tmp_path, max_position_embeddings=64, num_hidden_layers=2), memory=16 << 30, seq_len=80
+    ).forecast
+    assert told.notes[-1] == "80 tokens are more than the 64 that the model's configuration allows"
+    assert told.longest[16 << 30] == 64
+
+
 def test_a_full_audit_predicts_what_it_finds():
     case = opened("tiny:llama", static="never")
     assert isinstance(case, Case)
@@ -155,6 +164,20 @@ def test_what_does_not_fit_the_time_is_left_out_by_name(machine):
     suggested = max(float(why.split("--timeout ")[1].split()[0]) for why in left)
     (again,) = plans_of([large()], [*rules().values()], seconds=suggested)
     assert not any(item.left_out for item in again.items)
+
+
+@pytest.mark.parametrize("static", ["always", "if-too-large"])
+def test_a_forecast_that_there_is_no_time_for_is_left_out(machine, static):
+    rule = rules()["KB906"]
+    case = opened("tiny:llama", static=static, rules=[rule], memory=16 << 30, seconds=0.01)
+    result = judge(rule, case)
+    assert result.status is Status.SKIP
+    assert re.fullmatch(r"not judged: needs `forecast`, about \d+ s; --timeout \d+0 allows it", result.reason)
+    assert set(case.summary()["left_out"]) == {"forecast"}
+    assert (
+        judge(rule, opened("tiny:llama", static=static, rules=[rule], memory=16 << 30, seconds=60)).status
+        is Status.PASS
+    )
 
 
 def test_an_audit_that_has_no_time_for_all_judges_the_rest(machine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from functools import cached_property
 from typing import Any, get_type_hints
@@ -14,6 +15,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Fact, Facts
 from kbitcheck.core.facts.case import OpenCase
+from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.observe.case import STAGES, Case, facts_of
 from kbitcheck.observe.open_case import open_case
@@ -58,6 +60,28 @@ def test_a_case_without_facts_says_why() -> None:
 
     with pytest.raises(Unavailable, match="no memory"):
         _ = Empty(CaseSpec(model="m", quant="nf4", implementation="i")).memory
+
+
+def test_a_fact_that_raised_is_not_computed_again() -> None:
+    class Broken(OpenCase):
+        def compute(self, name: str) -> Any:
+            large = Held()
+            kept.append(weakref.ref(large))
+            raise ValueError(f"no {name}")
+
+    class Held:
+        pass
+
+    kept: list[weakref.ref[Held]] = []
+    case = Broken(CaseSpec(model="m", quant="nf4", implementation="i"))
+    results = [judge(rules()["KB401"], case) for _ in range(2)]
+    assert [r.status for r in results] == [Status.ERROR] * 2
+    assert results[0].reason == results[1].reason != ""
+    assert len(kept) == 1
+    assert kept[0]() is None  # what the fact held is freed
+    case.close()
+    judge(rules()["KB401"], case)
+    assert len(kept) == 2
 
 
 def test_a_report_has_the_figures_of_a_fact_that_another_fact_needed() -> None:

@@ -234,6 +234,20 @@ def test_a_tiny_model_needs_no_table_of_gpus(changes: dict[str, Any], told: str)
     assert told in costs({**FORECAST, **changes})
 
 
+@pytest.mark.parametrize(
+    ("memory", "told"),
+    [
+        (24, "fits        unknown for 24 GiB: no step was predicted; 20 GiB stay through training"),
+        (16, "too large   for 16 GiB: 20 GiB stay through training, 4 GiB too much; no step was predicted"),
+    ],
+)
+def test_without_a_step_what_stays_may_be_too_much(memory: int, told: str) -> None:
+    sizes = {"resident": 19 << 30, "overhead": 1 << 30, "memory": memory << 30}
+    lines = costs({**FORECAST, **sizes, "activations": {}, "missing": "it reads numbers"})
+    assert lines[0] == told
+    assert "a step      not predicted: it reads numbers" in lines
+
+
 def test_optimizers_that_keep_less_are_told() -> None:
     optimizer = {"adamw": 100, "adamw-8bit": 30, "paged-adamw": 0}
     told = "adapters    50 B, and 100 B for adamw (adamw-8bit: 30 B, paged-adamw: 0 B)"

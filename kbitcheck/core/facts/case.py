@@ -1,8 +1,11 @@
 """What rules read: the facts of one case."""
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import methodcaller
+from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from kbitcheck.core.cases import CaseSpec
@@ -21,16 +24,38 @@ FREE = Cost()
 WHOLE = "the whole model"
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What the computation of a fact raised, and where. Nothing that its frames held is kept."""
+
+    error: Exception
+    where: TracebackType | None
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """The failure by an exception that was caught."""
+        behind: BaseException | None = error
+        while behind is not None:
+            traceback.clear_frames(behind.__traceback__)
+            behind = behind.__cause__ or behind.__context__
+        return cls(error, error.__traceback__)
+
+    def again(self) -> Exception:
+        """The exception as it was raised first."""
+        return self.error.with_traceback(self.where)
+
+
 class Computed(dict[str, Any]):
     """The facts of one case that have been computed, by name.
 
     ``at_hand`` are those that are being computed, the innermost last; ``finished`` has also those that are kept elsewhere.
     ``guard`` is called with the name of a fact before it is computed, and may raise ``Unavailable`` instead. ``watch`` is
-    called when the computation of a fact begins or ends.
+    called when the computation of a fact begins or ends. ``failed`` has what the computation of a fact raised.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.failed: dict[str, Failure] = {}
         self.finished: set[str] = set()
         self.at_hand: list[str] = []
         self.guard: Callable[[str], None] = lambda name: None
@@ -50,14 +75,22 @@ class Computed(dict[str, Any]):
         try:
             yield
             self.finished.add(name)
+        except Exception as error:
+            self.failed[name] = Failure.of(error)
+            raise
         finally:
             self.at_hand.pop()
             self.watch()
+
+    def clear(self) -> None:
+        super().clear()
+        self.failed.clear()
 
 
 class Fact(Generic[T]):
     """An attribute that is computed when it is first read, and then kept in its owner's ``computed``.
 
+    What raised is not computed again: it raises the same.
     ``"memory" in case.computed`` says whether a fact has been computed; clearing ``computed`` frees all of them. What is
     shared by cases is kept with their base instead.
     """
@@ -76,6 +109,8 @@ class Fact(Generic[T]):
         computed: Computed = owner.computed
         if self.name in computed:
             return cast(T, computed[self.name])
+        if self.name in computed.failed:
+            raise computed.failed[self.name].again()
         with computed.computing(self.name):
             value = self.compute(owner)
         if not self.cost.shared:

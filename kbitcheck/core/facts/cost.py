@@ -14,7 +14,8 @@ class Passes:
 
     Forwards and backwards in float64 are counted apart; ``float64_products`` are those of every quantized layer outside a
     twin. A recompute belongs to its backward. ``copies`` are deep copies, also those that replace quantized layers by a
-    twin's; ``calls`` are of the implementation; a snapshot reads every bit.
+    twin's; ``calls`` are of the implementation; a snapshot reads every bit. ``predicted`` are steps on tensors without
+    numbers.
     """
 
     forwards: int = 0
@@ -25,6 +26,7 @@ class Passes:
     copies: int = 0
     calls: int = 0
     snapshots: int = 0
+    predicted: int = 0
 
     def __add__(self, other: Passes) -> Passes:
         return Passes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def _images_in_text(model: Any, *, layout: Layout, batch: int, seq_len: int, see
     pixels = _accepted(layout(model.config, tokens, batch), accepted)
     with torch.no_grad():
         features = _encoder(model.eval())(**fit(pixels, model))  # type: ignore[misc]
-    count = sum(part.numel() // part.shape[-1] for part in _parts(features)) // batch
+    count = _count(features) // batch
     made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
     made["input_ids"][:, 1 : 1 + count] = _image_token(model.config)
     if made["labels"].shape == made["input_ids"].shape:
@@ -48,6 +50,29 @@ def _images_in_text(model: Any, *, layout: Layout, batch: int, seq_len: int, see
     marks[:, 1 : 1 + count] = 1
     made |= {key: marks for key in MARKS if key in accepted}
     return fit({**made, **pixels}, model)
+
+
+@contextmanager
+def counted_features(model: Any) -> Iterator[list[int]]:
+    """A list that gets, for each call of the model's encoder of images while it is entered, the number of features."""
+    numbers: list[int] = []
+
+    def counted(encode: Callable[..., Any]) -> Callable[..., Any]:
+        def encoded(*args: Any, **kwargs: Any) -> Any:
+            features = encode(*args, **kwargs)
+            numbers.append(_count(features))
+            return features
+
+        return encoded
+
+    with ExitStack() as stack:
+        for part, name in _encoders(model):
+            stack.enter_context(mock.patch.object(part, name, counted(getattr(part, name))))
+        yield numbers
+
+
+def _count(features: Any) -> int:
+    return sum(part.numel() // part.shape[-1] for part in _parts(features))
 
 
 def _parts(features: Any) -> Sequence[Tensor]:
@@ -61,9 +86,14 @@ def _parts(features: Any) -> Sequence[Tensor]:
 
 
 def _encoder(model: Any) -> Callable[..., Any] | None:
-    """The method that computes features of images, or of a video's frames: of the model, or of its base model."""
-    places = [(part, name) for name in ENCODERS for part in (model, model.base_model)]
-    return next((getattr(part, name) for part, name in places if hasattr(part, name)), None)
+    """The method that computes features of images, or of a video's frames."""
+    return next((getattr(part, name) for part, name in _encoders(model)), None)
+
+
+def _encoders(model: Any) -> list[tuple[Any, str]]:
+    """Where such methods are, by their names: in the model, or in its base model."""
+    places = {(id(part), name): (part, name) for name in ENCODERS for part in (model, model.base_model)}
+    return [(part, name) for part, name in places.values() if hasattr(part, name)]
 
 
 def _image_token(config: Any) -> int:

@@ -24,6 +24,7 @@ def draw(
     seq_len: int,
     seed: int,
     images: bool = True,
+    image_tokens: int | None = None,
     labels: int | None = None,
     lengths: Sequence[int] = (),
 ) -> Batch:
@@ -32,14 +33,14 @@ def draw(
     ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape (batch, seq_len); the last row of a batch of two
     or more is padded on the right, with a mask of zeros and labels of -100, unless ``lengths`` states the tokens of each
     row. A classifier's labels have shape (batch,); an encoder-decoder's have half the length, or ``labels``. Image tokens
-    come on top of ``seq_len``. ``pixel_values`` (batch, channels, height, width) and ``input_features`` (batch, mel bins,
-    frames) are floating, in the dtype that ``fit`` chooses. Without ``images`` a model that reads text gets text alone.
-    The global generator is not used.
+    come on top of ``seq_len``: ``image_tokens`` of them, by default one for each patch. ``pixel_values`` (batch, channels,
+    height, width) and ``input_features`` (batch, mel bins, frames) are floating, in the dtype that ``fit`` chooses. Without
+    ``images`` a model that reads text gets text alone. The global generator is not used.
     """
     accepted = inspect.signature(type(model).forward).parameters
     drawn = Tokens(model, seed, [length / seq_len for length in lengths])
     if images and "pixel_values" in accepted and "input_ids" in accepted:
-        made = _image_text(model, drawn, batch, seq_len)
+        made = _image_text(model, drawn, batch, seq_len, image_tokens)
     elif model.main_input_name == "input_features":
         made = _speech(model, drawn, batch, seq_len)
     elif "input_ids" in accepted:
@@ -173,14 +174,18 @@ def _speech(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) ->
     return {"input_features": features, "labels": labels}
 
 
-def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int) -> Batch:
+def _image_text(model: PreTrainedModel, tokens: Tokens, batch: int, seq_len: int, image_tokens: int | None) -> Batch:
     config: Any = model.config
-    vision, image = config.vision_config, getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    vision, image = (
+        getattr(config, "vision_config", None),
+        getattr(config, "image_token_id", getattr(config, "image_token_index", None)),
+    )
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if not (isinstance(size, int) and isinstance(patch, int) and isinstance(image, int)):
         raise UsageError(f"{type(model).__name__}: its images come in a layout that kbitcheck does not support")
     patches = (size // patch) ** 2 + (getattr(config, "vision_feature_select_strategy", "") == "full")
-    made = _text(model, tokens, batch, seq_len + patches)
-    made["input_ids"][:, 1 : 1 + patches] = image
-    made["labels"][:, 1 : 1 + patches] = IGNORED
+    count = patches if image_tokens is None else image_tokens
+    made = _text(model, tokens, batch, seq_len + count)
+    made["input_ids"][:, 1 : 1 + count] = image
+    made["labels"][:, 1 : 1 + count] = IGNORED
     return {**made, "pixel_values": tokens.features(batch, getattr(vision, "num_channels", 3), size, size)}

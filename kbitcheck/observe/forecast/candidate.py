@@ -21,28 +21,27 @@ LARGE = 1 << 50  # bytes: more than any step takes
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model's forecast without steps, its snapshot, and its steps by runtime, of at most ``limit`` tokens."""
+    """A model's forecast without steps, its snapshot, and its steps by runtime."""
 
     forecast: ForecastFacts
     facts: ModelFacts
     run: predict.Training
-    limit: int
     searches: dict[Runtime, Search] = field(default_factory=dict)
 
     @classmethod
     def built(cls, source: Source, spec: CaseSpec) -> "Candidate":
         """The model that a spec's quantization, rank and attention give."""
         model = source.meta(Quantization.parse(spec.quant))
-        facts, limit = snapshot(model), predict.token_limit(model)
+        facts = snapshot(model)
         forecast = with_loading(predict.of_weights(model, facts, spec), source, model, facts)
         runtime = predict.runtime_of(spec, "cpu" if forecast.device == "cpu" else "cuda")
-        return cls(forecast, facts, predict.Training(source, model, facts, spec, runtime), limit)
+        return cls(forecast, facts, predict.Training(source, model, facts, spec, runtime))
 
     def search(self, spec: CaseSpec) -> Search:
         """The steps under the spec's autocast and loss."""
         runtime = predict.runtime_of(spec, self.run.runtime.device)
         if runtime not in self.searches:
-            self.searches[runtime] = self.run.search(self.limit, runtime)
+            self.searches[runtime] = self.run.search(self.run.limit, runtime)
         return self.searches[runtime]
 
     def needed(self, spec: CaseSpec, peak: int) -> int:

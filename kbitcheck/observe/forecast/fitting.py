@@ -7,15 +7,27 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core import memory_sizes
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import cause
-from kbitcheck.core.facts import ForecastFacts, HeldFacts, ModelFacts
+from kbitcheck.core.facts import Cost, ForecastFacts, HeldFacts, ModelFacts, Passes
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import parts, predict, shares
 from kbitcheck.observe.forecast.answer import Answer
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.candidate import Candidate, with_loading
-from kbitcheck.observe.forecast.predict import Training, autocast_name, runtime_of, token_limit, usual_half
+from kbitcheck.observe.forecast.predict import Training, autocast_name, runtime_of, usual_half
 from kbitcheck.observe.forecast.search import USUAL
+
+# Steps that a forecast predicts: without checkpointing, with it and under the other autocast; the largest batch and the
+# longest sequence that fit, or changes until it fits; and as much for each of the common GPUs.
+STEPS, ANSWER, TABLE = 3, 12, 60
+
+
+def cost(spec: CaseSpec) -> Cost:
+    """About what the forecast of a spec takes at most; nothing where it is of weights alone."""
+    if spec.static == "never":
+        return Cost()
+    steps = STEPS + ANSWER * (spec.memory is not None) + TABLE * spec.fits
+    return Cost(passes=Passes(predicted=steps))
 
 
 def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
@@ -23,11 +35,10 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
     forecast = with_loading(forecast, source, model, facts)
     if not facts.layers:
         return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
-    limit = token_limit(model)
     try:
         runtime = runtime_of(spec, "cpu" if forecast.device == "cpu" else "cuda")
         run = Training(source, model, facts, spec, runtime)
-        batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, limit)
+        batch, length = spec.batch or run.rows, spec.seq_len or min(run.length, run.limit)
         mode = forecast.mode if run.checkpoints else "off"
         steps = {m: run.step(batch, length, m) for m in dict.fromkeys(("off", mode))}
         compared = {runtime: steps[mode]}
@@ -46,8 +57,8 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
                 autocast_name(r): HeldFacts(held=s.held, peak=s.peak) for r, s in compared.items() if r != runtime
             },
             attention={autocast_name(r): s.attention for r, s in compared.items()},
-            limit=limit,
-            notes=(*forecast.notes, *run.notes),
+            limit=run.limit,
+            notes=(*forecast.notes, *run.notes, *run.beyond(length)),
         )
         trace = steps[mode].trace()
         forecast = dataclasses.replace(forecast, parts=parts.at_the_peak(forecast, steps[mode], trace))
@@ -55,7 +66,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             quant = Quantization.parse(spec.quant)
             shared = shares.of_gpus(forecast, facts, quant, spec.gpus, peak=steps[mode].peak)
             forecast = dataclasses.replace(forecast, shares=shared)
-        candidate = Candidate(forecast, facts, run, limit)
+        candidate = Candidate(forecast, facts, run)
         if spec.memory is not None:
             reserved = 0
             if forecast.device != "cpu" and trace.events:

@@ -1,8 +1,9 @@
 """What training a model will take, predicted from its configuration alone."""
 
 import dataclasses
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts import ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.blocks import is_block
+from kbitcheck.models.inputs.images import counted_features
 from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe import device as devices
@@ -126,6 +128,7 @@ class Training:
             note for stated, note in NOTES.items() if stated in (spec.attention, spec.loss)
         )
         self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        self.image_tokens = 0
         _choose_attention(model, spec.attention, runtime)
         self._steps: dict[object, Measured] = {}
         targets = adapter_probe.target_layers(model, spec.targets)
@@ -144,6 +147,8 @@ class Training:
         world.move(wrapped)
         wrapped.train()
         self._measure = partial(measure, wrapped, world=world, accumulated=kept)
+        self._count_image_tokens()
+        self.limit = max(token_limit(model) - self.image_tokens, 1)
 
     def step(
         self, batch: int, length: int, mode: str, *, padded: bool = True, runtime: Runtime | None = None
@@ -168,6 +173,11 @@ class Training:
         logits = headless.logits if headless else step.logits
         return dataclasses.replace(step, logits=logits, attention=step.attention or eager)
 
+    def beyond(self, length: int) -> Iterator[str]:
+        """A remark if so many tokens are more than the model takes."""
+        if length > self.limit:
+            yield f"{length:,} tokens are more than the {self.limit:,} that the model's configuration allows"
+
     def search(self, limit: int, runtime: Runtime | None = None) -> Search:
         """The largest steps that fit, of at most ``limit`` tokens, in this runtime or in another."""
         return Search(partial(self.step, padded=False, runtime=runtime), limit)
@@ -190,12 +200,23 @@ class Training:
             tensors.pop("attention_mask", None)
         return tensors
 
+    def _count_image_tokens(self) -> None:
+        """Draw as many tokens for an image from now on as the model computes features of it, in a step of no matter what."""
+        batch = self._batch(1, SHORT, padded=False)
+        if "pixel_values" in batch and "input_ids" in batch:
+            with counted_features(self._model) as numbers:
+                self._measure(batch, runtime=dataclasses.replace(self.runtime, packed=False), reentrant=None)
+            self.image_tokens = numbers[-1] if numbers else batch["input_ids"].shape[1] - SHORT
+            self._drawn.clear()
+            self.notes = (*self.notes, f"each sequence has an image of {self.image_tokens:,} tokens beside its text")
+
     def _draw(self, batch: int, length: int) -> Mapping[str, Tensor]:
         try:
             # Drawn, not chosen by a run, as a source's are: kernels would read and write memory that fake tensors lack.
-            return draw(self._model, batch=batch, seq_len=length, seed=self._spec.seed)
+            count = self.image_tokens or None
+            return draw(self._model, batch=batch, seq_len=length, seed=self._spec.seed, image_tokens=count)
         except UsageError as error:
-            if not hasattr(self._model.config, "vision_config"):
+            if not {"pixel_values", "input_ids"} <= inspect.signature(type(self._model).forward).parameters.keys():
                 raise
             self.notes = tuple(dict.fromkeys((*self.notes, f"activations of text alone: {error}")))
             ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")

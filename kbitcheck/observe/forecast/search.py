@@ -61,7 +61,7 @@ class Search:
 
     def longest(self, room: int, mode: str) -> Largest:
         """The longest single sequence whose step takes at most ``room`` bytes."""
-        sizes = {n: self._size(s) for (b, n, m), s in self._measured.items() if (b, m) == (1, mode)}
+        sizes = {n: self._size(s) for (b, n, m), s in self._measured.items() if (b, m) == (1, mode) and n <= self.limit}
         return _largest(
             sizes, lambda length: self._size(self.step(1, length, mode)), room, self.limit, start=64, degree=2
         )

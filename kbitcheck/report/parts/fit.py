@@ -16,10 +16,7 @@ def answer(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     reply, memory = forecast.get("answer"), forecast.get("memory")
     if not reply:
         if memory and forecast.get("missing"):
-            yield (
-                "fits",
-                f"unknown for {memory / GIB:.4g} GiB: no step was predicted; {_gib(forecast['resident'])} stay through training",
-            )
+            yield from _without_a_step(forecast, memory)
         return
     mode = with_checkpointing(forecast["mode"])
     memory = f"{reply['memory'] / GIB:.4g} GiB"
@@ -45,6 +42,16 @@ def answer(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "instead", f"{_changed(reply['change'])}, which fits"
     elif reply["least"]:
         yield "instead", f"nothing that was tried fits; the least: {_changed(reply['least'])}"
+
+
+def _without_a_step(forecast: Mapping[str, Any], memory: int) -> Iterator[tuple[str, str]]:
+    """What stays through training, and whether that alone is too much."""
+    stays = forecast["resident"] + forecast["overhead"]
+    room, alone = f"{memory / GIB:.4g} GiB", f"{_gib(stays)} stay through training"
+    if stays > memory:
+        yield "too large", f"for {room}: {alone}, {_gib(stays - memory)} too much; no step was predicted"
+    else:
+        yield "fits", f"unknown for {room}: no step was predicted; {alone}"
 
 
 def _changed(change: Mapping[str, Any]) -> str:

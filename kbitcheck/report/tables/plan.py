@@ -13,11 +13,12 @@ FORMATS = ("text", "json")
 COLUMNS = ("fact", "runs on", "passes", "seconds", "memory", "rules")
 NAMES = {
     "forwards": "f", "backwards": "b", "float64_forwards": "f64", "float64_backwards": "b64", "float64_products": "p64",
-    "copies": "copy", "calls": "call", "snapshots": "read",
+    "copies": "copy", "calls": "call", "snapshots": "read", "predicted": "step",
 }  # fmt: skip
 LEGEND = (
     "f, b: forwards and backwards; f64, b64: those in float64; p64: products of each layer in float64; copy: of the model; "
-    "call: of the implementation; read: of every bit. Predicted for this machine; small models cost what their operators cost."
+    "call: of the implementation; read: of every bit; step: on tensors without numbers. "
+    "Predicted for this machine; small models cost what their operators cost."
 )
 SHOWN = 4  # rules of a fact
 WIDTH = 110
