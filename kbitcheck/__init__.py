@@ -126,13 +126,18 @@ def assert_prepared(
     select: Sequence[str] = (),
     ignore: Mapping[str, str] | None = None,
     batch: Mapping[str, Any] | None = None,
+    loss: Callable[[Any], Any] | None = None,
+    trains: Sequence[str] = (),
     allow_step: bool | None = None,
 ) -> Report:
     """Assert that a quantized model is ready for k-bit training as it stands, with or without adapters.
 
     Training steps run on the model itself, with ``batch`` (keyword arguments of its forward, labels among them; drawn
-    where none is given). Afterwards the model is bitwise what it was, also after an exception: parameters, gradients,
-    buffers, modes, hooks, random states. ``allow_step=False`` forbids steps; the report then says what was not judged.
+    where none is given). ``loss`` makes the loss, a tensor of one number, of what the forward returns; without it the
+    loss is the model's own, or one that depends on every tensor that comes out. ``trains`` names parts of the model
+    that are meant to train beside adapters, such as ``["v_head"]``. Afterwards the model is bitwise what it was, also
+    after an exception: parameters, gradients, buffers, modes, hooks, random states. ``allow_step=False`` forbids
+    steps; the report then says what was not judged.
     Where FSDP shards the model, steps need ``allow_step=True`` on every rank.
 
     Rules that need what was before preparation are skipped. Profile ``auto`` reads the recipe of dtypes off the model
@@ -155,7 +160,7 @@ def assert_prepared(
         strict=strict,
         select_codes=select,
         ignore=ignore or {},
-        batch=batch,
+        training={"batch": batch, "loss": loss, "trains": tuple(trains)},
         allow_step=allow_step,
     )
     if report.exit_code:

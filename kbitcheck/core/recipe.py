@@ -70,9 +70,9 @@ def _loaded_wide(parameter: TensorFacts, prepared: ModelFacts, loaded: ModelFact
 
 
 def _low_rank(parameter: TensorFacts) -> bool:
-    """Trained copies of a head and enabled biases have the dtype of what they replace."""
+    """Trained copies of a head and enabled biases have the dtype of what they replace; declared parts have one of their own."""
     copied = ".modules_to_save." in f".{parameter.name}" or ".trainable_tokens_" in f".{parameter.name}"
-    return parameter.adapter and not copied and not parameter.name.endswith(".bias")
+    return parameter.adapter and not parameter.declared and not copied and not parameter.name.endswith(".bias")
 
 
 def read(prepared: ModelFacts, loaded: ModelFacts | None = None, *, autocast: bool = False) -> Recipe:

@@ -8,6 +8,7 @@ from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Observation, Party
 from kbitcheck.core.rule import Check
 
+RECAST = "bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward"
 UNPREPARED = "the unprepared base, checkpointed by transformers itself, does the same"
 
 

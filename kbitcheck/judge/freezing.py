@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import unless_bare
+from kbitcheck.judge.attribution import RECAST, unless_bare
 from kbitcheck.judge.gradients import live_gradients
+
+NOTHING_TRAINS = "nothing trains: an adapter that is to train is loaded with is_trainable=True"
 
 
 @rule("KB101", "base-frozen", Level.MUST)
@@ -19,8 +21,9 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
     that the adapter will be used with later.
     Symptom: "trainable params" far above the adapter's size; out of memory in the first optimizer step; an adapter that
     is worse after reloading than in training.
-    Fix: set ``requires_grad = False`` on every parameter of the base before anything else.
-    Sources: peft#2299, peft#85; specification KB101.
+    Fix: set ``requires_grad = False`` on every parameter of the base before anything else. If a part is meant to
+    train, say so: ``assert_prepared(model, trains=["v_head"])``.
+    Sources: peft#2299, peft#85, trl#402; specification KB101.
     """
     model = facts.wrapped if facts.freezes == "at-attach" else facts.prepared
     for p in model.parameters.values():
@@ -30,14 +33,19 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB102", "only-adapters-train", Level.MUST)
 def only_adapters_train(facts: Facts) -> Iterable[Observation]:
-    """After adapters are attached, exactly the adapters' parameters are trainable.
+    """After adapters are attached, exactly the adapters' parameters are trainable, and what the caller says trains.
 
     Why: adapter libraries freeze the base a second time, which hides a preparation that did not freeze it. A
     preparation that intervenes while adapters are attached can freeze the adapters, too.
     Symptom: "trainable params: 0"; or a checkpoint that is as large as the model.
-    Fix: freeze the base once, in preparation, and leave adapters alone.
-    Sources: trl#3926, unsloth#3327, unsloth#2343.
+    Fix: freeze the base once, in preparation, and leave adapters alone. Load an adapter with ``is_trainable=True`` to
+    train it. If another part is meant to train, say so: ``assert_prepared(model, trains=["v_head"])``.
+    Sources: trl#3926, unsloth#3327, unsloth#2343, trl#402.
     """
+    trained = [p for p in facts.wrapped.parameters.values() if p.adapter]
+    if trained and not any(p.requires_grad for p in trained):
+        yield Observation("adapters", "trainable", NOTHING_TRAINS, ok=False)
+        return
     for p in facts.wrapped.parameters.values():
         expected, otherwise = ("trainable", "frozen") if p.adapter else ("frozen", "trainable")
         yield Observation.either(p.name, expected, otherwise, ok=p.requires_grad is p.adapter)
@@ -80,9 +88,8 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
         if new is None:
             yield Observation(old.name, "still there", "gone", ok=False)
         elif old.quantized_bias and new.dtype != old.dtype:
-            note = "bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward"
             same, actual = new.bits == facts.bias_after_forward.get(old.name), f"{new.dtype}, other numbers"
-            yield Observation(old.name, "the old value rounded once", actual, ok=same, note=note)
+            yield Observation(old.name, "the old value rounded once", actual, ok=same, note=RECAST)
         else:
             actual = f"{old.dtype} became {new.dtype}" if new.dtype != old.dtype else "other numbers"
             yield Observation.either(old.name, "the same bits", actual, ok=new.bits == old.bits)

@@ -54,10 +54,12 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
     first: dict[str, str] = {}
     for block in facts.run.blocks.values():
         first.setdefault(block.tower, block.name)
-    for tower, name in first.items():
-        if any(f"{tower}." in n for n in adapted):
-            asks = facts.run.blocks[name].input_requires_grad is True
-            yield Observation.either(f"input of {name}", "requires grad", "does not", ok=asks)
+    inside = [name for tower, name in first.items() if any(f"{tower}." in n for n in adapted)]
+    if not inside:
+        raise NotApplicable("no adapter is inside a tower")
+    for name in inside:
+        asks = facts.run.blocks[name].input_requires_grad is True
+        yield Observation.either(f"input of {name}", "requires grad", "does not", ok=asks)
 
 
 @rule("KB302", "adapters-get-gradients", Level.MUST)

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from kbitcheck.core.anatomy import norm_parameters
-from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.facts import FLOATING, HALF, Facts, ForwardFacts, TensorFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import unless_bare, unless_unprepared
+from kbitcheck.judge.attribution import RECAST, unless_bare, unless_unprepared
 
 
 @rule("KB201", "norms-fp32", Level.MUST)
@@ -49,7 +50,19 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     norms = norm_parameters(facts.prepared)
     for p in facts.prepared.parameters.values():
         if not p.packed and p.dtype in FLOATING and p.name not in norms:
-            yield Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
+            half = Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
+            yield half if half.ok or not p.quantized_bias else _recast(half, p, facts)
+
+
+def _recast(half: Observation, bias: TensorFacts, facts: Facts) -> Observation:
+    """A quantized layer's half-precision bias: the stack's where the model has run, as its first forward decides the dtype."""
+    try:
+        _ = facts.loaded
+    except Unavailable:  # of a model that is prepared already, and may be in the middle of training
+        if bias.adapter:
+            return half.attributed(Party.STACK, f"{RECAST}: this bias trains in {bias.dtype}")
+        return replace(half, ok=True, note=RECAST)
+    return half
 
 
 def _needs_one_recipe(facts: Facts) -> None:

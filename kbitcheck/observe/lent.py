@@ -17,23 +17,33 @@ from kbitcheck.observe import internals
 from kbitcheck.observe.in_place import left_as_it_was
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import digest
+from kbitcheck.observe.probes.loss import GiveLoss, LossOf
 
 
 class Lent(Loaded):
     """What cases get as a fresh copy is the caller's model itself, as it was: ``restore`` puts the model back to that.
 
     Cases hold the model by turns: ``lease`` says whose turn it is. ``no_step`` is why the model may not run; "" where it
-    may.
+    may. ``loss`` makes a loss of the model's output, where that has none of its own that trains it.
     """
 
     copies = False
     patched = True
 
     def __init__(
-        self, model: Any, spec: CaseSpec, restore: Callable[[], None], *, no_step: str = "", **options: Any
+        self,
+        model: Any,
+        spec: CaseSpec,
+        restore: Callable[[], None],
+        *,
+        no_step: str = "",
+        loss: LossOf | None = None,
+        **options: Any,
     ) -> None:
         self.pristine = model
         self._restore = restore
+        self._loss = GiveLoss(loss)
+        self.reads_labels = loss is not None
         self._no_step = no_step
         if no_step:  # nor one that chooses a batch
             options["batch"] = {}
@@ -44,6 +54,7 @@ class Lent(Loaded):
         self._restore()
         backends.steady(self.pristine)
         self.pristine.state_dict()  # a backend may undo what it repacked for inference when it saves
+        self.pristine.register_forward_hook(self._loss)  # which the next restore takes off
         return self.pristine
 
     def require_step(self) -> None:

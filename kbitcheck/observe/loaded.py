@@ -60,6 +60,7 @@ class Loaded:
     """
 
     copies = True  # whether a model may be copied
+    reads_labels = False  # whether a caller's own function makes the loss, maybe of what the model does with labels
     patched = False  # whether a caller may have put something over its arithmetic, which its twins leave out
     lease: object = None  # another object whenever the base that cases hold is taken back
     _no_twin = ""  # why there is none
@@ -216,7 +217,8 @@ class Loaded:
 
     def _float64(self) -> nn.Module:
         original = self.original()
-        return self._as_its_classes_compute(twin.float64(original, self.weights), original)
+        made = self._as_its_classes_compute(twin.float64(original, self.weights), original)
+        return patches.keep_float64(made) if self.patched else made
 
     def _same_dtype(self, profile: str) -> nn.Module:
         original = self.original()
@@ -307,8 +309,10 @@ class Loaded:
     def _compute_twins(self, spec: CaseSpec) -> twin.Twins:
         def gradients(side: Twin) -> list[step.Gradients]:
             settings: dict[str, Any] = {"seed": spec.seed, "watch": False, "autocast": side.autocast or nullcontext}
-            batches = (self.batch, self.single)
-            return [step.train_step(side.model, b, side.adapters, **settings).gradients for b in batches]
+            steps = [step.train_step(side.model, b, side.adapters, **settings) for b in (self.batch, self.single)]
+            for each in steps:
+                twin.require_number(each.facts.loss)
+            return [each.gradients for each in steps]
 
         whole, single = map(twin.Pair, gradients(self._exact(spec)), gradients(self._rounded(spec)))
         return twin.Twins(whole=whole, single=single)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_adapter_module
 from torch import nn
-from transformers import PreTrainedModel
 
+from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts
 from kbitcheck.core.facts.case import OpenCase
-from kbitcheck.models.inputs.choose import training_batch
+from kbitcheck.models.inputs.wrapped import batch_inside
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
@@ -26,12 +26,14 @@ from kbitcheck.observe.case import Case, facts_of
 from kbitcheck.observe.lent import Lent
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import adapters as adapter_probe
-from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes import switches
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.loss import LossOf
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
 from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.trained import Trained
+from kbitcheck.observe.twin.wide_parameter import Widened
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
 FROM_STEPS = {
@@ -51,18 +53,34 @@ def mode_of(model: nn.Module) -> Checkpointing:
     return "non-reentrant" if modes == {False} else "default"
 
 
-def owned(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that adapters own and train, by name; a second adapter that rests is no part of it."""
-    ids = adapter_parameters(model)
-    if not ids:
-        return {}
-    ids |= enabled_biases(model, ids)
+def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name: adapters' and ``declared`` ones; a second adapter that rests is no part of it."""
+    adapters = adapter_parameters(model)
+    ids = {**adapters, **{id(p): p for p in (declared or {}).values()}}
+    if adapters:
+        ids |= enabled_biases(model, ids)
     resting = _resting(model)
     return {
         name: parameter
         for name, parameter in model.named_parameters()
         if id(parameter) in ids and (parameter.requires_grad or not resting & set(name.split(".")))
     }
+
+
+def declared(model: nn.Module, trains: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters of the modules and parameters that ``trains`` names, by a part of their path as ``v_head`` is one.
+
+    Raises:
+        UsageError: a name matches no floating parameter.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not backends.is_packed(p)}
+    named: dict[str, nn.Parameter] = {}
+    for name in trains:
+        matching = {n: p for n, p in parameters.items() if f".{name}." in f".{n}."}
+        if not matching:
+            raise UsageError(f"trains={name!r}: the model has no unquantized parameter of that name")
+        named |= matching
+    return named
 
 
 def _resting(model: nn.Module) -> set[str]:
@@ -88,18 +106,31 @@ def undisturbed(*, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a caller trains a model: what is fed, what makes the loss, and which parts train beside adapters.
+
+    None for ``batch``: one is drawn; for ``loss``: the model's own, or one that is drawn.
+    """
+
+    batch: Mapping[str, torch.Tensor] | None = None
+    loss: LossOf | None = None
+    trains: Sequence[str] = ()
+
+
 class _Prepared(Lent):
     """A model as it stands, with its own adapters or, where it has none, the spec's."""
 
-    def __init__(
-        self, model: Any, spec: CaseSpec, batch: Mapping[str, torch.Tensor] | None, restore: Callable[[], None]
-    ) -> None:
-        dtypes = {name: p.dtype for name, p in owned(model).items()}
+    def __init__(self, model: Any, spec: CaseSpec, restore: Callable[[], None], training: Training) -> None:
+        dtypes = _dtypes_in_training(model, owned(model, declared(model, training.trains)))
         super().__init__(
             model,
             spec,
             restore,
-            batch=_drawn(model, spec.seed) if batch is None else batch,
+            batch=batch_inside(model, batch=2, seq_len=24, seed=spec.seed)
+            if training.batch is None
+            else training.batch,
+            loss=training.loss,
             attach=functools.partial(attach_own, dtypes) if dtypes else None,
             twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),
         )
@@ -110,11 +141,24 @@ class _Prepared(Lent):
         return model
 
 
+def _dtypes_in_training(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, torch.dtype]:
+    """The dtypes of trained parameters once the model has run: a quantized layer may recast its own bias."""
+    layers = [m for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None]
+    recast = {id(m.bias): backends.arithmetic(m).bias_after_forward(m).dtype for m in layers}
+    return {name: recast.get(id(p), p.dtype) for name, p in trained.items()}
+
+
 def attach_own(dtypes: Mapping[str, torch.dtype], model: nn.Module, spec: CaseSpec) -> Attached:
     """The model with the adapters that it carries, by name and dtype; zeros are drawn anew, or half of the gradients would be zero."""
+    for name, dtype in dtypes.items():
+        owner, _, last = name.rpartition(".")
+        held = internals.own_parameters(model.get_submodule(owner))
+        parameter: Any = held[last]
+        if isinstance(parameter, Widened):  # a twin's, which cannot train
+            held[last] = nn.Parameter(parameter.stored.to(dtype, copy=True))
+        else:
+            parameter.data = parameter.data.to(dtype, copy=True)  # the caller's numbers stay where they are
     adapters = {name: p for name, p in model.named_parameters() if name in dtypes}
-    for name, parameter in adapters.items():
-        parameter.data = parameter.data.to(dtypes[name], copy=True)  # the caller's numbers stay where they are
     adapter_probe.draw({name: p for name, p in adapters.items() if not p.any()}, spec.seed)
     return Attached(model, adapters)
 
@@ -138,24 +182,25 @@ class _Steps(Case):
 class PreparedCase(OpenCase):
     """The facts that a model still shows which someone else prepared: what is read off it, and its own steps.
 
-    ``batch`` is fed to the model, one is drawn where there is none. Steps change the model until ``restore`` is called,
-    which puts it back to what it was; without ``restore``, for which ``no_step`` gives the reason, no step is taken.
+    ``training`` is how the model trains. Steps change the model until ``restore`` is called, which puts it back to what it
+    was; no step is taken where ``no_step`` gives a reason.
     """
 
     def __init__(
         self,
         spec: CaseSpec,
         model: Any,
-        batch: Mapping[str, torch.Tensor] | None,
+        training: Training,
         *,
         restore: Callable[[], None],
         no_step: str = "",
     ) -> None:
         self._model = model
-        self._batch = batch
+        self._training = training
         self._restore = restore
         self._no_step = no_step
-        self.prepared = snapshot(model, owned(model))
+        parts = declared(model, training.trains)
+        self.prepared = snapshot(model, owned(model, parts), declared=parts)
         recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
         super().__init__(settled(spec, recipe), recipe)
 
@@ -169,7 +214,7 @@ class PreparedCase(OpenCase):
     def _steps(self) -> Case:
         if self._no_step:
             raise Unavailable(self._no_step)
-        return _Steps(self.spec, lambda model: model, _Prepared(self._model, self.spec, self._batch, self._restore))
+        return _Steps(self.spec, lambda model: model, _Prepared(self._model, self.spec, self._restore, self._training))
 
     @Fact
     def base(self) -> ModelFacts:
@@ -203,11 +248,3 @@ class PreparedCase(OpenCase):
         if "_steps" not in self.computed:  # where nothing ran, nothing was fed
             return figures.summary(self, {"prepared"}, batch=None)
         return figures.summary(self, {"prepared", *self.computed, *self._steps.computed}, batch=self._steps.batch)
-
-
-def _drawn(model: nn.Module, seed: int) -> step.Batch:
-    """A batch for the model of transformers that is inside whatever wraps it."""
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        raise UsageError(f"{type(model).__name__} holds no model of transformers: give batch=")
-    return training_batch(inner, batch=2, seq_len=24, seed=seed)

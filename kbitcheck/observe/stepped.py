@@ -207,8 +207,11 @@ class Stepped:
         loaded = self._loaded
         half = partial(torch.autocast, step.device(loaded.batch).type, dtype=loaded.half)
         single = first_rows(loaded.batch, 1)
-        if not getattr(getattr(loaded.pristine, "config", None), "is_encoder_decoder", False):
-            del single["labels"]  # as for a caller with a loss of its own; a decoder's inputs are made from labels
+        encodes = getattr(getattr(loaded.pristine, "config", None), "is_encoder_decoder", False)
+        if not encodes and not loaded.reads_labels:
+            single.pop(
+                "labels", None
+            )  # as for a caller with a loss of its own; a decoder's inputs are made from labels
         return layers.backwards(attached.model, single, loaded.weights, half, loaded.half)
 
     @cached_property

@@ -119,6 +119,7 @@ class _Page:
     def _foot(self) -> Iterator[Line]:
         notes = [("ignored", "", f"{c}: {why}") for c, why in self._report.subject.get("ignored", {}).items()]
         notes += [("cut", "", line) for line in cuts(self._report)]
+        notes += [("note", "", note) for note in dict.fromkeys(n for r in self._report.results for n in r.notes)]
         if self._report.subject.get("command") in ("model", "audit"):
             notes += rows(self._report.facts.get("cases", {}), self._report.subject.get("cases", {}))
         if notes or not self._report.complete:

@@ -113,10 +113,10 @@ def assert_prepared(
     strict: bool,
     select_codes: Sequence[str],
     ignore: Mapping[str, str],
-    batch: Mapping[str, Any] | None,
+    training: Mapping[str, Any],
     allow_step: bool | None,
 ) -> Report:
-    """The report of ``kbitcheck.assert_prepared``."""
+    """The report of ``kbitcheck.assert_prepared``; ``training`` are fields of ``observe.prepared.Training``."""
     import torch
 
     from kbitcheck.models.sources.live import LiveModel
@@ -151,7 +151,8 @@ def assert_prepared(
         lent.lending(model) as restore,
     ):
         no_step = lent.why_no_step(model, allow_step=allow_step)
-        case = prepared.PreparedCase(spec, model, batch, restore=restore, no_step=no_step)
+        how = prepared.Training(**training)
+        case = prepared.PreparedCase(spec, model, how, restore=restore, no_step=no_step)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
         subject = {"command": "assert_prepared", "ignored": dict(ignore)}
         return _report(Collector(loaded=loaded), case, rules, start, subject=subject, blame="own", strict=strict)

@@ -15,6 +15,7 @@ class TensorFacts:
     """One parameter or buffer. ``storage`` numbers the memory it lives in: equal numbers share it.
 
     ``value`` hashes the numbers as float64, whatever the dtype (None for packed weights and for what is not floating).
+    ``adapter`` is True if the parameter is to train: as part of an adapter or, if ``declared``, as the caller says.
     """
 
     name: str
@@ -29,6 +30,7 @@ class TensorFacts:
     value: str | None = None
     packed: bool = False
     adapter: bool = False
+    declared: bool = False
     quantized_bias: bool = False
     has_grad: bool = False
 

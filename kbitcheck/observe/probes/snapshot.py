@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from kbitcheck_reference.adapters import is_adapter_module
 from torch import nn
 
 from kbitcheck import backends
@@ -18,15 +19,24 @@ NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
 
 
-def snapshot(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None) -> ModelFacts:
-    """Facts of every parameter, buffer, quantized layer and module; ``adapters`` are the adapters' parameters."""
+def snapshot(
+    model: nn.Module,
+    adapters: Mapping[str, nn.Parameter] | None = None,
+    *,
+    declared: Mapping[str, nn.Parameter] | None = None,
+) -> ModelFacts:
+    """Facts of every parameter, buffer, quantized layer and module.
+
+    ``adapters`` are the parameters that train; ``declared`` are those of them that belong to no adapter.
+    """
+    named = {id(p) for p in (declared or {}).values()}
     met: dict[object, int] = {}
     owned = {id(p) for p in (adapters or {}).values()}
     biases = {id(m.bias) for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None}
     return ModelFacts(
         cls=type(model).__name__,
         parameters={
-            n: _tensor(n, p, met, adapter=id(p) in owned, quantized_bias=id(p) in biases)
+            n: _tensor(n, p, met, adapter=id(p) in owned, declared=id(p) in named, quantized_bias=id(p) in biases)
             for n, p in model.named_parameters(remove_duplicate=False)
         },
         buffers={n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
@@ -151,7 +161,7 @@ def norm_evidence(name: str, module: nn.Module) -> frozenset[str]:
     By shape: it has a one-dimensional weight, no other tensor but a bias of the same shape, and no children.
     """
     own = dict(module.named_parameters(recurse=False))
-    if not own or any(True for _ in module.children()) or backends.is_quantized(module):
+    if not own or any(True for _ in module.children()) or backends.is_quantized(module) or is_adapter_module(module):
         return frozenset()
     flat = all(p.dim() == 1 for p in own.values())
     alone = set(own) <= {"weight", "bias", "scale", "gamma", "beta"} and len({p.shape for p in own.values()}) == 1

@@ -8,6 +8,7 @@ from torch import nn
 
 from kbitcheck.models.blocks import is_block
 from kbitcheck.observe import internals
+from kbitcheck.observe.probes.float64 import KeepFloat64
 
 # Their hooks move, collect or cast, and compute nothing else.
 LIBRARIES = ("accelerate", "peft", "transformers")
@@ -31,6 +32,25 @@ def remove(copied: nn.Module, original: nn.Module) -> nn.Module:
                 if _closes_over(hook, own) or (id(module) in inside and not _of_a_library(hook)):
                     del hooks[key]
     return copied
+
+
+def keep_float64(twin: nn.Module) -> nn.Module:
+    """The float64 twin, in whose forward nothing is cast to a narrower dtype, as heads and adapters of a caller may be.
+
+    It is not checkpointed: a recompute would cast.
+    """
+    for module in twin.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            vars(module)["gradient_checkpointing"] = False
+    forward = twin.forward
+
+    @functools.wraps(forward)
+    def in_float64(*args: Any, **kwargs: Any) -> Any:
+        with KeepFloat64():
+            return forward(*args, **kwargs)
+
+    twin.forward = in_float64
+    return twin
 
 
 def _of_a_library(hook: Any) -> bool:

@@ -13,13 +13,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 from kbitcheck import backends
+from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Gap
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
-from kbitcheck.observe.twin.wide_parameter import Widened
+from kbitcheck.observe.twin.wide_parameter import Unpacked, Widened
 
 # A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
 LARGE_BYTES = 16 << 20
@@ -45,6 +46,7 @@ class _Product(torch.autograd.Function):
         rounded: Round,
     ) -> Any:
         ctx.weight, ctx.dtype, ctx.entered = backward_weight, backward_dtype, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return linear(
             rounded(x.to(dtype)), weight().to(backward_dtype).to(dtype), None if bias is None else bias.to(dtype)
         )
@@ -52,7 +54,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         product = gradient.to(ctx.dtype) @ ctx.weight().to(ctx.dtype)
-        return product.to(ctx.entered), None, None, None, None, None, None, None
+        # As bitsandbytes sums it: over the first dimension in the bias's dtype; autograd sums over the others.
+        bias = gradient.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+        return product.to(ctx.entered), None, None, None, None, bias, None
 
 
 class TwinLinear(nn.Linear):
@@ -60,7 +64,8 @@ class TwinLinear(nn.Linear):
 
     Without ``compute`` it computes in the dtype that ``follows`` gives for an input, and returns that. ``read`` gives the
     weight, (out, in) in ``compute`` (None: float32), ``backward_read`` that of a backward which unpacks to another dtype.
-    ``rounded`` rounds the input as the kernel does, but not the gradient. ``weight`` has shape and dtype, and no numbers.
+    ``rounded`` rounds the input as the kernel does, but not the gradient. ``weight`` has no numbers of its own: who reads it,
+    as DoRA does, gets what ``backward_read`` gives.
     """
 
     def __init__(
@@ -74,12 +79,11 @@ class TwinLinear(nn.Linear):
     ) -> None:
         rows, columns = backends.recognition(layer).shape(layer)
         super().__init__(columns, rows, bias=False, device="meta")
-        # One number, seen everywhere: NaN, should a model compute with the weight behind the layer's back.
-        blank = torch.full((), torch.nan, dtype=compute or torch.float32, device=layer.weight.device)
-        self.weight = nn.Parameter(blank.expand(rows, columns), requires_grad=False)
+        like = torch.zeros((), dtype=compute or torch.float32, device=layer.weight.device).expand(rows, columns)
+        self.weight = nn.Parameter(Unpacked(like, backward_read), requires_grad=False)
         if layer.bias is not None:
             bias = layer.bias.detach().to(compute or layer.bias.dtype, copy=True)
-            self.bias = nn.Parameter(bias, requires_grad=False)
+            self.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
         self.compute = compute
         self._read, self._backward_read = read, backward_read
         self._rounded, self._follows = rounded, follows
@@ -201,6 +205,12 @@ class Twins:
 
     whole: Pair
     single: Pair
+
+
+def require_number(loss: float) -> None:
+    """Raise ``Unavailable``, as a failure, if the loss of a twin is no number: nothing can be judged by such a twin."""
+    if math.isnan(loss):
+        raise Unavailable("the loss of the float twin is not a number, so that it says nothing", failed=True)
 
 
 def live(gradient: torch.Tensor | None) -> bool:

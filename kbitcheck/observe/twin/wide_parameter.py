@@ -1,5 +1,6 @@
 """A parameter that computes in a wider dtype than it is stored in, so that a float twin holds no second copy of it."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -37,17 +38,36 @@ class Widened(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         first: Any = args[0]
-        if isinstance(first, cls) and internals.writes_to_arguments(func):
+        if isinstance(first, Widened) and internals.writes_to_arguments(func):
             raise RuntimeError(f"{func} writes to a weight of the float twin")
+        if func is aten.detach.default and isinstance(first, Unpacked):
+            return Unpacked(first, first.read)
         if func in VIEWS:
             stored = func(first.stored, *args[1:], **kwargs)
-            return internals.tree_map_only(torch.Tensor, lambda t: cls(t, first.dtype), stored)
-        if func in PICKS and isinstance(first, cls):
+            return internals.tree_map_only(torch.Tensor, lambda t: Widened(t, first.dtype), stored)
+        if func in PICKS and isinstance(first, Widened):
             return func(first.stored, *args[1:], **kwargs).to(first.dtype)
-        if func is aten.mm.default and isinstance(args[1], cls) and args[1].dtype == torch.float64:
+        if func is aten.mm.default and isinstance(args[1], Widened) and args[1].dtype == torch.float64:
             return _product(args[0], args[1].stored)
-        args, kwargs = internals.tree_map_only(cls, lambda t: t.stored.to(t.dtype), (args, kwargs))
+        args, kwargs = internals.tree_map_only(Widened, lambda t: t.stored.to(t.dtype), (args, kwargs))
         return func(*args, **kwargs)
+
+
+class Unpacked(Widened):
+    """A quantized layer's weight, which ``read`` unpacks anew whenever it is used; ``like`` has its shape, dtype and device."""
+
+    read: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> Self:
+        unpacked: Self = internals.tensor_that_computes_as(cls, like, like.dtype)
+        unpacked.read = read
+        return unpacked
+
+    @property
+    def stored(self) -> torch.Tensor:  # type: ignore[override]
+        """The unpacked numbers, with the shape of the weight."""
+        return self.read()
 
 
 def _product(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,27 @@
+"""Keeps a float64 computation in float64, where a model's own code asks for float32 on the way."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+
+
+class KeepFloat64(TorchFunctionMode):
+    """While it is entered, no cast of a float64 tensor to a narrower floating dtype is made; other tensors are cast as usual."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
+            return func(*args, **kwargs)
+        if func in CASTS:
+            return args[0]
+        if func is Tensor.to:
+            args = tuple(_widened(each) for each in args)
+        return func(*args, **{name: _widened(value) for name, value in kwargs.items()})
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value

@@ -1,0 +1,299 @@
+"""``assert_prepared`` on what people really train: other adapters, heads of their own, models without a loss."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import kbitcheck
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Party, Result, Status
+from kbitcheck.models.inputs.wrapped import batch_inside
+from kbitcheck.observe.probes import layers
+from kbitcheck.observe.probes.float64 import KeepFloat64
+from kbitcheck.observe.probes.loss import GiveLoss, drawn_loss
+from tests.plugin.traces import everything
+
+peft = pytest.importorskip("peft")
+
+NF4 = transformers.BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+)
+INT8 = transformers.BitsAndBytesConfig(load_in_8bit=True)
+# The rules that need a gradient and a twin.
+GRADIENTS = ("KB105", "KB302", "KB303", "KB304", "KB904")
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def config(**more: Any) -> Any:
+    sizes = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    return transformers.LlamaConfig(**{**sizes, **more})
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that gives a fresh quantized model of random weights."""
+    kept: dict[Any, Any] = {}
+
+    def load(cfg: Any, auto: Any = transformers.AutoModelForCausalLM, quant: Any = NF4) -> Any:
+        key = (str(cfg.to_dict()), auto.__name__, id(quant))
+        if key not in kept:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp("model")
+            auto.from_config(cfg).to(torch.bfloat16).save_pretrained(folder)
+            kept[key] = auto.from_pretrained(folder, quantization_config=quant, dtype=torch.bfloat16)
+        return copy.deepcopy(kept[key])
+
+    return load
+
+
+def prepared(model: Any, adapters: Any = None, **options: Any) -> Any:
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}, **options}
+    model = peft.prepare_model_for_kbit_training(model, **options)
+    return model if adapters is None else peft.get_peft_model(model, adapters)
+
+
+def judged(model: Any, **options: Any) -> Report:
+    """The report, whatever its verdict; the model is as it was."""
+    before = everything(model)
+    try:
+        report = kbitcheck.assert_prepared(model, **options)
+    except kbitcheck.NonConformance as error:
+        report = error.report
+    assert everything(model) == before
+    return report
+
+
+def results(report: Report) -> dict[str, Result]:
+    return {result.rule: result for result in report}
+
+
+def assert_judged(report: Report, *codes: str) -> None:
+    """No rule is broken or an error, and these were judged."""
+    by_rule = results(report)
+    assert report.exit_code == 0, str(report)
+    assert {code: by_rule[code].reason for code in codes if by_rule[code].status is not Status.PASS} == {}
+
+
+ADAPTERS = {
+    "dora": lambda: peft.LoraConfig(use_dora=True, **LORA),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+    "layer norms": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
+    "embeddings": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj", "embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_other_kinds_are_judged(loads: Any, name: str) -> None:
+    report = judged(prepared(loads(config()), ADAPTERS[name]()), select=[*GRADIENTS, "KB907"])
+    assert_judged(report, *GRADIENTS, "KB907")
+
+
+def test_a_head_that_is_trained_beside_a_base_that_nobody_cast(loads: Any) -> None:
+    model = peft.get_peft_model(loads(config()), peft.LoraConfig(modules_to_save=["lm_head"], **LORA))
+    assert_judged(judged(model, select=GRADIENTS), *GRADIENTS)
+
+
+def test_no_verdict_rests_on_a_twin_whose_loss_is_no_number(loads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(loads(config()), ADAPTERS["dora"]())
+    exact = layers.Weights.exact
+    monkeypatch.setattr(layers.Weights, "exact", lambda self, name: exact(self, name) * torch.nan)
+    report = judged(model, select=["KB304"])
+    assert (report.exit_code, results(report)["KB304"].status) == (3, Status.ERROR)
+
+
+def stepped(model: Any) -> Any:
+    """The model after a training step under autocast."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.arange(2, 34).view(2, 16)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model
+
+
+def test_the_biases_of_quantized_layers_in_the_middle_of_training(loads: Any) -> None:
+    """bitsandbytes recast them: no fault of the caller, and told once."""
+    report = judged(
+        stepped(prepared(loads(config(attention_bias=True)), peft.LoraConfig(**LORA))), select=["KB1", "KB2"]
+    )
+    assert_judged(report, "KB202")
+    assert str(report).count("recasts a quantized layer's bias") == 1
+
+
+def test_biases_that_train_in_half_precision_are_told_loudly(loads: Any) -> None:
+    adapters = peft.LoraConfig(bias="all", **LORA)
+    model = stepped(prepared(loads(config(attention_bias=True)), adapters))
+    report = judged(model, select=["KB102", "KB202", *GRADIENTS])
+    assert_judged(report, "KB102", *GRADIENTS)
+    (party,) = {failure.party for failure in results(report)["KB202"].failures}
+    assert party is Party.STACK
+    assert "this bias trains in bfloat16" in str(report).replace("\n     ", "")
+
+
+def test_a_prompt_is_no_adapter_inside_a_tower(loads: Any) -> None:
+    adapters = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    report = judged(prepared(loads(config()), adapters, gradient_checkpointing_kwargs={"use_reentrant": True}))
+    assert_judged(report, *GRADIENTS)
+    assert results(report)["KB301"].reason == "no adapter is inside a tower"
+
+
+def test_an_adapter_that_was_loaded_for_inference(loads: Any, tmp_path: Any) -> None:
+    prepared(loads(config()), peft.LoraConfig(**LORA)).save_pretrained(tmp_path)
+    base = prepared(loads(config()))
+    report = judged(peft.PeftModel.from_pretrained(base, tmp_path))
+    assert (report.exit_code, results(report)["KB102"].failures[0].actual) == (
+        1,
+        "nothing trains: an adapter that is to train is loaded with is_trainable=True",
+    )
+    assert {r.rule for r in report if r.status is Status.ERROR} == set()
+    again = peft.PeftModel.from_pretrained(prepared(loads(config())), tmp_path, is_trainable=True)
+    assert_judged(judged(again, select=["KB102"]), "KB102")
+
+
+class WithValueHead(nn.Module):
+    """A model with a second head, which returns a tuple, as TRL's wrapper for PPO does."""
+
+    def __init__(self, pretrained_model: Any) -> None:
+        super().__init__()
+        self.pretrained_model = pretrained_model
+        self.config = pretrained_model.config
+        self.v_head = nn.Linear(64, 1)
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        kwargs.pop("labels", None)
+        out = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return out.logits, out.loss, self.v_head(out.hidden_states[-1].float()).squeeze(-1)
+
+
+def test_a_value_head_around_the_model(loads: Any) -> None:
+    model = WithValueHead(prepared(loads(config()), peft.LoraConfig(**LORA)))
+    report = judged(model, trains=["v_head"])
+    assert_judged(report, "KB101", "KB102", "KB103", "KB104", "KB215", "KB305", "KB309", "KB403", *GRADIENTS)
+    undeclared = judged(model, select=["KB101", "KB102"])
+    assert {r.rule for r in undeclared if r.status is Status.FAIL} == {"KB101", "KB102"}
+    model.v_head.requires_grad_(False)
+    assert results(judged(model, trains=["v_head"], select=["KB102"]))["KB102"].status is Status.FAIL
+
+
+def llava(loads: Any) -> Any:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    whole = transformers.LlavaConfig(
+        vision_config=vision, text_config=config(), image_token_index=127, image_seq_length=4
+    )
+    skip = ["lm_head", "model.multi_modal_projector", "model.vision_tower"]
+    quant = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    model = prepared(loads(whole, transformers.AutoModelForImageTextToText, quant))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("multi_modal_projector" in name and parameter.is_floating_point())
+    return model
+
+
+@pytest.mark.transformers5("names of modules that are left unquantized")
+def test_the_projector_alone_is_trained(loads: Any) -> None:
+    report = judged(llava(loads), trains=["multi_modal_projector"])
+    assert_judged(report, "KB101", "KB102", "KB103", "KB104", "KB305", "KB309", *GRADIENTS)
+
+
+def test_parts_that_are_meant_to_train_have_a_name(loads: Any) -> None:
+    model = prepared(loads(config()))
+    for name in ("v_head", "q_proj"):
+        with pytest.raises(kbitcheck.UsageError, match=f"trains='{name}': the model has no unquantized parameter"):
+            kbitcheck.assert_prepared(model, trains=[name])
+
+
+def test_tokens_that_train_alone_are_in_the_batch(loads: Any) -> None:
+    adapters = peft.LoraConfig(trainable_token_indices={"embed_tokens": [5, 77, 126]}, **LORA)
+    model = prepared(loads(config()), adapters)
+    drawn = batch_inside(model, batch=2, seq_len=24, seed=0)
+    assert {5, 77, 126} <= set(drawn["input_ids"][0].tolist())
+    assert torch.equal(drawn["input_ids"][0], drawn["labels"][0])
+    assert_judged(judged(model, select=GRADIENTS), *GRADIENTS)
+
+
+def embedding_model(loads: Any) -> Any:
+    adapters = peft.LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    return prepared(loads(config(), transformers.AutoModel), adapters)
+
+
+def test_an_embedding_model_gets_a_loss(loads: Any) -> None:
+    assert_judged(judged(embedding_model(loads)), "KB103", "KB104", "KB305", "KB309", "KB403", "KB405", *GRADIENTS)
+
+
+def test_the_loss_of_the_caller(loads: Any) -> None:
+    model, seen = embedding_model(loads), []
+
+    def pooled(output: Any) -> Any:
+        seen.append(type(output).__name__)
+        vectors = nn.functional.normalize(output.last_hidden_state.mean(1), dim=-1)
+        return (vectors @ vectors.T).logsumexp(-1).mean()
+
+    report = judged(model, loss=pooled, batch={"input_ids": torch.arange(2, 34).view(2, 16)})
+    assert_judged(report, "KB305", *GRADIENTS)
+    assert set(seen) == {"BaseModelOutputWithPast"}
+    with pytest.raises(kbitcheck.UsageError, match="loss= returns float, not one number in a tensor"):
+        kbitcheck.assert_prepared(model, loss=lambda output: 1.0)
+
+
+def test_what_does_not_run_is_told_once(loads: Any) -> None:
+    class Broken(WithValueHead):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+            raise AttributeError("no such thing")
+
+    report = judged(Broken(prepared(loads(config()), peft.LoraConfig(**LORA))), trains=["v_head"])
+    assert report.exit_code == 3
+    reasons = {r.reason for r in report if r.status is Status.ERROR}
+    assert len(reasons) == 1
+    assert "no such thing" in reasons.pop()
+
+
+def test_a_loss_is_drawn_from_every_tensor() -> None:
+    one, two = (torch.ones(2, 3, requires_grad=True) for _ in range(2))
+    drawn_loss([one, two.bfloat16()]).backward()
+    for tensor in (one, two):
+        assert tensor.grad is not None
+        assert len(tensor.grad.unique()) > 1
+        assert bool((tensor.grad > 0).all())
+    assert one.grad is not None
+    assert two.grad is not None
+    assert not torch.equal(one.grad, two.grad)
+
+
+def test_whose_loss_is_taken() -> None:
+    give, module = GiveLoss(), nn.Identity()
+    own = transformers.modeling_outputs.CausalLMOutput(loss=torch.ones(()), logits=torch.zeros(2))
+    assert give(module, (), own) is own
+    assert give(module, (), (torch.full((), 3.0), torch.zeros(2))).loss == 3
+    assert give(module, (), (torch.zeros(2), torch.ones(2))).loss > 0
+    assert GiveLoss(lambda output: output.logits.sum() + 7)(module, (), own).loss == 7
+
+
+def test_float64_is_kept_where_code_asks_for_less() -> None:
+    double, single = torch.ones(2, dtype=torch.float64), torch.ones(2)
+    with KeepFloat64():
+        kept = [
+            double.float(),
+            double.to(torch.float32),
+            double.to(dtype=torch.bfloat16),
+            double.softmax(0, dtype=torch.float32),
+        ]
+        kept += [torch.softmax(double, 0, dtype=torch.float32), double.sum(dtype=torch.float32)]
+        others = [double.int(), double.to(torch.int64), single.bfloat16(), single.double()]
+    assert {tensor.dtype for tensor in kept} == {torch.float64}
+    assert [tensor.dtype for tensor in others] == [torch.int32, torch.int64, torch.bfloat16, torch.float64]
