@@ -5,7 +5,7 @@ function; importing this imports no torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.cases import Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError
@@ -13,7 +13,12 @@ from kbitcheck.core.report import NonConformance, Report, register_renderer
 from kbitcheck.core.rule import REGISTRY
 from kbitcheck.core.version import VERSION
 
-__all__ = ["NonConformance", "Report", "UsageError", "__version__", "assert_prepared", "audit", "check_implementation"]
+if TYPE_CHECKING:
+    from kbitcheck.run.watch import Watch
+
+__all__ = [
+    "NonConformance", "Report", "UsageError", "__version__", "assert_prepared", "audit", "check_implementation", "watch",
+]  # fmt: skip
 
 __version__ = VERSION
 
@@ -166,3 +171,33 @@ def assert_prepared(
     if report.exit_code:
         raise NonConformance(report, render(report, "text"))
     return report
+
+
+def watch(
+    model: Any,
+    optimizer: Any = None,
+    *,
+    steps: int = 3,
+    profile: Profile = "auto",
+    strict: bool = False,
+    select: Sequence[str] = (),
+    ignore: Mapping[str, str] | None = None,
+    trains: Sequence[str] = (),
+) -> "Watch":
+    """A context that watches the first optimizer steps of your own training, and has the ``report`` of them.
+
+    ``with kbitcheck.watch(model, optimizer) as watched: ...`` changes no bit of the run: it reads what your steps compute,
+    and compares one block of every kind in each step with a float64 twin. After ``steps`` optimizer steps it takes
+    itself off. ``optimizer`` may be left out: then whichever steps the model's parameters is watched. ``trains`` are
+    parts of names of parameters that are meant to train beside adapters and what the optimizer holds.
+
+    A watcher that fails lets the run go on; the report then says ERROR. ``watched.raise_for_failures()`` raises
+    ``NonConformance`` unless the run conforms.
+
+    Raises:
+        UsageError: an option or rule is wrong, or the model is not quantized.
+    """
+    from kbitcheck.run.watch import Settings, Watch
+
+    settings = Settings(steps=steps, profile=profile, strict=strict, select=select, ignore=ignore or {}, trains=trains)
+    return Watch(model, optimizer, settings)

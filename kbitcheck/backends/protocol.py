@@ -148,6 +148,8 @@ class Backend:
 
     name: ClassVar[str] = ""
     schemes: ClassVar[Sequence[Scheme]] = ()
+    # Modules whose import comes before any layer of this backend; where there are none, torch's does.
+    libraries: ClassVar[Sequence[str]] = ("torch",)
     # transformers' own word for the method in ``quantization_config``.
     method: ClassVar[str] = ""
 

@@ -26,6 +26,7 @@ from kbitcheck.core.facts import (
     Passes,
     StepOutcome,
     StoreFacts,
+    WatchedRun,
     fact,
 )
 from kbitcheck.core.facts.case import WHOLE, OpenCase
@@ -62,6 +63,9 @@ def attribute_of(stage: type) -> str:
 
 
 STAGE_OF = {fact: attribute_of(stage) for stage in STAGES for fact in facts_of(stage)}
+
+
+NEEDS_A_REAL_RUN = "needs steps of your own training: `kbitcheck watch`"
 
 
 class _Paths(NamedTuple):
@@ -191,6 +195,11 @@ class Case(OpenCase):
     )
     unfit_targets = Fact[Mapping[str, str]](lambda self: self._loaded.unfit_targets)
     forecast = Fact[ForecastFacts](lambda self: self._loaded.forecast(self.spec))
+
+    @Fact
+    def watched(self) -> WatchedRun:
+        """None: a case trains by itself."""
+        raise Unavailable(NEEDS_A_REAL_RUN)
 
     @fact(Cost(needs=("wrapped",)))
     def bias_after_forward(self) -> Mapping[str, str]:

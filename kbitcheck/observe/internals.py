@@ -107,6 +107,11 @@ def sequence_number(node: Any) -> int:
     return int(node._sequence_nr())
 
 
+def backward_runs() -> bool:
+    """Whether this thread is inside a backward, so that a forward is a checkpoint's recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def tensor_that_computes_as(cls: type, stored: torch.Tensor, dtype: torch.dtype) -> Any:
     """A tensor of a subclass without numbers of its own, of the shape, strides and device of ``stored``."""
     return torch.Tensor._make_wrapper_subclass(

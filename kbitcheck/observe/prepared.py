@@ -22,7 +22,7 @@ from kbitcheck.models.inputs.wrapped import batch_inside
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
-from kbitcheck.observe.case import Case, facts_of
+from kbitcheck.observe.case import NEEDS_A_REAL_RUN, Case, facts_of
 from kbitcheck.observe.lent import Lent
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -207,7 +207,7 @@ class PreparedCase(OpenCase):
     def compute(self, name: str) -> Any:
         """The fact of that name, from the model's steps."""
         if name not in FROM_STEPS:
-            raise Unavailable(GONE)
+            raise Unavailable(NEEDS_A_REAL_RUN if name == "watched" else GONE)
         return getattr(self._steps, name)
 
     @Fact

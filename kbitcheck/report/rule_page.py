@@ -15,6 +15,7 @@ FAMILIES = {
     "freezing": "Freezing",
     "precision": "Precision and storage",
     "recipe": "Recipe of dtypes",
+    "watched": "Your own training",
     "gradients": "Gradient flow",
     "checkpointing": "Gradient checkpointing",
     "contract": "Contract",

@@ -7,12 +7,16 @@ import torch
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.events import FaultTried
+from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.watch.case import WatchedCase
+from kbitcheck.observe.watch.observer import Observer
 from kbitcheck.sabotage.fault import Fault, faults
+from kbitcheck.sabotage.watched import Script
 
 
 def run(codes: Collection[str], *, matrix: bool = False) -> Iterator[FaultTried]:
@@ -23,8 +27,8 @@ def run(codes: Collection[str], *, matrix: bool = False) -> Iterator[FaultTried]
             yield try_fault(fault, bases, matrix=matrix)
 
 
-def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
-    """The fault's case, with the broken implementation or the spoiled base."""
+def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase:
+    """The fault's case, with the broken implementation, the spoiled base or the script that is watched."""
     spec = CaseSpec(
         model=fault.model,
         quant=fault.quant,
@@ -40,7 +44,20 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> Case:
     key = (fault.model + str(fault.config or ""), fault.quant, spec.device)
     if key not in bases:
         bases[key] = Loaded.from_source(source, spec)
-    return Case(spec, fault.prepare, bases[key])
+    return Case(spec, fault.prepare, bases[key]) if fault.train is None else _watched(fault, bases[key])
+
+
+def _watched(fault: Fault, base: Loaded) -> WatchedCase:
+    observer = Observer(base.copy(), steps=3)
+    observer.start()
+    try:
+        assert fault.train is not None
+        fault.train(Script(observer.model, base.batch))
+    finally:
+        observer.stop()
+    if observer.failed:
+        raise RuntimeError(observer.failed)
+    return WatchedCase(observer, profile="auto")
 
 
 def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix: bool = False) -> FaultTried:

@@ -1,14 +1,25 @@
 """Faults, each registered under the rule that must catch it; ``kbitcheck selftest`` tries them all.
 
 A fault of a *model* damages a prepared model (``breaks``) or the loaded one (``spoils``); a fault of an *implementation*
-calls a good one (``wraps``) or is one of its own (``implements``, ``adds``). Every rule has both, or a reason in
-``WITHOUT``. Some faults hide: they show in one quantization, tower, shape, mode or step alone, or in no output at all.
+calls a good one (``wraps``) or is one of its own (``implements``, ``adds``); a fault of a *run* is a training script
+(``trains``). Every rule has all of them, or a reason in ``WITHOUT``. Some faults hide: they show in one quantization, tower,
+shape, mode or step alone, or in no output at all.
 """
 
-from kbitcheck.sabotage import audit, checkpointing, contract, cost, freezing, gradients, precision, small_gradients
+from kbitcheck.sabotage import (
+    audit,
+    checkpointing,
+    contract,
+    cost,
+    freezing,
+    gradients,
+    precision,
+    small_gradients,
+    watched,
+)
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "faults", "freezing", "gradients", "precision",
-    "small_gradients",
+    "small_gradients", "watched",
 ]  # fmt: skip

@@ -10,11 +10,18 @@ from kbitcheck.sabotage.helpers import cast, prepare_well, switch_on
 
 Prepare = Callable[..., Any]
 Register = Callable[[Callable[..., Any]], Callable[..., Any]]
-FaultLevel = Literal["model", "implementation"]
+FaultLevel = Literal["model", "implementation", "run"]
 
+SCRIPT = "a fault of a training script, whoever prepared the model"
+PREPARATION = "a fault that shows before a script trains"
 # Why the rules whose codes begin so have no fault of a level; every other rule has one on each level.
 WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
     ("KB602", "model"): "the cache is the process's: what a model's switch leaves there is emptied afterwards",
+    ("KB313", "model"): SCRIPT,
+    ("KB313", "implementation"): SCRIPT,
+    ("KB7", "model"): SCRIPT,
+    ("KB7", "implementation"): SCRIPT,
+    **{(family, "run"): PREPARATION for family in ("KB1", "KB2", "KB30", "KB4", "KB5", "KB6", "KB9")},
     ("KB9", "implementation"): "a fact about the model, whoever prepares it",
 }
 
@@ -23,10 +30,10 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
-    ``config`` has the fields of the model's configuration that differ. The rule ``code`` must catch the fault on the
-    fault's case; with ``alone`` no other rule may fail. No CPU shows an ``accelerator`` fault. ``level`` says what is
-    broken: the ``model``, before or after a good preparation, or the ``implementation``, which is ``standalone`` if it
-    does not call the reference.
+    ``train`` is a training script instead, which prepares and trains the model. ``config`` has the fields of the model's
+    configuration that differ. The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may
+    fail. No CPU shows an ``accelerator`` fault. ``level`` says what is broken: the ``model``, before or after a good
+    preparation, the ``implementation``, which is ``standalone`` if it does not call the reference, or the ``run``.
     """
 
     code: str
@@ -39,6 +46,7 @@ class Fault:
     profile: str = "peft"
     prepare: Prepare = prepare_model_for_kbit_training
     spoil: Callable[[Any], None] | None = None
+    train: Callable[[Any], None] | None = None
     accelerator: bool = False
     alone: bool = False
     standalone: bool = False
@@ -69,6 +77,18 @@ def spoils(code: str, **case: Any) -> Register:
     def register(spoil: Callable[[Any], None]) -> Callable[[Any], None]:
         _faults.append(Fault(code=code, name=spoil.__name__, level="model", spoil=spoil, **case))
         return spoil
+
+    return register
+
+
+def trains(code: str, **case: Any) -> Register:
+    """Register ``f(script)``, a training script (``sabotage.watched.Script``)."""
+
+    def register(train: Callable[[Any], None]) -> Callable[[Any], None]:
+        _faults.append(
+            Fault(code=code, name=train.__name__, level="run", train=train, **{"model": "tiny:llama", **case})
+        )
+        return train
 
     return register
 

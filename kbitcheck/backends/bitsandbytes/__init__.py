@@ -30,6 +30,7 @@ class BitsAndBytes(Backend):
 
     name = "bitsandbytes"
     method = "bitsandbytes"
+    libraries = ("bitsandbytes",)
     schemes = (Scheme("nf4", 4, OPTIONS), Scheme("fp4", 4, OPTIONS), Scheme("int8", 8))
 
     @cached_property

@@ -34,11 +34,13 @@ from kbitcheck.core.facts.step import (
     TrainingFacts,
     slope_bound,
 )
+from kbitcheck.core.facts.watched import MicroBatch, SwitchedOn, Update, WatchedRun, WatchedStep
 
 __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts",
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
-    "MemoryFacts", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome",
-    "StoreFacts", "TensorFacts", "Tower", "TrainingFacts", "fact", "median_yardstick", "slope_bound",
+    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome",
+    "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "Update", "WatchedRun",
+    "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
+from kbitcheck.core.facts.watched import WatchedRun
 
 T = TypeVar("T", covariant=True)
 V = TypeVar("V")
@@ -240,6 +241,8 @@ class Facts:
     """Bytes that training is predicted to take."""
     widened: Mapping[str, int]
     """Bytes that preparation adds to each half-precision parameter that it widens."""
+    watched: WatchedRun
+    """Optimizer steps of a script that is watched."""
 
     def __init__(self) -> None:
         self.computed = Computed()

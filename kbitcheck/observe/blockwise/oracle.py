@@ -189,6 +189,29 @@ def compare(
     return Comparison(BlockwiseFacts(parts=parts, adapters=pair.beside(run.gradients)), pair)
 
 
+def compare_alone(
+    call: BlockCall, gradients: step.Gradients, twins: tuple[Twin, Twin], around: Callable[[Twin], Any]
+) -> tuple[Part, dict[str, Gap]]:
+    """One recorded call beside twins of its block alone, the float64 one and the same-dtype one: what leaves it.
+
+    ``gradients`` are those that the call gave the block's own adapters, by name. ``around`` makes the context that a twin runs in.
+    """
+    replays, adapters = [], []
+    for twin in twins:
+        tensors = {i: leaf for i, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor)}
+        like = {i: t.to(twin.dtype) if twin.dtype and floating(t) else t for i, t in tensors.items()}
+        replay = _Replay(twin, call, _Player(twin.model), inputs=like)
+        with around(twin):
+            replay.run(call.entering)
+        of = {id(parameter): gradient for parameter, gradient in replay.gradients}
+        adapters.append({name: of.get(id(parameter)) for name, parameter in twin.adapters.items()})
+        replays.append(replay)
+    exact, rounded = replays
+    own = {n: g for n, g in _gaps(call, exact, rounded).items() if n.startswith(("output", "gradient that leaves"))}
+    part = Part(block=call.block, kind=type(twins[0].model).__name__, gaps=own)
+    return part, Pair(*adapters).beside(gradients)
+
+
 class _Pass(NamedTuple):
     loss: torch.Tensor
     replays: list[_Replay]

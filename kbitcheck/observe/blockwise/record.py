@@ -89,7 +89,7 @@ def outermost_blocks(model: nn.Module) -> list[str]:
     return names
 
 
-def _names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
+def parameter_names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
     """For each leaf of a call's arguments, the parameter of ``forward`` that it was passed to, and its place therein."""
     parameters = [*inspect.signature(type(module).forward).parameters][1:]
     positional = {i: parameters[i] if i < len(parameters) else f"argument {i}" for i in range(len(args))}
@@ -120,7 +120,7 @@ class _Recorder:
     def _entered(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             leaves, structure = tree_flatten((args, kwargs))
-            names = _names(module, args, kwargs)
+            names = parameter_names(module, args, kwargs)
             differentiable = tuple(i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad)
             kept = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             device = next((leaf.device.type for leaf in kept if isinstance(leaf, torch.Tensor)), "cpu")

@@ -80,14 +80,14 @@ def train_step(
         order=tuple(watcher.order),
         checkpoints=tuple(calls),
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
-        cache_held=cache is not None and any(True for _ in _cached(cache)),
+        cache_held=cache is not None and any(True for _ in cached_tensors(cache)),
         inexact=watcher.inexact,
         base_grads=tuple(base),
     )
     return Step(facts, grads)
 
 
-def _cached(cache: Any) -> Iterator[torch.Tensor]:
+def cached_tensors(cache: Any) -> Iterator[torch.Tensor]:
     """Tensors that a key/value cache holds, in either of its forms."""
     if isinstance(cache, (tuple, list)):
         yield from tensors(cache)

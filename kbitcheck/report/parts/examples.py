@@ -14,6 +14,7 @@ KINDS = {
     "implements": "An implementation of its own",
     "casts": "The cast of an implementation of its own, which freezes and enables checkpointing well",
     "adds": "Done by an implementation of its own, besides freezing, casting and enabling checkpointing",
+    "trains": "A training script",
     "spoils": "Done to the model before it is prepared",
 }
 Definition = ast.FunctionDef | ast.ClassDef

@@ -1,0 +1,79 @@
+"""Real training steps of a user's own script, watched from inside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One trained tensor in one optimizer step.
+
+    ``wanted`` of its ``elements`` have a gradient and a non-zero update in float32, of which its ``dtype`` rounds ``lost`` away; ``moved`` have
+    another value after the step. ``lands_at`` is the learning rate at which nine of ten lost updates would land. ``gradient``
+    is ``ok``, ``zero``, ``none`` or ``not finite``.
+    """
+
+    dtype: str
+    elements: int
+    gradient: str
+    wanted: int = 0
+    lost: int = 0
+    moved: int = 0
+    lands_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward of a watched step.
+
+    ``labels`` counts the tokens that the loss is computed of (None: the forward took no labels), ``weight`` is the gradient
+    that entered the loss, a scaler's factor divided out (None: none did), ``counted`` says that the forward was passed
+    the number of tokens to divide by.
+    """
+
+    loss: float | None = None
+    labels: int | None = None
+    weight: float | None = None
+    counted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchedStep:
+    """One optimizer step. ``rate`` is the largest learning rate of its groups, ``peak`` that of its schedule."""
+
+    rate: float
+    peak: float
+    batches: tuple[MicroBatch, ...]
+    updates: Mapping[str, Update]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchedOn:
+    """A call that switched checkpointing on: the names of the arguments that it passed, and those that are used after it."""
+
+    passed: frozenset[str] = frozenset()
+    used: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchedRun:
+    """Steps of a run, what its optimizer holds, and what reached the model.
+
+    ``adapters`` are the names of parameters of active adapters, ``held`` those of the optimizer's parameters in the model,
+    ``foreign`` the number of its other parameters; ``copied`` are held parameters beside which the model trains a copy.
+    ``switched_on`` are the calls that switched checkpointing on, in order; the first may stand for those before.
+    ``cached`` says who asked for a cache in training, or that one was made; "" where none was.
+    ``entering`` are the dtypes that entered quantized layers, with the number of layers. ``unseen`` is why no block was
+    compared with twins; empty where some were.
+    """
+
+    steps: tuple[WatchedStep, ...]
+    adapters: frozenset[str]
+    held: frozenset[str]
+    foreign: int = 0
+    copied: tuple[str, ...] = ()
+    switched_on: tuple[SwitchedOn, ...] = ()
+    entering: Mapping[str, int] = field(default_factory=dict)
+    attention: str = ""
+    cached: str = ""
+    unseen: str = ""

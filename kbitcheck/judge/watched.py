@@ -1,0 +1,268 @@
+"""KB313 and KB7xx: real steps of a training script do what they are meant to do."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts, MicroBatch, Update, WatchedRun, WatchedStep
+from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.rule import rule
+
+FULL = 0.5  # of the schedule's peak: below, a learning rate is warming up or running out
+MOST_LOST = 0.1
+SAME = 1e-3  # weights of losses are quotients of small numbers, in a loss's dtype
+
+
+def _run(facts: Facts) -> WatchedRun:
+    if not facts.watched.steps:
+        raise NotApplicable("the optimizer took no step")
+    return facts.watched
+
+
+def _tensors(steps: Iterable[WatchedStep]) -> dict[str, list[Update]]:
+    """The updates of each tensor, step by step."""
+    tensors: dict[str, list[Update]] = {}
+    for step in steps:
+        for name, update in step.updates.items():
+            tensors.setdefault(name, []).append(update)
+    return tensors
+
+
+def _full_rate(run: WatchedRun) -> list[WatchedStep]:
+    """The steps at a learning rate that is not near the schedule's ends."""
+    steps = [step for step in run.steps if step.rate and step.rate >= FULL * step.peak]
+    if not steps:
+        raise NotApplicable("in every step the learning rate was below half of its schedule's peak")
+    return steps
+
+
+@rule("KB313", "updates-land", Level.SHOULD)
+def updates_land(facts: Facts) -> Iterable[Observation]:
+    """What the optimizer computes reaches the weights: of each tensor's updates, its dtype rounds away at most a tenth.
+
+    Counted are elements whose update is not zero in the same step in float32. What stands still altogether is KB711.
+
+    Why: bfloat16 has eight bits of mantissa, and at common learning rates an update is less than half of the last one.
+    Symptom: a loss that falls more slowly than with fp32 adapters, or not at all; ``lora_A`` that never moves.
+    Fix: keep what trains in float32 and let autocast compute in half precision; or an optimizer with stochastic rounding
+    or a float32 copy of the weights.
+    Sources: trl#7268, trl#1644, torchao#1124, torchtune#2254.
+    """
+    low = {n: u for n, u in _tensors(_run(facts).steps).items() if u[0].dtype in ("float16", "bfloat16")}
+    if not low:
+        raise NotApplicable("nothing that trains is in half precision")
+    rates = [step.rate for step in facts.watched.steps]
+    for name, updates in low.items():
+        wanted, lost = sum(u.wanted for u in updates), sum(u.lost for u in updates)
+        if not wanted:
+            continue
+        rate = max((u.lands_at for u in updates if u.lands_at), default=None)
+        would = f"; nine of ten would land at a learning rate of {rate:.1g}, not {max(rates):.1g}" if rate else ""
+        actual = f"{lost / wanted:.0%} of {wanted:,} updates rounded away by {updates[0].dtype}{would}"
+        yield Observation(name, f"at most {MOST_LOST:.0%} rounded away", actual, ok=lost <= MOST_LOST * wanted)
+
+
+@rule("KB706", "input-dtypes", Level.INFO)
+def input_dtypes(facts: Facts) -> Iterable[Observation]:
+    """What enters quantized layers is in half precision; the report names the kernel of attention.
+
+    Why: float32 there costs time and memory, and keeps fast kernels of attention away.
+    Symptom: steps that are slower than in half precision; "FlashAttention only supports fp16 and bf16".
+    Fix: train under autocast, or cast hidden states to the compute dtype behind norms that are in float32.
+    Sources: transformers#24262, specification KB706.
+    """
+    for dtype, layers in _run(facts).entering.items():
+        note = f"attention: {facts.watched.attention}" if facts.watched.attention else ""
+        plural = "s" if layers > 1 else ""
+        ok = dtype in ("float16", "bfloat16")
+        yield Observation(f"{layers} quantized layer{plural}", "half precision", dtype, ok=ok, note=note)
+
+
+@rule("KB707", "accumulates", Level.MUST)
+def accumulates(facts: Facts) -> Iterable[Observation]:
+    """The losses of accumulated batches are divided once: by their number, or by the number of tokens in all of them.
+
+    Why: divided twice, every gradient is too small by the number of batches, and a gradient norm that is clipped to one hides it.
+    Symptom: a run with accumulation that learns as at a learning rate several times smaller.
+    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both.
+    Sources: transformers#34191, transformers#34198, trl#2175.
+    """
+    judged = False
+    for number, step in enumerate(_run(facts).steps, start=1):
+        weights = [batch.weight for batch in step.batches if batch.weight is not None]
+        if len(weights) < 2 or len(weights) < len(step.batches):
+            continue
+        judged = True
+        yield _divided(number, step.batches, weights)
+    if not judged:
+        raise NotApplicable("no optimizer step adds up several batches whose losses can be seen")
+
+
+def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float]) -> Observation:
+    count, weight = len(weights), sum(weights) / len(weights)
+    once = 1.0 if batches[0].counted else 1 / count
+    twice = math.isclose(weight, once / count, rel_tol=SAME)
+    expected = "divided by the tokens of all" if batches[0].counted else f"divided by {count}"
+    times = "divided by their number once more" if twice else f"weighted by {weight:.3g}"
+    return Observation(f"step {number}: losses of {count} batches", expected, times, ok=not twice)
+
+
+@rule("KB703", "trainer-keeps-it", Level.SHOULD)
+def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
+    """Arguments of checkpointing that were passed once are not lost when checkpointing is switched on again.
+
+    Why: a trainer that switches checkpointing on again without arguments replaces them by its defaults.
+    Symptom: "Expected to mark a variable ready only once", though ``use_reentrant=False`` was passed to preparation.
+    Fix: pass the arguments to the trainer too (``gradient_checkpointing_kwargs``), or switch its own checkpointing off.
+    Sources: transformers#28536, trl#480, axolotl#1021.
+    """
+    calls = _run(facts).switched_on
+    if not calls:
+        raise NotApplicable("checkpointing is off")
+    yield Observation("gradient checkpointing", "switched on", f"{len(calls)} times", ok=True)
+    for number, (before, call) in enumerate(pairwise(calls), start=2):
+        for key, value in before.used.items():
+            used = call.used.get(key, "torch's default")
+            ok = used == value or key in call.passed
+            actual = f"call {number}, which passes none, uses {used}"
+            yield Observation(f"{key}={value}", "kept when switched on again", actual, ok=ok)
+
+
+@rule("KB710", "optimizer-holds-them", Level.MUST)
+def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
+    """The optimizer holds every adapter that trains, nothing that is frozen, and no tensor beside which a copy trains.
+
+    Why: loss and gradient norm look alive whatever the optimizer holds.
+    Symptom: ``lora_B`` all zero after training; a checkpoint equal to the base model.
+    Fix: attach adapters once, and build the optimizer after that from the parameters that require grad.
+    Sources: trl#6701, ai-toolkit#1054, peft#2353.
+    """
+    run, tensors = _run(facts), facts.wrapped.parameters
+    for name in sorted(run.adapters):
+        trains = name in tensors and tensors[name].requires_grad
+        actual = ("held" if name in run.held else "not held") + ("" if trains else ", and frozen")
+        yield Observation(name, "trains, and is held by the optimizer", actual, ok=trains and name in run.held)
+    for name in sorted(run.held - run.adapters):
+        if not tensors[name].requires_grad:
+            yield Observation(name, "not in the optimizer, as it is frozen", "in the optimizer", ok=False)
+        elif name in run.copied:
+            yield Observation(name, "frozen: a copy of it is saved", "trains in place of its copy", ok=False)
+    if not run.held:
+        actual = f"{run.foreign:,} tensors that are not the model's"
+        yield Observation("optimizer", "holds parameters of the model", actual, ok=False)
+
+
+@rule("KB711", "weights-move", Level.MUST)
+def weights_move(facts: Facts) -> Iterable[Observation]:
+    """Every tensor with a gradient moves in one of the steps that are taken at half of the learning rate's peak or more.
+
+    Why: an optimizer that holds other tensors, or updates that are all rounded away, leave a weight as it was.
+    Symptom: DoRA's magnitudes that stay at their first values; an adapter that changes nothing.
+    Fix: see KB313 and KB710.
+    Sources: trl#7268, ai-toolkit#1054.
+    """
+    steps = _full_rate(_run(facts))
+    reached = {n: us for n, us in _tensors(steps).items() if any(u.gradient == "ok" for u in us)}
+    if not reached:
+        raise NotApplicable("nothing that the optimizer holds has a finite gradient: KB715")
+    for name, updates in reached.items():
+        lost = sum(u.lost for u in updates)
+        why = f"all {lost:,} updates rounded away by {updates[0].dtype}" if lost else "it has a gradient"
+        actual = f"the same in {len(steps)} steps: {why}"
+        yield Observation.either(name, "moves", actual, ok=any(u.moved for u in updates))
+
+
+@rule("KB712", "rate-not-zero", Level.MUST)
+def rate_not_zero(facts: Facts) -> Iterable[Observation]:
+    """The learning rate is not zero in every step; zero in the first step of a warm-up is no fault.
+
+    Why: a schedule that has ended, or was never stepped, trains nothing.
+    Symptom: a loss that only changes with the batch.
+    Fix: look at the scheduler's number of steps, and at where its ``step`` is called.
+    Sources: transformers documentation of schedulers; specification KB712.
+    """
+    rates = [step.rate for step in _run(facts).steps]
+    warming = len(rates) == 1 and facts.watched.steps[0].peak > 0
+    actual = ", ".join(f"{rate:.3g}" for rate in rates)
+    yield Observation("learning rate", "above zero", actual, ok=any(rates) or warming)
+
+
+@rule("KB713", "loss-finite", Level.MUST)
+def loss_finite(facts: Facts) -> Iterable[Observation]:
+    """The loss of every batch is finite.
+
+    Why: a loss that is not finite makes the weights so, or a gradient scaler leaves its step out.
+    Symptom: "loss: nan"; "loss: 0.0" in a trainer that filters NaN.
+    Fix: look at labels first (KB714), then at dtypes, at the learning rate, and at rows without any token.
+    Sources: transformers#25065, peft#389.
+    """
+    judged = [(n, b) for n, step in enumerate(_run(facts).steps, 1) for b in step.batches if b.loss is not None]
+    if not judged:
+        raise NotApplicable("the model's output has no loss")
+    for number, batch in judged:
+        finite = batch.loss is not None and math.isfinite(batch.loss)
+        yield Observation(f"step {number}", "a finite loss", str(batch.loss), ok=finite)
+
+
+@rule("KB714", "labels-count", Level.MUST)
+def labels_count(facts: Facts) -> Iterable[Observation]:
+    """The labels of every batch have a token that is not ignored.
+
+    Why: a template that does not match, or a prompt longer than the maximal length, masks every label.
+    Symptom: a loss that is NaN or 0; "loss: 0.0, grad_norm: nan".
+    Fix: print one row of ``labels``: the tokens of the answer must not be -100.
+    Sources: trl#1385, LLaMA-Factory#2533.
+    """
+    judged = [(n, b) for n, step in enumerate(_run(facts).steps, 1) for b in step.batches if b.labels is not None]
+    if not judged:
+        raise NotApplicable("the model was passed no labels")
+    for number, batch in judged:
+        yield Observation(f"step {number}", "a label", f"{batch.labels:,} labels", ok=bool(batch.labels))
+
+
+@rule("KB715", "held-get-gradients", Level.MUST)
+def held_get_gradients(facts: Facts) -> Iterable[Observation]:
+    """What the optimizer holds gets a finite gradient that is not zero; what is zero by initialisation, from the second step on.
+
+    A tensor that no batch reaches, as an expert without tokens, has no gradient, which is a fault if no step gives it one.
+
+    Why: a tensor without a gradient is not trained, and no message says so.
+    Symptom: adapters that keep their first values; "None of the inputs have requires_grad=True".
+    Fix: see KB301 and KB303; under reentrant checkpointing inputs must require grad.
+    Sources: peft#2880, trl#835, transformers#41993.
+    """
+    steps = _run(facts).steps
+    frozen = {n for n, p in facts.wrapped.parameters.items() if not p.requires_grad}
+    held = {name: updates for name, updates in _tensors(steps).items() if name not in frozen}
+    if not held:
+        raise NotApplicable("the optimizer holds nothing that trains: KB710")
+    for name, updates in held.items():
+        words = [u.gradient for u in updates]
+        if "not finite" in words:
+            ok = False
+        elif len(words) == 1:
+            ok = words[0] != "none"
+        else:
+            ok = "ok" in words
+        yield Observation(name, "finite and not zero", ", ".join(_once(words)), ok=ok)
+
+
+def _once(words: Iterable[str]) -> Iterator[str]:
+    names = {"ok": "there", "zero": "zero", "none": "no gradient", "not finite": "not finite"}
+    return (names[word] for word in dict.fromkeys(words))
+
+
+@rule("KB716", "cache-not-trained", Level.SHOULD)
+def cache_not_trained(facts: Facts) -> Iterable[Observation]:
+    """No key/value cache is made in a checkpointed training forward, and no caller asks for one.
+
+    Why: a cache holds keys and values of every layer, which checkpointing is meant to free, and breaks the recompute.
+    Symptom: "`use_cache=True` is incompatible with gradient checkpointing"; out of memory in training.
+    Fix: pass ``use_cache=False``, or set it in the configuration, while training.
+    Sources: transformers#34928, trl#3891.
+    """
+    run = _run(facts)
+    if facts.checkpointing == "off":
+        raise NotApplicable("checkpointing is off")
+    yield Observation.either("training forward", "no cache", run.cached, ok=not run.cached)

@@ -1,0 +1,157 @@
+"""The forwards and backwards of a watched step: losses, labels, dtypes that enter layers, arguments of checkpointing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kbitcheck import backends
+from kbitcheck.core.facts import MicroBatch, RunFacts, SwitchedOn
+from kbitcheck.observe.probes import blocks, digest, step, switches
+from kbitcheck.observe.watch.enabling import Enabling, arguments
+
+IGNORED = -100
+
+
+class Batches:
+    """What each forward of a model was passed and returned. ``first`` is the step of the first one, None before it."""
+
+    def __init__(self, model: nn.Module, enabled: Sequence[SwitchedOn] = ()) -> None:
+        before = SwitchedOn(used=arguments(model))
+        self.switched_on = list(enabled) or [before] * bool(before.used)
+        self.cached = ""
+        self.first: RunFacts | None = None
+        self._model = model
+        self._entering: dict[str, str] = {}  # by layer
+        self._batches: list[dict[str, Any]] = []
+        self._scale = 1.0
+        self._blocks: blocks.Watch | None = None
+        self._calls: list[dict[str, str]] = []
+        self._started = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether a forward ran since the last step."""
+        return bool(self._batches)
+
+    @property
+    def entering(self) -> dict[str, int]:
+        """The dtypes that entered quantized layers, with the number of layers."""
+        return dict(Counter(self._entering.values()))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hooks on quantized layers, on what switches checkpointing on, on checkpoints, and on a scaler; for a while."""
+        with ExitStack() as hooks:
+            for name, layer in backends.quantized_layers(self._model):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(self._enters, name)))
+            hooks.enter_context(Enabling(PreTrainedModel, self.switched_on.append))
+            self._calls = hooks.enter_context(switches.checkpoint_spies())
+            hooks.enter_context(_scaling(self._scaled))
+            hooks.callback(self._close)
+            yield
+
+    def _scaled(self, scale: float) -> None:
+        self._scale = scale
+
+    def _close(self) -> None:
+        if self._blocks is not None:
+            self._blocks.close()
+            self._blocks = None
+
+    def _enters(self, name: str, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled() and module.training and args and isinstance(args[0], torch.Tensor):
+            self._entering[name] = str(args[0].dtype).removeprefix("torch.")
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """A forward begins."""
+        self._scale = 1.0
+        self._started += 1
+        if self._started == 1:
+            self._blocks = blocks.Watch(self._model)
+        elif self.first is None:
+            self._finish_first()
+        labels = kwargs.get("labels")
+        count = None
+        if isinstance(labels, torch.Tensor):
+            counted = labels[..., 1:] if labels.dim() > 1 and labels.shape[-1] > 1 else labels
+            count = int((counted != IGNORED).sum())
+        self._batches.append({"labels": count, "counted": kwargs.get("num_items_in_batch") is not None})
+        if kwargs.get("use_cache") is True:
+            self.cached = "use_cache=True was passed"
+
+    def end(self, output: Any) -> None:
+        """A forward ended; its loss shows later what weight it has."""
+        if self._blocks is not None:
+            self._blocks.phase = "backward"
+        batch = self._batches[-1]
+        loss = _loss(output)
+        if loss is not None:
+            batch["loss"] = float(loss.detach())
+            if self._started == 1:
+                batch["bits"] = digest.bits(loss.detach())
+            if loss.requires_grad:
+                loss.register_hook(partial(self._weighed, batch))
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and any(True for _ in step.cached_tensors(cache)):
+            batch["cache"] = True
+            self.cached = self.cached or "one is held"
+
+    def _weighed(self, batch: dict[str, Any], gradient: torch.Tensor) -> None:
+        batch["weight"] = float(gradient.detach().sum()) / self._scale
+
+    def finish(self) -> None:
+        """The optimizer's step begins."""
+        if self.first is None and self._batches:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        batch = self._batches[0]
+        assert self._blocks is not None
+        self.first = RunFacts(
+            loss=batch.get("loss", float("nan")),
+            loss_bits=batch.get("bits", ""),
+            blocks=self._blocks.facts(),
+            order=tuple(self._blocks.order),
+            checkpoints=tuple(self._calls),
+            cache_held=batch.get("cache", False),
+            base_grads=(),
+        )
+        self._close()
+
+    def taken(self) -> list[MicroBatch]:
+        """What was seen since the last step, which is then forgotten."""
+        batches, self._batches = self._batches, []
+        fields = ("loss", "labels", "weight", "counted")
+        return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
+
+
+def _loss(output: Any) -> torch.Tensor | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and output:
+        loss = output[0]
+    return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point() else None
+
+
+@contextmanager
+def _scaling(seen: Callable[[float], None]) -> Iterator[None]:
+    """Pass on the factor of each loss that a gradient scaler scales, for a while."""
+    scaler: Any = torch.amp.GradScaler
+    own = scaler.scale
+
+    @wraps(own)
+    def scale(self: Any, outputs: Any) -> Any:
+        scaled = own(self, outputs)
+        if self.is_enabled():
+            seen(float(self.get_scale()))
+        return scaled
+
+    with switches.attributes((scaler, "scale", scale)):
+        yield

@@ -1,0 +1,178 @@
+"""One call of one block in a user's own step: recorded without a change to the graph, and compared with twins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.core.facts import Gap, Part
+from kbitcheck.observe import internals
+from kbitcheck.observe.blockwise.oracle import Twin, compare_alone
+from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, parameter_names
+from kbitcheck.observe.probes import switches
+from kbitcheck.observe.probes.layers import Weights
+from kbitcheck.observe.twin import patches, twins
+
+CACHES = ("past_key_value", "past_key_values", "layer_past")
+AS_IT_IS = "frozen-half"  # a profile that casts nothing
+
+
+@dataclass(slots=True)
+class Recorded:
+    """The first call of a block that a gradient came back through. ``gradients`` are its trained parameters', by name in the block.
+
+    ``why`` says what keeps the call from being compared; "" where nothing does.
+    """
+
+    call: BlockCall
+    random: torch.Tensor
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether a gradient entered the block."""
+        return bool(self.call.entering)
+
+
+class Recorder:
+    """Hooks on one block, on what enters and leaves it, and on its parameters; all of them only look."""
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        self.name, self.block = name, block
+        self.recorded: Recorded | None = None
+        self._open: list[Recorded | None] = []
+        self._handles: list[Any] = []
+        self._closed = False
+        self._hold(block.register_forward_pre_hook(self._entered, with_kwargs=True))
+        self._hold(block.register_forward_hook(self._left))
+        for each, parameter in block.named_parameters():
+            if parameter.requires_grad:
+                self._hold(parameter.register_hook(self._keeper(each)))
+
+    def _hold(self, handle: Any) -> None:
+        self._handles.append(handle)
+
+    def next_batch(self) -> None:
+        """Keep what was recorded, where it is complete; otherwise begin again."""
+        if self.recorded is not None and self.recorded.complete:
+            self._closed = True
+        else:
+            self.recorded = None
+
+    def remove(self) -> None:
+        """Take everything off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._open.append(None)
+        if self._closed or not torch.is_grad_enabled() or not module.training:
+            return
+        if self.recorded is not None:
+            if self.recorded.complete or not internals.backward_runs():
+                self.recorded.why = "a block ran several times in one forward"
+            return
+        leaves, structure = internals.tree_flatten((args, kwargs))
+        names = parameter_names(module, args, kwargs)
+        why = ""
+        kept: list[Any] = []
+        for name, leaf in zip(names, leaves, strict=True):
+            if name in CACHES and leaf is not None:
+                why = why or ("keys and values from before were passed" if _filled(leaf) else "")
+                leaf = None
+            kept.append(leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
+        differentiable = tuple(i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad)
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        call = BlockCall(self.name, kept, names, structure, differentiable, device.type, autocast)
+        recorded = Recorded(call, _random_state(device), why=why)
+        for index in differentiable:
+            self._hold(leaves[index].register_hook(self._catcher(recorded, call.leaving, index)))
+        self._open[-1] = recorded
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        recorded = self._open.pop() if self._open else None
+        if recorded is None:
+            return
+        leaves, recorded.call.returned_structure = internals.tree_flatten(output)
+        for leaf in leaves:
+            recorded.call.returned.append(TENSOR if floating(leaf) else leaf)
+            if floating(leaf):
+                if leaf.requires_grad:
+                    catch = self._catcher(recorded, recorded.call.entering, len(recorded.call.outputs))
+                    self._hold(leaf.register_hook(catch))
+                recorded.call.outputs.append(leaf.detach().clone())
+                recorded.call.tracked.append(leaf.requires_grad)
+        self.recorded = recorded
+
+    def _catcher(self, recorded: Recorded, store: dict[int, torch.Tensor], key: int) -> Any:
+        def catch(gradient: torch.Tensor) -> None:
+            if key in store:
+                recorded.why = "a backward ran through a block twice"
+            store[key] = gradient.detach().clone()
+
+        return catch
+
+    def _keeper(self, name: str) -> Any:
+        def keep(gradient: torch.Tensor) -> None:
+            if self.recorded is not None and not self._closed:
+                if name in self.recorded.gradients:
+                    self.recorded.why = "a backward ran through a block twice"
+                self.recorded.gradients[name] = gradient.detach().clone()
+
+        return keep
+
+
+def compared(recorder: Recorder) -> tuple[Part, dict[str, Gap]] | str:
+    """The recorded call beside twins of its block with the weights that it has now; or why it cannot be compared."""
+    recorded, block = recorder.recorded, recorder.block
+    if recorded is None or not recorded.complete:
+        return "no gradient came back through a block"
+    if recorded.why:
+        return recorded.why
+    if recorded.call.device != "cpu" and _drops(block):
+        return "masks of dropout cannot be drawn again in float64 on a GPU"
+    weights = Weights(block)
+    exact, rounded = twins.float64(block, weights), twins.same_dtype(block, weights, AS_IT_IS)
+    exact, rounded = (patches.remove(twin, block) for twin in (exact, rounded))
+    pair = (_twin(patches.keep_float64(exact), torch.float64), _twin(rounded, None))
+
+    @contextmanager
+    def around(twin: Twin) -> Iterator[None]:
+        with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, recorded.call.device):
+            yield
+
+    names = {id(p): n for n, p in block.named_parameters() if p.requires_grad}
+    gradients = {name: recorded.gradients.get(name) for name in names.values()}
+    return compare_alone(recorded.call, gradients, pair, around)
+
+
+def _twin(model: nn.Module, dtype: torch.dtype | None) -> Twin:
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return Twin(model=model, adapters=adapters, dtype=dtype)
+
+
+def _drops(block: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in block.modules())
+
+
+def _filled(cache: Any) -> bool:
+    length = getattr(cache, "get_seq_length", None)
+    return bool(length()) if callable(length) else True
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+@contextmanager
+def _replaying_random(state: torch.Tensor, device: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        (torch.set_rng_state if device == "cpu" else torch.cuda.set_rng_state)(state)
+        yield

@@ -1,0 +1,92 @@
+"""Which updates of an optimizer reach the weights: a real step beside the same step in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from kbitcheck.core.facts import Update
+
+LOW = (torch.float16, torch.bfloat16)
+MOST = 0.9  # of the lost updates land at ``lands_at``
+
+
+def in_float32(optimizer: Any, parameters: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What the optimizer's next step makes of half-precision parameters in float32, by the parameter's ``id``.
+
+    Neither the parameters nor the optimizer's state change. Parameters without a gradient are left out.
+    """
+    wide = {id(p): _wide(p) for p in parameters if p.dtype in LOW and p.grad is not None}
+    if not wide:
+        return {}
+    beside = copy.copy(optimizer)
+    beside.param_groups = [
+        {
+            **{k: copy.deepcopy(v) for k, v in group.items() if k != "params"},
+            "params": [wide[id(p)] for p in group["params"] if id(p) in wide],
+        }
+        for group in optimizer.param_groups
+    ]
+    beside.state = defaultdict(dict)
+    for parameter, state in optimizer.state.items():
+        if id(parameter) in wide:
+            beside.state[wide[id(parameter)]] = {key: _copied(value) for key, value in state.items()}
+    type(optimizer).step(beside)
+    return {key: parameter.detach() for key, parameter in wide.items()}
+
+
+def update(
+    before: torch.Tensor, after: torch.Tensor, wide: torch.Tensor | None, *, rate: float, gradient: torch.Tensor | None
+) -> Update:
+    """What one step did to a tensor; ``wide`` is what the same step in float32 makes of ``before`` (None: it was not taken).
+
+    Elements whose gradient is zero, which weight decay alone moves, do not count as wanted.
+    """
+    moved = after != before
+    facts: Mapping[str, Any] = {"wanted": int(moved.sum())}
+    if wide is not None and gradient is not None:
+        change = wide - before.float()
+        wanted = (change != 0) & (gradient != 0)
+        lost = wanted & ~moved
+        facts = {"wanted": int(wanted.sum()), "lost": int(lost.sum())}
+        if rate and bool(lost.any()):
+            # Rounding to nearest moves an element by an update of half the distance to the next number.
+            needed = (half_step(before)[lost] / change[lost].abs()).sort().values
+            facts = {**facts, "lands_at": rate * float(needed[int(MOST * (len(needed) - 1))])}
+    dtype = str(before.dtype).removeprefix("torch.")
+    return Update(dtype=dtype, elements=before.numel(), gradient=state_of(gradient), moved=int(moved.sum()), **facts)
+
+
+def half_step(values: torch.Tensor) -> torch.Tensor:
+    """Half the distance from each value to the next number of its dtype, in float32."""
+    info = torch.finfo(values.dtype)
+    _, exponent = torch.frexp(values.float())  # a mantissa from a half to one
+    step = torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float32), exponent - 1)
+    return step.clamp(min=info.smallest_normal * info.eps) / 2
+
+
+def state_of(gradient: torch.Tensor | None) -> str:
+    """A gradient in a word: ``ok``, ``zero``, ``none`` or ``not finite``."""
+    if gradient is None:
+        return "none"
+    if not bool(torch.isfinite(gradient).all()):
+        return "not finite"
+    return "ok" if bool(gradient.any()) else "zero"
+
+
+def _wide(parameter: torch.Tensor) -> torch.Tensor:
+    wide = parameter.detach().float().requires_grad_(True)
+    assert parameter.grad is not None
+    wide.grad = parameter.grad.detach().float()
+    return wide
+
+
+def _copied(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    value = value.detach()
+    return value.float() if value.dtype in LOW else value.clone()

@@ -1,0 +1,163 @@
+"""Judges a user's own training while it runs, in its process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, get_args
+
+from kbitcheck.core.cases import CaseSpec, Profile
+from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.events import Collector, Loaded
+from kbitcheck.core.report import EXIT_CONFORMS, NonConformance, Report, assemble
+from kbitcheck.core.result import Status
+from kbitcheck.core.rule import Rule, select
+from kbitcheck.run.examine import examine, not_reached
+
+# These say more than the steps of a run show: that every adapter is reached, and that nothing warned.
+NOT_WATCHED = ("KB407", "KB904")
+CASE = "watched run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a run is watched and judged; JSON-able. ``case`` names the run where a report has several."""
+
+    steps: int = 3
+    select: Sequence[str] = ()
+    ignore: Mapping[str, str] = field(default_factory=dict)
+    strict: bool = False
+    profile: Profile = "auto"
+    trains: Sequence[str] = ()
+    case: str = CASE
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The rules that are judged; a ``UsageError`` where none has such a code."""
+        return [rule for rule in select(self.select, self.ignore) if rule.code not in NOT_WATCHED]
+
+    def validate(self) -> None:
+        """Raise ``UsageError`` for a wrong value."""
+        _ = self.rules
+        if self.steps < 1:
+            raise UsageError(f"steps wants a whole number of at least 1, not {self.steps!r}")
+        if self.profile not in get_args(Profile):
+            raise UsageError(f"no such profile: {self.profile!r}; use {', '.join(get_args(Profile))}")
+
+
+class Watch:
+    """The context that ``kbitcheck.watch`` returns: it watches while it is entered, and has the ``report`` afterwards."""
+
+    def __init__(self, model: Any, optimizer: Any, settings: Settings, **options: Any) -> None:
+        from kbitcheck.models.sources.live import LiveModel
+        from kbitcheck.observe import lent
+        from kbitcheck.observe.watch.observer import Observer
+
+        settings.validate()
+        if not callable(getattr(model, "named_modules", None)):
+            raise UsageError(f"not a model: {model!r}")
+        inner = lent.unwrapped(model)
+        _ = LiveModel.of(inner).quant  # a UsageError where nothing is quantized
+        self._settings = settings
+        self._start = time.perf_counter()
+        self._report: Report | None = None
+        self._observer = Observer(inner, optimizer=optimizer, steps=settings.steps, trains=settings.trains, **options)
+
+    def __enter__(self) -> Self:
+        self._observer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take everything off the model and judge what was seen."""
+        self._observer.stop()
+        _ = self.report
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is watched any more."""
+        return bool(self._observer.over)
+
+    @property
+    def report(self) -> Report:
+        """The report of the steps that were watched; what is still to come is not in it."""
+        if self._report is not None:
+            return self._report
+        report = report_of(self._observer, self._settings, seconds=time.perf_counter() - self._start)
+        if self.over:
+            self._report = report
+        return report
+
+    def raise_for_failures(self) -> None:
+        """Raise ``NonConformance`` unless the run conforms."""
+        if self.report.exit_code != EXIT_CONFORMS:
+            raise NonConformance(self.report, str(self.report))
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def report_of(observer: Any, settings: Settings, *, seconds: float) -> Report:
+    """The report of what was watched. Where the watcher failed, every rule is an ERROR with the reason."""
+    from kbitcheck.observe import device as devices
+    from kbitcheck.observe.watch.case import WatchedCase
+
+    place = next((str(p.device) for p in observer.model.parameters()), "cpu")
+    loaded = Loaded(implementation={"name": "your code"}, environment=devices.describe(place, 0))
+    collector = Collector(loaded=loaded)
+    rules, case = settings.rules, None
+    failed = observer.failed
+    try:
+        if observer.before is not None and not failed:
+            case = WatchedCase(observer, profile=settings.profile, case=settings.case)
+            for event in examine(case, rules):
+                collector.add(event)
+    except Exception as error:
+        failed = cause(error)
+    spec = CaseSpec(model=settings.case, quant="", implementation="") if case is None else case.spec
+    if failed:
+        collector = Collector(loaded=loaded)
+        for each in not_reached(spec, rules, (), f"the watcher failed: {failed}"):
+            collector.add(each)
+    elif not observer.run.steps and not any(r.status is Status.FAIL for r in collector.results):
+        collector.results.clear()  # dtypes and flags alone are no run
+    name = settings.case if case is not None and not failed else spec.id
+    return assemble(
+        collector,
+        {name: spec.as_json()},
+        subject={"command": "watch", "ignored": dict(settings.ignore), "steps": len(observer.run.steps)},
+        in_process=True,
+        strict=settings.strict,
+        seconds=seconds,
+    )
+
+
+def nothing(settings: Settings) -> Report:
+    """The report of a run in which no quantized model trained."""
+    subject = {"command": "watch", "ignored": dict(settings.ignore), "steps": 0}
+    return assemble(Collector(loaded=Loaded(implementation={"name": "your code"})), {}, subject=subject)
+
+
+def merged(reports: Sequence[Report], settings: Settings) -> Report:
+    """One report of all ranks' reports; their cases are named apart already."""
+    if not reports:
+        return nothing(settings)
+    first = reports[0]
+    cases: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for report in reports:
+        cases |= report.subject.get("cases", {})
+        facts |= report.facts.get("cases", {})
+    return Report(
+        tool=first.tool,
+        environment=first.environment,
+        subject={**first.subject, "cases": cases},
+        results=tuple(result for report in reports for result in report.results),
+        blame=first.blame,
+        strict=settings.strict,
+        complete=all(report.complete for report in reports),
+        facts={"cases": facts, "seconds": max(report.facts.get("seconds", 0.0) for report in reports)},
+    )

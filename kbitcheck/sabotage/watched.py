@@ -1,0 +1,123 @@
+"""Faults of training scripts: KB313 and KB7xx."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from kbitcheck_reference import lora, prepare_model_for_kbit_training
+
+from kbitcheck.sabotage.fault import trains
+from kbitcheck.sabotage.helpers import blocks, enable
+from kbitcheck.sabotage.hooks import change_output
+
+
+class Script:
+    """A training script with a loaded quantized model and a batch; ``train`` takes the steps of a plain loop."""
+
+    def __init__(self, model: Any, batch: Mapping[str, torch.Tensor]) -> None:
+        self.model = model
+        self.batch = dict(batch)
+
+    def prepare(self, **arguments: Any) -> None:
+        """Prepare the model, and attach adapters."""
+        prepare_model_for_kbit_training(self.model, gradient_checkpointing_kwargs=arguments or None)
+        lora.attach(self.model, rank=4, alpha=8.0)
+
+    @property
+    def trained(self) -> list[Any]:
+        """What requires grad."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def adamw(self, rate: float = 1e-3) -> Any:
+        return torch.optim.AdamW(self.trained, lr=rate)
+
+    def train(self, optimizer: Any, *, accumulate: int = 1, divide: int = 1, **passed: Any) -> None:
+        """Two optimizer steps."""
+        self.model.train()
+        for _ in range(2):
+            for _ in range(accumulate):
+                loss = self.model(**self.batch, **passed).loss / divide
+                if loss.requires_grad:
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def halved(parameters: list[Any]) -> Iterator[Any]:
+    """The parameters, cast to bfloat16 in place."""
+    for parameter in parameters:
+        parameter.data = parameter.data.bfloat16()
+        yield parameter
+
+
+@trains("KB313")
+def adapters_cast_to_bfloat16(script: Script) -> None:
+    script.prepare()
+    script.train(torch.optim.AdamW([*halved(script.trained)], lr=1e-5))
+
+
+@trains("KB703")
+def checkpointing_switched_on_again(script: Script) -> None:
+    script.prepare(use_reentrant=True, preserve_rng_state=False)
+    enable(script.model, None)
+    script.train(script.adamw())
+
+
+@trains("KB706")
+def float32_enters_every_layer(script: Script) -> None:
+    script.prepare()
+    script.train(script.adamw())
+
+
+@trains("KB707")
+def losses_divided_twice(script: Script) -> None:
+    script.prepare()
+    script.train(script.adamw(), accumulate=2, divide=4)
+
+
+@trains("KB710")
+def optimizer_built_before_adapters(script: Script) -> None:
+    optimizer = script.adamw()
+    script.prepare()
+    script.train(optimizer)
+
+
+@trains("KB711")
+def every_update_rounded_away(script: Script) -> None:
+    script.prepare()
+    script.train(torch.optim.AdamW([*halved(script.trained)], lr=1e-8))
+
+
+@trains("KB712")
+def a_learning_rate_of_zero(script: Script) -> None:
+    script.prepare()
+    script.train(script.adamw(0.0))
+
+
+@trains("KB713")
+def an_infinite_norm(script: Script) -> None:
+    script.prepare()
+    with torch.no_grad():
+        next(p for n, p in script.model.named_parameters() if "norm" in n).fill_(torch.inf)
+    script.train(script.adamw())
+
+
+@trains("KB714")
+def every_label_ignored(script: Script) -> None:
+    script.prepare()
+    script.batch["labels"] = torch.full_like(script.batch["labels"], -100)
+    script.train(script.adamw())
+
+
+@trains("KB715")
+def a_block_cut_off(script: Script) -> None:
+    script.prepare()
+    cut: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    change_output(blocks(script.model)[0], cut)
+    script.train(script.adamw())
+
+
+@trains("KB716")
+def a_cache_asked_for(script: Script) -> None:
+    script.prepare()
+    script.train(script.adamw(), use_cache=True)
