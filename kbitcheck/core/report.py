@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from kbitcheck.core.events import Collector  # slow to import, and the plugin's start has no use for it
 
 SCHEMA = 1
+ORACLE = "KB304"
+GRADIENT_VALUES = frozenset({"KB302", "KB303", ORACLE})
 
 Blame = Literal["any", "own"]
 EXIT_CONFORMS, EXIT_BROKEN_RULE, EXIT_INTERRUPTED, EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING = range(6)
@@ -109,13 +112,32 @@ class Report:
         return any(r.status is Status.ERROR and (self.gate is None or self.counts(r)) for r in self.results)
 
     @property
+    def no_gradients(self) -> str:
+        """Why no gradient was judged, where rules on gradients ran and every one was skipped; else empty.
+
+        Of these rules, those that need a gradient's right value decide, if any of them ran.
+        """
+        family = [r for r in self.results if r.rule in rules() and rules()[r.rule].family == "gradients"]
+        decisive = [r for r in family if r.rule in GRADIENT_VALUES] or family
+        if not decisive or any(r.status is not Status.SKIP for r in decisive):
+            return ""
+        # Rules on checkpointing are skipped without it, whatever else there is; the oracle's reason holds for all.
+        oracle = [r for r in decisive if r.rule == ORACLE] or decisive
+        ((reason, _),) = Counter(r.reason for r in oracle).most_common(1)
+        return reason
+
+    @property
     def exit_code(self) -> int:
-        """0 conforms, 1 does not, 2 interrupted, 3 something could not be judged, 5 nothing was checked."""
+        """0 conforms, 1 does not, 2 interrupted, 3 something could not be judged, 5 nothing was checked.
+
+        Under ``strict`` it is 5 also if no gradient was judged.
+        """
         return exit_code(
             interrupted=not self.complete,
             broken=self.broken,
             not_judged=self.not_judged,
-            nothing=not any(r.status in (Status.PASS, Status.FAIL) for r in self.results),
+            nothing=not any(r.status in (Status.PASS, Status.FAIL) for r in self.results)
+            or (self.strict and self.gate is None and bool(self.no_gradients)),
         )
 
     def raise_for_failures(self) -> None:

@@ -19,11 +19,12 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
     """The figures of a case; ``computed`` names the facts and stages that are there, ``batch`` is what was fed, if anything."""
     base = facts.base
     quantized = sum(layer.in_features * layer.out_features for layer in base.layers.values())
-    others = {t.storage: prod(t.shape) for t in base.parameters.values() if not t.packed}
+    others = {t.storage: t for t in base.parameters.values() if not t.packed}
     figures: dict[str, Any] = {
         "model_class": base.cls,
-        "parameters": quantized + sum(others.values()),
+        "parameters": quantized + sum(prod(t.shape) for t in others.values()),
         "quantized": quantized,
+        "unquantized_bytes": sum(t.nbytes for t in others.values()),
         "bytes_loaded": base.nbytes,
     }
     if facts.recipe is not None:

@@ -58,12 +58,15 @@ class StaticCase(OpenCase):
     def summary(self) -> dict[str, Any]:
         """Facts for the head and the memory table of a report."""
         forecast = self.forecast if "forecast" in self.computed else self.weights
+        others = {t.storage: t.nbytes for t in self.base.parameters.values() if not t.packed}
         left_out = self.budget.as_json() if self.budget is not None else {}
         return {
             **({"left_out": left_out} if left_out else {}),
             "static": self.why,
             "model_class": self.base.cls,
             "parameters": forecast.parameters,
+            "quantized": sum(layer.in_features * layer.out_features for layer in self.base.layers.values()),
+            "unquantized_bytes": sum(others.values()),
             "bytes_loaded": forecast.loaded,
             "bytes_prepared": forecast.loaded + forecast.upcast,
             "forecast": forecast.as_json(),

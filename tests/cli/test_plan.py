@@ -16,6 +16,7 @@ from kbitcheck.core.plan import Item, Plan
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.report import verdict
+from kbitcheck.report.parts.header import header
 from kbitcheck.report.tables.plan import render
 from tests.cli.conftest import Door
 
@@ -85,7 +86,9 @@ def report(**facts: object) -> Report:
     for status in (Status.PASS, Status.SKIP):
         collector.add(Judged(result=Result(rule="KB101", case="m", level=Level.MUST, status=status)))
     collector.add(Figures(case="m", facts=facts))
-    return assemble(collector, {"m": {"implementation": "peft"}}, subject={"command": "model"})
+    return assemble(
+        collector, {"m": {"implementation": "peft", "model": "m", "quant": "nf4"}}, subject={"command": "model"}
+    )
 
 
 def test_the_verdict_names_what_was_left_out() -> None:
@@ -98,3 +101,17 @@ def test_the_verdict_names_what_was_left_out() -> None:
 
 def test_durations_are_short() -> None:
     assert [duration(s) for s in (3.4, 99.4, 150.0)] == ["3 s", "99 s", "2 min"]
+
+
+MIXTURE = {"parameters": 46_700_000_000, "quantized": 700_000_000, "unquantized_bytes": 92 << 30}
+
+
+def test_what_is_hardly_quantized_is_said_in_the_first_line_and_in_the_verdict() -> None:
+    share = "1.5 % quantized, the other weights take 92 GiB"
+    hardly = report(static="no weights were read", model_class="MixtralForCausalLM", **MIXTURE)
+    assert f"(MixtralForCausalLM, 46.7 B, {share})" in header(hardly)
+    assert verdict(hardly).startswith("✓ nothing rules it out: 1 kept")
+    assert verdict(hardly).endswith(f"; only {share}")
+    mostly = report(**{**MIXTURE, "quantized": 46_600_000_000})
+    assert "99 % quantized" in header(mostly)
+    assert "quantized" not in verdict(mostly)

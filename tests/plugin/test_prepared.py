@@ -224,7 +224,12 @@ def test_no_step_runs_where_none_is_allowed(model: Any) -> None:
     results = {r.rule: r for r in report}
     assert results["KB101"].status is Status.PASS
     assert (results["KB304"].status, "allow_step=False" in results["KB304"].reason) == (Status.SKIP, True)
-    assert "no gradient rule was judged: no step was allowed" in str(report).replace("\n", " ")
+    told = " ".join(str(report).split())
+    assert "✓ nothing wrong in what could be looked at (dtypes, flags): " in told
+    assert "gradients were not judged: no step was allowed" in told
+    with pytest.raises(kbitcheck.NonConformance) as raised:
+        kbitcheck.assert_prepared(model, allow_step=False, strict=True)
+    assert raised.value.report.exit_code == 5
 
 
 def scaled(module: Any) -> None:

@@ -259,8 +259,14 @@ def test_the_verdict_says_why_no_gradient_rule_was_judged() -> None:
         return Result(rule=rule, case=CASE, level=Level.MUST, status=Status.SKIP, reason="there is no batch")
 
     kept = Result(rule="KB101", case=CASE, level=Level.MUST, status=Status.PASS, examined=4)
-    told = "✓ conforms: 1 kept, 2 not applicable; no gradient rule was judged: there is no batch"
-    assert verdict(report(kept, skipped("KB301"), skipped("KB302"))) == told
+    sound = "nothing wrong in what could be looked at (dtypes, flags)"
+    told = f"✓ {sound}: 1 kept, 2 not applicable; gradients were not judged: there is no batch"
+    ungrounded = report(kept, skipped("KB301"), skipped("KB302"))
+    assert (verdict(ungrounded), ungrounded.exit_code) == (told, 0)
+    strict = dataclasses.replace(ungrounded, strict=True)
+    assert (strict.exit_code, verdict(strict).partition(":")[0]) == (5, "✗ gradients were not judged")
+    checkpointed = Result(rule="KB305", case=CASE, level=Level.MUST, status=Status.PASS, examined=4)
+    assert verdict(report(kept, checkpointed, skipped("KB302"))).startswith(f"✓ {sound}")
     assert "gradient" not in verdict(report(kept, skipped("KB301"), failed("KB302", CASE, OWN)))
     assert "gradient" not in verdict(report(kept))
 

@@ -10,14 +10,18 @@ CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 
 
 class KeepFloat64(TorchFunctionMode):
-    """While it is entered, no cast of a float64 tensor to a narrower floating dtype is made; other tensors are cast as usual."""
+    """While it is entered, casts of float64 tensors and of integers to a narrower floating dtype give float64.
+
+    Other tensors are cast as usual.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
+        first = args[0] if args else None
+        if not isinstance(first, Tensor) or (first.is_floating_point() and first.dtype != torch.float64):
             return func(*args, **kwargs)
         if func in CASTS:
-            return args[0]
+            return first.double()
         if func is Tensor.to:
             args = tuple(_widened(each) for each in args)
         return func(*args, **{name: _widened(value) for name, value in kwargs.items()})

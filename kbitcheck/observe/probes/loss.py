@@ -1,6 +1,7 @@
 """A loss for a model whose output has none: steps need one number to go backward from."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ class GiveLoss:
 
     def _loss(self, output: Any, floating: list[torch.Tensor]) -> torch.Tensor:
         if self.loss_of is not None:
-            with KeepFloat64():  # of a twin's output
+            of_twin = any(t.dtype == torch.float64 for t in floating)
+            with KeepFloat64() if of_twin else nullcontext():
                 loss = self.loss_of(output)
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
                 raise UsageError(f"loss= returns {type(loss).__name__}, not one number in a tensor")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.report import Report
-from kbitcheck.report.parts.units import scaled
+from kbitcheck.report.parts.units import quantized_share, scaled
 
 
 def header(report: Report) -> str:
@@ -14,7 +14,10 @@ def header(report: Report) -> str:
     by = name if version in name else f"{name} {version}"  # a requirement names its own version
     specs: Mapping[str, Mapping[str, Any]] = subject.get("cases", {})
     facts: Mapping[str, Mapping[str, Any]] = report.facts.get("cases", {})
-    models = list(dict.fromkeys(_model(spec["model"], facts.get(case, {})) for case, spec in specs.items()))
+    shares = subject.get("command") in ("model", "audit")
+    models = list(
+        dict.fromkeys(_model(spec["model"], facts.get(case, {}), share=shares) for case, spec in specs.items())
+    )
     quants = dict.fromkeys(spec["quant"] for spec in specs.values())
     static = next((f["static"] for f in facts.values() if "static" in f), "")
     parts = [
@@ -29,9 +32,10 @@ def header(report: Report) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _model(model: str, facts: Mapping[str, Any]) -> str:
-    """The model's name with its class and size, as far as the facts say them."""
+def _model(model: str, facts: Mapping[str, Any], *, share: bool) -> str:
+    """The model's name with its class and size, and its quantized share if ``share``, as far as the facts say them."""
     size = facts.get("parameters")
     number = scaled(size, ("", "K", "M", "B", "T")).rstrip() if size else ""
-    about = ", ".join(filter(None, [facts.get("model_class", ""), number]))
+    quantized = quantized_share(facts) if share else None
+    about = ", ".join(filter(None, [facts.get("model_class", ""), number, quantized.text if quantized else ""]))
     return f"{model} ({about})" if about else model

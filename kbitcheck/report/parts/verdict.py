@@ -4,7 +4,7 @@ from collections import Counter
 
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
 from kbitcheck.core.result import Result, Status
-from kbitcheck.core.rule import rules
+from kbitcheck.report.parts.units import MOST, quantized_share
 
 # Outcomes, worst first, with their words in the line.
 OUTCOMES = {
@@ -15,7 +15,7 @@ OUTCOMES = {
     "not applicable": ("not applicable", "not applicable"),
 }
 WORST_FIRST = tuple(OUTCOMES)
-ORACLE = "KB304"
+UNGROUNDED = "✓ nothing wrong in what could be looked at (dtypes, flags)"
 
 
 def outcome(report: Report, result: Result) -> str:
@@ -54,25 +54,28 @@ def answer(report: Report) -> str:
     model = report.subject.get("command") in ("model", "audit")
     # An audit that did not compute everything rules nothing out; it proves less than a whole one.
     static = any(facts.keys() & {"static", "left_out"} for facts in report.facts.get("cases", {}).values())
+    sound = "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms"
+    if report.no_gradients and not static:
+        sound = UNGROUNDED
+    some = any(result.status in (Status.PASS, Status.FAIL) for result in report.results)
     return {
-        EXIT_CONFORMS: "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms",
+        EXIT_CONFORMS: sound,
         EXIT_BROKEN_RULE: "✗ not ready" if model else "✗ does not conform",
         EXIT_ERROR: "✗ could not be judged",
         EXIT_INTERRUPTED: "✗ interrupted",
-        EXIT_NOTHING: "✗ nothing was checked",
+        EXIT_NOTHING: "✗ gradients were not judged" if some else "✗ nothing was checked",
     }[report.exit_code]
 
 
 def _not_covered(report: Report) -> list[str]:
-    """Why no gradient rule was judged, where there are results of such rules and every one was skipped."""
-    gradients = {code for code, rule in rules().items() if rule.family == "gradients"}
-    results = [result for result in report.results if result.rule in gradients]
-    if not results or any(result.status is not Status.SKIP for result in results):
-        return []
-    # Rules on checkpointing are skipped without it, whatever else there is; the oracle's reason holds for all.
-    oracle = [result for result in results if result.rule == ORACLE] or results
-    ((reason, _),) = Counter(result.reason for result in oracle).most_common(1)
-    return [f"no gradient rule was judged: {reason}"]
+    """What share of a model's weights is quantized, if most are not, and why no gradient was judged."""
+    parts = []
+    if report.subject.get("command") in ("model", "audit"):
+        shares = [share for facts in report.facts.get("cases", {}).values() if (share := quantized_share(facts))]
+        parts += [f"only {text}" for text in dict.fromkeys(s.text for s in shares if s.share < MOST)]
+    if report.no_gradients:
+        parts.append(f"gradients were not judged: {report.no_gradients}")
+    return parts
 
 
 def _left_out(report: Report) -> list[str]:
