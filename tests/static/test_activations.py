@@ -78,7 +78,7 @@ def training(source, quant, *, runtime=MEASURED, **options):
     return forecast.Training(source, model, facts, spec, runtime), told
 
 
-@pytest.mark.parametrize("mode", ["off", "non-reentrant"])
+@pytest.mark.parametrize("mode", ["off", "non-reentrant", "reentrant"])
 def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
     measured = []
     for thinned in (True, False):

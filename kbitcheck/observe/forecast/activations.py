@@ -77,7 +77,7 @@ def measure(
     with (
         only_new_garbage(),
         _collecting_on_request(),
-        _checkpointing(model, reentrant),
+        _checkpointing(model, reentrant, watch),
         switches.cache_off(model),
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),
@@ -136,6 +136,7 @@ class _Watch(Watcher):
         self._ran: dict[nn.Module, _Ran] = {}
         self._standing: set[nn.Module] = set()
         self._open: _Ran | None = None
+        self._unmarked: nn.Module | None = None  # a block that was left, in whose output no gradient is watched yet
         self.block: nn.Module | None = None
         self._passed: Counter[nn.Module] = Counter()
         self.missing = 0
@@ -236,11 +237,17 @@ class _Watch(Watcher):
         self._live.log.mark("leave", self._names[module])
         self.block = None
         ran = self._ran[module]
-        first = output[0] if isinstance(output, tuple) else output
         if module in self._standing and isinstance(output, tuple):
             ran.rest = output[1:]
-        if isinstance(first, Tensor) and first.requires_grad:
-            first.register_hook(lambda gradient: self._mark(ran, self._names[module]))
+        self._unmarked = module
+        self.returned(output)
+
+    def returned(self, output: Any) -> None:
+        """A block's output, from its forward or from its checkpoint: reentrant ones run forwards without a graph."""
+        module, first = self._unmarked, output[0] if isinstance(output, tuple) else output
+        if module is not None and isinstance(first, Tensor) and first.requires_grad:
+            self._unmarked = None
+            first.register_hook(lambda gradient: self._mark(self._ran[module], self._names[module]))
 
     def _close(self) -> None:
         if self._live.trace:
@@ -301,13 +308,14 @@ def _collecting_on_request() -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: nn.Module, reentrant: bool | None) -> Iterator[None]:
+def _checkpointing(model: nn.Module, reentrant: bool | None, watch: _Watch) -> Iterator[None]:
     """Checkpointing on or off in every block, without the generators' states, which no operator makes."""
 
     def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-        return switches.CHECKPOINT(
-            function, *args, **{**kwargs, "use_reentrant": reentrant, "preserve_rng_state": False}
-        )
+        chosen = {"use_reentrant": reentrant, "preserve_rng_state": False}
+        output = switches.CHECKPOINT(function, *args, **{**kwargs, **chosen})
+        watch.returned(output)
+        return output
 
     blocks = [
         m

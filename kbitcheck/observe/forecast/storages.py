@@ -154,8 +154,7 @@ def segments(log: Log) -> list[Segment]:
 def whole(log: Log, *, gradients: frozenset[int], logits: int) -> Trace:
     """The step of the whole model; ``gradients`` are the numbers of the adapters' gradients, ``logits`` their bytes.
 
-    It is empty where a block that did not run is like one whose pass was not seen: in reentrant mode before transformers 5
-    hooks on outputs see no backward.
+    It is empty where a block that did not run is like one whose pass was not seen.
     """
     ran = {(mark.block, mark.where) for mark in log.marks if mark.block == mark.like}
     if any((mark.like, mark.where) not in ran for mark in log.marks if mark.block != mark.like):
