@@ -133,6 +133,8 @@ def assert_prepared(
     batch: Mapping[str, Any] | None = None,
     loss: Callable[[Any], Any] | None = None,
     trains: Sequence[str] = (),
+    optimizer: Any = None,
+    learning_rate: float | None = None,
     allow_step: bool | None = None,
 ) -> Report:
     """Assert that a quantized model is ready for k-bit training as it stands, with or without adapters.
@@ -143,6 +145,9 @@ def assert_prepared(
     that are meant to train beside adapters, such as ``["v_head"]``. Afterwards the model is bitwise what it was, also
     after an exception: parameters, gradients, buffers, modes, hooks, random states. ``allow_step=False`` forbids
     steps; the report then says what was not judged.
+    ``optimizer`` is the one that trains the model: two of its steps are taken, and undone, to count the updates that half
+    precision rounds away (KB313). A ``Trainer`` in place of ``model`` brings its own. Without either, KB313 is a forecast
+    for AdamW at ``learning_rate`` (by default the trainer's whose recipe the model follows), and is never counted.
     Where FSDP shards the model, steps need ``allow_step=True`` on every rank.
 
     Rules that need what was before preparation are skipped. Profile ``auto`` reads the recipe of dtypes off the model
@@ -165,7 +170,7 @@ def assert_prepared(
         strict=strict,
         select_codes=select,
         ignore=ignore or {},
-        training={"batch": batch, "loss": loss, "trains": tuple(trains)},
+        training={"batch": batch, "loss": loss, "trains": tuple(trains), "optimizer": optimizer, "rate": learning_rate},
         allow_step=allow_step,
     )
     if report.exit_code:

@@ -1,7 +1,7 @@
 """KB313 and KB7xx: real steps of a training script do what they are meant to do."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 from kbitcheck.core.errors import NotApplicable
@@ -11,10 +11,15 @@ from kbitcheck.core.rule import rule
 
 FULL = 0.5  # of the schedule's peak: below, a learning rate is warming up or running out
 MOST_LOST = 0.1
+NO_OPTIMIZER = (
+    "needs your optimizer (optimizer=, or a Trainer in place of the model) or your training (`kbitcheck watch`)"
+)
 SAME = 1e-3  # weights of losses are quotients of small numbers, in a loss's dtype
 
 
 def _run(facts: Facts) -> WatchedRun:
+    if facts.watched.assumed:
+        raise NotApplicable(NO_OPTIMIZER)
     if not facts.watched.steps:
         raise NotApplicable("the optimizer took no step")
     return facts.watched
@@ -42,6 +47,7 @@ def updates_land(facts: Facts) -> Iterable[Observation]:
     """What the optimizer computes reaches the weights: of each tensor's updates, its dtype rounds away at most a tenth.
 
     Counted are elements whose update is not zero in the same step in float32. What stands still altogether is KB711.
+    Without your optimizer the count is a forecast for AdamW, which is noted and never a failure.
 
     Why: bfloat16 has eight bits of mantissa, and at common learning rates an update is less than half of the last one.
     Symptom: a loss that falls more slowly than with fp32 adapters, or not at all; ``lora_A`` that never moves.
@@ -49,9 +55,14 @@ def updates_land(facts: Facts) -> Iterable[Observation]:
     or a float32 copy of the weights.
     Sources: trl#7268, trl#1644, torchao#1124, torchtune#2254.
     """
-    low = {n: u for n, u in _tensors(_run(facts).steps).items() if u[0].dtype in ("float16", "bfloat16")}
+    low = {n: u for n, u in _tensors(facts.watched.steps).items() if u[0].dtype in ("float16", "bfloat16")}
     if not low:
         raise NotApplicable("nothing that trains is in half precision")
+    if not any(u.wanted for updates in low.values() for u in updates):
+        raise NotApplicable("the optimizer updates nothing that is in half precision")
+    if facts.watched.assumed:
+        yield _forecast(low, facts.watched.assumed)
+        return
     rates = [step.rate for step in facts.watched.steps]
     for name, updates in low.items():
         wanted, lost = sum(u.wanted for u in updates), sum(u.lost for u in updates)
@@ -61,6 +72,18 @@ def updates_land(facts: Facts) -> Iterable[Observation]:
         would = f"; nine of ten would land at a learning rate of {rate:.1g}, not {max(rates):.1g}" if rate else ""
         actual = f"{lost / wanted:.0%} of {wanted:,} updates rounded away by {updates[0].dtype}{would}"
         yield Observation(name, f"at most {MOST_LOST:.0%} rounded away", actual, ok=lost <= MOST_LOST * wanted)
+
+
+def _forecast(tensors: Mapping[str, list[Update]], optimizer: str) -> Observation:
+    """What an assumed optimizer would lose, in all tensors; never a failure."""
+    each = [update for updates in tensors.values() for update in updates]
+    wanted, lost = sum(u.wanted for u in each), sum(u.lost for u in each)
+    share = lost / wanted if wanted else 0.0
+    rate = max((u.lands_at for u in each if u.lands_at), default=None)
+    would = f"; nine of ten would land in every tensor at {rate:.1g}" if rate else ""
+    actual = f"forecast: with {optimizer}, {each[0].dtype} would round away {share:.0%} of the updates{would}"
+    way_out = "; float32 adapters or stochastic rounding keep them" if share > MOST_LOST else ""
+    return Observation("updates", "a forecast", actual, ok=True, note=f"{actual}{way_out} (KB313)")
 
 
 @rule("KB706", "input-dtypes", Level.INFO)

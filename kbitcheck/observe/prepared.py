@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_adapter_module
 from torch import nn
 
 from kbitcheck import backends
-from kbitcheck.core.cases import CaseSpec, Checkpointing
-from kbitcheck.core.errors import Unavailable, UsageError
-from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts, WatchedRun
 from kbitcheck.core.facts.case import OpenCase
+from kbitcheck.core.facts.recipe import default_rate
 from kbitcheck.models.inputs.wrapped import batch_inside
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
-from kbitcheck.observe.case import NEEDS_A_REAL_RUN, Case, facts_of
+from kbitcheck.observe.case import Case, facts_of
 from kbitcheck.observe.lent import Lent
+from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import switches
@@ -34,60 +35,12 @@ from kbitcheck.observe.recipe import recipe_of_prepared, settled
 from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.trained import Trained
 from kbitcheck.observe.twin.wide_parameter import Widened
+from kbitcheck.observe.watch.own_steps import optimizer_steps
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
 FROM_STEPS = {
     *facts_of(Stepped), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets", "bias_after_forward", "cut"
 }  # fmt: skip
-
-
-def mode_of(model: nn.Module) -> Checkpointing:
-    """How the model checkpoints, from the flags and functions of its modules."""
-    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    if not on:
-        return "off"
-    functions = [internals.checkpoint_function(m) for m in on]
-    modes = {f.keywords.get("use_reentrant") for f in functions if isinstance(f, functools.partial)}
-    if modes == {True}:
-        return "reentrant"
-    return "non-reentrant" if modes == {False} else "default"
-
-
-def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name: adapters' and ``declared`` ones; a second adapter that rests is no part of it."""
-    adapters = adapter_parameters(model)
-    ids = {**adapters, **{id(p): p for p in (declared or {}).values()}}
-    if adapters:
-        ids |= enabled_biases(model, ids)
-    resting = _resting(model)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) in ids and (parameter.requires_grad or not resting & set(name.split(".")))
-    }
-
-
-def declared(model: nn.Module, trains: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters of the modules and parameters that ``trains`` names, by a part of their path as ``v_head`` is one.
-
-    Raises:
-        UsageError: a name matches no floating parameter.
-    """
-    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not backends.is_packed(p)}
-    named: dict[str, nn.Parameter] = {}
-    for name in trains:
-        matching = {n: p for n, p in parameters.items() if f".{name}." in f".{n}."}
-        if not matching:
-            raise UsageError(f"trains={name!r}: the model has no unquantized parameter of that name")
-        named |= matching
-    return named
-
-
-def _resting(model: nn.Module) -> set[str]:
-    """Names of PEFT's adapters that are loaded and not active."""
-    names: set[str] = set(getattr(model, "peft_config", None) or {})
-    layers = [getattr(m, "active_adapters", None) for m in model.modules() if is_adapter_module(m)]
-    return names.difference(*(active for active in layers if isinstance(active, list)))
 
 
 @contextmanager
@@ -110,12 +63,15 @@ def undisturbed(*, threads: int) -> Iterator[None]:
 class Training:
     """How a caller trains a model: what is fed, what makes the loss, and which parts train beside adapters.
 
-    None for ``batch``: one is drawn; for ``loss``: the model's own, or one that is drawn.
+    None for ``batch``: one is drawn; for ``loss``: the model's own, or one that is drawn; for ``optimizer``: AdamW is assumed,
+    at ``rate`` or at the default of the trainer whose recipe the model follows.
     """
 
     batch: Mapping[str, torch.Tensor] | None = None
     loss: LossOf | None = None
     trains: Sequence[str] = ()
+    optimizer: Any = None
+    rate: float | None = None
 
 
 class _Prepared(Lent):
@@ -207,7 +163,7 @@ class PreparedCase(OpenCase):
     def compute(self, name: str) -> Any:
         """The fact of that name, from the model's steps."""
         if name not in FROM_STEPS:
-            raise Unavailable(NEEDS_A_REAL_RUN if name == "watched" else GONE)
+            raise Unavailable(GONE)
         return getattr(self._steps, name)
 
     @Fact
@@ -239,6 +195,23 @@ class PreparedCase(OpenCase):
         run = self._steps.run
         held = [n for n, p in self.prepared.parameters.items() if p.has_grad and not p.adapter]
         return dataclasses.replace(run, base_grads=tuple(dict.fromkeys((*run.base_grads, *held))))
+
+    @Fact
+    def watched(self) -> WatchedRun:
+        """Two steps of the caller's optimizer, or of an assumed one, on the model with its own numbers."""
+        if self._no_step:
+            raise Unavailable(self._no_step)
+        base = self._steps._loaded
+        model = base.copy()
+        rate = self._training.rate or default_rate(self.recipe)
+        return optimizer_steps(
+            model,
+            base.batch,
+            optimizer=self._training.optimizer,
+            rate=rate,
+            trains=self._training.trains,
+            autocast=base.autocast(self.profile),
+        )
 
     def cut_behind(self, reads: Set[str]) -> str:
         return self._steps.cut_behind(reads) if "_steps" in self.computed else ""

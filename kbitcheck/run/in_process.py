@@ -122,6 +122,8 @@ def assert_prepared(
     from kbitcheck.models.sources.live import LiveModel
     from kbitcheck.observe import device as devices
     from kbitcheck.observe import lent, prepared
+    from kbitcheck.observe.probes import switches
+    from kbitcheck.observe.watch.own_steps import parts_of
 
     for name, value, choices in (
         ("profile", profile, get_args(Profile)),
@@ -131,6 +133,7 @@ def assert_prepared(
         if value not in choices:
             raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, choices))}")
     rules = select(select_codes, ignore)
+    model, optimizer = parts_of(model)
     model = lent.unwrapped(model)
     source = LiveModel.of(model)
     spec = CaseSpec(
@@ -139,7 +142,7 @@ def assert_prepared(
         implementation="",
         profile=profile,
         freezes=freezes,
-        checkpointing=checkpointing or prepared.mode_of(model),
+        checkpointing=checkpointing or switches.mode_of(model),
         device=str(next(model.parameters()).device),
     )
     start = time.perf_counter()
@@ -151,7 +154,7 @@ def assert_prepared(
         lent.lending(model) as restore,
     ):
         no_step = lent.why_no_step(model, allow_step=allow_step)
-        how = prepared.Training(**training)
+        how = prepared.Training(**{**training, "optimizer": training["optimizer"] or optimizer})
         case = prepared.PreparedCase(spec, model, how, restore=restore, no_step=no_step)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
         subject = {"command": "assert_prepared", "ignored": dict(ignore)}

@@ -298,3 +298,80 @@ def test_float64_is_kept_where_code_asks_for_less() -> None:
         others = [double.int(), double.to(torch.int64), single.bfloat16(), single.double()]
     assert {tensor.dtype for tensor in kept} == {torch.float64}
     assert [tensor.dtype for tensor in others] == [torch.int32, torch.int64, torch.bfloat16, torch.float64]
+
+
+def in_bfloat16(model: Any) -> Any:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def adamw(model: Any, rate: float = 2e-5) -> Any:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+
+
+def test_updates_that_bfloat16_rounds_away_are_counted_on_steps_of_the_optimizer(loads: Any) -> None:
+    model = in_bfloat16(peft.get_peft_model(loads(config()), peft.LoraConfig(**LORA)))
+    optimizer = adamw(model)
+    for state in ("before it took a step", "in the middle of training"):
+        before = everything(model, optimizer.state_dict(), vars(optimizer))
+        report = kbitcheck.assert_prepared(model, optimizer=optimizer)
+        assert everything(model, optimizer.state_dict(), vars(optimizer)) == before, state
+        (result,) = (r for r in report if r.rule == "KB313")
+        assert result.status is Status.FAIL
+        assert not report.counts(result)
+        assert {f.where.partition("lora_")[2][0] for f in result.failures} >= {"A"}
+        assert "nine of ten would land at a learning rate of" in result.failures[0].actual
+        model.train()
+        model(input_ids=torch.arange(2, 34).view(2, 16), labels=torch.arange(2, 34).view(2, 16)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_schedule_that_has_run_out_is_no_fault(loads: Any) -> None:
+    model = in_bfloat16(peft.get_peft_model(loads(config()), peft.LoraConfig(**LORA)))
+    optimizer = adamw(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    report = judged(model, optimizer=optimizer, select=["KB313", "KB71"])
+    assert (report.exit_code, results(report)["KB712"].status) == (0, Status.PASS)
+    assert "not 2e-05" in results(report)["KB313"].failures[0].actual
+    assert schedule.get_last_lr() == [0.0]
+
+
+def test_in_float32_every_update_lands(loads: Any) -> None:
+    model = prepared(loads(config()), peft.LoraConfig(**LORA))
+    report = judged(model, optimizer=adamw(model), select=["KB313", "KB7"])
+    assert results(report)["KB313"].reason == "nothing that trains is in half precision"
+    assert_judged(report, "KB710", "KB711", "KB712", "KB713", "KB715")
+
+
+def test_without_an_optimizer_rounding_is_a_forecast_and_no_failure(loads: Any) -> None:
+    model = in_bfloat16(peft.get_peft_model(loads(config()), peft.LoraConfig(**LORA)))
+    report = judged(model, select=["KB313", "KB7"], strict=True)
+    assert_judged(report, "KB313")
+    assert "KB710" in {r.rule for r in report if "needs your optimizer" in r.reason}
+    told = " ".join(str(report).split())
+    assert "forecast: with AdamW at a learning rate of 2e-05, bfloat16 would round away" in told
+    faster = " ".join(str(judged(model, select=["KB313"], learning_rate=0.1)).split())
+    assert "learning rate of 0.1, bfloat16 would round away 0%" in faster
+
+
+def test_an_optimizer_that_holds_no_adapter_is_named(loads: Any) -> None:
+    model = prepared(loads(config()), peft.LoraConfig(**LORA))
+    report = judged(model, optimizer=torch.optim.AdamW([nn.Parameter(torch.zeros(2))]), select=["KB710"])
+    assert results(report)["KB710"].status is Status.FAIL
+
+
+def test_a_trainer_brings_its_model_and_its_optimizer(loads: Any, tmp_path: Any) -> None:
+    pytest.importorskip("accelerate")
+    model = in_bfloat16(peft.get_peft_model(loads(config()), peft.LoraConfig(**LORA)))
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], learning_rate=1e-4)
+    trainer = transformers.Trainer(model, arguments)
+    before = everything(trainer.model)
+    report = kbitcheck.assert_prepared(trainer, select=["KB313", "KB710"])
+    assert everything(trainer.model) == before
+    assert trainer.optimizer is None
+    by_rule = results(report)
+    assert by_rule["KB710"].status is Status.PASS
+    assert "not 0.0001" in by_rule["KB313"].failures[0].actual

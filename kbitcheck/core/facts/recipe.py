@@ -14,6 +14,9 @@ TRAINERS = {
     ("frozen-half", "float32"): "LLaMA-Factory",
     ("qlora", "float32"): "QLoRA",
 }
+# Default learning rates: TRL's SFTTrainer has its own, the others have that of transformers' Trainer.
+RATES = {"TRL": 2e-5}
+TRAINER_RATE = 5e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +34,14 @@ class Recipe:
     mixed: bool = False
     towers_differ: bool = False
 
+    @property
+    def trainer(self) -> str:
+        """Who prepares models so; empty where no trainer does."""
+        return TRAINERS.get((self.profile, self.adapters), "")
+
     def __str__(self) -> str:
         """``dtypes as TRL prepares them: nothing upcast, adapters bf16, autocast``."""
-        trainer = TRAINERS.get((self.profile, self.adapters), "")
+        trainer = self.trainer
         start = f"dtypes as {trainer} prepares them" if trainer else "dtypes"
         cast = CAST[self.profile]
         if self.towers_differ:
@@ -42,3 +50,8 @@ class Recipe:
             start, cast = "dtypes of no single recipe", f"closest to {self.profile}"
         adapters = f"adapters {SHORT.get(self.adapters, self.adapters)}" if self.adapters else ""
         return f"{start}: " + ", ".join(filter(None, (cast, adapters, "autocast" if self.autocast else "")))
+
+
+def default_rate(recipe: Recipe | None) -> float:
+    """The default learning rate of the trainer that prepares models so, or of transformers' Trainer."""
+    return RATES.get(recipe.trainer, TRAINER_RATE) if recipe else TRAINER_RATE

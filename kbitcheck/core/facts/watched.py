@@ -64,7 +64,8 @@ class WatchedRun:
     ``switched_on`` are the calls that switched checkpointing on, in order; the first may stand for those before.
     ``cached`` says who asked for a cache in training, or that one was made; "" where none was.
     ``entering`` are the dtypes that entered quantized layers, with the number of layers. ``unseen`` is why no block was
-    compared with twins; empty where some were.
+    compared with twins; empty where some were. ``assumed`` describes the optimizer where the caller named none: its steps are
+    a forecast.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -77,3 +78,4 @@ class WatchedRun:
     attention: str = ""
     cached: str = ""
     unseen: str = ""
+    assumed: str = ""

@@ -1,5 +1,6 @@
 """What a probe switches on a model or in the process for a while: checkpointing, dropout, the cache, the random state."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 
+from kbitcheck.core.cases import Checkpointing
 from kbitcheck.observe import internals
 
 # Bound before any subject is imported, which may patch them.
@@ -28,6 +30,18 @@ def attributes(*settings: tuple[Any, str, Any]) -> Iterator[None]:
     finally:
         for item, name, value in before:
             setattr(item, name, value)
+
+
+def mode_of(model: nn.Module) -> Checkpointing:
+    """How the model checkpoints, from the flags and functions of its modules."""
+    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    if not on:
+        return "off"
+    functions = [internals.checkpoint_function(m) for m in on]
+    modes = {f.keywords.get("use_reentrant") for f in functions if isinstance(f, functools.partial)}
+    if modes == {True}:
+        return "reentrant"
+    return "non-reentrant" if modes == {False} else "default"
 
 
 @contextmanager

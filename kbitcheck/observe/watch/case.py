@@ -11,7 +11,7 @@ from kbitcheck.core.facts import BlockwiseFacts, Fact, Gap, ModelFacts, RunFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
-from kbitcheck.observe.prepared import mode_of
+from kbitcheck.observe.probes.switches import mode_of
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
 from kbitcheck.observe.watch.observer import Observer
 

@@ -29,7 +29,7 @@ from kbitcheck.core.facts import (
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.in_place import random_states_restored
-from kbitcheck.observe.prepared import owned
+from kbitcheck.observe.meant_to_train import owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.watch import updates
@@ -63,8 +63,8 @@ class Observer:
     """Hooks on a quantized model and on the steps of ``optimizer``, or of any, until ``steps`` of them were taken.
 
     ``trains`` are names, or parts of names,
-    of parameters that are meant to train beside adapters and what the optimizer holds. ``when_over`` is called once,
-    after everything is off.
+    of parameters that are meant to train beside adapters and what the optimizer holds. Without ``blocks`` none is compared
+    with a twin. ``when_over`` is called once, after everything is off.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Observer:
         seed: int = 0,
         optimizer: Any = None,
         enabled: Sequence[SwitchedOn] = (),
+        blocks: bool = True,
         when_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
@@ -96,6 +97,7 @@ class Observer:
         self._foreign = 0
         self._unseen = ""
         self._busy = False
+        self._blocks = blocks
         self._recorders: list[Recorder] = []
         self._names: dict[int, str] = {}
         self._values: dict[str, torch.Tensor] = {}
@@ -174,7 +176,7 @@ class Observer:
             for name, layer in backends.quantized_layers(self.model):
                 if getattr(layer, "bias", None) is not None:
                     self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
-        if not self._recorders:
+        if self._blocks and not self._recorders:
             self._draw()
         for recorder in self._recorders:
             recorder.next_batch()
