@@ -84,8 +84,18 @@ def argument(metavar: str, text: str, *, default: Any = MISSING, nargs: str | No
     return field(default=default, metadata={"help": text, "metavar": metavar, "nargs": nargs})
 
 
+def command_line(metavar: str, text: str) -> Any:
+    """A field that is another command's line: all that stands after ``--``."""
+    return field(default=(), metadata={"help": text, "metavar": metavar, "nargs": "--"})
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ``UsageError`` and that suggests an option for a misspelt one."""
+    """An argument parser whose errors are ``UsageError`` and that suggests an option for a misspelt one.
+
+    ``command_line`` names the value that gets what stands after ``--``; empty for a parser without.
+    """
+
+    command_line = ""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(
@@ -97,6 +107,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any] | None:
         """The values by field; None where help or the version was printed instead."""
+        others: dict[str, Any] = {}
+        if self.command_line:
+            place = arguments.index("--") if "--" in arguments else len(arguments)
+            others = {self.command_line: tuple(arguments[place + 1 :])}
+            arguments = arguments[:place]
         try:
             values, rest = self.parse_known_intermixed_args(arguments)
         except SystemExit:
@@ -106,7 +121,7 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("-"):
                 self.error(f"No such option: {name}{did_you_mean(name, self._option_string_actions)}")
             self.error(f"unexpected argument: {rest[0]}")
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+        return {n: tuple(v) if isinstance(v, list) else v for n, v in vars(values).items()} | others
 
 
 def add_options(parser: Parser, kind: type) -> None:
@@ -122,6 +137,9 @@ def add_options(parser: Parser, kind: type) -> None:
 def _add(parser: Parser, each: Field[Any]) -> None:
     text, metavar = each.metadata["help"], each.metadata["metavar"]
     text = text() if callable(text) else text
+    if each.metadata.get("nargs") == "--":
+        parser.command_line, parser.epilog = each.name, f"{metavar}: {text}"
+        return
     if "nargs" in each.metadata:
         extra = {} if each.default is MISSING else {"default": each.default}
         parser.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
@@ -153,15 +171,30 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions):
+class JudgeOptions(ReportOptions):
+    """Which rules are judged, and what counts."""
+
+    select: Sequence[str] = option("Only these rules; prefixes (KB3) too; repeatable.", (), metavar="CODES")
+    ignore: Sequence[str] = option("Leave a rule out, and say why; repeatable.", (), metavar="CODE=REASON")
+    strict: bool = option("Count a broken SHOULD as well.", False)
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """The reason by ignored code or prefix."""
+        pairs = [text.partition("=") for text in self.ignore]
+        for code, _, reason in pairs:
+            if not code.strip() or not reason.strip():
+                raise UsageError(f"--ignore wants CODE=REASON: say why {code.strip() or 'the rule'} is left out")
+        return {code.strip(): reason.strip() for code, _, reason in pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(JudgeOptions):
     """What all commands that run cases share."""
 
     quant: Sequence[str] = option(quant_help, (), metavar="Q")
     checkpointing: Sequence[Checkpointing] = choice("Gradient checkpointing; repeatable.", (), Checkpointing)
     profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile)
-    select: Sequence[str] = option("Only these rules; prefixes (KB3) too; repeatable.", (), metavar="CODES")
-    ignore: Sequence[str] = option("Leave a rule out, and say why; repeatable.", (), metavar="CODE=REASON")
-    strict: bool = option("Count a broken SHOULD as well.", False)
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
     adapters: Adapters = choice("Which LoRA implementation adds the adapters.", "reference", Adapters)
     targets: str = option("Layers that get adapters.", ALL_LINEAR, metavar="all-linear|NAMES")
@@ -173,15 +206,6 @@ class RunOptions(ReportOptions):
     cut: UseCut = choice("When facts about code paths run on a cut: the first blocks of the model.", "if-large", UseCut)
     timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=seconds)
     in_process: bool = option("Run in this process: no time limit, no isolation.", False)
-
-    @property
-    def ignored(self) -> dict[str, str]:
-        """The reason by ignored code or prefix."""
-        pairs = [text.partition("=") for text in self.ignore]
-        for code, _, reason in pairs:
-            if not code.strip() or not reason.strip():
-                raise UsageError(f"--ignore wants CODE=REASON: say why {code.strip() or 'the rule'} is left out")
-        return {code.strip(): reason.strip() for code, _, reason in pairs}
 
     @property
     def case(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,12 @@ class Watch:
         self._observer.start()
         return self
 
+    def start(self, keywords: Mapping[str, Any], module: Any, arguments: Any) -> None:
+        """Start inside the call of a module, whose own hooks are called no more: its arguments are passed here."""
+        self._observer.start()
+        if module is self._observer.model:
+            self._observer.begin(module, arguments, keywords)
+
     def __exit__(self, *error: object) -> None:
         self.stop()
 
@@ -128,11 +135,17 @@ def report_of(observer: Any, settings: Settings, *, seconds: float) -> Report:
     return assemble(
         collector,
         {name: spec.as_json()},
-        subject={"command": "watch", "ignored": dict(settings.ignore), "steps": len(observer.run.steps)},
+        subject={"command": "watch", "ignored": dict(settings.ignore), "steps": len(observer.run.steps), **_ranks()},
         in_process=True,
         strict=settings.strict,
         seconds=seconds,
     )
+
+
+def _ranks() -> dict[str, int]:
+    """How many processes train, where torchrun or a launcher like it started them."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return {"ranks": ranks} if ranks > 1 else {}
 
 
 def nothing(settings: Settings) -> Report:

@@ -127,6 +127,10 @@ class Observer:
                 self.after = snapshot(self.model, self.meant)
         self._when_over()
 
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward of the model has begun, whose hooks were called before this observer's were put on."""
+        self._forward(module, args, kwargs)
+
     @property
     def run(self) -> WatchedRun:
         """What was seen of the optimizer's steps."""

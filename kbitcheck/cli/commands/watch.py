@@ -1,0 +1,54 @@
+"""``kbitcheck watch``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kbitcheck.cli.console import echo, say
+from kbitcheck.cli.options import JudgeOptions, at_least, choice, command_line, option, split_codes
+from kbitcheck.core.cases import Profile
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.report import Report
+from kbitcheck.report import render, verdict
+from kbitcheck.report.output_file import OutputFile
+from kbitcheck.run import watched_command
+from kbitcheck.run.watch import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(JudgeOptions):
+    command: Sequence[str] = command_line("-- COMMAND...", "The command to run, as you run it: python train.py ...")
+    steps: int = option("Optimizer steps to watch.", 3, metavar="N", read=at_least(1))
+    profile: Profile = choice("The dtypes to judge by; auto reads them off the model.", "auto", Profile)
+    trains: Sequence[str] = option(
+        "Parts of names of parameters that are meant to train, beside adapters; repeatable.", (), metavar="NAMES"
+    )
+    output: str = option("Write the report to this file instead of stderr.", "", metavar="FILE")
+
+
+def run(options: Options) -> int:
+    """Run a command with the watcher inside; returns its exit code, or the report's where that is 0."""
+    if not options.command:
+        raise UsageError("write the command after --: kbitcheck watch -- python train.py")
+    output = OutputFile(options.output) if options.output else None
+    settings = Settings(
+        steps=options.steps,
+        select=split_codes(options.select),
+        ignore=options.ignored,
+        strict=options.strict,
+        profile=options.profile,
+        trains=split_codes(options.trains),
+    )
+
+    def show(report: Report) -> None:
+        text = render(report, options.format, verbose=options.verbose)
+        echo(text) if output is None else output.write(text)
+
+    ended = watched_command.run(options.command, settings, on_report=show)
+    if ended.failed:
+        say(f"kbitcheck: the watcher failed: {ended.failed}")
+    say(f"kbitcheck: {verdict(ended.report)}" if ended.report.results else f"kbitcheck: {_nothing(ended.report)}")
+    return ended.code or ended.report.exit_code
+
+
+def _nothing(report: Report) -> str:
+    return f"{verdict(report)}: no quantized model took an optimizer step"

@@ -1,0 +1,1 @@
+"""What ``kbitcheck watch`` puts on the path of a command."""

@@ -1,0 +1,140 @@
+"""In the process of a watched command: waits for a quantized model's first forward in training, and writes the report of it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kbitcheck.core.errors import cause
+from kbitcheck.report.output_file import replace_file
+from kbitcheck.run.watch import CASE, Settings, Watch
+
+FRAMES = 8  # between a hook and the call of its module
+
+
+class _Waiting:
+    """Looks at each module that runs in training until one of them holds a quantized layer, and then watches that."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+        self._process = os.getpid()
+        self._seen: set[int] = set()
+        self._steps = 0
+        self._switched_on: list[Any] = []
+        self._enabling: Any = None
+        self._watch: Watch | None = None
+        self._written = False
+        self._handles: list[Any] = []
+
+    def begin(self) -> None:
+        """Put hooks on every forward and every optimizer's step."""
+        from torch.nn.modules.module import register_module_forward_pre_hook
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self._handles = [
+            register_module_forward_pre_hook(self._runs),
+            register_optimizer_step_post_hook(self._stepped),
+        ]
+        atexit.register(self._end)
+
+    def see_checkpointing(self) -> None:
+        """Look at what switches checkpointing on, once transformers is there."""
+        cls = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        if self._enabling is None and cls is not None:
+            from kbitcheck.observe.watch.enabling import Enabling
+
+            self._enabling = Enabling(cls, self._switched_on.append)
+            self._enabling.__enter__()
+
+    def _runs(self, module: Any, args: Any) -> None:
+        import torch
+
+        if not module.training or not torch.is_grad_enabled() or id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        try:
+            if not self._quantized(module):
+                return
+            self._remove()
+            self._start(module, args)
+        except Exception as error:
+            self._remove()
+            self._fail(error)
+
+    def _quantized(self, module: Any) -> bool:
+        from kbitcheck import backends
+
+        return any(True for _ in backends.quantized_layers(module))
+
+    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """A script that trains something else is left alone after as many steps as were to be watched."""
+        self._steps += 1
+        if self._steps >= self._options["settings"]["steps"]:
+            self._remove()
+
+    def _start(self, module: Any, args: Any) -> None:
+        settings = Settings(**self._options["settings"])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            settings = Settings(**{**self._options["settings"], "case": f"{CASE}, rank {os.environ.get('RANK', '0')}"})
+        self._watch = Watch(module, None, settings, enabled=self._switched_on, when_over=self._write)
+        self._watch.start(_keywords(module), module, args)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._enabling is not None:
+            self._enabling.__exit__()
+        self._enabling = None
+
+    def _end(self) -> None:
+        """The process ends: what was seen until now is the report."""
+        if os.getpid() == self._process and self._watch is not None:
+            self._watch.stop()
+
+    def _write(self) -> None:
+        if os.getpid() != self._process or self._written or self._watch is None:
+            return
+        self._written = True
+        try:
+            rank = int(os.environ.get("RANK", "0"))
+            path = Path(self._options["folder"]) / f"{rank:05}-{self._process}.json"
+            replace_file(path, json.dumps(self._watch.report.as_json()))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        (Path(self._options["folder"]) / f"failed-{os.getpid()}").write_text(cause(error))
+
+
+def _keywords(module: Any) -> Mapping[str, Any]:
+    """The keyword arguments of the call of a module whose hook runs now; a hook on every module is not passed them."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(FRAMES):
+        if frame is None:
+            break
+        local = frame.f_locals
+        if local.get("self") is module and isinstance(local.get("kwargs"), dict):
+            return dict(local["kwargs"])
+        frame = frame.f_back
+    return {}
+
+
+_waiting: _Waiting | None = None
+
+
+def imported(options: Mapping[str, Any]) -> None:
+    """A library was imported for which the watcher waits."""
+    global _waiting
+    there = all(name in sys.modules for name in options["libraries"])
+    if there and _waiting is None:
+        _waiting = _Waiting(options)
+        _waiting.begin()
+    if _waiting is not None:
+        _waiting.see_checkpointing()

@@ -1,0 +1,99 @@
+"""``kbitcheck watch -- COMMAND``: the command runs as it would, and its first steps are judged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from tests.watch import runs
+
+torch.manual_seed(5)
+model, optimizer, options = getattr(runs, sys.argv[1])()
+torch.manual_seed(6)
+for loss in runs.loop(model, optimizer, **options):
+    print("loss", loss.item())
+if len(sys.argv) > 2:
+    raise SystemExit(int(sys.argv[2]))
+"""
+
+
+def watch(*arguments, **options):
+    words = [sys.executable, "-m", "kbitcheck", "watch", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_a_script_is_judged_and_its_output_is_as_without(script, tmp_path):
+    alone = subprocess.run([sys.executable, script, "dropout"], capture_output=True, text=True, check=True)
+    report = tmp_path / "report.json"
+    watched = watch("--format", "json", "--output", report, "--", sys.executable, script, "dropout")
+    assert (watched.returncode, watched.stdout) == (0, alone.stdout)
+    saved = json.loads(report.read_text())
+    assert saved["subject"]["steps"] == 3
+    judged = {r["rule"]: r["status"] for r in saved["results"]}
+    assert judged["KB304"] == judged["KB714"] == "PASS"
+    assert watched.stderr.splitlines()[-1].startswith("kbitcheck: ✓ conforms")
+
+
+def test_a_broken_run_has_the_reports_exit_code(script):
+    watched = watch("--steps", "1", "--select", "KB714", "--", sys.executable, script, "labels_ignored")
+    assert watched.returncode == 1
+    assert "KB714 labels-count" in watched.stderr
+
+
+def test_a_command_that_fails_keeps_its_exit_code(script):
+    watched = watch("--select", "KB714", "--", sys.executable, script, "labels_ignored", "7")
+    assert watched.returncode == 7
+    assert "KB714 labels-count" in watched.stderr
+
+
+def test_a_script_without_a_quantized_model_pays_nothing(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text("import sys; print([m for m in sys.modules if m.startswith(('kbitcheck', 'torch'))])")
+    watched = watch("--", sys.executable, script)
+    assert (watched.returncode, watched.stdout) == (5, "[]\n")
+    assert "no quantized model took an optimizer step" in watched.stderr
+
+
+def test_the_sitecustomize_that_is_there_runs_too(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.customized = True")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    line = "import sys; print(customized, [p for p in sys.path if 'inject' in p])"
+    watched = watch("--", sys.executable, "-c", line, env=environment)
+    assert watched.stdout == "True []\n"
+
+
+def test_signals_go_to_the_command(tmp_path):
+    started = tmp_path / "started"
+    line = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    words = [sys.executable, "-m", "kbitcheck", "watch", "--", sys.executable, "-c", line]
+    with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
+        while not started.exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--",), ("--", "no-such-command"), ("--select", "KB999", "--", "true"), ("--steps", "0", "--", "true")],
+)
+def test_wrong_usage(arguments):
+    watched = watch(*arguments)
+    assert watched.returncode == 4
+    assert len(watched.stderr.splitlines()) == 1
