@@ -4,7 +4,8 @@
 call it. pytest loads it in every run where kbitcheck is installed, so it imports little, and the rest on use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -55,3 +56,22 @@ def kbit_check(request: pytest.FixtureRequest, kbit_case: Any) -> Callable[[], N
     """Judges one rule on ``kbit_case`` when called: fails, skips, or returns."""
     runner = request.config.stash[RUNNER]
     return lambda: runner.check(request.node, kbit_case, request.param)
+
+
+@pytest.fixture
+def kbit_watch() -> Callable[..., AbstractContextManager[Any]]:
+    """Makes a context that fails the test unless the training steps inside conform.
+
+    Its arguments, model and optimizer, are those of ``kbitcheck.watch``.
+    """
+
+    @contextmanager
+    def watching(*arguments: Any, **options: Any) -> Iterator[Any]:
+        import kbitcheck
+
+        __tracebackhide__ = True
+        with kbitcheck.watch(*arguments, **options) as watched:
+            yield watched
+        watched.raise_for_failures()
+
+    return watching

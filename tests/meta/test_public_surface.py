@@ -11,7 +11,10 @@ import pytest
 import kbitcheck
 
 ROOT = Path(kbitcheck.__file__).parents[1]
-PUBLIC = ("kbitcheck", "kbitcheck.testing", "kbitcheck.strategies", "kbitcheck.extend", "kbitcheck.reference")
+PUBLIC = (
+    "kbitcheck", "kbitcheck.integrations.transformers", "kbitcheck.testing", "kbitcheck.strategies", "kbitcheck.extend",
+    "kbitcheck.reference",
+)  # fmt: skip
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
 

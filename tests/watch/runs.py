@@ -163,7 +163,7 @@ def adapters_frozen_by_a_second_call():
 
 
 def checkpointing_switched_on_again():
-    kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+    kwargs = {"use_reentrant": True, "preserve_rng_state": False}
     model = get_peft_model(prepare_model_for_kbit_training(load(), gradient_checkpointing_kwargs=kwargs), lora())
     return model, adamw(model), {"first": lambda: model.gradient_checkpointing_enable()}
 

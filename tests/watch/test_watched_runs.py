@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import kbitcheck
 from kbitcheck.core.result import Level, Status
@@ -124,3 +125,27 @@ def test_a_run_without_a_step_is_no_run():
 def test_wrong_usage_is_told_before_anything_runs(arguments, options):
     with pytest.raises(kbitcheck.UsageError):
         kbitcheck.watch(*(arguments or (runs.load(),)), **options)
+
+
+def test_a_trainer_s_callback_tells_the_verdict(tmp_path):
+    from kbitcheck.integrations.transformers import Watch
+
+    rows = [{name: value[0] for name, value in batch.items()} for batch in runs.batches(16)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, use_cpu=True, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        report_to=[], save_strategy="no",
+    )  # fmt: skip
+    callback = Watch(steps=2)
+    trainer = transformers.Trainer(runs.prepared(), arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    report = callback.report
+    assert report is not None
+    assert report.subject["steps"] == 2
+    assert {"kbitcheck_exit_code": 0, "step": 2} in trainer.state.log_history
+    assert {r.rule for r in report if r.status is Status.PASS} >= {"KB304", "KB707", "KB710", "KB711"}
+
+
+def test_the_fixture_fails_a_test_whose_run_does_not_conform(kbit_watch):
+    model, optimizer, options = runs.labels_ignored()
+    with pytest.raises(kbitcheck.NonConformance, match="KB714"), kbit_watch(model, optimizer, steps=1):
+        runs.loop(model, optimizer, steps=1, **options)

@@ -1,0 +1,75 @@
+"""For transformers' ``Trainer`` and what is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+import kbitcheck
+from kbitcheck.core.cases import Profile
+from kbitcheck.core.report import EXIT_CONFORMS, Report
+from kbitcheck.report import verdict
+
+__all__ = ["Watch"]
+
+logger = logging.get_logger(__name__)
+
+
+class Watch(TrainerCallback):
+    """Judges the first optimizer steps of a Trainer, and changes no bit of them: ``Trainer(..., callbacks=[Watch()])``.
+
+    The arguments are those of ``kbitcheck.watch``. The verdict goes to transformers' log and to the trainer's
+    ``state.log_history``; ``report`` is None until training has begun, and complete when the steps were taken. A model that is
+    not quantized is not watched.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 3,
+        profile: Profile = "auto",
+        strict: bool = False,
+        select: Sequence[str] = (),
+        ignore: Mapping[str, str] | None = None,
+        trains: Sequence[str] = (),
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "steps": steps, "profile": profile, "strict": strict, "select": select, "ignore": ignore, "trains": trains,
+        }  # fmt: skip
+        self._watch: Any = None
+        self._told = False
+
+    @property
+    def report(self) -> Report | None:
+        """What was judged until now."""
+        return None if self._watch is None else self._watch.report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        try:
+            self._watch = kbitcheck.watch(model, others.get("optimizer"), **self._options)
+        except kbitcheck.UsageError as error:
+            logger.warning("kbitcheck watches nothing: %s", error)
+            return
+        self._watch.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self._watch is not None and self._watch.over:
+            self._tell(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        if self._told:
+            return
+        self._told = True
+        report = self._watch.report
+        state.log_history.append({"kbitcheck_exit_code": report.exit_code, "step": state.global_step})
+        logger.warning("kbitcheck: %s", verdict(report))
+        if report.exit_code != EXIT_CONFORMS:
+            logger.warning("%s", report)
