@@ -8,7 +8,7 @@ from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import RECAST, unless_bare
 from kbitcheck.judge.gradients import live_gradients
 
-NOTHING_TRAINS = "nothing trains: an adapter that is to train is loaded with is_trainable=True"
+NOTHING_TRAINS = "nothing trains: adapters are off, or were loaded without is_trainable=True"
 
 
 @rule("KB101", "base-frozen", Level.MUST)

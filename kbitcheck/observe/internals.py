@@ -149,6 +149,11 @@ def is_sharded(model: nn.Module) -> bool:
     return parts or any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
 
 
+def compiled_from(model: Any) -> Any:
+    """The model that ``torch.compile`` wrapped; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def inputs_hooked(model: nn.Module) -> bool:
     """Whether ``enable_input_require_grads`` was called: ``_require_grads_hooks`` since transformers 5."""
     return hasattr(model, "_require_grads_hook") or hasattr(model, "_require_grads_hooks")

@@ -86,8 +86,9 @@ def why_no_step(model: nn.Module, *, allow_step: bool | None) -> str:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside ``DistributedDataParallel``, whose own steps no other rank waits for."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside ``DistributedDataParallel``, whose own steps no other rank waits for, and inside ``torch.compile``."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else internals.compiled_from(model)
+    return model if inner is model else unwrapped(inner)
 
 
 @contextmanager

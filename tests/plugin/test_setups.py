@@ -158,11 +158,25 @@ def test_an_adapter_that_was_loaded_for_inference(loads: Any, tmp_path: Any) -> 
     report = judged(peft.PeftModel.from_pretrained(base, tmp_path))
     assert (report.exit_code, results(report)["KB102"].failures[0].actual) == (
         1,
-        "nothing trains: an adapter that is to train is loaded with is_trainable=True",
+        "nothing trains: adapters are off, or were loaded without is_trainable=True",
     )
     assert results(report)["KB211"].reason == "no parameter is trainable"
     again = peft.PeftModel.from_pretrained(prepared(loads(config())), tmp_path, is_trainable=True)
     assert_judged(judged(again, select=["KB102"]), "KB102")
+
+
+@pytest.mark.parametrize("active", ["default", "reference"])
+def test_of_several_adapters_the_active_one_trains(loads: Any, active: str) -> None:
+    model = prepared(loads(config()), peft.LoraConfig(**LORA))
+    model.add_adapter("reference", peft.LoraConfig(**LORA))
+    model.set_adapter(active)
+    assert_judged(judged(model, select=["KB102", *GRADIENTS]), "KB102", *GRADIENTS)
+
+
+def test_a_compiled_model_is_judged_as_the_model_inside(loads: Any) -> None:
+    model = prepared(loads(config()), peft.LoraConfig(**LORA))
+    report = kbitcheck.assert_prepared(torch.compile(model), select=["KB102", "KB302", "KB403"])
+    assert_judged(report, "KB102", "KB302", "KB403")
 
 
 class WithValueHead(nn.Module):
@@ -234,6 +248,26 @@ def embedding_model(loads: Any) -> Any:
 
 def test_an_embedding_model_gets_a_loss(loads: Any) -> None:
     assert_judged(judged(embedding_model(loads)), "KB103", "KB104", "KB305", "KB309", "KB403", "KB405", *GRADIENTS)
+
+
+def test_a_model_of_images_and_texts_without_a_loss(loads: Any) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    two_towers = transformers.SiglipConfig(
+        text_config={"vocab_size": 128, "max_position_embeddings": 32, "projection_size": 64, **ends, **sizes},
+        vision_config={"image_size": 16, "patch_size": 8, **sizes},
+    )
+    quant = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["head", "vision_model.head", "text_model.head"],
+    )  # fmt: skip
+    model = prepared(
+        loads(two_towers, transformers.AutoModel, quant), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
+    report = judged(model, select=["KB1", "KB305", *GRADIENTS])
+    assert_judged(report, "KB103", "KB305", *GRADIENTS)
+    inputs = next(iter(report.facts["cases"].values()))["inputs"]
+    assert inputs == "text, images"
 
 
 def test_the_loss_of_the_caller(loads: Any) -> None:

@@ -72,6 +72,23 @@ def first_fitting(model: PreTrainedModel, *, images: bool, audio: bool, **shape:
     raise failed or ValueError(f"{type(model).__name__} computes no finite loss")
 
 
+def first_running(model: PreTrainedModel, **shape: Any) -> Batch | None:
+    """A batch with images or audio that a copy of ``model`` runs on, whether it computes a loss of it or not; None if no layout fits."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    for make in _layouts(model, shape, images=True, audio=True):
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad(), quiet():
+                made = make(copy.deepcopy(model))
+                copy.deepcopy(model).train()(**made)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # the model's own code: it may raise anything
+            log.debug("a layout of a batch does not fit %s", type(model).__name__, exc_info=True)
+        else:
+            return made
+    return None
+
+
 def _reads_images(model: PreTrainedModel, made: Batch) -> bool:
     """Whether other images give other logits; True for a batch without images."""
     pixels = [key for key in made if key in PIXELS]

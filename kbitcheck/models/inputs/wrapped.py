@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.models.inputs.choose import training_batch
+from kbitcheck.models.inputs.choose import first_running, training_batch
 from kbitcheck.models.inputs.text import Batch
 
 
@@ -21,7 +21,13 @@ def batch_inside(model: nn.Module, **shape: int) -> Batch:
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise UsageError(f"{type(model).__name__} holds no model of transformers: give batch=")
-    made = training_batch(inner, **shape)
+    try:
+        made = training_batch(inner, **shape)
+    except UsageError as error:  # also of a model that computes no loss by itself
+        running = first_running(inner, **shape)
+        if running is None:
+            raise UsageError(f"{error}: give batch=") from None
+        made = running
     parameters = inspect.signature(type(model).forward).parameters.values()
     taken = {p.name for p in parameters}
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
