@@ -18,6 +18,7 @@ from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.run.suites import RECIPES
+from tests.shallow import shallow
 
 
 def walks_modules(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, verbose=False, **ignored):
@@ -58,15 +59,26 @@ HEALTHY = {
 }
 
 
-def broken(prepare, bases, *, model, quant, checkpointing, levels=(Level.MUST, Level.SHOULD), codes=(), **options):
+def broken(
+    prepare,
+    bases,
+    *,
+    model,
+    quant,
+    checkpointing,
+    levels=(Level.MUST, Level.SHOULD),
+    codes=(),
+    source_of=shallow,
+    **options,
+):
     """Rules of these levels that the case breaks by its own fault, or that could not be judged.
 
     What a bare base fails alike counts too: in a healthy model that is a bound of ours that does not hold.
     """
     spec = CaseSpec(model=model, quant=quant, implementation="given", checkpointing=checkpointing, **options)
-    key = (model, quant)
+    key = (source_of, model, quant)
     if key not in bases:
-        bases[key] = Loaded.from_source(resolve(model), spec)
+        bases[key] = Loaded.from_source(source_of(model), spec)
     case = Case(spec, prepare, bases[key])
     results = [judge(rule, case) for rule in rules().values() if not codes or rule.code in codes]
     case.close()
@@ -107,12 +119,16 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "quant", "checkpointing"), CELLS)
-def test_the_reference_keeps_everything(model, quant, checkpointing, bases):
-    found = broken(reference, bases, model=model, quant=quant, checkpointing=checkpointing)
+def broken_by_the_reference(bases, *, model, **case):
+    found = broken(reference, bases, model=model, **case)
     if version("transformers") < "5" and model == "tiny:t5":
         found.pop("KB406", None)  # the first block hands the biases of positions on to all others
-    assert found == {}
+    return found
+
+
+@pytest.mark.parametrize(("model", "quant", "checkpointing"), CELLS)
+def test_the_reference_keeps_everything(model, quant, checkpointing, bases):
+    assert broken_by_the_reference(bases, model=model, quant=quant, checkpointing=checkpointing) == {}
 
 
 MORE = [
@@ -123,9 +139,10 @@ MORE = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "quant", "checkpointing"), MORE)
-def test_the_reference_keeps_everything_elsewhere_too(model, quant, checkpointing, bases):
-    test_the_reference_keeps_everything(model, quant, checkpointing, bases)
+@pytest.mark.parametrize(("model", "quant", "checkpointing"), [*CELLS, *MORE])
+def test_the_reference_keeps_everything_in_whole_recipes_too(model, quant, checkpointing, bases):
+    case = {"model": model, "quant": quant, "checkpointing": checkpointing}
+    assert broken_by_the_reference(bases, **case, source_of=resolve) == {}
 
 
 @pytest.mark.slow
@@ -140,7 +157,8 @@ def test_the_reference_keeps_everything_elsewhere_too(model, quant, checkpointin
     ],
 )
 def test_what_a_model_cannot_bear_is_not_the_references(name, bases):
-    assert broken(reference, bases, model=f"arch:{name}", quant="nf4", checkpointing="non-reentrant") == {}
+    case = {"model": f"arch:{name}", "quant": "nf4", "checkpointing": "non-reentrant"}
+    assert broken(reference, bases, **case, source_of=resolve) == {}
 
 
 @pytest.mark.parametrize("model", ["tiny:gpt2", pytest.param("tiny:llama", marks=pytest.mark.slow)])

@@ -10,10 +10,11 @@ from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.observe.case import Case
-from kbitcheck.observe.loaded import loaded_model
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import layers
 from kbitcheck.observe.twin import twins as twin
 from kbitcheck.run.subject import load
+from tests.shallow import shallow
 
 
 @pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4,double"), ("tiny:gpt2", "int8")])
@@ -22,8 +23,7 @@ def test_it_is_judged_the_same(model: str, quant: str, monkeypatch: pytest.Monke
     spec = CaseSpec(model=model, quant=quant, implementation="reference", checkpointing="reentrant", cut="never")
 
     def judged() -> tuple[dict[str, str], int]:
-        kept = loaded_model(spec)
-        base = type(kept).from_source(kept.source, spec)
+        base = Loaded.from_source(shallow(model), spec)
         case = Case(spec, load("reference").function, base)
         copied = Mock(side_effect=base.copy)
         monkeypatch.setattr(base, "copy", copied)
