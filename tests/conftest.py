@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # Two shared cores are slow now and then.
-settings.register_profile("kbitcheck", deadline=None)
+settings.register_profile("kbitcheck", deadline=None, max_examples=50)
 settings.load_profile("kbitcheck")
 
 

@@ -1,6 +1,6 @@
 """Runs modules as ``python -m`` does, in forks of one process that has imported what they import.
 
-On the stubs a command's imports take ten times as long as the command.
+On the stubs a command's imports take ten times as long as the command. Its workers are forks, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 
 class ForkServer:
@@ -58,6 +60,7 @@ def serve(modules: Sequence[str]) -> None:
     """Answer each request, a line of JSON, with an exit code; in a fork, run the module that it names."""
     for name in modules:
         import_module(name)
+    _fork_workers()
     gc.freeze()
     for line in sys.stdin:
         pid = os.fork()
@@ -66,6 +69,18 @@ def serve(modules: Sequence[str]) -> None:
             break
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _fork_workers() -> None:
+    worker_process = import_module("kbitcheck.run.worker_process")
+    import_module("kbitcheck.run.worker")
+    spec = spec_from_file_location("forked_worker", Path(__file__).with_name("forked_worker.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    forked_worker = module_from_spec(spec)
+    spec.loader.exec_module(forked_worker)
+    own = SimpleNamespace(**{**vars(subprocess), "Popen": forked_worker.start})
+    setattr(worker_process, "subprocess", own)  # noqa: B010
 
 
 def become(argv: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:

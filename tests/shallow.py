@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kbitcheck.models.sources.recipe import Recipe, named
+from kbitcheck.models.sources.recipe import Recipe
+from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.models.zoo.shrink import is_depth
 
 BLOCKS = 2
 
 
 def shallow(name: str) -> Recipe:
-    """The recipe behind ``tiny:NAME``, with at most two blocks in each tower."""
-    source = named(name.removeprefix("tiny:"))
+    """The recipe of this name, with at most two blocks in each tower."""
+    source = resolve(name)
+    assert isinstance(source, Recipe)
     return replace(source, config=_cut(source.config))
 
 

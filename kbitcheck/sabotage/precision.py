@@ -35,7 +35,7 @@ def casts_norms_alone(model: Any) -> None:
 
 @breaks("KB203")
 def norm_nudged(model: Any) -> None:
-    model.transformer.h[2].ln_2.weight.data += 1e-4
+    model.transformer.h[1].ln_2.weight.data += 1e-4
 
 
 @breaks("KB203", model="tiny:t5", quant="int8", checkpointing="non-reentrant")

@@ -58,7 +58,7 @@ class _Silu(torch.autograd.Function):
 @breaks("KB304", **LLAMA)
 def activation_kept_in_bfloat16(model: Any) -> None:
     """A kernel of one's own, an autograd function, in one block."""
-    model.model.layers[2].mlp.act_fn.forward = _Silu.apply
+    model.model.layers[1].mlp.act_fn.forward = _Silu.apply
 
 
 @adds("KB304", model="tiny:llama")

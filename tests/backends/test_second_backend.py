@@ -17,7 +17,9 @@ from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization, usage
 from kbitcheck.core.cases import Checkpointing
 from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe import loaded
 from tests.backends.rowwise import BACKEND, FORMAT, RowwiseLinear
+from tests.shallow import shallow
 
 MODES: list[tuple[str, list[Checkpointing]]] = [
     ("tiny:llama", ["reentrant", "non-reentrant", "off"]),
@@ -26,7 +28,8 @@ MODES: list[tuple[str, list[Checkpointing]]] = [
 
 
 @pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
+def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(loaded, "source_of", lambda spec: shallow(spec.model))
     with registry.added(BACKEND), formats.added(FORMAT):
         yield
 

@@ -1,5 +1,7 @@
 """The oracle that goes block by block, and the twin of the whole model: what the one catches, the other does."""
 
+from contextlib import suppress
+
 import pytest
 
 from kbitcheck.core.errors import NotApplicable, Unavailable
@@ -15,7 +17,7 @@ FAULTS = {fault.name: fault for fault in faults()}
 SMALL = {
     "gradient_off_by_a_thousandth_in_one_block_of_sixteen": "model.layers.9: gradient that leaves hidden_states",
     "attention_scale_off_by_a_thousandth": "model.layers.1: gradient that leaves hidden_states",
-    "activation_kept_in_bfloat16": "model.layers.2: gradient that leaves hidden_states",
+    "activation_kept_in_bfloat16": "model.layers.1: gradient that leaves hidden_states",
     "scales_the_gradient_between_two_blocks": "model.layers.1: gradient that enters output",
     "embedding_off_by_a_thousandth": "model.layers.0: hidden_states",
     "gradient_of_the_logits_off_by_a_thousandth": "model.layers.3: gradient that enters output",
@@ -37,9 +39,11 @@ def off_whole_model(fault, bases):
 
 def off_by_blocks(fault, bases, monkeypatch):
     """Places where KB304 sees the fault without a twin of the whole model, as of a large one."""
+    case = case_of(fault, bases)
+    with suppress(NotApplicable, Unavailable):
+        _ = case.run  # the forwards before it are those of a small model, which shares its base's
     with monkeypatch.context() as patch:
         patch.setattr(Loaded, "large", True)
-        case = case_of(fault, bases)
         result = judge(rules()["KB304"], case)
         case.close()
     return [failure.where for failure in result.failures] if result.status is Status.FAIL else []

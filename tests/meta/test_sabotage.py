@@ -9,10 +9,19 @@ import torch
 from kbitcheck.core.events import FaultTried
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
+from kbitcheck.run import selftest
 from kbitcheck.run.selftest import case_of, run, try_fault
 from kbitcheck.sabotage import WITHOUT, Fault, faults
 from kbitcheck.sabotage.fault import FaultLevel
 from kbitcheck.sabotage.helpers import prepare_well
+from tests.shallow import shallow
+
+
+@pytest.fixture
+def shallow_bases(bases, monkeypatch):
+    """Bases with two blocks in each tower, and faults that are tried on such."""
+    monkeypatch.setattr(selftest, "resolve", shallow)
+    return bases.setdefault(shallow, {})
 
 
 def lacking(found):
@@ -72,16 +81,29 @@ def test_fault_names_are_distinct():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("fault", faults(), ids=lambda f: f"{f.code}-{f.name}")
-def test_its_rule_catches_it(fault: Fault, bases):
+EACH_FAULT = pytest.mark.parametrize("fault", faults(), ids=lambda f: f"{f.code}-{f.name}")
+
+
+def catch(fault, bases):
     verdict = try_fault(fault, bases)
     if verdict.caught is None:
         pytest.skip(verdict.reason)
     assert verdict.caught, verdict.reason
 
 
-def test_a_fault_that_is_none_is_not_caught(bases):
-    verdict = try_fault(Fault(code="KB101", name="nothing"), bases)
+@EACH_FAULT
+def test_its_rule_catches_it(fault, shallow_bases):
+    catch(fault, shallow_bases)
+
+
+@pytest.mark.slow
+@EACH_FAULT
+def test_its_rule_catches_it_in_a_whole_recipe_too(fault, bases):
+    catch(fault, bases)
+
+
+def test_a_fault_that_is_none_is_not_caught(shallow_bases):
+    verdict = try_fault(Fault(code="KB101", name="nothing"), shallow_bases)
     assert verdict == FaultTried(
         code="KB101", fault="nothing", case="tiny:gpt2-nf4-reentrant", caught=False, reason="passed"
     )
@@ -95,24 +117,24 @@ def test_an_accelerators_fault_is_told_apart_on_a_cpu():
     assert verdict.reason == "needs an accelerator"
 
 
-def test_faults_do_not_leak_into_the_next_case(bases):
+def test_faults_do_not_leak_into_the_next_case(shallow_bases):
     """The process is as it was: what a fault patched or kept would show in an honest case afterwards."""
     for fault in faults():
         if fault.name in ("class_patched", "seed_set", "one_checkpoint_round_the_whole_stack"):
-            try_fault(fault, bases)
+            try_fault(fault, shallow_bases)
     for code in ("KB507", "KB405", "KB508"):
-        assert try_fault(Fault(code=code, name="nothing"), bases).reason == "passed"
+        assert try_fault(Fault(code=code, name="nothing"), shallow_bases).reason == "passed"
 
 
-def test_a_result_says_which_exception_kept_a_rule_from_being_judged(bases):
+def test_a_result_says_which_exception_kept_a_rule_from_being_judged(shallow_bases):
     (fault,) = (fault for fault in faults() if fault.name == "casts_the_head_back")
-    case = case_of(fault, bases)
+    case = case_of(fault, shallow_bases)
     learns = judge(rules()["KB309"], case)
     assert (learns.status, "RuntimeError" in learns.raised) == (Status.SKIP, True)
 
     def refuse(*args, **kwargs):
         raise ValueError("no")
 
-    case = case_of(Fault(code="KB502", name="nothing", prepare=refuse), bases)
+    case = case_of(Fault(code="KB502", name="nothing", prepare=refuse), shallow_bases)
     freezing = judge(rules()["KB101"], case)
     assert (freezing.status, freezing.raised.startswith("ValueError: no")) == (Status.ERROR, True)

@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 import kbitcheck
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.result import Status
-from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.lent import why_no_step
 from tests.plugin.traces import everything
+from tests.shallow import shallow
 
 
 @pytest.fixture(scope="module", params=["nf4,double", "int8"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return resolve("tiny:gpt2").load(Quantization.parse(request.param), "cpu")
+    return shallow("tiny:gpt2").load(Quantization.parse(request.param), "cpu")
 
 
 def test_it_leaves_no_trace(model: Any) -> None:

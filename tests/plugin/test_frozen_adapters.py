@@ -4,12 +4,12 @@ import pytest
 
 import kbitcheck
 from kbitcheck.backends.quantization import Quantization
-from kbitcheck.models.sources.resolve import resolve
+from tests.shallow import shallow
 
 
 def test_adapters_that_a_preparation_froze_are_named_as_the_cause() -> None:
     peft = pytest.importorskip("peft")
-    model = resolve("tiny:llama").load(Quantization.parse("nf4"))
+    model = shallow("tiny:llama").load(Quantization.parse("nf4"))
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     peft.prepare_model_for_kbit_training(wrapped)
     with pytest.raises(kbitcheck.NonConformance) as caught:

@@ -19,12 +19,12 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
-from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import prepared
 from kbitcheck.observe.in_place import left_as_it_was
 from kbitcheck.observe.probes import switches
 from kbitcheck.observe.twin import twins
 from tests.plugin.traces import everything
+from tests.shallow import shallow
 
 # The rules whose facts a prepared model still shows, by itself or in its own steps.
 JUDGED = {
@@ -37,7 +37,7 @@ STATIC = ("KB101", "KB102", "KB2")
 
 @pytest.fixture(scope="module", params=["nf4,double", "int8"])
 def loaded(request: pytest.FixtureRequest) -> Any:
-    return resolve("tiny:llama").load(Quantization.parse(request.param), "cpu")
+    return shallow("tiny:llama").load(Quantization.parse(request.param), "cpu")
 
 
 @pytest.fixture

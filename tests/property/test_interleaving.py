@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.interleaving import STEPS
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.run.subject import load
 from kbitcheck.sabotage import faults
+from tests.shallow import shallow
 
 pytestmark = pytest.mark.xdist_group("interleaving")  # of four bases
 CELLS = [
@@ -32,9 +32,9 @@ CELLS = [
 
 def case_of(implementation, quant, bases, *, prepare=None, model="tiny:gpt2"):
     spec = CaseSpec(model=model, quant=quant, implementation=implementation, checkpointing="reentrant")
-    key = (model, quant)
+    key = (shallow, model, quant)
     if key not in bases:
-        bases[key] = Loaded.from_source(resolve(model), spec)
+        bases[key] = Loaded.from_source(shallow(model), spec)
     return Case(spec, prepare or load(implementation).function, bases[key])
 
 

@@ -11,7 +11,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.memory_sizes import CUBLAS_WORKSPACE, CUDA_CONTEXT
 from kbitcheck.models.sources.resolve import source_of
-from kbitcheck.observe.forecast import fitting, predict
+from kbitcheck.observe.forecast import activations, fitting, predict
 from kbitcheck.observe.forecast.candidate import Candidate
 from kbitcheck.observe.static import StaticCase
 
@@ -46,7 +46,7 @@ def opened(tmp_path_factory):
             model=str(folder), quant="nf4", implementation="reference", static="always", device="auto", seq_len=512
         )
         spec = dataclasses.replace(spec, **options)
-        with mock.patch.object(predict, "measure", wraps=predict.measure) as steps:
+        with mock.patch.object(predict, "measure", wraps=activations.measure) as steps:
             forecast = StaticCase(spec, source_of(spec, static=spec.static)).forecast
         assert forecast.missing == ""
         return Opened(spec, forecast, steps.call_count)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import Facts, Passes
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
+from kbitcheck.observe import loaded
 from kbitcheck.observe.open_case import costs, open_case
 from kbitcheck.observe.passes import OPENING, Counts, counted
 from kbitcheck.run.subject import load
+from tests.shallow import shallow
 
 WITNESSES = {"unprepared", "bare"}  # read after a failure
 SETTINGS = {"case", "profile", "freezes", "checkpointing", "recipe"}
@@ -49,7 +52,11 @@ def examined(seed: int) -> Counted:
         model="tiny:llama", quant="nf4", implementation="reference", checkpointing="reentrant", seed=seed, cut="never"
     )
     reads, statuses = {}, {}
-    with torch.compiler.set_stance("force_eager"), counted() as counts:
+    with (
+        mock.patch.object(loaded, "source_of", lambda spec: shallow(spec.model)),
+        torch.compiler.set_stance("force_eager"),
+        counted() as counts,
+    ):
         reference = load("reference")
         case = open_case(spec, dataclasses.replace(reference, function=counts.calls(reference.function)))
         for code, rule in rules().items():
