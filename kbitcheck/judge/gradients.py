@@ -98,7 +98,7 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#46736, GPTQModel#1435, AutoAWQ#324, bitsandbytes#2034.
     """
     live_gradients(facts)
-    for name, layer in facts.layer_backwards.items():
+    for name, layer in {**facts.layer_backwards, **facts.mixed_backwards}.items():
         within = name.partition(" (")[0].removesuffix(".base_layer") + "."
         adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]
         if adapters and not any(adapters):

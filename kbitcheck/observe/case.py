@@ -141,7 +141,7 @@ class Case(OpenCase):
         return Wrapped(self._called)
 
     _stepped = Fact(
-        lambda self: Stepped(self._wrapped, self._outputs),
+        lambda self: Stepped(self._wrapped, self._outputs, lambda: self._paths.case._stepped),
         cost=Cost(needs=("_wrapped", "_outputs", "_training_forwards")),
     )
 

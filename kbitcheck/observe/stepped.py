@@ -34,16 +34,17 @@ from kbitcheck.observe.twin.twins import Twins
 STEP = Passes(forwards=1, backwards=1)
 TWO_STEPS = STEP + STEP
 BESIDE_TWINS = TWO_STEPS + Passes(float64_forwards=1, float64_backwards=1)
-LAYERS = TWO_STEPS + Passes(float64_products=2)
+LAYERS = STEP + Passes(float64_products=1)
 # A large model that was dropped for another copy is made again.
 AGAIN = Passes(copies=1, calls=1)
 
 
 class Stepped:
-    """Facts of steps of a wrapped model, whose forward runs."""
+    """Facts of steps of a wrapped model, whose forward runs; ``on_cut`` gives those of a cut, where there is one."""
 
-    def __init__(self, wrapped: Wrapped, outputs: Outputs) -> None:
+    def __init__(self, wrapped: Wrapped, outputs: Outputs, on_cut: "Callable[[], Stepped] | None" = None) -> None:
         outputs.require_forward()
+        self._on_cut = on_cut or (lambda: self)
         self._wrapped = wrapped
         self._outputs = outputs
         self._preparation = wrapped.preparation
@@ -99,7 +100,7 @@ class Stepped:
     def _whole_batch(self) -> Comparison:
         return self._block_by_block(self._loaded.batch)
 
-    @fact(Cost("block", BESIDE_TWINS))
+    @fact(Cost("cut", BESIDE_TWINS))
     def _single_row(self) -> Comparison:
         return self._block_by_block(self._loaded.single)
 
@@ -111,13 +112,15 @@ class Stepped:
         return self._loaded.block_by_block(self._spec, run, calls, batch)
 
     blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts, cost=Cost(needs=("_whole_batch",)))
-    single_blockwise = Fact[BlockwiseFacts](lambda self: self._single_row.facts, cost=Cost(needs=("_single_row",)))
+    single_blockwise = Fact[BlockwiseFacts](
+        lambda self: self._single_row.facts, cost=Cost("cut", needs=("_single_row",))
+    )
 
-    @fact(Cost(needs=("twins",), large=Cost(needs=("_whole_batch", "_single_row"))))
+    @fact(Cost(needs=("twins",), large=Cost(needs=("_whole_batch",))))
     def _twins(self) -> Twins:
-        """Gradients of twins of the whole model; of a large one, of its blocks."""
+        """Gradients of twins of the whole model; of a large one, of its blocks, and of the whole batch alone."""
         if self._loaded.large:
-            return Twins(whole=self._whole_batch.twins, single=self._single_row.twins)
+            return Twins(whole=self._whole_batch.twins, single=self._whole_batch.twins)
         return self._outputs.twins
 
     @fact(Cost(needs=("_twins", "_checkpointed")))
@@ -127,7 +130,7 @@ class Stepped:
     @fact(Cost("whole", STEP, needs=("_twins",), large=Cost(needs=("single_blockwise",))))
     def single_gradients(self) -> Mapping[str, Gap]:
         if self._loaded.large:  # one step less: KB305 judges whether checkpointing changes gradients
-            return self.single_blockwise.adapters
+            return self._on_cut().single_blockwise.adapters
         gradients = self._preparation.step(self._wrapped.attached, batch=self._loaded.single).gradients
         return self._twins.single.beside(gradients)
 
@@ -174,22 +177,23 @@ class Stepped:
 
     # Layers and memory
 
-    @fact(
-        Cost(
-            "whole",
-            LAYERS,
-            needs=("_training_forwards",),
-            large=Cost("whole", LAYERS + AGAIN, needs=("_training_forwards",)),
-        )
-    )
+    @fact(Cost("whole", LAYERS, large=Cost("whole", LAYERS + AGAIN)))
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
-        """The backward of each quantized layer: as the case runs, and under autocast on a single row."""
-        attached, loaded = self._wrapped.attached, self._loaded
-        backwards = layers.backwards(
-            attached.model, loaded.batch, loaded.weights, self._preparation.autocast, extremes=True
+        """The backward of each quantized layer, as the case runs."""
+        return layers.backwards(
+            self._wrapped.attached.model,
+            self._loaded.batch,
+            self._loaded.weights,
+            self._preparation.autocast,
+            extremes=True,
         )
+
+    @fact(Cost("cut", LAYERS, needs=("_training_forwards",)))
+    def mixed_backwards(self) -> Mapping[str, LayerBackward]:
+        """The backward of each quantized layer under autocast, on a single row."""
         if any(f.raised and f.autocast for f in self._outputs.paths.training_forwards):
-            return backwards  # KB210 reports it
+            return {}  # KB210 reports it
+        attached = self._wrapped.attached
         if any(p.quantized_bias for p in self._wrapped.wrapped.parameters.values()):
             # An int8 layer casts its bias in place to the dtype of its input.
             del attached
@@ -199,8 +203,8 @@ class Stepped:
         except RuntimeError:
             if self._base_runs_under_autocast:
                 raise
-            return backwards
-        return {**backwards, **{f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}}
+            return {}
+        return {f"{name} (autocast, batch 1)": layer for name, layer in mixed.items()}
 
     def _mixed_backwards(self, attached: Attached) -> Mapping[str, LayerBackward]:
         """The backwards of a step on a single row under autocast, as trainers with mixed precision run it."""

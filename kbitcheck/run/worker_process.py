@@ -27,7 +27,10 @@ QUIET = {
     "BITSANDBYTES_NOWELCOME": "1",
     "PYTHONUNBUFFERED": "1",  # or last words are lost
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other process
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),  # glibc returns a large tensor's memory when it is freed, not some day
+    # glibc returns a weight's memory when it is freed, and keeps that of activations: page faults of every tensor of a step
+    # took a quarter of an audit's time.
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
 }
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')

@@ -191,6 +191,8 @@ class Facts:
     """By adapter, how far checkpointing moves its gradient under dropout."""
     layer_backwards: Mapping[str, step.LayerBackward]
     """By quantized layer, its own backward."""
+    mixed_backwards: Mapping[str, step.LayerBackward]
+    """By quantized layer, its own backward under autocast, of a single row."""
     memory: MemoryFacts
     """Bytes of activations in a plain and in a checkpointed step."""
     cost: CostFacts

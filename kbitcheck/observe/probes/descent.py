@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ WEIGHT_DECAY = 0.1
 EPSILON = 1e-3
 PLACES = 4  # on the way of the first step
 MORE_PLACES = 16  # before a slope is called another than the gradient's
+BENT = 1 / 2  # the loss at the end of a step is farther than this from what the gradient predicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +47,38 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
     """Take two AdamW steps with weight decay on one batch, and measure the loss on the way of the first.
 
     The learning rate is the largest that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
-    uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding.
+    uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding. Rates whose step ends far from
+    what the gradient predicts come last: one forward tells.
     """
     with switches.seeded(seed, batch), switches.dropout(model, 0.0):
         way = _Way(model, batch, seed, autocast)
         descents: dict[float, Descent] = {}
-        for rate in LEARNING_RATES:
-            descents[rate] = way.descent(rate)
-            if descents[rate].uncertainty <= CERTAIN:
-                break
+        for rate, bent in (*product(LEARNING_RATES, (False,)), *product(LEARNING_RATES, (True,))):
+            measured = None if rate in descents else way.descent(rate, bent=bent)
+            if measured is not None:
+                descents[rate] = measured
+                if measured.uncertainty <= CERTAIN:
+                    break
         best = min(descents, key=lambda rate: descents[rate].uncertainty)
         descent = descents[best]
         if not descent.agrees:
             # A few places may lie on a parabola by chance, and a sharp bend before the first is seen by a shorter step alone.
-            shorter, descent = (way.descent(rate, MORE_PLACES) for rate in (best / 10, best))
+            shorter, descent = (way.measured(rate, MORE_PLACES) for rate in (best / 10, best))
             descent = shorter if shorter.agrees else descent
-        elif best != rate:
+        else:
             way.go(best)
         way.backward()
         way.update(best)
         step.clear_gradients(model)
     return descent
+
+
+class _Place(NamedTuple):
+    """The loss at one place of a way, its change since the start, and the change that the gradient predicts."""
+
+    loss: float
+    change: float
+    predicted: float
 
 
 class _Way:
@@ -111,25 +124,39 @@ class _Way:
             loss.backward()
         return loss.detach()
 
-    def descent(self, rate: float, places: int = PLACES) -> Descent:
+    def descent(self, rate: float, *, bent: bool) -> Descent | None:
+        """The descent by the update of a learning rate, after which the parameters are left; None where it must not be ``bent`` and is."""
+        self.go(rate)
+        end = self._here()
+        if not bent and abs(end.change - end.predicted) > BENT * abs(end.predicted):
+            return None
+        return self._descent(PLACES, end)
+
+    def measured(self, rate: float, places: int) -> Descent:
         """The descent by the update of a learning rate, after which the parameters are left."""
         self.go(rate)
-        return self._measured(places)
+        return self._descent(places, self._here())
 
     @torch.no_grad()
-    def _measured(self, places: int) -> Descent:
+    def _here(self) -> _Place:
+        """Where the parameters are."""
+        pairs = zip(self._trained, self._start, strict=True)
+        predicted = sum(float((p.grad.double() * (p - a.double())).sum()) for p, a in pairs if p.grad is not None)
+        # By the experts of the start: with others the loss jumps.
+        loss = float(self._loss(ImposeChoices(self._choices)))
+        return _Place(loss, loss - float(self._before), predicted)
+
+    @torch.no_grad()
+    def _descent(self, places: int, last: _Place) -> Descent:
         end = self._copies()
-        losses, predicted = [float(self._before)], [0.0]
-        for place in range(1, places + 1):
-            self._put(
-                [torch.lerp(a.double(), b.double(), place / places) for a, b in zip(self._start, end, strict=True)]
-            )
-            pairs = zip(self._trained, self._start, strict=True)
-            predicted.append(
-                sum(float((p.grad.double() * (p - a.double())).sum()) for p, a in pairs if p.grad is not None)
-            )
-            # By the experts of the start: with others the loss jumps.
-            losses.append(float(self._loss(ImposeChoices(self._choices))))
+        way = []
+        for place in range(1, places):
+            between = zip(self._start, end, strict=True)
+            self._put([torch.lerp(a.double(), b.double(), place / places) for a, b in between])
+            way.append(self._here())
+        self._put(end)
+        losses = [float(self._before), *(place.loss for place in (*way, last))]
+        predicted = [0.0, *(place.predicted for place in (*way, last))]
         rounding = torch.finfo(self._before.dtype).eps * abs(losses[0])
         return Descent(tuple(losses), tuple(predicted), *_slope(losses, predicted, rounding))
 
