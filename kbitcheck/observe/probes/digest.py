@@ -15,7 +15,7 @@ def bits(tensor: torch.Tensor) -> str:
 
 
 def value(tensor: torch.Tensor) -> str:
-    """Digest of a floating tensor's numbers: the same before and after an exact cast."""
+    """Digest of a floating tensor's numbers: the same before and after an exact cast; of one in float32, ``bits``."""
     flat = tensor.detach().reshape(-1)
     return _digest(flat, torch.float64 if flat.dtype is torch.float64 and not _narrow(flat) else torch.float32)
 

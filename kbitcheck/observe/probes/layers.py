@@ -48,14 +48,17 @@ class Weights:
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
         for name, layer in self.layers.items():
             arithmetic = backends.arithmetic(layer)
-            weight = arithmetic.exact(layer)
+            shape, device = backends.recognition(layer).shape(layer), layer.weight.device
+            weight = arithmetic.exact(layer, self._scratch(shape, dtype=torch.float64, device=device))
             # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
             kernel = arithmetic.unpacked(layer, torch.float32)
-            gap = (kernel.double() - weight).abs()
+            gap = (kernel - weight).abs_()
             unpacked = arithmetic.unpacked_dtype(layer) or torch.float32
-            bound = torch.finfo(unpacked).eps * weight.abs() + torch.finfo(torch.float32).eps * weight.abs().max()
-            if bool((gap > bound).any()):
-                self.misread[name] = float(gap.norm() / weight.norm())
+            size = weight.norm()
+            magnitudes = weight.abs_()
+            least = torch.finfo(torch.float32).eps * magnitudes.max()
+            if bool((gap > magnitudes.mul_(torch.finfo(unpacked).eps).add_(least)).any()):
+                self.misread[name] = float(gap.norm() / size)
                 self._kernels[name] = kernel
 
     def exact(self, name: str) -> torch.Tensor:

@@ -122,7 +122,8 @@ def _storage(tensor: torch.Tensor, met: dict[object, int]) -> int:
 
 
 def _tensor(name: str, tensor: torch.Tensor, met: dict[object, int], **flags: bool) -> TensorFacts:
-    packed = backends.is_packed(tensor)
+    packed, bits = backends.is_packed(tensor), digest.bits(tensor)
+    numbers = tensor.is_floating_point() and not packed
     return TensorFacts(
         name=name,
         cls=type(tensor).__name__,
@@ -132,8 +133,8 @@ def _tensor(name: str, tensor: torch.Tensor, met: dict[object, int], **flags: bo
         requires_grad=tensor.requires_grad,
         storage=_storage(tensor, met),
         nbytes=tensor.nbytes,
-        bits=digest.bits(tensor),
-        value=digest.value(tensor) if tensor.is_floating_point() and not packed else None,
+        bits=bits,
+        value=None if not numbers else bits if tensor.dtype is torch.float32 else digest.value(tensor),
         packed=packed,
         has_grad=tensor.is_leaf and tensor.grad is not None,
         **flags,
