@@ -30,6 +30,7 @@ WITH_A_CUT = {"evaluation", "_paths"}
 ELSEWHERE = {
     "KB210": {"evaluation"},
     "KB101": {"wrapped"},
+    "KB202": {"loaded"},
     "KB104": {"bias_after_forward"},
     "KB303": {"wrapped"},
     "KB305": {"compute_ulp"},
