@@ -107,6 +107,12 @@ def sequence_number(node: Any) -> int:
     return int(node._sequence_nr())
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` wraps a module, or compiled it in place."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
 def backward_runs() -> bool:
     """Whether this thread is inside a backward, so that a forward is a checkpoint's recompute."""
     return torch._C._current_graph_task_id() != -1

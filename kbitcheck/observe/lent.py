@@ -19,6 +19,8 @@ from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.loss import GiveLoss, LossOf
 
+LENT = "_lent_to_kbitcheck"  # an attribute of a model while it is: who watches its owner's steps looks away
+
 
 class Lent(Loaded):
     """What cases get as a fresh copy is the caller's model itself, as it was: ``restore`` puts the model back to that.
@@ -95,8 +97,12 @@ def unwrapped(model: Any) -> Any:
 def lending(model: nn.Module) -> Iterator[Callable[[], None]]:
     """As ``left_as_it_was``; warns where something wrote numbers into a frozen parameter in place, which nothing restores."""
     before = _digests(model)
-    with left_as_it_was(model) as restore:
-        yield restore
+    vars(model)[LENT] = True
+    try:
+        with left_as_it_was(model) as restore:
+            yield restore
+    finally:
+        vars(model).pop(LENT, None)
     written = [name for name, bits in _digests(model).items() if bits != before[name]]
     if written:
         others = f" and {len(written) - 1} others" if written[1:] else ""

@@ -1,5 +1,6 @@
 """``kbitcheck.watch``: a broken run is named within three steps, a sound one is not, and no bit of any run changes."""
 
+import copy
 import random
 
 import numpy as np
@@ -149,3 +150,25 @@ def test_the_fixture_fails_a_test_whose_run_does_not_conform(kbit_watch):
     model, optimizer, options = runs.labels_ignored()
     with pytest.raises(kbitcheck.NonConformance, match="KB714"), kbit_watch(model, optimizer, steps=1):
         runs.loop(model, optimizer, steps=1, **options)
+
+
+def test_steps_of_kbitcheck_itself_are_not_the_runs():
+    model, optimizer, _ = runs.plain()
+    with kbitcheck.watch(model, optimizer, steps=2) as watched:
+        kbitcheck.assert_prepared(model, select=["KB302"])
+        runs.loop(model, optimizer, steps=1)
+        kbitcheck.assert_prepared(model, select=["KB302"])
+        runs.loop(model, optimizer, steps=1)
+    assert watched.report.exit_code == 0
+    assert {r.rule for r in watched.report if r.status is Status.PASS} >= {"KB304", "KB710", "KB711"}
+
+
+def test_a_copy_of_a_watched_model_runs_and_is_not_watched():
+    model, optimizer, _ = runs.plain()
+    with kbitcheck.watch(model, optimizer, steps=2) as watched:
+        runs.loop(model, optimizer, steps=1)
+        twin = copy.deepcopy(model)
+        runs.loop(twin, runs.adamw(twin), steps=1)
+        runs.loop(model, optimizer, steps=1)
+    assert watched.report.exit_code == 0
+    assert watched.report.subject["steps"] == 2

@@ -3,7 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -44,6 +44,10 @@ class Watch(ExitStack):
             self.enter_context(module.register_forward_hook(partial(self._left, name)))
             for inner in list(module.modules())[1:]:
                 self.enter_context(inner.register_forward_pre_hook(partial(self._ran, name)))
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Itself: a copy of the model, hooks among it, is not watched."""
+        return self
 
     def follow(self, loss: torch.Tensor) -> None:
         """Record the blocks whose inputs something after the block reads too, as an output of hidden states does."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kbitcheck import backends
 from kbitcheck.core.facts import MicroBatch, RunFacts, SwitchedOn
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes import blocks, digest, step, switches
 from kbitcheck.observe.watch.enabling import Enabling, arguments
 
@@ -28,6 +29,7 @@ class Batches:
         self.switched_on = list(enabled) or [before] * bool(before.used)
         self.cached = ""
         self.first: RunFacts | None = None
+        self.compiled = any(map(internals.is_compiled, model.modules()))
         self._model = model
         self._entering: dict[str, str] = {}  # by layer
         self._batches: list[dict[str, Any]] = []
@@ -35,6 +37,10 @@ class Batches:
         self._blocks: blocks.Watch | None = None
         self._calls: list[dict[str, str]] = []
         self._started = 0
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Itself: a copy of the model, hooks among it, is not looked at."""
+        return self
 
     @property
     def any(self) -> bool:
@@ -50,7 +56,8 @@ class Batches:
     def watched(self) -> Iterator[None]:
         """Hooks on quantized layers, on what switches checkpointing on, on checkpoints, and on a scaler; for a while."""
         with ExitStack() as hooks:
-            for name, layer in backends.quantized_layers(self._model):
+            layers = [] if self.compiled else backends.quantized_layers(self._model)
+            for name, layer in layers:
                 hooks.enter_context(layer.register_forward_pre_hook(partial(self._enters, name)))
             hooks.enter_context(Enabling(PreTrainedModel, self.switched_on.append))
             self._calls = hooks.enter_context(switches.checkpoint_spies())
@@ -75,7 +82,7 @@ class Batches:
         self._scale = 1.0
         self._started += 1
         if self._started == 1:
-            self._blocks = blocks.Watch(self._model)
+            self._blocks = blocks.Watch(nn.Identity() if self.compiled else self._model)
         elif self.first is None:
             self._finish_first()
         labels = kwargs.get("labels")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -55,6 +55,10 @@ class Recorder:
             if parameter.requires_grad:
                 self._hold(parameter.register_hook(self._keeper(each)))
 
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Itself: a copy of the model, hooks among it, is not looked at."""
+        return self
+
     def _hold(self, handle: Any) -> None:
         self._handles.append(handle)
 
@@ -71,6 +75,8 @@ class Recorder:
             handle.remove()
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is not self.block:
+            return
         self._open.append(None)
         if self._closed or not torch.is_grad_enabled() or not module.training:
             return
@@ -97,7 +103,7 @@ class Recorder:
         self._open[-1] = recorded
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        recorded = self._open.pop() if self._open else None
+        recorded = self._open.pop() if self._open and module is self.block else None
         if recorded is None:
             return
         leaves, recorded.call.returned_structure = internals.tree_flatten(output)

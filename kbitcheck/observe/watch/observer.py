@@ -7,7 +7,7 @@ import functools
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from kbitcheck.core.facts import (
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.in_place import random_states_restored
+from kbitcheck.observe.lent import LENT
 from kbitcheck.observe.meant_to_train import owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot
@@ -44,7 +45,7 @@ def _unharmed(method: F) -> F:
 
     @functools.wraps(method)
     def guarded(self: Observer, *args: Any, **kwargs: Any) -> None:
-        if self.over or self._busy:
+        if self.over or self._busy or LENT in vars(self.model):
             return
         self._busy = True
         try:
@@ -105,8 +106,16 @@ class Observer:
         self._hooks = ExitStack()
         self.batches = Batches(model, enabled)
 
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Itself: a copy of the model, hooks among it, is not looked at."""
+        return self
+
     def start(self) -> None:
-        """Put the hooks on."""
+        """Put the hooks on. A sharded model gets none: every other process would have to wait for what is read of it."""
+        if internals.is_sharded(self.model):
+            self.failed = "a model that FSDP shards is not watched"
+            self.stop()
+            return
         take_off = self._hooks.callback
         take_off(self._remove_recorders)
         self._hooks.enter_context(self.batches.watched())
@@ -172,7 +181,7 @@ class Observer:
 
     @_unharmed
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (torch.is_grad_enabled() and module.training) or internals.backward_runs():
+        if module is not self.model or not (torch.is_grad_enabled() and module.training) or internals.backward_runs():
             return
         if self.before is None:
             self._names = {id(p): n for n, p in self.model.named_parameters()}
@@ -188,7 +197,8 @@ class Observer:
 
     @_unharmed
     def _output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and module.training and not internals.backward_runs():
+        training = module is self.model and module.training and torch.is_grad_enabled()
+        if training and self.batches.any and not internals.backward_runs():
             self.batches.end(output)
 
     def _draw(self) -> None:
@@ -263,9 +273,6 @@ class Observer:
         number = len(self._steps) + 1
         for recorder in self._recorders:
             recorder.remove()
-            if internals.is_sharded(self.model):
-                self._unseen = "the model is sharded"
-                continue
             seen = compared(recorder)
             if isinstance(seen, str):
                 self._unseen = seen
