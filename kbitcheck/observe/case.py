@@ -35,10 +35,11 @@ from kbitcheck.models.cut import NoCut
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
-from kbitcheck.observe.loaded import Loaded, state_keys
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
+from kbitcheck.observe.probes.snapshot import state_keys
 from kbitcheck.observe.stages import Called, Wrapped
 from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.store import differences

@@ -59,6 +59,11 @@ class Lent(Loaded):
         self.pristine.register_forward_hook(self._loss)  # which the next restore takes off
         return self.pristine
 
+    def reload(self, folder: str, device: str) -> Any:
+        model = super().reload(folder, device)
+        model.register_forward_hook(self._loss)
+        return model
+
     def require_step(self) -> None:
         if self._no_step:
             raise Unavailable(self._no_step)

@@ -79,7 +79,7 @@ class Loaded:
         self.source = source
         self.quant = Quantization.parse(spec.quant)
         self.facts = snapshot.snapshot(model)
-        self.state_keys = state_keys(model)  # before any implementation runs, which may patch how modules save
+        self.state_keys = snapshot.state_keys(model)  # before any implementation runs, which may patch how modules save
         if batch is None:
             batch = source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
         self.batch = batch
@@ -117,6 +117,10 @@ class Loaded:
         """A fresh base."""
         self._room()
         return copy.deepcopy(self.pristine)
+
+    def reload(self, folder: str, device: str) -> Any:
+        """A model of this kind as ``save_pretrained`` left it in ``folder``."""
+        return self.source.reload(folder, device)
 
     def require_step(self) -> None:
         """Raise ``Unavailable`` if the model may not run."""
@@ -323,14 +327,6 @@ def _bits(run: step.Step, calls: Sequence[BlockCall]) -> tuple[str, ...]:
     read = [(c.block, c.leaves, c.outputs, c.entering, c.leaving, c.choices, c.returned, c.autocast) for c in calls]
     leaves, structure = tree_flatten([run.facts.loss_bits, run.gradients, read])
     return (*map(digest.of, leaves), str(structure))
-
-
-def state_keys(model: nn.Module) -> frozenset[str]:
-    """The keys that a model saves; where that raises, the exception in their place."""
-    try:
-        return frozenset(model.state_dict())
-    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
-        return frozenset({f"{type(error).__name__}: {error}"})
 
 
 _cache: OrderedDict[tuple[Any, ...], Loaded] = OrderedDict()

@@ -18,7 +18,6 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts, WatchedRun
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.facts.recipe import default_rate
-from kbitcheck.models.inputs.wrapped import batch_inside
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures, internals
@@ -83,9 +82,7 @@ class _Prepared(Lent):
             model,
             spec,
             restore,
-            batch=batch_inside(model, batch=2, seq_len=24, seed=spec.seed)
-            if training.batch is None
-            else training.batch,
+            batch=training.batch,
             loss=training.loss,
             attach=functools.partial(attach_own, dtypes) if dtypes else None,
             twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),

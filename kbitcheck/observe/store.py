@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from kbitcheck.core.errors import Raised
+from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import Distance, StoreFacts
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import forwards, step, switches
@@ -21,6 +21,8 @@ def round_trip(preparation: Preparation) -> StoreFacts:
     If neither the prepared model nor its base can be saved and loaded, the adapters are loaded into another prepared base.
     """
     prepared = preparation.prepared_copy()
+    if not hasattr(prepared, "save_pretrained"):
+        raise Unavailable(f"{type(prepared).__name__} has no save_pretrained")
     facts: dict[str, Any] = differences(preparation.loaded.state_keys, frozenset(prepared.state_dict()))
 
     def logits(model: nn.Module) -> torch.Tensor:
@@ -76,7 +78,7 @@ def _raised(action: Callable[[], object]) -> Exception | None:
 
 
 def _reloaded(preparation: Preparation, folder: str) -> Any:
-    return preparation.loaded.source.reload(folder, preparation.spec.device)
+    return preparation.loaded.reload(folder, preparation.spec.device)
 
 
 def _base_round_trip(preparation: Preparation) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from kbitcheck_reference import prepare_model_for_kbit_training
 from torch.nn.parallel import DistributedDataParallel
 
@@ -117,3 +119,14 @@ def test_a_model_that_ddp_wraps_is_judged_inside(model: Any, one_rank: None) -> 
     report = kbitcheck.assert_prepared(wrapped, select=["KB304", "KB403"])
     assert everything(wrapped.module) == before
     assert {r.rule: r.status for r in report} == {"KB304": Status.PASS, "KB403": Status.PASS}
+
+
+def test_a_model_without_a_loss_is_audited_and_reloaded_by_its_own_class(tmp_path: Path) -> None:
+    quant = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**sizes, **heads)
+    transformers.LlamaModel(config).bfloat16().save_pretrained(tmp_path)
+    model = transformers.LlamaModel.from_pretrained(tmp_path, quantization_config=quant, dtype=torch.bfloat16)
+    report = kbitcheck.audit(model, prepare="reference", select=["KB302", "KB304", "KB403", "KB510"])
+    assert {r.rule: (r.status, r.reason, r.failures) for r in report if r.status is not Status.PASS} == {}

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from kbitcheck.backends.quantization import Quantization
@@ -37,6 +38,27 @@ class LiveModel(Source):
         if not kinds:
             raise UsageError(f"{self.name} has no quantized layer: load it with a quantization_config first")
         return str(kinds[0])
+
+    def batch(
+        self, model: Any, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
+    ) -> dict[str, Any]:
+        """A training batch for the model of transformers inside ``model``: see ``inputs.wrapped.batch_inside``."""
+        from kbitcheck.models.inputs.wrapped import batch_inside
+
+        return batch_inside(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)
+
+    def reload(self, folder: Path | str, device: str = "cpu") -> Any:
+        """The saved model, by the class of the caller's own: it need not be one that computes a loss."""
+        import torch
+
+        from kbitcheck import backends
+        from kbitcheck.models.load import quiet
+
+        with quiet():
+            model = type(self.model).from_pretrained(
+                folder, device_map={"": device}, dtype=getattr(torch, str(self.dtype))
+            )
+        return backends.steady(model)
 
     def load(self, quant: Quantization, device: str = "cpu") -> Any:
         """A copy of the model, wherever it is; ``quant`` and ``device`` are its own."""

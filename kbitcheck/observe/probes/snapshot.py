@@ -50,6 +50,14 @@ def snapshot(
     )
 
 
+def state_keys(model: nn.Module) -> frozenset[str]:
+    """The keys that a model saves; where that raises, the exception in their place."""
+    try:
+        return frozenset(model.state_dict())
+    except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
+        return frozenset({f"{type(error).__name__}: {error}"})
+
+
 def can_checkpoint(model: nn.Module) -> bool:
     """Whether the architecture can be checkpointed: the outermost model says so, and a module carries the flag."""
     flag = "supports_gradient_checkpointing"
