@@ -81,7 +81,13 @@ def test_fault_names_are_distinct():
     assert len(names) == len(set(names))
 
 
-EACH_FAULT = pytest.mark.parametrize("fault", faults(), ids=lambda f: f"{f.code}-{f.name}")
+def of_one_base(fault):
+    """The fault as a parameter of a test; those of one base run in one process, which makes the base once."""
+    group = pytest.mark.xdist_group(f"{fault.model}-{fault.quant}")
+    return pytest.param(fault, id=f"{fault.code}-{fault.name}", marks=group)
+
+
+EACH_FAULT = pytest.mark.parametrize("fault", map(of_one_base, faults()))
 
 
 def catch(fault, bases):
