@@ -99,7 +99,15 @@ def _loaded(
     if quant is not None and configured is None:
         quant.backend.quantize(model, quant, [*automatic_skip(cls, config), *quant.skip])
     backends.steady(model)
+    _leave_file(model)
     return model
+
+
+def _leave_file(model: PreTrainedModel) -> None:
+    """Give unquantized parameters memory of their own: one view of a mapped checkpoint keeps all of it resident."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not backends.is_packed(parameter) and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def still(config: PretrainedConfig) -> None:
