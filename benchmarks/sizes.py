@@ -1,6 +1,6 @@
 """What a full audit costs by the size of the model, and how fast rules and sweeps are.
 
-Writes ``benchmarks/sizes.json``, a plot, ``benchmarks/sizes.svg``, and the table of ``docs/cost.md``.
+Writes ``benchmarks/sizes.json``, a plot, ``docs/images/sizes.svg``, and the table of ``docs/cost.md``.
 
 Full audits are compared with the bare script on the same drawn weights, both on one thread and without a compiler, the two
 taking turns. A model whose full audit the machine has no room for is audited from its configuration alone, and its row
@@ -20,9 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import HERE, KBITCHECK, PACKAGES, measure, medians, processor, publish, take_turns
+from bench import HERE, KBITCHECK, PACKAGES, PAGE, measure, medians, processor, publish, take_turns
 
 CONFIGS = HERE.parent / "fixtures" / "configs"
+PLOT = PAGE.parent / "images" / "sizes.svg"
 START, END = "<!-- sizes:start -->", "<!-- sizes:end -->"
 SWEPT = ("llama", "gpt2", "opt", "mixtral")
 
@@ -109,7 +110,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> None:
     title = "An audit by all rules against one bare training step"
     axes.set(yscale="log", ylabel="seconds of one processor", title=title)
     axes.legend()
-    figure.savefig(HERE / "sizes.svg", metadata={"Date": None})
+    figure.savefig(PLOT, metadata={"Date": None})
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -133,20 +134,20 @@ def main(labels: Sequence[str]) -> int:
     if unknown := set(labels) - set(SUBJECTS):
         raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
     file = HERE / "sizes.json"
-    kept = {row["label"]: row for row in json.loads(file.read_text(encoding="utf-8"))["audits"]} if labels else {}
-    rows = [
-        audited(label, subject) if not labels or label in labels else kept[label]
-        for label, subject in SUBJECTS.items()
-        if not labels or label in {*labels, *kept}
-    ]
-    results = {
-        "environment": {"cpu": processor(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}},
-        "audits": rows,
-        "sweep": sweep_rate(),
-    }
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot(rows)
-    publish(START, table(rows), END)
+    results = json.loads(file.read_text(encoding="utf-8"))
+    results["environment"] = {
+        "cpu": processor(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}
+    }  # fmt: skip
+    rows = {row["label"]: row for row in results["audits"]} if labels else {}
+    for label in labels or SUBJECTS:
+        rows[label] = audited(label, SUBJECTS[label])
+        results["audits"] = [rows[each] for each in SUBJECTS if each in rows]
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # a large one may not end
+    if not labels:
+        results["sweep"] = sweep_rate()
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(results["audits"])
+    publish(START, table(results["audits"]), END)
     return 0
 
 
