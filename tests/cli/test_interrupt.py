@@ -43,8 +43,10 @@ def _eventually(condition: Callable[[], object], seconds: float = 30) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_an_interrupted_run_reports_what_it_has(door: Door, number: signal.Signals) -> None:
     (door.cwd / "hangs.py").write_text(
-        # Time for the parent to read the results there are.
-        "import time\ndef prepare(model):\n    time.sleep(1)\n    open('here', 'w').close()\n    time.sleep(600)\n"
+        # The parent reads the results there are, and then has time to take them in.
+        "import fcntl, sys, termios, time\ndef prepare(model):\n"
+        "    while any(fcntl.ioctl(int(sys.argv[2]), termios.FIONREAD, bytes(4))):\n        time.sleep(0.01)\n"
+        "    time.sleep(0.5)\n    open('here', 'w').close()\n    time.sleep(600)\n"
     )
     arguments = (ARGUMENTS[0], "hangs.py:prepare", *ARGUMENTS[2:])
     with door.start(*arguments, "--format", "json", "--timeout", "60", preexec_fn=heed) as process:

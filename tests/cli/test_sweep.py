@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -97,10 +96,9 @@ def test_an_interrupted_sweep_keeps_its_rows(door: Door) -> None:
     )
     arguments = ("sweep", "--prepare", "slow.py:prepare", "--output", "t.json", "--format", "json", *SOUND)
     with door.start(*arguments, preexec_fn=heed) as process:
-        deadline = time.monotonic() + 30
-        while not (door.cwd / "second").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        assert process.stderr is not None
+        before = iter(process.stderr.readline, "")
+        assert any("gpt2: audited" in line for line in before)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert process.returncode == 2, told

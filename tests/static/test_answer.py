@@ -84,8 +84,7 @@ def test_what_fits_is_confirmed(opened):
 )
 def test_a_change_makes_it_fit_when_it_is_made(opened, options, smaller, names):
     """The memory is half-way between what the options need and what they need once some of them are smaller."""
-    forecasts = [opened(**taken).forecast for taken in (options, {**options, **smaller})]
-    memory = OVERHEAD + sum(forecast.total(forecast.mode) for forecast in forecasts) // 2
+    memory = sum(needed(opened, **taken) for taken in (options, {**options, **smaller})) // 2
     answer = opened(memory=memory, **options).forecast.answer
     assert not answer.fits
     assert answer.requested > memory
