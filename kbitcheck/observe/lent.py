@@ -18,8 +18,7 @@ from kbitcheck.observe.in_place import left_as_it_was
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.loss import GiveLoss, LossOf
-
-LENT = "_lent_to_kbitcheck"  # an attribute of a model while it is: who watches its owner's steps looks away
+from kbitcheck.observe.watch import LENT
 
 
 class Lent(Loaded):
@@ -102,12 +101,15 @@ def unwrapped(model: Any) -> Any:
 def lending(model: nn.Module) -> Iterator[Callable[[], None]]:
     """As ``left_as_it_was``; warns where something wrote numbers into a frozen parameter in place, which nothing restores."""
     before = _digests(model)
-    vars(model)[LENT] = True
+    modules = list(model.modules())
+    for module in modules:
+        vars(module)[LENT] = True
     try:
         with left_as_it_was(model) as restore:
             yield restore
     finally:
-        vars(model).pop(LENT, None)
+        for module in modules:
+            vars(module).pop(LENT, None)
     written = [name for name, bits in _digests(model).items() if bits != before[name]]
     if written:
         others = f" and {len(written) - 1} others" if written[1:] else ""

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from kbitcheck.core.errors import cause
+from kbitcheck.observe.watch import LENT
 from kbitcheck.report.output_file import replace_file
 from kbitcheck.run.watch import CASE, Settings, Watch
 
@@ -26,6 +27,7 @@ class _Waiting:
         self._process = os.getpid()
         self._seen: set[int] = set()
         self._steps = 0
+        self._ran = False  # a forward in training, since the last step
         self._switched_on: list[Any] = []
         self._enabling: Any = None
         self._watch: Watch | None = None
@@ -55,7 +57,10 @@ class _Waiting:
     def _runs(self, module: Any, args: Any) -> None:
         import torch
 
-        if not module.training or not torch.is_grad_enabled() or id(module) in self._seen:
+        if not module.training or not torch.is_grad_enabled() or LENT in vars(module):
+            return
+        self._ran = True
+        if id(module) in self._seen:
             return
         self._seen.add(id(module))
         try:
@@ -74,7 +79,7 @@ class _Waiting:
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """A script that trains something else is left alone after as many steps as were to be watched."""
-        self._steps += 1
+        self._steps, self._ran = self._steps + self._ran, False
         if self._steps >= self._options["settings"]["steps"]:
             self._remove()
 

@@ -29,11 +29,10 @@ from kbitcheck.core.facts import (
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.in_place import random_states_restored
-from kbitcheck.observe.lent import LENT
 from kbitcheck.observe.meant_to_train import owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot
-from kbitcheck.observe.watch import updates
+from kbitcheck.observe.watch import LENT, updates
 from kbitcheck.observe.watch.batches import Batches
 from kbitcheck.observe.watch.blocks import Recorder, compared
 
@@ -57,7 +56,7 @@ def _unharmed(method: F) -> F:
         finally:
             self._busy = False
 
-    return cast(F, guarded)
+    return cast(F, torch.compiler.disable(guarded))  # hooks of a compiled model are part of what is compiled
 
 
 class Observer:
