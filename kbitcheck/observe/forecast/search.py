@@ -62,17 +62,41 @@ class Search:
     def longest(self, room: int, mode: str) -> Largest:
         """The longest single sequence whose step takes at most ``room`` bytes."""
         sizes = {n: self._size(s) for (b, n, m), s in self._measured.items() if (b, m) == (1, mode) and n <= self.limit}
+        first = self._tokens_of_batches(room, mode)
         return _largest(
-            sizes, lambda length: self._size(self.step(1, length, mode)), room, self.limit, start=64, degree=2
+            sizes,
+            lambda length: self._size(self.step(1, length, mode)),
+            room,
+            self.limit,
+            start=64,
+            degree=2,
+            first=first,
         )
+
+    def _tokens_of_batches(self, room: int, mode: str) -> int:
+        """About how many tokens in a batch take ``room`` bytes, between batches that were measured; 0 where none tells."""
+        sizes = {b * n: self._size(s) for (b, n, m), s in self._measured.items() if m == mode}
+        low = max((tokens for tokens, size in sizes.items() if size <= room), default=0)
+        high = min((tokens for tokens, size in sizes.items() if tokens > low and size > room), default=0)
+        if not low or not high:
+            return 0
+        return low + (high - low) * (room - sizes[low]) // (sizes[high] - sizes[low])
 
 
 def _largest(
-    sizes: Mapping[int, int], measure: Callable[[int], int], room: int, limit: int, *, start: int, degree: int
+    sizes: Mapping[int, int],
+    measure: Callable[[int], int],
+    room: int,
+    limit: int,
+    *,
+    start: int,
+    degree: int,
+    first: int = 0,
 ) -> Largest:
     """The largest number up to ``limit`` whose bytes fit into ``room``; ``sizes`` are the bytes of those measured already.
 
-    Guesses follow a polynomial through the nearest numbers, and halve what is left wherever it was wrong the last time.
+    The ``first`` guess may be stated; 0: it is not. Others follow a polynomial through the nearest numbers, and halve what
+    is left wherever it was wrong the last time.
     """
     sizes = {0: 0, **sizes}
     low = max((n for n, size in sizes.items() if size <= room), default=0)
@@ -85,8 +109,11 @@ def _largest(
         size = partial(_through, {n: sizes[n] for n in nodes})
         first_above = low + 1 + bisect_left(range(low + 1, end), True, key=lambda number: size(number) > room)
         guess = max(first_above - 1, low + 1) if trusted else (low + end) // 2
+        if low < first < end:
+            guess = first
         sizes[guess] = measure(guess)
-        trusted = len(sizes) < 4 or abs(size(guess) - sizes[guess]) < CLOSE * sizes[guess]
+        trusted = guess == first or len(sizes) < 4 or abs(size(guess) - sizes[guess]) < CLOSE * sizes[guess]
+        first = 0
         low, high = (guess, high) if sizes[guess] <= room else (low, guess)
     return Largest(number=low, peak=sizes[low], limit="model" if low == limit else "memory")
 
