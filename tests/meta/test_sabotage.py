@@ -87,7 +87,7 @@ def of_one_base(fault):
     return pytest.param(fault, id=f"{fault.code}-{fault.name}", marks=group)
 
 
-EACH_FAULT = pytest.mark.parametrize("fault", map(of_one_base, faults()))
+EACH_FAULT = pytest.mark.parametrize("fault", [of_one_base(fault) for fault in faults()])
 
 
 def catch(fault, bases):
