@@ -103,7 +103,9 @@ def _dtypes_in_training(model: nn.Module, trained: Mapping[str, nn.Parameter]) -
 
 def attach_own(dtypes: Mapping[str, torch.dtype], model: nn.Module, spec: CaseSpec) -> Attached:
     """The model with the adapters that it carries, by name and dtype; zeros are drawn anew, or half of the gradients would be zero."""
-    for name, dtype in dtypes.items():
+    here = {name for name, _ in model.named_parameters()} & dtypes.keys()  # a cut has some of them
+    for name in here:
+        dtype = dtypes[name]
         owner, _, last = name.rpartition(".")
         held = internals.own_parameters(model.get_submodule(owner))
         parameter: Any = held[last]

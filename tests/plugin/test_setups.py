@@ -17,6 +17,7 @@ from kbitcheck.models.inputs.wrapped import batch_inside
 from kbitcheck.observe.probes import layers
 from kbitcheck.observe.probes.float64 import KeepFloat64
 from kbitcheck.observe.probes.loss import GiveLoss, drawn_loss
+from kbitcheck.observe.twin import twins
 from tests.plugin.traces import everything
 
 peft = pytest.importorskip("peft")
@@ -102,6 +103,12 @@ def test_adapters_of_other_kinds_are_judged(loads: Any, name: str) -> None:
 
 
 def test_a_head_that_is_trained_beside_a_base_that_nobody_cast(loads: Any) -> None:
+    model = peft.get_peft_model(loads(config()), peft.LoraConfig(modules_to_save=["lm_head"], **LORA))
+    assert_judged(judged(model, select=GRADIENTS), *GRADIENTS)
+
+
+def test_a_trained_head_that_is_too_large_to_be_widened_whole(loads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twins, "LARGE_BYTES", 0)
     model = peft.get_peft_model(loads(config()), peft.LoraConfig(modules_to_save=["lm_head"], **LORA))
     assert_judged(judged(model, select=GRADIENTS), *GRADIENTS)
 
@@ -198,6 +205,12 @@ def test_a_value_head_around_the_model(loads: Any) -> None:
     model = WithValueHead(prepared(loads(config()), peft.LoraConfig(**LORA)))
     report = judged(model, trains=["v_head"])
     assert_judged(report, "KB101", "KB102", "KB103", "KB104", "KB215", "KB305", "KB309", "KB403", *GRADIENTS)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    assert_judged(
+        judged(model, trains=["v_head"], select=["KB215"]), "KB215"
+    )  # the head is no adapter in another dtype
     undeclared = judged(model, select=["KB101", "KB102"])
     assert {r.rule for r in undeclared if r.status is Status.FAIL} == {"KB101", "KB102"}
     model.v_head.requires_grad_(False)
@@ -409,3 +422,29 @@ def test_a_trainer_brings_its_model_and_its_optimizer(loads: Any, tmp_path: Any)
     by_rule = results(report)
     assert by_rule["KB710"].status is Status.PASS
     assert "not 0.0001" in by_rule["KB313"].failures[0].actual
+
+
+def test_in_the_middle_of_a_trainers_run(loads: Any, tmp_path: Any) -> None:
+    """As TRL prepares models by default; the check changes no bit of model, optimizer and random states."""
+    pytest.importorskip("accelerate")
+    model = in_bfloat16(peft.get_peft_model(loads(config()), peft.LoraConfig(**LORA)))
+    reports: list[Report] = []
+
+    class Check(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            optimizer: Any = getattr(trainer.optimizer, "optimizer", None)
+            before = everything(trainer.model, optimizer.state_dict(), vars(optimizer))
+            reports.append(kbitcheck.assert_prepared(trainer, select=["KB1", "KB2", "KB313", "KB71", *GRADIENTS]))
+            assert everything(trainer.model, optimizer.state_dict(), vars(optimizer)) == before
+
+    ids = torch.arange(2, 34).view(2, 16)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=True, bf16=True, max_steps=2, report_to=[], save_strategy="no", learning_rate=2e-5
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[Check()])
+    trainer.train()
+    reports.append(kbitcheck.assert_prepared(trainer, select=["KB1", "KB2", "KB313", "KB71"]))
+    for report in reports:
+        assert {r.rule for r in report if r.status is Status.FAIL} == {"KB313"}
+        assert "dtypes as TRL prepares them: nothing upcast, adapters bf16, autocast" in " ".join(str(report).split())

@@ -207,9 +207,9 @@ class Twins:
     single: Pair
 
 
-def require_number(loss: float) -> None:
-    """Raise ``Unavailable``, as a failure, if the loss of a twin is no number: nothing can be judged by such a twin."""
-    if math.isnan(loss):
+def require_numbers(*losses: float) -> None:
+    """Raise ``Unavailable``, as a failure, if a twin's loss is no number: nothing can be judged by such a twin."""
+    if any(map(math.isnan, losses)):
         raise Unavailable("the loss of the float twin is not a number, so that it says nothing", failed=True)
 
 

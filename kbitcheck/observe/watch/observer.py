@@ -44,7 +44,7 @@ def _unharmed(method: F) -> F:
 
     @functools.wraps(method)
     def guarded(self: Observer, *args: Any, **kwargs: Any) -> None:
-        if self.over or self._busy or LENT in vars(self.model):
+        if self.over or self._busy or (LENT in vars(self.model) and not self._by_check):
             return
         self._busy = True
         try:
@@ -63,8 +63,8 @@ class Observer:
     """Hooks on a quantized model and on the steps of ``optimizer``, or of any, until ``steps`` of them were taken.
 
     ``trains`` are names, or parts of names,
-    of parameters that are meant to train beside adapters and what the optimizer holds. Without ``blocks`` none is compared
-    with a twin. ``when_over`` is called once, after everything is off.
+    of parameters that are meant to train beside adapters and what the optimizer holds. ``by_check``: the steps are those
+    of a check on a model that it was lent, and no block is compared with a twin. ``when_over`` is called once, after everything is off.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Observer:
         seed: int = 0,
         optimizer: Any = None,
         enabled: Sequence[SwitchedOn] = (),
-        blocks: bool = True,
+        by_check: bool = False,
         when_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
@@ -97,7 +97,7 @@ class Observer:
         self._foreign = 0
         self._unseen = ""
         self._busy = False
-        self._blocks = blocks
+        self._by_check = by_check
         self._recorders: list[Recorder] = []
         self._names: dict[int, str] = {}
         self._values: dict[str, torch.Tensor] = {}
@@ -188,7 +188,7 @@ class Observer:
             for name, layer in backends.quantized_layers(self.model):
                 if getattr(layer, "bias", None) is not None:
                     self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
-        if self._blocks and not self._recorders:
+        if not self._by_check and not self._recorders:
             self._draw()
         for recorder in self._recorders:
             recorder.next_batch()

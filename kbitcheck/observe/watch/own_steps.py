@@ -42,7 +42,7 @@ def optimizer_steps(
         if not any(p.dtype in LOW for p in trained):  # nothing to forecast
             return WatchedRun(steps=(), adapters=frozenset(), held=frozenset(), assumed=assumed)
         optimizer = torch.optim.AdamW(trained, lr=rate)
-    observer = Observer(model, steps=STEPS, trains=trains, optimizer=optimizer, blocks=False)
+    observer = Observer(model, steps=STEPS, trains=trains, optimizer=optimizer, by_check=True)
     with optimizer_restored(optimizer):
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] or group.get("initial_lr", 0.0)  # a schedule may not have begun, or have run out
@@ -53,9 +53,11 @@ def optimizer_steps(
         finally:
             observer.stop()
             step.clear_gradients(model)
-    if observer.failed:
-        raise Unavailable(f"the optimizer's steps could not be observed: {observer.failed}", failed=True)
-    return dataclasses.replace(observer.run, assumed=assumed)
+    run = observer.run
+    if observer.failed or len(run.steps) != STEPS:
+        why = observer.failed or f"{len(run.steps)} of {STEPS} were seen"
+        raise Unavailable(f"the optimizer's steps could not be observed: {why}", failed=True)
+    return dataclasses.replace(run, assumed=assumed)
 
 
 def _take(model: nn.Module, batch: step.Batch, optimizer: Any, autocast: step.Autocast) -> None:
