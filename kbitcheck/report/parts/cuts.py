@@ -15,9 +15,8 @@ def cuts(report: Report) -> Iterator[str]:
             continue
         codes = ", ".join(sorted({result.rule for result in results}))
         if blocks := facts["cut"]["blocks"]:
-            lines[f"{codes} looked at {blocks}, with the model's own weights, all other rules at the whole model"] = (
-                None
-            )
+            looked = f"{codes} looked at {blocks}, with the model's own weights"
+            lines[f"{looked}, all other rules at the whole model alone"] = None
         else:
             seconds = sum(result.seconds for result in results)
             reason = facts["cut"]["reason"]
