@@ -133,7 +133,7 @@ def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float])
 
 @rule("KB703", "trainer-keeps-it", Level.SHOULD)
 def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
-    """Arguments of checkpointing that were passed once are not lost when checkpointing is switched on again.
+    """Arguments of checkpointing, once passed, are kept when checkpointing is switched on again.
 
     Why: a trainer that switches checkpointing on again without arguments replaces them by its defaults.
     Symptom: "Expected to mark a variable ready only once", though ``use_reentrant=False`` was passed to preparation.

@@ -33,7 +33,9 @@ def read_on_host(tensor, device=None, dtype=None):
 
 
 def measured(folder, quant, dtype="bfloat16"):
-    with OnDevice() as live, patch("transformers.core_model_loading._materialize_copy", read_on_host):
+    as_on_a_device = patch("transformers.core_model_loading._materialize_copy", read_on_host)
+    # What is on a device is no view of a mapped file.
+    with OnDevice() as live, as_on_a_device, patch.object(loading, "_leave_file"):
         model = loading.load(folder, quant, loading.Options(name="test", dtype=dtype))
     return live.peak, model
 

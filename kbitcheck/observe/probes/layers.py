@@ -60,6 +60,8 @@ class Weights:
             if bool((gap > magnitudes.mul_(torch.finfo(unpacked).eps).add_(least)).any()):
                 self.misread[name] = float(gap.norm() / size)
                 self._kernels[name] = kernel
+        if self._all_kept:
+            self._scratches.clear()
 
     def exact(self, name: str) -> torch.Tensor:
         """The layer's weight in float64: that of a large model in memory that the next one is unpacked to as well."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kbitcheck.core.facts import Gap, Part
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.oracle import Twin, compare_alone
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, parameter_names
@@ -19,7 +20,7 @@ from kbitcheck.observe.probes.layers import Weights
 from kbitcheck.observe.twin import patches, twins
 
 CACHES = ("past_key_value", "past_key_values", "layer_past")
-AS_IT_IS = "frozen-half"  # a profile that casts nothing
+AS_IT_IS = next(name for name, promise in PROMISES.items() if not promise.casts(norm=True))
 
 
 @dataclass(slots=True)
