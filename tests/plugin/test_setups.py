@@ -263,6 +263,7 @@ def test_an_embedding_model_gets_a_loss(loads: Any) -> None:
     assert_judged(judged(embedding_model(loads)), "KB103", "KB104", "KB305", "KB309", "KB403", "KB405", *GRADIENTS)
 
 
+@pytest.mark.transformers5("SigLIP needs batch= there")
 def test_a_model_of_images_and_texts_without_a_loss(loads: Any) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -174,10 +174,7 @@ def test_a_forecast_that_there_is_no_time_for_is_left_out(machine, static):
     assert result.status is Status.SKIP
     assert re.fullmatch(r"not judged: needs `forecast`, about \d+ s; --timeout \d+0 allows it", result.reason)
     assert set(case.summary()["left_out"]) == {"forecast"}
-    assert (
-        judge(rule, opened("tiny:llama", static=static, rules=[rule], memory=16 << 30, seconds=60)).status
-        is Status.PASS
-    )
+    assert judge(rule, opened("tiny:llama", static=static, rules=[rule], seconds=60)).status is Status.PASS
 
 
 def test_an_audit_that_has_no_time_for_all_judges_the_rest(machine):

@@ -30,7 +30,7 @@ class GiveLoss:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         logits: torch.Tensor | None = getattr(output, "logits", None)
-        if logits is not None and getattr(output, "loss", None) is not None and self.loss_of is None:
+        if logits is not None and _own(output) is not None and self.loss_of is None:
             return output
         floating = [t for t in tensors(_without_cache(output)) if t.is_floating_point()]
         if not floating:
@@ -50,10 +50,16 @@ class GiveLoss:
                 raise UsageError(f"loss= returns {type(loss).__name__}, not one number in a tensor")
             own_loss: torch.Tensor = loss.reshape(())
             return own_loss
-        own: torch.Tensor | None = getattr(output, "loss", None)
+        own = _own(output)
         if own is None and isinstance(output, (tuple, list)) and not floating[0].dim():
             own = floating[0]
         return drawn_loss(floating) if own is None else own
+
+
+def _own(output: Any) -> torch.Tensor | None:
+    """The loss of an output; what is no tensor is none: before transformers 5 accelerate's copy of one without a loss has a dictionary."""
+    own = getattr(output, "loss", None)
+    return own if isinstance(own, torch.Tensor) else None
 
 
 def drawn_loss(outputs: list[torch.Tensor]) -> torch.Tensor:
