@@ -56,13 +56,23 @@ def training(source, *, whole=False):
         )
 
 
-def confirm(source, questions=("batch", "length")):
-    """Search the largest batch and the longest sequence, and run what was answered, and the next, again on the whole model."""
-    thinned, same = training(source)
-    whole = thinned if same else training(source, whole=True)[0]
+def shape(source, thinned):
+    """The most tokens that a model takes, the tokens of its steps here, and their mode of checkpointing."""
     limit = predict.token_limit(source.meta(NF4))
-    search, length, mode = thinned.search(limit), min(LENGTH, limit), "reentrant" if thinned.checkpoints else "off"
-    room = ROOM * search.step(2, length, mode).peak
+    return limit, min(LENGTH, limit), "reentrant" if thinned.checkpoints else "off"
+
+
+def first_step(source, thinned):
+    _, length, mode = shape(source, thinned)
+    return thinned.step(2, length, mode, padded=False)
+
+
+def confirm(source, thinned, same, questions=("batch", "length")):
+    """Search the largest batch and the longest sequence, and run what was answered, and the next, again on the whole model."""
+    whole = thinned if same else training(source, whole=True)[0]
+    limit, length, mode = shape(source, thinned)
+    search = thinned.search(limit)
+    room = ROOM * first_step(source, thinned).peak
 
     def peak(batch, tokens):
         return whole.step(batch, tokens, mode, padded=False).peak
@@ -89,7 +99,8 @@ SOME = ("alternating windows", "chunked attention", "learned positions", "speech
     [pytest.param(name, id=kind, marks=[] if kind in SOME else pytest.mark.slow) for kind, name in KINDS.items()],
 )
 def test_what_fits_is_confirmed_for_each_kind_of_layer(name):
-    confirm(source_of(name))
+    source = source_of(name)
+    confirm(source, *training(source))
 
 
 # Of a type of the sweep that is no kind above; those without a step are ``missing`` in a report, with the reason.
@@ -100,10 +111,11 @@ def test_what_fits_is_confirmed_for_every_architecture(name):
         source = source_of(name)
         facts = snapshot(source.meta(NF4))
         if facts.layers:
-            training(source)[0].step(2, LENGTH, "off")
+            thinned, same = training(source)
+            first_step(source, thinned)
     except predict.NO_STEP as error:
         pytest.skip(f"not forecast: {cause(error)}")
     if not facts.layers:
         pytest.skip("no layer is quantized")
     # Of two hundred architectures each answers one of the two questions: by the length of its name, which is as good as chance.
-    confirm(source, ("batch", "length")[len(name) % 2 :][:1])
+    confirm(source, thinned, same, ("batch", "length")[len(name) % 2 :][:1])
