@@ -8,6 +8,9 @@ from torch import nn
 from kbitcheck.models.blocks import Signature, is_block, signature, tower
 from kbitcheck.observe import internals
 
+# Where blocks of transformers keep what they computed, outside of buffers: RecurrentGemma's.
+STATES = ("recurrent_states", "conv1d_state")
+
 
 class Passed(nn.Module):
     """Stands for a block that equals ``like``, which runs: returns its input, and reports both passes to its ``watch``."""
@@ -26,11 +29,15 @@ class Passed(nn.Module):
         return self.watch.passed(self, self.__dict__["like"], args, kwargs)
 
 
+def _keeps_state(block: nn.Module) -> bool:
+    return any(name in vars(module) for module in block.modules() for name in STATES)
+
+
 def thin(model: nn.Module) -> None:
     """Put ``Passed`` in the place of the blocks that equal one that runs, tower by tower.
 
     The first block runs, as the steady state may not be reached before it, the last, whose output may not be read, and
-    one of each kind between.
+    one of each kind between. A block that keeps a state of its own beyond its step holds bytes that no other stands for: it runs.
     """
     towers: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -41,7 +48,7 @@ def thin(model: nn.Module) -> None:
         for name in names[1:-1]:
             block = model.get_submodule(name)
             like = kinds.setdefault(signature(block), block)
-            if like is not block:
+            if like is not block and not _keeps_state(block):
                 parent, _, child = name.rpartition(".")
                 both: type[Passed] = type(Passed.__name__, (Passed, type(block)), {})  # models collect outputs by class
                 internals.replace_child(model.get_submodule(parent), child, both(block, like))
