@@ -49,5 +49,8 @@ def _minus(value: Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """In float64. Masks hold the least number of their dtype, or infinity: each becomes the same number."""
-    return None if value is None else value.detach().double().clamp(-LIMIT, LIMIT)
+    """In float64, complex numbers as pairs. Masks hold the least number of their dtype, or infinity: each becomes the same number."""
+    if value is None:
+        return None
+    real = torch.view_as_real(value.detach().resolve_conj()) if value.is_complex() else value.detach()
+    return real.double().clamp(-LIMIT, LIMIT)
