@@ -7,7 +7,6 @@ import torch
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import cause
 from kbitcheck.models.sources import architecture
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import internals
@@ -103,19 +102,57 @@ def test_what_fits_is_confirmed_for_each_kind_of_layer(name):
     confirm(source, *training(source))
 
 
-# Of a type of the sweep that is no kind above; those without a step are ``missing`` in a report, with the reason.
+# A pattern of what each raises: it has no step without numbers, or not one of every length. A report says ``missing`` and that.
+NOT_FORECAST = {
+    "causal-lm/blt": "a leaf Variable that requires grad",
+    "causal-lm/gemma3n": "timm",
+    "causal-lm/gemma3n_text": "dtype torch.uint8",
+    "causal-lm/gemma4_assistant": "cannot be loaded",
+    "causal-lm/gemma4_unified_assistant": "computes no loss",
+    "causal-lm/git": "a leaf Variable that requires grad",
+    "causal-lm/jetmoe": "split_with_sizes",
+    "causal-lm/longcat_flash": "same reduction dim",
+    "causal-lm/mamba": "torch.uint8",
+    "causal-lm/mpt": "broadcast a dimension",
+    "causal-lm/xlstm": "is not divisible by chunk size",
+    "causal-lm/xmod": "aten.nonzero",
+    "seq2seq-lm/fsmt": "to match target batch_size",
+    "seq2seq-lm/led": "is invalid for input of size",
+    "seq2seq-lm/longt5": "torch.uint8",
+    "seq2seq-lm/nllb-moe": "Params4bit|swap Linear4bit.weight",
+    "seq2seq-lm/prophetnet": "shifted_input_ids",
+    "seq2seq-lm/switch_transformers": "Params4bit|swap Linear4bit.weight",
+    "seq2seq-lm/voxtral_realtime": "exactly one of input_features",
+    "speech-seq2seq/canary": "num_mel_bins",
+    "speech-seq2seq/cohere_asr": "num_mel_bins",
+    "speech-seq2seq/dia": "to match target batch_size",
+    "speech-seq2seq/kyutai_speech_to_text": "broadcast a dimension",
+    "speech-seq2seq/moonshine": "no batch can be made",
+    "speech-seq2seq/moonshine_streaming": "no batch can be made",
+    "speech-seq2seq/seamless_m4t": "num_mel_bins",
+    "speech-seq2seq/seamless_m4t_v2": "num_mel_bins",
+    "speech-seq2seq/speech-encoder-decoder": "no batch can be made",
+    "speech-seq2seq/speech_to_text": "num_mel_bins",
+    "speech-seq2seq/speecht5": "no batch can be made",
+    "speech-seq2seq/voxtral_realtime": "exactly one of input_features",
+}
+NO_QUANTIZED_LAYER = "causal-lm/falcon"
+
+
+def answer(name):
+    """One of the two questions: by the length of the name, which over two hundred of them is as good as chance."""
+    source = source_of(name)
+    confirm(source, *training(source), ("batch", "length")[len(name) % 2 :][:1])
+
+
 @pytest.mark.slow
+@pytest.mark.transformers5("another has other architectures")
 @pytest.mark.parametrize("name", [f"{task}/{kind}" for task in TASKS for kind in sorted(architecture.listed(task))])
 def test_what_fits_is_confirmed_for_every_architecture(name):
-    try:
-        source = source_of(name)
-        facts = snapshot(source.meta(NF4))
-        if facts.layers:
-            thinned, same = training(source)
-            first_step(source, thinned)
-    except predict.NO_STEP as error:
-        pytest.skip(f"not forecast: {cause(error)}")
-    if not facts.layers:
-        pytest.skip("no layer is quantized")
-    # Of two hundred architectures each answers one of the two questions: by the length of its name, which is as good as chance.
-    confirm(source, thinned, same, ("batch", "length")[len(name) % 2 :][:1])
+    if name == NO_QUANTIZED_LAYER:
+        assert not snapshot(source_of(name).meta(NF4)).layers
+    elif name in NOT_FORECAST:
+        with pytest.raises(predict.NO_STEP, match=NOT_FORECAST[name]):
+            answer(name)
+    else:
+        answer(name)
