@@ -142,7 +142,7 @@ def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
     """
     calls = _run(facts).switched_on
     if not calls:
-        raise NotApplicable("checkpointing is off")
+        raise NotApplicable("nothing switched checkpointing on while the run was watched")
     yield Observation("gradient checkpointing", "switched on", f"{len(calls)} times", ok=True)
     for number, (before, call) in enumerate(pairwise(calls), start=2):
         for key, value in before.used.items():

@@ -1,0 +1,69 @@
+"""The page of symptoms sends nobody to a door that does not judge the rule, and its commands are right."""
+
+from pathlib import Path
+
+import pytest
+
+import kbitcheck
+from kbitcheck.cli import app
+from kbitcheck.cli.saved_report import read_report
+from kbitcheck.core.result import Status
+from tests.watch import runs
+
+PAGE = Path(__file__).parents[2] / "docs" / "symptoms.md"
+
+
+def rows():
+    """The command and the codes of each row."""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and "KB" in line:
+            *_, command, codes = line.strip("|").split("|")
+            yield command.strip().strip("`"), codes.strip().split(", ")
+
+
+ROWS = list(rows())
+
+
+def judged(report):
+    return {result.rule for result in report if result.status is not Status.SKIP}
+
+
+def watched(run):
+    model, optimizer, loop = run()
+    with kbitcheck.watch(model, optimizer, steps=2) as watched:
+        loop.pop("first", lambda: None)()
+        runs.loop(model, optimizer, **loop)
+    return judged(watched.report)
+
+
+def judged_by(door, folder):
+    """The codes of the rules that a door judges."""
+    if door == "watch":
+        shown = (runs.reentrant, runs.accumulated, runs.rounded_away, runs.checkpointing_switched_on_again)
+        return set().union(*map(watched, shown))
+    if door == "assert_prepared":
+        return judged(kbitcheck.assert_prepared(runs.prepared()))
+    options = {
+        "static": ["model", "tiny:llama", "--static", "--memory", "24GiB"],
+        "model": ["model", "tiny:llama", "--quant", "nf4", "--checkpointing", "reentrant"],
+        "impl": ["impl", "reference", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "reentrant"],
+    }
+    saved = folder / f"{door}.json"
+    assert app.run([*options[door], "--format", "json", "--output", str(saved)]) == 0
+    return judged(read_report(saved))
+
+
+def door_of(command):
+    if "assert_prepared" in command:
+        return "assert_prepared"
+    return "static" if "--static" in command else command.split()[1]
+
+
+SLOW = [pytest.param(door, marks=pytest.mark.slow) for door in ("model", "impl")]
+
+
+@pytest.mark.parametrize("door", ["watch", "assert_prepared", "static", *SLOW])
+def test_a_row_names_what_its_command_judges(door, tmp_path):
+    sent = {code for command, codes in ROWS if door_of(command) == door for code in codes}
+    assert sent
+    assert sent <= judged_by(door, tmp_path)
