@@ -11,6 +11,7 @@ from kbitcheck.core.cases import Checkpointing, Freezes, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import NonConformance, Report, register_renderer
 from kbitcheck.core.rule import REGISTRY
+from kbitcheck.core.training import STEPS, Training
 from kbitcheck.core.version import VERSION
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def audit(
     select: Sequence[str] = (),
     ignore: Mapping[str, str] | None = None,
     strict: bool = False,
+    batch: Mapping[str, Any] | int | None = None,
+    loss: Callable[[Any], Any] | None = None,
+    trains: Sequence[str] = (),
+    optimizer: Any = None,
     allow_step: bool | None = None,
     **options: Any,
 ) -> Report:
@@ -51,19 +56,27 @@ def audit(
     left out; ``options`` are those of ``kbitcheck.extend.CaseSpec``. The default profile is ``auto``, which also reads
     off whether the preparation freezes the base: see ``assert_prepared``.
 
+    ``batch`` (keyword arguments of the forward, or a number of rows to draw), ``loss`` and ``trains`` say how the model
+    trains, as in ``assert_prepared``; what ``trains`` names is thawed when adapters are attached. An optimizer
+    of the kind and the options of ``optimizer`` takes two steps of what then trains (KB313, KB710 to KB715). A ``Trainer`` in
+    place of ``model`` brings its model and its optimizer.
+
     Raises:
         UsageError: an option, rule or implementation is wrong, or the model is not quantized.
     """
     from kbitcheck.run import in_process
 
+    drawn = {"batch": batch} if isinstance(batch, int) else {}
+    own = None if isinstance(batch, int) else batch
     return in_process.audit(
         model,
         prepare,
+        Training(batch=own, loss=loss, trains=tuple(trains), optimizer=optimizer),
         select_codes=select,
         ignore=ignore or {},
         strict=strict,
         allow_step=allow_step,
-        options=options,
+        options={**drawn, **options},
     )
 
 
@@ -141,9 +154,9 @@ def assert_prepared(
 
     Training steps run on the model itself, with ``batch`` (keyword arguments of its forward, labels among them; drawn
     where none is given). ``loss`` makes the loss, a tensor of one number, of what the forward returns; without it the
-    loss is the model's own, or one that depends on every tensor that comes out. ``trains`` names parts of the model
-    that are meant to train beside adapters, such as ``["v_head"]``. Afterwards the model is bitwise what it was, also
-    after an exception: parameters, gradients, buffers, modes, hooks, random states. ``allow_step=False`` forbids
+    loss is the model's own, or one that depends on every tensor that comes out. ``trains`` names parts
+    of the model that are meant to train beside adapters, such as ``["v_head"]``: whole parts of a dotted path. Afterwards the model is
+    bitwise what it was, also after an exception: parameters, gradients, buffers, modes, hooks, random states. ``allow_step=False`` forbids
     steps; the report then says what was not judged.
     ``optimizer`` is the one that trains the model: two of its steps are taken, and undone, to count the updates that half
     precision rounds away (KB313). A ``Trainer`` in place of ``model`` brings its own. Without either, KB313 is a forecast
@@ -164,13 +177,13 @@ def assert_prepared(
 
     report = in_process.assert_prepared(
         model,
+        Training(batch=batch, loss=loss, trains=tuple(trains), optimizer=optimizer, rate=learning_rate),
         profile=profile,
         freezes=freezes,
         checkpointing=checkpointing,
         strict=strict,
         select_codes=select,
         ignore=ignore or {},
-        training={"batch": batch, "loss": loss, "trains": tuple(trains), "optimizer": optimizer, "rate": learning_rate},
         allow_step=allow_step,
     )
     if report.exit_code:
@@ -182,7 +195,7 @@ def watch(
     model: Any,
     optimizer: Any = None,
     *,
-    steps: int = 3,
+    steps: int = STEPS,
     profile: Profile = "auto",
     strict: bool = False,
     select: Sequence[str] = (),
@@ -193,8 +206,8 @@ def watch(
 
     ``with kbitcheck.watch(model, optimizer) as watched: ...`` changes no bit of the run: it reads what your steps compute,
     and compares one block of every kind in each step with a float64 twin. After ``steps`` optimizer steps it takes
-    itself off. ``optimizer`` may be left out: then whichever steps the model's parameters is watched. ``trains`` are
-    parts of names of parameters that are meant to train beside adapters and what the optimizer holds.
+    itself off. ``optimizer`` may be left out: then whichever steps the model's parameters is watched. ``trains`` names parts
+    of the model that are meant to train beside adapters and what the optimizer holds, as in ``assert_prepared``.
 
     A watcher that fails lets the run go on; the report then says ERROR. ``watched.raise_for_failures()`` raises
     ``NonConformance`` unless the run conforms.
@@ -204,5 +217,7 @@ def watch(
     """
     from kbitcheck.run.watch import Settings, Watch
 
-    settings = Settings(steps=steps, profile=profile, strict=strict, select=select, ignore=ignore or {}, trains=trains)
+    settings = Settings(
+        steps=steps, profile=profile, strict=strict, select=select, ignore=ignore or {}, trains=tuple(trains)
+    )
     return Watch(model, optimizer, settings)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-import kbitcheck
-from kbitcheck.core.cases import Profile
+from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS, Report
 from kbitcheck.report import verdict
+from kbitcheck.run import watch
+from kbitcheck.run.watch import Settings
 
 __all__ = ["Watch"]
 
@@ -21,24 +21,14 @@ logger = logging.get_logger(__name__)
 class Watch(TrainerCallback):
     """Judges the first optimizer steps of a Trainer, and changes no bit of them: ``Trainer(..., callbacks=[Watch()])``.
 
-    The arguments are those of ``kbitcheck.watch``. The verdict goes to transformers' log and to the trainer's
+    The arguments are those of ``kbitcheck.watch`` behind model and optimizer. The verdict goes to transformers' log and to the trainer's
     ``state.log_history``; ``report`` is None until training has begun, and complete when the steps were taken. A model that is
     not quantized is not watched.
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int = 3,
-        profile: Profile = "auto",
-        strict: bool = False,
-        select: Sequence[str] = (),
-        ignore: Mapping[str, str] | None = None,
-        trains: Sequence[str] = (),
-    ) -> None:
-        self._options: dict[str, Any] = {
-            "steps": steps, "profile": profile, "strict": strict, "select": select, "ignore": ignore, "trains": trains,
-        }  # fmt: skip
+    def __init__(self, **options: Any) -> None:
+        self._settings = Settings(**options)
+        self._settings.validate()
         self._watch: Any = None
         self._told = False
 
@@ -49,8 +39,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
         try:
-            self._watch = kbitcheck.watch(model, others.get("optimizer"), **self._options)
-        except kbitcheck.UsageError as error:
+            self._watch = watch.Watch(model, others.get("optimizer"), self._settings)
+        except UsageError as error:
             logger.warning("kbitcheck watches nothing: %s", error)
             return
         self._watch.__enter__()

@@ -45,6 +45,7 @@ from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.store import differences
 from kbitcheck.observe.trained import Trained, wrapped_copy
 from kbitcheck.observe.twin import twins
+from kbitcheck.observe.watch.own_steps import optimizer_like, optimizer_steps
 
 # Before any subject is imported: one that patches a quantizer's library must be seen to.
 backends.load()
@@ -199,8 +200,13 @@ class Case(OpenCase):
 
     @Fact
     def watched(self) -> WatchedRun:
-        """None: a case trains by itself."""
-        raise Unavailable(NEEDS_A_REAL_RUN)
+        """Two steps of an optimizer like the caller's on a fresh prepared model; none where no caller has an optimizer."""
+        training = self._loaded.training
+        if training.optimizer is None:
+            raise Unavailable(NEEDS_A_REAL_RUN)
+        model = wrapped_copy(self._preparation, self._outputs).model
+        like = dataclasses.replace(training, optimizer=optimizer_like(training.optimizer, model))
+        return optimizer_steps(model, self.batch, like, autocast=self._preparation.autocast)
 
     @fact(Cost(needs=("wrapped",)))
     def bias_after_forward(self) -> Mapping[str, str]:

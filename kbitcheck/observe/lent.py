@@ -12,12 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable, cause
+from kbitcheck.core.training import Training
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import internals
 from kbitcheck.observe.in_place import left_as_it_was
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import digest
-from kbitcheck.observe.probes.loss import GiveLoss, LossOf
+from kbitcheck.observe.probes.loss import GiveLoss
 from kbitcheck.observe.watch import LENT
 
 
@@ -25,7 +26,7 @@ class Lent(Loaded):
     """What cases get as a fresh copy is the caller's model itself, as it was: ``restore`` puts the model back to that.
 
     Cases hold the model by turns: ``lease`` says whose turn it is. ``no_step`` is why the model may not run; "" where it
-    may. ``loss`` makes a loss of the model's output, where that has none of its own that trains it.
+    may. ``training`` is how its owner trains it.
     """
 
     copies = False
@@ -38,17 +39,16 @@ class Lent(Loaded):
         restore: Callable[[], None],
         *,
         no_step: str = "",
-        loss: LossOf | None = None,
+        training: Training,
         **options: Any,
     ) -> None:
         self.pristine = model
         self._restore = restore
-        self._loss = GiveLoss(loss)
-        self.reads_labels = loss is not None
+        self._loss = GiveLoss(training.loss)
+        self.reads_labels = training.loss is not None
         self._no_step = no_step
-        if no_step:  # nor one that chooses a batch
-            options["batch"] = {}
-        super().__init__(self.copy(), LiveModel.of(model), spec, **options)
+        batch = {} if no_step else training.batch  # nor a step that chooses a batch
+        super().__init__(self.copy(), LiveModel.of(model), spec, batch=batch, training=training, **options)
 
     def copy(self) -> Any:
         self.lease = object()

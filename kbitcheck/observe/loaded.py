@@ -17,6 +17,7 @@ from kbitcheck.core.cases import CaseSpec, Profile
 from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.core.training import Training
 from kbitcheck.models.cut import NoCut
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.models.sources.live import LiveModel
@@ -27,6 +28,7 @@ from kbitcheck.observe.cut import ProvenCut, proven_cut
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.internals import tree_flatten
+from kbitcheck.observe.meant_to_train import thaw
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import digest, forwards, layers, routers, snapshot, step
 from kbitcheck.observe.probes.adapters import Attached
@@ -55,8 +57,8 @@ class LoadedCut(NamedTuple):
 class Loaded:
     """A quantized model as loaded, never run, with all that is derived from it alone and shared by cases.
 
-    ``attach`` puts adapters on a copy (by default the spec's, on the target layers); ``twin_errors`` are the exceptions
-    by which the float64 twin says that the model's code does not run in float64.
+    ``attach`` puts adapters on a copy (by default the spec's, on the target layers, and thaws what ``training`` names);
+    ``twin_errors`` are the exceptions by which the float64 twin says that the model's code does not run in float64.
     """
 
     copies = True  # whether a model may be copied
@@ -73,6 +75,7 @@ class Loaded:
         *,
         batch: step.Batch | None = None,
         attach: Attach | None = None,
+        training: Training | None = None,
         twin_errors: tuple[type[Exception], ...] = (RuntimeError,),
     ) -> None:
         self.pristine = model
@@ -80,13 +83,13 @@ class Loaded:
         self.quant = Quantization.parse(spec.quant)
         self.facts = snapshot.snapshot(model)
         self.state_keys = snapshot.state_keys(model)  # before any implementation runs, which may patch how modules save
-        if batch is None:
-            batch = source.batch(model, batch=spec.batch, seq_len=spec.seq_len, seed=spec.seed)
-        self.batch = batch
+        drawn: dict[str, Any] = {"batch": spec.batch, "seq_len": spec.seq_len, "seed": spec.seed}
+        self.batch = source.batch(model, **drawn) if batch is None else batch
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
         self.weights = layers.Weights(model)
         self.attach: Attach = attach or self._attach_targets
+        self._own_attach, self.training = attach, training or Training()
         self._twin_errors = twin_errors
         self._results: dict[tuple[Any, ...], Any] = {}
 
@@ -161,9 +164,8 @@ class Loaded:
             return reason
         # Of a caller's own model, whose tensors change as it is prepared and stepped, the cut has copies.
         model = proof.cut.model if self.copies else copy.deepcopy(proof.cut.model)
-        attach = None if self.attach == self._attach_targets else self.attach
-        loaded = Loaded(model, self.source, spec, batch=self.batch, attach=attach, twin_errors=self._twin_errors)
-        loaded.patched = self.patched
+        loaded = Loaded(model, self.source, spec, batch=self.batch, attach=self._own_attach, training=self.training)
+        loaded.patched, loaded._twin_errors = self.patched, self._twin_errors
         return LoadedCut(proof, loaded)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
@@ -220,16 +222,14 @@ class Loaded:
         return self._computed_once((name, function), compute, small=True)
 
     def _float64(self) -> nn.Module:
-        original = self.original()
-        made = self._as_its_classes_compute(twin.float64(original, self.weights), original)
+        made = self._as_its_classes_compute(twin.float64(self.original(), self.weights))
         return patches.keep_float64(made) if self.patched else made
 
     def _same_dtype(self, profile: str) -> nn.Module:
-        original = self.original()
-        return self._as_its_classes_compute(twin.same_dtype(original, self.weights, profile), original)
+        return self._as_its_classes_compute(twin.same_dtype(self.original(), self.weights, profile))
 
-    def _as_its_classes_compute(self, made: nn.Module, original: nn.Module) -> nn.Module:
-        return patches.remove(made, original) if self.patched else made
+    def _as_its_classes_compute(self, made: nn.Module) -> nn.Module:
+        return patches.remove(made, self.pristine) if self.patched else made
 
     def wide(self) -> nn.Module:
         """The model as it were had it never been quantized or in half precision: all of it float32."""
@@ -274,8 +274,9 @@ class Loaded:
         return partial(torch.autocast, step.device(self.batch).type, dtype=self.half, cache_enabled=caching)
 
     def _attach_targets(self, model: nn.Module, spec: CaseSpec) -> Attached:
-        """The spec's adapters on the target layers, with the same numbers each time."""
-        return adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
+        """The spec's adapters on the target layers, with the same numbers each time; what ``training`` names trains too."""
+        attached = adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
+        return Attached(attached.model, {**attached.adapters, **thaw(attached.model, self.training)})
 
     def block_by_block(
         self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch

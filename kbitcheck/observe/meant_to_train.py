@@ -1,12 +1,17 @@
 """Which parameters of a caller's model are meant to train: those of adapters, and those that the caller names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_adapter_module
 from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.training import Training
+from kbitcheck.observe import internals
+from kbitcheck.observe.twin.wide_parameter import Widened
 
 
 def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
@@ -23,20 +28,41 @@ def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) 
     }
 
 
-def declared(model: nn.Module, trains: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters of the modules and parameters that ``trains`` names, by a part of their path as ``v_head`` is one.
+def declared(model: nn.Module, training: Training) -> dict[str, nn.Parameter]:
+    """The parameters that the caller says train beside adapters, by name."""
+    return {n: p for n, p in _trainable(model).items() if training.names(n)}
 
-    Raises:
-        UsageError: a name matches no floating parameter.
-    """
-    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not backends.is_packed(p)}
-    named: dict[str, nn.Parameter] = {}
-    for name in trains:
-        matching = {n: p for n, p in parameters.items() if f".{name}." in f".{n}."}
-        if not matching:
+
+def require_declared(model: nn.Module, training: Training) -> None:
+    """Raise ``UsageError`` where a name in ``trains`` is that of no unquantized parameter."""
+    for name in training.trains:
+        if not declared(model, Training(trains=[name])):
             raise UsageError(f"trains={name!r}: the model has no unquantized parameter of that name")
-        named |= matching
-    return named
+
+
+def with_own_numbers(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A parameter of the model with numbers that nothing else shares, in ``dtype`` where one is named."""
+    owner, _, last = name.rpartition(".")
+    held = internals.own_parameters(model.get_submodule(owner))
+    parameter: Any = held[last]
+    if isinstance(parameter, Widened):  # a twin's, which cannot train
+        held[last] = parameter = nn.Parameter(parameter.stored.to(dtype or parameter.dtype, copy=True))
+    else:
+        parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
+    own: nn.Parameter = parameter
+    return own
+
+
+def thaw(model: nn.Module, training: Training) -> dict[str, nn.Parameter]:
+    """The parameters that the caller says train beside adapters, by name, each with numbers of its own and requiring grad."""
+    thawed = {name: with_own_numbers(model, name) for name in declared(model, training)}
+    for parameter in thawed.values():
+        parameter.requires_grad_(True)
+    return thawed
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.is_floating_point() and not backends.is_packed(p)}
 
 
 def _resting(model: nn.Module) -> set[str]:

@@ -14,6 +14,7 @@ from kbitcheck.core.facts import Cost, Fact, ModelFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.plan import MARGIN, Budget, Item, Plan, Planner, display_name
 from kbitcheck.core.rule import Rule
+from kbitcheck.core.training import Training
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import source_of
 from kbitcheck.observe.case import STAGES, Case, attribute_of, facts_of
@@ -21,6 +22,7 @@ from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.lent import Lent
 from kbitcheck.observe.loaded import Loaded, loaded_model
+from kbitcheck.observe.meant_to_train import require_declared
 from kbitcheck.observe.planning import forecast_alone, planned
 from kbitcheck.observe.recipe import recipe_of_preparation, settled
 from kbitcheck.observe.static import StaticCase
@@ -122,12 +124,20 @@ def _too_little(least: Item, opening: float, free: int, device: str) -> str:
 
 
 def open_live(
-    model: Any, *, implementation: Implementation, restore: Callable[[], None], no_step: str = "", **options: Any
+    model: Any,
+    training: Training,
+    *,
+    implementation: Implementation,
+    restore: Callable[[], None],
+    no_step: str = "",
+    **options: Any,
 ) -> Case:
     """The case of a quantized model that the caller has: the model itself is prepared and run.
 
-    ``restore`` puts the model back to what it was; ``no_step`` is why the model may not run.
+    ``training`` is how the caller trains it; ``restore`` puts the model back to what it was; ``no_step`` is why the model may
+    not run.
     """
+    require_declared(model, training)
     source = LiveModel.of(model)
     device = str(next(model.parameters()).device)
     try:
@@ -136,7 +146,7 @@ def open_live(
         )
     except TypeError as error:
         raise UsageError(f"unknown option: {error}") from None
-    return _opened(spec, implementation, Lent(model, spec, restore, no_step=no_step))
+    return _opened(spec, implementation, Lent(model, spec, restore, no_step=no_step, training=training))
 
 
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:

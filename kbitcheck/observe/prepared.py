@@ -18,22 +18,21 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts, WatchedRun
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.facts.recipe import default_rate
+from kbitcheck.core.training import Training
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.live import LiveModel
-from kbitcheck.observe import figures, internals
+from kbitcheck.observe import figures
 from kbitcheck.observe.case import Case, facts_of
 from kbitcheck.observe.lent import Lent
-from kbitcheck.observe.meant_to_train import declared, owned
+from kbitcheck.observe.meant_to_train import declared, owned, require_declared, with_own_numbers
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import switches
 from kbitcheck.observe.probes.adapters import Attached
-from kbitcheck.observe.probes.loss import LossOf
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
 from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.trained import Trained
-from kbitcheck.observe.twin.wide_parameter import Widened
 from kbitcheck.observe.watch.own_steps import optimizer_steps
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
@@ -58,32 +57,16 @@ def undisturbed(*, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """How a caller trains a model: what is fed, what makes the loss, and which parts train beside adapters.
-
-    None for ``batch``: one is drawn; for ``loss``: the model's own, or one that is drawn; for ``optimizer``: AdamW is assumed,
-    at ``rate`` or at the default of the trainer whose recipe the model follows.
-    """
-
-    batch: Mapping[str, torch.Tensor] | None = None
-    loss: LossOf | None = None
-    trains: Sequence[str] = ()
-    optimizer: Any = None
-    rate: float | None = None
-
-
 class _Prepared(Lent):
     """A model as it stands, with its own adapters or, where it has none, the spec's."""
 
     def __init__(self, model: Any, spec: CaseSpec, restore: Callable[[], None], training: Training) -> None:
-        dtypes = _dtypes_in_training(model, owned(model, declared(model, training.trains)))
+        dtypes = _dtypes_in_training(model, owned(model, declared(model, training)))
         super().__init__(
             model,
             spec,
             restore,
-            batch=training.batch,
-            loss=training.loss,
+            training=training,
             attach=functools.partial(attach_own, dtypes) if dtypes else None,
             twin_errors=(AttributeError, TypeError, ValueError, RuntimeError, torch.OutOfMemoryError),
         )
@@ -105,14 +88,7 @@ def attach_own(dtypes: Mapping[str, torch.dtype], model: nn.Module, spec: CaseSp
     """The model with the adapters that it carries, by name and dtype; zeros are drawn anew, or half of the gradients would be zero."""
     here = {name for name, _ in model.named_parameters()} & dtypes.keys()  # a cut has some of them
     for name in here:
-        dtype = dtypes[name]
-        owner, _, last = name.rpartition(".")
-        held = internals.own_parameters(model.get_submodule(owner))
-        parameter: Any = held[last]
-        if isinstance(parameter, Widened):  # a twin's, which cannot train
-            held[last] = nn.Parameter(parameter.stored.to(dtype, copy=True))
-        else:
-            parameter.data = parameter.data.to(dtype, copy=True)  # the caller's numbers stay where they are
+        with_own_numbers(model, name, dtypes[name])
     adapters = {name: p for name, p in model.named_parameters() if name in dtypes}
     adapter_probe.draw({name: p for name, p in adapters.items() if not p.any()}, spec.seed)
     return Attached(model, adapters)
@@ -154,7 +130,8 @@ class PreparedCase(OpenCase):
         self._training = training
         self._restore = restore
         self._no_step = no_step
-        parts = declared(model, training.trains)
+        require_declared(model, training)
+        parts = declared(model, training)
         self.prepared = snapshot(model, owned(model, parts), declared=parts)
         recipe = recipe_of_prepared(model, self.prepared) if spec.profile == "auto" else None
         super().__init__(settled(spec, recipe), recipe)
@@ -203,14 +180,8 @@ class PreparedCase(OpenCase):
         base = self._steps._loaded
         model = base.copy()
         rate = self._training.rate or default_rate(self.recipe)
-        return optimizer_steps(
-            model,
-            base.batch,
-            optimizer=self._training.optimizer,
-            rate=rate,
-            trains=self._training.trains,
-            autocast=base.autocast(self.profile),
-        )
+        training = dataclasses.replace(self._training, rate=rate)
+        return optimizer_steps(model, base.batch, training, autocast=base.autocast(self.profile))
 
     def cut_behind(self, reads: Set[str]) -> str:
         return self._steps.cut_behind(reads) if "_steps" in self.computed else ""

@@ -5,6 +5,7 @@ from typing import Any
 
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CallFacts, Cost, Fact, ModelFacts, Passes
+from kbitcheck.observe.meant_to_train import declared
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import call
@@ -69,7 +70,8 @@ class Wrapped:
         self._called = called
         self._attached: Attached | None = None
         self._lease: object = None
-        self.wrapped = snapshot(*self.attached)
+        model, adapters = self.attached
+        self.wrapped = snapshot(model, adapters, declared=declared(model, called.preparation.loaded.training))
 
     @property
     def attached(self) -> Attached:

@@ -13,6 +13,7 @@ from kbitcheck.core.events import Collector, Event, Judged, Loaded, Started
 from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.rule import Rule, select
+from kbitcheck.core.training import Training
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.examine import examine, not_reached
 from kbitcheck.run.findings import settler
@@ -71,6 +72,7 @@ def examine_all(
 def audit(
     model: Any,
     prepare: str | Callable[..., Any],
+    training: Training,
     *,
     select_codes: Sequence[str],
     ignore: Mapping[str, str],
@@ -82,7 +84,9 @@ def audit(
     from kbitcheck.observe import device as devices
     from kbitcheck.observe import lent
     from kbitcheck.observe.open_case import open_live
+    from kbitcheck.observe.watch.own_steps import trained_by
 
+    model, training = trained_by(model, training)
     if not callable(getattr(model, "parameters", None)):
         raise UsageError(f"not a model: {model!r}; a name is for `kbitcheck model`")
     rules = select(select_codes, ignore)
@@ -95,7 +99,7 @@ def audit(
     no_step = lent.why_no_step(model, allow_step=allow_step)
     with lent.lending(model) as restore, like_a_worker() as size_threads:
         settings = {"profile": "auto", **options}
-        case = open_live(model, implementation=implementation, restore=restore, no_step=no_step, **settings)
+        case = open_live(model, training, implementation=implementation, restore=restore, no_step=no_step, **settings)
         size_threads(case.base.nbytes)
         device = str(next(model.parameters()).device)
         loaded = Loaded(implementation=implementation.as_json(), environment=devices.describe(device, case.spec.seed))
@@ -106,6 +110,7 @@ def audit(
 
 def assert_prepared(
     model: Any,
+    training: Training,
     *,
     profile: Profile,
     freezes: Freezes,
@@ -113,17 +118,16 @@ def assert_prepared(
     strict: bool,
     select_codes: Sequence[str],
     ignore: Mapping[str, str],
-    training: Mapping[str, Any],
     allow_step: bool | None,
 ) -> Report:
-    """The report of ``kbitcheck.assert_prepared``; ``training`` are fields of ``observe.prepared.Training``."""
+    """The report of ``kbitcheck.assert_prepared``."""
     import torch
 
     from kbitcheck.models.sources.live import LiveModel
     from kbitcheck.observe import device as devices
     from kbitcheck.observe import lent, prepared
     from kbitcheck.observe.probes import switches
-    from kbitcheck.observe.watch.own_steps import parts_of
+    from kbitcheck.observe.watch.own_steps import trained_by
 
     for name, value, choices in (
         ("profile", profile, get_args(Profile)),
@@ -133,7 +137,7 @@ def assert_prepared(
         if value not in choices:
             raise UsageError(f"no such {name}: {value!r}; use {', '.join(map(str, choices))}")
     rules = select(select_codes, ignore)
-    model, optimizer = parts_of(model)
+    model, training = trained_by(model, training)
     model = lent.unwrapped(model)
     source = LiveModel.of(model)
     spec = CaseSpec(
@@ -154,8 +158,7 @@ def assert_prepared(
         lent.lending(model) as restore,
     ):
         no_step = lent.why_no_step(model, allow_step=allow_step)
-        how = prepared.Training(**{**training, "optimizer": training["optimizer"] or optimizer})
-        case = prepared.PreparedCase(spec, model, how, restore=restore, no_step=no_step)
+        case = prepared.PreparedCase(spec, model, training, restore=restore, no_step=no_step)
         loaded = Loaded(implementation={"name": "your code"}, environment=environment)
         subject = {"command": "assert_prepared", "ignored": dict(ignore)}
         return _report(Collector(loaded=loaded), case, rules, start, subject=subject, blame="own", strict=strict)

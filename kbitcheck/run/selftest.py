@@ -10,6 +10,7 @@ from kbitcheck.core.events import FaultTried
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
+from kbitcheck.core.training import Training
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
@@ -48,7 +49,7 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
 
 
 def _watched(fault: Fault, base: Loaded) -> WatchedCase:
-    observer = Observer(base.copy(), steps=3)
+    observer = Observer(base.copy(), Training())
     observer.start()
     try:
         assert fault.train is not None

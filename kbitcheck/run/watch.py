@@ -14,6 +14,7 @@ from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.report import EXIT_CONFORMS, NonConformance, Report, assemble
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import Rule, select
+from kbitcheck.core.training import STEPS, Training
 from kbitcheck.run.examine import examine, not_reached
 
 # These say more than the steps of a run show: that every adapter is reached, and that nothing warned.
@@ -25,7 +26,7 @@ CASE = "watched run"
 class Settings:
     """How a run is watched and judged; JSON-able. ``case`` names the run where a report has several."""
 
-    steps: int = 3
+    steps: int = STEPS
     select: Sequence[str] = ()
     ignore: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
@@ -53,6 +54,7 @@ class Watch:
     def __init__(self, model: Any, optimizer: Any, settings: Settings, **options: Any) -> None:
         from kbitcheck.models.sources.live import LiveModel
         from kbitcheck.observe import lent
+        from kbitcheck.observe.meant_to_train import require_declared
         from kbitcheck.observe.watch.observer import Observer
 
         settings.validate()
@@ -63,7 +65,9 @@ class Watch:
         self._settings = settings
         self._start = time.perf_counter()
         self._report: Report | None = None
-        self._observer = Observer(inner, optimizer=optimizer, steps=settings.steps, trains=settings.trains, **options)
+        training = Training(trains=settings.trains, optimizer=optimizer, steps=settings.steps)
+        require_declared(inner, training)
+        self._observer = Observer(inner, training, **options)
 
     def __enter__(self) -> Self:
         self._observer.start()

@@ -13,7 +13,9 @@ from torch import nn
 import kbitcheck
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Party, Result, Status
+from kbitcheck.core.training import Training
 from kbitcheck.models.inputs.wrapped import batch_inside
+from kbitcheck.observe.meant_to_train import declared
 from kbitcheck.observe.probes import layers
 from kbitcheck.observe.probes.float64 import KeepFloat64
 from kbitcheck.observe.probes.loss import GiveLoss, drawn_loss
@@ -261,6 +263,48 @@ def embedding_model(loads: Any) -> Any:
 
 def test_an_embedding_model_gets_a_loss(loads: Any) -> None:
     assert_judged(judged(embedding_model(loads)), "KB103", "KB104", "KB305", "KB309", "KB403", "KB405", *GRADIENTS)
+
+
+def test_an_audit_is_told_how_the_model_trains(loads: Any) -> None:
+    """The same loss, parts and optimizer as for ``assert_prepared``."""
+
+    def pooled(output: Any) -> Any:
+        return output[2].square().mean() + output[0].float().logsumexp(-1).mean()
+
+    model = WithValueHead(loads(config()))
+    optimizer = torch.optim.AdamW(model.v_head.parameters(), lr=0.0)
+    codes = ["KB101", "KB102", "KB302", "KB304", "KB71"]
+    before = everything(model, optimizer.state_dict())
+    report = kbitcheck.audit(
+        model, prepare="peft", loss=pooled, trains=["v_head"], optimizer=optimizer, select=codes, allow_step=True
+    )
+    assert everything(model, optimizer.state_dict()) == before
+    by_rule = results(report)
+    assert [code for code in codes[:4] if by_rule[code].status is not Status.PASS] == []
+    assert (by_rule["KB710"].status, by_rule["KB712"].status) == (Status.PASS, Status.FAIL)
+    judged_adapters = by_rule["KB302"].examined
+    alone = kbitcheck.audit(model, prepare="peft", loss=pooled, select=["KB302", "KB71"])
+    assert results(alone)["KB302"].examined == judged_adapters - 2  # weight and bias of the head
+    assert results(alone)["KB712"].reason == "needs steps of your own training: `kbitcheck watch`"
+
+
+def test_a_trainer_in_place_of_a_model_is_audited(loads: Any, tmp_path: Any) -> None:
+    pytest.importorskip("accelerate")
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], learning_rate=1e-4)
+    trainer = transformers.Trainer(prepared(loads(config()), peft.LoraConfig(**LORA)), arguments)
+    report = kbitcheck.audit(trainer, prepare="reference", select=["KB103", "KB711", "KB712"])
+    assert {r.rule: r.status for r in report} == dict.fromkeys(["KB103", "KB711", "KB712"], Status.PASS)
+
+
+@pytest.mark.parametrize("name", ["v_head", "v_head.weight"])
+def test_a_part_is_named_by_whole_words_of_its_path(loads: Any, name: str) -> None:
+    model = WithValueHead(prepared(loads(config()), peft.LoraConfig(**LORA)))
+    for check in (kbitcheck.watch, kbitcheck.assert_prepared, kbitcheck.audit):
+        with pytest.raises(kbitcheck.UsageError, match="the model has no unquantized parameter of that name"):
+            check(model, trains=[name.replace("head", "hea")])
+    assert {n.partition("v_head.")[2] for n in declared(model, Training(trains=[name]))} == (
+        {"weight"} if "." in name else {"weight", "bias"}
+    )
 
 
 @pytest.mark.transformers5("SigLIP needs batch= there")

@@ -8,6 +8,7 @@ from kbitcheck.cli.options import JudgeOptions, at_least, choice, command_line, 
 from kbitcheck.core.cases import Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
+from kbitcheck.core.training import STEPS
 from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import watched_command
@@ -17,10 +18,10 @@ from kbitcheck.run.watch import Settings
 @dataclass(frozen=True, kw_only=True)
 class Options(JudgeOptions):
     command: Sequence[str] = command_line("-- COMMAND...", "The command to run, as you run it: python train.py ...")
-    steps: int = option("Optimizer steps to watch.", 3, metavar="N", read=at_least(1))
+    steps: int = option("Optimizer steps to watch.", STEPS, metavar="N", read=at_least(1))
     profile: Profile = choice("The dtypes to judge by; auto reads them off the model.", "auto", Profile)
     trains: Sequence[str] = option(
-        "Parts of names of parameters that are meant to train, beside adapters; repeatable.", (), metavar="NAMES"
+        "Parts of the model that are meant to train beside adapters, such as v_head; repeatable.", (), metavar="NAMES"
     )
     output: str = option("Write the report to this file instead of stderr.", "", metavar="FILE")
 

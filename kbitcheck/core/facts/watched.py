@@ -59,8 +59,9 @@ class SwitchedOn:
 class WatchedRun:
     """Steps of a run, what its optimizer holds, and what reached the model.
 
-    ``adapters`` are the names of parameters of active adapters, ``held`` those of the optimizer's parameters in the model,
-    ``foreign`` the number of its other parameters; ``copied`` are held parameters beside which the model trains a copy.
+    ``adapters`` are the names of parameters of active adapters and of what the caller says trains,
+    ``held`` those of the optimizer's parameters in the model, ``foreign`` the number of its other parameters; ``copied`` are
+    held parameters beside which the model trains a copy.
     ``switched_on`` are the calls that switched checkpointing on, in order; the first may stand for those before.
     ``cached`` says who asked for a cache in training, or that one was made; "" where none was.
     ``entering`` are the dtypes that entered quantized layers, with the number of layers. ``unseen`` is why no block was

@@ -26,10 +26,11 @@ from kbitcheck.core.facts import (
     WatchedRun,
     WatchedStep,
 )
+from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.in_place import random_states_restored
-from kbitcheck.observe.meant_to_train import owned
+from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.watch import LENT, updates
@@ -60,21 +61,18 @@ def _unharmed(method: F) -> F:
 
 
 class Observer:
-    """Hooks on a quantized model and on the steps of ``optimizer``, or of any, until ``steps`` of them were taken.
+    """Hooks on a quantized model and on the steps of the caller's optimizer, or of any, until enough of them were taken.
 
-    ``trains`` are names, or parts of names,
-    of parameters that are meant to train beside adapters and what the optimizer holds. ``by_check``: the steps are those
-    of a check on a model that it was lent, and no block is compared with a twin. ``when_over`` is called once, after everything is off.
+    ``by_check``: the steps are those of a check on a model that it was lent, and no block is compared with a twin.
+    ``when_over`` is called once, after everything is off.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        training: Training,
         *,
-        steps: int,
-        trains: Sequence[str] = (),
         seed: int = 0,
-        optimizer: Any = None,
         enabled: Sequence[SwitchedOn] = (),
         by_check: bool = False,
         when_over: Callable[[], None] = lambda: None,
@@ -88,9 +86,9 @@ class Observer:
         self.parts: dict[str, Part] = {}
         self.gaps: dict[str, Gap] = {}
         self._when_over = when_over
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._training = training
+        self._optimizer = inner_optimizer(training.optimizer)
         self._base_grads: tuple[str, ...] = ()
-        self._wanted, self._trains = steps, tuple(trains)
         self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
         self._steps: list[WatchedStep] = []
         self._held: dict[int, str] = {}
@@ -145,7 +143,7 @@ class Observer:
         held = frozenset(self._held.values())
         return WatchedRun(
             steps=tuple(self._steps),
-            adapters=frozenset(owned(self.model)),
+            adapters=frozenset(owned(self.model, declared(self.model, self._training))),
             held=held,
             foreign=self._foreign,
             copied=tuple(sorted(n for n in held if n.replace(".original_module.", ".modules_to_save.") != n)),
@@ -171,12 +169,12 @@ class Observer:
     def meant(self) -> dict[str, nn.Parameter]:
         """The parameters that are meant to train: adapters, what an optimizer holds, and what ``trains`` names."""
         copied = self.run.copied
-        more = {
+        held = {
             name: p
             for name, p in self.model.named_parameters()
-            if p.requires_grad and name not in copied and (id(p) in self._held or any(t in name for t in self._trains))
+            if p.requires_grad and name not in copied and id(p) in self._held
         }
-        return {**owned(self.model), **more}
+        return {**owned(self.model, declared(self.model, self._training)), **held}
 
     @_unharmed
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -264,7 +262,7 @@ class Observer:
         self._steps.append(WatchedStep(rate=rate, peak=peak, batches=batches, updates=by_name))
         self._values, self._wide = {}, {}
         self._remove_recorders()
-        if len(self._steps) == self._wanted:
+        if len(self._steps) == self._training.steps:
             self.stop()
 
     def _compare(self) -> None:
@@ -286,6 +284,6 @@ class Observer:
         self._recorders = []
 
 
-def is_watchable(model: nn.Module) -> bool:
-    """Whether a module holds a quantized layer."""
-    return any(True for _ in backends.quantized_layers(model))
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside what accelerate wraps round it."""
+    return getattr(optimizer, "optimizer", optimizer)

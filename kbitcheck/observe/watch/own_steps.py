@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import WatchedRun
+from kbitcheck.core.training import Training
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.watch.observer import Observer
+from kbitcheck.observe.watch.observer import Observer, inner_optimizer
 from kbitcheck.observe.watch.updates import LOW
 
 STEPS = 2  # the gradient of ``lora_A`` is zero in the first
@@ -23,26 +25,26 @@ STEPS = 2  # the gradient of ``lora_A`` is zero in the first
 def optimizer_steps(
     model: nn.Module,
     batch: step.Batch,
+    training: Training,
     *,
-    optimizer: Any,
-    rate: float,
-    trains: Sequence[str] = (),
     autocast: step.Autocast,
 ) -> WatchedRun:
-    """What two steps of ``optimizer`` do, or, where that is None, two of AdamW at ``rate``.
+    """What two steps of the caller's optimizer do, or, where there is none, two of AdamW at the rate of ``training``.
 
     A learning rate that the schedule has at zero is its peak here. The model is left as the steps make it; the optimizer is
     as before.
     """
     assumed = ""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    optimizer = inner_optimizer(training.optimizer)
     if optimizer is None:
         trained = [p for p in model.parameters() if p.requires_grad]
-        assumed = f"AdamW at a learning rate of {rate:g}"
+        assert training.rate is not None
+        assumed = f"AdamW at a learning rate of {training.rate:g}"
         if not any(p.dtype in LOW for p in trained):  # nothing to forecast
             return WatchedRun(steps=(), adapters=frozenset(), held=frozenset(), assumed=assumed)
-        optimizer = torch.optim.AdamW(trained, lr=rate)
-    observer = Observer(model, steps=STEPS, trains=trains, optimizer=optimizer, by_check=True)
+        optimizer = torch.optim.AdamW(trained, lr=training.rate)
+    steps = dataclasses.replace(training, optimizer=optimizer, steps=STEPS)
+    observer = Observer(model, steps, by_check=True)
     with optimizer_restored(optimizer):
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] or group.get("initial_lr", 0.0)  # a schedule may not have begun, or have run out
@@ -69,6 +71,17 @@ def _take(model: nn.Module, batch: step.Batch, optimizer: Any, autocast: step.Au
         if loss.requires_grad:
             loss.backward()
         type(optimizer).step(optimizer)  # without what a schedule put over it, which counts
+
+
+def optimizer_like(optimizer: Any, model: nn.Module) -> Any:
+    """A fresh optimizer of the same kind and options, of what trains in ``model``; None where there is none."""
+    if optimizer is None:
+        return None
+    own = copy.copy(inner_optimizer(optimizer))
+    options = {k: copy.deepcopy(v) for k, v in own.param_groups[0].items() if k != "params"}
+    own.param_groups = [{**options, "params": [p for p in model.parameters() if p.requires_grad]}]
+    own.state = defaultdict(dict)
+    return own
 
 
 @contextmanager
@@ -101,17 +114,26 @@ def _numbers(state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {key: (value, value.clone() if isinstance(value, torch.Tensor) else None) for key, value in state.items()}
 
 
-def parts_of(trained: Any) -> tuple[Any, Any]:
-    """A model and its optimizer; of a ``Trainer`` both, of a model None for the optimizer.
+class Trained(NamedTuple):
+    """A model, and how its owner trains it."""
+
+    model: Any
+    training: Training
+
+
+def trained_by(model: Any, training: Training) -> Trained:
+    """The model itself; of a ``Trainer`` its model, and its optimizer where ``training`` has none.
 
     A trainer that has no optimizer yet makes one as it will for training, and does not keep it.
     """
-    if isinstance(trained, nn.Module) or not isinstance(getattr(trained, "model", None), nn.Module):
-        return trained, None
-    if trained.optimizer is not None:
-        return trained.model, trained.optimizer
-    try:
-        trained.create_optimizer()
-        return trained.model, trained.optimizer
-    finally:
-        trained.optimizer = None
+    trainer = model
+    if isinstance(model, nn.Module) or not isinstance(getattr(trainer, "model", None), nn.Module):
+        return Trained(model, training)
+    optimizer = training.optimizer or trainer.optimizer
+    if optimizer is None:
+        try:
+            trainer.create_optimizer()
+            optimizer = trainer.optimizer
+        finally:
+            trainer.optimizer = None
+    return Trained(trainer.model, dataclasses.replace(training, optimizer=optimizer))
