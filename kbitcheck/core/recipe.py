@@ -10,6 +10,8 @@ from kbitcheck.core.facts.model import FLOATING, HALF, ModelFacts, TensorFacts
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.profile import PROMISES
 
+MAGNITUDE = "lora_magnitude_vector"  # in the names of DoRA's magnitudes
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -59,7 +61,10 @@ def groups(prepared: ModelFacts, wrapped: ModelFacts, loaded: ModelFacts | None 
             if p.name in names and (part == "norms" or p.name not in parts["norms"]):
                 tower = tower_of(p.name, towers) if part != "head" else ""
                 members.setdefault(f"{part} of {tower}" if tower else part, {})[p.name] = p.dtype
-    members["adapters"] = {p.name: p.dtype for p in wrapped.parameters.values() if _low_rank(p)}
+    for p in filter(is_low_rank, wrapped.parameters.values()):
+        # TRL keeps DoRA's magnitudes in float32 beside adapters in bfloat16.
+        part = "magnitudes of adapters" if MAGNITUDE in p.name else "adapters"
+        members.setdefault(part, {})[p.name] = p.dtype
     return [Group(name, dtypes, wide) for name, dtypes in members.items() if dtypes]
 
 
@@ -69,8 +74,11 @@ def _loaded_wide(parameter: TensorFacts, prepared: ModelFacts, loaded: ModelFact
     return any(f".{part}." in f".{parameter.name}." for part in prepared.kept_in_float32)
 
 
-def _low_rank(parameter: TensorFacts) -> bool:
-    """Trained copies of a head and enabled biases have the dtype of what they replace; declared parts have one of their own."""
+def is_low_rank(parameter: TensorFacts) -> bool:
+    """Whether a parameter is an adapter's own.
+
+    Trained copies of a head and enabled biases have the dtype of what they replace; declared parts have one of their own.
+    """
     copied = ".modules_to_save." in f".{parameter.name}" or ".trainable_tokens_" in f".{parameter.name}"
     return parameter.adapter and not parameter.declared and not copied and not parameter.name.endswith(".bias")
 

@@ -9,6 +9,7 @@ from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.facts import FLOATING, HALF, Facts, ForwardFacts, TensorFacts
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.core.recipe import is_low_rank
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import RECAST, unless_bare, unless_unprepared
@@ -49,7 +50,8 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable(f"the {facts.profile} profile lets embeddings and head stay half")
     norms = norm_parameters(facts.prepared)
     for p in facts.prepared.parameters.values():
-        if not p.packed and p.dtype in FLOATING and p.name not in norms:
+        read_off = facts.recipe is not None and is_low_rank(p)  # the recipe names the adapters' dtype, KB215 judges it
+        if not p.packed and p.dtype in FLOATING and p.name not in norms and not read_off:
             half = Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
             yield half if half.ok or not p.quantized_bias else _recast(half, p, facts)
 

@@ -164,6 +164,24 @@ def test_a_trainers_recipe_conforms_and_is_named(loaded: Any) -> None:
     assert broken(model, profile="peft", select=STATIC)[0] == {"KB201", "KB202"}
 
 
+def test_adapters_in_bfloat16_beside_a_base_in_float32_conform(loaded: Any) -> None:
+    """As ``trl sft`` has it, which loads in float32. DoRA's magnitudes stay in float32."""
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(loaded)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)).train()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data = parameter.data.bfloat16()
+    report = kbitcheck.assert_prepared(model, select=STATIC)
+    assert "dtypes as TRL prepares them: everything upcast, adapters bf16 ·" in str(report).replace("\n", " ")
+    assert broken(model, profile="peft", select=STATIC)[0] == {"KB202"}
+    next(p for n, p in model.named_parameters() if "lora_A" in n).data = torch.zeros(4, 36)
+    assert broken(model, select=STATIC)[0] == {"KB215"}
+
+
 def test_the_wrapper_of_mixed_precision_is_read_off(loaded: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = as_trl_prepares(loaded, torch.float32)

@@ -81,6 +81,7 @@ def test_who_leaves_freezing_to_the_adapters_freezes_at_attach() -> None:
 def test_trainers_are_named_by_what_they_do() -> None:
     trl = Recipe(profile="frozen-half", freezes="at-attach", adapters="bfloat16", autocast=True)
     assert str(trl) == "dtypes as TRL prepares them: nothing upcast, adapters bf16, autocast"
+    assert dataclasses.replace(trl, profile="peft").trainer == "TRL"  # `trl sft` loads in float32
     assert str(dataclasses.replace(trl, adapters="float16")) == "dtypes: nothing upcast, adapters fp16, autocast"
     assert str(dataclasses.replace(trl, mixed=True)).startswith("dtypes of no single recipe: closest to frozen-half")
 

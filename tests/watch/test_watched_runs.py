@@ -1,17 +1,20 @@
 """``kbitcheck.watch``: a broken run is named within three steps, a sound one is not, and no bit of any run changes."""
 
 import copy
+import functools
 import random
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 import transformers
 
 import kbitcheck
 from kbitcheck.core.result import Level, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.observe.watch import observer
+from kbitcheck.observe.watch.enabling import arguments
 from tests.watch import runs
 
 
@@ -172,3 +175,19 @@ def test_a_copy_of_a_watched_model_runs_and_is_not_watched():
         runs.loop(model, optimizer, steps=1)
     assert watched.report.exit_code == 0
     assert watched.report.subject["steps"] == 2
+
+
+def test_arguments_of_checkpointing_are_seen_through_a_wrapper():
+    """LLaMA-Factory wraps what transformers checkpoints blocks with."""
+
+    class Model(torch.nn.Module):
+        gradient_checkpointing = True
+
+        def __init__(self):
+            super().__init__()
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+            self._gradient_checkpointing_func = functools.wraps(checkpoint, assigned=())(
+                lambda *args: checkpoint(*args)
+            )
+
+    assert arguments(Model()) == {"use_reentrant": "True"}

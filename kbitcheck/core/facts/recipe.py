@@ -11,6 +11,7 @@ TRAINERS = {
     ("peft", "float32"): "PEFT",
     ("peft", ""): "PEFT",
     ("frozen-half", "bfloat16"): "TRL",
+    ("peft", "bfloat16"): "TRL",  # its command loads in float32
     ("frozen-half", "float32"): "LLaMA-Factory",
     ("qlora", "float32"): "QLoRA",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Self
@@ -49,8 +50,9 @@ class Enabling:
 def arguments(model: Any) -> dict[str, str]:
     """The arguments that a model's modules pass on to torch's checkpoint; empty where checkpointing is off."""
     on = (m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True)
-    functions = (internals.checkpoint_function(m) for m in on)
-    keywords = (f.keywords for f in functions if isinstance(f, functools.partial))
+    functions = filter(None, (internals.checkpoint_function(m) for m in on))
+    bare = map(inspect.unwrap, functions)  # LLaMA-Factory wraps it
+    keywords = (f.keywords for f in bare if isinstance(f, functools.partial))
     return {str(key): str(value) for key, value in next(keywords, {}).items()}
 
 

@@ -34,7 +34,6 @@ class Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self.names:
             return None
-        self.names.discard(name)
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in others if spec is not None), None)
         if spec is None or not hasattr(spec.loader, "exec_module"):
@@ -44,7 +43,9 @@ class Finder:
 
         def exec_module(module: Any) -> None:
             execute(module)
-            self.after(name)
+            if name in self.names:  # who asks whether a module is there only finds it, and imports it later or never
+                self.names.discard(name)
+                self.after(name)
 
         loader.exec_module = exec_module
         return spec
