@@ -1,7 +1,7 @@
 """A case as plain data: a model, its quantization, the implementation that prepares it, and its checkpointing."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
@@ -82,7 +82,7 @@ class CaseSpec:
 class Implementation:
     """A preparation function and where it comes from. ``line`` is 0 where the source is not known.
 
-    ``patches`` names what its import replaced in the libraries that training rests on.
+    ``imported`` is what its import changed in the process, before and after, and in the libraries that training rests on.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Implementation:
     version: str = ""
     file: str = ""
     line: int = 0
-    patches: tuple[str, ...] = ()
+    imported: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the function itself."""

@@ -1,9 +1,10 @@
 """KB5xx: what a caller may rely on."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Facts, ModelFacts
+from kbitcheck.core.facts import Changes, Facts, ModelFacts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_unprepared
@@ -264,6 +265,31 @@ def deterministic(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB512.
     """
     yield from same_model(facts.first_prepared, facts.repeated, "the first model", "the second")
+
+
+@rule("KB513", "no-lasting-effect", Level.MUST)
+def no_lasting_effect(facts: Facts) -> Iterable[Observation]:
+    """Importing the implementation, and training, generating with and saving what it prepared, leave the process as it was.
+
+    Why: what a hook changes in a later step affects every other model in the process, and no look at the preparation sees it.
+    Symptom: other models' results change once this one has trained; a program that does not end; a handler that never runs.
+    Fix: no threads, timers, signal handlers, seeds, environment variables or patches, neither at import nor in a hook.
+    Sources: specification KB513.
+    """
+    for moment, changes in _effects(facts).items():
+        yield Observation(moment, "the process is as before", "looked at", ok=True)
+        for name, (before, after) in changes.items():
+            changed = Observation(f"{name}, after {moment}", before, after, ok=False)
+            same = partial(_shows_effect, moment, name)
+            yield unless_unprepared(changed, facts, Party.MODEL, same)
+
+
+def _effects(facts: Facts) -> dict[str, Changes]:
+    return {"import": facts.imported, **facts.effects, "saving": facts.store.effects}
+
+
+def _shows_effect(moment: str, name: str, base: Facts) -> bool:
+    return name in _effects(base)[moment]
 
 
 def same_model(first: ModelFacts, second: ModelFacts, one: str, other: str) -> Iterator[Observation]:

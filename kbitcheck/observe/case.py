@@ -17,6 +17,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import (
     HALF,
+    Changes,
     Cost,
     CutFacts,
     Fact,
@@ -89,14 +90,14 @@ class Case(OpenCase):
         function: Callable[..., Any],
         loaded: Loaded,
         *,
-        patches: Sequence[str] = (),
+        imported: Changes | None = None,
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(spec, recipe)
         self._loaded = loaded
         self._function = function
         self.batch = loaded.batch
-        self._patches = patches
+        self._imported = imported or {}
         self._preparation = Preparation(spec, function, loaded)
         self._preparation.make_room = self._make_room
         self.computed = self._preparation.computed
@@ -124,7 +125,7 @@ class Case(OpenCase):
         try:
             proof, loaded = self._loaded.cut(self.spec)
             spec = dataclasses.replace(self.spec, cut="never")
-            case = type(self)(spec, self._function, loaded, patches=self._patches, recipe=self.recipe)
+            case = type(self)(spec, self._function, loaded, imported=self._imported, recipe=self.recipe)
             case.computed.follow(self.computed)
             case._preparation.make_room = self._make_room
             model = self._called.model
@@ -186,6 +187,7 @@ class Case(OpenCase):
             return facts
         return dataclasses.replace(facts, **differences(self._loaded.state_keys, self._paths.state_keys))
 
+    imported = Fact[Changes](lambda self: self._imported)
     base = Fact[ModelFacts](lambda self: self._loaded.facts)
     loaded = Fact[ModelFacts](lambda self: self._loaded.facts)
     compute_ulp = Fact[float](lambda self: float(torch.finfo(self._loaded.compute).eps))
@@ -250,7 +252,7 @@ class Case(OpenCase):
 
     def _require_libraries(self) -> None:
         """Raise ``Unavailable`` where the implementation changed the libraries: a witness proves nothing there."""
-        if self._patches or any("." in name for name in self.call.process):
+        if any("." in name for name in (*self._imported, *self.call.process)):
             raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
 
     def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
 
@@ -51,6 +52,7 @@ GLOBAL_HOOKS = tuple(
     for name, hooks in vars(torch.nn.modules.module).items()
     if name.startswith("_global") and isinstance(hooks, dict)
 )
+OPTIMIZER_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 REGISTRIES = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ACT2FN", "ROPE_INIT_FUNCTIONS")
 REGISTRY_MODULES = ("modeling_utils", "masking_utils", "activations", "modeling_rope_utils")
 

@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from kbitcheck.backends import registry
@@ -20,8 +20,8 @@ def libraries_watched() -> list[str]:
     return ["torch", "transformers", "accelerate", *(backend.name for backend in registry.registered())]
 
 
-def attributes(*, of: Iterable[type] = (), libraries: bool = True) -> Attributes:
-    """The attributes of the classes ``of`` and, with ``libraries``, of every loaded module of them and each class there."""
+def attributes(*, of: Iterable[type | ModuleType] = (), libraries: bool = True) -> Attributes:
+    """The attributes of the classes and modules ``of`` and, with ``libraries``, of the libraries' modules and classes."""
     owners: dict[type | ModuleType, None] = dict.fromkeys(of)
     watched = libraries_watched()
     modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
@@ -53,9 +53,9 @@ def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
     return dict(sorted(changed.items()))
 
 
-def replaced_at_import(before: Attributes) -> tuple[str, ...]:
-    """As ``replaced``, by name alone; a removed one is left out, as lazy modules remove names when they resolve them."""
-    return tuple(name for name, (_, how) in replaced(before).items() if how != "removed")
+def replaced_at_import(before: Attributes) -> dict[str, tuple[str, str]]:
+    """As ``replaced``; a removed one is left out, as lazy modules remove names when they resolve them."""
+    return {name: (was, how) for name, (was, how) in replaced(before).items() if how != "removed"}
 
 
 def classes_of(model: Any) -> set[type]:
@@ -66,9 +66,9 @@ def classes_of(model: Any) -> set[type]:
 
 
 def _watched(owner: type | ModuleType, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a module its functions and classes, of a class all but plain numbers, which are counters; booleans are watched."""
+    """Of a module what can be called, of a class all but plain numbers, which are counters; booleans are watched."""
     if isinstance(owner, ModuleType):
-        return {n: a for n, a in attributes.items() if issubclass(type(a), (FunctionType, BuiltinFunctionType, type))}
+        return {n: a for n, a in attributes.items() if callable(a)}
     return {
         n: a
         for n, a in attributes.items()

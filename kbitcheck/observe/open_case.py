@@ -152,4 +152,4 @@ def open_live(
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
     recipe = recipe_of_preparation(spec, implementation.function, loaded)
     spec = settled(spec, recipe)
-    return Case(spec, implementation.function, loaded, patches=implementation.patches, recipe=recipe)
+    return Case(spec, implementation.function, loaded, imported=implementation.imported, recipe=recipe)

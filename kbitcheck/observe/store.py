@@ -12,7 +12,7 @@ from torch import nn
 from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import Distance, StoreFacts
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import forwards, step, switches
+from kbitcheck.observe.probes import forwards, process_state, step, switches
 
 
 def round_trip(preparation: Preparation) -> StoreFacts:
@@ -31,7 +31,9 @@ def round_trip(preparation: Preparation) -> StoreFacts:
             return forwards.forward_logits(model, preparation.batch, preparation.autocast)
 
     with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
-        error = _raised(partial(prepared.save_pretrained, folder))
+        with process_state.effects(prepared) as effects:
+            error = _raised(partial(prepared.save_pretrained, folder))
+        facts["effects"] = effects
         try:
             model, adapters = preparation.attach(prepared)
             saved = save({n: p.detach().clone().contiguous() for n, p in adapters.items()})

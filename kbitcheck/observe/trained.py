@@ -1,9 +1,11 @@
 """What optimizer steps, and other steps between them, make of fresh prepared copies with adapters."""
 
-from kbitcheck.core.facts import ForwardFacts, ModelFacts, TrainingFacts
+from collections.abc import Mapping
+
+from kbitcheck.core.facts import Changes, ForwardFacts, ModelFacts, TrainingFacts
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import digest, forwards
+from kbitcheck.observe.probes import digest, forwards, process_state
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.descent import descend
 from kbitcheck.observe.probes.snapshot import snapshot
@@ -15,12 +17,14 @@ class Trained:
     training: TrainingFacts
     trained: ModelFacts
     generates: ForwardFacts
+    effects: Mapping[str, Changes]
 
     def __init__(self, preparation: Preparation, outputs: Outputs) -> None:
         preparation.make_room()
         model, adapters = wrapped_copy(preparation, outputs)
         before = {n: digest.bits(p) for n, p in adapters.items()}
-        way = descend(model, preparation.batch, seed=preparation.spec.seed, autocast=preparation.autocast)
+        with process_state.effects(model) as training:
+            way = descend(model, preparation.batch, seed=preparation.spec.seed, autocast=preparation.autocast)
         changed = frozenset(n for n, p in adapters.items() if digest.bits(p) != before[n])
         self.training = TrainingFacts(
             losses=way.losses,
@@ -30,7 +34,9 @@ class Trained:
             changed=changed,
         )
         self.trained = snapshot(model, adapters)
-        self.generates = forwards.generate(model, preparation.batch)
+        with process_state.effects(model) as generation:
+            self.generates = forwards.generate(model, preparation.batch)
+        self.effects = {"training": training, "generation": generation}
 
 
 def wrapped_copy(preparation: Preparation, outputs: Outputs) -> Attached:

@@ -23,6 +23,7 @@ from kbitcheck.core.cases import REFERENCE, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.observe import library_attributes
+from kbitcheck.observe.probes import process_state
 from kbitcheck.run import requirements
 
 ALIASES = {
@@ -77,7 +78,7 @@ def load(text: str) -> Implementation:
     """
     validate(text)
     where, attribute = _split(text)
-    before = library_attributes.attributes()
+    before, libraries = process_state.state(), library_attributes.attributes()
     try:
         module = _load_file(Path(where)) if _is_file(where) else _import(where, text)
     except (Exception, SystemExit) as error:
@@ -99,7 +100,9 @@ def load(text: str) -> Implementation:
     if not callable(function):
         raise Missing(f"implementation {text!r} is a {type(function).__name__}, which cannot be called")
     subject = describe(function, name=text, version=_version(module))
-    return replace(subject, patches=library_attributes.replaced_at_import(before))
+    changed = process_state.changed(before, process_state.state())
+    settings = {name: values for name, values in changed.items() if name not in process_state.OF_IMPORTS}
+    return replace(subject, imported=settings | library_attributes.replaced_at_import(libraries))
 
 
 def unused(text: str) -> Implementation:

@@ -3,7 +3,10 @@
 import copy
 import logging
 import random
+import threading
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +140,32 @@ def logging_turned_down(prepare: Prepare, model: Any, *arguments: Any) -> Any:
 @spoils("KB507")
 def a_model_that_draws_when_switched_on(model: Any) -> None:
     before_enabling(model, lambda self, kwargs: torch.rand(1))
+
+
+def _in_the_second_step(model: Any, action: Callable[[], object]) -> None:
+    """Have the first block act when it has run in train mode once."""
+    runs = []
+
+    def act(module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            runs.append(1)
+            if len(runs) == 2:
+                action()
+
+    blocks(model)[0].register_forward_pre_hook(act)
+
+
+@wraps("KB513", alone=True)
+def a_thread_started_in_a_step(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    model = prepare(model, *arguments)
+    _in_the_second_step(model, threading.Thread(target=time.sleep, args=(600,), daemon=True).start)
+    return model
+
+
+@breaks("KB513", alone=True)
+def a_function_patched_in_a_step(model: Any) -> None:
+    original = torch.clamp
+    _in_the_second_step(model, lambda: setattr(torch, "clamp", lambda *args, **kwargs: original(*args, **kwargs)))
 
 
 _old: list[torch.Tensor] = []

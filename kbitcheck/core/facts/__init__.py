@@ -13,6 +13,7 @@ from kbitcheck.core.facts.model import (
     HALF,
     AdaptersFirst,
     CallFacts,
+    Changes,
     LayerFacts,
     ModelFacts,
     ModuleFacts,
@@ -37,7 +38,7 @@ from kbitcheck.core.facts.step import (
 from kbitcheck.core.facts.watched import MicroBatch, SwitchedOn, Update, WatchedRun, WatchedStep
 
 __all__ = [
-    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts",
+    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "Changes",
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome",

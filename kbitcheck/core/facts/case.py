@@ -15,7 +15,7 @@ from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
-from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, ModelFacts, RefusedCall
+from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, Changes, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.facts.watched import WatchedRun
 
@@ -207,6 +207,10 @@ class Facts:
     """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
     training: step.TrainingFacts
     """A few optimizer steps, beside the float64 twin's."""
+    effects: Mapping[str, Changes]
+    """What training and generation, by name, change in the process."""
+    imported: Changes
+    """What the import of the implementation changed in the process."""
     store: step.StoreFacts
     """Save and reload of a prepared model that never ran, and of its adapters."""
     interleaved: Sequence[step.StepOutcome]

@@ -8,6 +8,8 @@ from kbitcheck.core.errors import Raised
 
 HALF = frozenset({"float16", "bfloat16"})
 FLOATING = HALF | {"float32", "float64"}
+# Before and after, by name of a process-wide setting or dotted name of what a library holds.
+Changes = Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class CallFacts:
     class_kept: bool = True
     checkpoints: bool = False
     modes_changed: tuple[str, ...] = ()
-    process: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    process: Changes = field(default_factory=dict)
     parameters: Mapping[str, str] | None = None
     accepts_any: bool = False
 

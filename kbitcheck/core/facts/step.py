@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kbitcheck.core.errors import Raised
-from kbitcheck.core.facts.model import CallFacts
+from kbitcheck.core.facts.model import CallFacts, Changes
 
 CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
 
@@ -153,6 +153,8 @@ class TrainingFacts:
 class StoreFacts:
     """Save and reload of the prepared model and of its adapters, neither of which ever ran.
 
+    ``effects`` are those of saving the prepared model.
+
     If neither the prepared model nor the unprepared base can be saved and loaded, ``base_raised`` says why, and the
     adapters alone are saved, and loaded into another prepared base.
     """
@@ -162,6 +164,7 @@ class StoreFacts:
     raised: Raised | None = None
     base_raised: Raised | None = None
     logits: Distance | None = None
+    effects: Changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

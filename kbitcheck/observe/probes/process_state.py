@@ -1,14 +1,20 @@
 """The state of the process that a preparation must leave alone: seeds, defaults, modes, filters."""
 
+import atexit
+import builtins
 import gc
 import hashlib
 import logging
 import os
 import pickle
 import random
+import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +22,25 @@ import numpy
 import torch
 
 from kbitcheck.observe import internals
-from kbitcheck.observe.library_attributes import libraries_watched
+from kbitcheck.observe.library_attributes import attributes, classes_of, libraries_watched, replaced
+
+# Training draws from these; each probe has its own.
+DRAWN_FROM = frozenset({"torch RNG", "CUDA RNG"})
+# What importing any library may change.
+OF_IMPORTS = frozenset(
+    {"atexit callbacks", "warnings filters", "import path", "import hooks", "logging", "registries of transformers"}
+)
+# The modules whose functions a training step calls.
+STEPPED_THROUGH = (
+    torch, torch.nn.functional, torch.utils.checkpoint, torch.autograd, torch.autograd.graph, torch.optim, torch.amp,
+    torch.random, numpy, numpy.random, builtins, random, time,
+)  # fmt: skip
 
 
 def state() -> dict[str, str]:
     """Text of every process-wide setting that numerics or users depend on."""
+    # torch's own thread, which calls hooks of a backward on a GPU, is a dummy.
+    threads = [thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
     settings = {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -32,7 +52,7 @@ def state() -> dict[str, str]:
         "deterministic warn-only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "matmul precision": torch.get_float32_matmul_precision(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        "threads": torch.get_num_threads(),
+        "threads of torch": torch.get_num_threads(),
         "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
         "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()))
         if torch.cuda.is_initialized()
@@ -60,6 +80,15 @@ def state() -> dict[str, str]:
         "working directory": Path.cwd(),
         "import path": _digest(repr(sys.path).encode()),
         "oneDNN": (torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled),
+        "float32 precision": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "hooks on every optimizer": sum(len(hooks) for hooks in internals.OPTIMIZER_HOOKS),
+        "threads": sorted(thread.name for thread in threads if not _monitors(thread)),
+        "signal handlers": {s.name: str(signal.getsignal(s)) for s in signal.Signals},
+        "atexit callbacks": atexit._ncallbacks() - sum(map(_monitors, threads)),
+        "exception hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook),
+        "import hooks": (len(sys.meta_path), len(sys.path_hooks)),
+        "tracing": (sys.gettrace(), sys.getprofile()),
+        "garbage collection's callbacks": len(gc.callbacks),
     }
     return {name: str(value) for name, value in settings.items()}
 
@@ -68,6 +97,21 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     """Values before and after of each setting that differs, by name; one that is missing is "absent"."""
     names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
     return {n: (str(before.get(n, "absent")), str(after.get(n, "absent"))) for n in sorted(names)}
+
+
+@contextmanager
+def effects(model: Any) -> Iterator[dict[str, tuple[str, str]]]:
+    """Fill a dictionary, at the end of the context, with what of the process and the libraries changed meanwhile."""
+    happened: dict[str, tuple[str, str]] = {}
+    before, original = state(), attributes(of=(*classes_of(model), *STEPPED_THROUGH), libraries=False)
+    yield happened
+    settings = {n: values for n, values in changed(before, state()).items() if n not in DRAWN_FROM}
+    happened.update(settings | replaced(original))
+
+
+def _monitors(thread: threading.Thread) -> bool:
+    """Whether it watches progress bars: the first bar of a process starts one, which ends in a callback at exit."""
+    return type(thread).__module__.startswith("tqdm.")
 
 
 def _digest(data: bytes) -> str:

@@ -147,12 +147,10 @@ def test_an_error_of_a_rule_says_where() -> None:
 
 @pytest.mark.parametrize("where", ["prepared", "base"])
 def test_running_out_of_memory_is_no_property_of_the_model(where: str) -> None:
-    class Model:
+    class Model(torch.nn.Module):
         def __init__(self, error: Exception) -> None:
+            super().__init__()
             self.error = error
-
-        def state_dict(self) -> dict[str, torch.Tensor]:
-            return {}
 
         def save_pretrained(self, folder: str) -> None:
             raise self.error

@@ -1,0 +1,185 @@
+"""Whatever a program changes in its process is seen under its own name, and nothing else is."""
+
+import atexit
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+
+import numpy
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kbitcheck.observe.probes.process_state import OF_IMPORTS, changed, effects, state
+from kbitcheck.run import subject
+
+
+@contextmanager
+def thread():
+    stop = threading.Event()
+    started = threading.Thread(target=stop.wait, name="left behind")
+    started.start()
+    yield
+    stop.set()
+    started.join()
+
+
+@contextmanager
+def timer():
+    started = threading.Timer(60, print)
+    started.start()
+    yield
+    started.cancel()
+    started.join()
+
+
+@contextmanager
+def handler():
+    before = signal.signal(signal.SIGUSR2, lambda *args: None)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@contextmanager
+def callback_at_exit():
+    atexit.register(time.time)
+    yield
+    atexit.unregister(time.time)
+
+
+@contextmanager
+def optimizer_hook():
+    handle = register_optimizer_step_post_hook(lambda *args: None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def garbage_callback():
+    gc.callbacks.append(print)
+    yield
+    gc.callbacks.remove(print)
+
+
+@contextmanager
+def profiler():
+    sys.setprofile(lambda *args: None)
+    yield
+    sys.setprofile(None)
+
+
+@contextmanager
+def finder():
+    sys.meta_path.append(PathFinder)
+    yield
+    sys.meta_path.pop()
+
+
+def attribute(owner, name, value):
+    @contextmanager
+    def replaced():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, value)
+            yield
+
+    return replaced
+
+
+@contextmanager
+def variable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEFT_BEHIND", "1")
+        yield
+
+
+LEFT_BEHIND = {
+    "threads": thread,
+    "signal handlers": handler,
+    "atexit callbacks": callback_at_exit,
+    "hooks on every optimizer": optimizer_hook,
+    "garbage collection's callbacks": garbage_callback,
+    "tracing": profiler,
+    "exception hooks": attribute(sys, "excepthook", print),
+    "import hooks": finder,
+    "environment variables": variable,
+    "float32 precision": attribute(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32),
+}
+
+
+@pytest.mark.parametrize("setting", LEFT_BEHIND)
+def test_what_is_left_behind_is_seen_under_its_name(setting):
+    before = state()
+    with LEFT_BEHIND[setting]():
+        after = state()
+    assert [*changed(before, after)] == [setting]
+
+
+def test_a_timer_is_a_thread():
+    before = state()
+    with timer():
+        assert [*changed(before, state())] == ["threads"]
+
+
+def test_the_monitor_of_a_progress_bar_is_nobodys_thread():
+    before = state()
+    with pytest.importorskip("tqdm").tqdm(total=1) as bar:
+        assert bar.monitor is not None
+        assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(torch, "clamp"), (torch.nn.functional, "linear"), (numpy, "dot"), (time, "time")]
+)
+def test_a_function_that_is_patched_meanwhile_is_an_effect(owner, name, monkeypatch):
+    with effects(torch.nn.Linear(1, 1)) as happened:
+        monkeypatch.setattr(owner, name, lambda *args: None)
+    assert happened == {f"{owner.__name__}.{name}": ("original", "replaced")}
+
+
+def test_a_patched_method_of_the_models_class_is_an_effect(monkeypatch):
+    with effects(torch.nn.Linear(1, 1)) as happened:
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: x)
+    assert [*happened] == ["torch.nn.modules.linear.Linear.forward"]
+
+
+def test_drawing_from_torch_is_none_and_from_python_is():
+    with effects(torch.nn.Linear(1, 1)) as happened:
+        torch.rand(1)
+    assert happened == {}
+    before = random.getstate()
+    with effects(torch.nn.Linear(1, 1)) as happened:
+        random.random()
+    random.setstate(before)
+    assert [*happened] == ["random RNG"]
+
+
+@pytest.mark.parametrize(
+    ("code", "setting"),
+    [
+        ("import os\nos.environ['LEFT_BEHIND'] = '1'", "environment variables"),
+        ("import torch\ntorch.set_flush_denormal(True)", "denormals flushed"),
+        ("import torch\ntorch.nn.Linear.forward = torch.nn.Linear.forward.__get__", "torch.nn.modules.linear.Linear.forward"),
+        ("import warnings\nwarnings.simplefilter('ignore')", None),
+    ],
+)  # fmt: skip
+def test_what_an_import_leaves_is_told_with_the_implementation(code, setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", torch.nn.Linear.forward)
+    monkeypatch.setenv("LEFT_BEHIND", "")
+    file = tmp_path / "prep.py"
+    file.write_text(f"{code}\n\n\ndef prepare(model):\n    return model\n")
+    try:
+        imported = subject.load(f"{file}:prepare").imported
+    finally:
+        torch.set_flush_denormal(False)
+    assert [*imported] == ([setting] if setting else [])
+
+
+def test_what_imports_may_change_are_settings():
+    assert state().keys() >= OF_IMPORTS
+    assert "LEFT_BEHIND" not in os.environ
