@@ -23,7 +23,6 @@ from kbitcheck.core.cases import REFERENCE, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.observe import library_attributes
-from kbitcheck.observe.probes import process_state
 from kbitcheck.run import requirements
 
 ALIASES = {
@@ -76,6 +75,8 @@ def load(text: str) -> Implementation:
 
     ``Missing`` is for a module or callable that is not there, another ``UsageError`` for an import that fails.
     """
+    from kbitcheck.observe.probes import process_state
+
     validate(text)
     where, attribute = _split(text)
     before, libraries = process_state.state(), library_attributes.attributes()
