@@ -22,12 +22,15 @@ _added: list[Backend] = []
 def _installed() -> tuple[Backend, ...]:
     folders = pkgutil.iter_modules([str(Path(__file__).parent)])
     built_in = [import_module(f"kbitcheck.backends.{f.name}").BACKEND for f in folders if f.ispkg]
-    return (*built_in, *(point.load() for point in entry_points(group=GROUP)))
+    return _distinct((*built_in, *(point.load() for point in entry_points(group=GROUP))))
 
 
 def registered() -> tuple[Backend, ...]:
     """Every backend, built-in ones first; a ``UsageError`` where two have a name or a scheme in common."""
-    backends = (*_installed(), *_added)
+    return (*_installed(), *_added)
+
+
+def _distinct(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
     for names in ([b.name for b in backends], [s.name for b in backends for s in b.schemes]):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -38,6 +41,7 @@ def registered() -> tuple[Backend, ...]:
 @contextmanager
 def added(backend: Backend) -> Iterator[None]:
     """Register one more backend for a while, without an entry point."""
+    _distinct((*registered(), backend))
     _added.append(backend)
     try:
         yield

@@ -7,8 +7,10 @@ look like.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -31,7 +33,7 @@ def build(
         cls = loading.architecture(configured, trust_remote_code=options.trust_remote_code)
         if options.attention:
             internals.choose_implementation(configured, options.attention)
-        with _default_dtype(dtype):
+        with _default_dtype(dtype), _without_initial_values():
             model = loading.empty(cls, configured)
             skip = loading.automatic_skip(cls, configured) if quant.skip and not quantized else []
             _replace_layers(model, quant, skip, dtype)
@@ -52,6 +54,16 @@ def _replace_layers(model: PreTrainedModel, quant: Quantization, skip: list[str]
         quant.backend.quantize(model, quant, [*automatic, *quant.skip])
     else:
         internals.replace_layers(AutoHfQuantizer.from_config(configured, pre_quantized=False), model, dtype)
+
+
+@contextmanager
+def _without_initial_values() -> Iterator[None]:
+    """Modules that are made keep their parameters as they are: there are no numbers to draw."""
+    drawn: dict[str, Any] = {
+        name: lambda tensor, *_, **__: tensor for name in ("kaiming_uniform_", "uniform_", "normal_")
+    }
+    with mock.patch.multiple(nn.init, **drawn):
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Each is there in torch 2.11 to 2.13 and in transformers 4.56 and 5.23, but where
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 from unittest import mock
@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
 
 __all__ = [
+    "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "TreeSpec",
@@ -107,6 +108,31 @@ def storage_id(tensor: torch.Tensor) -> int:
 def sequence_number(node: Any) -> int:
     """The place of an autograd node in the order in which nodes were made."""
     return int(node._sequence_nr())
+
+
+def fake_like(
+    example: FakeTensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+    dtype: torch.dtype,
+    storage: torch.UntypedStorage | None,
+) -> FakeTensor:
+    """A fake tensor of the example's mode and device: a view of a fake storage, or, without one, of a storage of its own.
+
+    Equals what the class itself makes, which takes several times as long.
+    """
+    with torch._C._DisableTorchDispatch():
+        if storage is None:
+            meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        else:
+            meta = torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, shape, stride)
+    tensor = torch.Tensor._make_subclass(
+        FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=example.fake_device
+    )
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    vars(tensor).update(vars(example))
+    return tensor
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization, usage
 from kbitcheck.core.cases import Checkpointing
+from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import loaded
 from tests.backends.rowwise import BACKEND, FORMAT, RowwiseLinear
@@ -98,6 +99,11 @@ def test_help_and_errors_name_its_scheme() -> None:
     assert BACKEND in registry.registered()
     with pytest.raises(kbitcheck.UsageError, match="rowwise-int8 takes only skip=MODULE, not double"):
         Quantization.parse("rowwise-int8,double")
+
+
+def test_two_backends_of_one_name_are_refused() -> None:
+    with pytest.raises(UsageError, match="two backends are called"), registry.added(BACKEND):
+        pass
 
 
 def test_plain_numbers_are_no_packed_weight() -> None:

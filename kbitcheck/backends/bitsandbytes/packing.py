@@ -1,7 +1,9 @@
 """Packed weights and their states on the meta device, to the byte."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -22,9 +24,13 @@ class BitsAndBytesPacking(Packing):
     def quantize_empty(self, model: nn.Module, dtype: torch.dtype) -> None:
         # Never to be made on the meta device.
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
-        for module in model.modules():
-            if isinstance(module, Linear4bit | Linear8bitLt):
-                _quantize(module, dtype)
+        values = cache(functional.get_4bit_type)
+        # Each layer has its own copy of the type's 16 values, which are computed once.
+        own = mock.patch.object(functional, "get_4bit_type", lambda *args, **named: values(*args, **named).clone())
+        with own:
+            for module in model.modules():
+                if isinstance(module, Linear4bit | Linear8bitLt):
+                    _quantize(module, dtype)
 
     def while_quantizing(self, module: Any, dtype: torch.dtype) -> int:
         """The weight as read, the copy of it that is packed, and what comes of it.

@@ -65,7 +65,7 @@ def measure(
     ``accumulated`` is the bytes of gradients that are there already and stay; 0 where there are none.
     """
     fed = {name: world.tensor(t) for name, t in batch.items()}
-    live = Counted(world.tensors, runtime.device)
+    live = Counted(world.tensors, runtime.device, world.results)
     watch = _Watch(model, live)
     step.clear_gradients(model)
     floor = live.now

@@ -96,8 +96,10 @@ def _largest(
     """The largest number up to ``limit`` whose bytes fit into ``room``; ``sizes`` are the bytes of those measured already.
 
     The ``first`` guess may be stated; 0: it is not. Others follow a polynomial through the nearest numbers, and halve what
-    is left wherever it was wrong the last time.
+    is left wherever it was wrong the last time. A negative room needs no step.
     """
+    if room < 0:
+        return Largest(number=0, peak=0)
     sizes = {0: 0, **sizes}
     low = max((n for n, size in sizes.items() if size <= room), default=0)
     high = min((n for n, size in sizes.items() if n > low and size > room), default=limit + 1)

@@ -69,10 +69,14 @@ class Live(internals.TorchDispatchMode):
             self.freed(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self.call(func, args, kwargs or {})
         for tensor in tensors(out):
             self.add(tensor)
         return out
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator returns. For subclasses."""
+        return func(*args, **kwargs)
 
 
 def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
