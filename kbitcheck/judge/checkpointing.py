@@ -220,3 +220,26 @@ def train_eval_untouched(facts: Facts) -> Iterable[Observation]:
         if now is not None:
             expected, actual = ("train" if f else "eval" for f in (flag, now.training))
             yield Observation(name or facts.prepared.cls, expected, actual, ok=now.training is flag)
+
+
+@rule("KB410", "state-changes-once", Level.MUST)
+def state_changes_once(facts: Facts) -> Iterable[Observation]:
+    """A buffer that a training forward changes is changed once a step, checkpointed or not.
+
+    Why: the recompute runs the forward again, and with it whatever the forward writes.
+    Symptom: running statistics or the load of a router counted twice; a run that depends on checkpointing.
+    Fix: write state outside the blocks that are checkpointed, or not while gradients are computed again.
+    Sources: Automodel#3247.
+    """
+    needs_checkpointing(facts)
+    changes = facts.state_changes
+    yield Observation("buffers", "changed once a step, or never", f"{len(changes)} change", ok=True)
+    for name, (plain, checkpointed) in changes.items():
+        actual = "as after one" if plain == checkpointed else "another value"
+        once = Observation(name, "as after a step without checkpointing", actual, ok=plain == checkpointed)
+        yield unless_unprepared(once, facts, Party.MODEL, partial(_changed_twice, name))
+
+
+def _changed_twice(name: str, base: Facts) -> bool:
+    plain, checkpointed = base.state_changes.get(name, ("", ""))
+    return plain != checkpointed

@@ -83,6 +83,21 @@ class Stepped:
         attached = self._attached_after(self.memory, self.layer_backwards, last)
         return self._preparation.step(attached).facts
 
+    @fact(Cost("whole", needs=("plain_run", "run")))
+    def state_changes(self) -> Mapping[str, tuple[str, str]]:
+        """By buffer that a training step changes, its digest after a plain and after a checkpointed one, from one start."""
+        if not {**self.plain_run.buffers, **self.run.buffers}:
+            return {}
+        attached = self._wrapped.attached
+        start = {name: buffer.clone() for name, buffer in attached.model.named_buffers()}
+        checkpointed = self._preparation.step(attached, watch=True).facts.buffers
+        for name, buffer in attached.model.named_buffers():
+            if name in start:
+                buffer.copy_(start[name])
+        with switches.checkpointing_off(attached.model):
+            plain = self._preparation.step(attached, watch=True).facts.buffers
+        return {n: (plain.get(n, "unchanged"), checkpointed.get(n, "unchanged")) for n in {**plain, **checkpointed}}
+
     def _attached_after(self, *facts: object) -> Attached:
         """The wrapped model; its caller has it only after these facts were computed on it."""
         return self._wrapped.attached

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from kbitcheck.observe.internals import checkpoint_function, set_checkpoint_function
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
 from kbitcheck.sabotage.helpers import before_enabling, blocks, call, cast, enable, prepare_well, quantized
-from kbitcheck.sabotage.hooks import change_gradient, change_input, change_output, hoard
+from kbitcheck.sabotage.hooks import before_forward, change_gradient, change_input, change_output, hoard
 
 
 @breaks("KB401")
@@ -182,3 +183,19 @@ def left_in_eval(model: Any) -> None:
 @adds("KB409", last=True)
 def readies_the_model_for_training(model: Any) -> None:
     model.train()
+
+
+def _counting(module: nn.Module) -> None:
+    """Have a module count its forwards in a buffer, as routers count what they send to each expert."""
+    module.register_buffer("forwards", torch.zeros((), dtype=torch.long))
+    before_forward(module, lambda module: module.forwards.add_(1))
+
+
+@breaks("KB410", checkpointing="non-reentrant")
+def a_counter_that_counts_the_recompute(model: Any) -> None:
+    _counting(blocks(model)[0].mlp)
+
+
+@adds("KB410", last=True)
+def counts_the_forwards_of_the_last_block(model: Any) -> None:
+    _counting(blocks(model)[-1].mlp)

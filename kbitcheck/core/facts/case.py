@@ -167,6 +167,8 @@ class Facts:
     """A training step without checkpointing."""
     run: step.RunFacts
     """A training step of the wrapped model, checkpointed as the case requests."""
+    state_changes: Mapping[str, tuple[str, str]]
+    """By buffer that a training step changes, its digest after a plain step and after a checkpointed one, from one start."""
     step_raised: Raised | None
     """What the training step of ``run`` raised; None if it ran."""
     other_mode_raised: Raised | None

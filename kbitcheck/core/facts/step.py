@@ -30,7 +30,7 @@ class RunFacts:
     """One training forward and backward. ``order`` is the order in which blocks were recomputed.
 
     ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``inexact`` are blocks whose
-    gradients may differ in the last bits when checkpointed.
+    gradients may differ in the last bits when checkpointed; ``buffers`` has the digest of each that the step changed.
     """
 
     loss: float
@@ -42,6 +42,7 @@ class RunFacts:
     cache_held: bool | None = None
     inexact: tuple[str, ...] = ()
     base_grads: tuple[str, ...] = ()
+    buffers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,9 +48,10 @@ def train_step(
 ) -> Step:
     """One forward and backward in train mode. Leaves no gradient.
 
-    ``watch`` records blocks. ``gathered`` are gradients of earlier steps to add to, as in gradient accumulation.
+    ``watch`` records blocks and buffers. ``gathered`` are gradients of earlier steps to add to, as in gradient accumulation.
     """
     clear_gradients(model)
+    state = buffers(model) if watch else {}
     for name, gradient in (gathered or {}).items():
         adapters[name].grad = gradient
     model.train()
@@ -83,8 +84,14 @@ def train_step(
         cache_held=cache is not None and any(True for _ in cached_tensors(cache)),
         inexact=watcher.inexact,
         base_grads=tuple(base),
+        buffers={n: bits for n, bits in buffers(model).items() if state.get(n) != bits} if watch else {},
     )
     return Step(facts, grads)
+
+
+def buffers(model: nn.Module) -> dict[str, str]:
+    """A digest of each buffer, by name."""
+    return {name: digest.bits(buffer) for name, buffer in model.named_buffers()}
 
 
 def cached_tensors(cache: Any) -> Iterator[torch.Tensor]:
