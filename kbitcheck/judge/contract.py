@@ -1,4 +1,4 @@
-"""KB5xx: what a caller may rely on."""
+"""KB214 and KB5xx: what a caller may rely on."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -10,6 +10,24 @@ from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_unprepared
 
 DEFAULTS = {"use_gradient_checkpointing": "True", "gradient_checkpointing_kwargs": "None"}
+
+
+@rule("KB214", "quantization-marks-kept", Level.MUST)
+def quantization_marks_kept(facts: Facts) -> Iterable[Observation]:
+    """What libraries dispatch on is as before: ``is_quantized``, ``quantization_method``, ``hf_quantizer`` and the like, and
+    ``config.quantization_config``. More attributes are fine.
+
+    Why: by these the adapter library chooses the class of its layers, and a trainer how it saves, moves and wraps the model.
+    Symptom: adapters of the wrong class; a trainer that refuses the model, or casts its packed weights.
+    Fix: change the model's parameters and flags, and none of its attributes.
+    Sources: specification KB214.
+    """
+    after = facts.prepared.marks
+    if not facts.loaded.marks:
+        raise NotApplicable("the model has no attributes of its own")
+    for name, value in facts.loaded.marks.items():
+        now = after.get(name, "absent")
+        yield Observation(name, value, now, ok=now == value)
 
 
 @rule("KB501", "signature", Level.MUST)

@@ -1,4 +1,4 @@
-"""Faults of KB5xx."""
+"""Faults of KB214 and KB5xx."""
 
 import copy
 import logging
@@ -16,6 +16,18 @@ from torch import nn
 from kbitcheck.sabotage.fault import Prepare, adds, breaks, implements, spoils, wraps
 from kbitcheck.sabotage.helpers import before_enabling, blocks, enable, prepare_well, subclass
 from kbitcheck.sabotage.hooks import hoard
+
+
+@breaks("KB214", alone=True)
+def a_mark_taken_off(model: Any) -> None:
+    del model.quantization_method
+
+
+@wraps("KB214", alone=True)
+def says_that_nothing_is_quantized(prepare: Prepare, model: Any, *arguments: Any) -> Any:
+    model = prepare(model, *arguments)
+    model.is_quantized = False
+    return model
 
 
 @wraps("KB501", own_signature=True)

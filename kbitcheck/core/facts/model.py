@@ -75,6 +75,7 @@ class ModelFacts:
     """A model at one stage: loaded, prepared, wrapped or stepped.
 
     ``kept_in_float32`` are the parts of parameter names that the model's class loads in float32, whatever dtype is requested.
+    ``marks`` are the model's own public attributes, such as those by which libraries see that it is quantized, as text.
     """
 
     cls: str
@@ -87,6 +88,7 @@ class ModelFacts:
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     kept_in_float32: tuple[str, ...] = ()
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[ModuleFacts]:

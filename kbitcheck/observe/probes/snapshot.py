@@ -1,7 +1,7 @@
 """A model at one stage, as plain data. Reads only: nothing is run, cast, moved or saved."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -47,6 +47,7 @@ def snapshot(
         embeddings=_names(model, embeddings(model)),
         heads=_names(model, heads(model)),
         kept_in_float32=internals.kept_in_float32(model),
+        marks=dict(_marks(model)),
     )
 
 
@@ -56,6 +57,17 @@ def state_keys(model: nn.Module) -> frozenset[str]:
         return frozenset(model.state_dict())
     except Exception as error:  # as of a quantization state that lost a part: a fact, not a crash
         return frozenset({f"{type(error).__name__}: {error}"})
+
+
+def _marks(model: Any) -> Iterator[tuple[str, str]]:
+    """Public attributes of the model itself, by name: the text of plain values, the class of others; and its quantization."""
+    for name, value in vars(model).items():
+        if not name.startswith("_") and name != "training":
+            yield name, repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__qualname__
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is not None:
+        settings = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+        yield "config.quantization_config", repr(settings)
 
 
 def can_checkpoint(model: nn.Module) -> bool:
