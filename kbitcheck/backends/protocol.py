@@ -207,6 +207,10 @@ class Backend:
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""
 
+    def warnings(self) -> Mapping[str, str]:
+        """What the library warns of and is wrong or costs: by a regular expression of the beginning, what it is about."""
+        return {}
+
     def findings(self) -> Sequence[Finding]:
         """Deviations of the library itself that are documented, each with its condition and script."""
         return ()

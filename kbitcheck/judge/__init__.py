@@ -1,5 +1,16 @@
 """The rules, one family a file: pure functions from facts to observations. Importing this registers them all."""
 
-from kbitcheck.judge import audit, checkpointing, contract, cost, freezing, gradients, precision, recipe, watched
+from kbitcheck.judge import audit, checkpointing, contract, cost, freezing, gradients, loop, precision, recipe, watched
 
-__all__ = ["audit", "checkpointing", "contract", "cost", "freezing", "gradients", "precision", "recipe", "watched"]
+__all__ = [
+    "audit",
+    "checkpointing",
+    "contract",
+    "cost",
+    "freezing",
+    "gradients",
+    "loop",
+    "precision",
+    "recipe",
+    "watched",
+]

@@ -31,7 +31,7 @@ MORE_EXACT = 0.9
 class _Group:
     """What tensors that belong together show: all of one kind of block, or the adapters' gradients of a whole model.
 
-    ``exact``: most of those that rounding moves have the twin's bits. ``deviation``: how many of its own standard
+    ``exact``: most of those that rounding moves have the twin's bits, or must have them. ``deviation``: how many of its own standard
     deviations a factor is from zero where signs are not independent, as of sums that share a rounded term; at least 1.
     """
 
@@ -40,19 +40,19 @@ class _Group:
     deviation: float = 1.0
 
     @classmethod
-    def of(cls, gaps: Iterable[Gap]) -> _Group:
-        """Of the tensors of one kind of block."""
+    def of(cls, gaps: Iterable[Gap], *, exact: bool = False) -> _Group:
+        """Of the tensors of one kind of block; ``exact`` where more than these tensors show it."""
         rounded = [gap for gap in gaps if gap.live and gap.yardstick > 0]
         bitwise = sum(gap.bitwise for gap in rounded)
         factors = [abs(gap.factor) / gap.factor_noise if gap.factor_noise else 0.0 for gap in rounded]
         deviation = median(factors) / NORMAL_MEDIAN if factors else 0.0
-        return cls(median_yardstick(rounded), 2 * bitwise > len(rounded), max(1.0, deviation))
+        return cls(median_yardstick(rounded), exact or 2 * bitwise > len(rounded), max(1.0, deviation))
 
 
 def tensors_off(facts: BlockwiseFacts) -> Iterable[Observation]:
     """One observation for each tensor of the step that the float64 twin has, and whose rounding is less than itself."""
     for gaps in _by_kind(facts).values():
-        group = _Group.of(gaps.values())
+        group = _Group.of(gaps.values(), exact=facts.same_kernels)
         for where, gap in gaps.items():
             if measurable(gap):
                 yield _judged_by_siblings(where, gap, group)
@@ -103,6 +103,6 @@ def _judged_by_siblings(where: str, gap: Gap, group: _Group) -> Observation:
         return Observation(where, expected, f"off by {abs(gap.factor):.1e} in scale", ok=False)
     share = SIBLINGS_SHARE * max(gap.yardstick, FLOAT32_ULP)
     if group.exact and gap.from_rounded > share:
-        expected = f"within {share:.2e} of the twin in the same dtypes, as in the other blocks"
+        expected = f"within {share:.2e} of the twin in the same dtypes, whose kernels are the same"
         return Observation(where, expected, f"off by {gap.from_rounded:.2e}", ok=False)
     return judged

@@ -152,7 +152,8 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     not see a gradient that is off by a thousandth in one block of many. So small an error shows in a tensor's scale, the
     least-squares factor between the tensor and that of the twin in the same dtypes: if the signs of n differences are
     independent, rounding moves the factor by their relative size over the root of n, and eight of these are allowed.
-    Where most tensors of a class of blocks have the twin's bits, the others differ by at most a quarter of a yardstick.
+    Where most tensors of a class of blocks have the twin's bits, or a watched block ran the same kernels on a CPU, tensors
+    differ by at most a quarter of a yardstick.
     Symptom: training that works, and ends worse than the same run elsewhere.
     Fix: look at the block that the failure names: at the layers that KB303 names, then at the operations between them.
     Sources: bitsandbytes#2034, unsloth-zoo#482.

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts, MicroBatch, Update, WatchedRun, WatchedStep
+from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 
@@ -88,18 +89,25 @@ def _forecast(tensors: Mapping[str, list[Update]], optimizer: str) -> Observatio
 
 @rule("KB706", "input-dtypes", Level.INFO)
 def input_dtypes(facts: Facts) -> Iterable[Observation]:
-    """What enters quantized layers is in half precision; the report names the kernel of attention.
+    """What enters quantized layers is in half precision, unless the model's recipe upcasts norms.
+
+    What such a recipe costs is a note. The report names the kernel of attention.
 
     Why: float32 there costs time and memory, and keeps fast kernels of attention away.
     Symptom: steps that are slower than in half precision; "FlashAttention only supports fp16 and bf16".
     Fix: train under autocast, or cast hidden states to the compute dtype behind norms that are in float32.
     Sources: transformers#24262, specification KB706.
     """
-    for dtype, layers in _run(facts).entering.items():
-        note = f"attention: {facts.watched.attention}" if facts.watched.attention else ""
-        plural = "s" if layers > 1 else ""
-        ok = dtype in ("float16", "bfloat16")
-        yield Observation(f"{layers} quantized layer{plural}", "half precision", dtype, ok=ok, note=note)
+    entering = _run(facts).entering
+    if not entering:
+        raise NotApplicable("no quantized layer was seen to run in training")
+    usual = PROMISES[facts.profile].casts(norm=True)
+    for dtype, layers in entering.items():
+        half, layer = dtype in ("float16", "bfloat16"), f"{layers} quantized layer{'s' if layers > 1 else ''}"
+        notes = [f"attention: {facts.watched.attention}"] if facts.watched.attention else []
+        if usual and not half:
+            notes.append(f"{dtype} enters {layer}, as the recipe has it")
+        yield Observation(layer, "half precision", dtype, ok=half or usual, note="; ".join(notes))
 
 
 @rule("KB707", "accumulates", Level.MUST)
@@ -255,7 +263,9 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     Fix: see KB301 and KB303; under reentrant checkpointing inputs must require grad.
     Sources: peft#2880, trl#835, transformers#41993.
     """
-    steps = _run(facts).steps
+    steps = [step for step in _run(facts).steps if not step.skipped]
+    if not steps:
+        raise NotApplicable("the gradient scaler skipped every step: KB717")
     frozen = {n for n, p in facts.wrapped.parameters.items() if not p.requires_grad}
     held = {name: updates for name, updates in _tensors(steps).items() if name not in frozen}
     if not held:

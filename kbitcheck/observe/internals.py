@@ -183,6 +183,11 @@ def is_sharded(model: nn.Module) -> bool:
     return parts or any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
 
 
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def compiled_from(model: Any) -> Any:
     """The model that ``torch.compile`` wrapped; any other model itself."""
     return getattr(model, "_orig_mod", model)

@@ -16,6 +16,7 @@ FAMILIES = {
     "precision": "Precision and storage",
     "recipe": "Recipe of dtypes",
     "watched": "Your own training",
+    "loop": "Your own training loop",
     "gradients": "Gradient flow",
     "checkpointing": "Gradient checkpointing",
     "contract": "Contract",

@@ -13,6 +13,7 @@ from typing import Any
 
 from kbitcheck.core.errors import cause
 from kbitcheck.observe.watch import LENT
+from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.report.output_file import replace_file
 from kbitcheck.run.watch import CASE, Settings, Watch
 
@@ -30,6 +31,7 @@ class _Waiting:
         self._ran = False  # a forward in training, since the last step
         self._switched_on: list[Any] = []
         self._enabling: Any = None
+        self._heard = Heard()
         self._watch: Watch | None = None
         self._written = False
         self._handles: list[Any] = []
@@ -53,18 +55,21 @@ class _Waiting:
 
             self._enabling = Enabling(cls, self._switched_on.append)
             self._enabling.__enter__()
+            self._heard.__enter__()
 
     def _runs(self, module: Any, args: Any) -> None:
         import torch
 
-        if not module.training or not torch.is_grad_enabled() or LENT in vars(module):
+        if not torch.is_grad_enabled() or LENT in vars(module):
             return
         self._ran = True
         if id(module) in self._seen:
             return
-        self._seen.add(id(module))
         try:
             if not self._quantized(module):
+                self._seen.add(id(module))
+                return
+            if not (module.training or self._trains(module)):
                 return
             self._remove()
             self._start(module, args)
@@ -77,6 +82,12 @@ class _Waiting:
 
         return any(True for _ in backends.quantized_layers(module))
 
+    def _trains(self, module: Any) -> bool:
+        """Whether a model in eval mode has adapters that require grad: then its forward may be a training one."""
+        from kbitcheck.observe.meant_to_train import owned
+
+        return any(parameter.requires_grad for parameter in owned(module).values())
+
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """A script that trains something else is left alone after as many steps as were to be watched."""
         self._steps, self._ran = self._steps + self._ran, False
@@ -87,7 +98,8 @@ class _Waiting:
         settings = Settings(**self._options["settings"])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             settings = Settings(**{**self._options["settings"], "case": f"{CASE}, rank {os.environ.get('RANK', '0')}"})
-        self._watch = Watch(module, None, settings, enabled=self._switched_on, when_over=self._write)
+        options = {"enabled": self._switched_on, "heard": self._heard, "when_over": self._write}
+        self._watch = Watch(module, None, settings, **options)
         self._watch.start(_keywords(module), module, args)
 
     def _remove(self) -> None:
@@ -96,6 +108,7 @@ class _Waiting:
         self._handles = []
         if self._enabling is not None:
             self._enabling.__exit__()
+            self._heard.__exit__()
         self._enabling = None
 
     def _end(self) -> None:

@@ -1,11 +1,13 @@
 """Faults of training scripts: KB313 and KB7xx."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from kbitcheck_reference import lora, prepare_model_for_kbit_training
 
+from kbitcheck import backends
 from kbitcheck.sabotage.fault import trains
 from kbitcheck.sabotage.helpers import blocks, enable
 from kbitcheck.sabotage.hooks import change_output
@@ -31,9 +33,9 @@ class Script:
     def adamw(self, rate: float = 1e-3) -> Any:
         return torch.optim.AdamW(self.trained, lr=rate)
 
-    def train(self, optimizer: Any, *, accumulate: int = 1, divide: int = 1, **passed: Any) -> None:
-        """Two optimizer steps."""
-        self.model.train()
+    def train(self, optimizer: Any, *, accumulate: int = 1, divide: int = 1, mode: bool = True, **passed: Any) -> None:
+        """Two optimizer steps; ``mode`` is that of the model."""
+        self.model.train(mode)
         for _ in range(2):
             for _ in range(accumulate):
                 loss = self.model(**self.batch, **passed).loss / divide
@@ -65,7 +67,12 @@ def checkpointing_switched_on_again(script: Script) -> None:
 
 @trains("KB706")
 def float32_enters_every_layer(script: Script) -> None:
-    script.prepare()
+    """Of a model that nobody upcast, as a hook that was left on."""
+    script.model.requires_grad_(False)
+    lora.attach(script.model, rank=4, alpha=8.0)
+    for _, layer in backends.quantized_layers(script.model):
+        layer.register_forward_pre_hook(lambda module, args: (args[0].float(),), prepend=True)
+        layer.register_forward_hook(lambda module, args, output: output.bfloat16())
     script.train(script.adamw())
 
 
@@ -114,6 +121,46 @@ def a_block_cut_off(script: Script) -> None:
     script.prepare()
     cut: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
     change_output(blocks(script.model)[0], cut)
+    script.train(script.adamw())
+
+
+def scaled(script: Script, between: Callable[[], object] = lambda: None) -> None:
+    """Two steps under a gradient scaler; ``between`` runs between backward and step."""
+    optimizer, scaler = script.adamw(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    script.model.train()
+    for _ in range(2):
+        scaler.scale(script.model(**script.batch).loss).backward()
+        between()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+@trains("KB717")
+def every_step_skipped(script: Script) -> None:
+    script.prepare()
+    script.trained[0].register_hook(lambda gradient: gradient * torch.inf)
+    scaled(script)
+
+
+@trains("KB717")
+def clipped_before_it_is_unscaled(script: Script) -> None:
+    script.prepare()
+    scaled(script, lambda: torch.nn.utils.clip_grad_norm_(script.trained, 1e-3))
+
+
+@trains("KB718")
+def trained_in_eval_mode(script: Script) -> None:
+    script.prepare(use_reentrant=False)
+    script.train(script.adamw(), mode=False)
+
+
+@trains("KB719")
+def a_warning_among_many(script: Script) -> None:
+    script.prepare()
+    log = logging.getLogger("a library")
+    for text in ("a new release is there", "None of the inputs have requires_grad=True. Gradients will be None"):
+        log.warning(text)
     script.train(script.adamw())
 
 

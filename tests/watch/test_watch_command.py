@@ -47,7 +47,7 @@ def test_a_script_is_judged_and_its_output_is_as_without(script, tmp_path):
     assert saved["subject"]["steps"] == 3
     judged = {r["rule"]: r["status"] for r in saved["results"]}
     assert judged["KB304"] == judged["KB714"] == "PASS"
-    assert watched.stderr.splitlines()[-1].startswith("kbitcheck: ✓ conforms")
+    assert watched.stderr.splitlines()[-1].startswith("kbitcheck: ✓ trains as it should")
 
 
 def test_a_broken_run_has_the_reports_exit_code(script):

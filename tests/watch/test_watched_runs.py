@@ -12,7 +12,6 @@ import transformers
 
 import kbitcheck
 from kbitcheck.core.result import Level, Status
-from kbitcheck.core.rule import rules
 from kbitcheck.observe.watch import observer
 from kbitcheck.observe.watch.enabling import arguments
 from tests.watch import runs
@@ -52,16 +51,13 @@ def test_a_broken_run_is_named(run, code):
     assert code in broken(watched.report)
 
 
-def test_every_watched_rule_has_a_broken_run():
-    own = {code for code, rule in rules().items() if rule.family == "watched"}
-    assert own <= {*runs.BROKEN.values(), "KB706"}
-
-
-def test_float32_that_enters_quantized_layers_is_told():
+def test_float32_that_enters_quantized_layers_is_a_note_of_a_recipe_that_upcasts():
     _, _, watched = train(runs.plain, steps=1, select=["KB706"])
     (result,) = watched.report
-    assert result.failures[0].actual == "float32"
-    assert watched.report.exit_code == 0
+    assert (result.status, result.notes) == (
+        Status.PASS,
+        ("attention: sdpa; float32 enters 14 quantized layers, as the recipe has it",),
+    )
 
 
 def random_states():

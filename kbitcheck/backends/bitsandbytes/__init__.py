@@ -105,6 +105,12 @@ class BitsAndBytes(Backend):
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.__dict__["support_avx512bf16_for_cpu"] = False
 
+    def warnings(self) -> Mapping[str, str]:
+        return {
+            r"Input type into Linear4bit is \S+, but bnb_4bit_compute_dtype=torch.float32": "compute dtype",
+            r"FP4 quantization state not initialized": "quantization state",
+        }
+
     def findings(self) -> Sequence[Finding]:
         return read_findings(Path(__file__).with_name("findings.toml"))
 

@@ -35,13 +35,21 @@ from kbitcheck.core.facts.step import (
     TrainingFacts,
     slope_bound,
 )
-from kbitcheck.core.facts.watched import MicroBatch, SwitchedOn, Update, WatchedRun, WatchedStep
+from kbitcheck.core.facts.watched import (
+    HeardWarning,
+    MicroBatch,
+    ScalerFacts,
+    SwitchedOn,
+    Update,
+    WatchedRun,
+    WatchedStep,
+)
 
 __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "Changes",
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
-    "FunctionFacts", "Gap", "GroupFacts", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
-    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "StepOutcome",
-    "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "Update", "WatchedRun",
+    "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
+    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "ScalerFacts",
+    "StepOutcome", "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "Update", "WatchedRun",
     "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

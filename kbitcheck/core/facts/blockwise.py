@@ -55,8 +55,11 @@ class Part:
 class BlockwiseFacts:
     """One plain training step beside twins whose blocks take the inputs and the gradients of that step.
 
-    ``parts`` are by label, in the order in which they ran; ``adapters`` are the gradients of adapters by name.
+    ``parts`` are by label, in the order in which they ran; ``adapters`` are the gradients of adapters by name. ``same_kernels``:
+    each block ran the kernels that its twin in the same dtypes ran, as on a CPU without a compiler, whatever the other blocks
+    show.
     """
 
     parts: Mapping[str, Part]
     adapters: Mapping[str, Gap]
+    same_kernels: bool = False

@@ -39,12 +39,17 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedStep:
-    """One optimizer step. ``rate`` is the largest learning rate of its groups, ``peak`` that of its schedule."""
+    """One optimizer step, of all optimizers that step between two forwards.
+
+    ``rate`` is the largest learning rate of their groups, ``peak`` that of their schedules. ``skipped``: a gradient scaler left
+    it out, and nothing was updated.
+    """
 
     rate: float
     peak: float
     batches: tuple[MicroBatch, ...]
     updates: Mapping[str, Update]
+    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,29 @@ class SwitchedOn:
 
     passed: frozenset[str] = frozenset()
     used: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalerFacts:
+    """A gradient scaler: how many ``steps`` it was asked for, and how many of them it ``skipped``.
+
+    ``clipped`` are the parameters whose gradient was smaller when it was unscaled than the backward left it; ``float16``
+    those whose gradient is in float16.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    clipped: tuple[str, ...] = ()
+    float16: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeardWarning:
+    """A warning of the run, cut short, that is ``about`` how the model trains. ``grave``: something is wrong or costs."""
+
+    about: str
+    text: str
+    grave: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +94,7 @@ class WatchedRun:
     ``cached`` says who asked for a cache in training, or that one was made; "" where none was.
     ``entering`` are the dtypes that entered quantized layers, with the number of layers. ``unseen`` is why no block was
     compared with twins; empty where some were. ``assumed`` describes the optimizer where the caller named none: its steps are
-    a forecast.
+    a forecast. ``scaler`` is None where no gradient scaler is used, ``warnings`` where nobody listened.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -80,3 +108,5 @@ class WatchedRun:
     cached: str = ""
     unseen: str = ""
     assumed: str = ""
+    scaler: ScalerFacts | None = None
+    warnings: tuple[HeardWarning, ...] | None = None

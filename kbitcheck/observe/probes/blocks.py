@@ -49,6 +49,11 @@ class Watch(ExitStack):
         """Itself: a copy of the model, hooks among it, is not watched."""
         return self
 
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient came back through a block."""
+        return bool(self._on_path)
+
     def follow(self, loss: torch.Tensor) -> None:
         """Record the blocks whose inputs something after the block reads too, as an output of hidden states does."""
         if not self._inputs:

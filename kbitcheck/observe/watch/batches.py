@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -33,10 +33,10 @@ class Batches:
         self._model = model
         self._entering: dict[str, str] = {}  # by layer
         self._batches: list[dict[str, Any]] = []
-        self._scale = 1.0
+        self.scale = 1.0  # of the loss, by a gradient scaler
         self._blocks: blocks.Watch | None = None
         self._calls: list[dict[str, str]] = []
-        self._started = 0
+        self._looked_at: dict[str, Any] = {}  # the forward that ``_blocks`` is about
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of the model, hooks among it, is not looked at."""
@@ -54,19 +54,15 @@ class Batches:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Hooks on quantized layers, on what switches checkpointing on, on checkpoints, and on a scaler; for a while."""
+        """Hooks on quantized layers, on what switches checkpointing on, and on checkpoints; for a while."""
         with ExitStack() as hooks:
             layers = [] if self.compiled else backends.quantized_layers(self._model)
             for name, layer in layers:
                 hooks.enter_context(layer.register_forward_pre_hook(partial(self._enters, name)))
             hooks.enter_context(Enabling(PreTrainedModel, self.switched_on.append))
             self._calls = hooks.enter_context(switches.checkpoint_spies())
-            hooks.enter_context(_scaling(self._scaled))
             hooks.callback(self._close)
             yield
-
-    def _scaled(self, scale: float) -> None:
-        self._scale = scale
 
     def _close(self) -> None:
         if self._blocks is not None:
@@ -74,24 +70,27 @@ class Batches:
             self._blocks = None
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and module.training and args and isinstance(args[0], torch.Tensor):
+        if torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor):
             self._entering[name] = str(args[0].dtype).removeprefix("torch.")
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """A forward begins."""
-        self._scale = 1.0
-        self._started += 1
-        if self._started == 1:
-            self._blocks = blocks.Watch(nn.Identity() if self.compiled else self._model)
-        elif self.first is None:
+        self.scale = 1.0
+        if self.first is None and self._blocks is not None and self._blocks.reached:
             self._finish_first()
         labels = kwargs.get("labels")
         count = None
         if isinstance(labels, torch.Tensor):
             counted = labels[..., 1:] if labels.dim() > 1 and labels.shape[-1] > 1 else labels
             count = int((counted != IGNORED).sum())
-        self._batches.append({"labels": count, "counted": kwargs.get("num_items_in_batch") is not None})
-        if kwargs.get("use_cache") is True:
+        batch = {"labels": count, "counted": kwargs.get("num_items_in_batch") is not None}
+        self._batches.append(batch)
+        if self.first is None:  # a forward without a backward, as an evaluation may be, is not the first
+            self._close()
+            self._calls.clear()
+            self._blocks = blocks.Watch(nn.Identity() if self.compiled else self._model)
+            self._looked_at = batch
+        if kwargs.get("use_cache") is True and self._model.training:
             self.cached = "use_cache=True was passed"
 
     def end(self, output: Any) -> None:
@@ -102,25 +101,25 @@ class Batches:
         loss = _loss(output)
         if loss is not None:
             batch["loss"] = float(loss.detach())
-            if self._started == 1:
+            if batch is self._looked_at:
                 batch["bits"] = digest.bits(loss.detach())
             if loss.requires_grad:
                 loss.register_hook(partial(self._weighed, batch))
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, "past_key_values", None) if self._model.training else None
         if cache is not None and any(True for _ in step.cached_tensors(cache)):
             batch["cache"] = True
             self.cached = self.cached or "one is held"
 
     def _weighed(self, batch: dict[str, Any], gradient: torch.Tensor) -> None:
-        batch["weight"] = float(gradient.detach().sum()) / self._scale
+        batch["weight"] = float(gradient.detach().sum()) / self.scale
 
     def finish(self) -> None:
         """The optimizer's step begins."""
-        if self.first is None and self._batches:
+        if self.first is None and self._blocks is not None:
             self._finish_first()
 
     def _finish_first(self) -> None:
-        batch = self._batches[0]
+        batch = self._looked_at
         assert self._blocks is not None
         self.first = RunFacts(
             loss=batch.get("loss", float("nan")),
@@ -134,8 +133,10 @@ class Batches:
         self._close()
 
     def taken(self) -> list[MicroBatch]:
-        """What was seen since the last step, which is then forgotten."""
+        """What was seen since the last step, which is then forgotten; without forwards that no gradient came back through."""
         batches, self._batches = self._batches, []
+        if any("weight" in batch for batch in batches):
+            batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
         fields = ("loss", "labels", "weight", "counted")
         return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
 
@@ -145,20 +146,3 @@ def _loss(output: Any) -> torch.Tensor | None:
     if loss is None and isinstance(output, tuple) and output:
         loss = output[0]
     return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point() else None
-
-
-@contextmanager
-def _scaling(seen: Callable[[float], None]) -> Iterator[None]:
-    """Pass on the factor of each loss that a gradient scaler scales, for a while."""
-    scaler: Any = torch.amp.GradScaler
-    own = scaler.scale
-
-    @wraps(own)
-    def scale(self: Any, outputs: Any) -> Any:
-        scaled = own(self, outputs)
-        if self.is_enabled():
-            seen(float(self.get_scale()))
-        return scaled
-
-    with switches.attributes((scaler, "scale", scale)):
-        yield

@@ -79,7 +79,7 @@ class Recorder:
         if module is not self.block:
             return
         self._open.append(None)
-        if self._closed or not torch.is_grad_enabled() or not module.training:
+        if self._closed or not torch.is_grad_enabled():
             return
         if self.recorded is not None:
             if self.recorded.complete or not internals.backward_runs():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self, TypeVar, cast
 
@@ -22,9 +22,7 @@ from kbitcheck.core.facts import (
     Part,
     RunFacts,
     SwitchedOn,
-    Update,
     WatchedRun,
-    WatchedStep,
 )
 from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
@@ -33,9 +31,12 @@ from kbitcheck.observe.in_place import random_states_restored
 from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot
-from kbitcheck.observe.watch import LENT, updates
+from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.batches import Batches
 from kbitcheck.observe.watch.blocks import Recorder, compared
+from kbitcheck.observe.watch.heard import Heard
+from kbitcheck.observe.watch.scaling import Scaling, listening
+from kbitcheck.observe.watch.steps import Steps
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,6 +75,7 @@ class Observer:
         *,
         seed: int = 0,
         enabled: Sequence[SwitchedOn] = (),
+        heard: Heard | None = None,
         by_check: bool = False,
         when_over: Callable[[], None] = lambda: None,
     ) -> None:
@@ -87,20 +89,16 @@ class Observer:
         self.gaps: dict[str, Gap] = {}
         self._when_over = when_over
         self._training = training
-        self._optimizer = inner_optimizer(training.optimizer)
         self._base_grads: tuple[str, ...] = ()
         self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
-        self._steps: list[WatchedStep] = []
-        self._held: dict[int, str] = {}
-        self._foreign = 0
         self._unseen = ""
         self._busy = False
         self._by_check = by_check
         self._recorders: list[Recorder] = []
-        self._names: dict[int, str] = {}
-        self._values: dict[str, torch.Tensor] = {}
-        self._wide: dict[int, torch.Tensor] = {}
         self._hooks = ExitStack()
+        self._steps = Steps(model, optimizers_of(training.optimizer))
+        self._scaling = Scaling(self._trained)
+        self._heard = heard or Heard()
         self.batches = Batches(model, enabled)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -113,22 +111,30 @@ class Observer:
             self.failed = "a model that FSDP shards is not watched"
             self.stop()
             return
+        self._name_parameters()
         take_off = self._hooks.callback
         take_off(self._remove_recorders)
+        take_off(self._scaling.remove)
+        self._hooks.enter_context(listening(self))
+        self._hooks.enter_context(self._heard)
         self._hooks.enter_context(self.batches.watched())
         take_off(self.model.register_forward_pre_hook(self._forward, with_kwargs=True, prepend=True).remove)
         take_off(self.model.register_forward_hook(self._output, with_kwargs=True).remove)
         take_off(register_optimizer_step_pre_hook(self._before_step).remove)
         take_off(register_optimizer_step_post_hook(self._after_step).remove)
 
+    def _name_parameters(self) -> None:
+        self._steps.names = {id(p): n for n, p in self.model.named_parameters()}
+
     def stop(self) -> None:
         """Take everything off."""
         if self.over:
             return
         self.over = True
+        self._steps.close(self.batches.taken())
         self._hooks.close()
-        self._values, self._wide = {}, {}
-        if self._steps and not self.failed:
+        self._steps.forget()
+        if self._steps.taken and not self.failed:
             with random_states_restored():
                 self.after = snapshot(self.model, self.meant)
         self._when_over()
@@ -140,18 +146,20 @@ class Observer:
     @property
     def run(self) -> WatchedRun:
         """What was seen of the optimizer's steps."""
-        held = frozenset(self._held.values())
+        held = frozenset(self._steps.held.values())
         return WatchedRun(
-            steps=tuple(self._steps),
+            steps=tuple(self._steps.taken),
             adapters=frozenset(owned(self.model, declared(self.model, self._training))),
             held=held,
-            foreign=self._foreign,
+            foreign=self._steps.foreign,
             copied=tuple(sorted(n for n in held if n.replace(".original_module.", ".modules_to_save.") != n)),
             switched_on=tuple(self.batches.switched_on),
             cached=self.batches.cached,
             entering=self.batches.entering,
             attention=internals.attention(getattr(self.model, "config", None)) or "",
             unseen="" if self.parts else self._unseen,
+            scaler=self._scaling.facts,
+            warnings=tuple(self._heard.warnings),
         )
 
     @property
@@ -163,7 +171,8 @@ class Observer:
     @property
     def blockwise(self) -> BlockwiseFacts:
         """The blocks that were looked at, beside their twins."""
-        return BlockwiseFacts(parts=self.parts, adapters=self.gaps)
+        on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
+        return BlockwiseFacts(parts=self.parts, adapters=self.gaps, same_kernels=on_cpu and not self.batches.compiled)
 
     @property
     def meant(self) -> dict[str, nn.Parameter]:
@@ -172,21 +181,25 @@ class Observer:
         held = {
             name: p
             for name, p in self.model.named_parameters()
-            if p.requires_grad and name not in copied and id(p) in self._held
+            if p.requires_grad and name not in copied and id(p) in self._steps.held
         }
         return {**owned(self.model, declared(self.model, self._training)), **held}
 
     @_unharmed
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self.model or not (torch.is_grad_enabled() and module.training) or internals.backward_runs():
+        if module is not self.model or not torch.is_grad_enabled() or internals.backward_runs():
             return
+        if self._steps.open and not self._steps.inside:
+            self._close_step()
+            if self.over:
+                return
         if self.before is None:
-            self._names = {id(p): n for n, p in self.model.named_parameters()}
+            self._name_parameters()
             self.before = snapshot(self.model, self.meant)
             for name, layer in backends.quantized_layers(self.model):
                 if getattr(layer, "bias", None) is not None:
                     self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
-        if not self._by_check and not self._recorders:
+        if not (self._by_check or self._recorders or self._steps.inside):
             self._draw()
         for recorder in self._recorders:
             recorder.next_batch()
@@ -194,8 +207,7 @@ class Observer:
 
     @_unharmed
     def _output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        training = module is self.model and module.training and torch.is_grad_enabled()
-        if training and self.batches.any and not internals.backward_runs():
+        if module is self.model and torch.is_grad_enabled() and self.batches.any and not internals.backward_runs():
             self.batches.end(output)
 
     def _draw(self) -> None:
@@ -211,34 +223,26 @@ class Observer:
 
     @_unharmed
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        mine = [p for p in held if id(p) in self._names]
-        if not self._is_its_step(optimizer, mine):
+        if not self._steps.begin(optimizer, ran=self.batches.any):
             return
-        self._held.update((id(p), self._names[id(p)]) for p in mine)
-        if self.before is not None and not self._steps:
+        self._settle()
+        if internals.backward_runs():
+            self._skip_blocks("an optimizer steps in the backward")
+        elif not self.batches.any and not self._steps.open:
+            self._skip_blocks("the optimizer runs the model itself, in a closure")
+        elif not self._steps.open:
+            self.batches.finish()
+            self._compare()
+
+    def _settle(self) -> None:
+        """Before the first step: what is meant to train, now that an optimizer is there, and which others have a gradient."""
+        if self.before is not None and not self._steps.taken:
             self.before = self._as_meant(self.before)
             grads = [n for n, p in self.model.named_parameters() if p.grad is not None]
             self._base_grads = tuple(n for n in grads if not self.before.parameters[n].adapter)
-        self._foreign = max(self._foreign, len(held) - len(mine))
-        self.batches.finish()
-        self._compare()
-        self._values = {self._names[id(p)]: p.detach().clone() for p in mine}
-        try:
-            self._wide = updates.in_float32(optimizer, mine)
-        except (
-            Exception
-        ):  # an optimizer of a kind that cannot be stepped beside itself: nothing is said of its rounding
-            self._wide = {}
-
-    def _is_its_step(self, optimizer: Any, mine: Collection[Any]) -> bool:
-        """Whether a step is the model's, or may be: a forward ran, and no other optimizer holds its parameters."""
-        if self._optimizer is not None and optimizer is not self._optimizer:
-            return False
-        return self.batches.any and (bool(mine) or not self._held)
 
     def _as_meant(self, facts: ModelFacts) -> ModelFacts:
-        """The snapshot with what is meant to train, now that the optimizer is there."""
+        """The snapshot with what is meant to train."""
         meant = self.meant
         return dataclasses.replace(
             facts,
@@ -247,36 +251,71 @@ class Observer:
 
     @_unharmed
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        own = {id(p): p for group in optimizer.param_groups for p in group["params"] if id(p) in self._names}
-        if not self._is_its_step(optimizer, own):
-            return
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        rate = max(rates.values(), default=0.0)
-        peak = max((float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups), default=0.0)
-        by_name: dict[str, Update] = {}
-        for key, parameter in own.items():
-            name = self._names[key]
-            before, wide = self._values[name], self._wide.get(key)
-            by_name[name] = updates.update(before, parameter.detach(), wide, rate=rates[key], gradient=parameter.grad)
-        batches = tuple(self.batches.taken())
-        self._steps.append(WatchedStep(rate=rate, peak=peak, batches=batches, updates=by_name))
-        self._values, self._wide = {}, {}
+        if self._steps.inside:
+            self._steps.end(optimizer, ran=self.batches.any or self._steps.open)
+            self._close_complete_step()
+        elif self._steps.register(optimizer, ran=False):  # watching began in the closure of this step
+            self.batches.taken()
+            self._remove_recorders()
+
+    def _close_complete_step(self) -> None:
+        if self._steps.complete:
+            self._close_step()
+
+    def _close_step(self) -> None:
+        self.batches.finish()
+        self._steps.close(self.batches.taken())
         self._remove_recorders()
-        if len(self._steps) == self._training.steps:
+        if len(self._steps.taken) == self._training.steps:
             self.stop()
+
+    @_unharmed
+    def scaled(self, scaler: Any) -> None:
+        """A gradient scaler scaled a loss."""
+        self.batches.scale = float(scaler.get_scale())
+        self._scaling.scaled()
+
+    @_unharmed
+    def unscales(self, optimizer: Any) -> None:
+        """A gradient scaler is about to unscale the gradients of an optimizer."""
+        self._scaling.unscales(optimizer)
+
+    @_unharmed
+    def scaler_stepped(self, optimizer: Any, *, taken: bool) -> None:
+        """A gradient scaler was asked for a step of an optimizer, which it may have left out."""
+        self._scaling.stepped(taken=taken)
+        if not taken and self._steps.register(optimizer, ran=self.batches.any):
+            self._settle()
+            self._steps.skip(optimizer)
+            self._close_complete_step()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _compare(self) -> None:
         """The recorded blocks beside their twins."""
-        number = len(self._steps) + 1
+        number = len(self._steps.taken) + 1
         for recorder in self._recorders:
             recorder.remove()
-            seen = compared(recorder)
+            seen = "what is frozen in it changed: KB104" if self._rewritten(recorder) else compared(recorder)
             if isinstance(seen, str):
                 self._unseen = seen
                 continue
             part, gaps = seen
             self.parts[f"{recorder.name} (step {number})"] = part
             self.gaps.update((f"{recorder.name}.{name} (step {number})", gap) for name, gap in gaps.items())
+
+    def _rewritten(self, recorder: Recorder) -> bool:
+        """Whether a frozen parameter of the block has other bits than before the first forward: nothing is right beside it then."""
+        assert self.before is not None
+        now = {f"{recorder.name}.{name}": p for name, p in recorder.block.named_parameters()}
+        frozen = {n: t for n, t in self.before.parameters.items() if n in now and not (t.adapter or t.quantized_bias)}
+        return any(digest.bits(now[name]) != tensor.bits for name, tensor in frozen.items())
+
+    def _skip_blocks(self, why: str) -> None:
+        self._unseen = why
+        for recorder in self._recorders:
+            recorder.remove()
 
     def _remove_recorders(self) -> None:
         for recorder in self._recorders:
@@ -287,3 +326,9 @@ class Observer:
 def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer inside what accelerate wraps round it."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def optimizers_of(optimizer: Any) -> list[Any]:
+    """A caller's one optimizer, or several, as they are inside; none for None."""
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    return [inner_optimizer(each) for each in several if each is not None]

@@ -1,6 +1,8 @@
 """The verdict line: the answer, the number of rules by outcome, and what the answer does not cover."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
 from kbitcheck.core.result import Result, Status
@@ -51,16 +53,22 @@ def answer(report: Report) -> str:
     """The answer in a few words, with its mark."""
     if report.gate is not None and report.exit_code in (EXIT_CONFORMS, EXIT_BROKEN_RULE):
         return f"{'✗ changed' if report.exit_code else '✓ not worse'} against {report.gate['against']}"
-    model = report.subject.get("command") in ("model", "audit")
+    model, watch = (report.subject.get("command") in names for names in (("model", "audit"), ("watch",)))
     # An audit that did not compute everything rules nothing out; it proves less than a whole one.
     static = any(facts.keys() & {"static", "left_out"} for facts in report.facts.get("cases", {}).values())
     sound = "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms"
+    if watch:
+        sound = "✓ trains as it should"
     if report.no_gradients and not static:
         sound = UNGROUNDED
     some = any(result.status in (Status.PASS, Status.FAIL) for result in report.results)
     return {
         EXIT_CONFORMS: sound,
-        EXIT_BROKEN_RULE: "✗ not ready" if model else "✗ does not conform",
+        EXIT_BROKEN_RULE: "✗ not ready"
+        if model
+        else "✗ does not train as it should"
+        if watch
+        else "✗ does not conform",
         EXIT_ERROR: "✗ could not be judged",
         EXIT_INTERRUPTED: "✗ interrupted",
         EXIT_NOTHING: "✗ gradients were not judged" if some else "✗ nothing was checked",
@@ -68,14 +76,23 @@ def answer(report: Report) -> str:
 
 
 def _not_covered(report: Report) -> list[str]:
-    """What share of a model's weights is quantized, if most are not, and why no gradient was judged."""
+    """What share of a model's weights is quantized, if most are not; what a watched run rests on; why no gradient was judged."""
     parts = []
     if report.subject.get("command") in ("model", "audit"):
         shares = [share for facts in report.facts.get("cases", {}).values() if (share := quantized_share(facts))]
         parts += [f"only {text}" for text in dict.fromkeys(s.text for s in shares if s.share < MOST)]
+    if watched := [facts["watched"] for facts in report.facts.get("cases", {}).values() if "watched" in facts]:
+        parts.append(_looked_at(watched))
     if report.no_gradients:
         parts.append(f"gradients were not judged: {report.no_gradients}")
     return parts
+
+
+def _looked_at(watched: Sequence[Mapping[str, Any]]) -> str:
+    """How many steps, and which blocks beside their twins, the verdict of a watched run rests on."""
+    steps, blocks = max(each["steps"] for each in watched), {name for each in watched for name in each["blocks"]}
+    beside = f" and {len(blocks)} block{'s' if len(blocks) > 1 else ''} beside float64 twins"
+    return f"looked at {steps} step{'s' if steps > 1 else ''}{beside if blocks else ''}"
 
 
 def _left_out(report: Report) -> list[str]:

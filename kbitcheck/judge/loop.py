@@ -1,0 +1,76 @@
+"""KB717 to KB719: what a training loop puts round its steps: a gradient scaler, recomputes, and warnings."""
+
+from collections.abc import Iterable
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts
+from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.gradients import needs_checkpointing
+
+
+@rule("KB717", "scaler-lets-steps-pass", Level.MUST)
+def scaler_lets_steps_pass(facts: Facts) -> Iterable[Observation]:
+    """A gradient scaler does not skip every step, and the gradients that it unscales are float32 ones as the backward left them.
+
+    Steps that are skipped while the scale is still falling to where gradients are finite are no fault: one step that is taken
+    is enough.
+
+    Why: a scaler says nothing when it skips a step. Gradients that are clipped before they are unscaled are clipped by a norm
+    that is as many times too large as the scale.
+    Symptom: a loss that only changes with the batch; "Attempting to unscale FP16 gradients."; a gradient norm of exactly the
+    maximum over the scale.
+    Fix: keep what trains in float32; call ``scaler.unscale_(optimizer)`` before clipping; look at KB713 where no step is taken.
+    Sources: torch documentation "Automatic Mixed Precision examples"; peft#341, transformers#23165; specification KB211.
+    """
+    scaler = facts.watched.scaler
+    if scaler is None:
+        raise NotApplicable("no gradient scaler is used")
+    taken = scaler.steps - scaler.skipped
+    some = taken > 0 or scaler.steps < 2
+    yield Observation("gradient scaler", "a step that is taken", f"{scaler.skipped} of {scaler.steps} skipped", ok=some)
+    for name in scaler.float16:
+        yield Observation(name, "a float32 gradient", "float16, which cannot be unscaled", ok=False)
+    for name in scaler.clipped:
+        yield Observation(name, "unscaled before it is clipped", "clipped first", ok=False)
+
+
+@rule("KB718", "steps-recompute", Level.MUST)
+def steps_recompute(facts: Facts) -> Iterable[Observation]:
+    """In a watched step with checkpointing on, each block on the way to the loss is recomputed in the backward.
+
+    Why: a flag is no proof. A model in eval mode recomputes nothing, and neither does a block that a trainer calls past its
+    checkpoint; dropout is then off, too, and memory is that of a run without checkpointing.
+    Symptom: as much memory as without checkpointing; a run without dropout.
+    Fix: call ``model.train()`` before training, and again after each evaluation.
+    Sources: peft#120, alpaca_lora_4bit#128.
+    """
+    needs_checkpointing(facts)
+    flags = {block.name: block.checkpointing for block in facts.wrapped.blocks}
+    ran = {name: block for name, block in facts.run.blocks.items() if block.on_path and flags.get(name)}
+    if not ran:
+        raise NotApplicable("in the first forward no block that checkpoints was on the way to a loss")
+    for name, block in ran.items():
+        training = facts.wrapped.modules[name].training
+        actual = "not recomputed" + ("" if training else ": it is in eval mode")
+        yield Observation(name, "recomputed in the backward", actual, ok=block.recomputed > 0)
+
+
+@rule("KB719", "no-grave-warning", Level.SHOULD)
+def no_grave_warning(facts: Facts) -> Iterable[Observation]:
+    """Among the warnings of the run is none that says that something is not trained, or is computed as was not meant.
+
+    Why: libraries warn once, among dozens of harmless lines, before the first progress bar.
+    Symptom: the warning itself.
+    Fix: what the warning says; ``None of the inputs have requires_grad=True`` is KB301.
+    Sources: peft#295, transformers#26377, bitsandbytes ``Linear4bit.set_compute_type``.
+    """
+    heard = facts.watched.warnings
+    if heard is None:
+        raise NotApplicable("warnings were not listened to")
+    grave = [warning for warning in heard if warning.grave]
+    harmless = [warning for warning in heard if not warning.grave]
+    note = "; ".join(warning.text for warning in harmless)
+    yield Observation("warnings", "none that is grave", f"{len(grave)} are", ok=True, note=note)
+    for warning in grave:
+        yield Observation(warning.about, "no such warning", warning.text, ok=False)

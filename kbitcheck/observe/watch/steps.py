@@ -1,0 +1,130 @@
+"""What the steps of optimizers do to the parameters of a watched model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck.core.facts import MicroBatch, Update, WatchedStep
+from kbitcheck.observe.watch import updates
+
+
+@dataclass(slots=True)
+class _Open:
+    """One step, which several optimizers may take between two forwards. ``stepped`` are the ids of what they hold."""
+
+    rate: float = 0.0
+    peak: float = 0.0
+    skipped: bool = False
+    updates: dict[str, Update] = field(default_factory=dict)
+    stepped: set[int] = field(default_factory=set)
+
+
+class Steps:
+    """Steps of the optimizers that hold a model's parameters, or of ``optimizers`` alone where there are any."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        self.taken: list[WatchedStep] = []
+        self.names: dict[int, str] = {}  # of the model's parameters
+        self.held: dict[int, str] = {}
+        self.foreign = 0
+        self.inside = False  # an optimizer's step, in which a closure may run the model
+        self._model = model
+        self._optimizers = optimizers
+        self._open: _Open | None = None
+        self._values: dict[str, torch.Tensor] = {}
+        self._wide: dict[int, torch.Tensor] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether an optimizer stepped since the last step was closed."""
+        return self._open is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether each named optimizer stepped, or everything that requires grad was stepped."""
+        if self._open is None:
+            return False
+        ids = {id(p) for p in self._model.parameters() if p.requires_grad}
+        if self._optimizers:
+            ids = {id(p) for optimizer in self._optimizers for p in _parameters(optimizer)}
+        return ids <= self._open.stepped
+
+    def begin(self, optimizer: Any, *, ran: bool) -> bool:
+        """An optimizer's step begins. Whether it is the model's; ``ran``: a forward ran since the last."""
+        if not self.register(optimizer, ran=ran):
+            return False
+        mine = self._mine(optimizer)
+        self.inside = True
+        self._values = {self.names[id(p)]: p.detach().clone() for p in mine}
+        try:
+            self._wide = updates.in_float32(optimizer, mine)
+        except (
+            Exception
+        ):  # an optimizer of a kind that cannot be stepped beside itself: nothing is said of its rounding
+            self._wide = {}
+        return True
+
+    def end(self, optimizer: Any, *, ran: bool) -> None:
+        """An optimizer's step has ended."""
+        self.inside = False
+        if ran:
+            step = self._stepped(optimizer)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if name := self.names.get(id(parameter)):
+                        before, wide = self._values[name], self._wide.get(id(parameter))
+                        step.updates[name] = updates.update(
+                            before, parameter.detach(), wide, rate=float(group["lr"]), gradient=parameter.grad
+                        )
+        self.forget()
+
+    def skip(self, optimizer: Any) -> None:
+        """A gradient scaler left a step out."""
+        self._stepped(optimizer).skipped = True
+
+    def close(self, batches: Sequence[MicroBatch]) -> None:
+        """The step is over: the next forward begins, or everything that trains was stepped."""
+        if self._open is not None:
+            step = self._open
+            skipped = step.skipped and not step.updates
+            self.taken.append(
+                WatchedStep(
+                    rate=step.rate, peak=step.peak, batches=tuple(batches), updates=step.updates, skipped=skipped
+                )
+            )
+        self._open = None
+
+    def forget(self) -> None:
+        """Drop what is kept while an optimizer steps."""
+        self._values, self._wide = {}, {}
+
+    def register(self, optimizer: Any, *, ran: bool) -> bool:
+        """Note what an optimizer holds. Whether its steps are the model's, or may be: no other holds its parameters."""
+        if self._optimizers and not any(optimizer is each for each in self._optimizers):
+            return False
+        mine = self._mine(optimizer)
+        if not mine and (self.held or not (ran or self.open)):
+            return False
+        self.held.update((id(p), self.names[id(p)]) for p in mine)
+        self.foreign = max(self.foreign, len(_parameters(optimizer)) - len(mine))
+        return True
+
+    def _mine(self, optimizer: Any) -> list[torch.Tensor]:
+        return [p for p in _parameters(optimizer) if id(p) in self.names]
+
+    def _stepped(self, optimizer: Any) -> _Open:
+        self._open = step = self._open or _Open()
+        for group in optimizer.param_groups:
+            step.rate = max(step.rate, float(group["lr"]))
+            step.peak = max(step.peak, float(group.get("initial_lr", group["lr"])))
+        step.stepped |= set(map(id, _parameters(optimizer)))
+        return step
+
+
+def _parameters(optimizer: Any) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,448 @@
+"""More training runs as users write them, with loops of their own: each is a function that trains and returns model and losses.
+
+They call nothing of kbitcheck. ``SOUND`` has those in which nothing is wrong, ``BROKEN`` each other with the rule that must name it.
+"""
+
+import contextlib
+import tempfile
+import warnings
+
+import peft
+import torch
+import transformers
+from peft import get_peft_model, prepare_model_for_kbit_training
+
+from tests.watch.runs import adamw, batches, load, lora, prepared, trained_by
+
+STEPS = 4
+
+
+def plain_step(model, optimizer, batch, *, clip=None):
+    loss = model(**batch).loss
+    loss.backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(trained_by(model), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def each_step(model, optimizer, *, between=lambda model, step: None, **options):
+    """The losses of a plain loop; ``between`` runs after each step."""
+    model.train()
+    losses = []
+    for step, batch in enumerate(batches(STEPS)):
+        losses.append(plain_step(model, optimizer, batch, **options))
+        between(model, step)
+    return losses
+
+
+# ---- sound
+
+
+def warm_up_that_is_long():
+    model = prepared()
+    optimizer = adamw(model)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 50, 100)
+    return model, each_step(model, optimizer, between=lambda model, step: schedule.step())
+
+
+def two_optimizers():
+    """One for each factor of LoRA."""
+    model = prepared()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    both = [torch.optim.AdamW([p for n, p in named if factor in n], lr=1e-3) for factor in ("lora_A", "lora_B")]
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, losses
+
+
+def an_optimizer_for_each_tensor():
+    """Each steps in the backward, as its tensor's gradient is there."""
+    model = prepared()
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-3) for p in trained_by(model)}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def closures():
+    """LBFGS runs the model several times in a step."""
+    model = prepared(adapters=lora(target_modules=["q_proj"]))
+    optimizer = torch.optim.LBFGS(trained_by(model), lr=0.1, max_iter=3)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).detach())
+    return model, losses
+
+
+def adafactor():
+    model = prepared()
+    optimizer = transformers.Adafactor(trained_by(model), lr=1e-3, relative_step=False, scale_parameter=False)
+    return model, each_step(model, optimizer)
+
+
+def sgd_in_groups():
+    model = prepared()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in named if f in n], "lr": r} for f, r in (("lora_A", 1e-2), ("lora_B", 1e-1))]
+    return model, each_step(model, torch.optim.SGD(groups, momentum=0.9))
+
+
+def clipped():
+    model = prepared()
+    return model, each_step(model, adamw(model), clip=1.0)
+
+
+def tied_head():
+    model = prepared(tie_word_embeddings=True)
+    return model, each_step(model, adamw(model))
+
+
+def evaluates_and_generates():
+    """In int8: on some processors a forward in eval mode repacks 4-bit weights, which is a fault that KB104 names."""
+
+    def evaluate(model, step):
+        model.eval()
+        with torch.no_grad():
+            batch = next(batches(1))
+            model(**batch)
+            model.generate(input_ids=batch["input_ids"][:1, :4], max_new_tokens=3, do_sample=False)
+        model.train()
+
+    model = prepared(scheme="int8")
+    return model, each_step(model, adamw(model), between=evaluate)
+
+
+def prefix_tuning():
+    base = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
+    model = get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    return model, each_step(model, adamw(model))
+
+
+def prompt_tuning():
+    base = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
+    model = get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    return model, each_step(model, adamw(model))
+
+
+def ia3():
+    adapters = peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    model = prepared(adapters=adapters)
+    return model, each_step(model, adamw(model))
+
+
+def head_and_embedding_saved():
+    model = prepared(adapters=lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head", "embed_tokens"]))
+    return model, each_step(model, adamw(model))
+
+
+def scaled(model, optimizer, *, scale=2.0**10, clip=None, unscale=True, accumulate=1, growth=2000):
+    """A loop with a gradient scaler, under autocast."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth)
+    model.train()
+    losses = []
+    for number, batch in enumerate(batches(STEPS * accumulate), start=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss / accumulate
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+        if number % accumulate == 0:
+            if clip is not None:
+                if unscale:
+                    scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(trained_by(model), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return losses
+
+
+def scaler():
+    model = prepared()
+    return model, scaled(model, adamw(model), accumulate=2)
+
+
+def scaler_that_skips_the_first_steps():
+    model = prepared()
+    return model, scaled(model, adamw(model), scale=2.0**126)
+
+
+def scaler_and_clipping():
+    model = prepared()
+    return model, scaled(model, adamw(model), clip=0.1)
+
+
+def trained(model, *, compute_loss=None, optimizers=(None, None), **arguments):
+    """A run of transformers' Trainer."""
+    rows = [{name: value[0] for name, value in batch.items()} for batch in batches(32)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        options = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, **arguments}
+        settings = transformers.TrainingArguments(
+            folder, max_steps=STEPS, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+            logging_strategy="steps", logging_steps=1, **options,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, settings, train_dataset=rows, optimizers=optimizers)
+        if compute_loss is not None:
+            vars(trainer)["compute_loss"] = compute_loss
+        trainer.train()
+        return [torch.tensor(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer():
+    model = prepared()
+    return model, trained(model, gradient_accumulation_steps=4, warmup_steps=2)
+
+
+def trainer_with_mixed_precision():
+    model = prepared()
+    return model, trained(model, bf16=True, gradient_checkpointing=True)
+
+
+SOUND = (
+    warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, clipped, tied_head,
+    evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
+    scaler_and_clipping, trainer, trainer_with_mixed_precision,
+)  # fmt: skip
+
+
+# ---- broken
+
+
+def prepared_a_second_time():
+    """Which freezes the adapters; the input's hook keeps the loss alive."""
+    model = prepared()
+    optimizer = adamw(model)
+    model = prepare_model_for_kbit_training(model)
+    return model, each_step(model, optimizer)
+
+
+def checkpointing_switched_on_again_in_mid_run():
+    kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+    model = get_peft_model(prepare_model_for_kbit_training(load(), gradient_checkpointing_kwargs=kwargs), lora())
+
+    def switch(model, step):
+        if step == 0:
+            model.gradient_checkpointing_enable()
+
+    return model, each_step(model, adamw(model), between=switch)
+
+
+def the_original_head_trains():
+    model = prepared(adapters=lora(modules_to_save=["lm_head"], target_modules=["q_proj", "v_proj"]))
+    head = model.get_submodule("base_model.model.lm_head")
+    held = [p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n]
+    head.original_module.weight.requires_grad_(True)
+    return model, each_step(model, torch.optim.AdamW([*held, head.original_module.weight], lr=1e-3))
+
+
+def divided_twice_in_the_trainer():
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs, num_items_in_batch=num_items_in_batch).loss / 4
+
+    model = prepared()
+    return model, trained(model, compute_loss=compute_loss, gradient_accumulation_steps=4)
+
+
+def scaler_that_skips_all():
+    model = prepared()
+
+    def poison(gradient):
+        return gradient * float("inf")
+
+    trained_by(model)[0].register_hook(poison)
+    return model, scaled(model, adamw(model))
+
+
+def clipped_before_unscaled():
+    model = prepared()
+    return model, scaled(model, adamw(model), clip=0.1, unscale=False)
+
+
+def fp16_adapters_under_a_scaler():
+    model = prepared()
+    for parameter in trained_by(model):
+        parameter.data = parameter.data.half()
+    with contextlib.suppress(ValueError):  # "Attempting to unscale FP16 gradients."
+        return model, scaled(model, adamw(model))
+    return model, []
+
+
+def clipped_to_zero():
+    model = prepared()
+    return model, each_step(model, adamw(model), clip=0.0)
+
+
+def gradients_cleared_before_the_step():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.zero_grad()
+        optimizer.step()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def merged_in_mid_run():
+    def merge(model, step):
+        if step == 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.merge_adapter()
+
+    model = prepared()
+    return model, each_step(model, adamw(model), between=merge)
+
+
+def merged_and_unmerged_in_mid_run():
+    """As before an evaluation; what is requantized is not what it was."""
+
+    def merge(model, step):
+        if step == 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.merge_adapter()
+                model.unmerge_adapter()
+
+    model = prepared()
+    return model, each_step(model, adamw(model), between=merge)
+
+
+def magnitudes_left_out():
+    model = prepared(adapters=lora(use_dora=True))
+    held = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+    return model, each_step(model, torch.optim.AdamW(held, lr=1e-3))
+
+
+def magnitudes_in_bfloat16():
+    model = prepared(adapters=lora(use_dora=True))
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data = parameter.data.bfloat16()
+    return model, each_step(model, adamw(model, 1e-4))
+
+
+def one_kind_of_norm_cast():
+    model = prepared()
+    for name, module in model.named_modules():
+        if name.endswith("post_attention_layernorm"):
+            module.weight.data = module.weight.data.bfloat16()
+    return model, each_step(model, adamw(model))
+
+
+def in_eval_mode():
+    """Nothing is dropped, and nothing is recomputed."""
+    model = prepared(adapters=lora(lora_dropout=0.1))
+    optimizer = adamw(model)
+    model.eval()
+    return model, [plain_step(model, optimizer, batch) for batch in batches(STEPS)]
+
+
+def adapters_switched_off():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    with model.disable_adapter():
+        return model, [plain_step(model, optimizer, batch) for batch in batches(STEPS)]
+
+
+def inputs_do_not_require_grad():
+    """Reentrant checkpointing then records no block; the head's copy keeps the loss alive."""
+    base = load()
+    for parameter in base.parameters():
+        parameter.requires_grad = False
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    base.disable_input_require_grads() if hasattr(base, "_require_grads_hook") else None
+    model = get_peft_model(base, lora(modules_to_save=["lm_head"], target_modules=["q_proj", "v_proj"]))
+    for module in model.modules():
+        module._forward_hooks.clear()
+    return model, each_step(model, adamw(model))
+
+
+def a_twentieth_in_every_block():
+    """Each block's output is five per cent too large."""
+    model = prepared()
+    for block in model.base_model.model.model.layers:
+        block.mlp.register_forward_hook(lambda module, args, output: output * 1.05)
+    return model, each_step(model, adamw(model))
+
+
+def grows(module, args, output):
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient * 1.01)
+
+
+def a_hundredth_of_a_gradient_in_every_block():
+    model = prepared()
+    for block in model.base_model.model.model.layers:
+        block.mlp.register_forward_hook(grows)
+    return model, each_step(model, adamw(model))
+
+
+def half_of_the_labels_rows_ignored():
+    """A row in the batch whose labels are all ignored is no fault, a batch of nothing else is."""
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for number, batch in enumerate(batches(STEPS)):
+        if number == 1:
+            batch["labels"][:] = -100
+        losses.append(plain_step(model, optimizer, batch))
+    return model, losses
+
+
+BROKEN = {
+    prepared_a_second_time: "KB710",
+    checkpointing_switched_on_again_in_mid_run: "KB703",
+    the_original_head_trains: "KB710",
+    divided_twice_in_the_trainer: "KB707",
+    scaler_that_skips_all: "KB717",
+    clipped_before_unscaled: "KB717",
+    fp16_adapters_under_a_scaler: "KB717",
+    clipped_to_zero: "KB715",
+    gradients_cleared_before_the_step: "KB715",
+    merged_in_mid_run: "KB104",
+    merged_and_unmerged_in_mid_run: "KB104",
+    magnitudes_left_out: "KB710",
+    magnitudes_in_bfloat16: "KB711",
+    one_kind_of_norm_cast: "KB215",
+    in_eval_mode: "KB718",
+    adapters_switched_off: "KB710",
+    inputs_do_not_require_grad: "KB715",
+    a_twentieth_in_every_block: "KB304",
+    a_hundredth_of_a_gradient_in_every_block: "KB304",
+    half_of_the_labels_rows_ignored: "KB714",
+}

@@ -1,0 +1,98 @@
+"""Loops as users write them, watched as ``kbitcheck watch`` does: broken ones are named in three steps, sound ones are not, no bit changes."""
+
+import json
+
+import pytest
+import torch
+
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Status
+from kbitcheck.core.rule import rules
+from kbitcheck.run import watched_process
+from tests.watch import more_runs, runs
+
+# What the watcher alone sees; the others take the paths of these.
+FAST = {
+    "two_optimizers", "an_optimizer_for_each_tensor", "closures", "scaler_that_skips_the_first_steps", "scaler_and_clipping",
+    "scaler_that_skips_all", "clipped_before_unscaled", "in_eval_mode", "a_hundredth_of_a_gradient_in_every_block",
+}  # fmt: skip
+
+
+def each(items):
+    for item in items:
+        run, *more = item if isinstance(item, tuple) else (item,)
+        marks = () if run.__name__ in FAST else (pytest.mark.slow,)
+        yield pytest.param(run, *more, id=run.__name__, marks=marks)
+
+
+def watched(run, folder):
+    """What a run returns, and the report of its first three steps."""
+    waiting = watched_process._Waiting({"folder": str(folder), "settings": {"steps": 3}, "libraries": []})
+    waiting.begin()
+    waiting.see_checkpointing()
+    try:
+        torch.manual_seed(3)
+        returned = run()
+    finally:
+        waiting._end()
+        waiting._remove()
+    (path,) = folder.glob("*.json")
+    return returned, Report.from_json(json.loads(path.read_text()))
+
+
+def broken(report):
+    return {r.rule for r in report if r.status is Status.FAIL and r.level is not Level.INFO}
+
+
+@pytest.mark.parametrize("run", [*each(more_runs.SOUND)])
+def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
+    (model, losses), report = watched(run, tmp_path)
+    assert broken(report) <= {"KB907"}
+    assert report.exit_code == 0
+    assert report.subject["steps"] == 3
+    assert {"KB104", "KB710", "KB715"} <= {r.rule for r in report if r.status is Status.PASS}
+    torch.manual_seed(3)
+    alone, losses_alone = run()
+    assert [a.equal(b) for a, b in zip(losses, losses_alone, strict=True)] == [True] * len(losses)
+    state = alone.state_dict()
+    assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
+
+
+@pytest.mark.parametrize(("run", "code"), [*each(more_runs.BROKEN.items())])
+def test_a_broken_run_is_named(run, code, tmp_path):
+    _, report = watched(run, tmp_path)
+    assert code in broken(report)
+    assert report.exit_code == (0 if rules()[code].level is Level.SHOULD else 1)
+
+
+def test_every_rule_of_loops_has_a_broken_run():
+    own = {code for code, rule in rules().items() if rule.family in ("loop", "watched")}
+    assert own <= {*runs.BROKEN.values(), *more_runs.BROKEN.values(), "KB706", "KB719"}
+
+
+def test_why_no_block_was_compared_is_said(tmp_path):
+    _, report = watched(more_runs.closures, tmp_path)
+    reasons = {r.reason for r in report if r.rule == "KB304"}
+    assert reasons == {"no block was compared: the optimizer runs the model itself, in a closure"}
+    assert "gradients were not judged: no block was compared" in " ".join(str(report).split())
+
+
+def test_a_warning_that_matters_is_among_many(tmp_path):
+    """And goes on to where it would go."""
+    import warnings
+
+    def run():
+        model = runs.prepared()
+        with pytest.warns(UserWarning, match="None of the inputs"):
+            warnings.warn("None of the inputs have requires_grad=True. Gradients will be None", stacklevel=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("None of the inputs have requires_grad=True. Gradients will be None", stacklevel=1)
+            warnings.warn("a new release is there", stacklevel=1)
+        return more_runs.each_step(model, runs.adamw(model))
+
+    _, report = watched(run, tmp_path)
+    (result,) = (r for r in report if r.rule == "KB719")
+    assert [(f.where, f.actual) for f in result.failures] == [
+        ("checkpointing", "None of the inputs have requires_grad=True. Gradients will be None")
+    ]
