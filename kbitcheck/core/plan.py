@@ -223,6 +223,10 @@ class Planner:
     def _judged(self, without: Collection[str]) -> int:
         return sum(not any(name in facts for name in without) for facts in self._needs.values())
 
+    def wants(self, name: str) -> bool:
+        """Whether a rule needs a fact."""
+        return any(name in facts for facts in self._needs.values())
+
     def takes_passes(self, name: str) -> bool:
         """Whether a fact takes a pass itself."""
         return name in self._costs and self._costs[name].passes != NO_PASSES

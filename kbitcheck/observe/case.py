@@ -102,6 +102,21 @@ class Case(OpenCase):
         self._preparation.make_room = self._make_room
         self.computed = self._preparation.computed
 
+    @property
+    def in_a_row(self) -> Sequence[str]:
+        if self.budget is None or not (self._loaded.large and self._loaded.copies):
+            return ()
+        return [name for name in Stepped.IN_A_ROW if self.budget.planner.wants(name)]
+
+    def begin(self, called: Called, left: ModelFacts) -> None:
+        """Begin with a call that was made for the recipe, and the facts of the model that it left."""
+        called.belong_to(self._preparation)
+        taken: dict[str, Any] = {"_called": called}
+        if not called.call.raised:
+            taken["prepared"] = left
+        self.computed.update(taken)
+        self.computed.finished |= taken.keys()
+
     def compute(self, name: str) -> Any:
         """The fact of that name, from its stage."""
         case = self._paths.case if name in ON_CUT else self

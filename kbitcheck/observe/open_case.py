@@ -24,7 +24,10 @@ from kbitcheck.observe.lent import Lent
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.meant_to_train import require_declared
 from kbitcheck.observe.planning import forecast_alone, planned
-from kbitcheck.observe.recipe import recipe_of_preparation, settled
+from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes.snapshot import snapshot
+from kbitcheck.observe.recipe import recipe_of_call, settled
+from kbitcheck.observe.stages import Called
 from kbitcheck.observe.static import StaticCase
 
 
@@ -150,6 +153,12 @@ def open_live(
 
 
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
-    recipe = recipe_of_preparation(spec, implementation.function, loaded)
-    spec = settled(spec, recipe)
-    return Case(spec, implementation.function, loaded, imported=implementation.imported, recipe=recipe)
+    function, imported = implementation.function, implementation.imported
+    if spec.profile != "auto":
+        return Case(spec, function, loaded, imported=imported)
+    called = Called(Preparation(spec, function, loaded))
+    prepared = snapshot(called.left)
+    recipe = recipe_of_call(called.left, prepared, loaded.facts)
+    case = Case(settled(spec, recipe), function, loaded, imported=imported, recipe=recipe)
+    case.begin(called, prepared)
+    return case

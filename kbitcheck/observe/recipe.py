@@ -1,8 +1,6 @@
 """Profile ``auto``: the recipe that a model's dtypes follow is read off the model before its case is opened."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +10,6 @@ from kbitcheck.core.facts import ModelFacts
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.recipe import read
 from kbitcheck.observe import internals
-from kbitcheck.observe.loaded import Loaded
-from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes.call import call
-from kbitcheck.observe.probes.snapshot import snapshot
 
 
 def settled(spec: CaseSpec, recipe: Recipe | None) -> CaseSpec:
@@ -26,15 +20,9 @@ def settled(spec: CaseSpec, recipe: Recipe | None) -> CaseSpec:
     return dataclasses.replace(spec, profile=recipe.profile, freezes=freezes)
 
 
-def recipe_of_preparation(spec: CaseSpec, prepare: Callable[..., Any], loaded: Loaded) -> Recipe | None:
-    """The recipe of a preparation, read off a fresh base that it prepares; None where a profile was requested.
-
-    If the preparation raises, the recipe is that of the model as it is left.
-    """
-    if spec.profile != "auto":
-        return None
-    model, _ = call(prepare, loaded.copy(), **Preparation(spec, prepare, loaded).keywords)
-    return read(snapshot(model), loaded.facts, autocast=runs_under_autocast(model))
+def recipe_of_call(model: nn.Module, facts: ModelFacts, loaded: ModelFacts) -> Recipe:
+    """The recipe of a model that a call prepared, or left as it is by raising; ``loaded`` are facts of its base."""
+    return read(facts, loaded, autocast=runs_under_autocast(model))
 
 
 def recipe_of_prepared(model: nn.Module, facts: ModelFacts) -> Recipe:

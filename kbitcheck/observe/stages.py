@@ -38,6 +38,15 @@ class Called:
         return *call(self.preparation.function, model, libraries=True, **self.preparation.keywords), flags
 
     @property
+    def left(self) -> Any:
+        """The model as the call left it, also where the call raised."""
+        return self._model
+
+    def belong_to(self, preparation: Preparation) -> None:
+        """Be a stage of another preparation that calls the same function alike."""
+        self.preparation, self.computed = preparation, preparation.computed
+
+    @property
     def model(self) -> Any:
         """The prepared model; after ``drop``, or when its base was taken back, that of another call.
 

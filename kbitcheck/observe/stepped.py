@@ -52,6 +52,9 @@ class Stepped:
         self._spec = wrapped.preparation.spec
         self.computed = wrapped.preparation.computed
 
+    # Of the whole model, which stays as it is from the first to the last; a fact of a cut in between would drop a large one.
+    IN_A_ROW = ("run", "plain_run", "memory", "layer_backwards", "blockwise", "evaluation", "repeated_run")
+
     # One step, plain or checkpointed
 
     @fact(Cost("whole", STEP))

@@ -21,6 +21,9 @@ def examine(
     """
     with contextlib.closing(case):
         _watch(case, tell)
+        for name in case.in_a_row:
+            with contextlib.suppress(Exception):  # the rule that reads it gets the same
+                getattr(case, name)
         for rule in rules:
             raised: list[Exception] = []
             result = judge(rule, case, on_error=raised.append)

@@ -65,7 +65,7 @@ class BitsAndBytesArithmetic(Arithmetic):
             out = torch.empty(tuple(state.shape), dtype=torch.float64, device=module.weight.device)
         raw = oracle.raw_bytes(module.weight.data, count)
         pairs = _pairs(state.quant_type).to(raw.device)
-        for codes, piece in zip(raw.split(BYTES), out.view(-1, 2).split(BYTES), strict=True):
+        for codes, piece in zip(raw.split(BYTES), torch.view_as_complex(out.view(-1, 2)).split(BYTES), strict=True):
             torch.index_select(pairs, 0, codes.int(), out=piece)
         oracle.scale_blocks(out.view(-1), oracle.absmax(state), state.blocksize)
         return out
@@ -98,6 +98,6 @@ class BitsAndBytesArithmetic(Arithmetic):
 
 @cache
 def _pairs(scheme: str) -> torch.Tensor:
-    """The values of both codes of each byte, (256, 2)."""
+    """The values of both codes of each byte, (256,): as one complex number, which is looked up in half the time of a row."""
     codes = oracle.unpack_nibbles(torch.arange(256, dtype=torch.uint8), 512)
-    return oracle.TABLES[scheme][codes.long()].view(256, 2)
+    return torch.view_as_complex(oracle.TABLES[scheme][codes.long()].view(256, 2))

@@ -279,6 +279,11 @@ class OpenCase(Facts):
         self.recipe = recipe
         self.budget: Any = None  # a ``core.plan.Budget``, where the case is planned
 
+    @property
+    def in_a_row(self) -> Sequence[str]:
+        """Facts to read one after the other before all others: of one model that is made again once it was dropped."""
+        return ()
+
     def summary(self) -> dict[str, Any]:
         """Figures for a report."""
         raise NotImplementedError

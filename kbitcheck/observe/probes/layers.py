@@ -52,13 +52,8 @@ class Weights:
             weight = arithmetic.exact(layer, self._scratch(shape, dtype=torch.float64, device=device))
             # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
             kernel = arithmetic.unpacked(layer, torch.float32)
-            gap = (kernel - weight).abs_()
-            unpacked = arithmetic.unpacked_dtype(layer) or torch.float32
-            size = weight.norm()
-            magnitudes = weight.abs_()
-            least = torch.finfo(torch.float32).eps * magnitudes.max()
-            if bool((gap > magnitudes.mul_(torch.finfo(unpacked).eps).add_(least)).any()):
-                self.misread[name] = float(gap.norm() / size)
+            if _far(kernel, weight, arithmetic.unpacked_dtype(layer) or torch.float32):
+                self.misread[name] = float((kernel - weight).norm() / weight.norm())
                 self._kernels[name] = kernel
         if self._all_kept:
             self._scratches.clear()
@@ -88,6 +83,18 @@ class Weights:
         if held is None or held.numel() < count:
             held = self._scratches[dtype] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)
+
+
+def _far(kernel: torch.Tensor, weight: torch.Tensor, unpacked: torch.dtype) -> bool:
+    """Whether any element of what a kernel unpacked is off by more than the rounding of its dtype and of float32."""
+    single = weight.float()
+    nearly = 0.99 * torch.finfo(torch.float32).eps * float(single.abs().max())
+    # Which most are, and which is seen in float32: what that rounds is less than what is allowed beside ``nearly``.
+    if float(single.sub_(kernel).abs_().max()) <= nearly:
+        return False
+    magnitudes = weight.abs()
+    allowed = torch.finfo(torch.float32).eps * magnitudes.max() + torch.finfo(unpacked).eps * magnitudes
+    return bool(((kernel - weight).abs_() > allowed).any())
 
 
 class _Tap(torch.autograd.Function):
@@ -179,21 +186,26 @@ class _Probe:
 
     def _judge(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
         weight, compute = self._weight(), self._compute
-        rounded = weight.to(self._arithmetic.unpacked_dtype(self._module) or compute).to(compute).double()
-        magnitudes = weight.abs()
+        # As the kernel rounds it: what is left is the rounding of the result and, under autocast, once more of an operand.
+        rounded = weight.to(self._arithmetic.unpacked_dtype(self._module) or compute).to(compute)
+        magnitudes = rounded.float().abs()
         # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
         vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))
         flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
         actual = dx.reshape(-1, dx.shape[-1]).double()
-        spread = flat.abs() @ magnitudes
-        bound = (3 * self._ulp + self._accumulation) * spread + vanished
-        excess = ((actual - flat @ weight).abs() / bound).nan_to_num(nan=math.inf)
+        spread = self._spread(flat.abs(), magnitudes)
+        bound = (2 * self._ulp + self._accumulation) * spread + vanished
+        expected = flat @ rounded.double()
+        excess = ((actual - expected).abs() / bound).nan_to_num(nan=math.inf)
         self._excess = max(self._excess, float(excess.max()) if actual.numel() else 0.0)
-        # The gain is taken against operands rounded as the kernel rounds them: only the result's own rounding is left.
-        expected = flat @ rounded
         self._products += float((actual * expected).sum())
         self._squares += float(expected.square().sum())
         self._rounding += float((spread * expected.abs()).sum())
+
+    def _spread(self, flat: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+        """At most the product, as float32 sums it: of numbers that are not negative it loses less than their count in ulps."""
+        spread = (flat.float() @ magnitudes).double() * (1 - 2 * self._accumulation)
+        return spread if bool(torch.isfinite(spread).all()) else flat @ magnitudes.double()
 
     def result(self, misread: float) -> LayerBackward:
         """Facts of the layer's backward; ``misread`` is the relative error of its kernel."""

@@ -30,7 +30,7 @@ def snapshot(
     ``adapters`` are the parameters that train; ``declared`` are those of them that belong to no adapter.
     """
     named = {id(p) for p in (declared or {}).values()}
-    met: dict[object, int] = {}
+    met = _Met()
     owned = {id(p) for p in (adapters or {}).values()}
     biases = {id(m.bias) for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None}
     return ModelFacts(
@@ -133,17 +133,33 @@ def _names(model: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if id(module) in ids)
 
 
-def _storage(tensor: torch.Tensor, met: dict[object, int]) -> int:
-    """The number of a tensor's storage in the order in which they are met, so that snapshots of two copies compare."""
-    key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-    if tensor.device.type == "meta" or not tensor.numel():
-        key = id(tensor)
-    return met.setdefault(key, len(met))
+class _Met:
+    """The tensors of one snapshot in the order in which they are met; one that several modules hold is read once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[object, int] = {}
+        self._digests: dict[int, tuple[str, str | None]] = {}
+
+    def storage(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor's storage, so that snapshots of two copies compare."""
+        key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if tensor.device.type == "meta" or not tensor.numel():
+            key = id(tensor)
+        return self._storages.setdefault(key, len(self._storages))
+
+    def digests(self, tensor: torch.Tensor, *, packed: bool) -> tuple[str, str | None]:
+        """Of its bits, and of its numbers where it is floating and not packed."""
+        if id(tensor) not in self._digests:
+            bits, value = digest.bits(tensor), None
+            if tensor.is_floating_point() and not packed:
+                value = bits if tensor.dtype is torch.float32 else digest.value(tensor)
+            self._digests[id(tensor)] = bits, value
+        return self._digests[id(tensor)]
 
 
-def _tensor(name: str, tensor: torch.Tensor, met: dict[object, int], **flags: bool) -> TensorFacts:
-    packed, bits = backends.is_packed(tensor), digest.bits(tensor)
-    numbers = tensor.is_floating_point() and not packed
+def _tensor(name: str, tensor: torch.Tensor, met: _Met, **flags: bool) -> TensorFacts:
+    packed = backends.is_packed(tensor)
+    bits, value = met.digests(tensor, packed=packed)
     return TensorFacts(
         name=name,
         cls=type(tensor).__name__,
@@ -151,10 +167,10 @@ def _tensor(name: str, tensor: torch.Tensor, met: dict[object, int], **flags: bo
         shape=tuple(tensor.shape),
         device=str(tensor.device),
         requires_grad=tensor.requires_grad,
-        storage=_storage(tensor, met),
+        storage=met.storage(tensor),
         nbytes=tensor.nbytes,
         bits=bits,
-        value=None if not numbers else bits if tensor.dtype is torch.float32 else digest.value(tensor),
+        value=value,
         packed=packed,
         has_grad=tensor.is_leaf and tensor.grad is not None,
         **flags,

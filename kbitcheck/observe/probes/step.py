@@ -32,6 +32,8 @@ def device(batch: Batch) -> torch.device:
 
 def feed(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """The batch with audio and images in the dtype of the convolution that reads them, as a data loader's cast does."""
+    if not any(v.is_floating_point() for v in batch.values()):
+        return dict(batch)
     reader = next((p.dtype for p in model.parameters() if p.dim() >= 3 and p.is_floating_point()), None)
     return {k: v.to(reader) if reader and v.is_floating_point() else v for k, v in batch.items()}
 
