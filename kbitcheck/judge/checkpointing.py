@@ -87,7 +87,8 @@ def _ran_so(name: str, ran: tuple[int, int], facts: Facts) -> bool:
 
 @rule("KB404", "kwargs-honoured", Level.MUST)
 def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
-    """``use_reentrant``, ``preserve_rng_state`` and the other arguments reach ``torch.utils.checkpoint``.
+    """``use_reentrant``, ``preserve_rng_state`` and the other arguments reach ``torch.utils.checkpoint``, in whichever form
+    they are passed, and are those of the call, whatever the caller does with the dictionary afterwards.
 
     Why: the mode decides whether DDP or ZeRO-3 works; the effect of a dropped argument shows hours later.
     Symptom: "Expected to mark a variable ready only once"; a warning that ``use_reentrant`` should be passed.
@@ -102,6 +103,11 @@ def kwargs_honoured(facts: Facts) -> Iterable[Observation]:
         seen = sorted({c.get(key, "not passed") for c in run.checkpoints})
         if seen:
             yield Observation(f"{key}={value}", value, ", ".join(seen), ok=seen == [value])
+    for text, form in facts.call_forms.items():
+        kept = form.asked if form.raised or form.kept is None else form.kept  # what raises is KB501's
+        for key, value in form.asked.items():
+            got = kept.get(key, "not passed")
+            yield Observation(f"{key} of {text}", value, got, ok=got == value)
     if facts.checkpointing in ("reentrant", "non-reentrant"):
         mode = str(facts.checkpointing == "reentrant")
         for used in sorted({c["use_reentrant"] for c in facts.run.checkpoints}):

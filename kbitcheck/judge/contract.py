@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Changes, Facts, ModelFacts
+from kbitcheck.core.facts import CallFacts, CallForm, Changes, Facts, ModelFacts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_unprepared
@@ -59,7 +59,12 @@ def signature(facts: Facts) -> Iterable[Observation]:
     off = facts.positional_call
     stays_off = off.raised is not None or not off.checkpoints
     yield Observation("prepare(model, False)", "checkpointing stays off", "it is on", ok=stays_off)
-    for text, one in (("prepare(model)", facts.default_call), ("prepare(model, False)", facts.positional_call)):
+    calls: dict[str, CallFacts | CallForm] = {
+        "prepare(model)": facts.default_call,
+        "prepare(model, False)": facts.positional_call,
+        **facts.call_forms,
+    }
+    for text, one in calls.items():
         raised = one.raised
         refused = (
             raised is not None

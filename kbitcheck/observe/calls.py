@@ -1,15 +1,18 @@
 """Further calls of the implementation: in other forms, a second time, refused, with other arguments, after adapters."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from torch import nn
 
-from kbitcheck.core.errors import Unavailable, cause
+from kbitcheck.core.errors import Raised, Unavailable, cause
 from kbitcheck.core.facts import (
     AdaptersFirst,
     CallFacts,
+    CallForm,
     Cost,
     CostFacts,
     Fact,
@@ -23,11 +26,29 @@ from kbitcheck.observe import internals
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import adapters, memory, switches
-from kbitcheck.observe.probes.call import SECOND, THIRD, call
+from kbitcheck.observe.probes.call import SECOND, THIRD, call, model_from
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.stages import mix_training_flags
 
 T = TypeVar("T")
+
+
+def no_contexts() -> tuple[Any, Any]:
+    """Contexts of a checkpoint's forward and recompute that do nothing."""
+    return nullcontext(), nullcontext()
+
+
+# None of them is torch's default; one is no plain value.
+ARGUMENTS = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": no_contexts}
+FORMS: Mapping[str, Callable[[Callable[..., Any], Any, dict[str, Any]], Any]] = {
+    "prepare(model, True, {...})": lambda prepare, model, passed: prepare(model, True, passed),
+    "prepare(model, gradient_checkpointing_kwargs={...})": lambda prepare, model, passed: prepare(
+        model, **{THIRD: passed}
+    ),
+    "prepare(model=..., use_gradient_checkpointing=True, gradient_checkpointing_kwargs={...})": (
+        lambda prepare, model, passed: prepare(model=model, **{SECOND: True, THIRD: passed})
+    ),
+}
 
 
 class Calls:
@@ -48,6 +69,20 @@ class Calls:
         return self._once(
             "positional call", lambda: call(self._preparation.function, self._preparation.copy().train(), False)[1]
         )
+
+    @fact(Cost("cut", Passes(copies=3, calls=3), shared=True, models=1))
+    def call_forms(self) -> Mapping[str, CallForm]:
+        return self._once("call forms", lambda: {text: self._called_as(text) for text in FORMS})
+
+    def _called_as(self, text: str) -> CallForm:
+        model, asked = self._preparation.copy(), _as_text(ARGUMENTS)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                prepared = model_from(FORMS[text](self._preparation.function, model, {**ARGUMENTS}), model)
+        except Exception as error:
+            return CallForm(raised=Raised.of(error), asked=asked)
+        kept = internals.checkpoint_keywords(prepared)
+        return CallForm(raised=None, asked=asked, kept=None if kept is None else _as_text(kept))
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
         """What ``compute`` returns of a call that names no mode of checkpointing; cases of other modes have the same."""
@@ -136,9 +171,15 @@ class Calls:
             passed["use_reentrant"] = mode == "reentrant"
         if mode == "non-reentrant":
             passed["determinism_check"] = "none"
+        arguments = _as_text(passed)
         model, facts = self._preparation.observed_copy(**{SECOND: True, THIRD: passed})
+        passed.clear()  # the caller's dictionary is the caller's to change
         attached = self._preparation.attach(model)
         # Without dropout: with the random state not preserved another mask, and other experts, are recomputed.
         with switches.dropout(attached.model, 0.0):
             run = self._preparation.step(attached).facts
-        return HonouredArguments(arguments={k: str(v) for k, v in passed.items()}, run=run, call=facts)
+        return HonouredArguments(arguments=arguments, run=run, call=facts)
+
+
+def _as_text(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in arguments.items()}

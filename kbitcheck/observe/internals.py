@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 from unittest import mock
 
@@ -162,6 +163,12 @@ def checkpoint_function(module: nn.Module) -> Callable[..., Any] | None:
     """What transformers checkpoints a module's blocks with; None where checkpointing was never enabled."""
     function = vars(module).get("_gradient_checkpointing_func")
     return cast("Callable[..., Any] | None", function)
+
+
+def checkpoint_keywords(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments that transformers keeps for torch's checkpoint, where it is torch's function that is kept; else None."""
+    kept = next(filter(None, map(checkpoint_function, model.modules())), None)
+    return dict(kept.keywords) if isinstance(kept, partial) and kept.func is torch.utils.checkpoint.checkpoint else None
 
 
 def set_checkpoint_function(module: nn.Module, function: Callable[..., Any] | None) -> None:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +58,24 @@ def leaves_out_the_last_block(model: Any) -> None:
 @wraps("KB404")
 def kwargs_dropped(prepare: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
     return prepare(model, checkpointing)
+
+
+@wraps("KB404", own_signature=True)
+def loses_what_is_passed_by_position(
+    model: Any, use_gradient_checkpointing: bool = True, *ignored: Any, **keywords: Any
+) -> Any:
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing, **keywords)
+
+
+@wraps("KB404")
+def keeps_the_callers_own_dictionary(prepare: Prepare, model: Any, checkpointing: bool, kwargs: Any) -> Any:
+    model = prepare(model, checkpointing, kwargs)
+    if checkpointing and kwargs:
+        for module in model.modules():
+            kept = checkpoint_function(module)
+            if isinstance(kept, partial):
+                set_checkpoint_function(module, lambda *args: checkpoint(*args, **kwargs))
+    return model
 
 
 @spoils("KB404")

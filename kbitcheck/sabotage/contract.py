@@ -35,6 +35,17 @@ def older_signature(model: Any, use_gradient_checkpointing: bool = True) -> Any:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing)
 
 
+def _without_the_models_name(
+    base: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+
+
+@wraps("KB501", own_signature=True)
+def takes_the_model_by_position_alone(*arguments: Any, **keywords: Any) -> Any:
+    return _without_the_models_name(*arguments, **keywords)
+
+
 @breaks("KB501")
 def a_model_that_cannot_be_left_off(model: Any) -> None:
     for block in blocks(model):

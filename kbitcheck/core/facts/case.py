@@ -15,7 +15,7 @@ from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
-from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, Changes, ModelFacts, RefusedCall
+from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, CallForm, Changes, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.facts.watched import WatchedRun
 
@@ -225,6 +225,8 @@ class Facts:
     """The call ``prepare(model)``."""
     positional_call: CallFacts
     """The call ``prepare(model, False)``, on a model all in train mode."""
+    call_forms: Mapping[str, CallForm]
+    """Calls that pass every argument by position, every one by name, or some by either, by their text."""
     first_prepared: ModelFacts
     """A model after preparation, beside which ``repeated`` is the second."""
     repeated: ModelFacts

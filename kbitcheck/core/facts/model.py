@@ -148,3 +148,16 @@ class AdaptersFirst:
     call: CallFacts
     before: frozenset[str]
     after: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallForm:
+    """A call that passes arguments of checkpointing, in one of the forms that callers use.
+
+    ``asked`` are those arguments as text; ``kept`` what the blocks are checkpointed with after the call, None where a function
+    of the implementation's own hides it.
+    """
+
+    raised: Raised | None
+    asked: Mapping[str, str]
+    kept: Mapping[str, str] | None = None
