@@ -141,7 +141,7 @@ def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float])
 
 @rule("KB703", "trainer-keeps-it", Level.SHOULD)
 def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
-    """Arguments of checkpointing, once passed, are kept when checkpointing is switched on again.
+    """Arguments of checkpointing, once passed, are kept when checkpointing is switched on again, or are passed again later.
 
     Why: a trainer that switches checkpointing on again without arguments replaces them by its defaults.
     Symptom: "Expected to mark a variable ready only once", though ``use_reentrant=False`` was passed to preparation.
@@ -155,7 +155,7 @@ def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
     for number, (before, call) in enumerate(pairwise(calls), start=2):
         for key, value in before.used.items():
             used = call.used.get(key, "torch's default")
-            ok = used == value or key in call.passed
+            ok = used == value or any(key in later.passed for later in calls[number - 1 :])
             actual = f"call {number}, which passes none, uses {used}"
             yield Observation(f"{key}={value}", "kept when switched on again", actual, ok=ok)
 

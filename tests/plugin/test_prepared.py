@@ -189,10 +189,9 @@ def test_the_wrapper_of_mixed_precision_is_read_off(loaded: Any) -> None:
         accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     finally:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    report = kbitcheck.assert_prepared(model, select=["KB2"])
-    assert "dtypes as LLaMA-Factory prepares them: nothing upcast, adapters fp32, autocast" in str(report).replace(
-        "\n", " "
-    )
+    text = " ".join(str(kbitcheck.assert_prepared(model, select=["KB2"])).split())
+    trainers = "LLaMA-Factory, axolotl or ms-swift"
+    assert f"dtypes as {trainers} prepares them: nothing upcast, adapters fp32, autocast" in text
 
 
 def test_adapters_in_several_dtypes_are_no_recipe(loaded: Any) -> None:

@@ -141,7 +141,21 @@ def dora():
 
 
 # Runs in which nothing is wrong.
-SOUND = (plain, int8, dropout, accumulated, warmed_up, without_checkpointing, reentrant, head_saved, dora)
+def checkpointing_passed_again():
+    """As axolotl does: a call without arguments is followed by its trainer's with them."""
+    kwargs = {"use_reentrant": True}
+    model = get_peft_model(prepare_model_for_kbit_training(load(), gradient_checkpointing_kwargs=kwargs), lora())
+
+    def first():
+        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    return model, adamw(model), {"first": first}
+
+
+SOUND = (
+    plain, int8, dropout, accumulated, warmed_up, without_checkpointing, reentrant, checkpointing_passed_again, head_saved, dora,
+)  # fmt: skip
 
 
 def optimizer_before_adapters():

@@ -12,10 +12,10 @@ TRAINERS = {
     ("peft", ""): "PEFT",
     ("frozen-half", "bfloat16"): "TRL",
     ("peft", "bfloat16"): "TRL",  # its command loads in float32
-    ("frozen-half", "float32"): "LLaMA-Factory",
+    ("frozen-half", "float32"): "LLaMA-Factory, axolotl or ms-swift",
     ("qlora", "float32"): "QLoRA",
 }
-# Default learning rates: TRL's SFTTrainer has its own, the others have that of transformers' Trainer.
+# Default learning rates: TRL's SFTTrainer has its own, LLaMA-Factory has that of transformers' Trainer.
 RATES = {"TRL": 2e-5}
 TRAINER_RATE = 5e-5
 
