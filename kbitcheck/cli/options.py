@@ -14,7 +14,10 @@ from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.report import FORMATS
 
 IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
-PREPARE_HELP = "Preparation to use; default: peft if installed, else reference."
+PREPARE_HELP = (
+    "Preparation to use: that of a trainer (trl, llamafactory, axolotl, swift) or any that `impl` takes; "
+    "default: peft if installed, else reference."
+)
 
 Read = Callable[[str, str], Any]  # the option as the user writes it, and its value
 Help = str | Callable[[], str]  # a text, or what gives it where help is printed

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from kbitcheck.core.cases import Profile
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
@@ -29,3 +31,13 @@ PROMISES: Mapping[str, Promise] = MappingProxyType(
         "frozen-half": Promise(norms=False, others=False, autocast=False),
     }
 )
+
+# The profile of trainers' preparations, by the name that ``--prepare`` knows them by, where nothing is run that it could be read off.
+OF_TRAINERS: Mapping[str, Profile] = MappingProxyType(
+    dict.fromkeys(("trl", "llamafactory", "axolotl", "swift"), "frozen-half")
+)
+
+
+def assumed_profile(implementation: str) -> Profile:
+    """The profile that an implementation is taken to keep while nothing of it is run: a trainer's own, or PEFT's."""
+    return OF_TRAINERS.get(implementation.partition("==")[0], "peft")

@@ -25,10 +25,16 @@ NOT_SOURCE = frozenset({"__pycache__", "build", "dist", "node_modules", "venv"})
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What pip is to install, as the user wrote it, and which function of it prepares (``module:function``)."""
+    """What pip is to install, as the user wrote it, and which function of it prepares (``module:function``).
+
+    ``beside`` is all that is installed with it, where its own requirements do not go with this torch or ask for much that a
+    preparation never imports; ``stand_ins`` are modules that are empty in its environment.
+    """
 
     text: str
     function: str
+    beside: tuple[str, ...] = ()
+    stand_ins: tuple[str, ...] = ()
 
     @property
     def project(self) -> str:
@@ -67,8 +73,51 @@ class Requirement:
         return "" if git is None else _commit(git["url"], git["ref"] or "HEAD")
 
 
+def _trainer(name: str, requirement: str, *beside: str, stand_ins: tuple[str, ...] = ()) -> Requirement:
+    function = f"kbitcheck.integrations.trainers.{name}:prepare_model_for_kbit_training"
+    return Requirement(requirement, function, beside, stand_ins)
+
+
+DATASETS = (
+    "pandas",
+    "pyarrow",
+    "xxhash",
+    "aiohttp",
+    "aiosignal",
+    "aiohappyeyeballs",
+    "frozenlist",
+    "multidict",
+    "propcache",
+    "yarl",
+)
+HUB = ("huggingface_hub<2", "httpx", "httpcore")
+# What each trainer does to a model before training, at the release that was last run.
+TRAINERS = {
+    "trl": _trainer("trl", "trl==1.16.0"),
+    "llamafactory": _trainer(
+        "llamafactory", "llamafactory==0.9.5", "transformers==5.6.0", "peft==0.18.1", "trl==0.24.0", "accelerate==1.11.0",
+        "datasets==4.0.0", "tokenizers==0.22.2", "fsspec<=2025.3.0", "dill<0.3.9", "multiprocess<0.70.17", "omegaconf",
+        "pillow<11", "scipy", "sentencepiece", "pytz", *HUB, *DATASETS,
+        stand_ins=("torchaudio",),
+    ),
+    "axolotl": _trainer(
+        "axolotl", "axolotl==0.19.0", "transformers==5.16.1", "peft==0.20.0", "trl==1.9.0", "accelerate==1.13.0",
+        "datasets==4.8.4", "tokenizers==0.23.1", "fsspec<=2026.2.0", "dill", "multiprocess", "addict", "axolotl-contribs-lgpl==0.0.7",
+        "axolotl-contribs-mit==0.0.6", "fastcore", "posthog==6.7.11", "backoff", "distro", "kernels<0.17", "kernels-data",
+        "nvidia-ml-py", "pytz", "scipy", "sentencepiece", "triton", "zstandard", *HUB, *DATASETS,
+    ),
+    "swift": _trainer(
+        "swift", "ms-swift==4.6.0", "transformers==5.19.0", "peft==0.20.0", "trl<1.0", "datasets==4.8.4", "dill<0.4.2",
+        "multiprocess<0.70.20", "modelscope", "modelscope-hub", "einops", "json_repair", "simplejson", "scipy",
+        "sentencepiece", "cloudpickle", "cffi", "cryptography", "sniffio", "zstandard", "httpx", "httpcore", *DATASETS,
+    ),
+}  # fmt: skip
+
+
 def parse(text: str) -> Requirement | None:
     """The requirement that an implementation's name begins with; None where it names what is installed here."""
+    if text in TRAINERS:
+        return TRAINERS[text]
     package, separator, function = text.rpartition(SEPARATOR)
     if separator:
         if not package.strip():

@@ -29,7 +29,7 @@ ALIASES = {
     REFERENCE: "kbitcheck_reference:prepare_model_for_kbit_training",
     "peft": "peft:prepare_model_for_kbit_training",
 }
-FORMS = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function"
+FORMS = "reference, peft, trl, llamafactory, axolotl, swift, module:function, path/to/file.py:function or REQUIREMENT::module:function"
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -100,7 +100,7 @@ def load(text: str) -> Implementation:
             raise Missing(f"implementation {text!r}: {where} has no attribute {attribute!r}{hint}") from None
     if not callable(function):
         raise Missing(f"implementation {text!r} is a {type(function).__name__}, which cannot be called")
-    subject = describe(function, name=text, version=_version(module))
+    subject = describe(function, name=text, version=_version(module, text))
     changed = process_state.changed(before, process_state.state())
     settings = {name: values for name, values in changed.items() if name not in process_state.OF_IMPORTS}
     return replace(subject, imported=settings | library_attributes.replaced_at_import(libraries))
@@ -181,7 +181,9 @@ def _first_on_path(directory: Path) -> None:
         sys.path.insert(0, str(directory))
 
 
-def _version(module: ModuleType) -> str:
+def _version(module: ModuleType, text: str) -> str:
+    if text in requirements.TRAINERS:
+        return machine.version(requirements.TRAINERS[text].project)
     top = module.__name__.partition(".")[0]
     version = machine.version("kbitcheck" if top == "kbitcheck_reference" else top)
     own = getattr(module, "__version__", "")

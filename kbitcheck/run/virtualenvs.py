@@ -91,7 +91,7 @@ def _build(requirement: Requirement, folder: Path) -> None:
     for old in (draft, folder):
         shutil.rmtree(old, ignore_errors=True)
     refused: list[str] = []
-    todo = _candidates()
+    todo = [""] if requirement.beside else _candidates()
     try:
         while todo:
             version = todo.pop(0)
@@ -128,6 +128,8 @@ def _furnish(requirement: Requirement, draft: Path, transformers: str) -> None:
     held = {name: machine.version(name) for name in PINNED}
     lines = [f"{name}=={version}" for name, version in held.items() if version]
     pins.write_text("\n".join([*lines, f"transformers>={OLDER_TRANSFORMERS[-1]}", ""]), encoding="utf-8")
+    for name in requirement.stand_ins:
+        (_packages(draft) / f"{name}.py").touch()
     _install(requirement, draft, [f"transformers=={transformers}"] if transformers else [])
     _load(requirement, draft)
 
@@ -141,11 +143,15 @@ def _install(requirement: Requirement, draft: Path, beside: Sequence[str]) -> No
         names = (*PINNED, *TIED_TO_TORCH)
         spared.write_text("".join(f"{name}; python_version < '3'\n" for name in names), encoding="utf-8")
         uses = [uv, "pip", "install", "--quiet", "--python", str(python), "--overrides", str(spared), *held]
-        return _succeed(requirement, [*uses, requirement.pip, *beside])
+        alone = ["--no-deps", *requirement.beside] if requirement.beside else []
+        return _succeed(requirement, [*uses, *alone, requirement.pip, *beside])
     if importlib.util.find_spec("pip") is None:
         raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
     options = ["--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
     uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
+    if requirement.beside:
+        alone = ["--no-deps", "--ignore-installed", *requirement.beside]
+        return _succeed(requirement, [*uses, *alone, requirement.pip])
     if requirement.project and not machine.version(requirement.project):
         return _succeed(requirement, [*uses, requirement.pip, *beside])
     # pip takes what is on the path for installed: the subject itself must be in the environment in any case.
@@ -239,6 +245,7 @@ def parents() -> list[str]:
 def _key(requirement: Requirement) -> str:
     parts = (
         LAYOUT, requirement.text if requirement.path is None else str(requirement.path), requirement.content(), requirement.function,
+        requirement.beside, requirement.stand_ins,
         platform.python_version(), sys.prefix, parents(), _candidates(), [machine.version(name) for name in PINNED],
     )  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()

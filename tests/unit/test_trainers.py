@@ -1,0 +1,67 @@
+"""``--prepare`` with the name of a trainer: what is installed for it, what it promises, what a forecast of it adds."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kbitcheck
+from kbitcheck.core.profile import OF_TRAINERS, assumed_profile
+from kbitcheck.run import virtualenvs
+from kbitcheck.run.requirements import TRAINERS, Requirement, parse
+from kbitcheck.run.subject import default_profile, validate
+
+
+def test_every_trainer_has_a_requirement_a_profile_and_a_module() -> None:
+    assert set(TRAINERS) == set(OF_TRAINERS)
+    for name, requirement in TRAINERS.items():
+        validate(name)
+        assert parse(name) is requirement
+        module = requirement.function.partition(":")[0]
+        assert importlib.util.find_spec(module) is not None
+        assert re.search(r"==\d", requirement.text)
+        assert default_profile(name) == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"), [("trl", "frozen-half"), ("trl==1.16.0", "frozen-half"), ("peft", "peft"), ("mine:f", "peft")]
+)
+def test_what_is_assumed_where_nothing_runs(name: str, profile: str) -> None:
+    assert assumed_profile(name) == profile
+
+
+def test_a_forecast_of_a_trainer_upcasts_what_the_trainer_does() -> None:
+    upcast = {name: _forecast(name)["upcast"] for name in ("swift", "peft")}
+    assert upcast["swift"] == 0 < upcast["peft"]
+
+
+def _forecast(name: str) -> Any:
+    from kbitcheck.core.cases import CaseSpec
+    from kbitcheck.core.rule import select
+    from kbitcheck.observe.open_case import open_case
+    from kbitcheck.run.subject import unused
+
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation=name, profile="auto", static="always")
+    return open_case(spec, unused(name), rules=select(["KB901"], {})).summary()["forecast"]
+
+
+@pytest.mark.parametrize("uv", [None, "/bin/uv"])
+def test_a_trainer_is_installed_with_what_is_named_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uv: str | None
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(virtualenvs, "_run", lambda words: (ran.append([*words]), (0, ""))[1])
+    monkeypatch.setattr(virtualenvs.shutil, "which", lambda name: uv)
+    (tmp_path / "bin").mkdir()
+    virtualenvs._install(Requirement("a==1", "a:f", beside=("b==2",)), tmp_path, [])
+    (words,) = ran
+    assert {"--no-deps", "a==1", "b==2"} <= set(words)
+
+
+def test_an_unknown_trainer_is_wrong_usage() -> None:
+    with pytest.raises(kbitcheck.UsageError, match="trl, llamafactory"):
+        validate("lamafactory")
