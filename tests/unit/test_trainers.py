@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,13 @@ def test_a_trainer_is_installed_with_what_is_named_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uv: str | None
 ) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr(virtualenvs, "_run", lambda words: (ran.append([*words]), (0, ""))[1])
-    monkeypatch.setattr(virtualenvs.shutil, "which", lambda name: uv)
+
+    def run(words: Sequence[str]) -> tuple[int, str]:
+        ran.append([*words])
+        return 0, ""
+
+    monkeypatch.setattr(virtualenvs, "_run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: uv)
     (tmp_path / "bin").mkdir()
     virtualenvs._install(Requirement("a==1", "a:f", beside=("b==2",)), tmp_path, [])
     (words,) = ran
