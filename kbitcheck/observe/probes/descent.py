@@ -14,14 +14,14 @@ from kbitcheck.core.facts import CERTAIN, slope_bound
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.choices import ImposeChoices, RecordChoices
 
-LEARNING_RATES = (5e-3, 1.5e-3, 5e-4, 1.5e-4, 5e-5, 5e-6)
+LEARNING_RATES = (1.5e-3, 5e-3, 5e-4, 1.5e-4, 5e-5, 5e-6)  # in the order in which they are tried
 WEIGHT_DECAY = 0.1
 # Adam moves every parameter by about its learning rate, however small the gradient: a large epsilon keeps those whose
 # gradient is rounding noise from walking at random.
 EPSILON = 1e-3
 PLACES = 4  # on the way of the first step
 MORE_PLACES = 16  # before a slope is called another than the gradient's
-BENT = 1 / 2  # the loss at the end of a step is farther than this from what the gradient predicts
+BENT = 1 / 3  # the loss at the end of a step is farther than this from what the gradient predicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,21 @@ class Descent:
 def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Autocast = nullcontext) -> Descent:
     """Take two AdamW steps with weight decay on one batch, and measure the loss on the way of the first.
 
-    The learning rate is the largest that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
+    The learning rate is the first that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
     uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding. Rates whose step ends far from
-    what the gradient predicts come last: one forward tells.
+    what the gradient predicts come last: one forward tells, and tells of all larger rates.
     """
     with switches.seeded(seed, batch), switches.dropout(model, 0.0):
         way = _Way(model, batch, seed, autocast)
         descents: dict[float, Descent] = {}
+        straight = math.inf  # the least rate whose step is too bent
         for rate, bent in (*product(LEARNING_RATES, (False,)), *product(LEARNING_RATES, (True,))):
-            measured = None if rate in descents else way.descent(rate, bent=bent)
-            if measured is not None:
+            if rate in descents or (rate > straight and not bent):
+                continue
+            measured = way.descent(rate, bent=bent)
+            if measured is None:
+                straight = rate
+            else:
                 descents[rate] = measured
                 if measured.uncertainty <= CERTAIN:
                     break

@@ -194,13 +194,16 @@ def _apart(prepared: routers.Routed | None, base: routers.Routed | None) -> floa
     """How far logits are from others, relative, over the tokens whose experts are the same; None where none are."""
     if prepared is None or base is None:
         return None
-    ours, theirs = prepared.logits.double(), base.logits.double()
+    ours, theirs = prepared.logits, base.logits
     if any(not torch.equal(a, b) for a, b in zip(prepared.routes, base.routes, strict=True)):
         if any(route.shape[0] != theirs.shape[:-1].numel() for route in base.routes):
             return None
         keep = routers.unmoved(theirs, base.routes, prepared.routes)
         ours, theirs = ours[keep], theirs[keep]
-    return float((ours - theirs).norm() / theirs.norm()) if theirs.numel() else None
+    if not theirs.numel():
+        return None
+    apart, size = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (ours.float() - theirs.float(), theirs))
+    return float(apart / size)
 
 
 def evaluate(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> ForwardFacts:

@@ -152,9 +152,17 @@ class _Met:
         if id(tensor) not in self._digests:
             bits, value = digest.bits(tensor), None
             if tensor.is_floating_point() and not packed:
-                value = bits if tensor.dtype is torch.float32 else digest.value(tensor)
+                value = bits if tensor.dtype is torch.float32 else _numbers(tensor, bits)
             self._digests[id(tensor)] = bits, value
         return self._digests[id(tensor)]
+
+
+def _numbers(tensor: torch.Tensor, bits: str) -> str:
+    """Digest of a tensor's numbers, which its bits and its dtype decide."""
+    key = (tensor.dtype, bits)
+    if key not in _digests:
+        _digests[key] = digest.value(tensor)
+    return _digests[key]
 
 
 def _tensor(name: str, tensor: torch.Tensor, met: _Met, **flags: bool) -> TensorFacts:
