@@ -38,7 +38,8 @@ def is_packed(parameter: Tensor) -> bool:
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every quantized layer."""
-    return ((name, module) for name, module in model.named_modules() if is_quantized(module))
+    holders = [backend.recognition for backend in available()]
+    return ((n, m) for n, m in model.named_modules() if any(holder.holds(m) for holder in holders))
 
 
 def recognition(module: nn.Module) -> Recognition:

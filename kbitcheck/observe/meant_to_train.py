@@ -30,7 +30,7 @@ def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) 
 
 def declared(model: nn.Module, training: Training) -> dict[str, nn.Parameter]:
     """The parameters that the caller says train beside adapters, by name."""
-    return {n: p for n, p in _trainable(model).items() if training.names(n)}
+    return {n: p for n, p in _trainable(model).items() if training.names(n)} if training.trains else {}
 
 
 def require_declared(model: nn.Module, training: Training) -> None:

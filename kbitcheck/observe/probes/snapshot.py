@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,18 +30,9 @@ def snapshot(
 
     ``adapters`` are the parameters that train; ``declared`` are those of them that belong to no adapter.
     """
-    named = {id(p) for p in (declared or {}).values()}
-    met = _Met()
-    owned = {id(p) for p in (adapters or {}).values()}
-    biases = {id(m.bias) for _, m in backends.quantized_layers(model) if getattr(m, "bias", None) is not None}
     return ModelFacts(
         cls=type(model).__name__,
-        parameters={
-            n: _tensor(n, p, met, adapter=id(p) in owned, declared=id(p) in named, quantized_bias=id(p) in biases)
-            for n, p in model.named_parameters(remove_duplicate=False)
-        },
-        buffers={n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
-        layers={n: layer(n, m) for n, m in backends.quantized_layers(model)},
+        **_tensors(model, adapters or {}, declared or {}),
         modules={n: _module(n, m) for n, m in model.named_modules()},
         config=_config(model),
         can_checkpoint=can_checkpoint(model),
@@ -49,6 +41,30 @@ def snapshot(
         kept_in_float32=internals.kept_in_float32(model),
         marks=dict(_marks(model)),
     )
+
+
+def tensors_again(
+    before: ModelFacts, model: nn.Module, adapters: Mapping[str, nn.Parameter] | None = None
+) -> ModelFacts:
+    """The facts of an earlier snapshot of the model with those of its parameters, buffers and quantized layers as they are now."""
+    return replace(before, **_tensors(model, adapters or {}, {}))
+
+
+def _tensors(
+    model: nn.Module, adapters: Mapping[str, nn.Parameter], declared: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    met = _Met()
+    owned, named = {id(p) for p in adapters.values()}, {id(p) for p in declared.values()}
+    layers = dict(backends.quantized_layers(model))
+    biases = {id(m.bias) for m in layers.values() if getattr(m, "bias", None) is not None}
+    return {
+        "parameters": {
+            n: _tensor(n, p, met, adapter=id(p) in owned, declared=id(p) in named, quantized_bias=id(p) in biases)
+            for n, p in model.named_parameters(remove_duplicate=False)
+        },
+        "buffers": {n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
+        "layers": {n: layer(n, m) for n, m in layers.items()},
+    }
 
 
 def state_keys(model: nn.Module) -> frozenset[str]:

@@ -22,7 +22,10 @@ def remove(copied: nn.Module, original: nn.Module) -> nn.Module:
     not (TRL's forward is one). What libraries put on to move or collect tensors stays.
     """
     own = {id(m) for m in original.modules()}
-    inside = {id(m) for block in copied.modules() if is_block(block) for m in block.modules()}
+    inside: set[int] = set()
+    for block in copied.modules():
+        if id(block) not in inside and is_block(block):
+            inside.update(map(id, block.modules()))
     for module in copied.modules():
         replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
         if replaced and (id(module) in inside or _closes_over(module.forward, own)):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -161,6 +162,9 @@ def _replaced(
     """
     instead: dict[int, Any] = {}
     for name, module in model.named_modules():
+        # Tables of hooks, a dozen a module, are what copying a block costs.
+        empty = (table for table in vars(module).values() if type(table) is OrderedDict and not table)
+        instead.update((id(table), OrderedDict()) for table in empty)
         if backends.is_quantized(module):
             instead[id(module)] = build(name, module)
         elif dtype := wide(name, module):

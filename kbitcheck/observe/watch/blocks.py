@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from kbitcheck import backends
 from kbitcheck.core.facts import Gap, Part
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe import internals
@@ -19,6 +21,7 @@ from kbitcheck.observe.probes import switches
 from kbitcheck.observe.probes.layers import Weights
 from kbitcheck.observe.twin import patches, twins
 
+SMALL = 64 << 20  # bytes of a block's weights in float64, up to which its twins are kept
 CACHES = ("past_key_value", "past_key_values", "layer_past")
 AS_IT_IS = next(name for name, promise in PROMISES.items() if not promise.casts(norm=True))
 
@@ -136,7 +139,33 @@ class Recorder:
         return keep
 
 
-def compared(recorder: Recorder) -> tuple[Part, dict[str, Gap]] | str:
+class Twins:
+    """Pairs of twins of blocks, each the float64 one and the one in the same dtypes. Small ones are kept for later steps."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[object, tuple[Twin, Twin]]] = {}
+
+    def of(self, name: str, block: nn.Module) -> tuple[Twin, Twin]:
+        """The twins of a block whose frozen parameters are those of the first forward, with the numbers that train as they are now."""
+        trained = {n: p for n, p in block.named_parameters() if p.requires_grad}
+        state = (tuple(trained), tuple(module.training for module in block.modules()))
+        kept, pair = self._kept.get(name, (None, None))
+        if pair is None or kept != state:
+            weights = Weights(block)
+            exact, rounded = twins.float64(block, weights), twins.same_dtype(block, weights, AS_IT_IS)
+            exact, rounded = (patches.remove(twin, block) for twin in (exact, rounded))
+            pair = (_twin(patches.keep_float64(exact), torch.float64), _twin(rounded, None))
+            if 8 * sum(math.prod(backends.recognition(m).shape(m)) for m in weights.layers.values()) < SMALL:
+                self._kept[name] = state, pair
+        for twin in pair:
+            for each, buffer in twin.model.named_buffers():
+                buffer.copy_(block.get_buffer(each))
+            for each, parameter in twin.adapters.items():
+                parameter.data.copy_(trained[each].detach())
+        return pair
+
+
+def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | str:
     """The recorded call beside twins of its block with the weights that it has now; or why it cannot be compared."""
     recorded, block = recorder.recorded, recorder.block
     if recorded is None or not recorded.complete:
@@ -145,10 +174,6 @@ def compared(recorder: Recorder) -> tuple[Part, dict[str, Gap]] | str:
         return recorded.why
     if recorded.call.device != "cpu" and _drops(block):
         return "masks of dropout cannot be drawn again in float64 on a GPU"
-    weights = Weights(block)
-    exact, rounded = twins.float64(block, weights), twins.same_dtype(block, weights, AS_IT_IS)
-    exact, rounded = (patches.remove(twin, block) for twin in (exact, rounded))
-    pair = (_twin(patches.keep_float64(exact), torch.float64), _twin(rounded, None))
 
     @contextmanager
     def around(twin: Twin) -> Iterator[None]:
@@ -157,7 +182,7 @@ def compared(recorder: Recorder) -> tuple[Part, dict[str, Gap]] | str:
 
     names = {id(p): n for n, p in block.named_parameters() if p.requires_grad}
     gradients = {name: recorded.gradients.get(name) for name in names.values()}
-    return compare_alone(recorded.call, gradients, pair, around)
+    return compare_alone(recorded.call, gradients, pairs.of(recorder.name, block), around)
 
 
 def _twin(model: nn.Module, dtype: torch.dtype | None) -> Twin:

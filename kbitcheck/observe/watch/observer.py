@@ -30,10 +30,10 @@ from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.in_place import random_states_restored
 from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.probes import digest
-from kbitcheck.observe.probes.snapshot import snapshot
+from kbitcheck.observe.probes.snapshot import snapshot, tensors_again
 from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.batches import Batches
-from kbitcheck.observe.watch.blocks import Recorder, compared
+from kbitcheck.observe.watch.blocks import Recorder, Twins, compared
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.observe.watch.scaling import Scaling, listening
 from kbitcheck.observe.watch.steps import Steps
@@ -95,6 +95,8 @@ class Observer:
         self._busy = False
         self._by_check = by_check
         self._recorders: list[Recorder] = []
+        self._twins = Twins()
+        self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
         self._hooks = ExitStack()
         self._steps = Steps(model, optimizers_of(training.optimizer))
         self._scaling = Scaling(self._trained)
@@ -111,7 +113,7 @@ class Observer:
             self.failed = "a model that FSDP shards is not watched"
             self.stop()
             return
-        self._name_parameters()
+        self._steps.name_parameters()
         take_off = self._hooks.callback
         take_off(self._remove_recorders)
         take_off(self._scaling.remove)
@@ -123,9 +125,6 @@ class Observer:
         take_off(register_optimizer_step_pre_hook(self._before_step).remove)
         take_off(register_optimizer_step_post_hook(self._after_step).remove)
 
-    def _name_parameters(self) -> None:
-        self._steps.names = {id(p): n for n, p in self.model.named_parameters()}
-
     def stop(self) -> None:
         """Take everything off."""
         if self.over:
@@ -134,9 +133,11 @@ class Observer:
         self._steps.close(self.batches.taken())
         self._hooks.close()
         self._steps.forget()
+        self._twins = Twins()
         if self._steps.taken and not self.failed:
             with random_states_restored():
-                self.after = snapshot(self.model, self.meant)
+                assert self.before is not None
+                self.after = tensors_again(self.before, self.model, self.meant)
         self._when_over()
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -152,7 +153,7 @@ class Observer:
             adapters=frozenset(owned(self.model, declared(self.model, self._training))),
             held=held,
             foreign=self._steps.foreign,
-            copied=tuple(sorted(n for n in held if n.replace(".original_module.", ".modules_to_save.") != n)),
+            copied=self._copied,
             switched_on=tuple(self.batches.switched_on),
             cached=self.batches.cached,
             entering=self.batches.entering,
@@ -161,6 +162,10 @@ class Observer:
             scaler=self._scaling.facts,
             warnings=tuple(self._heard.warnings),
         )
+
+    @property
+    def _copied(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name in self._steps.held.values() if ".original_module." in name))
 
     @property
     def step(self) -> RunFacts | None:
@@ -177,7 +182,7 @@ class Observer:
     @property
     def meant(self) -> dict[str, nn.Parameter]:
         """The parameters that are meant to train: adapters, what an optimizer holds, and what ``trains`` names."""
-        copied = self.run.copied
+        copied = self._copied
         held = {
             name: p
             for name, p in self.model.named_parameters()
@@ -194,8 +199,10 @@ class Observer:
             if self.over:
                 return
         if self.before is None:
-            self._name_parameters()
+            self._steps.name_parameters()
             self.before = snapshot(self.model, self.meant)
+            for name in outermost_blocks(self.model):
+                self._kinds.setdefault(type(self.model.get_submodule(name)).__name__, []).append(name)
             for name, layer in backends.quantized_layers(self.model):
                 if getattr(layer, "bias", None) is not None:
                     self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
@@ -212,12 +219,9 @@ class Observer:
 
     def _draw(self) -> None:
         """Look at one block of every class, drawn anew."""
-        kinds: dict[str, list[str]] = {}
-        for name in outermost_blocks(self.model):
-            kinds.setdefault(type(self.model.get_submodule(name)).__name__, []).append(name)
-        if not kinds:
+        if not self._kinds:
             self._unseen = "the model has no blocks"
-        for names in kinds.values():
+        for names in self._kinds.values():
             name = self._random.choice(names)
             self._recorders.append(Recorder(name, self.model.get_submodule(name)))
 
@@ -297,7 +301,9 @@ class Observer:
         number = len(self._steps.taken) + 1
         for recorder in self._recorders:
             recorder.remove()
-            seen = "what is frozen in it changed: KB104" if self._rewritten(recorder) else compared(recorder)
+            seen = (
+                "what is frozen in it changed: KB104" if self._rewritten(recorder) else compared(recorder, self._twins)
+            )
             if isinstance(seen, str):
                 self._unseen = seen
                 continue

@@ -30,6 +30,7 @@ class Steps:
     def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         self.taken: list[WatchedStep] = []
         self.names: dict[int, str] = {}  # of the model's parameters
+        self._parameters: list[nn.Parameter] = []
         self.held: dict[int, str] = {}
         self.foreign = 0
         self.inside = False  # an optimizer's step, in which a closure may run the model
@@ -38,6 +39,12 @@ class Steps:
         self._open: _Open | None = None
         self._values: dict[str, torch.Tensor] = {}
         self._wide: dict[int, torch.Tensor] = {}
+
+    def name_parameters(self) -> None:
+        """Take the model's parameters as they are now for its own."""
+        named = dict(self._model.named_parameters())
+        self.names = {id(parameter): name for name, parameter in named.items()}
+        self._parameters = list(named.values())
 
     @property
     def open(self) -> bool:
@@ -49,7 +56,7 @@ class Steps:
         """Whether each named optimizer stepped, or everything that requires grad was stepped."""
         if self._open is None:
             return False
-        ids = {id(p) for p in self._model.parameters() if p.requires_grad}
+        ids = {id(p) for p in self._parameters if p.requires_grad}
         if self._optimizers:
             ids = {id(p) for optimizer in self._optimizers for p in _parameters(optimizer)}
         return ids <= self._open.stepped
