@@ -71,6 +71,12 @@ def cause(error: BaseException) -> str:
     return str(Raised.of(error))
 
 
+def is_own(error: BaseException) -> bool:
+    """Whether kbitcheck's own code raised an exception, and no library's or model's."""
+    places = traceback.extract_tb(error.__traceback__)
+    return bool(places) and any(Path(places[-1].filename).is_relative_to(package) for package in PACKAGES)
+
+
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     real = [(Path(f.filename), f.lineno) for f in frames if not f.filename.startswith("<")]  # "<frozen importlib...>"

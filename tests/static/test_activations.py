@@ -189,6 +189,24 @@ def test_blocks_of_two_kinds_are_not_taken_for_each_other():
     assert not [n for n, m in model.named_modules() if isinstance(m, Passed)]
 
 
+def test_an_assertion_of_our_own_is_no_property_of_the_model(monkeypatch):
+    source = resolve("tiny:llama")
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="cpu")
+    model = source.meta(Quantization.parse("nf4"))
+    facts = snapshot(model)
+    weights = forecast.of_weights(model, facts, spec)
+
+    def asserts(input_ids=None, **kwargs):
+        assert input_ids is None
+
+    model.forward = asserts
+    assert fitting.with_steps(weights, source, model, facts, spec).missing.startswith("AssertionError")
+    model = source.meta(Quantization.parse("nf4"))
+    monkeypatch.setattr(forecast, "thin", lambda model: Passed(model, model).forward())
+    with pytest.raises(AssertionError):
+        fitting.with_steps(weights, source, model, facts, spec)
+
+
 def test_a_model_that_cannot_be_fed_still_has_weights():
     source = resolve("tiny:llama")
     spec = CaseSpec(model="tiny:llama", quant="nf4", implementation="none", device="cpu")

@@ -12,6 +12,7 @@ from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.memory_sizes import CUBLAS_WORKSPACE, CUDA_CONTEXT
 from kbitcheck.models.sources.resolve import source_of
 from kbitcheck.observe.forecast import activations, fitting, predict
+from kbitcheck.observe.forecast.answer import NOT_BUILT
 from kbitcheck.observe.forecast.candidate import Candidate
 from kbitcheck.observe.static import StaticCase
 
@@ -54,10 +55,15 @@ def opened(tmp_path_factory):
     return open_case
 
 
+@cache
+def candidate_of(spec):
+    return Candidate.built(source_of(spec, static=spec.static), spec)
+
+
 def needed(opened, **options):
-    """Bytes of the device for one step with these options, of a model of its own."""
+    """Bytes of the device for one step with these options, of a model that no forecast has."""
     spec = dataclasses.replace(opened().spec, **options)
-    candidate = Candidate.built(source_of(spec, static=spec.static), spec)
+    candidate = candidate_of(dataclasses.replace(spec, **NOT_BUILT))
     mode = "non-reentrant" if spec.checkpointing == "default" else spec.checkpointing
     return candidate.needed(spec, candidate.search(spec).step(spec.batch or 1, spec.seq_len, mode).peak)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
+from kbitcheck.observe.forecast.results import Results
 
 ONE = {
     "softmax": lambda t: F.softmax(t, -1),
@@ -78,7 +79,7 @@ def run(world, function, tensor):
 
 @pytest.mark.parametrize("function", ONE.values(), ids=ONE)
 def test_an_equal_call_is_inferred_once(function):
-    world = World()
+    world = World(Results())
     first, second = floats(world), floats(world)
     inferred = run(world, function, first)
     made = run(world, function, second)
@@ -95,13 +96,13 @@ def test_an_equal_call_is_inferred_once(function):
 def test_calls_that_differ_are_not_taken_for_each_other(one, other):
     plain = [described(function(torch.empty(4, 6, dtype=torch.int32))) for function in (one, other)]
     assert plain[0] != plain[1]
-    world = World()
+    world = World(Results())
     tensor = integers(world)
     assert [described(run(world, function, tensor)[0]) for function in (one, other, one, other)] == [*plain, *plain]
 
 
 def test_a_tensor_with_numbers_is_computed():
-    world = World()
+    world = World(Results())
     for number in (3, 4):
         with world.mode, Counted(results=world.results):
             double: Any = torch.tensor(number) * 2
@@ -109,7 +110,7 @@ def test_a_tensor_with_numbers_is_computed():
 
 
 def test_a_change_of_shape_in_place_is_made_each_time():
-    world = World()
+    world = World(Results())
     for _ in range(2):
         tensor = floats(world)
         assert run(world, lambda t: t.t_(), tensor)[0] is tensor

@@ -24,10 +24,19 @@ def batches_with_audio(model: PreTrainedModel, shape: Shape) -> Iterator[Callabl
     accepted = inspect.signature(type(model).forward).parameters
     tower = _tower(model)
     in_text = inspect.signature(tower.get_audio_features).parameters if tower and "input_ids" in accepted else {}
-    for make, taken in ((_audio_in_text, in_text), (_audio_beside_text, accepted)):
-        for key, sides, time in LAYOUTS:
-            if key in taken:
-                yield partial(make, key=key, sides=sides, time=time, **shape)
+    for key, sides, time in LAYOUTS:
+        if key in in_text:
+            yield partial(_audio_in_text, key=key, sides=sides, time=time, **shape)
+    for make in audio_beside_text(model):
+        yield partial(make, **shape)
+
+
+def audio_beside_text(model: PreTrainedModel) -> Iterator[Callable[..., Batch]]:
+    """Functions of the model, ``batch``, ``seq_len`` and ``seed`` that make audio for an encoder and text as labels; they run nothing."""
+    accepted = inspect.signature(type(model).forward).parameters
+    for key, sides, _ in LAYOUTS:
+        if key in accepted:
+            yield partial(_audio_beside_text, key=key, sides=sides)
 
 
 def _tower(model: Any) -> Any:
@@ -58,8 +67,7 @@ def _audio_in_text(model: Any, *, key: str, sides: Sides, time: int, batch: int,
     return {**text, **audio}
 
 
-def _audio_beside_text(model: Any, *, key: str, sides: Sides, time: int, batch: int, seq_len: int, seed: int) -> Batch:
-    """Audio for an encoder; the labels are text."""
+def _audio_beside_text(model: Any, *, key: str, sides: Sides, batch: int, seq_len: int, seed: int) -> Batch:
     tokens = Tokens(model, seed)
     labels = tokens.labels(batch, seq_len)
     return fit({"labels": labels, key: tokens.features(batch, *sides(_config(model.config)))}, model)

@@ -155,7 +155,8 @@ class Answer:
                     return state
         try:
             return self._trial(dataclasses.replace(state.spec, **values), {**state.values, **values})
-        except predict.NO_STEP:  # this model cannot be trained so
+        except predict.NO_STEP as error:  # this model cannot be trained so
+            predict.raise_if_own(error)
             return state
 
     def _most(self, spec: CaseSpec, name: str) -> int | None:

@@ -19,7 +19,7 @@ from kbitcheck.backends import registry
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.attention import workspace
 from kbitcheck.observe.forecast.cuda_autocast import Watcher
-from kbitcheck.observe.forecast.results import Results
+from kbitcheck.observe.forecast.results import Results, shared
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log
 from kbitcheck.observe.probes.live import Live
@@ -34,10 +34,9 @@ class World:
     one.
     """
 
-    def __init__(self) -> None:
-        self.mode = internals.FakeTensorMode(allow_non_fake_inputs=True)
-        self.mode.cache_enabled = False  # ours is above it
-        self.results = Results(self.mode)
+    def __init__(self, results: Results | None = None) -> None:
+        self.results = results or shared()
+        self.mode = self.results.mode
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # the originals are kept: an identity is one while they live
 
     def tensor(self, real: Tensor) -> Tensor:

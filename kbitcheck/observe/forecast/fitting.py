@@ -75,6 +75,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)
         return dataclasses.replace(forecast, **_table(candidate, spec))
     except predict.NO_STEP as error:
+        predict.raise_if_own(error)
         return dataclasses.replace(forecast, missing=cause(error))
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ from kbitcheck import backends
 from kbitcheck.core import memory_sizes
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import UsageError
+from kbitcheck.core.errors import UsageError, is_own
 from kbitcheck.core.facts import ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.blocks import is_block
+from kbitcheck.models.inputs.audio import audio_beside_text
 from kbitcheck.models.inputs.images import counted_features
 from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
@@ -44,10 +45,15 @@ NOTES = {
     "chunked": "the loss is of chunks of 512 tokens from head to loss, each recomputed in the backward",
     "fused": "the loss is Liger's fused linear cross-entropy; its other kernels, which use_liger_kernel=True adds, hold less still",
 }
-# What a model's code raises when it cannot be predicted.
-# What models raise without numbers; some assert what they read.
+# What a model's code raises without numbers; some assert what they read.
 NO_STEP = (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
+
+
+def raise_if_own(error: BaseException) -> None:
+    """Raise an assertion of kbitcheck's own again, which no model failed."""
+    if isinstance(error, AssertionError) and is_own(error):
+        raise error
 
 
 def default_mode(implementation: str) -> str:
@@ -148,7 +154,13 @@ class Training:
         world.move(wrapped)
         wrapped.train()
         self._measure = partial(measure, wrapped, world=world, accumulated=kept)
-        self._count_image_tokens()
+        self._audio: Callable[..., Mapping[str, Tensor]] | None = None
+        try:
+            self._count_image_tokens()
+        except (UsageError, AttributeError):  # no layout that every model of its kind reads
+            self._audio = next(self._fitting_audio(), None)
+            if self._audio is None:
+                raise
         self.limit = max(token_limit(model) - self.image_tokens, 1)
 
     def step(
@@ -211,7 +223,17 @@ class Training:
             self._drawn.clear()
             self.notes = (*self.notes, f"each sequence has an image of {self.image_tokens:,} tokens beside its text")
 
+    def _fitting_audio(self) -> Iterator[Callable[..., Mapping[str, Tensor]]]:
+        """The layouts of audio beside a text that the model computes a step of."""
+        for make in audio_beside_text(self._model):
+            with suppress(*NO_STEP):
+                batch = make(self._model, batch=1, seq_len=SHORT, seed=self._spec.seed)
+                self._measure(batch, runtime=dataclasses.replace(self.runtime, packed=False), reentrant=None)
+                yield make
+
     def _draw(self, batch: int, length: int) -> Mapping[str, Tensor]:
+        if self._audio is not None:
+            return self._audio(self._model, batch=batch, seq_len=length, seed=self._spec.seed)
         try:
             # Drawn, not chosen by a run, as a source's are: kernels would read and write memory that fake tensors lack.
             count = self.image_tokens or None

@@ -6,6 +6,7 @@ from its other arguments, and from the default dtype.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kbitcheck.observe import internals
 
 Key = tuple[object, ...]
 FRESH = -1
+MOST = 1 << 15  # calls: about 50 MB
 
 
 class _Undescribed(Exception):
@@ -42,10 +44,12 @@ class _Returned:
 
 
 class Results:
-    """Results of operators on the fake CPU tensors of one mode, by operator and arguments."""
+    """Results of operators on the fake CPU tensors of ``mode``, by operator and arguments."""
 
-    def __init__(self, mode: internals.FakeTensorMode) -> None:
-        with mode:
+    def __init__(self) -> None:
+        self.mode = internals.FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # torch's own, below this one
+        with self.mode:
             self._example: Any = torch.empty(0)
         self._returned: dict[Key, _Returned | None] = {}
 
@@ -66,6 +70,8 @@ class Results:
 
     def _inferred(self, key: Key, func: Any, inputs: Sequence[Tensor], infer: Callable[[], Any]) -> Any:
         """The result of a new call, which is kept if it can be made again from its description."""
+        if len(self._returned) >= MOST:
+            self._returned.clear()
         before = self._states(inputs)
         out = infer()
         try:
@@ -91,7 +97,7 @@ class Results:
         return parts
 
     def _check(self, tensor: Any) -> None:
-        if type(tensor) is not internals.FakeTensor or tensor.fake_mode is not self._example.fake_mode:
+        if type(tensor) is not internals.FakeTensor or tensor.fake_mode is not self.mode:
             raise _Undescribed
         if (
             tensor.fake_device != self._example.fake_device
@@ -145,3 +151,9 @@ class Results:
             return inputs[result.of]
         storage = None if result.of == FRESH else inputs[result.of].untyped_storage()
         return internals.fake_like(self._example, result.shape, result.stride, result.offset, result.dtype, storage)
+
+
+@cache
+def shared() -> Results:
+    """The results that all models of the process share, as their steps make calls of the same shapes."""
+    return Results()
