@@ -80,6 +80,8 @@ def _trainer(name: str, requirement: str, *beside: str, stand_ins: tuple[str, ..
 
 DATASETS = (
     "pandas",
+    "python-dateutil",
+    "six",
     "pyarrow",
     "xxhash",
     "aiohttp",

@@ -95,6 +95,7 @@ class WatchedRun:
     ``entering`` are the dtypes that entered quantized layers, with the number of layers. ``unseen`` is why no block was
     compared with twins; empty where some were. ``assumed`` describes the optimizer where the caller named none: its steps are
     a forecast. ``scaler`` is None where no gradient scaler is used, ``warnings`` where nobody listened.
+    ``optimizers`` are the classes of those that stepped.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -110,3 +111,4 @@ class WatchedRun:
     assumed: str = ""
     scaler: ScalerFacts | None = None
     warnings: tuple[HeardWarning, ...] | None = None
+    optimizers: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.observe import figures
 from kbitcheck.observe.probes.switches import mode_of
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
+from kbitcheck.observe.watch.figures import watched_figures
 from kbitcheck.observe.watch.observer import Observer
 
 T = TypeVar("T")
@@ -76,9 +77,9 @@ class WatchedCase(OpenCase):
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``, and what was watched."""
         shown = figures.summary(self, {"prepared"}, batch=None)
-        steps = self.watched.steps
         blocks = sorted({part.block for part in self._observer.blockwise.parts.values()})
-        return {**shown, "watched": {"steps": len(steps), "rates": [s.rate for s in steps], "blocks": blocks}}
+        run = watched_figures(self.watched, self.prepared, self._observer.step)
+        return {**shown, "watched": {**run, "blocks": blocks}}
 
 
 def _seen(facts: T | None) -> T:

@@ -161,6 +161,7 @@ class Observer:
             unseen="" if self.parts else self._unseen,
             scaler=self._scaling.facts,
             warnings=tuple(self._heard.warnings),
+            optimizers=tuple(self._steps.kinds),
         )
 
     @property

@@ -33,6 +33,7 @@ class Steps:
         self._parameters: list[nn.Parameter] = []
         self.held: dict[int, str] = {}
         self.foreign = 0
+        self.kinds: list[str] = []  # classes of the optimizers
         self.inside = False  # an optimizer's step, in which a closure may run the model
         self._model = model
         self._optimizers = optimizers
@@ -117,6 +118,9 @@ class Steps:
         mine = self._mine(optimizer)
         if not mine and (self.held or not (ran or self.open)):
             return False
+        kind = type(optimizer).__name__
+        if kind not in self.kinds:
+            self.kinds.append(kind)
         self.held.update((id(p), self.names[id(p)]) for p in mine)
         self.foreign = max(self.foreign, len(_parameters(optimizer)) - len(mine))
         return True
