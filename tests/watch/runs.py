@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 
-def load(*, scheme="nf4", layers=2, **config):
+def load(*, scheme="nf4", layers=2, compute=torch.bfloat16, **config):
     """A tiny quantized model, loaded from a checkpoint."""
     torch.manual_seed(0)
     fields = {
@@ -21,7 +21,7 @@ def load(*, scheme="nf4", layers=2, **config):
     quantization = (
         BitsAndBytesConfig(load_in_8bit=True)
         if scheme == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_compute_dtype=torch.bfloat16)
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_compute_dtype=compute)
     )
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
@@ -140,7 +140,14 @@ def dora():
     return model, adamw(model), {}
 
 
-# Runs in which nothing is wrong.
+def autocast_over_float32():
+    """As ``trl sft`` trains: layers that compute in float32, under autocast to bfloat16."""
+    model = prepared(compute=torch.float32)
+    own = model.forward
+    model.forward = lambda *args, **kwargs: torch.autocast("cpu", torch.bfloat16)(own)(*args, **kwargs)
+    return model, adamw(model), {}
+
+
 def checkpointing_passed_again():
     """As axolotl does: a call without arguments is followed by its trainer's with them."""
     kwargs = {"use_reentrant": True}
@@ -153,8 +160,10 @@ def checkpointing_passed_again():
     return model, adamw(model), {"first": first}
 
 
+# Runs in which nothing is wrong.
 SOUND = (
-    plain, int8, dropout, accumulated, warmed_up, without_checkpointing, reentrant, checkpointing_passed_again, head_saved, dora,
+    plain, int8, dropout, accumulated, warmed_up, without_checkpointing, reentrant, checkpointing_passed_again,
+    autocast_over_float32, head_saved, dora,
 )  # fmt: skip
 
 

@@ -66,6 +66,13 @@ class Recorder:
     def _hold(self, handle: Any) -> None:
         self._handles.append(handle)
 
+    @property
+    def is_recast(self) -> bool:
+        """Whether autocast computed a quantized layer in fewer bits than the layer's own compute dtype has."""
+        cast = None if self.recorded is None else self.recorded.call.autocast
+        layers = [] if cast is None else backends.quantized_layers(self.block)
+        return any(backends.arithmetic(layer).compute_dtype(layer) == torch.float32 for _, layer in layers)
+
     def next_batch(self) -> None:
         """Keep what was recorded, where it is complete; otherwise begin again."""
         if self.recorded is not None and self.recorded.complete:

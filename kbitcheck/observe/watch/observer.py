@@ -94,6 +94,7 @@ class Observer:
         self._unseen = ""
         self._busy = False
         self._by_check = by_check
+        self._recast = False
         self._recorders: list[Recorder] = []
         self._twins = Twins()
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
@@ -178,7 +179,8 @@ class Observer:
     def blockwise(self) -> BlockwiseFacts:
         """The blocks that were looked at, beside their twins."""
         on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
-        return BlockwiseFacts(parts=self.parts, adapters=self.gaps, same_kernels=on_cpu and not self.batches.compiled)
+        same_kernels = on_cpu and not self.batches.compiled and not self._recast
+        return BlockwiseFacts(parts=self.parts, adapters=self.gaps, same_kernels=same_kernels)
 
     @property
     def meant(self) -> dict[str, nn.Parameter]:
@@ -302,6 +304,7 @@ class Observer:
         number = len(self._steps.taken) + 1
         for recorder in self._recorders:
             recorder.remove()
+            self._recast = self._recast or recorder.is_recast
             seen = (
                 "what is frozen in it changed: KB104" if self._rewritten(recorder) else compared(recorder, self._twins)
             )
