@@ -48,6 +48,8 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         figures["activations_by_block"] = by_block(facts.memory)
     if "_trained" in computed:
         figures["losses"], figures["predicted_changes"] = list(facts.training.losses), list(facts.training.predicted)
+    if "drawn_conditions" in computed:
+        figures["drawn"] = facts.drawn_conditions
     return figures
 
 

@@ -22,9 +22,11 @@ from kbitcheck.core.facts import (
     RunFacts,
     fact,
 )
+from kbitcheck.models.inputs.drawn import Conditions
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import recorded
+from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
@@ -128,6 +130,20 @@ class Stepped:
         with switches.plain(attached.model), recorded(attached.model) as calls:
             run = self._preparation.step(attached, batch=batch)
         return self._loaded.block_by_block(self._spec, run, calls, batch)
+
+    @fact(Cost("cut", BESIDE_TWINS, large=Cost("cut", BESIDE_TWINS + AGAIN)))
+    def _drawn(self) -> tuple[Conditions, BlockwiseFacts]:
+        loaded, spec = self._loaded, self._spec
+        if loaded.training.batch is not None or spec.batch is not None or spec.seq_len is not None:
+            raise Unavailable("the batch is the one that was asked for")
+        limit = token_limit(loaded.pristine)
+        large = loaded.large or spec.cut == "never"  # as on a cut
+        conditions = Conditions.drawn(f"{spec.seed} {spec.id}", limit=limit, large=large)
+        batch = conditions.batch(partial(loaded.source.batch, loaded.pristine, seed=spec.seed))
+        return conditions, self._block_by_block(batch).facts
+
+    drawn_blockwise = Fact[BlockwiseFacts](lambda self: self._drawn[1], cost=Cost("cut", needs=("_drawn",)))
+    drawn_conditions = Fact[str](lambda self: str(self._drawn[0]), cost=Cost("cut", needs=("_drawn",)))
 
     blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts, cost=Cost(needs=("_whole_batch",)))
     single_blockwise = Fact[BlockwiseFacts](

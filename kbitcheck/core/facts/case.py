@@ -181,6 +181,10 @@ class Facts:
     """A plain step beside twins that take its inputs and gradients, block by block."""
     single_blockwise: BlockwiseFacts
     """``blockwise`` for the batch's first row, without an attention mask."""
+    drawn_blockwise: BlockwiseFacts
+    """``blockwise`` for a batch that is drawn for this case."""
+    drawn_conditions: str
+    """What the drawn batch is like."""
     gradients: Mapping[str, Gap]
     """By adapter, its gradient in the step of ``run``, beside the twins'."""
     single_gradients: Mapping[str, Gap]

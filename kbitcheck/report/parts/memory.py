@@ -48,6 +48,8 @@ def _table(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         first, *_, last = facts["losses"]
         predicted = first + facts["predicted_changes"][-1]
         yield "trained", f"one step: loss {first:.4g} to {last:.4g} ({predicted:.4g} by the gradient alone)"
+    if "drawn" in facts:
+        yield "drawn", f"{facts['drawn']}: judged beside the case's own batch (KB310); another --seed draws another"
     for note in (forecast or {}).get("notes", ()):
         yield "note", note
 

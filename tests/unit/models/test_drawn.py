@@ -1,0 +1,49 @@
+"""Drawn batches are what their conditions say, and the same for the same case."""
+
+import pytest
+import torch
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.models.inputs.drawn import LONG, ROWS, SHORT, Conditions
+from kbitcheck.models.inputs.text import IGNORED
+from kbitcheck.models.sources.resolve import resolve
+
+MANY = [Conditions.drawn(str(seed), limit=1000, large=False) for seed in range(60)]
+
+
+def test_every_condition_is_drawn():
+    assert {c.rows for c in MANY} == {1, *ROWS}
+    assert all((c.rows == 1) is (c.length > 512) for c in MANY)
+    assert {c.padding for c in MANY} == {"right", "left", "none"}
+    assert {c.ignored for c in MANY} == {0, 2, 3}
+    assert all(c.length % 2 and (SHORT[0] <= c.length <= SHORT[1] or LONG[0] <= c.length <= LONG[1]) for c in MANY)
+    assert {c.length > 512 for c in MANY} == {True, False}
+    assert Conditions.drawn("7", limit=1000, large=False) == MANY[7]
+
+
+def test_a_large_model_gets_a_short_batch_and_none_is_beyond_the_limit():
+    large = [Conditions.drawn(str(seed), limit=80, large=True) for seed in range(60)]
+    assert {c.rows for c in large} == {ROWS[0]}
+    assert max(c.length for c in large) == 80
+
+
+@pytest.fixture(scope="module")
+def model():
+    return resolve("tiny:llama").meta(Quantization.parse("nf4")).to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_a_batch_is_what_its_conditions_say(model, padding, ignored):
+    conditions = Conditions(rows=3, length=65, padding=padding, ignored=ignored)
+    batch = conditions.batch(lambda **shape: resolve("tiny:llama").batch(model, seed=0, **shape))
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    assert ids.shape == mask.shape == labels.shape == (3, 65)
+    assert mask[:2].all()
+    ends = {"right": (True, False), "left": (False, True), "none": (True, True)}[padding]
+    assert (bool(mask[-1, 0]), bool(mask[-1, -1])) == ends
+    counts = labels != IGNORED
+    expected = mask.bool() & (torch.arange(65) % ignored != 0 if ignored else torch.ones(65, dtype=torch.bool))
+    assert counts.equal(expected)
+    assert ids[counts].equal(labels[counts])
+    assert str(conditions).startswith("3 rows of 65 tokens, ")
