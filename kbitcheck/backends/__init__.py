@@ -42,6 +42,12 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if any(holder.holds(m) for holder in holders))
 
 
+def emptied_schemes(model: nn.Module) -> set[str]:
+    """The schemes of quantized layers whose weights something else holds now, as FSDP does."""
+    recognitions = [backend.recognition for backend in available()]
+    return {scheme for m in model.modules() for each in recognitions if (scheme := each.emptied(m))}
+
+
 def recognition(module: nn.Module) -> Recognition:
     """What its backend says of a quantized layer."""
     return _holder(module).recognition

@@ -35,6 +35,10 @@ class Recognition:
         """Name of the module's scheme."""
         raise NotImplementedError
 
+    def emptied(self, module: nn.Module) -> str:
+        """The scheme of the library's own layer whose weight something else holds now, as FSDP does; "" for any other module."""
+        return ""
+
     def shape(self, module: Any) -> tuple[int, int]:
         """(out features, in features) of the unpacked weight."""
         return int(module.out_features), int(module.in_features)

@@ -165,8 +165,11 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     judged = 0
     for run, (blockwise, gradients) in runs.items():
         whole = gradients_off(gradients)
-        judged += len(whole) + sum(map(measurable, blockwise.adapters.values()))
-        for seen in (*tensors_off(blockwise), *whole):
+        tensors = list(tensors_off(blockwise))
+        # Of a prompt or a prefix no parameter is inside a block: what leaves the blocks is judged.
+        alone = not blockwise.adapters and not whole
+        judged += len(tensors) if alone else len(whole) + sum(map(measurable, blockwise.adapters.values()))
+        for seen in (*tensors, *whole):
             yield dataclasses.replace(seen, where=f"{seen.where}{run}")
     if not judged:
         raise NotApplicable("rounding alone moves every gradient by as much as it is long")

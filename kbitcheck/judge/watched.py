@@ -15,6 +15,7 @@ MOST_LOST = 0.1
 NO_OPTIMIZER = (
     "needs your optimizer (optimizer=, or a Trainer in place of the model) or your training (`kbitcheck watch`)"
 )
+TOKENS = ".trainable_tokens_"
 SAME = 1e-3  # weights of losses are quotients of small numbers, in a loss's dtype
 
 
@@ -257,6 +258,7 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     """What the optimizer holds gets a finite gradient that is not zero; what is zero by initialisation, from the second step on.
 
     A tensor that no batch reaches, as an expert without tokens, has no gradient, which is a fault if no step gives it one.
+    Tokens that are trained alone (``trainable_token_indices``) need not be in the first batches.
 
     Why: a tensor without a gradient is not trained, and no message says so.
     Symptom: adapters that keep their first values; "None of the inputs have requires_grad=True".
@@ -272,8 +274,11 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("the optimizer holds nothing that trains: KB710")
     for name, updates in held.items():
         words = [u.gradient for u in updates]
+        unmet = TOKENS in name and "none" not in words  # tokens that train alone, none of which was in a batch
         if "not finite" in words:
             ok = False
+        elif unmet:
+            ok = True
         elif len(words) == 1:
             ok = words[0] != "none"
         else:

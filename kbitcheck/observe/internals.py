@@ -190,6 +190,15 @@ def is_sharded(model: nn.Module) -> bool:
     return parts or any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that several hold; any other tensor itself. No other process is waited for."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it nothing is sharded
+    if module is not None and isinstance(tensor, module.DTensor):
+        part: torch.Tensor = tensor.to_local()
+        return part
+    return tensor
+
+
 def is_distributed() -> bool:
     """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -60,6 +60,7 @@ class _Waiting:
     def _runs(self, module: Any, args: Any) -> None:
         import torch
 
+        self._heard.takes_gradients = torch.is_grad_enabled()
         if not torch.is_grad_enabled() or LENT in vars(module):
             return
         self._ran = True
@@ -80,7 +81,7 @@ class _Waiting:
     def _quantized(self, module: Any) -> bool:
         from kbitcheck import backends
 
-        return any(True for _ in backends.quantized_layers(module))
+        return any(True for _ in backends.quantized_layers(module)) or bool(backends.emptied_schemes(module))
 
     def _trains(self, module: Any) -> bool:
         """Whether a model in eval mode has adapters that require grad: then its forward may be a training one."""

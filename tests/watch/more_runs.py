@@ -10,6 +10,7 @@ import warnings
 import peft
 import torch
 import transformers
+from accelerate import Accelerator
 from peft import get_peft_model, prepare_model_for_kbit_training
 
 from tests.watch.runs import adamw, batches, load, lora, prepared, trained_by
@@ -227,10 +228,98 @@ def trainer_with_mixed_precision():
     return model, trained(model, bf16=True, gradient_checkpointing=True)
 
 
+def accelerated():
+    """Accelerate's own loop: it wraps the optimizer, accumulates and clips."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = prepared()
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    model.train()
+    losses = []
+    for batch in batches(2 * STEPS):
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    return model, losses
+
+
+def compiled():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    around = torch.compile(model, backend="eager")
+    return model, [plain_step(around, optimizer, batch) for batch in batches(STEPS)]
+
+
+def preferences():
+    """Two forwards for one backward, and two of the reference, without adapters and gradients."""
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses, several = [], list(batches(2 * STEPS))
+    for one, other in zip(several[::2], several[1::2], strict=True):
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(**one).loss - model(**other).loss
+        loss = -torch.nn.functional.logsigmoid(model(**other).loss - model(**one).loss + reference)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def a_loss_of_ones_own():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def tokens_that_no_batch_has():
+    model = prepared(adapters=lora(trainable_token_indices={"embed_tokens": [0]}))
+    return model, each_step(model, adamw(model))
+
+
+def one_cycle():
+    model = prepared()
+    optimizer = adamw(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=20)
+    return model, each_step(model, optimizer, between=lambda model, step: schedule.step())
+
+
+def ranks_that_change():
+    adapters = peft.AdaLoraConfig(
+        target_modules=["q_proj", "v_proj"], total_step=20, init_r=4, target_r=2, tinit=1, tfinal=5, task_type="CAUSAL_LM"
+    )  # fmt: skip
+    model = prepared(adapters=adapters)
+
+    def allocate(model, step):
+        for parameter in trained_by(model):  # it reads gradients, which are gone by now
+            parameter.grad = torch.zeros_like(parameter)
+        model.base_model.update_and_allocate(step + 1)
+        model.zero_grad()
+
+    return model, each_step(model, adamw(model), between=allocate)
+
+
 SOUND = (
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, clipped, tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
-    scaler_and_clipping, trainer, trainer_with_mixed_precision,
+    scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,
+    tokens_that_no_batch_has, one_cycle, ranks_that_change,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 
-def load(*, scheme="nf4", layers=2, compute=torch.bfloat16, **config):
+def load(*, scheme="nf4", layers=2, compute=torch.bfloat16, quantization=None, **config):
     """A tiny quantized model, loaded from a checkpoint."""
     torch.manual_seed(0)
     fields = {
@@ -18,7 +18,7 @@ def load(*, scheme="nf4", layers=2, compute=torch.bfloat16, **config):
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0, **config,
     }  # fmt: skip
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).bfloat16()
-    quantization = (
+    quantization = quantization or (
         BitsAndBytesConfig(load_in_8bit=True)
         if scheme == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_compute_dtype=compute)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Int8Params, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 
 from kbitcheck.backends.protocol import Recognition
@@ -26,6 +26,13 @@ class BitsAndBytesLayers(Recognition):
 
     def scheme(self, module: Any) -> str:
         return str(module.weight.quant_state.quant_type) if is_4bit(module) else "int8"
+
+    def emptied(self, module: nn.Module) -> str:
+        if self.holds(module):
+            return ""
+        if isinstance(module, Linear4bit):
+            return str(getattr(getattr(module, "quant_state", None), "quant_type", ""))
+        return "int8" if isinstance(module, Linear8bitLt) and scales(module) is not None else ""
 
     def shape(self, module: Any) -> tuple[int, int]:
         rows, columns = module.weight.quant_state.shape if is_4bit(module) else module.weight.shape

@@ -35,6 +35,7 @@ class LiveModel(Source):
         from kbitcheck import backends
 
         kinds = sorted({backends.recognition(m).scheme(m) for _, m in backends.quantized_layers(self.model)})
+        kinds = kinds or sorted(backends.emptied_schemes(self.model))
         if not kinds:
             raise UsageError(f"{self.name} has no quantized layer: load it with a quantization_config first")
         return str(kinds[0])

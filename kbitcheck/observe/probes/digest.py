@@ -5,18 +5,20 @@ from typing import Any
 
 import torch
 
+from kbitcheck.observe import internals
+
 CHUNK = 1 << 22
 
 
 def bits(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's bytes in logical order."""
-    flat = tensor.detach().reshape(-1).contiguous()
+    """Digest of a tensor's bytes in logical order; of a sharded one, of this process's part."""
+    flat = internals.local(tensor.detach()).reshape(-1).contiguous()
     return _digest(flat.view(torch.uint8) if flat.numel() else flat, torch.uint8)
 
 
 def value(tensor: torch.Tensor) -> str:
     """Digest of a floating tensor's numbers: the same before and after an exact cast; of one in float32, ``bits``."""
-    flat = tensor.detach().reshape(-1)
+    flat = internals.local(tensor.detach()).reshape(-1)
     return _digest(flat, torch.float64 if flat.dtype is torch.float64 and not _narrow(flat) else torch.float32)
 
 

@@ -158,6 +158,7 @@ class _Met:
 
     def storage(self, tensor: torch.Tensor) -> int:
         """The number of a tensor's storage, so that snapshots of two copies compare."""
+        tensor = internals.local(tensor)
         key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
         if tensor.device.type == "meta" or not tensor.numel():
             key = id(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.oracle import Twin, compare_alone
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, parameter_names
-from kbitcheck.observe.probes import switches
+from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.layers import Weights
 from kbitcheck.observe.twin import patches, twins
 
@@ -97,18 +98,16 @@ class Recorder:
             return
         leaves, structure = internals.tree_flatten((args, kwargs))
         names = parameter_names(module, args, kwargs)
-        why = ""
         kept: list[Any] = []
         for name, leaf in zip(names, leaves, strict=True):
             if name in CACHES and leaf is not None:
-                why = why or ("keys and values from before were passed" if _filled(leaf) else "")
-                leaf = None
+                leaf = _copied(leaf) if _filled(leaf) else None
             kept.append(leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
         differentiable = tuple(i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         call = BlockCall(self.name, kept, names, structure, differentiable, device.type, autocast)
-        recorded = Recorded(call, _random_state(device), why=why)
+        recorded = Recorded(call, _random_state(device))
         for index in differentiable:
             self._hold(leaves[index].register_hook(self._catcher(recorded, call.leaving, index)))
         self._open[-1] = recorded
@@ -184,8 +183,14 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
 
     @contextmanager
     def around(twin: Twin) -> Iterator[None]:
-        with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, recorded.call.device):
+        call = recorded.call
+        caches = {i: leaf for i, leaf in enumerate(call.leaves) if leaf is not None and call.names[i] in CACHES}
+        with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, call.device):
+            for index, cache in caches.items():  # each twin adds its keys and values to a copy
+                call.leaves[index] = _copied(cache)
             yield
+        for index, cache in caches.items():
+            call.leaves[index] = cache
 
     names = {id(p): n for n, p in block.named_parameters() if p.requires_grad}
     gradients = {name: recorded.gradients.get(name) for name in names.values()}
@@ -204,6 +209,11 @@ def _drops(block: nn.Module) -> bool:
 def _filled(cache: Any) -> bool:
     length = getattr(cache, "get_seq_length", None)
     return bool(length()) if callable(length) else True
+
+
+def _copied(cache: Any) -> Any:
+    """A cache of its own tensors, in the same dtypes; what a prefix gets as a gradient does not come back through it."""
+    return copy.deepcopy(cache, {id(t): t.detach().clone() for t in step.cached_tensors(cache)})
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

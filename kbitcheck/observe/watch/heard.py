@@ -11,7 +11,7 @@ from kbitcheck.backends import registry
 from kbitcheck.core.facts import HeardWarning
 
 LENGTH = 160  # of a warning in a report
-# Beginnings of what says that something does not train, or computes as was not meant; backends have more.
+# Beginnings of what says that something does not train, where a forward takes gradients; backends have others.
 GRAVE = {
     r"None of the inputs have requires_grad=True": "checkpointing",
 }
@@ -31,7 +31,8 @@ class Heard:
 
     def __init__(self) -> None:
         self.warnings: dict[HeardWarning, None] = {}
-        self._grave = dict(GRAVE)
+        self.takes_gradients = True  # the forward that runs, as far as is seen
+        self._of_backends: dict[str, str] = {}
         self._show: Any = None
         self._own: Any = None
         self._handle: Any = None
@@ -39,7 +40,7 @@ class Heard:
 
     def __enter__(self) -> Self:
         for backend in registry.available():
-            self._grave.update(backend.warnings())
+            self._of_backends.update(backend.warnings())
         self._own, self._handle = warnings.showwarning, logging.Logger.callHandlers
 
         def show(message: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +64,8 @@ class Heard:
             logging.Logger.callHandlers = self._handle  # type: ignore[method-assign]
 
     def _hear(self, text: str) -> None:
-        for patterns, grave in ((self._grave, True), (NOTED, False)):
+        own = GRAVE if self.takes_gradients else {}
+        for patterns, grave in ((own, True), (self._of_backends, True), (NOTED, False)):
             for pattern, about in patterns.items():
                 if re.match(pattern, text):
                     line = " ".join(text.split())

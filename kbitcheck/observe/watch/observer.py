@@ -93,8 +93,7 @@ class Observer:
         self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
         self._unseen = ""
         self._busy = False
-        self._by_check = by_check
-        self._recast = False
+        self._by_check, self._sharded, self._recast = by_check, False, False
         self._recorders: list[Recorder] = []
         self._twins = Twins()
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
@@ -109,11 +108,10 @@ class Observer:
         return self
 
     def start(self) -> None:
-        """Put the hooks on. A sharded model gets none: every other process would have to wait for what is read of it."""
-        if internals.is_sharded(self.model):
-            self.failed = "a model that FSDP shards is not watched"
-            self.stop()
-            return
+        """Put the hooks on. No block of a sharded model is compared: its weights are whole for a moment alone, in all processes."""
+        self._sharded = internals.is_sharded(self.model)
+        if self._sharded:
+            self._unseen = "FSDP shards the model, and no process has a whole block"
         self._steps.name_parameters()
         take_off = self._hooks.callback
         take_off(self._remove_recorders)
@@ -195,25 +193,32 @@ class Observer:
 
     @_unharmed
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self.model or not torch.is_grad_enabled() or internals.backward_runs():
+        if module is not self.model or internals.backward_runs():
+            return
+        self._heard.takes_gradients = torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
             return
         if self._steps.open and not self._steps.inside:
             self._close_step()
             if self.over:
                 return
         if self.before is None:
-            self._steps.name_parameters()
-            self.before = snapshot(self.model, self.meant)
-            for name in outermost_blocks(self.model):
-                self._kinds.setdefault(type(self.model.get_submodule(name)).__name__, []).append(name)
-            for name, layer in backends.quantized_layers(self.model):
-                if getattr(layer, "bias", None) is not None:
-                    self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
-        if not (self._by_check or self._recorders or self._steps.inside):
+            self._look_first()
+        if not (self._by_check or self._recorders or self._steps.inside or self._sharded):
             self._draw()
         for recorder in self._recorders:
             recorder.next_batch()
         self.batches.begin(args, kwargs)
+
+    def _look_first(self) -> None:
+        """Before the first forward that takes gradients: what the model is, and which blocks it has."""
+        self._steps.name_parameters()
+        self.before = snapshot(self.model, self.meant)
+        for name in outermost_blocks(self.model):
+            self._kinds.setdefault(type(self.model.get_submodule(name)).__name__, []).append(name)
+        for name, layer in backends.quantized_layers(self.model):
+            if getattr(layer, "bias", None) is not None:
+                self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
 
     @_unharmed
     def _output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -105,6 +105,8 @@ class Scaling:
 
     def unscales(self, optimizer: Any) -> None:
         """The gradients of an optimizer are about to be unscaled."""
+        if internals.is_distributed():
+            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self._trained().items():
             if id(parameter) in held and parameter.grad is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kbitcheck.core.facts import MicroBatch, Update, WatchedStep
+from kbitcheck.observe import internals
 from kbitcheck.observe.watch import updates
 
 
@@ -84,7 +85,8 @@ class Steps:
             step = self._stepped(optimizer)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if name := self.names.get(id(parameter)):
+                    name = self.names.get(id(parameter))
+                    if name and internals.local(parameter).numel():  # this process may hold no row of it
                         before, wide = self._values[name], self._wide.get(id(parameter))
                         step.updates[name] = updates.update(
                             before, parameter.detach(), wide, rate=float(group["lr"]), gradient=parameter.grad

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kbitcheck.core.facts import Update
+from kbitcheck.observe import internals
 
 LOW = (torch.float16, torch.bfloat16)
 MOST = 0.9  # of the lost updates land at ``lands_at``
@@ -46,6 +47,8 @@ def update(
 
     Elements whose gradient is zero, which weight decay alone moves, do not count as wanted.
     """
+    before, after = internals.local(before), internals.local(after)
+    gradient = None if gradient is None else internals.local(gradient)
     moved = after != before
     facts: Mapping[str, Any] = {"wanted": int(moved.sum())}
     if wide is not None and gradient is not None:
@@ -79,14 +82,14 @@ def state_of(gradient: torch.Tensor | None) -> str:
 
 
 def _wide(parameter: torch.Tensor) -> torch.Tensor:
-    wide = parameter.detach().float().requires_grad_(True)
+    wide = internals.local(parameter.detach()).float().requires_grad_(True)
     assert parameter.grad is not None
-    wide.grad = parameter.grad.detach().float()
+    wide.grad = internals.local(parameter.grad.detach()).float()
     return wide
 
 
 def _copied(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
-    value = value.detach()
+    value = internals.local(value.detach())
     return value.float() if value.dtype in LOW else value.clone()

@@ -17,7 +17,7 @@ OUTCOMES = {
     "not applicable": ("not applicable", "not applicable"),
 }
 WORST_FIRST = tuple(OUTCOMES)
-UNGROUNDED = "✓ nothing wrong in what could be looked at (dtypes, flags)"
+UNGROUNDED = "✓ nothing wrong in what could be looked at ({})"
 
 
 def outcome(report: Report, result: Result) -> str:
@@ -60,7 +60,7 @@ def answer(report: Report) -> str:
     if watch:
         sound = "✓ trains as it should"
     if report.no_gradients and not static:
-        sound = UNGROUNDED
+        sound = UNGROUNDED.format("steps, dtypes, flags" if watch else "dtypes, flags")
     some = any(result.status in (Status.PASS, Status.FAIL) for result in report.results)
     return {
         EXIT_CONFORMS: sound,

@@ -1,0 +1,57 @@
+"""Two processes are watched, under DDP and FSDP2: each is judged, and one report has both."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Status
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.watch.processes"]  # fmt: skip
+
+
+def run(*words):
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    return ended, sorted(re.findall(r"rank \d: \d+\.\d+", ended.stdout))
+
+
+def watched(tmp_path, *words):
+    path = tmp_path / "report.json"
+    options = ("--format", "json", "--output", str(path))
+    ended, losses = run(sys.executable, "-m", "kbitcheck", "watch", *options, "--", *TORCHRUN, *words)
+    return ended, losses, Report.from_json(json.loads(path.read_text()))
+
+
+def judged(report, status):
+    return {rank: {r.rule for r in report if r.case.endswith(rank) and r.status is status} for rank in ("0", "1")}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_make_one_report(kind, tmp_path):
+    ended, losses, report = watched(tmp_path, kind)
+    assert (ended.returncode, run(*TORCHRUN, kind)[1]) == (0, losses), ended.stderr[-2000:]
+    assert len(losses) == 8
+    assert set(report.subject["cases"]) == {"watched run, rank 0", "watched run, rank 1"}
+    assert judged(report, Status.ERROR) == {"0": set(), "1": set()}
+    for codes in judged(report, Status.PASS).values():
+        assert codes >= {"KB104", "KB710", "KB711", "KB712", "KB713", "KB714", "KB715"}
+        assert ("KB304" in codes) == (kind == "ddp")
+    said = ended.stderr.splitlines()[-1]
+    if kind == "ddp":
+        assert "✓ trains as it should" in said
+    else:
+        assert "gradients were not judged: no block was compared: FSDP shards the model" in said
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_fault_is_named_on_each_rank(kind, tmp_path):
+    ended, _, report = watched(tmp_path, kind, "rate_zero")
+    assert ended.returncode == 1
+    broken = {r.case: r.rule for r in report if r.status is Status.FAIL and r.level is Level.MUST and r.rule == "KB712"}
+    assert len(broken) == 2
