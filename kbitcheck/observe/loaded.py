@@ -79,8 +79,7 @@ class Loaded:
         twin_errors: tuple[type[Exception], ...] = (RuntimeError,),
     ) -> None:
         self.pristine = model
-        self.source = source
-        self.quant = Quantization.parse(spec.quant)
+        self.source, self.quant = source, Quantization.parse(spec.quant)
         self.facts = snapshot.snapshot(model)
         self.state_keys = snapshot.state_keys(model)  # before any implementation runs, which may patch how modules save
         drawn: dict[str, Any] = {"batch": spec.batch, "seq_len": spec.seq_len, "seed": spec.seed}
@@ -164,8 +163,9 @@ class Loaded:
             return reason
         # Of a caller's own model, whose tensors change as it is prepared and stepped, the cut has copies.
         model = proof.cut.model if self.copies else copy.deepcopy(proof.cut.model)
-        loaded = Loaded(model, self.source, spec, batch=self.batch, attach=self._own_attach, training=self.training)
-        loaded.patched, loaded._twin_errors = self.patched, self._twin_errors
+        how: dict[str, Any] = {"attach": self._own_attach, "training": self.training, "twin_errors": self._twin_errors}
+        loaded = Loaded(model, self.source, spec, batch=self.batch, **how)
+        loaded.patched = self.patched
         return LoadedCut(proof, loaded)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
