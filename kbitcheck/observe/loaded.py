@@ -64,6 +64,7 @@ class Loaded:
     copies = True  # whether a model may be copied
     reads_labels = False  # whether a caller's own function makes the loss, maybe of what the model does with labels
     patched = False  # whether a caller may have put something over its arithmetic, which its twins leave out
+    of_large = False  # whether it is a cut of a large model
     lease: object = None  # another object whenever the base that cases hold is taken back
     _no_twin = ""  # why there is none
 
@@ -112,7 +113,7 @@ class Loaded:
 
     def _room(self) -> None:
         """Before one more model is made."""
-        if self.large:
+        if self.large or self.of_large:
             machine.return_free_pages()
 
     def copy(self) -> Any:
@@ -165,7 +166,7 @@ class Loaded:
         model = proof.cut.model if self.copies else copy.deepcopy(proof.cut.model)
         how: dict[str, Any] = {"attach": self._own_attach, "training": self.training, "twin_errors": self._twin_errors}
         loaded = Loaded(model, self.source, spec, batch=self.batch, **how)
-        loaded.patched = self.patched
+        loaded.patched, loaded.of_large = self.patched, self.large
         return LoadedCut(proof, loaded)
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
@@ -286,8 +287,7 @@ class Loaded:
 
         def compared() -> Comparison:
             self._room()
-            twins = (self._exact(spec), self._rounded(spec))
-            comparison = compare(run, calls, twins, batch, spec.seed)
+            comparison = compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed)
             if self.patched:
                 twin.require_numbers(comparison.facts.parts[""].gaps["loss"].size)
             return comparison

@@ -62,7 +62,7 @@ class Outputs:
         self._preparation.make_room()
         base = self.base_forwards  # first, so that its copy of the base is gone
         compared = forwards.compare(self._everywhere(self._preparation.prepared_copy()), base)
-        kept = self._loaded.copies and not self._loaded.large
+        kept = self._loaded.copies and not (self._loaded.large or self._loaded.of_large)
         first = len(forwards.in_training(base)) if kept else None
         return list(islice(compared, first)), compared
 

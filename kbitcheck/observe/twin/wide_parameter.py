@@ -22,7 +22,7 @@ PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index
 class Widened(torch.Tensor):
     """A frozen tensor that reads as ``dtype``; its numbers are those of ``stored``, widened whenever they are used.
 
-    Widening is exact, so results are bitwise those of a widened copy, but for matrix products in float64, which are
+    Widening is exact, so results are bitwise those of a widened copy, but for products with large matrices, which are
     computed piece by piece.
     """
 
@@ -47,7 +47,7 @@ class Widened(torch.Tensor):
             return internals.tree_map_only(torch.Tensor, lambda t: Widened(t, first.dtype), stored)
         if func in PICKS and isinstance(first, Widened):
             return func(first.stored, *args[1:], **kwargs).to(first.dtype)
-        if func is aten.mm.default and isinstance(args[1], Widened) and args[1].dtype == torch.float64:
+        if func is aten.mm.default and isinstance(args[1], Widened) and args[1].numel() > PIECE:
             return _product(args[0], args[1].stored)
         args, kwargs = internals.tree_map_only(Widened, lambda t: t.stored.to(t.dtype), (args, kwargs))
         return func(*args, **kwargs)
@@ -71,11 +71,13 @@ class Unpacked(Widened):
 
 
 def _product(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """``x @ stored.double()``, without that matrix as a whole; ``x`` is (n, rows) in float64."""
+    """``x @ stored`` in the dtype of ``x``, (n, rows), without that matrix as a whole in it."""
     rows, columns = stored.shape
     size = max(1, PIECE // min(rows, columns))
-    if columns > rows:
-        return torch.cat([x @ piece.double() for piece in stored.split(size, dim=1)], dim=1)
+    # In float32 no sum is split: its rounding would be another than that of the model.
+    if columns > rows or x.dtype is not torch.float64:
+        pieces = stored.split(size if columns > rows else max(1, PIECE // rows), dim=1)
+        return torch.cat([x @ piece.to(x.dtype) for piece in pieces], dim=1)
     total = x.new_zeros(x.shape[0], columns)
     for part, piece in zip(x.split(size, dim=1), stored.split(size), strict=True):
         total.addmm_(part, piece.double())
