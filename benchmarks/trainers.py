@@ -296,7 +296,7 @@ def row(name: str, folder: Path) -> dict[str, Any]:
         "frozen_before_adapters": json.loads(spied.read_text())["trains"] == 0,
         "broken": broken,
         "passed": sum(r["status"] == "PASS" for r in saved["results"]),
-        "bits": "the same" if watched == one else "as unlike as two plain runs" if one != two else "changed",
+        "bits": "the same" if watched == one else "two plain runs differ too" if one != two else "changed",
     }
 
 
@@ -421,7 +421,7 @@ DTYPES = {
 }
 STEPS_SEEN = {
     "checkpointing": _arguments,
-    "switched on": lambda r: f"{len(r['watched']['switched_on'])} times",
+    "calls that switch it on": lambda r: str(len(r["watched"]["switched_on"])),
     "attention": lambda r: r["watched"]["attention"],
     "optimizer": lambda r: ", ".join(r["watched"]["optimizers"]),
     "largest rate": lambda r: f"{max(r['watched']['rates']):.2g}",
@@ -442,16 +442,17 @@ def _table(columns: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) ->
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+PARTIES = {"implementation": "the trainer", "stack": "the stack", "model": "the model", "": "nobody"}
+
+
 def _broken(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for r in rows.values():
         each = [
-            f"[{b['rule']}](rules/{b['rule']}.md) ({b['level']}, attributed to {b['attributed_to'] or 'nobody'})"
-            for b in r["broken"]
+            f"[{b['rule']}](rules/{b['rule']}.md) ({b['level']}, by {PARTIES[b['attributed_to']]})" for b in r["broken"]
         ]
-        lines.append(
-            f"* {r['trainer']}: {', '.join(each) or 'nothing'}; {r['passed']} rules kept. It keeps {r['recipe']}."
-        )
+        recipe = r["recipe"].partition(": ")[2]
+        lines.append(f"* {r['trainer']}: {', '.join(each) or 'nothing'}; {r['passed']} rules kept. Dtypes: {recipe}.")
     return "\n".join(lines)
 
 

@@ -81,7 +81,8 @@ class _Waiting:
     def _quantized(self, module: Any) -> bool:
         from kbitcheck import backends
 
-        return any(True for _ in backends.quantized_layers(module)) or bool(backends.emptied_schemes(module))
+        # A layer by itself is no model: Unsloth tries one out before it loads a model.
+        return any(name for name, _ in backends.quantized_layers(module)) or bool(backends.emptied_schemes(module))
 
     def _trains(self, module: Any) -> bool:
         """Whether a model in eval mode has adapters that require grad: then its forward may be a training one."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,3 +74,35 @@ def test_a_trainer_is_installed_with_what_is_named_and_nothing_else(
 def test_an_unknown_trainer_is_wrong_usage() -> None:
     with pytest.raises(kbitcheck.UsageError, match="trl, llamafactory"):
         validate("lamafactory")
+
+
+def _benchmark() -> Any:
+    path = Path(__file__).parents[2] / "benchmarks" / "trainers.py"
+    spec = importlib.util.spec_from_file_location("kbitcheck_benchmarks_trainers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_committed_rows_give() -> None:
+    trainers = _benchmark()
+    rows = json.loads(trainers.ROWS.read_text(encoding="utf-8"))
+    assert trainers.PAGE.read_text(encoding="utf-8") == trainers.page(rows)
+    assert {*OF_TRAINERS} <= set(rows)
+
+
+def test_rows_of_the_page_differ_where_trainers_do() -> None:
+    trainers = _benchmark()
+    rows = json.loads(trainers.ROWS.read_text(encoding="utf-8"))
+    table = trainers.page(rows).partition("## What broke")[0].splitlines()
+    rest = {
+        title: [line.partition("|")[2] for line in table if line.startswith(f"| {title} ")]
+        for title in ("TRL", "LLaMA-Factory")
+    }
+    assert len(rest["TRL"]) == len(rest["LLaMA-Factory"]) == 2
+    assert all(a.split("|")[1:] != b.split("|")[1:] for a, b in zip(*rest.values(), strict=True))
+    changed = {**rows, "trl": {**rows["trl"], "recipe": "another"}}
+    assert trainers.page(changed) != trainers.page(rows)

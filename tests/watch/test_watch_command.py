@@ -52,7 +52,12 @@ def test_a_script_is_judged_and_its_output_is_as_without(script, tmp_path):
 
 def test_a_broken_run_has_the_reports_exit_code(script):
     # As transformers 5.6 does: first it asks whether bitsandbytes is there.
-    script.write_text("import importlib.util; importlib.util.find_spec('bitsandbytes')\n" + SCRIPT)
+    # As Unsloth does: a layer is tried out before the model is loaded.
+    tried = "next(m for m in runs.load().modules() if type(m).__name__ == 'Linear4bit').train()(torch.ones(1, 64))"
+    script.write_text(
+        "import importlib.util; importlib.util.find_spec('bitsandbytes')\n"
+        + SCRIPT.replace("import runs\n", f"import runs\n{tried}\n")
+    )
     watched = watch("--steps", "1", "--select", "KB714", "--", sys.executable, script, "labels_ignored")
     assert watched.returncode == 1
     assert "KB714 labels-count" in watched.stderr
