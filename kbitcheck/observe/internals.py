@@ -4,6 +4,7 @@ Each is there in torch 2.11 to 2.13 and in transformers 4.56 and 5.23, but where
 ``tests/unit/test_internals.py`` fails by name where one has moved. A quantizer's own are used in its backend's folder.
 """
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,6 +135,11 @@ def fake_like(
     torch._C._set_throw_on_mutable_data_ptr(tensor)
     vars(tensor).update(vars(example))
     return tensor
+
+
+def quiet_fake_tensors() -> AbstractContextManager[Any]:
+    """Torch logs no traceback of an operator that fails on fake tensors, for a while: the exception has all."""
+    return mock.patch.object(logging.getLogger(FakeTensor.__module__), "disabled", True)
 
 
 def is_compiled(module: nn.Module) -> bool:

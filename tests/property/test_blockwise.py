@@ -1,5 +1,7 @@
 """The oracle that goes block by block: it has the bits of a right step, and names the block of a small fault."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
@@ -8,11 +10,11 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.judge.blockwise import tensors_off
 from kbitcheck.models.sources import architecture
-from kbitcheck.observe.case import checkpointed_alone
-from kbitcheck.observe.open_case import open_case
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.case import Case, checkpointed_alone
+from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin import twins
-from kbitcheck.run import subject
 from kbitcheck.sabotage import small_gradients as faults
 from kbitcheck.sabotage.gradients import scale_after
 from kbitcheck.sabotage.hooks import change_output
@@ -43,15 +45,21 @@ CANNOT_TRAIN = {
 }
 
 
+@lru_cache(maxsize=2)  # as most tests are of one model, and the sweep is of each model once
+def base(model, quant):
+    spec = CaseSpec(model=model, quant=quant, implementation="prepare")
+    return Loaded.from_source(resolve(model), spec)
+
+
 def blockwise(change=lambda model: None, *, model="tiny:llama", quant="nf4", profile="peft"):
-    def prepare(base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+    def prepare(loaded, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
         if profile == "peft":
-            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+            prepare_model_for_kbit_training(loaded, use_gradient_checkpointing, gradient_checkpointing_kwargs)
         else:
-            twins.cast(base, profile)
-            base = checkpointed_alone(base, use_gradient_checkpointing, gradient_checkpointing_kwargs)
-        change(base)
-        return base
+            twins.cast(loaded, profile)
+            checkpointed_alone(loaded, use_gradient_checkpointing, gradient_checkpointing_kwargs)
+        change(loaded)
+        return loaded
 
     spec = CaseSpec(
         model=model,
@@ -62,7 +70,7 @@ def blockwise(change=lambda model: None, *, model="tiny:llama", quant="nf4", pro
         if model.startswith("arch:")
         else "default",  # some cannot checkpoint; the step is plain either way
     )
-    return open_case(spec, subject.describe(prepare, name="prepare")).blockwise
+    return Case(spec, prepare, base(model, quant)).blockwise
 
 
 def broken(change, **options):

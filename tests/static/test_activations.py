@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from functools import partial
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from kbitcheck.models.blocks import signature
 from kbitcheck.models.inputs import choose
 from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve, source_of
+from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
@@ -205,6 +207,27 @@ def test_an_assertion_of_our_own_is_no_property_of_the_model(monkeypatch):
     monkeypatch.setattr(forecast, "thin", lambda model: Passed(model, model).forward())
     with pytest.raises(AssertionError):
         fitting.with_steps(weights, source, model, facts, spec)
+
+
+class Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+def test_torch_logs_nothing_of_a_step_that_fails(monkeypatch):
+    kept, world = Kept(), World()
+    monkeypatch.setattr(logging.getLogger(internals.FakeTensor.__module__), "handlers", [kept])
+    with world.mode:
+        rows, columns = torch.empty(2, 3), torch.empty(4, 5)
+    with world.entered(MEASURED), pytest.raises(RuntimeError, match="same reduction dim"):
+        torch.mm(rows, columns)
+    assert kept.records == []
 
 
 def test_a_model_that_cannot_be_fed_still_has_weights():

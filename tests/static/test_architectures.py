@@ -120,6 +120,7 @@ def infer_each_operator(source, thinned):
 
 
 # A pattern of what each raises: it has no step without numbers, or not one of every length. A report says ``missing`` and that.
+# Those that compute with packed weights (``torch.uint8``), or write into a leaf, do not train with numbers either.
 NOT_FORECAST = {
     "causal-lm/blt": "a leaf Variable that requires grad",
     "causal-lm/gemma3n": "timm",

@@ -81,6 +81,7 @@ class World:
             # transformers checks numbers that are not there; the switch is its own.
             stack.enter_context(mock.patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
             stack.enter_context(internals.without_grouped_kernel())
+            stack.enter_context(internals.quiet_fake_tensors())
             stack.enter_context(runtime.kernels(watcher or Watcher()))
             for backend in registry.available():
                 stack.enter_context(backend.kernels.on_device(runtime.device))
