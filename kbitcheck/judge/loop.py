@@ -1,4 +1,4 @@
-"""KB717 to KB719: what a training loop puts round its steps: a gradient scaler, recomputes, and warnings."""
+"""KB717 to KB720: what a training loop puts round its steps: a gradient scaler, recomputes, warnings, gradients that are cleared."""
 
 from collections.abc import Iterable
 
@@ -76,3 +76,21 @@ def no_grave_warning(facts: Facts) -> Iterable[Observation]:
     yield Observation("warnings", "none that is grave", f"{len(grave)} are", ok=True, note=note)
     for warning in grave:
         yield Observation(warning.about, "no such warning", warning.text, ok=False)
+
+
+@rule("KB720", "gradients-cleared", Level.MUST)
+def gradients_cleared(facts: Facts) -> Iterable[Observation]:
+    """Gradients that an optimizer's step has used are cleared before the next backward adds to them.
+
+    Why: each step is otherwise taken along the sum of all gradients so far, as with a momentum that forgets nothing.
+    Symptom: a gradient norm that grows with every step; a loss that falls, and then swings.
+    Fix: call ``optimizer.zero_grad()`` once for each ``optimizer.step()``, with the same parameters.
+    Sources: torch documentation of ``Optimizer.zero_grad``; specification KB720.
+    """
+    steps = [step for step in facts.watched.steps[1:] if any(batch.weight is not None for batch in step.batches)]
+    if facts.watched.assumed or not steps:
+        raise NotApplicable("no backward of a loss was seen after a step")
+    for number, step in enumerate(steps, start=2):
+        stale = sum(batch.stale for batch in step.batches)
+        actual = f"{stale:,} tensors still have one"
+        yield Observation.either(f"step {number}", "no gradient of the step before", actual, ok=not stale)

@@ -178,8 +178,10 @@ def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
     for name in sorted(run.held - run.adapters):
         if not tensors[name].requires_grad:
             yield Observation(name, "not in the optimizer, as it is frozen", "in the optimizer", ok=False)
-        elif name in run.copied:
-            yield Observation(name, "frozen: a copy of it is saved", "trains in place of its copy", ok=False)
+        else:
+            copied = name in run.copied
+            expected = "frozen: a copy of it is saved" if copied else "trains"
+            yield Observation.either(name, expected, "trains in place of its copy", ok=not copied)
     if not run.held:
         actual = f"{run.foreign:,} tensors that are not the model's"
         yield Observation("optimizer", "holds parameters of the model", actual, ok=False)

@@ -155,6 +155,14 @@ def trained_in_eval_mode(script: Script) -> None:
     script.train(script.adamw(), mode=False)
 
 
+@trains("KB720")
+def gradients_never_cleared(script: Script) -> None:
+    script.prepare()
+    optimizer = script.adamw()
+    vars(optimizer)["zero_grad"] = lambda: None
+    script.train(optimizer)
+
+
 @trains("KB719")
 def a_warning_among_many(script: Script) -> None:
     script.prepare()

@@ -315,11 +315,19 @@ def ranks_that_change():
     return model, each_step(model, adamw(model), between=allocate)
 
 
+def norms_alone():
+    """No adapter: the norms train, as the optimizer says."""
+    model = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    return model, each_step(model, adamw(model))
+
+
 SOUND = (
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, clipped, tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
     scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,
-    tokens_that_no_batch_has, one_cycle, ranks_that_change,
+    tokens_that_no_batch_has, one_cycle, ranks_that_change, norms_alone,
 )  # fmt: skip
 
 
@@ -383,6 +391,30 @@ def fp16_adapters_under_a_scaler():
     with contextlib.suppress(ValueError):  # "Attempting to unscale FP16 gradients."
         return model, scaled(model, adamw(model))
     return model, []
+
+
+def gradients_never_cleared():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def merged_and_unloaded_in_mid_run():
+    def merge(model, step):
+        if step == 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.merge_and_unload()
+
+    model = prepared()
+    return model, each_step(model, adamw(model), between=merge)
 
 
 def clipped_to_zero():
@@ -522,6 +554,8 @@ BROKEN = {
     clipped_before_unscaled: "KB717",
     fp16_adapters_under_a_scaler: "KB717",
     clipped_to_zero: "KB715",
+    gradients_never_cleared: "KB720",
+    merged_and_unloaded_in_mid_run: "KB104",
     gradients_cleared_before_the_step: "KB715",
     merged_in_mid_run: "KB104",
     merged_and_unmerged_in_mid_run: "KB104",

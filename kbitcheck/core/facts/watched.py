@@ -28,13 +28,15 @@ class MicroBatch:
 
     ``labels`` counts the tokens that the loss is computed of (None: the forward took no labels), ``weight`` is the gradient
     that entered the loss, a scaler's factor divided out (None: none did), ``counted`` says that the forward was passed
-    the number of tokens to divide by.
+    the number of tokens to divide by. ``stale`` counts the tensors that had a gradient when the backward began, though the
+    step before had used it.
     """
 
     loss: float | None = None
     labels: int | None = None
     weight: float | None = None
     counted: bool = False
+    stale: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ class Batches:
         self._model = model
         self._entering: dict[str, str] = {}  # by layer
         self._batches: list[dict[str, Any]] = []
+        self.stepped: Sequence[nn.Parameter] = ()  # in the step before
         self.scale = 1.0  # of the loss, by a gradient scaler
         self._blocks: blocks.Watch | None = None
         self._calls: list[dict[str, str]] = []
@@ -111,6 +112,9 @@ class Batches:
             self.cached = self.cached or "one is held"
 
     def _weighed(self, batch: dict[str, Any], gradient: torch.Tensor) -> None:
+        if not any("weight" in each for each in self._batches):
+            used = (internals.local(p.grad) for p in self.stepped if p.grad is not None)
+            batch["stale"] = sum(bool(gradient.any()) for gradient in used)
         batch["weight"] = float(gradient.detach().sum()) / self.scale
 
     def finish(self) -> None:
@@ -137,7 +141,7 @@ class Batches:
         batches, self._batches = self._batches, []
         if any("weight" in batch for batch in batches):
             batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
-        fields = ("loss", "labels", "weight", "counted")
+        fields = ("loss", "labels", "weight", "counted", "stale")
         return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
 
 

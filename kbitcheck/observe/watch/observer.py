@@ -277,6 +277,7 @@ class Observer:
     def _close_step(self) -> None:
         self.batches.finish()
         self._steps.close(self.batches.taken())
+        self.batches.stepped = self._steps.stepped
         self._remove_recorders()
         if len(self._steps.taken) == self._training.steps:
             self.stop()

@@ -109,6 +109,12 @@ class Steps:
             )
         self._open = None
 
+    @property
+    def stepped(self) -> list[nn.Parameter]:
+        """The parameters that the last step updated."""
+        names = self.taken[-1].updates if self.taken else {}
+        return [p for p in self._parameters if self.names[id(p)] in names]
+
     def forget(self) -> None:
         """Drop what is kept while an optimizer steps."""
         self._values, self._wide = {}, {}
