@@ -1,12 +1,25 @@
 """The rules, one family a file: pure functions from facts to observations. Importing this registers them all."""
 
-from kbitcheck.judge import audit, checkpointing, contract, cost, freezing, gradients, loop, precision, recipe, watched
+from kbitcheck.judge import (
+    audit,
+    checkpointing,
+    contract,
+    cost,
+    drawn,
+    freezing,
+    gradients,
+    loop,
+    precision,
+    recipe,
+    watched,
+)
 
 __all__ = [
     "audit",
     "checkpointing",
     "contract",
     "cost",
+    "drawn",
     "freezing",
     "gradients",
     "loop",

@@ -175,25 +175,6 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("rounding alone moves every gradient by as much as it is long")
 
 
-@rule("KB310", "any-real-batch", Level.MUST)
-@unless_bare
-def any_real_batch(facts: Facts) -> Iterable[Observation]:
-    """Block by block, outputs and gradients equal the float64 twin's on a batch that is drawn for the case: three to five rows of
-    an odd number of tokens above 64, or one of more than 512, padded on either side or not, with and without ignored labels.
-
-    Why: what is right for one batch may be wrong for every other: a condition on the number of rows, on the length, or
-    on the side of the padding.
-    Symptom: training that works on the examples of a test and not on yours.
-    Fix: look at what depends on the shape of the input.
-    Sources: specification KB310.
-    """
-    drawn = facts.drawn_blockwise
-    if not any(map(measurable, drawn.adapters.values())):
-        raise NotApplicable("rounding alone moves every gradient by as much as it is long")
-    for seen in tensors_off(drawn):
-        yield dataclasses.replace(seen, where=f"{seen.where} ({facts.drawn_conditions})")
-
-
 @rule("KB305", "checkpointing-changes-nothing", Level.MUST)
 def checkpointing_changes_nothing(facts: Facts) -> Iterable[Observation]:
     """With checkpointing, loss and gradients equal those of the same model without checkpointing.

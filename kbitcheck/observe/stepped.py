@@ -16,6 +16,7 @@ from kbitcheck.core.facts import (
     Fact,
     ForwardFacts,
     Gap,
+    LaterFacts,
     LayerBackward,
     MemoryFacts,
     Passes,
@@ -30,6 +31,7 @@ from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, step, switches
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.soak import LOOKS, soak
 from kbitcheck.observe.stages import Wrapped
 from kbitcheck.observe.twin.twins import Twins
 
@@ -37,6 +39,8 @@ STEP = Passes(forwards=1, backwards=1)
 TWO_STEPS = STEP + STEP
 BESIDE_TWINS = TWO_STEPS + Passes(float64_forwards=1, float64_backwards=1)
 LAYERS = STEP + Passes(float64_products=1)
+SOAKED = 10  # optimizer steps
+SOAK = Passes(forwards=SOAKED + 2 * LOOKS + 1, backwards=SOAKED + LOOKS + 1, copies=1, calls=1)
 # A large model that was dropped for another copy is made again.
 AGAIN = Passes(copies=1, calls=1)
 
@@ -144,6 +148,19 @@ class Stepped:
 
     drawn_blockwise = Fact[BlockwiseFacts](lambda self: self._drawn[1], cost=Cost("cut", needs=("_drawn",)))
     drawn_conditions = Fact[str](lambda self: str(self._drawn[0]), cost=Cost("cut", needs=("_drawn",)))
+
+    @fact(Cost("cut", SOAK, models=1))
+    def later(self) -> LaterFacts:
+        preparation, spec = self._preparation, self._spec
+        attached = preparation.attach(preparation.prepared_copy())
+        how: dict[str, Any] = {
+            "steps": SOAKED,
+            "entropy": f"{spec.seed} {spec.id}",
+            "seed": spec.seed,
+            "autocast": preparation.autocast,
+        }
+        first, *looks = soak(attached, self._loaded.single, **how)
+        return LaterFacts(looks={place: self._distances(look, first[1]) for place, look in looks})
 
     blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts, cost=Cost(needs=("_whole_batch",)))
     single_blockwise = Fact[BlockwiseFacts](

@@ -18,6 +18,7 @@ FAMILIES = {
     "watched": "Your own training",
     "loop": "Your own training loop",
     "gradients": "Gradient flow",
+    "drawn": "Gradient flow under drawn conditions",
     "checkpointing": "Gradient checkpointing",
     "contract": "Contract",
     "cost": "Cost of preparing",

@@ -11,6 +11,7 @@ from kbitcheck.sabotage import (
     checkpointing,
     contract,
     cost,
+    drawn,
     freezing,
     gradients,
     precision,
@@ -20,6 +21,6 @@ from kbitcheck.sabotage import (
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
-    "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "faults", "freezing", "gradients", "precision",
+    "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
     "small_gradients", "watched",
 ]  # fmt: skip

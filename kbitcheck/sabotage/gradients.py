@@ -291,18 +291,3 @@ def logits_detached_from_the_loss(model: Any) -> None:
 @adds("KB309")
 def freezes_again_with_every_forward(model: Any) -> None:
     before_forward(model, lambda module: module.requires_grad_(False))
-
-
-def _only(model: Any, when: Callable[[torch.Tensor], bool]) -> None:
-    """Have the gradients of the second block be off by a twentieth on the inputs that ``when`` picks."""
-    scale_after(model.transformer.h[1].ln_2, 1.05, when)
-
-
-@breaks("KB310", alone=True)
-def off_beyond_64_tokens(model: Any) -> None:
-    _only(model, lambda x: x.shape[1] > 64)
-
-
-@adds("KB310", last=True, alone=True)
-def off_for_three_rows_or_more(model: Any) -> None:
-    _only(model, lambda x: len(x) > 2)

@@ -29,6 +29,7 @@ from kbitcheck.core.facts.step import (
     ForwardFacts,
     FunctionFacts,
     HonouredArguments,
+    LaterFacts,
     LayerBackward,
     RunFacts,
     StepOutcome,
@@ -49,7 +50,7 @@ from kbitcheck.core.facts.watched import (
 __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
-    "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LayerBackward", "LayerFacts",
+    "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "ScalerFacts",
     "StepOutcome", "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "Update", "WatchedRun",
     "WatchedStep", "fact", "median_yardstick", "slope_bound",

@@ -185,6 +185,8 @@ class Facts:
     """``blockwise`` for a batch that is drawn for this case."""
     drawn_conditions: str
     """What the drawn batch is like."""
+    later: step.LaterFacts
+    """Steps after many steps, beside the first."""
     gradients: Mapping[str, Gap]
     """By adapter, its gradient in the step of ``run``, beside the twins'."""
     single_gradients: Mapping[str, Gap]

@@ -151,6 +151,13 @@ class TrainingFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaterFacts:
+    """Steps that a model takes with an optimizer: at each look, by adapter, how far its gradient is from that of the first step."""
+
+    looks: Mapping[str, Mapping[str, Distance]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFacts:
     """Save and reload of the prepared model and of its adapters, neither of which ever ran.
 

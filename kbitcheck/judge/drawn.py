@@ -1,0 +1,54 @@
+"""KB310 and KB311: what is right under the conditions that everybody looks at is right under those that are drawn."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts
+from kbitcheck.core.result import Level, Observation, Party
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.attribution import unless_bare, unless_unprepared
+from kbitcheck.judge.blockwise import measurable, tensors_off
+from kbitcheck.judge.gradients import compared, exactly
+
+
+@rule("KB310", "any-real-batch", Level.MUST)
+@unless_bare
+def any_real_batch(facts: Facts) -> Iterable[Observation]:
+    """Block by block, outputs and gradients equal the float64 twin's on a batch that is drawn for the case: three to five rows of
+    an odd number of tokens above 64, or one of more than 512, padded on either side or not, with and without ignored labels.
+
+    Why: what is right for one batch may be wrong for every other: a condition on the number of rows, on the length, or
+    on the side of the padding.
+    Symptom: training that works on the examples of a test and not on yours.
+    Fix: look at what depends on the shape of the input.
+    Sources: specification KB310.
+    """
+    drawn = facts.drawn_blockwise
+    if not any(map(measurable, drawn.adapters.values())):
+        raise NotApplicable("rounding alone moves every gradient by as much as it is long")
+    for seen in tensors_off(drawn):
+        yield dataclasses.replace(seen, where=f"{seen.where} ({facts.drawn_conditions})")
+
+
+@rule("KB311", "still-right-later", Level.MUST)
+def still_right_later(facts: Facts) -> Iterable[Observation]:
+    """After many optimizer steps, with evaluations at drawn places among them, a step gives the gradients that the first step
+    gave, once the adapters are put back to what they were.
+
+    Why: a counter, a cache or a hook that acts in a later step is not seen in the first.
+    Symptom: a run that is right at first, and worse than the same run elsewhere after a while.
+    Fix: keep no state between steps.
+    Sources: specification KB311.
+    """
+    later = facts.later
+    for look, distances in later.looks.items():
+        for seen in compared(distances, exact=exactly(facts)):
+            where = f"{seen.where} (after {look})"
+            late = dataclasses.replace(seen, where=where)
+            yield unless_unprepared(late, facts, Party.MODEL, lambda base: not all_equal(base))
+
+
+def all_equal(facts: Facts) -> bool:
+    """Whether every later step gives the bits of the first."""
+    return all(d.equal for distances in facts.later.looks.values() for d in distances.values())
