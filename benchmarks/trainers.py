@@ -196,8 +196,11 @@ TRAINERS: Mapping[str, Trainer] = {
     ),
     "unsloth": Trainer(
         title="Unsloth",
-        alone=["unsloth", "unsloth_zoo", "trl<=0.24.0", "datasets==4.3.0"],
-        needs=[*DATASETS, "tyro", "cut-cross-entropy", "hf_transfer", "nest-asyncio", "msgspec", "wheel", "protobuf"],
+        alone=[
+            "unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "trl==0.24.0", "datasets==4.3.0", "fsspec<=2025.9.0", "tyro", "cut-cross-entropy",
+            "hf_transfer", "nest-asyncio", "msgspec", "docstring-parser", "typeguard",
+        ],
+        needs=DATASETS,
         command="{python} {config}",
         config=UNSLOTH,
         suffix=".py",
