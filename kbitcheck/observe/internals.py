@@ -1,11 +1,13 @@
-"""Every private name of torch and transformers that observing needs: this file alone uses them.
+"""Every private name of Python, torch and transformers that observing needs: this file alone uses them.
 
 Each is there in torch 2.11 to 2.13 and in transformers 4.56 and 5.23, but where a line says otherwise.
 ``tests/unit/test_internals.py`` fails by name where one has moved. A quantizer's own are used in its backend's folder.
 """
 
+import atexit
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -135,6 +137,16 @@ def fake_like(
     torch._C._set_throw_on_mutable_data_ptr(tensor)
     vars(tensor).update(vars(example))
     return tensor
+
+
+def python_threads() -> list[threading.Thread]:
+    """The threads that Python started: torch's own, which calls hooks of a backward on a GPU, is a dummy."""
+    return [thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
+
+
+def exit_callbacks() -> int:
+    """Number of functions that run when the process exits."""
+    return atexit._ncallbacks()
 
 
 def quiet_fake_tensors() -> AbstractContextManager[Any]:

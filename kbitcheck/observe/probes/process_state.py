@@ -1,6 +1,5 @@
 """The state of the process that a preparation must leave alone: seeds, defaults, modes, filters."""
 
-import atexit
 import builtins
 import gc
 import hashlib
@@ -39,8 +38,7 @@ STEPPED_THROUGH = (
 
 def state() -> dict[str, str]:
     """Text of every process-wide setting that numerics or users depend on."""
-    # torch's own thread, which calls hooks of a backward on a GPU, is a dummy.
-    threads = [thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
+    threads = internals.python_threads()
     settings = {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -84,7 +82,7 @@ def state() -> dict[str, str]:
         "hooks on every optimizer": sum(len(hooks) for hooks in internals.OPTIMIZER_HOOKS),
         "threads": sorted(thread.name for thread in threads if not _monitors(thread)),
         "signal handlers": {s.name: str(signal.getsignal(s)) for s in signal.Signals},
-        "atexit callbacks": atexit._ncallbacks() - sum(map(_monitors, threads)),
+        "atexit callbacks": internals.exit_callbacks() - sum(map(_monitors, threads)),
         "exception hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook),
         "import hooks": (len(sys.meta_path), len(sys.path_hooks)),
         "tracing": (sys.gettrace(), sys.getprofile()),
