@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import kbitcheck
 from kbitcheck.cli import app
@@ -36,10 +37,15 @@ def watched(run):
     return judged(watched.report)
 
 
+def scaled():
+    model, optimizer, loop = runs.reentrant()
+    return model, optimizer, {**loop, "scaler": torch.amp.GradScaler("cpu", init_scale=2.0**10)}
+
+
 def judged_by(door, folder):
     """The codes of the rules that a door judges."""
     if door == "watch":
-        shown = (runs.reentrant, runs.accumulated, runs.rounded_away, runs.checkpointing_switched_on_again)
+        shown = (runs.reentrant, runs.accumulated, runs.rounded_away, runs.checkpointing_switched_on_again, scaled)
         return set().union(*map(watched, shown))
     if door == "assert_prepared":
         return judged(kbitcheck.assert_prepared(runs.prepared()))

@@ -16,6 +16,8 @@ NAMES = (
     "kbitcheck_reference",
     "kbitcheck.observe.open_case",
     "kbitcheck.observe.lent",
+    "kbitcheck.observe.probes.process_state",
+    "kbitcheck.observe.watch.own_steps",
     "kbitcheck.judge",
     "kbitcheck.models.sources.resolve",
     "kbitcheck.models.sources.architecture",

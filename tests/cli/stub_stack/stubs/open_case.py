@@ -14,6 +14,7 @@ from kbitcheck.core.errors import UsageError
 class Case:
     budget = None
     computed = None
+    in_a_row = ()
 
     def __init__(self, spec: CaseSpec, implementation: Implementation) -> None:
         self.spec = spec
@@ -48,7 +49,13 @@ def open_case(spec: CaseSpec, implementation: Implementation, *, rules: object =
 
 
 def open_live(
-    model: Any, *, implementation: Implementation, restore: Callable[[], None], no_step: str, **options: Any
+    model: Any,
+    training: object,
+    *,
+    implementation: Implementation,
+    restore: Callable[[], None],
+    no_step: str,
+    **options: Any,
 ) -> Case:
     spec = CaseSpec(model=type(model).__name__, quant="int8", implementation=implementation.name, **options)
     return Case(spec, implementation)
