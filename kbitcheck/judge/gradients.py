@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Distance, Facts, Gap, RunFacts, StepOutcome, slope_bound
+from kbitcheck.core.facts import WIDEST, Distance, Facts, Gap, RunFacts, StepOutcome, slope_bound
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
@@ -307,7 +307,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
         yield Observation("gradient", "changes the adapters", "no adapter has one", ok=False)
         return
     bound = slope_bound(t.uncertainty)
-    if bound > 1 / 2:
+    if bound > WIDEST:
         raise NotApplicable(f"the loss is rough: its slope is uncertain by {t.uncertainty:.0%} at every learning rate")
     actual = f"by {t.slope:.2f} times that: from {t.losses[0]:.4f} to {t.losses[-1]:.4f}"
     ok = all(map(math.isfinite, t.losses)) and abs(t.slope - 1) <= bound

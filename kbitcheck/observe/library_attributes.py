@@ -23,13 +23,14 @@ def libraries_watched() -> list[str]:
 def attributes(*, of: Iterable[type | ModuleType] = (), libraries: bool = True) -> Attributes:
     """The attributes of the classes and modules ``of`` and, with ``libraries``, of the libraries' modules and classes."""
     owners: dict[type | ModuleType, None] = dict.fromkeys(of)
-    watched = libraries_watched()
-    modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
-    for module in modules if libraries else ():
-        owners[module] = None
-        for item in list(vars(module).values()):
-            if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in watched:
-                owners[item] = None
+    if libraries:
+        watched = libraries_watched()
+        modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
+        for module in modules:
+            owners[module] = None
+            for item in list(vars(module).values()):
+                if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in watched:
+                    owners[item] = None
     return {owner: dict(vars(owner)) for owner in owners}
 
 

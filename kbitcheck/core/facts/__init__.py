@@ -24,6 +24,7 @@ from kbitcheck.core.facts.model import (
 from kbitcheck.core.facts.step import (
     CANNOT_RUN,
     CERTAIN,
+    WIDEST,
     BlockFacts,
     Distance,
     ForwardFacts,
@@ -48,7 +49,7 @@ from kbitcheck.core.facts.watched import (
 )
 
 __all__ = [
-    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
+    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "ScalerFacts",

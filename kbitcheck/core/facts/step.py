@@ -127,6 +127,7 @@ class StepOutcome:
 
 
 CERTAIN = 1 / 24  # the uncertainty that is wanted of a slope
+WIDEST = 1 / 2  # bound of a slope from which anything follows
 
 
 def slope_bound(uncertainty: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kbitcheck.core.facts import CERTAIN, slope_bound
+from kbitcheck.core.facts import CERTAIN, WIDEST, slope_bound
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.choices import ImposeChoices, RecordChoices
 
@@ -42,9 +42,14 @@ class Descent:
         """Whether the loss changes as the gradient says."""
         return abs(self.slope - 1) <= slope_bound(self.uncertainty)
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether the slope is certain enough for anything to follow."""
+        return slope_bound(self.uncertainty) <= WIDEST
+
 
 def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Autocast = nullcontext) -> Descent:
-    """Take two AdamW steps with weight decay on one batch, and measure the loss on the way of the first.
+    """Take two AdamW steps with weight decay on one batch, and measure the loss on the way of the first; then ``move_halves``.
 
     The learning rate is the first that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
     uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding. Rates whose step ends far from
@@ -68,12 +73,14 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
         descent = descents[best]
         if not descent.agrees:
             # A few places may lie on a parabola by chance, and a sharp bend before the first is seen by a shorter step alone.
-            shorter, descent = (way.measured(rate, MORE_PLACES) for rate in (best / 10, best))
+            shorter = way.shorter(best)
+            descent = way.measured(best, MORE_PLACES)
             descent = shorter if shorter.agrees else descent
         else:
             way.go(best)
         way.backward()
         way.update(best)
+        way.move_halves()
         step.clear_gradients(model)
     return descent
 
@@ -115,6 +122,12 @@ class _Way:
         if self._trained:
             torch.optim.AdamW(self._trained, lr=rate, weight_decay=WEIGHT_DECAY, eps=EPSILON).step()
 
+    def move_halves(self) -> None:
+        """Move parameters in half precision, which may have rounded the updates away, as far as no rounding hides."""
+        halves = [p for p in self._trained if p.dtype in (torch.float16, torch.bfloat16)]
+        if halves:
+            torch.optim.AdamW(halves, lr=max(LEARNING_RATES), weight_decay=0.0).step()
+
     def _loss(self, choices: AbstractContextManager[Any]) -> torch.Tensor:
         torch.manual_seed(self._seed)
         with choices, self._autocast():
@@ -141,6 +154,14 @@ class _Way:
         """The descent by the update of a learning rate, after which the parameters are left."""
         self.go(rate)
         return self._descent(places, self._here())
+
+    def shorter(self, rate: float) -> Descent:
+        """A descent by less than the learning rate: by a tenth, or by a third where rounding hides that one."""
+        shortest = self.measured(rate / 10, MORE_PLACES)
+        if shortest.is_certain:
+            return shortest
+        longer = self.measured(rate / 3, MORE_PLACES)
+        return longer if longer.is_certain else shortest
 
     @torch.no_grad()
     def _here(self) -> _Place:

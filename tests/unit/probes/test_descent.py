@@ -69,3 +69,22 @@ def test_the_model_is_left_after_two_steps():
     descend(model, BATCH, seed=0)
     moved = (model.weight - before).abs().max()
     assert LEARNING_RATES[0] < moved <= 2 * LEARNING_RATES[0] * (1 + WEIGHT_DECAY * before.abs().max())
+
+
+def test_in_half_precision_what_has_a_gradient_moves():
+    """However small the learning rate that the loss asks for: half precision would round the update away."""
+
+    class Half(Model):
+        def __init__(self):
+            super().__init__()
+            self.low = torch.nn.Parameter(torch.full((6,), 0.7, dtype=torch.bfloat16))
+            self.unread = torch.nn.Parameter(torch.full((6,), 0.7, dtype=torch.bfloat16))
+
+        def forward(self, input_ids):
+            out = super().forward(input_ids)
+            return SimpleNamespace(loss=out.loss + 1e-6 * self.low.double().sum())
+
+    model = Half()
+    descend(model, BATCH, seed=0)
+    assert bool((model.low < 0.7 - 2**-9).all())
+    assert bool((model.unread == torch.tensor(0.7, dtype=torch.bfloat16)).all())
