@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kbitcheck.observe.probes.process_state  # noqa: F401  (imports numpy, which cannot be imported twice)
 from kbitcheck.core.errors import UsageError
 from kbitcheck.run.subject import Missing, describe, load, validate
 
