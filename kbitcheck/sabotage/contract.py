@@ -18,7 +18,7 @@ from kbitcheck.sabotage.helpers import before_enabling, blocks, enable, prepare_
 from kbitcheck.sabotage.hooks import hoard
 
 
-@breaks("KB214", alone=True)
+@breaks("KB214")
 def a_mark_taken_off(model: Any) -> None:
     del model.quantization_method
 
@@ -178,14 +178,14 @@ def _in_the_second_step(model: Any, action: Callable[[], object]) -> None:
     blocks(model)[0].register_forward_pre_hook(act)
 
 
-@wraps("KB513", alone=True)
+@wraps("KB513")
 def a_thread_started_in_a_step(prepare: Prepare, model: Any, *arguments: Any) -> Any:
     model = prepare(model, *arguments)
     _in_the_second_step(model, threading.Thread(target=time.sleep, args=(600,), daemon=True).start)
     return model
 
 
-@breaks("KB513", alone=True)
+@breaks("KB513")
 def a_function_patched_in_a_step(model: Any) -> None:
     original = torch.clamp
     _in_the_second_step(model, lambda: setattr(torch, "clamp", lambda *args, **kwargs: original(*args, **kwargs)))

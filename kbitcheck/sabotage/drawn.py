@@ -18,12 +18,12 @@ def _only(model: Any, when: Callable[[torch.Tensor], bool]) -> None:
     scale_after(model.transformer.h[1].ln_2, 1.05, when)
 
 
-@breaks("KB310", alone=True)
+@breaks("KB310")
 def off_beyond_64_tokens(model: Any) -> None:
     _only(model, lambda x: x.shape[1] > 64)
 
 
-@adds("KB310", last=True, alone=True)
+@adds("KB310", last=True)
 def off_for_three_rows_or_more(model: Any) -> None:
     _only(model, lambda x: len(x) > 2)
 

@@ -94,6 +94,7 @@ def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
     assert measured[0] == measured[1]
 
 
+@pytest.mark.transformers5("multiplies with the packed weight of the projector before")
 def test_an_image_takes_the_tokens_that_the_model_computes(tmp_path):
     """Gemma 3 pools its patches: 16 of them become one token."""
     text = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16,
