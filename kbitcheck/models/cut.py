@@ -125,24 +125,33 @@ def _depths(model: nn.Module, towers: Sequence[Tower]) -> Depths:
 
 
 def _field(model: nn.Module, tower: str, total: int) -> tuple[type, int]:
-    """What tells the field of a configuration that counts a tower's blocks: the configuration's class, and the number."""
+    """What tells the field of a configuration that counts a tower's blocks: the configuration's class, and the number.
+
+    A module may have made a configuration of its own from the one that is saved, as Mimi's encoder does: it counts nothing.
+    """
     path = tower.split(".")
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
-    config = next(owner.config for owner in owners if isinstance(getattr(owner, "config", None), PretrainedConfig))
-    return type(config), total
+    configs = [config for owner in owners if isinstance(config := getattr(owner, "config", None), PretrainedConfig)]
+    saved = set(map(type, _nested(configs[-1])))
+    return next(type(config) for config in configs if type(config) in saved), total
+
+
+def _nested(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PretrainedConfig):
+            yield from _nested(value)
 
 
 def _shorten(config: PretrainedConfig, depths: Depths) -> None:
     """Have a configuration, and those inside it, describe fewer blocks, in place: counts of layers and lists by layer."""
-    for (cls, total), kept in depths.items():
-        if type(config) is cls:
-            for name, value in list(vars(config).items()):
-                new = _shortened(name, value, total, kept)
-                if new is not value:
-                    setattr(config, name, new)
-    for value in list(vars(config).values()):
-        if isinstance(value, PretrainedConfig):
-            _shorten(value, depths)
+    for each in _nested(config):
+        for (cls, total), kept in depths.items():
+            if type(each) is cls:
+                for name, value in list(vars(each).items()):
+                    new = _shortened(name, value, total, kept)
+                    if new is not value:
+                        setattr(each, name, new)
 
 
 def _shortened(name: str, value: Any, total: int, kept: int) -> Any:
