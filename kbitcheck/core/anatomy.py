@@ -17,6 +17,9 @@ PARTS = {
 }
 
 
+EXPERT = re.compile(r"(.*\.)?\w*experts?\w*\.\d+(?=\.|$)")
+
+
 def norm_parameters(model: ModelFacts) -> frozenset[str]:
     """Names of the parameters of every module that looks like a normalization layer, by class, name or shape."""
     norms = {m.name for m in model.modules.values() if m.norm & NORM_EVIDENCE}
@@ -51,6 +54,12 @@ def unquantized(model: ModelFacts) -> dict[str, list[TensorFacts]]:
     for tensor in {t.storage: t for t in reversed(list(model.parameters.values())) if not t.packed}.values():
         groups.setdefault(group_of(tensor, model, norms), []).append(tensor)
     return groups
+
+
+def expert_of(name: str) -> str:
+    """The path of the expert that a module or parameter of this name is in, one of several; empty where it is in none."""
+    match = EXPERT.match(name)
+    return match[0] if match else ""
 
 
 def tower_of(name: str, towers: tuple[str, ...]) -> str:

@@ -8,13 +8,17 @@ from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.gradients import needs_checkpointing
 
+# The root of the largest float32: the square of a larger gradient, which Adam keeps, is not finite. What overflows a dtype only if
+# it is larger than this times the scale overflows at a scale of one, too.
+SQUARED = 2.0**64
+
 
 @rule("KB717", "scaler-lets-steps-pass", Level.MUST)
 def scaler_lets_steps_pass(facts: Facts) -> Iterable[Observation]:
     """A gradient scaler does not skip every step, and the gradients that it unscales are float32 ones as the backward left them.
 
-    Steps that are skipped while the scale is still falling to where gradients are finite are no fault: one step that is taken
-    is enough.
+    One step that is taken is enough. Where every step is skipped, that is a note as long as the scale still falls, is above
+    one, and can be what makes gradients overflow: in float16, not in bfloat16 or float32 at common scales.
 
     Why: a scaler says nothing when it skips a step. Gradients that are clipped before they are unscaled are clipped by a norm
     that is as many times too large as the scale.
@@ -26,9 +30,15 @@ def scaler_lets_steps_pass(facts: Facts) -> Iterable[Observation]:
     scaler = facts.watched.scaler
     if scaler is None:
         raise NotApplicable("no gradient scaler is used")
-    taken = scaler.steps - scaler.skipped
-    some = taken > 0 or scaler.steps < 2
-    yield Observation("gradient scaler", "a step that is taken", f"{scaler.skipped} of {scaler.steps} skipped", ok=some)
+    taken = scaler.steps > scaler.skipped
+    falls = scaler.steps < 2 or scaler.scales[-1] < scaler.scales[0]
+    by_scale = scaler.scales and scaler.scales[-1] > 1 and scaler.limit / scaler.scales[-1] < SQUARED
+    actual, note = f"{scaler.skipped} of {scaler.steps} skipped", ""
+    if scaler.steps and not taken:
+        actual += f" at scales from {scaler.scales[0]:g} to {scaler.scales[-1]:g}"
+        note = f"the gradient scaler skipped all {scaler.steps} steps: --steps watches until one is taken"
+    ok = not scaler.steps or taken or bool(falls and by_scale)
+    yield Observation("gradient scaler", "a step that is taken", actual, ok=ok, note=note if ok else "")
     for name in scaler.float16:
         yield Observation(name, "a float32 gradient", "float16, which cannot be unscaled", ok=False)
     for name in scaler.clipped:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
+from kbitcheck.core.anatomy import expert_of
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts, MicroBatch, Update, WatchedRun, WatchedStep
 from kbitcheck.core.profile import PROMISES
@@ -259,7 +260,8 @@ def labels_count(facts: Facts) -> Iterable[Observation]:
 def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     """What the optimizer holds gets a finite gradient that is not zero; what is zero by initialisation, from the second step on.
 
-    A tensor that no batch reaches, as an expert without tokens, has no gradient, which is a fault if no step gives it one.
+    What no batch reached is a note: an expert without tokens, where another one beside it has a gradient; a whole vision or audio
+    tower. What ran and has no gradient is a fault.
     Tokens that are trained alone (``trainable_token_indices``) need not be in the first batches.
 
     Why: a tensor without a gradient is not trained, and no message says so.
@@ -267,25 +269,42 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     Fix: see KB301 and KB303; under reentrant checkpointing inputs must require grad.
     Sources: peft#2880, trl#835, transformers#41993.
     """
-    steps = [step for step in _run(facts).steps if not step.skipped]
+    run = _run(facts)
+    steps = [step for step in run.steps if not step.skipped]
     if not steps:
         raise NotApplicable("the gradient scaler skipped every step: KB717")
     frozen = {n for n, p in facts.wrapped.parameters.items() if not p.requires_grad}
     held = {name: updates for name, updates in _tensors(steps).items() if name not in frozen}
     if not held:
         raise NotApplicable("the optimizer holds nothing that trains: KB710")
-    for name, updates in held.items():
-        words = [u.gradient for u in updates]
+    words_of = {name: [u.gradient for u in updates] for name, updates in held.items()}
+    waiting = {name: _waits(name, words_of, run.idle) for name, words in words_of.items() if "ok" not in words}
+    idle = sorted(set(waiting.values()) - {""})
+    shown = ", ".join(idle[:2]) + f" and {len(idle) - 2:,} more" * (len(idle) > 2)
+    note = f"no batch of {len(steps)} steps reached {shown}: nothing is said of their adapters; --steps looks at more"
+    for name, words in words_of.items():
         unmet = TOKENS in name and "none" not in words  # tokens that train alone, none of which was in a batch
+        waits = bool(waiting.get(name))
         if "not finite" in words:
             ok = False
-        elif unmet:
+        elif unmet or waits:
             ok = True
         elif len(words) == 1:
             ok = words[0] != "none"
         else:
             ok = "ok" in words
-        yield Observation(name, "finite and not zero", ", ".join(_once(words)), ok=ok)
+        actual = ", ".join(_once(words))
+        yield Observation(name, "finite and not zero", actual, ok=ok, note=note if waits and ok else "")
+
+
+def _waits(name: str, words_of: Mapping[str, list[str]], idle: frozenset[str]) -> str:
+    """What no batch reached and holds this tensor; empty if a batch reached it, or if it is an expert and none beside it has a gradient."""
+    expert = expert_of(name)
+    if expert in idle:
+        beside = expert.rpartition(".")[0]
+        if any("ok" in words for n, words in words_of.items() if expert_of(n).rpartition(".")[0] == beside):
+            return expert
+    return min((m for m in idle - {expert} if name.startswith(f"{m}.")), key=len, default="")
 
 
 def _once(words: Iterable[str]) -> Iterator[str]:

@@ -4,14 +4,17 @@ They call nothing of kbitcheck. ``SOUND`` has those in which nothing is wrong, `
 """
 
 import contextlib
+import copy
 import tempfile
 import warnings
+from typing import Any
 
 import peft
 import torch
 import transformers
 from accelerate import Accelerator
 from peft import get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 
 from tests.watch.runs import adamw, batches, load, lora, prepared, trained_by
 
@@ -166,13 +169,24 @@ def head_and_embedding_saved():
     return model, each_step(model, adamw(model))
 
 
-def scaled(model, optimizer, *, scale=2.0**10, clip=None, unscale=True, accumulate=1, growth=2000):
+def scaled(
+    model,
+    optimizer,
+    *,
+    scale=2.0**10,
+    clip=None,
+    unscale=True,
+    accumulate=1,
+    growth=2000,
+    dtype=torch.bfloat16,
+    held=None,
+):
     """A loop with a gradient scaler, under autocast."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth)
     model.train()
     losses = []
     for number, batch in enumerate(batches(STEPS * accumulate), start=1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             loss = model(**batch).loss / accumulate
         scaler.scale(loss).backward()
         losses.append(loss.detach())
@@ -182,7 +196,7 @@ def scaled(model, optimizer, *, scale=2.0**10, clip=None, unscale=True, accumula
                     scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(trained_by(model), clip)
             scaler.step(optimizer)
-            scaler.update()
+            scaler.update(held)
             optimizer.zero_grad()
     return losses
 
@@ -195,6 +209,12 @@ def scaler():
 def scaler_that_skips_the_first_steps():
     model = prepared()
     return model, scaled(model, adamw(model), scale=2.0**126)
+
+
+def scaler_whose_scale_still_falls():
+    """In float16 the first gradients overflow, until the scale has come down."""
+    model = prepared(compute=torch.float16)
+    return model, scaled(model, adamw(model), scale=2.0**24, dtype=torch.float16)
 
 
 def scaler_and_clipping():
@@ -323,11 +343,118 @@ def norms_alone():
     return model, each_step(model, adamw(model))
 
 
+class Experts(nn.Module):
+    """Four copies of a layer, of which a router picks one for each token; never the last.
+
+    ``dense``: each expert gets every token, and what it makes of those of others is multiplied by zero.
+    """
+
+    def __init__(self, layer, *, dense=False):
+        super().__init__()
+        self.router = nn.Linear(64, 3, bias=False)
+        self.experts = nn.ModuleList(copy.deepcopy(layer) for _ in range(4))
+        self.dense = dense
+
+    def forward(self, hidden):
+        picked = self.router(hidden.float()).argmax(-1, keepdim=True)
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            mine = (picked == number).to(hidden.dtype)
+            if self.dense:
+                out = out + expert(hidden) * mine
+            elif mine.any():
+                rows = mine.flatten().nonzero().flatten()
+                out = out.flatten(0, 1).index_add(0, rows, expert(hidden.flatten(0, 1)[rows])).view_as(hidden)
+        return out
+
+
+def of_experts(between=lambda model: None, **options):
+    base = load()
+    torch.manual_seed(0)
+    for block in base.model.layers:
+        block.mlp = Experts(block.mlp, **options)
+    base = prepare_model_for_kbit_training(base)
+    model = get_peft_model(base, lora(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]))
+    between(model)
+    return model, each_step(model, adamw(model))
+
+
+def experts_without_tokens():
+    return of_experts()
+
+
+def experts_that_are_masked():
+    return of_experts(dense=True)
+
+
+def llava():
+    """A model with a vision tower, in four bits, prepared, with adapters on all layers."""
+    text: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=255, image_seq_length=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stored = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.LlavaForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+        base = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder, quantization_config=stored, dtype=torch.bfloat16
+        )
+    # The last layer of the tower reaches no loss: LLaVA reads the one before it.
+    names = r".*language_model.*_proj|.*vision.*layers\.0\..*(_proj|fc.)|.*projector\.linear_."
+    model = get_peft_model(prepare_model_for_kbit_training(base), lora(target_modules=names))
+    return model, adamw(model)
+
+
+def with_pictures(model, optimizer):
+    """The losses of steps on batches with a picture in each row."""
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        batch["input_ids"].clamp_(max=254)[:, :4] = 255
+        batch["labels"][:, :4] = -100
+        pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+        losses.append(plain_step(model, optimizer, {**batch, "pixel_values": pictures}))
+    return losses
+
+
+def pictures():
+    model, optimizer = llava()
+    return model, with_pictures(model, optimizer)
+
+
+def no_picture_in_the_first_batches():
+    model, optimizer = llava()
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        batch["input_ids"].clamp_(max=254)
+        losses.append(plain_step(model, optimizer, batch))
+    return model, losses
+
+
 SOUND = (
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, clipped, tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
     scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,
-    tokens_that_no_batch_has, one_cycle, ranks_that_change, norms_alone,
+    tokens_that_no_batch_has, one_cycle, ranks_that_change, norms_alone, experts_without_tokens, experts_that_are_masked, pictures,
+    no_picture_in_the_first_batches,
 )  # fmt: skip
 
 
@@ -377,6 +504,11 @@ def scaler_that_skips_all():
 
     trained_by(model)[0].register_hook(poison)
     return model, scaled(model, adamw(model))
+
+
+def scaler_that_is_held_at_its_scale():
+    model = prepared(compute=torch.float16)
+    return model, scaled(model, adamw(model), scale=2.0**24, dtype=torch.float16, held=2.0**24)
 
 
 def clipped_before_unscaled():
@@ -545,12 +677,28 @@ def half_of_the_labels_rows_ignored():
     return model, losses
 
 
+def an_expert_whose_output_is_cut():
+    def cut(model):
+        for block in model.base_model.model.model.layers:
+            block.mlp.experts[1].register_forward_hook(lambda module, args, output: output.detach())
+
+    return of_experts(cut)
+
+
+def a_tower_whose_output_is_cut():
+    model, optimizer = llava()
+    projector = model.get_submodule("base_model.model.model.multi_modal_projector")
+    projector.register_forward_hook(lambda module, args, output: output.detach())
+    return model, with_pictures(model, optimizer)
+
+
 BROKEN = {
     prepared_a_second_time: "KB710",
     checkpointing_switched_on_again_in_mid_run: "KB703",
     the_original_head_trains: "KB710",
     divided_twice_in_the_trainer: "KB707",
     scaler_that_skips_all: "KB717",
+    scaler_that_is_held_at_its_scale: "KB717",
     clipped_before_unscaled: "KB717",
     fp16_adapters_under_a_scaler: "KB717",
     clipped_to_zero: "KB715",
@@ -568,4 +716,6 @@ BROKEN = {
     a_twentieth_in_every_block: "KB304",
     a_hundredth_of_a_gradient_in_every_block: "KB304",
     half_of_the_labels_rows_ignored: "KB714",
+    an_expert_whose_output_is_cut: "KB715",
+    a_tower_whose_output_is_cut: "KB715",
 }

@@ -78,6 +78,14 @@ def test_why_no_block_was_compared_is_said(tmp_path):
     assert "gradients were not judged: no block was compared" in " ".join(str(report).split())
 
 
+def test_a_scale_that_still_falls_is_a_note(tmp_path):
+    _, report = watched(more_runs.scaler_whose_scale_still_falls, tmp_path)
+    assert broken(report) == set()
+    (result,) = (r for r in report if r.rule == "KB717")
+    assert result.notes == ("the gradient scaler skipped all 3 steps: --steps watches until one is taken",)
+    assert "no block was compared: a gradient scaler skipped every step" in " ".join(str(report).split())
+
+
 def test_a_warning_that_matters_is_among_many(tmp_path):
     """And goes on to where it would go."""
     import warnings

@@ -64,14 +64,17 @@ class SwitchedOn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalerFacts:
-    """A gradient scaler: how many ``steps`` it was asked for, and how many of them it ``skipped``.
+    """A gradient scaler: how many ``steps`` it was asked for, how many of them it ``skipped``, and its ``scales`` at each.
 
+    ``limit`` is the largest number that every dtype has in which the model computes.
     ``clipped`` are the parameters whose gradient was smaller when it was unscaled than the backward left it; ``float16``
     those whose gradient is in float16.
     """
 
     steps: int = 0
     skipped: int = 0
+    scales: tuple[float, ...] = ()
+    limit: float = 0.0
     clipped: tuple[str, ...] = ()
     float16: tuple[str, ...] = ()
 
@@ -97,7 +100,8 @@ class WatchedRun:
     ``entering`` are the dtypes that entered quantized layers, with the number of layers. ``unseen`` is why no block was
     compared with twins; empty where some were. ``assumed`` describes the optimizer where the caller named none: its steps are
     a forecast. ``scaler`` is None where no gradient scaler is used, ``warnings`` where nobody listened.
-    ``optimizers`` are the classes of those that stepped.
+    ``optimizers`` are the classes of those that stepped. ``idle`` are the modules that no input reached: experts without tokens, and
+    the blocks of a tower none of which ran.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -114,3 +118,4 @@ class WatchedRun:
     scaler: ScalerFacts | None = None
     warnings: tuple[HeardWarning, ...] | None = None
     optimizers: tuple[str, ...] = ()
+    idle: frozenset[str] = frozenset()

@@ -17,6 +17,7 @@ from kbitcheck.core.facts import MicroBatch, RunFacts, SwitchedOn
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import blocks, digest, step, switches
 from kbitcheck.observe.watch.enabling import Enabling, arguments
+from kbitcheck.observe.watch.reach import Reach
 
 IGNORED = -100
 
@@ -31,10 +32,13 @@ class Batches:
         self.first: RunFacts | None = None
         self.compiled = any(map(internals.is_compiled, model.modules()))
         self._model = model
-        self._entering: dict[str, str] = {}  # by layer
+        self._entering: dict[str, torch.dtype] = {}  # by layer
+        self._computes: set[torch.dtype] = set()
         self._batches: list[dict[str, Any]] = []
         self.stepped: Sequence[nn.Parameter] = ()  # in the step before
         self.scale = 1.0  # of the loss, by a gradient scaler
+        self._seen = nn.Identity() if self.compiled else model  # whose modules hooks may be put on
+        self.reach = Reach(self._seen)
         self._blocks: blocks.Watch | None = None
         self._calls: list[dict[str, str]] = []
         self._looked_at: dict[str, Any] = {}  # the forward that ``_blocks`` is about
@@ -51,14 +55,20 @@ class Batches:
     @property
     def entering(self) -> dict[str, int]:
         """The dtypes that entered quantized layers, with the number of layers."""
-        return dict(Counter(self._entering.values()))
+        return dict(Counter(str(dtype).removeprefix("torch.") for dtype in self._entering.values()))
+
+    @property
+    def limit(self) -> float:
+        """The largest number that every dtype has in which the model computes; float16's where no quantized layer was seen."""
+        own = {p.dtype for p in self._model.parameters() if p.is_floating_point() and not backends.is_packed(p)}
+        return min(torch.finfo(dtype).max for dtype in own | (self._computes or {torch.float16}))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Hooks on quantized layers, on what switches checkpointing on, and on checkpoints; for a while."""
         with ExitStack() as hooks:
-            layers = [] if self.compiled else backends.quantized_layers(self._model)
-            for name, layer in layers:
+            hooks.enter_context(self.reach.watched())
+            for name, layer in backends.quantized_layers(self._seen):
                 hooks.enter_context(layer.register_forward_pre_hook(partial(self._enters, name)))
             hooks.enter_context(Enabling(PreTrainedModel, self.switched_on.append))
             self._calls = hooks.enter_context(switches.checkpoint_spies())
@@ -72,11 +82,14 @@ class Batches:
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor):
-            self._entering[name] = str(args[0].dtype).removeprefix("torch.")
+            if self._entering.get(name) is not args[0].dtype:
+                self._computes |= _computed(module, args[0])
+            self._entering[name] = args[0].dtype
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """A forward begins."""
         self.scale = 1.0
+        self.reach.forward = True
         if self.first is None and self._blocks is not None and self._blocks.reached:
             self._finish_first()
         labels = kwargs.get("labels")
@@ -89,13 +102,14 @@ class Batches:
         if self.first is None:  # a forward without a backward, as an evaluation may be, is not the first
             self._close()
             self._calls.clear()
-            self._blocks = blocks.Watch(nn.Identity() if self.compiled else self._model)
+            self._blocks = blocks.Watch(self._seen)
             self._looked_at = batch
         if kwargs.get("use_cache") is True and self._model.training:
             self.cached = "use_cache=True was passed"
 
     def end(self, output: Any) -> None:
         """A forward ended; its loss shows later what weight it has."""
+        self.reach.forward = False
         if self._blocks is not None:
             self._blocks.phase = "backward"
         batch = self._batches[-1]
@@ -143,6 +157,22 @@ class Batches:
             batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
         fields = ("loss", "labels", "weight", "counted", "stale")
         return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
+
+
+def _computed(layer: nn.Module, x: torch.Tensor) -> set[torch.dtype]:
+    """The dtypes in which a quantized layer, and what is round it, computes with an input."""
+    arithmetic, device = backends.arithmetic(layer), x.device.type
+    dtypes = {
+        x.dtype,
+        arithmetic.compute_dtype(layer),
+        arithmetic.unpacked_dtype(layer),
+        arithmetic.product_dtype(layer, x),
+    }
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    if arithmetic.rounds_input(layer):  # int8 kernels take float16
+        dtypes.add(torch.float16)
+    return {dtype for dtype in dtypes if dtype is not None}
 
 
 def _loss(output: Any) -> torch.Tensor | None:

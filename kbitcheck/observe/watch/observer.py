@@ -15,15 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from kbitcheck import backends
 from kbitcheck.core.errors import cause
-from kbitcheck.core.facts import (
-    BlockwiseFacts,
-    Gap,
-    ModelFacts,
-    Part,
-    RunFacts,
-    SwitchedOn,
-    WatchedRun,
-)
+from kbitcheck.core.facts import BlockwiseFacts, Gap, ModelFacts, Part, RunFacts, SwitchedOn, WatchedRun
 from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.record import outermost_blocks
@@ -99,9 +91,9 @@ class Observer:
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
         self._hooks = ExitStack()
         self._steps = Steps(model, optimizers_of(training.optimizer))
-        self._scaling = Scaling(self._trained)
         self._heard = heard or Heard()
         self.batches = Batches(model, enabled)
+        self._scaling = Scaling(self._trained, lambda: self.batches.limit)
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of the model, hooks among it, is not looked at."""
@@ -161,6 +153,7 @@ class Observer:
             scaler=self._scaling.facts,
             warnings=tuple(self._heard.warnings),
             optimizers=tuple(self._steps.kinds),
+            idle=self.batches.reach.idle,
         )
 
     @property
@@ -294,11 +287,12 @@ class Observer:
         self._scaling.unscales(optimizer)
 
     @_unharmed
-    def scaler_stepped(self, optimizer: Any, *, taken: bool) -> None:
+    def scaler_stepped(self, scaler: Any, optimizer: Any, *, taken: bool) -> None:
         """A gradient scaler was asked for a step of an optimizer, which it may have left out."""
-        self._scaling.stepped(taken=taken)
+        self._scaling.stepped(float(scaler.get_scale()), taken=taken)
         if not taken and self._steps.register(optimizer, ran=self.batches.any):
             self._settle()
+            self._unseen = self._unseen or "a gradient scaler skipped every step"
             self._steps.skip(optimizer)
             self._close_complete_step()
 

@@ -23,7 +23,7 @@ class Listener(Protocol):
 
     def scaled(self, scaler: Any) -> None: ...
     def unscales(self, optimizer: Any) -> None: ...
-    def scaler_stepped(self, optimizer: Any, *, taken: bool) -> None: ...
+    def scaler_stepped(self, scaler: Any, optimizer: Any, *, taken: bool) -> None: ...
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def listening(listener: Listener) -> Iterator[None]:
         steps.clear()
         answer = own["step"](self, optimizer, *args, **kwargs)
         if self.is_enabled():
-            listener.scaler_stepped(optimizer, taken=bool(steps))
+            listener.scaler_stepped(self, optimizer, taken=bool(steps))
         return answer
 
     handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: steps.append(optimizer))
@@ -64,13 +64,14 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class Scaling:
-    """What was seen of gradient scalers. ``trained`` gives the parameters that train, by name."""
+    """What was seen of gradient scalers. ``trained`` gives the parameters that train, by name, ``limit`` that of ``ScalerFacts``."""
 
-    def __init__(self, trained: Callable[[], Mapping[str, nn.Parameter]]) -> None:
-        self._trained = trained
+    def __init__(self, trained: Callable[[], Mapping[str, nn.Parameter]], limit: Callable[[], float]) -> None:
+        self._trained, self._limit = trained, limit
         self._norms: dict[str, float] = {}  # of gradients, as the last backward left them
         self._handles: list[Any] = []
-        self._steps = self._skipped = 0
+        self._skipped = 0
+        self._scales: list[float] = []  # at each step
         self._clipped: dict[str, None] = {}
         self._float16: dict[str, None] = {}
         self._there = False
@@ -81,7 +82,12 @@ class Scaling:
         if not self._there:
             return None
         return ScalerFacts(
-            steps=self._steps, skipped=self._skipped, clipped=tuple(self._clipped), float16=tuple(self._float16)
+            steps=len(self._scales),
+            skipped=self._skipped,
+            scales=tuple(self._scales),
+            limit=self._limit(),
+            clipped=tuple(self._clipped),
+            float16=tuple(self._float16),
         )
 
     def remove(self) -> None:
@@ -115,9 +121,9 @@ class Scaling:
                 if _norm(parameter.grad) < SHRUNK * self._norms.get(name, 0.0):
                     self._clipped[name] = None
 
-    def stepped(self, *, taken: bool) -> None:
+    def stepped(self, scale: float, *, taken: bool) -> None:
         """A scaler was asked for a step."""
-        self._steps += 1
+        self._scales.append(scale)
         self._skipped += not taken
         self._norms = {}
 
