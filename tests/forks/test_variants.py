@@ -5,6 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from kbitcheck.core.result import Level
+from tests.few_steps import MANY_STEPS, of_few_steps
 from tests.forks import variants
 from tests.forks.judged import STRUCTURE, broken
 
@@ -36,13 +37,20 @@ CELLS = [
 ]  # fmt: skip
 
 
+def each(cells):
+    """The cells with their codes; the dearest rules of each apart."""
+    for *cell, every_rule, expected in cells:
+        name = "-".join(cell[:3])
+        yield pytest.param(*cell, of_few_steps() if every_rule else STRUCTURE, expected, id=name)
+        if every_rule:
+            yield pytest.param(*cell, MANY_STEPS, expected, id=f"{name}-many-steps", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("name", "profile", "freezes", "checkpointing", "storage", "every_rule", "expected"),
-    CELLS,
-    ids=["-".join(cell[:3]) for cell in CELLS],
+    ("name", "profile", "freezes", "checkpointing", "storage", "codes", "expected"), [*each(CELLS)]
 )
 def test_right_under_one_profile_and_wrong_under_another(
-    name, profile, freezes, checkpointing, storage, every_rule, expected, bases
+    name, profile, freezes, checkpointing, storage, codes, expected, bases
 ):
     found = broken(
         getattr(variants, name),
@@ -52,12 +60,12 @@ def test_right_under_one_profile_and_wrong_under_another(
         checkpointing=checkpointing,
         profile=profile,
         freezes=freezes,
-        codes=None if every_rule else STRUCTURE,
+        codes=codes,
         levels=(Level.MUST,),
     )
     if version("transformers") < "5":  # which reloads the cast weights as they were
         expected = expected - {"KB510"}
-    assert found == expected
+    assert found == expected & {*codes}
 
 
 def test_every_variant_is_right_or_wrong_somewhere():

@@ -18,6 +18,7 @@ from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.run.suites import RECIPES
+from tests.few_steps import EACH_HALF, of_few_steps
 from tests.shallow import shallow
 
 
@@ -52,7 +53,6 @@ def reentrant_by_default(model, use_gradient_checkpointing=True, gradient_checkp
 
 
 HEALTHY = {
-    "walks_modules": walks_modules,
     "partial": functools.partial(reference),
     "callable_object": Preparer(),
     "reentrant_by_default": reentrant_by_default,
@@ -90,34 +90,39 @@ def broken(
     }
 
 
-# The first does its work otherwise, in each mode; the second passes on what it was not given; the others are the
-# reference, called otherwise.
-UNUSUAL = [
-    *[("walks_modules", *cell) for cell in (("nf4", "default"), ("int8", "reentrant"), ("nf4", "off"))],
+# The first passes on what it was not given; the others are the reference, called otherwise.
+OF_CALLS = [
     *[("reentrant_by_default", "nf4", mode) for mode in ("default", "off")],
     ("partial", "nf4", "default"),
     ("callable_object", "int8", "reentrant"),
 ]
 
 
-OF_CALLS = [code for code in rules() if code.startswith(("KB1", "KB4", "KB5"))]
+@EACH_HALF
+@pytest.mark.parametrize(("quant", "checkpointing"), [("nf4", "default"), ("int8", "reentrant"), ("nf4", "off")])
+def test_an_unusual_implementation_keeps_every_must(quant, checkpointing, codes, bases):
+    case = {"model": "tiny:gpt2", "quant": quant, "checkpointing": checkpointing}
+    assert broken(walks_modules, bases, **case, levels=(Level.MUST,), codes=codes) == {}
 
 
-@pytest.mark.parametrize(("name", "quant", "checkpointing"), UNUSUAL)
-def test_unusual_implementations_keep_every_must(name, quant, checkpointing, bases):
-    codes = () if name == "walks_modules" else OF_CALLS
+@pytest.mark.parametrize(("name", "quant", "checkpointing"), OF_CALLS)
+def test_an_unusual_call_keeps_every_must(name, quant, checkpointing, bases):
+    codes = [code for code in rules() if code.startswith(("KB1", "KB4", "KB5"))]
     case = {"model": "tiny:gpt2", "quant": quant, "checkpointing": checkpointing}
     assert broken(HEALTHY[name], bases, **case, levels=(Level.MUST,), codes=codes) == {}
 
 
-LARGER = ("llava", "t5", "whisper")  # several towers take several times as long
+# Each recipe, scheme, option and mode once; the slow grid crosses them.
 CELLS = [
-    *[(f"tiny:{recipe}", "nf4", "non-reentrant") for recipe in RECIPES if recipe not in LARGER],
-    *[(f"tiny:{recipe}", "int8", "non-reentrant") for recipe in ("llama", "opt", "t5")],
-    ("tiny:llama", "fp4", "reentrant"),
-    ("tiny:llama", "nf4,double,storage=bf16", "default"),
-    ("tiny:gpt2", "nf4,storage=fp32,compute=fp16", "reentrant"),
-    ("tiny:mixtral", "nf4", "off"),
+    ("tiny:llama", "nf4,double,storage=bf16", "default", ()),
+    ("tiny:gpt2", "int8", "reentrant", ()),
+    ("tiny:gpt2", "nf4,storage=fp32,compute=fp16", "reentrant", of_few_steps()),
+    ("tiny:bert", "fp4", "reentrant", of_few_steps()),
+    ("tiny:gemma", "nf4", "non-reentrant", of_few_steps()),
+    ("tiny:mixtral", "nf4", "off", of_few_steps()),
+    ("tiny:opt", "int8", "non-reentrant", of_few_steps()),
+    ("tiny:qwen3", "nf4", "non-reentrant", of_few_steps()),
+    ("tiny:t5", "int8", "non-reentrant", of_few_steps()),
 ]
 
 
@@ -128,20 +133,23 @@ def broken_by_the_reference(bases, *, model, **case):
     return found
 
 
-@pytest.mark.parametrize(("model", "quant", "checkpointing"), CELLS)
-def test_the_reference_keeps_everything(model, quant, checkpointing, bases):
-    assert broken_by_the_reference(bases, model=model, quant=quant, checkpointing=checkpointing) == {}
+@pytest.mark.parametrize(("model", "quant", "checkpointing", "codes"), CELLS)
+def test_the_reference_keeps_everything(model, quant, checkpointing, codes, bases):
+    case = {"model": model, "quant": quant, "checkpointing": checkpointing}
+    assert broken_by_the_reference(bases, **case, codes=codes) == {}
 
 
-MORE = [
-    *[(f"tiny:{recipe}", "nf4", "non-reentrant") for recipe in LARGER],
-    *[(f"tiny:{recipe}", "int8", "non-reentrant") for recipe in RECIPES if recipe not in ("llama", "opt", "t5")],
-    *[(f"tiny:{recipe}", "fp4", "reentrant") for recipe in ("llava", "whisper", "t5")],
+GRID = [
+    *[(f"tiny:{recipe}", quant, "non-reentrant") for recipe in RECIPES for quant in ("nf4", "int8")],
+    *[(f"tiny:{recipe}", "fp4", "reentrant") for recipe in ("llama", "llava", "whisper", "t5")],
+    ("tiny:llama", "nf4,double,storage=bf16", "default"),
+    ("tiny:gpt2", "nf4,storage=fp32,compute=fp16", "reentrant"),
+    ("tiny:mixtral", "nf4", "off"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "quant", "checkpointing"), [*CELLS, *MORE])
+@pytest.mark.parametrize(("model", "quant", "checkpointing"), GRID)
 def test_the_reference_keeps_everything_in_whole_recipes_too(model, quant, checkpointing, bases):
     case = {"model": model, "quant": quant, "checkpointing": checkpointing}
     assert broken_by_the_reference(bases, **case, source_of=resolve) == {}
@@ -163,8 +171,9 @@ def test_what_a_model_cannot_bear_is_not_the_references(name, bases):
     assert broken(reference, bases, **case, source_of=resolve) == {}
 
 
+@EACH_HALF
 @pytest.mark.parametrize("model", ["tiny:gpt2", pytest.param("tiny:llama", marks=pytest.mark.slow)])
-def test_the_reference_keeps_everything_where_int8_layers_round_their_inputs(model, monkeypatch):
+def test_the_reference_keeps_everything_where_int8_layers_round_their_inputs(model, codes, monkeypatch):
     """As they do on every accelerator; bitsandbytes' own kernel for those, run on a CPU."""
 
     def matmul(A, B, out=None, state=None, threshold=0.0, bias=None):
@@ -176,25 +185,30 @@ def test_the_reference_keeps_everything_where_int8_layers_round_their_inputs(mod
     told = ("KB209", "KB304")  # from a CPU's arithmetic, by the yardstick
     assert set(broken(reference, {}, **case, codes=told)) == set(told)
     monkeypatch.setattr(arithmetic, "UNROUNDED", ())
-    assert broken(reference, {}, **case) == {}
+    assert broken(reference, {}, **case, codes=codes) == {}
 
 
-@pytest.mark.parametrize(("model", "quant"), [("tiny:llama", "nf4"), ("tiny:gpt2", "int8")])
-def test_peft_breaks_no_must_and_the_known_shoulds(model, quant, bases):
+@pytest.mark.parametrize(
+    ("model", "quant", "codes"), [("tiny:llama", "nf4", of_few_steps()), ("tiny:gpt2", "int8", ())]
+)
+def test_peft_breaks_no_must_and_the_known_shoulds(model, quant, codes, bases):
     peft = pytest.importorskip("peft")
-    found = broken(peft.prepare_model_for_kbit_training, bases, model=model, quant=quant, checkpointing="default")
+    case = {"model": model, "quant": quant, "checkpointing": "default", "codes": codes}
+    found = broken(peft.prepare_model_for_kbit_training, bases, **case)
     assert {rules()[code].level for code in found} == {Level.SHOULD}
     assert {"KB106", "KB407", "KB506"} <= set(found)
 
 
-def test_pefts_adapters_are_judged_like_our_own(bases):
+@EACH_HALF
+def test_pefts_adapters_are_judged_like_our_own(codes, bases):
     pytest.importorskip("peft")
-    found = broken(reference, bases, model="tiny:llama", quant="nf4", checkpointing="reentrant", adapters="peft")
-    assert found == {}
+    case = {"model": "tiny:llama", "quant": "nf4", "checkpointing": "reentrant"}
+    assert broken(reference, bases, **case, adapters="peft", codes=codes) == {}
 
 
+@EACH_HALF
 @pytest.mark.parametrize("profile", ["qlora", "frozen-half"])
-def test_profiles_judge_what_they_promise(profile, bases):
+def test_profiles_judge_what_they_promise(profile, codes, bases):
     """Under ``qlora`` norms alone become fp32, under ``frozen-half`` nothing does; under ``peft`` both are wrong."""
 
     def prepare(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
@@ -206,5 +220,5 @@ def test_profiles_judge_what_they_promise(profile, bases):
         return model
 
     case = {"model": "tiny:llama", "quant": "nf4", "checkpointing": "reentrant", "levels": (Level.MUST,)}
-    assert broken(prepare, bases, **case, profile=profile) == {}
+    assert broken(prepare, bases, **case, codes=codes, profile=profile) == {}
     assert "KB202" in broken(prepare, bases, **case, codes=("KB202",))
