@@ -9,19 +9,11 @@ import torch
 from kbitcheck.core.events import FaultTried
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.run import selftest
 from kbitcheck.run.selftest import case_of, run, try_fault
 from kbitcheck.sabotage import WITHOUT, Fault, faults
 from kbitcheck.sabotage.fault import FaultLevel
 from kbitcheck.sabotage.helpers import prepare_well
-from tests.shallow import shallow
-
-
-@pytest.fixture
-def shallow_bases(bases, monkeypatch):
-    """Bases with two blocks in each tower, and faults that are tried on such."""
-    monkeypatch.setattr(selftest, "resolve", shallow)
-    return bases.setdefault(shallow, {})
+from tests.meta.conftest import of_one_base
 
 
 def lacking(found):
@@ -81,13 +73,14 @@ def test_fault_names_are_distinct():
     assert len(names) == len(set(names))
 
 
-def of_one_base(fault):
-    """The fault as a parameter of a test; those of one base run in one process, which makes the base once."""
-    group = pytest.mark.xdist_group(f"{fault.model}-{fault.quant}")
-    return pytest.param(fault, id=f"{fault.code}-{fault.name}", marks=group)
+def each(tried):
+    """The faults as parameters of a test; those of one base run in one process, which makes the base once."""
+    params = [pytest.param(f, id=f"{f.code}-{f.name}", marks=of_one_base(f)) for f in tried]
+    return pytest.mark.parametrize("fault", params)
 
 
-EACH_FAULT = pytest.mark.parametrize("fault", [of_one_base(fault) for fault in faults()])
+def is_deep(fault):
+    return fault.config.get("num_hidden_layers", 0) > 4
 
 
 def catch(fault, bases):
@@ -97,13 +90,13 @@ def catch(fault, bases):
     assert verdict.caught, verdict.reason
 
 
-@EACH_FAULT
+@each([fault for fault in faults() if not is_deep(fault)])  # the deep one is tried in test_oracles_agree
 def test_its_rule_catches_it(fault, shallow_bases):
     catch(fault, shallow_bases)
 
 
 @pytest.mark.slow
-@EACH_FAULT
+@each(faults())
 def test_its_rule_catches_it_in_a_whole_recipe_too(fault, bases):
     catch(fault, bases)
 
