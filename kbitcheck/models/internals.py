@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import base
 
@@ -47,6 +48,15 @@ def joined_parameters(model: PreTrainedModel) -> Callable[[str], bool]:
 def tied_parameters(model: PreTrainedModel) -> frozenset[str]:
     """Names of the parameters that a checkpoint leaves out, as they are another by that name too; before transformers 5 none."""
     return frozenset(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the head of a model on the meta device a weight of its own, as loading does with one that differs."""
+    head = model.get_output_embeddings()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in [name for name in tied if model.get_submodule(name.rpartition(".")[0]) is head]:
+        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        tied.pop(name)
 
 
 def replace_layers(quantizer: Any, model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -20,11 +20,17 @@ from kbitcheck.models import load as loading
 
 
 def build(
-    config: Mapping[str, Any], quant: Quantization, options: loading.Options, *, quantized: bool = False
+    config: Mapping[str, Any],
+    quant: Quantization,
+    options: loading.Options,
+    *,
+    quantized: bool = False,
+    drawn: bool = True,
 ) -> PreTrainedModel:
     """The model that loading by these arguments would give, in eval mode, on the meta device.
 
-    ``config`` holds a ``config.json``'s fields. A checkpoint that is ``quantized`` already states all it skips.
+    ``config`` holds a ``config.json``'s fields. A checkpoint that is ``quantized`` already states all it skips. Of one that is
+    not ``drawn`` at random, the tensors are tied as its configuration says.
     """
     fields = {k: v for k, v in config.items() if k != "quantization_config"}
     dtype: torch.dtype = getattr(torch, options.dtype)
@@ -43,8 +49,20 @@ def build(
                 parameter.data = parameter.data.to(torch.float32)
         quant.backend.packing.quantize_empty(model, dtype)
         model.tie_weights()
+        if not drawn and _saved_untied(config, model):
+            internals.untie_head(model)
         model.eval()
     return model
+
+
+def _saved_untied(config: Mapping[str, Any], model: PreTrainedModel) -> bool:
+    """Whether a checkpoint has a head of its own although its class ties heads, as T5 v1.1 does in transformers 5.
+
+    Loading finds two tensors that differ then, and ties nothing.
+    """
+    return (
+        config.get("tie_word_embeddings") is False and "text_config" not in config and model.config.tie_word_embeddings
+    )
 
 
 def _replace_layers(model: PreTrainedModel, quant: Quantization, skip: list[str], dtype: torch.dtype) -> None:

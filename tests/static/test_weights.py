@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.models.sources.resolve import resolve
@@ -45,6 +48,31 @@ def described(facts):
 def storages(model):
     """Bytes of every storage of a real model, each once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own_tensors(model)}.values())
+
+
+def test_a_checkpoint_whose_head_is_its_own_weighs_what_loading_it_gives(tmp_path):
+    """As T5 v1.1 and FLAN-T5 were saved; transformers 5 ties heads of the class, unless two tensors differ."""
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, vocab_size=96, feed_forward_proj="gated-gelu"
+        )
+    )
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(96, 32))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": model.lm_head.weight.detach()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    config = {**json.loads((tmp_path / "config.json").read_text()), "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    wanted = Quantization.parse("nf4")
+    expected = snapshot(resolve(str(tmp_path)).load(wanted))
+    assert "lm_head.weight" in expected.parameters
+    for source in (resolve(str(tmp_path)), resolve(str(tmp_path), static="always")):
+        assert described(snapshot(source.meta(wanted))) == described(expected)
+    drawn = resolve(str(tmp_path), random_weights=True)
+    assert described(snapshot(drawn.meta(wanted))) == described(snapshot(drawn.load(wanted)))
 
 
 @pytest.mark.parametrize(("recipe", "quant", "dtype"), CELLS)

@@ -26,6 +26,11 @@ class Hub(Source):
         return self._fetched.folder
 
     @property
+    def drawn(self) -> bool:
+        """Never."""
+        return False
+
+    @property
     def unquantized_dtype(self) -> str:
         """What the user requests, else what the configuration states, else what the tensors have (fetches them)."""
         return self.dtype or config_dtype(self.config) or self._fetched.unquantized_dtype

@@ -23,6 +23,11 @@ class Local(Source):
         return self.folder
 
     @property
+    def drawn(self) -> bool:
+        """Never."""
+        return False
+
+    @property
     def unquantized_dtype(self) -> str:
         """What the user requests, else what the configuration states, else what the tensors have."""
         return self.dtype or config_dtype(self.config) or self.stored or "float32"

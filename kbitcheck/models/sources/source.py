@@ -61,6 +61,11 @@ class Source:
         return self.dtype or config_dtype(self.config) or "float32"
 
     @property
+    def drawn(self) -> bool:
+        """Whether the weights are drawn at random, and not somebody's, here or elsewhere."""
+        return self.loadable
+
+    @property
     def remote_code(self) -> bool:
         """Whether the model needs code from its repository."""
         return bool(self.config.get("auto_map"))
@@ -90,7 +95,7 @@ class Source:
 
         self._same_quantization(quant)
         own = Quantization.parse(self.quant) if self.quant else self._complete(quant)
-        model = meta.build(self.config, own, self._options("cpu"), quantized=self.quant is not None)
+        model = meta.build(self.config, own, self._options("cpu"), quantized=self.quant is not None, drawn=self.drawn)
         return self.finished(model, quant.skip)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
