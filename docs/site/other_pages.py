@@ -7,7 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import rule_pages
@@ -46,6 +46,7 @@ class Finding:
     rules: str
     upstream: str = "none known"
     detail: str = ""
+    report: Mapping[str, str] = field(default_factory=dict)  # what `docs/site/upstream.py` makes a report of
 
     @property
     def section(self) -> str:
@@ -53,6 +54,8 @@ class Finding:
         source = (SCRIPTS / f"{self.script}.py").read_text(encoding="utf-8").rstrip()
         rules = re.sub(r"KB\d{3}", r"[\g<0>](rules/\g<0>.md)", self.rules)
         facts = f"Attributed to: {self.party}. Rules: {rules}. Upstream: {rule_pages.linked(self.upstream)}."
+        if self.report:
+            facts += f" Nobody has reported it: [a report ready to be filed](findings/{self.script}.md)."
         for party, codes in excused_rules().get(self.script, {}).items():
             facts += f" Not counted against {party} under {', '.join(f'[{code}](rules/{code}.md)' for code in codes)}."
         block = "".join(f"    {line}\n" if line else "\n" for line in f"```python\n{source}\n```".splitlines())

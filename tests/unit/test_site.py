@@ -26,7 +26,7 @@ CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yam
 def site() -> Iterator[dict[str, ModuleType]]:
     """The modules in ``docs/site``, imported as MkDocs does."""
     sys.path.insert(0, str(DOCS / "site"))
-    yield {name: import_module(name) for name in ("rule_pages", "other_pages", "picture")}
+    yield {name: import_module(name) for name in ("rule_pages", "other_pages", "picture", "upstream")}
     sys.path.remove(str(DOCS / "site"))
 
 
@@ -101,6 +101,18 @@ def test_every_script_has_its_finding_and_every_record_its_script(
     monkeypatch.setattr(others, "PACKAGE", tmp_path)
     with pytest.raises(ValueError, match="no script in docs/findings: none"):
         others.findings()
+
+
+def test_every_finding_without_a_thread_has_a_report_to_file(site: dict[str, ModuleType]) -> None:
+    upstream, findings = site["upstream"], site["other_pages"].committed_findings()
+    committed = {path: path.read_text(encoding="utf-8") for path in (DOCS / "findings").glob("*.md")}
+    assert committed == upstream.reports(), "run `python docs/site/upstream.py`"
+    assert {path.stem for path in committed} == {f.script for f in findings if f.upstream == "none known"}
+    fields = {path.stem: re.findall(r"^### (.+)$", text, re.MULTILINE) for path, text in committed.items()}
+    assert fields["int_mm_one_column"] == ["🐛 Describe the bug", "Versions"]
+    assert fields["bias_recast"] == ["System Info", "Reproduction", "Expected behavior"]
+    for name, text in committed.items():
+        assert (DOCS / "findings" / f"{name.stem}.py").read_text(encoding="utf-8").strip() in text
 
 
 def test_the_saved_report_is_of_todays_rules_and_shown_where_it_is_asked_for(site: dict[str, ModuleType]) -> None:
