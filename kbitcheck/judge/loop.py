@@ -49,23 +49,32 @@ def scaler_lets_steps_pass(facts: Facts) -> Iterable[Observation]:
 def steps_recompute(facts: Facts) -> Iterable[Observation]:
     """In a watched step with checkpointing on, each block on the way to the loss is recomputed in the backward.
 
+    In no later step eval mode switches checkpoints or dropout off.
+
     Why: a flag is no proof. A model in eval mode recomputes nothing, and neither does a block that a trainer calls past its
     checkpoint; dropout is then off, too, and memory is that of a run without checkpointing.
     Symptom: as much memory as without checkpointing; a run without dropout.
     Fix: call ``model.train()`` before training, and again after each evaluation.
     Sources: peft#120, alpaca_lora_4bit#128.
     """
-    needs_checkpointing(facts)
-    if not facts.watched.steps:  # of a case that trains by itself KB403 asks the same
+    steps = facts.watched.steps
+    resting = [
+        (n, b.resting) for n, step in enumerate(steps, 1) for b in step.batches if b.resting and b.weight is not None
+    ]
+    if not resting:
+        needs_checkpointing(facts)
+    if not steps:  # of a case that trains by itself KB403 asks the same
         raise NotApplicable("no step was watched")
     flags = {block.name: block.checkpointing for block in facts.wrapped.blocks}
     ran = {name: block for name, block in facts.run.blocks.items() if block.on_path and flags.get(name)}
-    if not ran:
+    if not ran and not resting:
         raise NotApplicable("in the first forward no block that checkpoints was on the way to a loss")
     for name, block in ran.items():
         training = facts.wrapped.modules[name].training
         actual = "not recomputed" + ("" if training else ": it is in eval mode")
         yield Observation(name, "recomputed in the backward", actual, ok=block.recomputed > 0)
+    for number, what in dict.fromkeys(resting):
+        yield Observation(f"step {number}", "in train mode", f"{what} are in eval mode", ok=False)
 
 
 @rule("KB719", "no-grave-warning", Level.SHOULD)

@@ -114,11 +114,13 @@ def input_dtypes(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB707", "accumulates", Level.MUST)
 def accumulates(facts: Facts) -> Iterable[Observation]:
-    """The losses of accumulated batches are divided once: by their number, or by the number of tokens in all of them.
+    """The losses of accumulated batches are divided once: by their number, or by the number of tokens in all of them; and no
+    gradient is cleared between them.
 
     Why: divided twice, every gradient is too small by the number of batches, and a gradient norm that is clipped to one hides it.
+    Cleared before each backward, the gradient is that of the last batch, divided by the number of all.
     Symptom: a run with accumulation that learns as at a learning rate several times smaller.
-    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both.
+    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both; clear gradients after the optimizer's step alone.
     Sources: transformers#34191, transformers#34198, trl#2175.
     """
     judged = False
@@ -128,8 +130,20 @@ def accumulates(facts: Facts) -> Iterable[Observation]:
             continue
         judged = True
         yield _divided(number, step.batches, weights)
+        if shared := _shared(step, weights):
+            yield Observation(f"step {number}", "the sum of all batches' gradients", shared, ok=False)
     if not judged:
         raise NotApplicable("no optimizer step adds up several batches whose losses can be seen")
+
+
+def _shared(step: WatchedStep, weights: list[float]) -> str:
+    """Which batches of a step had their gradients cleared, though each loss is a share of the step's; empty where none had."""
+    share = [
+        b.counted or math.isclose(w, 1 / len(weights), rel_tol=SAME) for b, w in zip(step.batches, weights, strict=True)
+    ]
+    lost = [n for n, (one, other) in enumerate(pairwise(step.batches), 1) if other.cleared and one.labels != 0]
+    used = any(update.gradient == "ok" for update in step.updates.values())
+    return f"cleared after batch {', '.join(map(str, lost))} of {len(weights)}" if lost and used and all(share) else ""
 
 
 def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float]) -> Observation:

@@ -109,6 +109,11 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return int(tensor._version)
+
+
 def sequence_number(node: Any) -> int:
     """The place of an autograd node in the order in which nodes were made."""
     return int(node._sequence_nr())

@@ -449,12 +449,133 @@ def no_picture_in_the_first_batches():
     return model, losses
 
 
+def encoder_and_decoder():
+    """Every block of the decoder reads the encoder's states."""
+    config = transformers.T5Config(
+        vocab_size=256,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+    )
+    config.decoder_start_token_id = 0
+    torch.manual_seed(0)
+    stored = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.T5ForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+        base = transformers.T5ForConditionalGeneration.from_pretrained(
+            folder, quantization_config=stored, dtype=torch.bfloat16
+        )
+    adapters = lora(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])
+    model = get_peft_model(prepare_model_for_kbit_training(base), adapters)
+    return model, each_step(model, adamw(model))
+
+
+def a_head_on_a_hidden_state():
+    """Of a block in the middle, which the next block reads, too; its gradient is there before that of the model."""
+    model = prepared(layers=3)
+    head = nn.Linear(64, 1)
+    optimizer = torch.optim.AdamW([*trained_by(model), *head.parameters()], lr=1e-3)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        output = model(**batch, output_hidden_states=True)
+        loss = output.loss + head(output.hidden_states[1].float()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def a_head_inside():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.v_head = prepared(), nn.Linear(64, 1)
+
+        def forward(self, **batch):
+            output = self.model(**batch, output_hidden_states=True)
+            return output.loss, self.v_head(output.hidden_states[-1].float())
+
+    model = Model()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss, value = model(**batch)
+        (loss + value.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def an_adapter_that_knows_no_float64():
+    model = prepared(adapters=peft.FourierFTConfig(n_frequency=16, target_modules=["q_proj"]))
+    return model, each_step(model, adamw(model))
+
+
+def thawed_one_after_another():
+    model = prepared()
+    late = [p for n, p in model.named_parameters() if "lora_" in n and ".layers.0." in n]
+    for parameter in late:
+        parameter.requires_grad_(False)
+    optimizer = adamw(model)
+
+    def thaw(model, step):
+        if step == 0:
+            for parameter in late:
+                parameter.requires_grad_(True)
+            optimizer.add_param_group({"params": late})
+
+    return model, each_step(model, optimizer, between=thaw)
+
+
+def two_models():
+    model, other = prepared(), prepared()
+    optimizers = adamw(model), adamw(other)
+    model.train(), other.train()
+    losses = []
+    for batch in batches(STEPS):
+        losses.append(plain_step(model, optimizers[0], batch))
+        plain_step(other, optimizers[1], batch)
+    return model, losses
+
+
+def the_gradient_of_a_point_nearby():
+    """Sharpness-aware: a first gradient says where the second, which the optimizer uses, is taken."""
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        ways = [(p, 0.01 * p.grad) for p in trained_by(model)]
+        with torch.no_grad():
+            for parameter, way in ways:
+                parameter.add_(way)
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            for parameter, way in ways:
+                parameter.sub_(way)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, losses
+
+
 SOUND = (
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, clipped, tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
     scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,
     tokens_that_no_batch_has, one_cycle, ranks_that_change, norms_alone, experts_without_tokens, experts_that_are_masked, pictures,
-    no_picture_in_the_first_batches,
+    no_picture_in_the_first_batches, encoder_and_decoder, a_head_on_a_hidden_state, a_head_inside, an_adapter_that_knows_no_float64,
+    thawed_one_after_another, two_models, the_gradient_of_a_point_nearby,
 )  # fmt: skip
 
 
@@ -692,6 +813,27 @@ def a_tower_whose_output_is_cut():
     return model, with_pictures(model, optimizer)
 
 
+def gradients_cleared_between_batches():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for number, batch in enumerate(batches(4 * STEPS), start=1):
+        optimizer.zero_grad()
+        loss = model(**batch).loss / 4
+        loss.backward()
+        losses.append(loss.detach())
+        if number % 4 == 0:
+            optimizer.step()
+    return model, losses
+
+
+def left_in_eval_mode():
+    """By an evaluation after the first step."""
+    model = prepared()
+    return model, each_step(model, adamw(model), between=lambda model, step: model.eval())
+
+
 BROKEN = {
     prepared_a_second_time: "KB710",
     checkpointing_switched_on_again_in_mid_run: "KB703",
@@ -717,5 +859,7 @@ BROKEN = {
     a_hundredth_of_a_gradient_in_every_block: "KB304",
     half_of_the_labels_rows_ignored: "KB714",
     an_expert_whose_output_is_cut: "KB715",
+    gradients_cleared_between_batches: "KB707",
+    left_in_eval_mode: "KB718",
     a_tower_whose_output_is_cut: "KB715",
 }

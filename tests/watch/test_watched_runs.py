@@ -12,7 +12,7 @@ import transformers
 
 import kbitcheck
 from kbitcheck.core.result import Level, Status
-from kbitcheck.observe.watch import observer
+from kbitcheck.observe.watch import batches, blocks, observer, reach
 from kbitcheck.observe.watch.enabling import arguments
 from tests.watch import runs
 
@@ -91,11 +91,15 @@ def test_the_watcher_takes_itself_off():
     assert watched.report.subject["steps"] == 1
 
 
-def test_a_watcher_that_fails_lets_the_run_go_on(monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(observer, "compared"), (blocks.Recorder, "_left"), (batches.Batches, "_weighed"), (reach.Reach, "_runs")],
+)
+def test_a_watcher_that_fails_lets_the_run_go_on(monkeypatch, owner, name):
     def refuse(*args):
         raise OSError("no space")
 
-    monkeypatch.setattr(observer, "compared", refuse)
+    monkeypatch.setattr(owner, name, refuse)
     losses, _, watched = train(runs.plain, steps=3)
     assert len(losses) == 4
     assert watched.report.exit_code == 3

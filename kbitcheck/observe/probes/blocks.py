@@ -1,6 +1,7 @@
 """What each block of a model did in one training step."""
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
@@ -17,12 +18,15 @@ from kbitcheck.observe.probes.live import tensors
 class Watch(ExitStack):
     """Hooks on every block and the modules inside it, until closed. ``phase`` is ``forward`` or ``backward``.
 
+    ``guard`` makes each hook of a function.
+
     Runs are counted on one module inside a block: transformers 5 checkpoints ``forward``, so that hooks on the block
     itself fire once; 4.56 checkpoints ``__call__``; and a non-reentrant recompute stops early and skips post hooks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, guard: Callable[[Callable[..., object]], Any] = lambda hook: hook) -> None:
         super().__init__()
+        self._guard = guard
         self.phase = "forward"
         self.order: list[str] = []
         self.blocks = {name: module for name, module in model.named_modules() if is_block(module)}
@@ -40,10 +44,11 @@ class Watch(ExitStack):
         self.callback(self._inputs.clear)
         self.callback(self._kept.clear)
         for name, module in self.blocks.items():
-            self.enter_context(module.register_forward_pre_hook(partial(self._entered, name), with_kwargs=True))
-            self.enter_context(module.register_forward_hook(partial(self._left, name)))
+            enters, leaves, runs = (guard(partial(hook, name)) for hook in (self._entered, self._left, self._ran))
+            self.enter_context(module.register_forward_pre_hook(enters, with_kwargs=True))
+            self.enter_context(module.register_forward_hook(leaves))
             for inner in list(module.modules())[1:]:
-                self.enter_context(inner.register_forward_pre_hook(partial(self._ran, name)))
+                self.enter_context(inner.register_forward_pre_hook(runs))
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of the model, hooks among it, is not watched."""
@@ -94,7 +99,7 @@ class Watch(ExitStack):
             if tensor.grad_fn is not None and self.phase == "forward":
                 self._last[name] = max(self._last.get(name, -1), internals.sequence_number(tensor.grad_fn))
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self._on_path.add(name))
+                tensor.register_hook(self._guard(lambda gradient: self._on_path.add(name)))
 
     def _ran(self, name: str, module: nn.Module, args: Any) -> None:
         if self._markers.setdefault(name, module) is module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 
 from kbitcheck import backends
 from kbitcheck.core.facts import MicroBatch, RunFacts, SwitchedOn
+from kbitcheck.models.blocks import is_block
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import blocks, digest, step, switches
 from kbitcheck.observe.watch.enabling import Enabling, arguments
+from kbitcheck.observe.watch.guard import Guard
 from kbitcheck.observe.watch.reach import Reach
 
 IGNORED = -100
@@ -25,20 +28,20 @@ IGNORED = -100
 class Batches:
     """What each forward of a model was passed and returned. ``first`` is the step of the first one, None before it."""
 
-    def __init__(self, model: nn.Module, enabled: Sequence[SwitchedOn] = ()) -> None:
+    def __init__(self, model: nn.Module, enabled: Sequence[SwitchedOn], guard: Guard) -> None:
         before = SwitchedOn(used=arguments(model))
         self.switched_on = list(enabled) or [before] * bool(before.used)
         self.cached = ""
         self.first: RunFacts | None = None
         self.compiled = any(map(internals.is_compiled, model.modules()))
-        self._model = model
+        self._model, self._guard = model, guard
         self._entering: dict[str, torch.dtype] = {}  # by layer
         self._computes: set[torch.dtype] = set()
         self._batches: list[dict[str, Any]] = []
-        self.stepped: Sequence[nn.Parameter] = ()  # in the step before
+        self._used: list[tuple[Any, int]] = []  # gradients of the step before, and how often each was written to
         self.scale = 1.0  # of the loss, by a gradient scaler
         self._seen = nn.Identity() if self.compiled else model  # whose modules hooks may be put on
-        self.reach = Reach(self._seen)
+        self.reach = Reach(self._seen, guard)
         self._blocks: blocks.Watch | None = None
         self._calls: list[dict[str, str]] = []
         self._looked_at: dict[str, Any] = {}  # the forward that ``_blocks`` is about
@@ -69,7 +72,7 @@ class Batches:
         with ExitStack() as hooks:
             hooks.enter_context(self.reach.watched())
             for name, layer in backends.quantized_layers(self._seen):
-                hooks.enter_context(layer.register_forward_pre_hook(partial(self._enters, name)))
+                hooks.enter_context(layer.register_forward_pre_hook(self._guard(partial(self._enters, name))))
             hooks.enter_context(Enabling(PreTrainedModel, self.switched_on.append))
             self._calls = hooks.enter_context(switches.checkpoint_spies())
             hooks.callback(self._close)
@@ -97,12 +100,17 @@ class Batches:
         if isinstance(labels, torch.Tensor):
             counted = labels[..., 1:] if labels.dim() > 1 and labels.shape[-1] > 1 else labels
             count = int((counted != IGNORED).sum())
-        batch = {"labels": count, "counted": kwargs.get("num_items_in_batch") is not None}
+        batch = {
+            "labels": count,
+            "counted": kwargs.get("num_items_in_batch") is not None,
+            "resting": "" if self._model.training else _resting(self._model),
+            "follows": any("weight" in each for each in self._batches),
+        }
         self._batches.append(batch)
         if self.first is None:  # a forward without a backward, as an evaluation may be, is not the first
             self._close()
             self._calls.clear()
-            self._blocks = blocks.Watch(self._seen)
+            self._blocks = blocks.Watch(self._seen, self._guard)
             self._looked_at = batch
         if kwargs.get("use_cache") is True and self._model.training:
             self.cached = "use_cache=True was passed"
@@ -119,7 +127,7 @@ class Batches:
             if batch is self._looked_at:
                 batch["bits"] = digest.bits(loss.detach())
             if loss.requires_grad:
-                loss.register_hook(partial(self._weighed, batch))
+                loss.register_hook(self._guard(partial(self._weighed, batch)))
         cache = getattr(output, "past_key_values", None) if self._model.training else None
         if cache is not None and any(True for _ in step.cached_tensors(cache)):
             batch["cache"] = True
@@ -127,9 +135,18 @@ class Batches:
 
     def _weighed(self, batch: dict[str, Any], gradient: torch.Tensor) -> None:
         if not any("weight" in each for each in self._batches):
-            used = (internals.local(p.grad) for p in self.stepped if p.grad is not None)
-            batch["stale"] = sum(bool(gradient.any()) for gradient in used)
+            used = [(gradient(), version) for gradient, version in self._used]
+            untouched = (g for g, version in used if g is not None and internals.version(g) == version)
+            batch["stale"] = sum(bool(internals.local(each).any()) for each in untouched)
+        elif batch["follows"]:
+            gradients = (p.grad for p in self._model.parameters() if p.grad is not None)
+            batch["cleared"] = not any(bool(internals.local(each).any()) for each in gradients)
         batch["weight"] = float(gradient.detach().sum()) / self.scale
+
+    def stepped(self, parameters: Iterable[nn.Parameter]) -> None:
+        """An optimizer's step has used the gradients of parameters."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._used = [(weakref.ref(gradient), internals.version(gradient)) for gradient in gradients]
 
     def finish(self) -> None:
         """The optimizer's step begins."""
@@ -155,8 +172,17 @@ class Batches:
         batches, self._batches = self._batches, []
         if any("weight" in batch for batch in batches):
             batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
-        fields = ("loss", "labels", "weight", "counted", "stale")
+        fields = ("loss", "labels", "weight", "counted", "stale", "cleared", "resting")
         return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
+
+
+def _resting(model: nn.Module) -> str:
+    """What eval mode switches off in a model, in words."""
+    resting = [m for m in model.modules() if not m.training]
+    blocks = sum(is_block(m) and getattr(m, "gradient_checkpointing", False) is True for m in resting)
+    dropouts = sum(isinstance(m, nn.Dropout) and m.p > 0 for m in resting)
+    counts = ((blocks, "blocks that checkpoint"), (dropouts, "dropouts"))
+    return " and ".join(f"{count:,} {name}" for count, name in counts if count)
 
 
 def _computed(layer: nn.Module, x: torch.Tensor) -> set[torch.dtype]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.core.errors import cause
 from kbitcheck.core.facts import Gap, Part
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe import internals
@@ -21,6 +22,8 @@ from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, para
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.layers import Weights
 from kbitcheck.observe.twin import patches, twins
+from kbitcheck.observe.watch import readers
+from kbitcheck.observe.watch.guard import Guard
 
 SMALL = 64 << 20  # bytes of a block's weights in float64, up to which its twins are kept
 CACHES = ("past_key_value", "past_key_values", "layer_past")
@@ -31,12 +34,15 @@ AS_IT_IS = next(name for name, promise in PROMISES.items() if not promise.casts(
 class Recorded:
     """The first call of a block that a gradient came back through. ``gradients`` are its trained parameters', by name in the block.
 
+    ``added`` is what the block itself added to the gradients of what it was passed, by index: less than all where others read it.
     ``why`` says what keeps the call from being compared; "" where nothing does.
     """
 
     call: BlockCall
     random: torch.Tensor
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    edges: dict[int, readers.Edge] = field(default_factory=dict)
+    added: dict[int, torch.Tensor] = field(default_factory=dict)
     why: str = ""
 
     @property
@@ -44,18 +50,25 @@ class Recorded:
         """Whether a gradient entered the block."""
         return bool(self.call.entering)
 
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The arguments whose gradient comes from the block alone."""
+        leaving, added = self.call.leaving, self.added
+        shared = {i for i, gradient in leaving.items() if i not in added or not torch.equal(gradient, added[i])}
+        return tuple(i for i in self.call.differentiable if i not in shared)
+
 
 class Recorder:
     """Hooks on one block, on what enters and leaves it, and on its parameters; all of them only look."""
 
-    def __init__(self, name: str, block: nn.Module) -> None:
-        self.name, self.block = name, block
+    def __init__(self, name: str, block: nn.Module, guard: Guard) -> None:
+        self.name, self.block, self._guard = name, block, guard
         self.recorded: Recorded | None = None
         self._open: list[Recorded | None] = []
         self._handles: list[Any] = []
         self._closed = False
-        self._hold(block.register_forward_pre_hook(self._entered, with_kwargs=True))
-        self._hold(block.register_forward_hook(self._left))
+        self._hold(block.register_forward_pre_hook(guard(self._entered), with_kwargs=True))
+        self._hold(block.register_forward_hook(guard(self._left)))
         for each, parameter in block.named_parameters():
             if parameter.requires_grad:
                 self._hold(parameter.register_hook(self._keeper(each)))
@@ -110,6 +123,7 @@ class Recorder:
         recorded = Recorded(call, _random_state(device))
         for index in differentiable:
             self._hold(leaves[index].register_hook(self._catcher(recorded, call.leaving, index)))
+            recorded.edges[index] = readers.edge(leaves[index])
         self._open[-1] = recorded
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -125,24 +139,29 @@ class Recorder:
                     self._hold(leaf.register_hook(catch))
                 recorded.call.outputs.append(leaf.detach().clone())
                 recorded.call.tracked.append(leaf.requires_grad)
+        for handle in readers.sums([leaf for leaf in leaves if floating(leaf)], recorded.edges, recorded.added):
+            self._hold(handle)
+        recorded.edges.clear()
         self.recorded = recorded
 
     def _catcher(self, recorded: Recorded, store: dict[int, torch.Tensor], key: int) -> Any:
-        def catch(gradient: torch.Tensor) -> None:
+        def catch(gradient: torch.Tensor | None) -> None:
+            if gradient is None:  # an autograd function returned none
+                return
             if key in store:
                 recorded.why = "a backward ran through a block twice"
             store[key] = gradient.detach().clone()
 
-        return catch
+        return self._guard(catch)
 
     def _keeper(self, name: str) -> Any:
-        def keep(gradient: torch.Tensor) -> None:
-            if self.recorded is not None and not self._closed:
+        def keep(gradient: torch.Tensor | None) -> None:
+            if self.recorded is not None and not self._closed and gradient is not None:
                 if name in self.recorded.gradients:
                     self.recorded.why = "a backward ran through a block twice"
                 self.recorded.gradients[name] = gradient.detach().clone()
 
-        return keep
+        return self._guard(keep)
 
 
 class Twins:
@@ -178,6 +197,7 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
         return "no gradient came back through a block"
     if recorded.why:
         return recorded.why
+    recorded.call.differentiable = recorded.own
     if recorded.call.device != "cpu" and _drops(block):
         return "masks of dropout cannot be drawn again in float64 on a GPU"
 
@@ -194,7 +214,10 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
 
     names = {id(p): n for n, p in block.named_parameters() if p.requires_grad}
     gradients = {name: recorded.gradients.get(name) for name in names.values()}
-    return compare_alone(recorded.call, gradients, pairs.of(recorder.name, block), around)
+    try:
+        return compare_alone(recorded.call, gradients, pairs.of(recorder.name, block), around)
+    except Exception as error:  # as of an adapter whose forward knows no float64
+        return f"a twin of a block raised {cause(error)}"
 
 
 def _twin(model: nn.Module, dtype: torch.dtype | None) -> Twin:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kbitcheck import backends
-from kbitcheck.core.errors import cause
 from kbitcheck.core.facts import BlockwiseFacts, Gap, ModelFacts, Part, RunFacts, SwitchedOn, WatchedRun
 from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
@@ -23,34 +21,12 @@ from kbitcheck.observe.in_place import random_states_restored
 from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot, tensors_again
-from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.batches import Batches
 from kbitcheck.observe.watch.blocks import Recorder, Twins, compared
+from kbitcheck.observe.watch.guard import Guard, unharmed
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.observe.watch.scaling import Scaling, listening
 from kbitcheck.observe.watch.steps import Steps
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _unharmed(method: F) -> F:
-    """A callback that cannot harm the run: what it raises takes the observer off, and random states are put back."""
-
-    @functools.wraps(method)
-    def guarded(self: Observer, *args: Any, **kwargs: Any) -> None:
-        if self.over or self._busy or (LENT in vars(self.model) and not self._by_check):
-            return
-        self._busy = True
-        try:
-            with random_states_restored(), torch.compiler.set_stance("force_eager"):
-                method(self, *args, **kwargs)
-        except Exception as error:
-            self.failed = cause(error)
-            self.stop()
-        finally:
-            self._busy = False
-
-    return cast(F, torch.compiler.disable(guarded))  # hooks of a compiled model are part of what is compiled
 
 
 class Observer:
@@ -84,16 +60,17 @@ class Observer:
         self._base_grads: tuple[str, ...] = ()
         self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
         self._unseen = ""
-        self._busy = False
-        self._by_check, self._sharded, self._recast = by_check, False, False
+        self.busy = False
+        self.by_check, self._sharded, self._recast = by_check, False, False
         self._recorders: list[Recorder] = []
         self._twins = Twins()
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
         self._hooks = ExitStack()
         self._steps = Steps(model, optimizers_of(training.optimizer))
         self._heard = heard or Heard()
-        self.batches = Batches(model, enabled)
-        self._scaling = Scaling(self._trained, lambda: self.batches.limit)
+        self._guard = Guard(self)
+        self.batches = Batches(model, enabled, self._guard)
+        self._scaling = Scaling(self._trained, lambda: self.batches.limit, self._guard)
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of the model, hooks among it, is not looked at."""
@@ -116,6 +93,11 @@ class Observer:
         take_off(register_optimizer_step_pre_hook(self._before_step).remove)
         take_off(register_optimizer_step_post_hook(self._after_step).remove)
 
+    def fail(self, why: str) -> None:
+        """Nothing can be said of this run: take everything off, and let it go on."""
+        self.failed = self.failed or why
+        self.stop()
+
     def stop(self) -> None:
         """Take everything off."""
         if self.over:
@@ -129,6 +111,7 @@ class Observer:
             with random_states_restored():
                 assert self.before is not None
                 self.after = tensors_again(self.before, self.model, self.meant)
+                self.before = _thawed(self.before, self.after)
         self._when_over()
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -184,7 +167,7 @@ class Observer:
         }
         return {**owned(self.model, declared(self.model, self._training)), **held}
 
-    @_unharmed
+    @unharmed
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not self.model or internals.backward_runs():
             return
@@ -197,7 +180,7 @@ class Observer:
                 return
         if self.before is None:
             self._look_first()
-        if not (self._by_check or self._recorders or self._steps.inside or self._sharded):
+        if not (self.by_check or self._recorders or self._steps.inside or self._sharded):
             self._draw()
         for recorder in self._recorders:
             recorder.next_batch()
@@ -213,7 +196,7 @@ class Observer:
             if getattr(layer, "bias", None) is not None:
                 self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
 
-    @_unharmed
+    @unharmed
     def _output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is self.model and torch.is_grad_enabled() and self.batches.any and not internals.backward_runs():
             self.batches.end(output)
@@ -224,9 +207,9 @@ class Observer:
             self._unseen = "the model has no blocks"
         for names in self._kinds.values():
             name = self._random.choice(names)
-            self._recorders.append(Recorder(name, self.model.get_submodule(name)))
+            self._recorders.append(Recorder(name, self.model.get_submodule(name), self._guard))
 
-    @_unharmed
+    @unharmed
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self._steps.begin(optimizer, ran=self.batches.any):
             return
@@ -254,7 +237,7 @@ class Observer:
             parameters={n: dataclasses.replace(p, adapter=n in meant) for n, p in facts.parameters.items()},
         )
 
-    @_unharmed
+    @unharmed
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._steps.inside:
             self._steps.end(optimizer, ran=self.batches.any or self._steps.open)
@@ -270,23 +253,23 @@ class Observer:
     def _close_step(self) -> None:
         self.batches.finish()
         self._steps.close(self.batches.taken())
-        self.batches.stepped = self._steps.stepped
+        self.batches.stepped(self._steps.stepped)
         self._remove_recorders()
         if len(self._steps.taken) == self._training.steps:
             self.stop()
 
-    @_unharmed
+    @unharmed
     def scaled(self, scaler: Any) -> None:
         """A gradient scaler scaled a loss."""
         self.batches.scale = float(scaler.get_scale())
         self._scaling.scaled()
 
-    @_unharmed
+    @unharmed
     def unscales(self, optimizer: Any) -> None:
         """A gradient scaler is about to unscale the gradients of an optimizer."""
         self._scaling.unscales(optimizer)
 
-    @_unharmed
+    @unharmed
     def scaler_stepped(self, scaler: Any, optimizer: Any, *, taken: bool) -> None:
         """A gradient scaler was asked for a step of an optimizer, which it may have left out."""
         self._scaling.stepped(float(scaler.get_scale()), taken=taken)
@@ -331,6 +314,13 @@ class Observer:
         for recorder in self._recorders:
             recorder.remove()
         self._recorders = []
+
+
+def _thawed(before: ModelFacts, after: ModelFacts) -> ModelFacts:
+    """The first snapshot, with what requires grad only later: a run may thaw one part after another."""
+    later = {n for n, p in after.parameters.items() if p.requires_grad and n in before.parameters}
+    thawed = {n: dataclasses.replace(before.parameters[n], requires_grad=True) for n in later}
+    return dataclasses.replace(before, parameters={**before.parameters, **thawed})
 
 
 def inner_optimizer(optimizer: Any) -> Any:

@@ -16,6 +16,7 @@ from kbitcheck.models.blocks import tower
 from kbitcheck.observe.blockwise.record import floating, outermost_blocks
 from kbitcheck.observe.probes.live import tensors
 from kbitcheck.observe.probes.snapshot import heads
+from kbitcheck.observe.watch.guard import Guard
 
 
 class Reach:
@@ -24,7 +25,8 @@ class Reach:
     Some models hand every expert all tokens, multiplied by what the router gives them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, guard: Guard) -> None:
+        self._guard = guard
         self.forward = False  # a training forward of the model runs
         names = {expert_of(name) for name, _ in model.named_modules()} - {""}
         self._experts = {name: model.get_submodule(name) for name in names}
@@ -49,9 +51,11 @@ class Reach:
         with ExitStack() as hooks:
             hooks.callback(self._remove)
             for name, module in {**self._blocks, **self._others, **self._experts}.items():
-                self._handles[name] = [module.register_forward_pre_hook(partial(self._runs, name), with_kwargs=True)]
+                runs = self._guard(partial(self._runs, name))
+                self._handles[name] = [module.register_forward_pre_hook(runs, with_kwargs=True)]
                 if name in self._experts:
-                    self._handles[name].append(module.register_forward_hook(partial(self._returns, name)))
+                    returns = self._guard(partial(self._returns, name))
+                    self._handles[name].append(module.register_forward_hook(returns))
             yield
 
     def _runs(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -66,10 +70,12 @@ class Reach:
     def _returns(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         for tensor in tensors(output):
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._weighs, name))
+                tensor.register_hook(self._guard(partial(self._weighs, name)))
 
-    def _weighs(self, name: str, gradient: torch.Tensor) -> None:
-        if name in self._handles and not bool(gradient.any()):
+    def _weighs(self, name: str, gradient: torch.Tensor | None) -> None:
+        if name not in self._handles:
+            return
+        if gradient is None or not bool(gradient.any()):
             self._masked.add(name)
         else:
             self._masked.discard(name)

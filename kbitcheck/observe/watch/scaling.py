@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kbitcheck.core.facts import ScalerFacts
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import switches
+from kbitcheck.observe.watch.guard import Guard
 
 SHRUNK = 1 - 1e-3  # of a norm, which rounding does not move so far
 
@@ -66,8 +67,10 @@ def listening(listener: Listener) -> Iterator[None]:
 class Scaling:
     """What was seen of gradient scalers. ``trained`` gives the parameters that train, by name, ``limit`` that of ``ScalerFacts``."""
 
-    def __init__(self, trained: Callable[[], Mapping[str, nn.Parameter]], limit: Callable[[], float]) -> None:
-        self._trained, self._limit = trained, limit
+    def __init__(
+        self, trained: Callable[[], Mapping[str, nn.Parameter]], limit: Callable[[], float], guard: Guard
+    ) -> None:
+        self._trained, self._limit, self._guard = trained, limit, guard
         self._norms: dict[str, float] = {}  # of gradients, as the last backward left them
         self._handles: list[Any] = []
         self._skipped = 0
@@ -102,7 +105,7 @@ class Scaling:
         if self._handles or internals.is_distributed():  # other processes change gradients behind the backward
             return
         for name, parameter in self._trained().items():
-            keep = partial(self._keep, name)
+            keep = self._guard(partial(self._keep, name))
             self._handles.append(parameter.register_post_accumulate_grad_hook(keep))
 
     def _keep(self, name: str, parameter: torch.Tensor) -> None:

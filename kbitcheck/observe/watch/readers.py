@@ -1,0 +1,48 @@
+"""What a block itself adds to the gradient of a tensor that it is passed, which others may read, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
+
+
+def edge(tensor: torch.Tensor) -> Edge:
+    """Where the gradient of a tensor that requires grad goes."""
+    place = get_gradient_edge(tensor)
+    return place.node, place.output_nr
+
+
+def sums(outputs: list[torch.Tensor], edges: Mapping[int, Edge], store: dict[int, torch.Tensor]) -> Iterator[Any]:
+    """Hooks on what computes ``outputs`` and reads the tensors of ``edges``, which add the gradients of each in ``store``, by index.
+
+    They are added as autograd adds them, so that the sum has the bits of the tensor's gradient if nothing else reads it.
+    """
+    places = {place: index for index, place in edges.items()}
+    before = {
+        node for node, _ in places
+    }  # what made the tensors, or returned them as they are, is no part of the block
+    visited: set[Any] = {output.grad_fn for output in outputs} - {None} - before
+    todo = list(visited)
+    visited |= before
+    while todo:
+        node: Any = todo.pop()
+        reads = [places.get(source, -1) for source in node.next_functions]
+        if max(reads, default=-1) >= 0:
+            yield node.register_hook(partial(_add, store, reads))
+        for source, _ in node.next_functions:
+            if source is not None and source not in visited:
+                visited.add(source)
+                todo.append(source)
+
+
+def _add(store: dict[int, torch.Tensor], reads: list[int], gradients: Any, _: Any) -> None:
+    for index, gradient in zip(reads, gradients, strict=False):
+        if index >= 0 and gradient is not None:
+            before = store.get(index)
+            store[index] = gradient.detach().clone() if before is None else before + gradient.detach()
