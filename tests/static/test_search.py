@@ -3,7 +3,8 @@
 import pytest
 
 from kbitcheck.observe.forecast.activations import Measured
-from kbitcheck.observe.forecast.search import MOST_SEQUENCES, Largest, Search
+from kbitcheck.observe.forecast.search import MOST_SEQUENCES, PATIENCE, Largest, Search
+from kbitcheck.observe.forecast.storages import Log
 
 GIB = 1 << 30
 FEW = 6  # steps for a batch
@@ -13,14 +14,16 @@ HALVES = 17  # of the most tokens: what a search among tokens falls back on
 class Steps:
     """Counts the steps that a search takes of a model whose peak is a formula."""
 
-    def __init__(self, peak, limit=1 << 17):
+    def __init__(self, peak, limit=1 << 17, per_token=0):
         self.shapes = []
-        self.peak = peak
+        self.peak, self.per_token = peak, per_token
         self.search = Search(self.step, limit)
 
     def step(self, batch, length, mode):
         self.shapes.append((batch, length))
-        return Measured(held=0, logits=0, places=[self.peak(batch, length)])
+        log = Log()
+        log.events += range(self.per_token * batch * length)
+        return Measured(held=0, logits=0, places=[self.peak(batch, length)], log=log)
 
 
 FORMULAS = {
@@ -66,6 +69,20 @@ def test_a_model_takes_no_more_than_its_limit():
     assert steps.search.longest(GIB, "off") == Largest(number=512, peak=512, limit="model")
     assert steps.search.largest_batch(512, 1 << 60, "off").limit == "model"
     assert (MOST_SEQUENCES, 512) in steps.shapes
+
+
+def test_a_search_among_steps_that_take_long_ends_with_what_was_confirmed():
+    """As of a model whose code loops over tokens: a storage for each, and no kernel for all."""
+    steps = Steps(lambda b, n: 10**6 * b * n, per_token=100)
+    answer = steps.search.longest(64 * GIB, "off")
+    assert answer.limit == "patience"
+    assert steps.search.ended_early
+    assert (1, answer.number) in steps.shapes
+    assert 0 < answer.peak <= 64 * GIB
+    assert sum(100 * batch * length for batch, length in steps.shapes[:-1]) < PATIENCE
+    quick = Steps(lambda b, n: 10**6 * b * n)
+    assert quick.search.longest(64 * GIB, "off").number > answer.number
+    assert not quick.search.ended_early
 
 
 def test_where_not_one_fits_there_is_none():

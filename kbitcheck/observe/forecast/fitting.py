@@ -20,6 +20,7 @@ from kbitcheck.observe.forecast.search import USUAL
 # Steps that a forecast predicts: without checkpointing, with it and under the other autocast; the largest batch and the
 # longest sequence that fit, or changes until it fits; and as much for each of the common GPUs.
 STEPS, ANSWER, TABLE = 3, 12, 60
+ENDED_EARLY = "the model's code takes one token after another, so that a predicted step takes long: the search ended early, and more may fit"
 
 
 def cost(spec: CaseSpec) -> Cost:
@@ -73,7 +74,10 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
                 reserved = parts.allocated(forecast, facts, steps[mode], trace).peak_reserved
             answer = Answer(candidate, source, spec).facts
             forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)
-        return dataclasses.replace(forecast, **_table(candidate, spec))
+        forecast = dataclasses.replace(forecast, **_table(candidate, spec))
+        if any(search.ended_early for search in candidate.searches.values()):
+            forecast = dataclasses.replace(forecast, notes=(*forecast.notes, ENDED_EARLY))
+        return forecast
     except predict.NO_STEP as error:
         predict.raise_if_own(error)
         return dataclasses.replace(forecast, missing=cause(error))

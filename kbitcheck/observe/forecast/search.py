@@ -13,6 +13,7 @@ USUAL = (512, 2048, 4096)
 MOST_SEQUENCES = 1 << 20
 STRIDE = 8  # a guess beyond what was measured is at most so many times the largest
 CLOSE = 0.02
+PATIENCE = 500_000  # storages made and freed in the steps of one search: those of a loop over tokens, a minute or two
 
 Step = Callable[[int, int, str], Measured]  # of a batch and a length, under a mode of checkpointing
 
@@ -21,12 +22,13 @@ Step = Callable[[int, int, str], Measured]  # of a batch and a length, under a m
 class Largest:
     """The largest ``number`` of sequences or tokens whose step fits (0: not one), and that step's ``peak`` in bytes.
 
-    ``limit`` is ``memory`` where a step of one more was measured and does not fit, ``model`` where the model takes no more.
+    ``limit`` is ``memory`` where a step of one more was measured and does not fit, ``model`` where the model takes no more,
+    ``patience`` where steps take so long that the search ended before.
     """
 
     number: int
     peak: int
-    limit: Literal["memory", "model"] = "memory"
+    limit: Literal["memory", "model", "patience"] = "memory"
 
 
 class Search:
@@ -39,6 +41,8 @@ class Search:
         self.limit = limit
         self._measure, self._size = step, size
         self._measured: dict[tuple[int, int, str], Measured] = {}
+        self._patience = PATIENCE
+        self.ended_early = False
 
     @property
     def measured(self) -> tuple[tuple[int, int, str], ...]:
@@ -49,29 +53,44 @@ class Search:
         """One step of ``batch`` sequences of ``length`` tokens under a mode of checkpointing."""
         shape = batch, length, mode
         if shape not in self._measured:
-            self._measured[shape] = self._measure(*shape)
+            self._measured[shape] = step = self._measure(*shape)
+            self._patience -= len(step.log.events)
         return self._measured[shape]
 
     def largest_batch(self, length: int, room: int, mode: str) -> Largest:
         """The most sequences of this length whose step takes at most ``room`` bytes."""
         sizes = {b: self._size(s) for (b, n, m), s in self._measured.items() if (n, m) == (length, mode)}
-        return _largest(
-            sizes, lambda batch: self._size(self.step(batch, length, mode)), room, MOST_SEQUENCES, start=1, degree=1
-        )
+        return self._largest(sizes, lambda batch: (batch, length, mode), room, MOST_SEQUENCES, start=1, degree=1)
 
     def longest(self, room: int, mode: str) -> Largest:
         """The longest single sequence whose step takes at most ``room`` bytes."""
         sizes = {n: self._size(s) for (b, n, m), s in self._measured.items() if (b, m) == (1, mode) and n <= self.limit}
         first = self._tokens_of_batches(room, mode)
-        return _largest(
+        return self._largest(sizes, lambda length: (1, length, mode), room, self.limit, start=64, degree=2, first=first)
+
+    def _largest(
+        self,
+        sizes: Mapping[int, int],
+        shape: Callable[[int], tuple[int, int, str]],
+        room: int,
+        limit: int,
+        *,
+        start: int,
+        degree: int,
+        first: int = 0,
+    ) -> Largest:
+        self._patience = PATIENCE
+        largest = _largest(
             sizes,
-            lambda length: self._size(self.step(1, length, mode)),
+            lambda number: self._size(self.step(*shape(number))) if self._patience > 0 else None,
             room,
-            self.limit,
-            start=64,
-            degree=2,
+            limit,
+            start=start,
+            degree=degree,
             first=first,
         )
+        self.ended_early |= largest.limit == "patience"
+        return largest
 
     def _tokens_of_batches(self, room: int, mode: str) -> int:
         """About how many tokens in a batch take ``room`` bytes, between batches that were measured; 0 where none tells."""
@@ -85,7 +104,7 @@ class Search:
 
 def _largest(
     sizes: Mapping[int, int],
-    measure: Callable[[int], int],
+    measure: Callable[[int], int | None],
     room: int,
     limit: int,
     *,
@@ -96,7 +115,7 @@ def _largest(
     """The largest number up to ``limit`` whose bytes fit into ``room``; ``sizes`` are the bytes of those measured already.
 
     The ``first`` guess may be stated; 0: it is not. Others follow a polynomial through the nearest numbers, and halve what
-    is left wherever it was wrong the last time. A negative room needs no step.
+    is left wherever it was wrong the last time. A negative room needs no step. The search ends where ``measure`` gives None.
     """
     if room < 0:
         return Largest(number=0, peak=0)
@@ -113,7 +132,10 @@ def _largest(
         guess = max(first_above - 1, low + 1) if trusted else (low + end) // 2
         if low < first < end:
             guess = first
-        sizes[guess] = measure(guess)
+        measured = measure(guess)
+        if measured is None:
+            return Largest(number=low, peak=sizes[low], limit="patience")
+        sizes[guess] = measured
         trusted = guess == first or len(sizes) < 4 or abs(size(guess) - sizes[guess]) < CLOSE * sizes[guess]
         first = 0
         low, high = (guess, high) if sizes[guess] <= room else (low, guess)
