@@ -206,11 +206,15 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether other processes hold a part of the model's parameters, so that a step waits for them: FSDP of either version."""
     if not dist.is_available():
         return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    parts = any(isinstance(p, DTensor) for p in model.parameters())
-    return parts or any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
+    return is_flattened(model) or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FSDP of the first version keeps the model's parameters, which its layers then see as parts of flat ones."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and any(isinstance(m, module.FullyShardedDataParallel) for m in model.modules())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,10 @@ from kbitcheck.run.examine import examine, not_reached
 # adapter is reached. KB718 and KB719 are of watched runs.
 NOT_WATCHED = ("KB403", "KB407", "KB904")
 CASE = "watched run"
+FLATTENED = (
+    "FullyShardedDataParallel keeps packed weights and adapters as parts of flat tensors: nothing of the run is judged; with fully_shard "
+    "(FSDP2) dtypes, flags, labels, losses and the optimizer's steps are"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +58,15 @@ class Watch:
 
     def __init__(self, model: Any, optimizer: Any, settings: Settings, **options: Any) -> None:
         from kbitcheck.models.sources.live import LiveModel
-        from kbitcheck.observe import lent
+        from kbitcheck.observe import internals, lent
         from kbitcheck.observe.meant_to_train import require_declared
         from kbitcheck.observe.watch.observer import Observer
 
         settings.validate()
         if not callable(getattr(model, "named_modules", None)):
             raise UsageError(f"not a model: {model!r}")
+        if internals.is_flattened(model):
+            raise UsageError(FLATTENED)
         inner = lent.unwrapped(model)
         _ = LiveModel.of(inner).quant  # a UsageError where nothing is quantized
         self._settings = settings

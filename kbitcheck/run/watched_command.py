@@ -55,7 +55,7 @@ def run(command: Sequence[str], settings: Settings, *, on_report: Callable[[Repo
                     shown = True
                     on_report(merged(reports, settings))
         report = merged(_reports(folder), settings)
-        failed = "; ".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed-*")))
+        failed = "; ".join({path.read_text(encoding="utf-8"): None for path in sorted(folder.glob("failed-*"))})
     if not shown and report.results:
         on_report(report)
     code = process.returncode

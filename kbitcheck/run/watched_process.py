@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kbitcheck.core.errors import cause
+from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.report.output_file import replace_file
@@ -80,9 +80,13 @@ class _Waiting:
 
     def _quantized(self, module: Any) -> bool:
         from kbitcheck import backends
+        from kbitcheck.observe.internals import is_flattened
 
         # A layer by itself is no model: Unsloth tries one out before it loads a model.
-        return any(name for name, _ in backends.quantized_layers(module)) or bool(backends.emptied_schemes(module))
+        if any(name for name, _ in backends.quantized_layers(module)) or backends.emptied_schemes(module):
+            return True
+        libraries = {name for name in self._options["libraries"] if name != "torch"}
+        return is_flattened(module) and any(type(m).__module__.split(".")[0] in libraries for m in module.modules())
 
     def _trains(self, module: Any) -> bool:
         """Whether a model in eval mode has adapters that require grad: then its forward may be a training one."""
@@ -130,7 +134,8 @@ class _Waiting:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        (Path(self._options["folder"]) / f"failed-{os.getpid()}").write_text(cause(error))
+        why = str(error) if isinstance(error, UsageError) else f"the watcher failed: {cause(error)}"
+        (Path(self._options["folder"]) / f"failed-{os.getpid()}").write_text(why)
 
 
 def _keywords(module: Any) -> Mapping[str, Any]:

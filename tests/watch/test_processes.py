@@ -10,6 +10,7 @@ import pytest
 
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Status
+from kbitcheck.run.watch import FLATTENED
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -55,3 +56,11 @@ def test_a_fault_is_named_on_each_rank(kind, tmp_path):
     assert ended.returncode == 1
     broken = {r.case: r.rule for r in report if r.status is Status.FAIL and r.level is Level.MUST and r.rule == "KB712"}
     assert len(broken) == 2
+
+
+def test_what_fsdp_flattens_is_said_not_to_be_judged(tmp_path):
+    ended, losses = run(sys.executable, "-m", "kbitcheck", "watch", "--", *TORCHRUN, "fsdp1")
+    assert (ended.returncode, len(losses)) == (5, 8), ended.stderr[-2000:]
+    said, verdict = ended.stderr.splitlines()[-2:]
+    assert said == f"kbitcheck: {FLATTENED}"
+    assert verdict == "kbitcheck: ✗ nothing was checked: 0 kept"

@@ -46,10 +46,7 @@ def run(options: Options) -> int:
 
     ended = watched_command.run(options.command, settings, on_report=show)
     if ended.failed:
-        say(f"kbitcheck: the watcher failed: {ended.failed}")
-    say(f"kbitcheck: {verdict(ended.report)}" if ended.report.results else f"kbitcheck: {_nothing(ended.report)}")
+        say(f"kbitcheck: {ended.failed}")
+    why = "" if ended.report.results or ended.failed else ": no quantized model took an optimizer step"
+    say(f"kbitcheck: {verdict(ended.report)}{why}")
     return ended.code or ended.report.exit_code
-
-
-def _nothing(report: Report) -> str:
-    return f"{verdict(report)}: no quantized model took an optimizer step"
