@@ -47,6 +47,10 @@ class Recognition:
         """The fields of the quantization state by name: tensors and plain values."""
         return {}
 
+    def laid_out_before(self, module: nn.Module) -> Tensor | None:
+        """The packed weight as it was before a forward of the library's own laid it out anew; None where none did."""
+        return None
+
     def scratch(self, module: nn.Module) -> list[Tensor]:
         """Tensors that the layer's own kernels keep from one call to the next."""
         return []

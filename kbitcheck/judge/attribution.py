@@ -9,6 +9,10 @@ from kbitcheck.core.result import Observation, Party
 from kbitcheck.core.rule import Check
 
 RECAST = "bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward"
+REPACKED = (
+    "the same codes in the layout that bitsandbytes repacks to, with rounded scales, in a forward in eval mode on this processor "
+    "(docs/findings/cpu_eval_repacks.py)"
+)
 UNPREPARED = "the unprepared base, checkpointed by transformers itself, does the same"
 
 

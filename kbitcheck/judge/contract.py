@@ -168,7 +168,7 @@ def all_or_nothing(facts: Facts) -> Iterable[Observation]:
     """
     call, before, after = facts.refused.call, facts.refused.before, facts.refused.after
     if not call.raised:
-        warned = bool(call.warnings)
+        warned = bool(call.warnings or call.logged)
         on = any(b.checkpointing for b in after.blocks)
         yield Observation("an architecture that cannot checkpoint", "an error or a warning", "silence", ok=warned or on)
         return

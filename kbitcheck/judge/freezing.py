@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from kbitcheck.core.facts import Facts
-from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
-from kbitcheck.judge.attribution import RECAST, unless_bare
+from kbitcheck.judge.attribution import RECAST, REPACKED, unless_bare
 from kbitcheck.judge.gradients import live_gradients
 
 NOTHING_TRAINS = "nothing trains: adapters are off, or were loaded without is_trainable=True"
@@ -77,10 +77,16 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
 
     Why: a base that changes in training is not the base that the adapter will be loaded on.
     Symptom: good loss in training, bad answers after the adapter is merged or reloaded.
-    Fix: keep base parameters out of the optimizer; change no weight in hooks.
+    Fix: keep base parameters out of the optimizer; change no weight in hooks. Where bitsandbytes repacks weights in eval mode, evaluate
+    in train mode without dropout, or on a copy.
     Sources: specification KB104; bitsandbytes ``Linear4bit.forward`` casts ``bias.data`` in place.
     """
     before, after = facts.wrapped, facts.trained
+    repacked = {
+        f"{name}.weight"
+        for name, layer in after.layers.items()
+        if layer.laid_out_before and layer.laid_out_before == before.parameters[f"{name}.weight"].bits
+    }
     for old in [*before.parameters.values(), *before.buffers.values()]:
         if old.adapter:
             continue
@@ -92,11 +98,13 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
             yield Observation(old.name, "the old value rounded once", actual, ok=same, note=RECAST)
         else:
             actual = f"{old.dtype} became {new.dtype}" if new.dtype != old.dtype else "other numbers"
-            yield Observation.either(old.name, "the same bits", actual, ok=new.bits == old.bits)
+            seen = Observation.either(old.name, "the same bits", actual, ok=new.bits == old.bits)
+            yield seen.attributed(Party.STACK, REPACKED) if old.name in repacked else seen
     for name, layer in before.layers.items():
         after_layer = after.layers.get(name)
         same = after_layer is not None and after_layer.state == layer.state
-        yield Observation(f"{name} (state)", "the same quantization state", "it changed", ok=same)
+        seen = Observation(f"{name} (state)", "the same quantization state", "it changed", ok=same)
+        yield seen.attributed(Party.STACK, REPACKED) if f"{name}.weight" in repacked else seen
 
 
 @rule("KB105", "adapters-do-change", Level.MUST)

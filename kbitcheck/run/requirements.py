@@ -11,11 +11,8 @@ from kbitcheck.core.errors import UsageError
 
 SEPARATOR = "::"
 PARENT = "zzz_kbitcheck.pth"  # the last of its directory's; every environment has it
-# What a release is asked for where nothing else is named.
-FUNCTIONS = {
-    "peft": "peft:prepare_model_for_kbit_training",
-    "trl": "trl.experimental.utils:prepare_model_for_kbit_training",
-}
+# What a release is asked for where nothing else is named, beside those of trainers.
+FUNCTIONS = {"peft": "peft:prepare_model_for_kbit_training"}
 NAME = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*")
 PINNED = re.compile(NAME.pattern + r"([=~<>!]=?=?|@)\s*\S.*")
 GIT = re.compile(r"git\+(?P<url>[^#]+?)(@(?P<ref>[^@/#]+(/[^@#]+)?))?(#.*)?")
@@ -128,6 +125,11 @@ def parse(text: str) -> Requirement | None:
     if not PINNED.fullmatch(text) and not text.startswith("git+"):
         return None
     release = Requirement(text.strip(), "")
+    for trainer in TRAINERS.values():
+        if trainer.text == release.text:
+            return trainer
+        if trainer.project == release.project and not trainer.beside:  # what is beside one release fits no other
+            return Requirement(release.text, trainer.function)
     if release.project not in FUNCTIONS:
         raise UsageError(f"implementation {text!r} names no function: write {text}{SEPARATOR}module:function")
     return Requirement(release.text, FUNCTIONS[release.project])

@@ -182,8 +182,9 @@ def _first_on_path(directory: Path) -> None:
 
 
 def _version(module: ModuleType, text: str) -> str:
-    if text in requirements.TRAINERS:
-        return machine.version(requirements.TRAINERS[text].project)
+    requirement = requirements.parse(text)
+    if requirement is not None and requirement.function in {t.function for t in requirements.TRAINERS.values()}:
+        return machine.version(requirement.project)
     top = module.__name__.partition(".")[0]
     version = machine.version("kbitcheck" if top == "kbitcheck_reference" else top)
     own = getattr(module, "__version__", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as F
@@ -15,6 +16,9 @@ from kbitcheck_reference.formats import bitsandbytes as oracle
 
 from kbitcheck import backends
 from kbitcheck.backends.bitsandbytes import BACKEND
+from kbitcheck.core.result import Party
+from kbitcheck.core.rule import rules
+from kbitcheck.observe.probes.snapshot import snapshot
 
 SCHEMES = [scheme.name for scheme in BACKEND.schemes]
 
@@ -47,6 +51,21 @@ def test_fast_unpacking_reads_the_layout_of_avx512() -> None:
     assert state.packing_format_for_cpu
     out = torch.empty(64, 128, dtype=torch.float64)
     assert torch.equal(backends.arithmetic(layer).exact(layer, out), oracle.unpack(layer))
+
+
+@pytest.mark.parametrize(("nested", "flipped"), [(False, False), (True, False), (False, True)])
+def test_what_the_library_repacks_is_attributed_to_it(nested: bool, flipped: bool) -> None:
+    """And what was changed beside that is not."""
+    model = torch.nn.Sequential(layer_of("nf4", 64, 128, nested=nested))
+    before = snapshot(model)
+    weight: Any = model[0].weight
+    weight.data, weight.quant_state = F._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    if flipped:
+        weight.data[0, 0] ^= 1
+    facts: Any = SimpleNamespace(wrapped=before, trained=snapshot(model), bias_after_forward={})
+    failures = [each for each in rules()["KB104"].check(facts) if not each.ok]
+    assert {each.where for each in failures} == {"0.weight", "0 (state)"}
+    assert {each.party for each in failures} == {Party.IMPLEMENTATION if flipped else Party.STACK}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

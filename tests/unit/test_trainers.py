@@ -31,6 +31,16 @@ def test_every_trainer_has_a_requirement_a_profile_and_a_module() -> None:
         assert default_profile(name) == "auto"
 
 
+def test_a_release_means_what_the_trainer_means() -> None:
+    for name, requirement in TRAINERS.items():
+        assert parse(requirement.text) is requirement, name
+    older = parse("trl==1.15.0")
+    assert older is not None
+    assert (older.text, older.function) == ("trl==1.15.0", TRAINERS["trl"].function)
+    with pytest.raises(kbitcheck.UsageError, match="names no function"):  # what is beside 0.9.5 fits no other
+        parse("llamafactory==0.9.4")
+
+
 @pytest.mark.parametrize(
     ("name", "profile"), [("trl", "frozen-half"), ("trl==1.16.0", "frozen-half"), ("peft", "peft"), ("mine:f", "peft")]
 )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 
@@ -48,6 +49,15 @@ class BitsAndBytesLayers(Recognition):
         settings = {n: getattr(weight, n, None) for n in ("bnb_quantized", "quant_storage", "compress_statistics")}
         settings["kept by the layer too"] = getattr(module, "quant_state", None) is not None
         return {**dict(_fields(weight.quant_state)), **settings}
+
+    def laid_out_before(self, module: Any) -> torch.Tensor | None:
+        """In eval mode, on CPUs with AVX512-BF16."""
+        state: Any = copy.copy(getattr(module.weight, "quant_state", None))
+        if not getattr(state, "packing_format_for_cpu", False):
+            return None
+        state.original_nested = False  # of no use here: the scales were rounded, and stay so
+        packed: torch.Tensor = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)[0]
+        return packed
 
     def scratch(self, module: nn.Module) -> list[torch.Tensor]:
         """The outliers' columns, which int8 keeps."""

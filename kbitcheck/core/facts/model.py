@@ -39,7 +39,10 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
-    """One quantized layer, recognised by its type and its quantization state. ``state`` maps each field of the state to a digest."""
+    """One quantized layer, recognised by its type and its quantization state. ``state`` maps each field of the state to a digest.
+
+    ``laid_out_before`` digests the packed weight as it was before the library's own forward laid it out anew; "" where none did.
+    """
 
     name: str
     cls: str
@@ -50,6 +53,7 @@ class LayerFacts:
     rounds_input: bool
     state: Mapping[str, str]
     dequantized: str
+    laid_out_before: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +117,16 @@ class ModelFacts:
 class CallFacts:
     """One call of an implementation. ``checkpoints``: a block's flag is on after the call.
 
-    ``modes_changed`` are the modules whose train or eval mode changed. ``process`` maps what changed in the process (a
-    seed, a default, a class attribute) to ``(before, after)``; ``parameters`` maps the signature's names to the text of
-    their defaults ("" where there is none).
+    ``logged`` are the warnings that libraries logged. ``modes_changed`` are the modules whose train or eval mode changed.
+    ``process`` maps what changed in the process (a seed, a default, a class attribute) to ``(before, after)``; ``parameters``
+    maps the signature's names to the text of their defaults ("" where there is none).
     """
 
     raised: Raised | None = None
     same_object: bool = True
     returned: str = ""
     warnings: tuple[str, ...] = ()
+    logged: tuple[str, ...] = ()
     kwargs_before: str = ""
     kwargs_after: str = ""
     class_kept: bool = True

@@ -8,6 +8,8 @@ from typing import Any
 from axolotl.loaders.model import ModelLoader
 from axolotl.utils.dict import DictDefault
 
+from kbitcheck.integrations.trainers.checkpointing import switch_on
+
 
 def prepare_model_for_kbit_training(
     model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
@@ -26,7 +28,5 @@ def prepare_model_for_kbit_training(
     )
     loader._configure_embedding_dtypes()
     if use_gradient_checkpointing:  # its trainer does so again when it begins
-        loader.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=loader.cfg.gradient_checkpointing_kwargs
-        )
+        switch_on(loader.model, loader.cfg.gradient_checkpointing_kwargs)
     return loader.model

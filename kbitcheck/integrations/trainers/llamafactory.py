@@ -19,4 +19,7 @@ def prepare_model_for_kbit_training(
         use_reentrant_gc=(gradient_checkpointing_kwargs or {}).get("use_reentrant", True),
     )
     prepare_model_for_training(model, arguments)
+    passed = {"use_reentrant": arguments.use_reentrant_gc, **(gradient_checkpointing_kwargs or {})}
+    if len(passed) > 1 and "gradient_checkpointing_enable" in vars(model):  # the others reach it from its trainer
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=passed)
     return model

@@ -13,6 +13,7 @@ from typing import Any
 from kbitcheck_reference.adapters import adapter_parameters
 
 from kbitcheck import backends
+from kbitcheck.integrations.trainers.checkpointing import switch_on
 from kbitcheck.observe.in_place import random_states_restored
 
 with random_states_restored():  # imports draw from them, and the trainer seeds them when it is made
@@ -34,9 +35,7 @@ def prepare_model_for_kbit_training(
     if not adapter_parameters(model):
         _make_trainer(model, use_gradient_checkpointing)
     if use_gradient_checkpointing:  # the first that train() does
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=dict(gradient_checkpointing_kwargs or {}) or None
-        )
+        switch_on(model, gradient_checkpointing_kwargs)
     return model
 
 

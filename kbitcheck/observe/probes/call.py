@@ -1,9 +1,12 @@
 """One call of an implementation, observed: what it takes, what it gives back, what it says, what else it changes."""
 
 import inspect
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
@@ -39,6 +42,21 @@ def model_from(returned: Any, passed: Any) -> Any:
     return returned if isinstance(returned, nn.Module) else passed
 
 
+@contextmanager
+def _logged() -> Iterator[list[str]]:
+    """The warnings that are logged while the context is open; each goes on to where it goes."""
+    messages: list[str] = []
+    own = logging.Logger.callHandlers
+
+    def handle(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            messages.append(str(record.msg))
+        own(logger, record)
+
+    with mock.patch.object(logging.Logger, "callHandlers", handle):
+        yield messages
+
+
 def call(
     prepare: Prepare, model: nn.Module, *positional: Any, libraries: bool = False, **wanted: Any
 ) -> tuple[Any, CallFacts]:
@@ -52,7 +70,7 @@ def call(
     original = attributes(of=classes_of(model), libraries=libraries)
     cls, modes = type(model), {name: module.training for name, module in model.named_modules()}
     raised, returned = None, None
-    with warnings.catch_warnings(record=True) as heard:
+    with warnings.catch_warnings(record=True) as heard, _logged() as logged:
         warnings.simplefilter("always")
         before = process_state.state()
         try:
@@ -65,6 +83,7 @@ def call(
         same_object=returned is model,
         returned=type(returned).__name__,
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
+        logged=tuple(logged),
         kwargs_before=kwargs_before,
         kwargs_after=repr(kwargs.get(THIRD)),
         class_kept=type(model) is cls,

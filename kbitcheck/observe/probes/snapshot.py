@@ -117,6 +117,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
     recognition, arithmetic = backends.recognition(module), backends.arithmetic(module)
     rows, columns = recognition.shape(module)
     state = {k: digest.of(v) for k, v in recognition.state(module).items()}
+    before = recognition.laid_out_before(module)
     return LayerFacts(
         name=name,
         cls=type(module).__name__,
@@ -127,6 +128,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         rounds_input=arithmetic.rounds_input(module),
         state=state,
         dequantized=_unpacked(module, state),
+        laid_out_before="" if before is None else digest.bits(before),
     )
 
 
