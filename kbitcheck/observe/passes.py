@@ -87,7 +87,7 @@ def counted() -> Iterator[Counts]:
             (torch.autograd, "backward", _backwards),
             (copy, "deepcopy", _copies),
             (internals, "kept_in_float32", _snapshots),
-            (layers, "backwards", _products),
+            (layers.Probes, "results", _products),
             (Fact, "__get__", _reads),
         ):
             patches.enter_context(mock.patch.object(owner, name, replace(counts, getattr(owner, name))))
@@ -131,11 +131,11 @@ def _snapshots(counts: Counts, original: Callable[..., Any]) -> Callable[..., An
 
 
 def _products(counts: Counts, original: Callable[..., Any]) -> Callable[..., Any]:
-    def backwards(*args: Any, **kwargs: Any) -> Any:
+    def results(*args: Any, **kwargs: Any) -> Any:
         counts.add("float64_products")
         return original(*args, **kwargs)
 
-    return backwards
+    return results
 
 
 def _reads(counts: Counts, original: Callable[..., Any]) -> Callable[..., Any]:

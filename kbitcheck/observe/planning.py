@@ -18,13 +18,13 @@ from kbitcheck.core.facts import Cost, ModelFacts, ModuleFacts, Passes
 from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.plan import Planner, facts_by_rule
 from kbitcheck.core.rule import Rule
+from kbitcheck.models.inputs.text import LENGTH, ROWS, SHORT
 from kbitcheck.models.zoo.shrink import BLOCKS_OF_A_KIND
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.probes.layers import KEPT_BYTES
 from kbitcheck.observe.static import promised_bytes
 
 MILLION = 1e6
-ROWS, LENGTH = 2, 24  # of the batches that sources propose
 TOKENS = ROWS * LENGTH
 # Times that a weight is copied, a byte a weight, while it is unpacked: by the library's kernels, and by the oracle to float64.
 UNPACK, EXACT, EXACT_4BIT, QUANTIZE = 6, 10, 50, 500
@@ -78,6 +78,7 @@ class Sizes:
         )
         packed = {t.storage: t.nbytes for t in base.parameters.values() if t.packed}
         added = sum(promised_bytes(base, spec.profile).values())
+        length = SHORT if base.nbytes > LARGE_BYTES and spec.device == "cpu" else LENGTH
         return cls(
             quantized=weights / MILLION,
             others=others / MILLION,
@@ -86,7 +87,7 @@ class Sizes:
             packed=sum(packed.values()) / weights if weights else 0.0,
             loaded=base.nbytes / MILLION,
             prepared=(base.nbytes + added) / MILLION,
-            steps=max((spec.batch or ROWS) * (spec.seq_len or LENGTH) / TOKENS, 1.0),
+            steps=max((spec.batch or ROWS) * (spec.seq_len or length), ROWS * SHORT) / TOKENS,
         )
 
 

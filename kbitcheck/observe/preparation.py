@@ -69,7 +69,9 @@ class Preparation:
         """The case's adapters on a model, with the same numbers each time."""
         return self.loaded.attach(model, self.spec)
 
-    def step(self, attached: Attached, *, batch: Batch | None = None, watch: bool = False) -> Step:
+    def step(
+        self, attached: Attached, *, batch: Batch | None = None, watch: bool = False, forward_only: bool = False
+    ) -> Step:
         """A training step as the case takes it: its batch, its seed, and autocast under the profiles that need it."""
         return train_step(
             attached.model,
@@ -78,4 +80,5 @@ class Preparation:
             seed=self.spec.seed,
             autocast=self.autocast,
             watch=watch,
+            forward_only=forward_only,
         )

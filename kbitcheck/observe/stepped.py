@@ -26,7 +26,7 @@ from kbitcheck.core.facts import (
 from kbitcheck.models.inputs.drawn import Conditions
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
-from kbitcheck.observe.blockwise.record import recorded
+from kbitcheck.observe.blockwise.record import BlockCall, recorded
 from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, step, switches
@@ -37,12 +37,15 @@ from kbitcheck.observe.twin.twins import Twins
 
 STEP = Passes(forwards=1, backwards=1)
 TWO_STEPS = STEP + STEP
-BESIDE_TWINS = TWO_STEPS + Passes(float64_forwards=1, float64_backwards=1)
+TWINS = STEP + Passes(float64_forwards=1, float64_backwards=1)
+BESIDE_TWINS = STEP + TWINS
 LAYERS = STEP + Passes(float64_products=1)
 SOAKED = 10  # optimizer steps
 SOAK = Passes(forwards=SOAKED + 2 * LOOKS + 1, backwards=SOAKED + LOOKS + 1, copies=1, calls=1)
 # A large model that was dropped for another copy is made again.
 AGAIN = Passes(copies=1, calls=1)
+
+Recorded = tuple[step.Step, list[BlockCall]]
 
 
 class Stepped:
@@ -85,12 +88,12 @@ class Stepped:
         """Whether any block ran under reentrant checkpointing."""
         return any(c["use_reentrant"] == "True" for c in self.run.checkpoints)
 
-    @fact(Cost("whole", STEP, needs=("memory", "layer_backwards", "against_plain_dropout")))
+    @fact(Cost("whole", Passes(forwards=1), needs=("memory", "layer_backwards", "against_plain_dropout")))
     def repeated_run(self) -> RunFacts:
-        """The step of ``run`` once more, after everything else that ran on this model."""
+        """The forward of ``run`` once more, whose loss is compared, after everything else that ran on this model."""
         last = self.against_plain_dropout if self._outputs.paths is self._outputs else self.evaluation
         attached = self._attached_after(self.memory, self.layer_backwards, last)
-        return self._preparation.step(attached).facts
+        return self._preparation.step(attached, forward_only=True).facts
 
     @fact(Cost("whole", needs=("plain_run", "run")))
     def state_changes(self) -> Mapping[str, tuple[str, str]]:
@@ -120,20 +123,35 @@ class Stepped:
 
     # Gradients, beside those of other runs
 
-    @fact(Cost("block", BESIDE_TWINS, large=Cost("block", BESIDE_TWINS + AGAIN + Passes(copies=2), models=1)))
+    @fact(Cost("whole", LAYERS, large=Cost("whole", LAYERS + AGAIN)))
+    def _recorded(self) -> tuple[Recorded, Mapping[str, LayerBackward] | None]:
+        """A plain step of the batch, recorded, and the backward of each quantized layer in it; None where inputs have no gradient."""
+        attached = self._wrapped.attached
+        with layers.Probes(attached.model, self._loaded.weights, leave=True) as probes:
+            record = self._record(self._loaded.batch)
+        return record, probes.results(extremes=True) if probes.complete else None
+
+    @fact(
+        Cost("block", TWINS, needs=("_recorded",), large=Cost("block", TWINS + Passes(copies=2), needs=("_recorded",)))
+    )
     def _whole_batch(self) -> Comparison:
-        return self._block_by_block(self._loaded.batch)
+        return self._beside_twins(self._recorded[0], self._loaded.batch)
 
     @fact(Cost("cut", BESIDE_TWINS))
     def _single_row(self) -> Comparison:
         return self._block_by_block(self._loaded.single)
 
     def _block_by_block(self, batch: step.Batch) -> Comparison:
+        return self._beside_twins(self._record(batch), batch)
+
+    def _record(self, batch: step.Batch) -> Recorded:
         attached = self._wrapped.attached
         # A step of its own: where a tensor has several readers, recording changes the order in which gradients are added.
         with switches.plain(attached.model), recorded(attached.model) as calls:
-            run = self._preparation.step(attached, batch=batch)
-        return self._loaded.block_by_block(self._spec, run, calls, batch)
+            return self._preparation.step(attached, batch=batch), calls
+
+    def _beside_twins(self, record: Recorded, batch: step.Batch) -> Comparison:
+        return self._loaded.block_by_block(self._spec, *record, batch)
 
     @fact(Cost("cut", BESIDE_TWINS, large=Cost("cut", BESIDE_TWINS + AGAIN)))
     def _drawn(self) -> tuple[Conditions, BlockwiseFacts]:
@@ -228,9 +246,11 @@ class Stepped:
 
     # Layers and memory
 
-    @fact(Cost("whole", LAYERS, large=Cost("whole", LAYERS + AGAIN)))
+    @fact(Cost("whole", needs=("_recorded",)))
     def layer_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer, as the case runs."""
+        if (judged := self._recorded[1]) is not None:
+            return judged
         return layers.backwards(
             self._wrapped.attached.model,
             self._loaded.batch,
@@ -239,7 +259,14 @@ class Stepped:
             extremes=True,
         )
 
-    @fact(Cost("cut", LAYERS, needs=("_training_forwards",)))
+    @fact(
+        Cost(
+            "cut",
+            LAYERS,
+            needs=("_training_forwards",),
+            large=Cost("cut", LAYERS + AGAIN, needs=("_training_forwards",)),
+        )
+    )
     def mixed_backwards(self) -> Mapping[str, LayerBackward]:
         """The backward of each quantized layer under autocast, on a single row."""
         if any(f.raised and f.autocast for f in self._outputs.paths.training_forwards):

@@ -248,7 +248,7 @@ class Facts:
     honoured: step.HonouredArguments
     """Checkpointing arguments that are not torch's defaults, and what reached torch when they were passed."""
     repeated_run: step.RunFacts
-    """A later training step of the same model."""
+    """A later training step of the same model, without its backward."""
     remote_code: bool
     """Whether the model needs code from its repository."""
     unfit_targets: Mapping[str, str]

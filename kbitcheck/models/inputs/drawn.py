@@ -10,7 +10,7 @@ from torch import Tensor
 from kbitcheck.models.inputs.text import IGNORED, Batch
 
 ROWS = (3, 4, 5)  # the case's own batches have two rows and one
-SHORT, LONG, LARGE = (65, 193), (513, 577), (65, 97)  # all beyond 64 tokens, and one beyond 512
+SHORT, LONG, LARGE = (65, 193), (513, 577), (65, 73)  # all beyond 64 tokens, and one beyond 512
 TEXT = {"input_ids", "attention_mask", "labels"}
 
 

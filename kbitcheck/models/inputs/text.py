@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kbitcheck.core import machine
 from kbitcheck.core.errors import UsageError
 
 IGNORED = -100
+ROWS, LENGTH, SHORT = 2, 24, 8
 UNICODE = 0x110000
 
 Batch = dict[str, Tensor]
@@ -64,6 +66,13 @@ def fit(batch: Batch, model: PreTrainedModel) -> Batch:
     kernels = (m.weight for m in model.modules() if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d))
     dtype = next((k.dtype for k in kernels), model.dtype)
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+def usual_length(model: torch.nn.Module) -> int:
+    """Tokens of a row where nobody asks for a length: few for a large model on a CPU, which pays for each of them."""
+    weights = list(model.parameters())
+    large = sum(weight.nbytes for weight in weights) > machine.LARGE_BYTES
+    return SHORT if large and all(weight.device.type == "cpu" for weight in weights) else LENGTH
 
 
 def first_rows(batch: Mapping[str, Tensor], rows: int) -> Batch:

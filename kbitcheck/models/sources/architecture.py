@@ -86,10 +86,10 @@ class Architecture(Source):
         A model that runs on no layout, quantized or in half precision, gets the one that its float32 checkpoint runs on.
         """
         from kbitcheck.models.inputs.choose import first_fitting
-        from kbitcheck.models.inputs.text import draw, fit
+        from kbitcheck.models.inputs.text import ROWS, draw, fit, usual_length
         from kbitcheck.models.load import load
 
-        shape: dict[str, Any] = {"batch": batch or 2, "seq_len": seq_len or 24, "seed": seed}
+        shape: dict[str, Any] = {"batch": batch or ROWS, "seq_len": seq_len or usual_length(model), "seed": seed}
         if self.task == CAUSAL_LM:
             return draw(model, **shape, images=False)
         shape["images"] = self.task == "image-text-to-text"

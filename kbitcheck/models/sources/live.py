@@ -44,9 +44,10 @@ class LiveModel(Source):
         self, model: Any, *, batch: int | None = None, seq_len: int | None = None, seed: int = 0
     ) -> dict[str, Any]:
         """A training batch for the model of transformers inside ``model``: see ``inputs.wrapped.batch_inside``."""
+        from kbitcheck.models.inputs.text import ROWS, usual_length
         from kbitcheck.models.inputs.wrapped import batch_inside
 
-        return batch_inside(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)
+        return batch_inside(model, batch=batch or ROWS, seq_len=seq_len or usual_length(model), seed=seed)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> Any:
         """The saved model, by the class of the caller's own: it need not be one that computes a loss."""

@@ -109,8 +109,9 @@ class Source:
     ) -> dict[str, Tensor]:
         """A training batch for ``model``, on its device: see ``inputs.choose.training_batch``."""
         from kbitcheck.models.inputs.choose import training_batch
+        from kbitcheck.models.inputs.text import ROWS, usual_length
 
-        return training_batch(model, batch=batch or 2, seq_len=seq_len or 24, seed=seed)
+        return training_batch(model, batch=batch or ROWS, seq_len=seq_len or usual_length(model), seed=seed)
 
     def _complete(self, quant: Quantization) -> Quantization:
         """``quant`` with the modules that the source itself leaves unquantized."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -115,12 +115,13 @@ class _Probe:
     """Taps around one layer, whose backward is judged as it happens, so that no gradient is kept. Its hooks are outermost.
 
     ``weight`` gives the layer's, in float64; ``half`` is the dtype to which an autocast around the step rounds. ``dtype``
-    is that of the input, None until the layer runs.
+    is that of the input, None until the layer runs. An input that requires no grad is made to, or with ``leave`` sets ``missed``.
     """
 
-    def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None) -> None:
+    def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None, *, leave: bool = False) -> None:
         self.dtype: torch.dtype | None = None
-        self._module, self._weight, self._half = module, weight, half
+        self.missed = False
+        self._module, self._weight, self._half, self._leave = module, weight, half, leave
         self._hooked = False
         self._arithmetic = backends.arithmetic(module)
         self._entered, self._left, self._carried, self._passed = 0, 0, True, False
@@ -144,6 +145,9 @@ class _Probe:
             return None
         self.dtype = x.dtype
         if not x.requires_grad:
+            if self._leave:
+                self.missed = self._passed = True
+                return None
             x = x.detach().requires_grad_(True)
         tapped = _Tap.apply(x, self._leaves)
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
@@ -224,6 +228,49 @@ class _Probe:
         )
 
 
+class Probes:
+    """Probes of every quantized layer of a model in one step that runs while the context is open.
+
+    ``half`` is the dtype to which an autocast around the step rounds. With ``leave`` the graph of the step is its own: a layer
+    whose input requires no grad is not judged.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Weights, half: torch.dtype | None = None, *, leave: bool = False
+    ) -> None:
+        self._weights = weights
+        self._modules = dict(backends.quantized_layers(model))
+        self._probes = {
+            n: _Probe(m, partial(weights.exact, base_name(n, weights.layers)), half, leave=leave)
+            for n, m in self._modules.items()
+        }
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        for probe in self._probes.values():
+            probe.attach(self._hooks)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._hooks.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer that ran was judged."""
+        return not any(probe.missed for probe in self._probes.values())
+
+    def results(self, *, extremes: bool) -> dict[str, LayerBackward]:
+        """The backward of every layer that took part, with ``extremes`` of other gradients than the step's too."""
+        results = {}
+        for name, probe in self._probes.items():
+            if probe.dtype is not None:
+                judged = probe.result(self._weights.misread.get(base_name(name, self._weights.layers), 0.0))
+                if extremes:
+                    judged = replace(judged, **_extremes(self._modules[name], probe.dtype))
+                results[name] = judged
+        return results
+
+
 def backwards(
     model: nn.Module,
     batch: step.Batch,
@@ -233,16 +280,9 @@ def backwards(
     *,
     extremes: bool = False,
 ) -> dict[str, LayerBackward]:
-    """The backward of every quantized layer that takes part in a plain step, with ``extremes`` of other gradients too.
-
-    ``half`` is the dtype to which ``autocast`` rounds.
-    """
-    modules = dict(backends.quantized_layers(model))
-    probes = {n: _Probe(m, partial(weights.exact, base_name(n, weights.layers)), half) for n, m in modules.items()}
-    with ExitStack() as hooks:
-        hooks.callback(step.clear_gradients, model)
-        for probe in probes.values():
-            probe.attach(hooks)
+    """The results of probes in a plain step of its own; ``half`` is the dtype to which ``autocast`` rounds."""
+    with ExitStack() as after, Probes(model, weights, half) as probes:
+        after.callback(step.clear_gradients, model)
         with switches.checkpointing_off(model), autocast():
             model.train()
             output = model(**step.feed(model, batch))
@@ -250,12 +290,7 @@ def backwards(
         loss = output.logits.float().square().mean() / 2 if output.loss is None else output.loss
         if loss.requires_grad:
             loss.backward()
-    results = {}
-    for name, probe in probes.items():
-        if probe.dtype is not None:
-            judged = probe.result(weights.misread.get(base_name(name, weights.layers), 0.0))
-            results[name] = replace(judged, **_extremes(modules[name], probe.dtype)) if extremes else judged
-    return results
+    return probes.results(extremes=extremes)
 
 
 def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -47,10 +47,12 @@ def train_step(
     autocast: Autocast = nullcontext,
     watch: bool = True,
     gathered: Gradients | None = None,
+    forward_only: bool = False,
 ) -> Step:
     """One forward and backward in train mode. Leaves no gradient.
 
     ``watch`` records blocks and buffers. ``gathered`` are gradients of earlier steps to add to, as in gradient accumulation.
+    With ``forward_only`` the loss is all that is wanted: there is no backward.
     """
     clear_gradients(model)
     state = buffers(model) if watch else {}
@@ -69,7 +71,7 @@ def train_step(
         loss = output.loss
         watcher.follow(loss)
         watcher.phase = "backward"
-        if loss.requires_grad:
+        if loss.requires_grad and not forward_only:
             loss.backward()
     owned = {id(p) for p in adapters.values()}
     base = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in owned]

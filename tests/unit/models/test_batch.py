@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core import machine
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.inputs.choose import training_batch
-from kbitcheck.models.inputs.text import IGNORED, draw, first_rows, fit
+from kbitcheck.models.inputs.text import IGNORED, LENGTH, SHORT, draw, first_rows, fit, usual_length
 from kbitcheck.models.sources import recipe
 from kbitcheck.models.sources.resolve import resolve
 
@@ -176,3 +177,11 @@ def test_a_model_that_breaks_on_images_is_given_images(llava_with_a_tower_that_r
 def test_running_out_of_memory_over_images_is_no_reason_for_text(llava_with_a_tower_that_raises: Any) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         training_batch(llava_with_a_tower_that_raises(torch.OutOfMemoryError("full")), **SHAPE)
+
+
+def test_rows_of_a_large_model_are_short_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(4, 4)
+    assert usual_length(linear) == LENGTH
+    monkeypatch.setattr(machine, "LARGE_BYTES", 0)
+    assert usual_length(linear) == SHORT
+    assert usual_length(linear.to("meta")) == LENGTH

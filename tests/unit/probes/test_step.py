@@ -66,6 +66,24 @@ def test_a_gradient_that_leaves_before_one_entered_is_not_the_layers() -> None:
     assert not probe.result(misread=0.0).carried
 
 
+@pytest.mark.usefixtures("neutral")
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_step_that_is_recorded_has_a_graph_of_its_own(reached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose layers are judged by another step where a gradient does not reach their inputs."""
+    layer = nn.Linear(4, 32).requires_grad_(False)
+    monkeypatch.setattr(backends, "quantized_layers", lambda model: [("", model)])
+    monkeypatch.setattr(backends, "recognition", lambda each: SimpleNamespace(shape=lambda each: (32, 4)))
+    weights: Any = SimpleNamespace(layers={"": layer}, misread={}, exact=lambda name: layer.weight.double())
+    x = torch.ones(1, 4, requires_grad=reached)
+    with layers.Probes(layer, weights, leave=True) as probes:
+        y = layer(x)
+        assert y.requires_grad is reached
+        if reached:
+            y.sum().backward()
+    assert probes.complete is reached
+    assert [each.excess <= 1 for each in probes.results(extremes=False).values() if each.reached] == [True] * reached
+
+
 class Noisy(nn.Module):
     """Draws noise in every forward, and saves nothing."""
 
