@@ -79,7 +79,7 @@ def test_a_search_among_steps_that_take_long_ends_with_what_was_confirmed():
     assert steps.search.ended_early
     assert (1, answer.number) in steps.shapes
     assert 0 < answer.peak <= 64 * GIB
-    assert sum(100 * batch * length for batch, length in steps.shapes[:-1]) < PATIENCE
+    assert sum(100 * batch * length for batch, length in steps.shapes) <= PATIENCE
     quick = Steps(lambda b, n: 10**6 * b * n)
     assert quick.search.longest(64 * GIB, "off").number > answer.number
     assert not quick.search.ended_early

@@ -82,7 +82,7 @@ class Search:
         self._patience = PATIENCE
         largest = _largest(
             sizes,
-            lambda number: self._size(self.step(*shape(number))) if self._patience > 0 else None,
+            lambda number: self._size(self.step(*shape(number))) if self._affords(shape(number)) else None,
             room,
             limit,
             start=start,
@@ -91,6 +91,13 @@ class Search:
         )
         self.ended_early |= largest.limit == "patience"
         return largest
+
+    def _affords(self, shape: tuple[int, int, str]) -> bool:
+        """Whether patience is left for a step that makes as many storages for each token as the last one did."""
+        if shape in self._measured or not self._measured:
+            return True
+        (_, length, _), last = next(reversed(self._measured.items()))
+        return len(last.log.events) * max(1, shape[1] // length) <= self._patience
 
     def _tokens_of_batches(self, room: int, mode: str) -> int:
         """About how many tokens in a batch take ``room`` bytes, between batches that were measured; 0 where none tells."""
