@@ -3,6 +3,9 @@
 Flags cannot tell: every parameter of a freshly loaded model is trainable.
 """
 
+from functools import cache
+from typing import Any
+
 from torch import nn
 
 MARKER = "is_adapter_layer"
@@ -14,9 +17,14 @@ _ADAPTER_PACKAGE = "peft"
 
 def is_adapter_module(module: nn.Module) -> bool:
     """Whether a module belongs to PEFT, by the package of a class in its MRO, or carries the marker of this package."""
-    if getattr(module, MARKER, False) is True:
-        return True
-    return any(base.__module__.split(".")[0] == _ADAPTER_PACKAGE for base in type(module).__mro__)
+    cls: Any = type(module)
+    return vars(module).get(MARKER) is True or _of_adapter_library(cls)
+
+
+@cache
+def _of_adapter_library(cls: type) -> bool:
+    marked = getattr(cls, MARKER, False) is True
+    return marked or any(base.__module__.split(".")[0] == _ADAPTER_PACKAGE for base in cls.__mro__)
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, nn.Parameter]:

@@ -100,6 +100,11 @@ class ModelFacts:
         return [m for m in self.modules.values() if m.block]
 
     @property
+    def adapters(self) -> frozenset[str]:
+        """The names of the parameters that are meant to train."""
+        return frozenset(name for name, parameter in self.parameters.items() if parameter.adapter)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of parameters and buffers, each storage once."""
         tensors = [*self.parameters.values(), *self.buffers.values()]

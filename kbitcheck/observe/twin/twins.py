@@ -101,6 +101,9 @@ class TwinLinear(nn.Linear):
         self._read, self._backward_read = read, backward_read
         self._rounded, self._follows = rounded, follows
 
+    def reset_parameters(self) -> None:
+        """Draw nothing: the weight is the layer's."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.compute or self._follows(x)
         own: torch.Tensor | None = self._parameters["bias"]

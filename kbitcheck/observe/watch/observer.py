@@ -110,7 +110,9 @@ class Observer:
         if self._steps.taken and not self.failed:
             with random_states_restored():
                 assert self.before is not None
-                self.after = tensors_again(self.before, self.model, self.meant)
+                names = self.before.adapters
+                meant = {n: p for n, p in self.model.named_parameters() if n in names}
+                self.after = tensors_again(self.before, self.model, meant)
                 self.before = _thawed(self.before, self.after)
         self._when_over()
 
