@@ -215,6 +215,10 @@ class Backend:
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""
 
+    def optimizers(self) -> Sequence[type]:
+        """The optimizers that the library brings, each of which takes parameters and ``lr``."""
+        return ()
+
     def warnings(self) -> Mapping[str, str]:
         """What the library warns of and is wrong or costs: by a regular expression of the beginning, what it is about."""
         return {}

@@ -34,6 +34,7 @@ def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
         quants=options.quant,
         checkpointing=options.checkpointing,
         implementation=impl,
+        conditions=options.conditions,
         **options.case,
     )
 

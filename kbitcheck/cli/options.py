@@ -217,12 +217,18 @@ class RunOptions(JudgeOptions):
         return {name: getattr(self, name) for name in names}
 
 
+CONDITIONS_HELP = (
+    "What to look at of much: all; a later use by its name (KB515); or other processes alone (KB213, KB514)."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions(RunOptions):
     """What ``impl``, ``gate`` and ``matrix`` share: which models, and how many workers."""
 
     model: Sequence[str] = option("Use these models instead of the suite's; repeatable.", (), metavar="MODEL")
     suite: str = choice("Suite of recipes.", "quick", ("quick", "full"))
+    conditions: str = option(CONDITIONS_HELP, "", metavar="all|processes|USE")
     jobs: int = option(
         "Workers at a time; 0: one for each core where all models are recipes.", 0, metavar="N", read=at_least(0)
     )

@@ -29,7 +29,8 @@ class CaseSpec:
     that has it, if one was named; ``fits`` requests the table of common GPUs, ``accumulate`` is the number of batches that
     an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under ``autocast``, with ``attention``,
     ``packed`` sequences and ``loss``: no rule reads them.
-    ``cut`` says when facts about code paths run on a cut of the model.
+    ``cut`` says when facts about code paths run on a cut of the model. ``conditions`` are those that are looked at of many: ``all``,
+    a ``few``, one by its name, a share such as ``2/9`` that the seed draws, or none (empty).
     """
 
     model: str
@@ -62,6 +63,7 @@ class CaseSpec:
     attention: Attention = "default"
     packed: bool = False
     loss: Loss = "full"
+    conditions: str = ""
 
     @property
     def id(self) -> str:

@@ -11,6 +11,7 @@ from kbitcheck.judge import (
     loop,
     precision,
     recipe,
+    use,
     watched,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "loop",
     "precision",
     "recipe",
+    "use",
     "watched",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
+from kbitcheck.core.conditions import require_turn
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation, Party
@@ -24,6 +25,7 @@ def any_real_batch(facts: Facts) -> Iterable[Observation]:
     Fix: look at what depends on the shape of the input.
     Sources: specification KB310.
     """
+    require_turn(facts.conditions, facts.seed, 0, 3)
     drawn = facts.drawn_blockwise
     if not any(map(measurable, drawn.adapters.values())):
         raise NotApplicable("rounding alone moves every gradient by as much as it is long")
@@ -41,6 +43,7 @@ def still_right_later(facts: Facts) -> Iterable[Observation]:
     Fix: keep no state between steps.
     Sources: specification KB311.
     """
+    require_turn(facts.conditions, facts.seed, 1, 3)
     later = facts.later
     for look, distances in later.looks.items():
         for seen in compared(distances, exact=exactly(facts)):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from kbitcheck.core.conditions import require_turn
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import WIDEST, Distance, Facts, Gap, RunFacts, StepOutcome, slope_bound
 from kbitcheck.core.result import Level, Observation, Party
@@ -260,6 +261,7 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     Fix: keep no state in hooks or forwards, and change no weight in a forward.
     Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
     """
+    require_turn(facts.conditions, facts.seed, 2, 3)
     for outcome in facts.interleaved:
         step = Observation(outcome.step, "runs", str(outcome.raised or "runs"), ok=not outcome.raised)
         yield unless_unprepared(step, facts, Party.MODEL, partial(_raises, outcome))

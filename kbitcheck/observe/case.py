@@ -27,6 +27,8 @@ from kbitcheck.core.facts import (
     Passes,
     StepOutcome,
     StoreFacts,
+    UnwatchedFacts,
+    UseFacts,
     WatchedRun,
     fact,
 )
@@ -36,7 +38,7 @@ from kbitcheck.models.cut import NoCut
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
-from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
@@ -46,6 +48,8 @@ from kbitcheck.observe.stepped import Stepped
 from kbitcheck.observe.store import differences
 from kbitcheck.observe.trained import Trained, wrapped_copy
 from kbitcheck.observe.twin import twins
+from kbitcheck.observe.unwatched.process import UNWATCHED, unwatched
+from kbitcheck.observe.uses.side_by_side import ONE_USE, drawn, side_by_side
 from kbitcheck.observe.watch.own_steps import optimizer_like, optimizer_steps
 
 # Before any subject is imported: one that patches a quantizer's library must be seen to.
@@ -68,6 +72,7 @@ def attribute_of(stage: type) -> str:
 STAGE_OF = {fact: attribute_of(stage) for stage in STAGES for fact in facts_of(stage)}
 
 
+OTHERS = ("tiny:gpt2", "tiny:llama")  # of which one is of another class than the case's model
 NEEDS_A_REAL_RUN = "needs steps of your own training: `kbitcheck watch`"
 
 
@@ -201,6 +206,21 @@ class Case(OpenCase):
         if self._paths.case is self:
             return facts
         return dataclasses.replace(facts, **differences(self._loaded.state_keys, self._paths.state_keys))
+
+    @fact(Cost("cut", ONE_USE, needs=("_paths", "_outputs", "_training_forwards", "generator"), models=2))
+    def uses(self) -> Sequence[UseFacts]:
+        _ = self.generator
+        case, spec = self._paths.case, self.spec
+        case._outputs.require_forward()
+        return list(side_by_side(case._preparation, drawn(spec)))
+
+    @fact(Cost("whole", UNWATCHED, needs=("_outputs", "_training_forwards"), shared=True, models=2))
+    def unwatched(self) -> UnwatchedFacts:
+        self._outputs.require_forward()
+        model = next(name for name in OTHERS if name != self.spec.model)
+        spec = CaseSpec(model=model, quant=self.spec.quant, implementation=self.spec.implementation)
+        how = self._preparation
+        return self._loaded.once("unwatched", self._function, lambda: unwatched(how, loaded_model(spec)))
 
     imported = Fact[Changes](lambda self: self._imported)
     base = Fact[ModelFacts](lambda self: self._loaded.facts)

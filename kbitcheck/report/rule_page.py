@@ -21,6 +21,7 @@ FAMILIES = {
     "drawn": "Gradient flow under drawn conditions",
     "checkpointing": "Gradient checkpointing",
     "contract": "Contract",
+    "use": "Later use",
     "cost": "Cost of preparing",
     "composition": "Composition",
     "audit": "Facts about the model",

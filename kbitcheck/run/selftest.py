@@ -37,6 +37,7 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
         checkpointing=fault.checkpointing,  # type: ignore[arg-type]
         profile=fault.profile,  # type: ignore[arg-type]
         device="cuda" if fault.accelerator else "cpu",
+        conditions=fault.conditions,
     )
     source = resolve(fault.model)
     source = replace(source, config={**source.config, **fault.config})

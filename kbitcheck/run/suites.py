@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import DEFAULT, Quantization
 from kbitcheck.core.cases import CaseSpec, Checkpointing
+from kbitcheck.core.conditions import ALL, FEW
 from kbitcheck.core.errors import UsageError
 
 # Model, quantization, checkpointing modes.
@@ -54,7 +56,8 @@ def cases(
     """The suite's cases, narrowed or replaced by what the user named.
 
     Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
-    quantizations or modes crosses the suite's models with them.
+    quantizations or modes crosses the suite's models with them. Cases of the whole quick suite share the
+    conditions, others look at a few, those of the full suite at all, and those of no suite at none.
     """
     for name, value in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
         if isinstance(value, str):
@@ -72,7 +75,15 @@ def cases(
         for model, quant, modes in cells
         for mode in modes
     ]
-    return list(dict.fromkeys(specs))
+    specs = list(dict.fromkeys(specs))
+    if not suite:
+        return specs
+    shared = suite is QUICK and not (models or quants or checkpointing)
+    of_all = FEW if suite is QUICK else ALL
+    return [
+        replace(spec, conditions=spec.conditions or (f"{number}/{len(specs)}" if shared else of_all))
+        for number, spec in enumerate(specs, 1)
+    ]
 
 
 def workers(specs: Sequence[CaseSpec]) -> int:

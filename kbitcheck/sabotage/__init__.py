@@ -16,11 +16,12 @@ from kbitcheck.sabotage import (
     gradients,
     precision,
     small_gradients,
+    use,
     watched,
 )
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
-    "small_gradients", "watched",
+    "small_gradients", "use", "watched",
 ]  # fmt: skip

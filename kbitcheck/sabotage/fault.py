@@ -17,6 +17,8 @@ PREPARATION = "a fault that shows before a script trains"
 # Why the rules whose codes begin so have no fault of a level; every other rule has one on each level.
 WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
     ("KB602", "model"): "the cache is the process's: what a model's switch leaves there is emptied afterwards",
+    ("KB213", "model"): "what is shared among models is the implementation's",
+    ("KB514", "model"): "a model that knows who watches it does so whoever prepares it",
     ("KB313", "model"): SCRIPT,
     ("KB313", "implementation"): SCRIPT,
     ("KB7", "model"): SCRIPT,
@@ -32,7 +34,8 @@ class Fault:
 
     ``train`` is a training script instead, which prepares and trains the model. ``config`` has the fields of the model's
     configuration that differ. The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may
-    fail. No CPU shows an ``accelerator`` fault. ``level`` says what is broken: the ``model``, before or after a good
+    fail. ``conditions`` are those that the case looks at (``CaseSpec``): the one
+    under which the fault shows. No CPU shows an ``accelerator`` fault. ``level`` says what is broken: the ``model``, before or after a good
     preparation, the ``implementation``, which is ``standalone`` if it does not call the reference, or the ``run``.
     """
 
@@ -47,6 +50,7 @@ class Fault:
     prepare: Prepare = prepare_model_for_kbit_training
     spoil: Callable[[Any], None] | None = None
     train: Callable[[Any], None] | None = None
+    conditions: str = ""
     accelerator: bool = False
     alone: bool = False
     standalone: bool = False

@@ -105,6 +105,14 @@ class BitsAndBytes(Backend):
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.__dict__["support_avx512bf16_for_cpu"] = False
 
+    def optimizers(self) -> Sequence[type]:
+        import bitsandbytes.optim
+        import torch
+
+        return [
+            c for c in vars(bitsandbytes.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
+        ]
+
     def warnings(self) -> Mapping[str, str]:
         return {
             r"Input type into Linear4bit is \S+, but bnb_4bit_compute_dtype=torch.float32": "compute dtype",

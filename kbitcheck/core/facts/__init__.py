@@ -38,6 +38,8 @@ from kbitcheck.core.facts.step import (
     TrainingFacts,
     slope_bound,
 )
+from kbitcheck.core.facts.unwatched import UnwatchedFacts
+from kbitcheck.core.facts.use import UseFacts
 from kbitcheck.core.facts.watched import (
     HeardWarning,
     MicroBatch,
@@ -53,6 +55,6 @@ __all__ = [
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "ScalerFacts",
-    "StepOutcome", "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "Update", "WatchedRun",
+    "StepOutcome", "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun",
     "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

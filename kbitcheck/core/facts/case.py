@@ -17,6 +17,8 @@ from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
 from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, CallForm, Changes, ModelFacts, RefusedCall
 from kbitcheck.core.facts.recipe import Recipe
+from kbitcheck.core.facts.unwatched import UnwatchedFacts
+from kbitcheck.core.facts.use import UseFacts
 from kbitcheck.core.facts.watched import WatchedRun
 
 T = TypeVar("T", covariant=True)
@@ -139,6 +141,10 @@ class Facts:
     """When the base is frozen: ``at-prepare`` or ``at-attach``."""
     checkpointing: str
     """The requested mode of checkpointing."""
+    conditions: str
+    """Which conditions of many the case looks at; empty: none."""
+    seed: int
+    """The seed that all that is drawn hangs on."""
     recipe: Recipe | None
     """The recipe that was read off the prepared model under profile ``auto``; None where a profile was requested."""
     compute_ulp: float
@@ -223,6 +229,10 @@ class Facts:
     """Save and reload of a prepared model that never ran, and of its adapters."""
     interleaved: Sequence[step.StepOutcome]
     """The steps of programs that interleave training with evaluation, saving and the like."""
+    uses: Sequence[UseFacts]
+    """What came of later uses of the prepared model, beside those of the base."""
+    unwatched: UnwatchedFacts
+    """The case in processes that cannot tell who runs it, where another model is prepared after it or before."""
     generator: bool
     """Whether the unprepared model can generate."""
     generates: step.ForwardFacts
@@ -284,7 +294,7 @@ class OpenCase(Facts):
         self.spec = spec
         self.case = spec.id
         self.profile, self.freezes, self.checkpointing = spec.profile, spec.freezes, spec.checkpointing
-        self.recipe = recipe
+        self.recipe, self.conditions, self.seed = recipe, spec.conditions, spec.seed
         self.budget: Any = None  # a ``core.plan.Budget``, where the case is planned
 
     @property

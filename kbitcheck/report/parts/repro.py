@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.cases import MODEL_RANK, CaseSpec
+from kbitcheck.core.conditions import PROCESSES
 from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import Report
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
-NAMED = ("model", "quant", "implementation", "checkpointing", "static", "gpu")
+LATER_USE = "KB515"  # its places begin with the condition that they show under
+IN_PROCESSES = ("KB213", "KB514")
+NAMED = ("model", "quant", "implementation", "checkpointing", "static", "gpu", "conditions")
 
 
 def command(report: Report, case: str, code: str = "") -> str:
@@ -38,4 +41,12 @@ def command(report: Report, case: str, code: str = "") -> str:
     words += ["--static"] if spec.get("static") == "always" else []
     words += ["--in-process"] if report.subject.get("in_process") else []
     words += ["--select", code] if code else []
+    words += _condition(report, case) if code == LATER_USE else []
+    words += ["--conditions", PROCESSES] if code in IN_PROCESSES else []
     return shlex.join(words)
+
+
+def _condition(report: Report, case: str) -> list[str]:
+    """The option that names the first condition under which the case fails."""
+    failed = (f for result in report if (result.rule, result.case) == (LATER_USE, case) for f in result.failures)
+    return next((["--conditions", failure.where.partition(":")[0]] for failure in failed), [])

@@ -1,0 +1,132 @@
+"""What a use is done to, and what came of it: tensors and texts by name."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbitcheck import backends
+from kbitcheck.core.errors import Raised
+from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes import adapters as adapter_probe
+from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes.adapters import Attached
+
+Value = torch.Tensor | str | Raised
+Outcome = Mapping[str, Value]
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A fresh model without adapters, and how the case trains it."""
+
+    model: Any
+    preparation: Preparation
+
+    @property
+    def batch(self) -> step.Batch:
+        """The batch's first row, without a mask."""
+        return self.preparation.loaded.single
+
+    def attached(self) -> Attached:
+        """The model with the case's adapters."""
+        return self.preparation.attach(self.model)
+
+    def with_peft(self, **options: Any) -> Attached | None:
+        """The model under PEFT with a LoRA of these options, all of which it trains; None where PEFT is not installed."""
+        if find_spec("peft") is None:
+            return None
+        from peft import LoraConfig, get_peft_model
+
+        loaded, spec = self.preparation.loaded, self.preparation.spec
+        fit = [name for name in loaded.targets if name not in loaded.unfit_targets]
+        config = LoraConfig(r=spec.rank, lora_alpha=2 * spec.rank, target_modules=fit, **options)
+        wrapped: Any = get_peft_model(self.model, config)
+        adapter_probe.draw({n: p for n, p in wrapped.named_parameters() if ".lora_" in n}, spec.seed)
+        return Attached(wrapped, {n: p for n, p in wrapped.named_parameters() if p.requires_grad})
+
+    def step(self, model: nn.Module, parameters: Parameters, autocast: step.Autocast | None = None) -> Outcome:
+        """The loss of a training step, and the gradients of these parameters."""
+        facts, gradients = step.train_step(
+            model,
+            self.batch,
+            parameters,
+            seed=self.preparation.spec.seed,
+            autocast=autocast or self.preparation.autocast,
+            watch=False,
+        )
+        return {"the loss": torch.tensor(facts.loss, dtype=torch.float64), **gradients_of(gradients)}
+
+    def loss(self, model: nn.Module) -> torch.Tensor:
+        """The loss of a forward in train mode, with its graph."""
+        model.train()
+        with switches.seeded(self.preparation.spec.seed, self.batch), self.preparation.autocast():
+            loss: torch.Tensor = model(**step.feed(model, self.batch)).loss
+        return loss
+
+    def logits(self, model: nn.Module, **keywords: Any) -> torch.Tensor:
+        """The logits of a forward in eval mode."""
+        model.eval()
+        with torch.no_grad(), self.preparation.autocast():
+            logits: torch.Tensor = model(**{**step.feed(model, self.batch), **keywords}).logits
+        return logits
+
+
+Use = Callable[[Subject], Outcome]
+USES: dict[str, Use] = {}
+
+
+def use(action: Use) -> Use:
+    """Register a use under its name in words."""
+    USES[action.__name__.replace("_", " ")] = action
+    return action
+
+
+def gradients_of(gradients: Mapping[str, torch.Tensor | None]) -> Outcome:
+    """Gradients as an outcome."""
+    return {f"gradient of {n}": "none" if g is None else g.detach().clone() for n, g in gradients.items()}
+
+
+def numbers(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Tensors in a row, as one in float32."""
+    return torch.cat([p.detach().float().flatten() for p in parameters])
+
+
+def floating(module: nn.Module | None) -> dict[str, nn.Parameter]:
+    """The floating parameters of a module that are not packed."""
+    own = {} if module is None else dict(module.named_parameters())
+    return {n: p for n, p in own.items() if p.is_floating_point() and not backends.is_packed(p)}
+
+
+def thawed(module: nn.Module | None, within: str) -> dict[str, nn.Parameter]:
+    """The floating parameters of a module, which now require grad, by their names under ``within``."""
+    own = {f"{within}.{n}": p for n, p in floating(module).items()}
+    for parameter in own.values():
+        parameter.requires_grad_(True)
+    return own
+
+
+def attempt(action: Callable[[], Value]) -> Value:
+    """What an action returns, or what it raises."""
+    try:
+        return action()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return Raised.of(error)
+
+
+def done(action: Use, subject: Subject) -> Outcome:
+    """What comes of a use; what it raises as a whole stands under the empty name."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return action(subject)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return {"": Raised.of(error)}
