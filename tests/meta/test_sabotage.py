@@ -73,20 +73,15 @@ def test_fault_names_are_distinct():
     assert len(names) == len(set(names))
 
 
-<<<<<<< HEAD
+def slow(fault):
+    """The mark of a fault whose rule starts a process that imports torch."""
+    return [pytest.mark.slow] if fault.conditions == "processes" else []
+
+
 def each(tried):
     """The faults as parameters of a test; those of one base run in one process, which makes the base once."""
-    params = [pytest.param(f, id=f"{f.code}-{f.name}", marks=of_one_base(f)) for f in tried]
+    params = [pytest.param(f, id=f"{f.code}-{f.name}", marks=[of_one_base(f), *slow(f)]) for f in tried]
     return pytest.mark.parametrize("fault", params)
-=======
-def of_one_base(fault):
-    """The fault as a parameter of a test; those of one base run in one process, which makes the base once."""
-    group = pytest.mark.xdist_group(f"{fault.model}-{fault.quant}")
-    marks = (
-        (group, pytest.mark.slow) if fault.conditions == "processes" else group
-    )  # each starts a process that imports torch
-    return pytest.param(fault, id=f"{fault.code}-{fault.name}", marks=marks)
->>>>>>> 5f1964c (KB515, KB514, KB213: later uses side by side with the base, a process that cannot tell who runs it, a second model in it; cases of the quick suite share dear conditions)
 
 
 def is_deep(fault):
