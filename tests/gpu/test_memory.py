@@ -12,11 +12,16 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "fixtures" / "configs"
 MEASURED = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())["rows"]
 
-of_each_row = pytest.mark.parametrize("row", MEASURED, ids=[f"{r['model']}-{r['quant']}" for r in MEASURED])
+
+def of_row(row, *marks):
+    return pytest.param(row, id=f"{row['model']}-{row['quant']}", marks=marks)
+
+
+of_each_row = pytest.mark.parametrize("row", [*map(of_row, MEASURED)])
 
 
 @pytest.mark.transformers5("what a model keeps in a step is predicted exactly for transformers 5 alone")
-@of_each_row
+@pytest.mark.parametrize("row", [of_row(MEASURED[0]), *(of_row(r, pytest.mark.slow) for r in MEASURED[1:])])
 def test_steps_are_still_predicted_to_peak_where_they_did(bench, row):
     (plan,) = (p for p in bench.PLANS if (Path(p.model).stem, p.quant) == (row["model"], row["quant"]))
     told = bench.predicted(resolve(plan.model, random_weights=True), plan, "cuda")
@@ -56,7 +61,7 @@ def test_checkpointing_saves_what_was_predicted_of_a_tiny_model(bench):
 
 
 @pytest.mark.transformers5("what a model keeps in a step is predicted exactly for transformers 5 alone")
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("quant", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_the_measurement_works_without_a_gpu(bench, tmp_path, quant):
     config = json.loads((CONFIGS / "smollm-135m.json").read_text())
     sizes = {"num_hidden_layers": 3, "vocab_size": 512, "hidden_size": 144, "intermediate_size": 288}

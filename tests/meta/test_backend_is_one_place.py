@@ -33,6 +33,8 @@ def sources(name: str) -> Iterator[Path]:
 
 def violations(source: str, private: set[str], schemes: set[str]) -> Iterator[str]:
     """Imports and identifiers in ``private``, and places where a text that is a scheme or a private name decides."""
+    if not any(name in source for name in private | schemes):
+        return
     for node in ast.walk(ast.parse(source)):
         suspects = identifiers(node) & private | (deciding_texts(node) & (private | schemes))
         yield from (f"{getattr(node, 'lineno', 0)}: {name}" for name in sorted(suspects))

@@ -4,6 +4,7 @@ A program is drawn as a list of names, so that a failure prints as one, and ``Se
 """
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -23,16 +24,17 @@ from kbitcheck.sabotage import faults
 from tests.shallow import shallow
 
 pytestmark = pytest.mark.xdist_group("interleaving")  # of four bases
+QUANTS = ("nf4", "nf4,double,storage=bf16", "fp4,compute=fp32", "int8")
+FAST = {("reference", "nf4,double,storage=bf16"), ("reference", "int8"), ("peft", "fp4,compute=fp32"), ("peft", "nf4")}
 CELLS = [
-    (implementation, quant)
-    for implementation in ("reference", "peft")
-    for quant in ("nf4", "nf4,double,storage=bf16", "fp4,compute=fp32", "int8")
+    pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow)
+    for cell in itertools.product(("reference", "peft"), QUANTS)
 ]
 
 
 def case_of(implementation, quant, bases, *, prepare=None, model="tiny:gpt2"):
     spec = CaseSpec(model=model, quant=quant, implementation=implementation, checkpointing="reentrant")
-    key = (shallow, model, quant)
+    key = (shallow, model, quant)  # not the bases of whole recipes
     if key not in bases:
         bases[key] = Loaded.from_source(shallow(model), spec)
     return Case(spec, prepare or load(implementation).function, bases[key])
@@ -172,9 +174,9 @@ def alive():
 @pytest.mark.parametrize(
     "quant", ["nf4", pytest.param("int8", marks=pytest.mark.transformers5("refuses to move an 8-bit model"))]
 )
-def test_memory_returns(quant, bases):
+def test_memory_returns(quant, bases, small):
     """Rounds of steps leave as many tensors as the round before; one that is hoarded would be counted."""
-    session = case_of("reference", quant, bases).session()
+    session = case_of("reference", quant, bases, model=small).session()
     counts = []
     for _ in range(3):
         for name in ("train", "evaluate", "infer", "generate", "accumulate", "save", "move"):

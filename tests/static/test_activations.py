@@ -15,8 +15,9 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.blocks import signature
 from kbitcheck.models.inputs import choose
+from kbitcheck.models.sources import resolve as sources
 from kbitcheck.models.sources.recipe import Recipe
-from kbitcheck.models.sources.resolve import resolve, source_of
+from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
@@ -31,24 +32,24 @@ CLOSE = 0.02
 MEASURED = Runtime(device="cpu", keeps_output=True)  # as the probes measure
 
 EXACT = pytest.mark.transformers5("keeps other tensors, or looks at numbers")
+# The whole recipes once; what is passed in blocks that are alike is confirmed below and in test_storages.py.
 GRID = [
-    ("llama", "int8", "non-reentrant", 3, 48, "reference"),
-    ("llama", "nf4,double", "reentrant", 2, 40, "peft"),
-    ("gpt2", "fp4", "reentrant", 2, 32, "reference"),
-    pytest.param("t5", "nf4", "non-reentrant", 2, 40, "reference", marks=EXACT),
-    ("mixtral", "nf4", "reentrant", 2, 60, "reference"),
-    pytest.param("llava", "nf4", "non-reentrant", 2, 24, "reference", marks=EXACT),
-    pytest.param("whisper", "nf4", "reentrant", 2, 20, "reference", marks=EXACT),
-    ("gemma", "nf4", "non-reentrant", 1, 16, "reference"),
+    ("llama", "int8", "non-reentrant", 3, 48, "reference", resolve),
+    ("llama", "nf4,double", "reentrant", 2, 40, "peft", shallow),
+    ("gpt2", "fp4", "reentrant", 2, 32, "reference", shallow),
+    pytest.param("t5", "nf4", "non-reentrant", 2, 40, "reference", resolve, marks=EXACT),
+    ("mixtral", "nf4", "reentrant", 2, 60, "reference", shallow),
+    pytest.param("llava", "nf4", "non-reentrant", 2, 24, "reference", shallow, marks=EXACT),
+    pytest.param("whisper", "nf4", "reentrant", 2, 20, "reference", shallow, marks=[EXACT, pytest.mark.slow]),
+    pytest.param("gemma", "nf4", "non-reentrant", 1, 16, "reference", resolve, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "quant", "mode", "batch", "length", "library"), GRID)
-def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, library):
+@pytest.mark.parametrize(("recipe", "quant", "mode", "batch", "length", "library", "source_of"), GRID)
+def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, library, source_of):
     if library == "peft":
         pytest.importorskip("peft")
-    # Of several towers, two blocks each: what is passed in them is confirmed in test_architectures.py.
-    source = (shallow if recipe in ("llava", "whisper") else resolve)(f"tiny:{recipe}")
+    source = source_of(f"tiny:{recipe}")
     model = source.load(Quantization.parse(quant))
     made = source.batch(model, batch=batch, seq_len=length)
     prepare_model_for_kbit_training(model, True, {"use_reentrant": mode == "reentrant"})
@@ -82,7 +83,9 @@ def training(source, quant, *, runtime=MEASURED, **options):
     return forecast.Training(source, model, facts, spec, runtime), told
 
 
-@pytest.mark.parametrize("mode", ["off", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("off", "non-reentrant")), "reentrant"]
+)
 def test_blocks_that_are_passed_count_as_if_they_ran(mode, monkeypatch):
     measured = []
     for thinned in (True, False):
@@ -104,7 +107,7 @@ def test_an_image_takes_the_tokens_that_the_model_computes(tmp_path):
               "image_token_index": 299, "text_config": text, "vision_config": {**vision, "intermediate_size": 64}}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     spec = CaseSpec(model=str(tmp_path), quant="nf4", implementation="none", device="cpu", static="always")
-    source = source_of(spec, static="always")
+    source = sources.source_of(spec, static="always")
     predicted, _ = training(source, "nf4")
     assert predicted.image_tokens == 16
     assert predicted.limit == 512 - 16

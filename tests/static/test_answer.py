@@ -85,7 +85,7 @@ def test_what_fits_is_confirmed(opened):
     [
         ({"checkpointing": "off", "batch": 4}, {"checkpointing": "non-reentrant"}, {"--checkpointing"}),
         ({"batch": 16}, {"batch": 8}, {"--batch"}),
-        ({"rank": 64}, {"rank": 8}, None),
+        pytest.param({"rank": 64}, {"rank": 8}, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_change_makes_it_fit_when_it_is_made(opened, options, smaller, names):

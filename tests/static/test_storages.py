@@ -37,17 +37,23 @@ def training(source, runtime=RUNTIME):
     return predict.Training(source, model, snapshot(model), spec, runtime)
 
 
-@pytest.fixture(params=["llama", "mixtral", "gemma2"])
-def source(request, tmp_path):
-    if request.param == "gemma2":
+@pytest.fixture
+def source(recipe, tmp_path):
+    if recipe == "gemma2":
         (tmp_path / "config.json").write_text(json.dumps(ALTERNATING))
         return resolve(str(tmp_path), static="always")
-    recipe = resolve(f"tiny:{request.param}")
-    assert isinstance(recipe, Recipe)
-    return dataclasses.replace(recipe, unread={}, config={**recipe.config, "num_hidden_layers": 6})
+    whole = resolve(f"tiny:{recipe}")
+    assert isinstance(whole, Recipe)
+    return dataclasses.replace(whole, unread={}, config={**whole.config, "num_hidden_layers": 6})
 
 
-@pytest.mark.parametrize("mode", ["off", "reentrant", "non-reentrant"])
+EACH = [(recipe, mode) for recipe in ("llama", "mixtral", "gemma2") for mode in ("off", "reentrant", "non-reentrant")]
+SOME = (("llama", "off"), ("mixtral", "non-reentrant"), ("gemma2", "reentrant"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode"), [cell if cell in SOME else pytest.param(*cell, marks=pytest.mark.slow) for cell in EACH]
+)
 def test_blocks_that_did_not_run_make_and_free_what_they_would(source, mode, monkeypatch):
     step = training(source).step(2, 40, mode)
     thinned = step.trace()
@@ -59,6 +65,7 @@ def test_blocks_that_did_not_run_make_and_free_what_they_would(source, mode, mon
     assert thinned.peak == step.peak
 
 
+@pytest.mark.parametrize("recipe", ["llama", "mixtral", "gemma2"])
 def test_storages_are_of_their_blocks_and_kinds(source):
     trace = training(source).step(2, 40, "off").trace()
     blocks = {s.block for s in trace.at_peak() if s.kind == "activations"}

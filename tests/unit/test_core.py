@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbitcheck.core.cases import CaseSpec
@@ -198,6 +198,7 @@ reports = st.builds(
 )
 
 
+@settings(max_examples=15)  # each of dozens of values
 @given(reports)
 def test_a_report_survives_json(report: Report) -> None:
     text = json.dumps(report.as_json())

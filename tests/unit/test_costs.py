@@ -22,6 +22,7 @@ from kbitcheck.observe.passes import OPENING, Counts, counted
 from kbitcheck.run.subject import load
 from tests.shallow import shallow
 
+pytestmark = pytest.mark.xdist_group("costs")  # two are of one case
 WITNESSES = {"unprepared", "bare"}  # read after a failure
 SETTINGS = {"case", "profile", "freezes", "checkpointing", "recipe", "conditions", "seed"}
 PATHS = {"_paths"}  # read first, where a fact may be a cut's
