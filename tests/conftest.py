@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from kbitcheck.cli.app import COMMANDS
+from tests import forked_worker
 from tests.fork_server import ForkServer
 
 STUB_STACK = Path(__file__).parent / "cli" / "stub_stack"
@@ -45,6 +46,14 @@ def stubbed() -> Iterator[ForkServer]:
     )
     yield server
     server.close()
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that this process starts are forks of it: importing the real stack takes longer than what they do."""
+    from kbitcheck.run import worker, worker_process  # noqa: F401
+
+    monkeypatch.setattr(worker_process, "subprocess", forked_worker.forking())
 
 
 def pytest_collection_finish() -> None:

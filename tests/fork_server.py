@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
 
 
 class ForkServer:
@@ -79,8 +78,7 @@ def _fork_workers() -> None:
     assert spec.loader is not None
     forked_worker = module_from_spec(spec)
     spec.loader.exec_module(forked_worker)
-    own = SimpleNamespace(**{**vars(subprocess), "Popen": forked_worker.start})
-    setattr(worker_process, "subprocess", own)  # noqa: B010
+    setattr(worker_process, "subprocess", forked_worker.forking())  # noqa: B010
 
 
 def become(argv: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 MODULE = "kbitcheck.run.worker"
@@ -71,6 +72,11 @@ def start(command: Sequence[str], *, pass_fds: Iterable[int], env: Mapping[str, 
     return ForkedWorker(command[4:], pass_fds, env)
 
 
+def forking() -> SimpleNamespace:
+    """The module ``subprocess`` with workers that are forks."""
+    return SimpleNamespace(**{**vars(subprocess), "Popen": start})
+
+
 def _become(arguments: Sequence[str], kept: set[int], env: Mapping[str, str], output: int) -> NoReturn:
     """Run the worker as the whole of this process, with nothing of its parent's but modules."""
     code = 1
@@ -92,6 +98,7 @@ def _become(arguments: Sequence[str], kept: set[int], env: Mapping[str, str], ou
         sys.path[:] = dict.fromkeys([*filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *PATH])
         sys.argv = [MODULE, *arguments]
         tempfile.tempdir = None
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
         del sys.modules[MODULE]
         runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
         code = 0

@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from kbitcheck.cli.app import run
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Party, Status
 from kbitcheck.report.parts.charts import charts
@@ -61,19 +64,16 @@ functions.MatMul4Bit.backward = staticmethod(backward)
 """
 
 
-def test_what_an_import_breaks_in_the_libraries_is_not_the_models(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_workers")
+def test_what_an_import_breaks_in_the_libraries_is_not_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Each base in the process is broken alike, and so is no witness."""
     (tmp_path / "fork.py").write_text(FORK)
+    monkeypatch.chdir(tmp_path)
     asked = ["--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off", "--select", "KB303"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "kbitcheck", "impl", "fork.py:prepare", *asked, "--format", "json", "--device", "cpu"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 1, ran.stderr
-    (result,) = Report.from_json(json.loads(ran.stdout))
+    assert run(["impl", "fork.py:prepare", *asked, "--format", "json", "--device", "cpu"]) == 1
+    (result,) = Report.from_json(json.loads(capfd.readouterr().out))
     assert {failure.party for failure in result.failures} == {Party.IMPLEMENTATION}
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from kbitcheck.cli.app import run
 from kbitcheck.cli.console import duration
 from kbitcheck.core.events import Collector, Computing, Figures, Judged, Planned, from_json
 from kbitcheck.core.facts import Passes
@@ -39,17 +38,14 @@ PLAN = Plan(
 )
 
 
-def test_a_plan_is_printed_before_anything_runs(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_workers")
+def test_a_plan_is_printed_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments = ["model", "tiny:llama", "--prepare", "reference", "--quant", "nf4", "--checkpointing", "off"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "kbitcheck", *arguments, "--checkpointing", "reentrant", "--plan", "--format", "json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    first, second = map(Plan.from_json, json.loads(ran.stdout)["plans"])
+    assert run([*arguments, "--checkpointing", "reentrant", "--plan", "--format", "json"]) == 0
+    first, second = map(Plan.from_json, json.loads(capfd.readouterr().out)["plans"])
     assert (first.case, second.case) == ("tiny:llama-nf4-off", "tiny:llama-nf4-reentrant")
     assert first.of("twins") is not None
     assert second.of("twins") is None  # the first case has them

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from kbitcheck.observe.probes import layers
 from kbitcheck.observe.probes.float64 import KeepFloat64
 from kbitcheck.observe.probes.loss import GiveLoss, drawn_loss
 from kbitcheck.observe.twin import twins
+from tests.few_steps import MANY_STEPS, of_few_steps
 from tests.plugin.traces import everything
 
 peft = pytest.importorskip("peft")
@@ -68,7 +71,7 @@ def judged(model: Any, **options: Any) -> Report:
     """The report, whatever its verdict; the model is as it was."""
     before = everything(model)
     try:
-        report = kbitcheck.assert_prepared(model, **options)
+        report = kbitcheck.assert_prepared(model, **{"select": of_few_steps(), **options})
     except kbitcheck.NonConformance as error:
         report = error.report
     assert everything(model) == before
@@ -328,6 +331,29 @@ def test_a_model_of_images_and_texts_without_a_loss(loads: Any) -> None:
     assert inputs == "text, images"
 
 
+def with_adapters(name: str, loads: Any) -> Any:
+    return prepared(loads(config()), ADAPTERS[name]())
+
+
+SETUPS: dict[str, Callable[[Any], Any]] = {
+    **{name: partial(with_adapters, name) for name in ADAPTERS},
+    "prompt": lambda loads: prepared(
+        loads(config()),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    ),
+    "value head": lambda loads: WithValueHead(prepared(loads(config()), peft.LoraConfig(**LORA))),
+    "embedding model": embedding_model,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETUPS)
+def test_no_setup_breaks_a_rule_of_many_steps(loads: Any, name: str) -> None:
+    trains = {"trains": ["v_head"]} if name == "value head" else {}
+    assert_judged(judged(SETUPS[name](loads), select=MANY_STEPS, **trains), "KB311")
+
+
 def test_the_loss_of_the_caller(loads: Any) -> None:
     model, seen = embedding_model(loads), []
 
@@ -408,7 +434,7 @@ def test_updates_that_bfloat16_rounds_away_are_counted_on_steps_of_the_optimizer
     optimizer = adamw(model)
     for state in ("before it took a step", "in the middle of training"):
         before = everything(model, optimizer.state_dict(), vars(optimizer))
-        report = kbitcheck.assert_prepared(model, optimizer=optimizer)
+        report = kbitcheck.assert_prepared(model, optimizer=optimizer, select=["KB1", "KB313", "KB7", *GRADIENTS])
         assert everything(model, optimizer.state_dict(), vars(optimizer)) == before, state
         (result,) = (r for r in report if r.rule == "KB313")
         assert result.status is Status.FAIL

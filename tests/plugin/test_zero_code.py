@@ -32,8 +32,11 @@ MODES = [
     (),
     ("-n0",),
     ("-n2",),
-    *[("-n2", "--dist", mode) for mode in ("loadfile", "loadscope", "worksteal")],
+    ("-n2", "--dist", "loadscope"),
+    *[pytest.param(("-n2", "--dist", mode), marks=pytest.mark.slow) for mode in ("loadfile", "worksteal")],
 ]
+# A worker of pytest's own takes ten times as long to start as what it does; the others below have one.
+ALONE_OR_SPREAD = pytest.mark.parametrize("workers", ["-n0", pytest.param("-n1", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def test_strict_counts_a_should(run: Run) -> None:
     assert run("--kbit-impl=rude.py:prepare", *ONE, "--kbit-strict").ret == 1
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+@ALONE_OR_SPREAD
 def test_what_broke_is_an_error_and_lifts_the_exit_status(run: Run, subjects: Path, workers: str) -> None:
     result = run("--kbit-impl=leaves.py:prepare", *ONE, "--kbit-report=report.json", workers)
     result.assert_outcomes(errors=3, passed=1, skipped=1)
@@ -131,7 +134,7 @@ def test_wrong_options_are_one_line(run: Run, option: str, told: str) -> None:
     assert (result.ret, told in line) == (4, True), line
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+@ALONE_OR_SPREAD
 def test_a_broken_rule_decides_before_one_that_could_not_be_judged(run: Run, subjects: Path, workers: str) -> None:
     half = ("--kbit-impl=half_judged.py:prepare", *ONE, workers)
     assert run(*half).ret == 1

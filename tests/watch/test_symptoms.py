@@ -69,7 +69,7 @@ SLOW = [pytest.param(door, marks=pytest.mark.slow) for door in ("model", "impl")
 
 
 @pytest.mark.parametrize("door", ["watch", "assert_prepared", "static", *SLOW])
-def test_a_row_names_what_its_command_judges(door, tmp_path):
+def test_a_row_names_what_its_command_judges(door, tmp_path, forked_workers):
     sent = {code for command, codes in ROWS if door_of(command) == door for code in codes}
     assert sent
     assert sent <= judged_by(door, tmp_path)
