@@ -34,6 +34,9 @@ SUBJECTS = {
     "import_error": "import no_such_module_anywhere\n",
 }
 
+# Workers of pytest's own take ten times as long to start as what they do here: some tests have them, of the others the slow form.
+ALONE_OR_SPREAD = pytest.mark.parametrize("workers", ["-n0", pytest.param("-n1", marks=pytest.mark.slow)])
+
 Run = Callable[..., pytest.RunResult]
 
 

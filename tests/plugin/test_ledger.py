@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin.conftest import ONE, Run, untimed
+from tests.plugin.conftest import ALONE_OR_SPREAD, ONE, Run, untimed
 
 pytest_plugins = ["pytester"]
 
@@ -49,7 +49,7 @@ def test_what_is_accepted_is_an_xfail_with_its_reason(gated: Run, subjects: Path
     assert (result.ret, untimed(subjects / "report.json")["exit_code"]) == (0, 0)
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+@ALONE_OR_SPREAD
 def test_a_regression_is_named(gated: Run, workers: str) -> None:
     result = gated("nothing", LEDGER + ACCEPTED, workers)
     result.assert_outcomes(failed=1, passed=2, skipped=1, xfailed=1)
@@ -70,7 +70,7 @@ def test_what_is_lost_fails_the_session_though_no_test_does(gated: Run) -> None:
     result.stdout.fnmatch_lines(["*lost 5 rules*tiny:gpt2-nf4-off*"])
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+@ALONE_OR_SPREAD
 def test_what_was_deselected_is_not_lost(gated: Run, workers: str) -> None:
     assert gated("rude", LEDGER + ACCEPTED, "-k", "KB101", workers).ret == 0
 

@@ -185,6 +185,7 @@ def test_adapters_in_bfloat16_beside_a_base_in_float32_conform(loaded: Any) -> N
 def test_the_wrapper_of_mixed_precision_is_read_off(loaded: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = as_trl_prepares(loaded, torch.float32)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's trainer has set it
     try:
         accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     finally:

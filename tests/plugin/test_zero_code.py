@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from kbitcheck.run import suites as suite
-from tests.plugin.conftest import ONE, TWO, Run, builds, untimed
+from tests.plugin.conftest import ALONE_OR_SPREAD, ONE, TWO, Run, builds, untimed
 
 pytest_plugins = ["pytester"]
 
@@ -35,8 +35,6 @@ MODES = [
     ("-n2", "--dist", "loadscope"),
     *[pytest.param(("-n2", "--dist", mode), marks=pytest.mark.slow) for mode in ("loadfile", "worksteal")],
 ]
-# A worker of pytest's own takes ten times as long to start as what it does; the others below have one.
-ALONE_OR_SPREAD = pytest.mark.parametrize("workers", ["-n0", pytest.param("-n1", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
