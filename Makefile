@@ -53,6 +53,7 @@ bench: $(STAMP)
 # Installs each trainer into an environment of its own, once, and runs its command.
 trainers: $(STAMP)
 	$(BIN)/python benchmarks/trainers.py
+	KBITCHECK_NETWORK=1 $(BIN)/python -m pytest -n 0 -m slow tests/cli/test_trainer_environments.py
 
 # Needs a CUDA device; elsewhere the tests are skipped, and the rows say that they were not measured.
 gpu: $(STAMP)

@@ -42,10 +42,15 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if any(holder.holds(m) for holder in holders))
 
 
-def emptied_schemes(model: nn.Module) -> set[str]:
-    """The schemes of quantized layers whose weights something else holds now, as FSDP does."""
+def emptied_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, module and scheme of every quantized layer whose weight something else holds now, as FSDP does."""
     recognitions = [backend.recognition for backend in available()]
-    return {scheme for m in model.modules() for each in recognitions if (scheme := each.emptied(m))}
+    return ((n, m, scheme) for n, m in model.named_modules() for each in recognitions if (scheme := each.emptied(m)))
+
+
+def emptied_schemes(model: nn.Module) -> set[str]:
+    """The schemes of such layers."""
+    return {scheme for _, _, scheme in emptied_layers(model)}
 
 
 def recognition(module: nn.Module) -> Recognition:

@@ -256,18 +256,22 @@ def loss_finite(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB714", "labels-count", Level.MUST)
 def labels_count(facts: Facts) -> Iterable[Observation]:
-    """The labels of every batch have a token that is not ignored.
+    """The labels of every batch have a token that is not ignored, and are not shifted: transformers' models shift them.
 
-    Why: a template that does not match, or a prompt longer than the maximal length, masks every label.
-    Symptom: a loss that is NaN or 0; "loss: 0.0, grad_norm: nan".
-    Fix: print one row of ``labels``: the tokens of the answer must not be -100.
-    Sources: trl#1385, LLaMA-Factory#2533.
+    Why: a template that does not match, or a prompt longer than the maximal length, masks every label. With labels that are
+    shifted twice, a model learns to leave every other token out.
+    Symptom: a loss that is NaN or 0; "loss: 0.0, grad_norm: nan"; a loss that falls, and answers without sense.
+    Fix: print one row of ``labels``: the tokens of the answer must not be -100, and stand where they stand in ``input_ids``.
+    Sources: trl#1385, LLaMA-Factory#2533; transformers documentation of ``labels`` of causal models.
     """
     judged = [(n, b) for n, step in enumerate(_run(facts).steps, 1) for b in step.batches if b.labels is not None]
     if not judged:
         raise NotApplicable("the model was passed no labels")
     for number, batch in judged:
         yield Observation(f"step {number}", "a label", f"{batch.labels:,} labels", ok=bool(batch.labels))
+        if batch.shifted:
+            actual = "each is the token after the one in its place, and the model shifts them once more"
+            yield Observation(f"step {number}", "labels in the places of their tokens", actual, ok=False)
 
 
 @rule("KB715", "held-get-gradients", Level.MUST)

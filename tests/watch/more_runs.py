@@ -834,6 +834,17 @@ def left_in_eval_mode():
     return model, each_step(model, adamw(model), between=lambda model, step: model.eval())
 
 
+def labels_shifted_twice():
+    model = prepared()
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        batch["labels"] = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1), value=-100)
+        losses.append(plain_step(model, optimizer, batch))
+    return model, losses
+
+
 BROKEN = {
     prepared_a_second_time: "KB710",
     checkpointing_switched_on_again_in_mid_run: "KB703",
@@ -858,6 +869,7 @@ BROKEN = {
     a_twentieth_in_every_block: "KB304",
     a_hundredth_of_a_gradient_in_every_block: "KB304",
     half_of_the_labels_rows_ignored: "KB714",
+    labels_shifted_twice: "KB714",
     an_expert_whose_output_is_cut: "KB715",
     gradients_cleared_between_batches: "KB707",
     left_in_eval_mode: "KB718",

@@ -28,15 +28,17 @@ class MicroBatch:
 
     ``labels`` counts the tokens that the loss is computed of (None: the forward took no labels), ``weight`` is the gradient
     that entered the loss, a scaler's factor divided out (None: none did), ``counted`` says that the forward was passed
-    the number of tokens to divide by. ``stale`` counts the tensors that had a gradient when the backward began, though the
-    step before had used it. ``cleared``: nothing had one, though a batch of the same step had gone backward before. ``resting`` is what
-    eval mode switched off: blocks that checkpoint and dropouts, in words.
+    the number of tokens to divide by. ``shifted``: each label is the next token, though the model shifts labels itself.
+    ``stale`` counts the tensors that had a gradient when the backward began, though the step before had used it. ``cleared``:
+    nothing had one, though a batch of the same step had gone backward before. ``resting`` is what eval mode switched off: blocks
+    that checkpoint and dropouts, in words.
     """
 
     loss: float | None = None
     labels: int | None = None
     weight: float | None = None
     counted: bool = False
+    shifted: bool = False
     stale: int = 0
     cleared: bool = False
     resting: str = ""

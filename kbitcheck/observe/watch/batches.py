@@ -23,6 +23,7 @@ from kbitcheck.observe.watch.guard import Guard
 from kbitcheck.observe.watch.reach import Reach
 
 IGNORED = -100
+ENOUGH = 8  # labels, below which chance could shift them
 
 
 class Batches:
@@ -71,7 +72,8 @@ class Batches:
         """Hooks on quantized layers, on what switches checkpointing on, and on checkpoints; for a while."""
         with ExitStack() as hooks:
             hooks.enter_context(self.reach.watched())
-            for name, layer in backends.quantized_layers(self._seen):
+            emptied = ((name, layer) for name, layer, _ in backends.emptied_layers(self._seen))
+            for name, layer in (*backends.quantized_layers(self._seen), *emptied):
                 hooks.enter_context(layer.register_forward_pre_hook(self._guard(partial(self._enters, name))))
             hooks.enter_context(Enabling(PreTrainedModel, self.switched_on.append))
             self._calls = hooks.enter_context(switches.checkpoint_spies())
@@ -103,6 +105,7 @@ class Batches:
         batch = {
             "labels": count,
             "counted": kwargs.get("num_items_in_batch") is not None,
+            "shifted": _shifts(self._model) and _shifted(kwargs.get("input_ids"), labels),
             "resting": "" if self._model.training else _resting(self._model),
             "follows": any("weight" in each for each in self._batches),
         }
@@ -172,8 +175,29 @@ class Batches:
         batches, self._batches = self._batches, []
         if any("weight" in batch for batch in batches):
             batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
-        fields = ("loss", "labels", "weight", "counted", "stale", "cleared", "resting")
+        fields = ("loss", "labels", "weight", "counted", "shifted", "stale", "cleared", "resting")
         return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
+
+
+def _shifts(model: nn.Module) -> bool:
+    """Whether the model predicts each next token, and shifts the labels itself, as those of transformers do."""
+    inner = next((type(m) for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    return (
+        inner is not None
+        and inner.__module__.startswith("transformers.models.")
+        and inner.__name__.endswith("ForCausalLM")
+    )
+
+
+def _shifted(tokens: Any, labels: Any) -> bool:
+    """Whether every label that counts is the token after the one in its place, and most are not the one in its place."""
+    both = isinstance(tokens, torch.Tensor) and isinstance(labels, torch.Tensor)
+    if not both or tokens.shape != labels.shape or labels.dim() != 2:
+        return False
+    counts = labels != IGNORED
+    following = (labels[:, :-1] == tokens[:, 1:]) | ~counts[:, :-1]
+    in_place = int(((labels == tokens) & counts).sum())
+    return int(counts.sum()) >= ENOUGH and bool(following.all()) and 2 * in_place < int(counts.sum())
 
 
 def _resting(model: nn.Module) -> str:
@@ -187,6 +211,8 @@ def _resting(model: nn.Module) -> str:
 
 def _computed(layer: nn.Module, x: torch.Tensor) -> set[torch.dtype]:
     """The dtypes in which a quantized layer, and what is round it, computes with an input."""
+    if not backends.is_quantized(layer):  # FSDP holds its weight
+        return {x.dtype, torch.float16}
     arithmetic, device = backends.arithmetic(layer), x.device.type
     dtypes = {
         x.dtype,
