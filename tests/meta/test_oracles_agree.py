@@ -52,7 +52,9 @@ def off_by_blocks(fault, bases, monkeypatch):
 
 
 def each(names):
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=of_one_base(FAULTS[name])) for name in names])
+    """The faults; that of sixteen blocks is slow, as one of two blocks is off by as little."""
+    marks = {name: [of_one_base(FAULTS[name]), *([pytest.mark.slow] if name == DEEP else [])] for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
 
 
 @each(SMALL)

@@ -95,7 +95,7 @@ def catch(fault, bases):
     assert verdict.caught, verdict.reason
 
 
-@each([fault for fault in faults() if not is_deep(fault)])  # the deep one is tried in test_oracles_agree
+@each([fault for fault in faults() if not is_deep(fault)])  # the deep one is no other when it is whole
 def test_its_rule_catches_it(fault, shallow_bases):
     catch(fault, shallow_bases)
 

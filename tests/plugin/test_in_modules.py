@@ -8,7 +8,7 @@ import pytest
 
 from kbitcheck import UsageError, testing
 from kbitcheck.pytest_plugin import specs
-from tests.plugin.conftest import ONE, Run, builds, untimed
+from tests.plugin.conftest import ALONE_OR_SPREAD, ONE, Run, builds, untimed
 
 pytest_plugins = ["pytester"]
 
@@ -42,7 +42,7 @@ def test_the_default_case_is_the_options(run: Run, subjects: Path) -> None:
     result.assert_outcomes(passed=8, skipped=2)
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+@ALONE_OR_SPREAD
 def test_an_overridden_case(run: Run, subjects: Path, workers: str) -> None:
     (subjects / "test_fork.py").write_text(OVERRIDDEN)
     result = run("--kbit-report=report.json", "--strict-markers", workers)

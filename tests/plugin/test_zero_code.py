@@ -32,8 +32,7 @@ MODES = [
     (),
     ("-n0",),
     ("-n2",),
-    ("-n2", "--dist", "loadscope"),
-    *[pytest.param(("-n2", "--dist", mode), marks=pytest.mark.slow) for mode in ("loadfile", "worksteal")],
+    *[pytest.param(("-n2", "--dist", m), marks=pytest.mark.slow) for m in ("loadfile", "loadscope", "worksteal")],
 ]
 
 
@@ -102,7 +101,7 @@ def test_what_broke_is_an_error_and_lifts_the_exit_status(run: Run, subjects: Pa
     assert statuses == ["PASS", "SKIP", "ERROR", "ERROR", "ERROR"]
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+@ALONE_OR_SPREAD
 def test_an_implementation_that_cannot_be_imported_is_wrong_usage(run: Run, subjects: Path, workers: str) -> None:
     result = run("--kbit-impl=import_error.py:prepare", "--kbit-report=report.json", workers)
     assert result.ret == 4

@@ -39,7 +39,7 @@ GRID = [
     ("gpt2", "fp4", "reentrant", 2, 32, "reference", shallow),
     pytest.param("t5", "nf4", "non-reentrant", 2, 40, "reference", resolve, marks=EXACT),
     ("mixtral", "nf4", "reentrant", 2, 60, "reference", shallow),
-    pytest.param("llava", "nf4", "non-reentrant", 2, 24, "reference", shallow, marks=EXACT),
+    pytest.param("llava", "nf4", "non-reentrant", 2, 24, "reference", shallow, marks=[EXACT, pytest.mark.slow]),
     pytest.param("whisper", "nf4", "reentrant", 2, 20, "reference", shallow, marks=[EXACT, pytest.mark.slow]),
     pytest.param("gemma", "nf4", "non-reentrant", 1, 16, "reference", resolve, marks=pytest.mark.slow),
 ]

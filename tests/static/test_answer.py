@@ -84,7 +84,7 @@ def test_what_fits_is_confirmed(opened):
     ("options", "smaller", "names"),
     [
         ({"checkpointing": "off", "batch": 4}, {"checkpointing": "non-reentrant"}, {"--checkpointing"}),
-        ({"batch": 16}, {"batch": 8}, {"--batch"}),
+        pytest.param({"batch": 16}, {"batch": 8}, {"--batch"}, marks=pytest.mark.slow),
         pytest.param({"rank": 64}, {"rank": 8}, None, marks=pytest.mark.slow),
     ],
 )
