@@ -143,6 +143,7 @@ class Planner:
         self._seconds = {name: seconds(cost) for name, cost in costs.items()}
         self._nbytes = {name: nbytes(cost) for name, cost in costs.items()}
         self.opening = opening
+        self._wanted_without: dict[frozenset[str], dict[str, list[str]]] = {}
 
     def _closure(self, facts: Sequence[str]) -> dict[str, None]:
         """The facts and all that they need, each after what it needs itself."""
@@ -161,7 +162,10 @@ class Planner:
 
     def _wanted(self, without: Collection[str] = ()) -> dict[str, list[str]]:
         """The rules that need each fact, in the order of computation; rules that need a fact in ``without`` are not judged."""
-        wanted: dict[str, list[str]] = {}
+        key = frozenset(without)
+        if key in self._wanted_without:  # as at each fact of a case
+            return self._wanted_without[key]
+        wanted = self._wanted_without[key] = {}
         for code, facts in self._needs.items():
             if not any(name in facts for name in without):
                 for name in facts:
