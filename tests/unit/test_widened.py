@@ -88,12 +88,3 @@ def test_twins_are_the_same_however_weights_are_held(model: str, quant: str, mon
         gradients, others = getattr(wide.whole, side), getattr(widened_.whole, side)
         assert gradients.keys() == others.keys()
         assert all(torch.equal(g, others[n]) for n, g in gradients.items() if g is not None)
-
-
-@pytest.mark.parametrize("dtype", twin.HALVES)
-def test_a_large_product_in_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    """And a small one has the bits of torch's own."""
-    x, weight, bias = (drawn(*shape).to(dtype) for shape in ((64, 256), (512, 256), (512,)))
-    single = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
-    assert torch.equal(twin._linear(x, weight, bias), single.to(dtype))
-    assert torch.equal(twin._linear(x[:1], weight, bias), torch.nn.functional.linear(x[:1], weight, bias))

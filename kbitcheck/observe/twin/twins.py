@@ -26,7 +26,6 @@ from kbitcheck.observe.twin.wide_parameter import Unpacked, Widened
 # A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
 LARGE_BYTES = 16 << 20
 HALVES = (torch.float16, torch.bfloat16)
-LARGE_PRODUCT = 1 << 22  # multiplications
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,26 +49,16 @@ class _Product(torch.autograd.Function):
     ) -> Any:
         ctx.weight, ctx.dtype, ctx.entered = backward_weight, backward_dtype, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(
+        return linear(
             rounded(x.to(dtype)), weight().to(backward_dtype).to(dtype), None if bias is None else bias.to(dtype)
         )
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        product = _linear(gradient.to(ctx.dtype), ctx.weight().to(ctx.dtype).t())
+        product = gradient.to(ctx.dtype) @ ctx.weight().to(ctx.dtype)
         # As bitsandbytes sums it: over the first dimension in the bias's dtype; autograd sums over the others.
         bias = gradient.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[5] else None
         return product.to(ctx.entered), None, None, None, None, bias, None
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias`` in their dtype; a large one in half precision is summed in float32 and rounded once, as kernels do.
-
-    A processor without instructions for half precision takes ten times as long for torch's own product. A small one has its bits.
-    """
-    if x.dtype not in HALVES or x.device.type != "cpu" or x.numel() * weight.shape[0] < LARGE_PRODUCT:
-        return linear(x, weight, bias)
-    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 class TwinLinear(nn.Linear):
