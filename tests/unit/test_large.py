@@ -14,7 +14,7 @@ from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import layers
 from kbitcheck.observe.twin import twins as twin
 from kbitcheck.run.subject import load
-from tests.few_steps import EACH_HALF
+from tests.few_steps import EACH_HALF, MANY_STEPS
 from tests.shallow import shallow
 
 
@@ -37,4 +37,5 @@ def test_it_is_judged_the_same(model: str, quant: str, codes: tuple[str, ...], m
     large, more = judged()
     assert large == small
     assert "ERROR" not in large.values()
-    assert more > copies  # the object that steps share was made anew
+    if codes != MANY_STEPS:  # which share nothing
+        assert more > copies  # the object that steps share was made anew
