@@ -1,4 +1,4 @@
-"""KB717 to KB720: what a training loop puts round its steps: a gradient scaler, recomputes, warnings, gradients that are cleared."""
+"""KB716 to KB720: what a training loop puts round its steps: a cache, a gradient scaler, recomputes, warnings, gradients that are cleared."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,23 @@ from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.gradients import needs_checkpointing
+from kbitcheck.judge.watched import run_of
+
+
+@rule("KB716", "cache-not-trained", Level.SHOULD)
+def cache_not_trained(facts: Facts) -> Iterable[Observation]:
+    """No key/value cache is made in a checkpointed training forward, and no caller asks for one.
+
+    Why: a cache holds keys and values of every layer, which checkpointing is meant to free, and breaks the recompute.
+    Symptom: "`use_cache=True` is incompatible with gradient checkpointing"; out of memory in training.
+    Fix: pass ``use_cache=False``, or set it in the configuration, while training.
+    Sources: transformers#34928, trl#3891.
+    """
+    run = run_of(facts)
+    if facts.checkpointing == "off":
+        raise NotApplicable("checkpointing is off")
+    yield Observation.either("training forward", "no cache", run.cached, ok=not run.cached)
+
 
 # The root of the largest float32: the square of a larger gradient, which Adam keeps, is not finite. What overflows a dtype only if
 # it is larger than this times the scale overflows at a scale of one, too.

@@ -20,7 +20,8 @@ TOKENS = ".trainable_tokens_"
 SAME = 1e-3  # weights of losses are quotients of small numbers, in a loss's dtype
 
 
-def _run(facts: Facts) -> WatchedRun:
+def run_of(facts: Facts) -> WatchedRun:
+    """The watched run, if an optimizer of the caller's took a step in it."""
     if facts.watched.assumed:
         raise NotApplicable(NO_OPTIMIZER)
     if not facts.watched.steps:
@@ -100,7 +101,7 @@ def input_dtypes(facts: Facts) -> Iterable[Observation]:
     Fix: train under autocast, or cast hidden states to the compute dtype behind norms that are in float32.
     Sources: transformers#24262, specification KB706.
     """
-    entering = _run(facts).entering
+    entering = run_of(facts).entering
     if not entering:
         raise NotApplicable("no quantized layer was seen to run in training")
     usual = PROMISES[facts.profile].casts(norm=True)
@@ -124,7 +125,7 @@ def accumulates(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#34191, transformers#34198, trl#2175.
     """
     judged = False
-    for number, step in enumerate(_run(facts).steps, start=1):
+    for number, step in enumerate(run_of(facts).steps, start=1):
         weights = [batch.weight for batch in step.batches if batch.weight is not None]
         if len(weights) < 2 or len(weights) < len(step.batches):
             continue
@@ -164,7 +165,7 @@ def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
     Fix: pass the arguments to the trainer too (``gradient_checkpointing_kwargs``), or switch its own checkpointing off.
     Sources: transformers#28536, trl#480, axolotl#1021.
     """
-    calls = _run(facts).switched_on
+    calls = run_of(facts).switched_on
     if not calls:
         raise NotApplicable("nothing switched checkpointing on while the run was watched")
     yield Observation("gradient checkpointing", "switched on", f"{len(calls)} times", ok=True)
@@ -185,7 +186,7 @@ def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
     Fix: attach adapters once, and build the optimizer after that from the parameters that require grad.
     Sources: trl#6701, ai-toolkit#1054, peft#2353.
     """
-    run, tensors = _run(facts), facts.wrapped.parameters
+    run, tensors = run_of(facts), facts.wrapped.parameters
     for name in sorted(run.adapters):
         trains = name in tensors and tensors[name].requires_grad
         actual = ("held" if name in run.held else "not held") + ("" if trains else ", and frozen")
@@ -197,6 +198,9 @@ def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
             copied = name in run.copied
             expected = "frozen: a copy of it is saved" if copied else "trains"
             yield Observation.either(name, expected, "trains in place of its copy", ok=not copied)
+    if run.held and run.foreign:
+        note = f"the optimizer also holds {run.foreign:,} tensors of no module of the model that was watched: nothing is said of them"
+        yield Observation("optimizer", "holds parameters of the model", "and others", ok=True, note=note)
     if not run.held:
         actual = f"{run.foreign:,} tensors that are not the model's"
         yield Observation("optimizer", "holds parameters of the model", actual, ok=False)
@@ -206,20 +210,30 @@ def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
 def weights_move(facts: Facts) -> Iterable[Observation]:
     """Every tensor with a gradient moves in one of the steps that are taken at half of the learning rate's peak or more.
 
+    A float32 tensor whose updates by SGD are all too small for float32 in these steps is a note: its gradient may still grow.
+
     Why: an optimizer that holds other tensors, or updates that are all rounded away, leave a weight as it was.
     Symptom: DoRA's magnitudes that stay at their first values; an adapter that changes nothing.
     Fix: see KB313 and KB710.
     Sources: trl#7268, ai-toolkit#1054.
     """
-    steps = _full_rate(_run(facts))
+    steps = _full_rate(run_of(facts))
     reached = {n: us for n, us in _tensors(steps).items() if any(u.gradient == "ok" for u in us)}
     if not reached:
         raise NotApplicable("nothing that the optimizer holds has a finite gradient: KB715")
+    small_ones: list[str] = []
     for name, updates in reached.items():
         lost = sum(u.lost for u in updates)
+        small = updates[0].dtype == "float32" and lost and lost == sum(u.wanted for u in updates)
+        if small and not any(u.moved for u in updates):
+            small_ones.append(name)
+            continue
         why = f"all {lost:,} updates rounded away by {updates[0].dtype}" if lost else "it has a gradient"
         actual = f"the same in {len(steps)} steps: {why}"
         yield Observation.either(name, "moves", actual, ok=any(u.moved for u in updates))
+    if small_ones:
+        note = f"float32 is too coarse for the updates of {len(small_ones):,} tensors in {len(steps)} steps, as of {small_ones[0]}"
+        yield Observation("float32", "moves", "too coarse for some updates", ok=True, note=note)
 
 
 @rule("KB712", "rate-not-zero", Level.MUST)
@@ -231,7 +245,7 @@ def rate_not_zero(facts: Facts) -> Iterable[Observation]:
     Fix: look at the scheduler's number of steps, and at where its ``step`` is called.
     Sources: transformers documentation of schedulers; specification KB712.
     """
-    rates = [step.rate for step in _run(facts).steps]
+    rates = [step.rate for step in run_of(facts).steps]
     warming = len(rates) == 1 and facts.watched.steps[0].peak > 0
     actual = ", ".join(f"{rate:.3g}" for rate in rates)
     yield Observation("learning rate", "above zero", actual, ok=any(rates) or warming)
@@ -246,7 +260,7 @@ def loss_finite(facts: Facts) -> Iterable[Observation]:
     Fix: look at labels first (KB714), then at dtypes, at the learning rate, and at rows without any token.
     Sources: transformers#25065, peft#389.
     """
-    judged = [(n, b) for n, step in enumerate(_run(facts).steps, 1) for b in step.batches if b.loss is not None]
+    judged = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.loss is not None]
     if not judged:
         raise NotApplicable("the model's output has no loss")
     for number, batch in judged:
@@ -264,7 +278,7 @@ def labels_count(facts: Facts) -> Iterable[Observation]:
     Fix: print one row of ``labels``: the tokens of the answer must not be -100, and stand where they stand in ``input_ids``.
     Sources: trl#1385, LLaMA-Factory#2533; transformers documentation of ``labels`` of causal models.
     """
-    judged = [(n, b) for n, step in enumerate(_run(facts).steps, 1) for b in step.batches if b.labels is not None]
+    judged = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.labels is not None]
     if not judged:
         raise NotApplicable("the model was passed no labels")
     for number, batch in judged:
@@ -287,7 +301,7 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     Fix: see KB301 and KB303; under reentrant checkpointing inputs must require grad.
     Sources: peft#2880, trl#835, transformers#41993.
     """
-    run = _run(facts)
+    run = run_of(facts)
     steps = [step for step in run.steps if not step.skipped]
     if not steps:
         raise NotApplicable("the gradient scaler skipped every step: KB717")
@@ -328,18 +342,3 @@ def _waits(name: str, words_of: Mapping[str, list[str]], idle: frozenset[str]) -
 def _once(words: Iterable[str]) -> Iterator[str]:
     names = {"ok": "there", "zero": "zero", "none": "no gradient", "not finite": "not finite"}
     return (names[word] for word in dict.fromkeys(words))
-
-
-@rule("KB716", "cache-not-trained", Level.SHOULD)
-def cache_not_trained(facts: Facts) -> Iterable[Observation]:
-    """No key/value cache is made in a checkpointed training forward, and no caller asks for one.
-
-    Why: a cache holds keys and values of every layer, which checkpointing is meant to free, and breaks the recompute.
-    Symptom: "`use_cache=True` is incompatible with gradient checkpointing"; out of memory in training.
-    Fix: pass ``use_cache=False``, or set it in the configuration, while training.
-    Sources: transformers#34928, trl#3891.
-    """
-    run = _run(facts)
-    if facts.checkpointing == "off":
-        raise NotApplicable("checkpointing is off")
-    yield Observation.either("training forward", "no cache", run.cached, ok=not run.cached)

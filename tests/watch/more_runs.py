@@ -119,6 +119,12 @@ def sgd_in_groups():
     return model, each_step(model, torch.optim.SGD(groups, momentum=0.9))
 
 
+def sgd_in_small_steps():
+    """The gradient of ``lora_A`` is as small as ``lora_B``, which starts at zero."""
+    model = prepared()
+    return model, each_step(model, torch.optim.SGD(trained_by(model), lr=1e-4), clip=0.3)
+
+
 def clipped():
     model = prepared()
     return model, each_step(model, adamw(model), clip=1.0)
@@ -570,7 +576,8 @@ def the_gradient_of_a_point_nearby():
 
 
 SOUND = (
-    warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, clipped, tied_head,
+    warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, sgd_in_small_steps, clipped,
+    tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
     scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,
     tokens_that_no_batch_has, one_cycle, ranks_that_change, norms_alone, experts_without_tokens, experts_that_are_masked, pictures,

@@ -91,6 +91,10 @@ class Steps:
                         step.updates[name] = updates.update(
                             before, parameter.detach(), wide, rate=float(group["lr"]), gradient=parameter.grad
                         )
+                        if isinstance(optimizer, torch.optim.SGD):
+                            step.updates[name] = updates.along_gradient(
+                                step.updates[name], before, parameter.grad, rate=float(group["lr"])
+                            )
         self.forget()
 
     def skip(self, optimizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -62,6 +63,18 @@ def update(
             facts = {**facts, "lands_at": rate * float(needed[int(MOST * (len(needed) - 1))])}
     dtype = str(before.dtype).removeprefix("torch.")
     return Update(dtype=dtype, elements=before.numel(), gradient=state_of(gradient), moved=int(moved.sum()), **facts)
+
+
+def along_gradient(seen: Update, before: torch.Tensor, gradient: torch.Tensor | None, *, rate: float) -> Update:
+    """The update of a float32 tensor that stood still, with the elements that a step along the gradient is too small to move.
+
+    Such are the first steps of ``lora_A``, whose gradient ``lora_B`` holds down, which starts at zero.
+    """
+    if seen.moved or seen.gradient != "ok" or before.dtype is not torch.float32 or gradient is None:
+        return seen
+    change = rate * internals.local(gradient.detach()).abs()
+    small = (change < half_step(internals.local(before))) & (change != 0)
+    return dataclasses.replace(seen, wanted=int((change != 0).sum()), lost=int(small.sum()))
 
 
 def half_step(values: torch.Tensor) -> torch.Tensor:
