@@ -1,4 +1,4 @@
-"""KB310 and KB311: what is right under the conditions that everybody looks at is right under those that are drawn."""
+"""KB310 to KB312: what is right under the conditions that everybody looks at is right under those that are drawn."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
 from kbitcheck.judge.blockwise import measurable, tensors_off
-from kbitcheck.judge.gradients import compared, exactly
+from kbitcheck.judge.gradients import compared, exactly, needs_checkpointing
 
 
 @rule("KB310", "any-real-batch", Level.MUST)
@@ -50,6 +50,26 @@ def still_right_later(facts: Facts) -> Iterable[Observation]:
             where = f"{seen.where} (after {look})"
             late = dataclasses.replace(seen, where=where)
             yield unless_unprepared(late, facts, Party.MODEL, lambda base: not all_equal(base))
+
+
+@rule("KB312", "routing-stable", Level.SHOULD)
+def routing_stable(facts: Facts) -> Iterable[Observation]:
+    """In a checkpointed step the experts that a router picks in the recompute are those of the forward. Tokens whose picks hang on
+    one ulp of the scores are counted.
+
+    Why: a gradient of experts that the forward did not run is a gradient of another function.
+    Symptom: with non-reentrant checkpointing "a different number of tensors was saved"; with reentrant nothing but a worse model.
+    Fix: give routers no noise that the recompute does not repeat, and no dtype that the recompute does not have.
+    Sources: specification KB312.
+    """
+    needs_checkpointing(facts)
+    if not facts.run.routers:
+        raise NotApplicable("no router ran twice in a checkpointed step")
+    for name, router in facts.run.routers.items():
+        ties = f"{router.near_ties} of {router.tokens} tokens within one ulp of other experts"
+        changed = f"{router.changed} of {router.tokens} tokens have others"
+        note = f"{name}: {ties}" if router.near_ties else ""
+        yield Observation(name, "the experts of the forward", changed, ok=not router.changed, note=note)
 
 
 def all_equal(facts: Facts) -> bool:

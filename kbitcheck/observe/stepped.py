@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import BlockCall, recorded
 from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.outputs import Outputs
-from kbitcheck.observe.probes import forwards, layers, memory, step, switches
+from kbitcheck.observe.probes import forwards, layers, memory, routers, step, switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.soak import LOOKS, soak
 from kbitcheck.observe.stages import Wrapped
@@ -74,7 +75,10 @@ class Stepped:
 
     @fact(Cost("whole", STEP, large=Cost("whole", STEP + AGAIN)))
     def _checkpointed(self) -> step.Step:
-        return self._preparation.step(self._wrapped.attached, watch=True)
+        attached = self._wrapped.attached
+        with routers.recorded(attached.model) as scores:
+            facts, gradients = self._preparation.step(attached, watch=True)
+        return step.Step(replace(facts, routers=routers.stability(attached.model, scores)), gradients)
 
     plain_run = Fact[RunFacts](lambda self: self._plain.facts, cost=Cost(needs=("_plain",)))
     run = Fact[RunFacts](lambda self: self._checkpointed.facts, cost=Cost(needs=("_checkpointed",)))

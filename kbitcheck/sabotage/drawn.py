@@ -1,4 +1,4 @@
-"""Faults of KB310 and KB311: each is right under the conditions that everybody looks at."""
+"""Faults of KB310 to KB312: each is right under the conditions that everybody looks at."""
 
 from collections.abc import Callable
 from itertools import count
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kbitcheck.observe.internals import backward_runs
+from kbitcheck.observe.probes.routers import routers
 from kbitcheck.sabotage.fault import adds, breaks
 from kbitcheck.sabotage.gradients import scale_after, scaled
 from kbitcheck.sabotage.helpers import blocks
-from kbitcheck.sabotage.hooks import change_output
+from kbitcheck.sabotage.hooks import change_gradient, change_input, change_output
 
 
 def _only(model: Any, when: Callable[[torch.Tensor], bool]) -> None:
@@ -51,3 +53,69 @@ def off_after_eight_updates(model: Any) -> None:
 def off_from_the_twelfth_step_on(model: Any) -> None:
     steps = count(1)
     change_output(blocks(model)[1].ln_2, lambda x: scaled(x, 1.01) if x.requires_grad and next(steps) > 11 else x)
+
+
+def _from_the_step(model: Any, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Have the second block's norm return ``act`` of its output from a step's forward on."""
+    runs = count(1)
+    change_output(blocks(model)[1].ln_2, lambda x: act(x) if x.requires_grad and next(runs) >= number else x)
+
+
+@breaks("KB310")
+def off_for_a_single_long_row_or_a_fourth(model: Any) -> None:
+    _only(model, lambda x: (len(x) == 1 and x.shape[1] > 128) or (len(x) > 2 and x.shape[1] > 24))
+
+
+@breaks("KB310")
+def off_for_odd_lengths(model: Any) -> None:
+    _only(model, lambda x: x.shape[1] % 2 == 1 and x.shape[1] > 1)
+
+
+@adds("KB310", last=True)
+def off_for_more_than_128_tokens_in_all(model: Any) -> None:
+    _only(model, lambda x: x.shape[0] * x.shape[1] > 128)
+
+
+@adds("KB310", last=True)
+def off_for_blocks_of_more_than_64_kilobytes(model: Any) -> None:
+    _only(model, lambda x: x.numel() * x.element_size() > 1 << 16)
+
+
+@breaks("KB311")
+def cut_from_the_tenth_step_on(model: Any) -> None:
+    _from_the_step(model, 10, torch.Tensor.detach)
+
+
+@breaks("KB311")
+def noise_after_a_dozen_steps(model: Any) -> None:
+    _from_the_step(model, 12, lambda x: change_gradient(x, lambda g: g + 0.1 * g.abs().mean() * torch.sign(g)))
+
+
+@adds("KB311", last=True)
+def slowly_more_wrong(model: Any) -> None:
+    steps = count()
+    change_output(blocks(model)[1].ln_2, lambda x: scaled(x, 1 + 0.01 * next(steps)) if x.requires_grad else x)
+
+
+@adds("KB311", last=True)
+def off_after_two_evaluations(model: Any) -> None:
+    evaluations: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        if not model.training and not x.requires_grad:
+            evaluations.append(True)
+        return scaled(x, 1.5) if len(evaluations) > 1 and x.requires_grad else x
+
+    change_output(blocks(model)[1].ln_2, look)
+
+
+@breaks("KB312", model="tiny:mixtral")
+def a_router_that_recomputes_other_scores(model: Any) -> None:
+    router = next(iter(routers(model).values()))
+    change_input(router, lambda x: -x if backward_runs() else x)
+
+
+@adds("KB312", last=True, model="tiny:mixtral")
+def routers_that_forget_in_the_recompute(model: Any) -> None:
+    for router in routers(model).values():
+        change_input(router, lambda x: torch.flip(x, [-1]) if backward_runs() else x)

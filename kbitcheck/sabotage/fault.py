@@ -23,7 +23,10 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
     ("KB313", "implementation"): SCRIPT,
     ("KB7", "model"): SCRIPT,
     ("KB7", "implementation"): SCRIPT,
-    **{(family, "run"): PREPARATION for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB4", "KB5", "KB6", "KB9")},
+    **{
+        (family, "run"): PREPARATION
+        for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB312", "KB4", "KB5", "KB6", "KB9")
+    },
     ("KB9", "implementation"): "a fact about the model, whoever prepares it",
 }
 

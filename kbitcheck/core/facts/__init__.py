@@ -32,6 +32,7 @@ from kbitcheck.core.facts.step import (
     HonouredArguments,
     LaterFacts,
     LayerBackward,
+    RouterFacts,
     RunFacts,
     StepOutcome,
     StoreFacts,
@@ -54,7 +55,7 @@ __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
     "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
-    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RunFacts", "ScalerFacts",
+    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts",
     "StepOutcome", "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun",
     "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

@@ -26,11 +26,24 @@ class BlockFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterFacts:
+    """A router in a checkpointed step: its tokens, those whose experts the recompute changed, and those with a near tie.
+
+    A near tie is between the last expert that is picked and the first that is not: no further apart than one ulp of the scores.
+    """
+
+    tokens: int
+    changed: int
+    near_ties: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
     """One training forward and backward. ``order`` is the order in which blocks were recomputed.
 
     ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``inexact`` are blocks whose
-    gradients may differ in the last bits when checkpointed; ``buffers`` has the digest of each that the step changed.
+    gradients may differ in the last bits when checkpointed; ``buffers`` has the digest of each that the step changed;
+    ``routers`` are those that ran twice.
     """
 
     loss: float
@@ -43,6 +56,7 @@ class RunFacts:
     inexact: tuple[str, ...] = ()
     base_grads: tuple[str, ...] = ()
     buffers: Mapping[str, str] = field(default_factory=dict)
+    routers: Mapping[str, RouterFacts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
 """Routers of experts: rounding can move their choices, and with them a whole token's logits."""
 
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from kbitcheck.core.facts import RouterFacts
 from kbitcheck.observe.probes.live import tensors
 
 T = TypeVar("T")
@@ -51,6 +52,43 @@ def routed(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[torch.Tensor
         for router in routers(model).values():
             hooks.enter_context(router.register_forward_hook(hook))
         return run(), chosen
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """The scores of each router's calls while the context is open: (tokens, experts), in order."""
+    scores: dict[str, list[torch.Tensor]] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            floating = [t.detach() for t in tensors(output) if t.is_floating_point() and t.dim() >= 2]
+            if floating:
+                widest = max(floating, key=lambda t: t.shape[-1])
+                scores.setdefault(name, []).append(widest.reshape(-1, widest.shape[-1]))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, router in routers(model).items():
+            hooks.enter_context(router.register_forward_hook(record(name)))
+        yield scores
+
+
+def stability(model: nn.Module, scores: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, RouterFacts]:
+    """By router that ran twice: whether the second call, the recompute, picked the experts of the first."""
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2
+    seen = {}
+    for name, calls in scores.items():
+        if len(calls) == 2 and calls[0].shape == calls[1].shape and chosen < calls[0].shape[-1]:
+            ordered = calls[0].float().topk(chosen + 1, dim=-1).values
+            apart, ulp = ordered[:, -2] - ordered[:, -1], torch.finfo(calls[0].dtype).eps
+            one, other = (c.topk(chosen, dim=-1).indices.sort(dim=-1).values for c in calls)
+            seen[name] = RouterFacts(
+                tokens=len(calls[0]),
+                changed=int((one != other).any(dim=-1).sum()),
+                near_ties=int((apart <= ulp * ordered[:, -2].abs()).sum()),
+            )
+    return seen
 
 
 def unmoved(logits: torch.Tensor, exact: list[torch.Tensor], *others: list[torch.Tensor]) -> torch.Tensor:

@@ -62,11 +62,14 @@ class Subject:
         )
         return {"the loss": torch.tensor(facts.loss, dtype=torch.float64), **gradients_of(gradients)}
 
-    def loss(self, model: nn.Module) -> torch.Tensor:
-        """The loss of a forward in train mode, with its graph."""
+    def loss(self, model: nn.Module, *, length: int | None = None) -> torch.Tensor:
+        """The loss of a forward in train mode, with its graph; of text of another ``length`` where the batch is text alone."""
         model.train()
+        batch = step.feed(model, self.batch)
+        if length is not None and batch.keys() <= {"input_ids", "labels", "attention_mask"}:
+            batch = {name: tensor[:, :length] for name, tensor in batch.items()}
         with switches.seeded(self.preparation.spec.seed, self.batch), self.preparation.autocast():
-            loss: torch.Tensor = model(**step.feed(model, self.batch)).loss
+            loss: torch.Tensor = model(**batch).loss
         return loss
 
     def logits(self, model: nn.Module, **keywords: Any) -> torch.Tensor:

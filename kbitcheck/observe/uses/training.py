@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from kbitcheck.core.errors import Raised
-from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.snapshot import heads, norm_evidence
 from kbitcheck.observe.uses.subject import Outcome, Subject, gradients_of, numbers, thawed, use
 
 ROWS = 8  # that are added to an embedding
+MICRO_BATCHES = 8
 OVERFLOW, USUAL = 2.0**126, 2.0**16  # scales of a loss: that of torch's scaler, and one at which gradients overflow
 ABOVE = 2.0**20  # times this, the gradient of the loss itself overflows
 
@@ -152,3 +153,40 @@ def checkpointing_off_and_on(subject: Subject) -> Outcome:
     return {
         f"{n}, {how}": v for how, seen in (("off", off), ("on", subject.step(model, adapters))) for n, v in seen.items()
     }
+
+
+@use
+def micro_batches_accumulated(subject: Subject) -> Outcome:
+    """As many as eight, the later ones shorter, without a step between."""
+    model, adapters = subject.attached()
+    tokens = next(iter(subject.batch.values())).shape[-1]
+    seen: dict[str, Any] = {}
+    for number in range(1, MICRO_BATCHES + 1):
+        subject.loss(model, length=tokens - number % 3).backward()
+        if number in (2, MICRO_BATCHES):
+            seen |= {f"{n}, of {number}": v for n, v in gradients_of(_gradients(adapters)).items()}
+    return seen
+
+
+@use
+def random_numbers_of_a_step(subject: Subject) -> Outcome:
+    """Those that come after it: a step draws what its dropout draws, and nothing else."""
+    model, _ = subject.attached()
+    with switches.seeded(subject.preparation.spec.seed, subject.batch), switches.dropout(model):
+        model.train()
+        with subject.preparation.autocast():
+            loss = model(**step.feed(model, subject.batch)).loss
+        forward = torch.rand(4)
+        loss.backward()
+        return {"after the forward": forward, "after the backward": torch.rand(4)}
+
+
+@use
+def another_model_prepared_meanwhile(subject: Subject) -> Outcome:
+    """Between two steps of this one, which is prepared already."""
+    model, adapters = subject.attached()
+    first = subject.step(model, adapters)
+    other = subject.preparation.prepared_copy()
+    again = subject.step(model, adapters)
+    del other  # which lived until here
+    return {**first, **{f"{n}, again": v for n, v in again.items()}}
