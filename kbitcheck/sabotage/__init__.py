@@ -17,11 +17,12 @@ from kbitcheck.sabotage import (
     precision,
     small_gradients,
     use,
+    use_beside,
     watched,
 )
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
-    "small_gradients", "use", "watched",
+    "small_gradients", "use", "use_beside", "watched",
 ]  # fmt: skip

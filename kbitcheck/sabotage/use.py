@@ -1,6 +1,5 @@
 """Faults of KB213, KB514 and KB515: right in a step that is looked at, and wrong for another model, unwatched, or in later use."""
 
-import weakref
 from collections.abc import Callable
 from inspect import stack
 from itertools import count
@@ -33,7 +32,7 @@ for _fault in (
     wraps("KB213", conditions="processes", own_signature=True)(_fault)
 
 
-def _head(model: Any) -> nn.Module:
+def head_of(model: Any) -> nn.Module:
     head: nn.Module = model.get_output_embeddings()
     return head
 
@@ -42,7 +41,7 @@ def _adapters(model: Any) -> list[nn.Parameter]:
     return [p for n, p in model.named_parameters() if "lora" in n]
 
 
-def _norm(model: Any) -> nn.Module:
+def second_norm(model: Any) -> nn.Module:
     norm: nn.Module = blocks(model)[1].ln_2
     return norm
 
@@ -53,7 +52,7 @@ def _method(model: Any, name: str, method: Callable[..., Any]) -> None:
     setattr(model, name, lambda *args, **kwargs: method(own, *args, **kwargs))
 
 
-def _parameters_gradient(parameter: nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def change_gradient_of(parameter: nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change what a parameter gets, once it trains: a frozen one takes no hook."""
     parameter.requires_grad_(True)
     parameter.register_hook(change)
@@ -62,7 +61,7 @@ def _parameters_gradient(parameter: nn.Parameter, change: Callable[[torch.Tensor
 
 @breaks("KB515", conditions="the head thawed", alone=True)
 def a_thawed_heads_gradient_halved(model: Any) -> None:
-    _parameters_gradient(_head(model).weight, lambda g: g / 2)  # type: ignore[arg-type]
+    change_gradient_of(head_of(model).weight, lambda g: g / 2)  # type: ignore[arg-type]
 
 
 @adds("KB515", conditions="the embedding thawed", last=True)
@@ -74,13 +73,13 @@ def an_embedding_without_gradients(model: Any) -> None:
 def thawed_norms_get_no_gradient(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if "ln_" in name:
-            _parameters_gradient(parameter, torch.zeros_like)
+            change_gradient_of(parameter, torch.zeros_like)
 
 
 @adds("KB515", conditions="a head in modules to save", last=True)
-def off_behind_a_copied_head(model: Any) -> None:
+def off_behind_a_copiedhead_of(model: Any) -> None:
     """``modules_to_save`` copies the head with all that is on it."""
-    head = _head(model)
+    head = head_of(model)
     head.register_forward_hook(lambda module, args, output: output if module is head else scaled(output, 0.5))
 
 
@@ -88,7 +87,7 @@ def off_behind_a_copied_head(model: Any) -> None:
 def biases_get_half_a_gradient(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and "ln_" not in name and parameter.is_floating_point():
-            _parameters_gradient(parameter, lambda g: g / 2)
+            change_gradient_of(parameter, lambda g: g / 2)
 
 
 @adds("KB515", conditions="the embedding resized", last=True)
@@ -100,7 +99,7 @@ def resizing_forgotten(model: Any) -> None:
 def a_resized_embedding_that_stays_frozen(model: Any) -> None:
     def resize(own: Any, *args: Any, **kwargs: Any) -> Any:
         embedding = own(*args, **kwargs)
-        _parameters_gradient(embedding.weight, torch.zeros_like)
+        change_gradient_of(embedding.weight, torch.zeros_like)
         return embedding
 
     _method(model, "resize_token_embeddings", resize)
@@ -112,21 +111,21 @@ def _in_autocast(dtype: torch.dtype) -> bool:
 
 @adds("KB515", conditions="autocast in float16", last=True)
 def off_under_autocast_in_float16(model: Any) -> None:
-    change_output(_norm(model), lambda x: scaled(x, 1.5) if _in_autocast(torch.float16) else x)
+    change_output(second_norm(model), lambda x: scaled(x, 1.5) if _in_autocast(torch.float16) else x)
 
 
 @breaks("KB515", conditions="autocast in bfloat16")
 def off_under_autocast_in_bfloat16(model: Any) -> None:
-    change_output(_norm(model), lambda x: scaled(x, 1.5) if _in_autocast(torch.bfloat16) else x)
+    change_output(second_norm(model), lambda x: scaled(x, 1.5) if _in_autocast(torch.bfloat16) else x)
 
 
 @adds("KB515", conditions="a scaler that overflows", last=True)
 def overflows_hidden(model: Any) -> None:
-    change_output(_head(model), lambda x: change_gradient(x, lambda g: g.nan_to_num(0.0, 0.0, 0.0)))
+    change_output(head_of(model), lambda x: change_gradient(x, lambda g: g.nan_to_num(0.0, 0.0, 0.0)))
 
 
 @breaks("KB515", conditions="a scaler that overflows")
-def large_gradients_clamped_at_the_last_norm(model: Any) -> None:
+def large_gradients_clamped_at_the_lastsecond_norm(model: Any) -> None:
     change_output(model.transformer.ln_f, lambda x: change_gradient(x, lambda g: g.clamp(-1, 1)))
 
 
@@ -152,7 +151,7 @@ def a_second_backward_adds_nothing(model: Any) -> None:
 @breaks("KB515", conditions="gradients clipped")
 def off_in_the_first_step_alone(model: Any) -> None:
     runs = count(1)
-    change_output(_norm(model), lambda x: scaled(x, 0.5) if x.requires_grad and next(runs) == 1 else x)
+    change_output(second_norm(model), lambda x: scaled(x, 0.5) if x.requires_grad and next(runs) == 1 else x)
 
 
 @adds("KB515", conditions="checkpointing off and on", last=True)
@@ -164,7 +163,9 @@ def checkpointing_that_comes_back_wrong(model: Any) -> None:
         switched.append(True)
 
     _method(model, "gradient_checkpointing_disable", disable)
-    change_output(_norm(model), lambda x: scaled(x, 1.5) if switched and blocks(model)[0].gradient_checkpointing else x)
+    change_output(
+        second_norm(model), lambda x: scaled(x, 1.5) if switched and blocks(model)[0].gradient_checkpointing else x
+    )
 
 
 @breaks("KB515", conditions="gradients of the adapters alone", checkpointing="non-reentrant")
@@ -191,7 +192,7 @@ def adapters_without_effect_in_evaluation(model: Any) -> None:
 
 @breaks("KB515", conditions="evaluation with adapters")
 def logits_cooled_in_evaluation(model: Any) -> None:
-    change_output(_head(model), lambda x: x if model.training else 0.9 * x)
+    change_output(head_of(model), lambda x: x if model.training else 0.9 * x)
 
 
 @adds("KB515", conditions="generation with adapters", last=True)
@@ -208,7 +209,7 @@ def an_evaluation_that_leaves_a_scale(model: Any) -> None:
             evaluated.append(True)
         return scaled(x, 1.5) if evaluated and x.requires_grad else x
 
-    change_output(_norm(model), look)
+    change_output(second_norm(model), look)
 
 
 @adds("KB515", conditions="keywords of the forward", last=True)
@@ -336,72 +337,3 @@ class _Slow(nn.Parameter):
 
     def add_(self, other: Any, *, alpha: Any = 1) -> Any:
         return super().add_(other, alpha=alpha / 2)
-
-
-@breaks("KB515", conditions="micro batches accumulated")
-def the_fifth_micro_batch_counts_twice(model: Any) -> None:
-    runs = count(1)
-    change_output(_norm(model), lambda x: scaled(x, 3.0 if next(runs) == 5 else 1.0) if x.requires_grad else x)
-
-
-@adds("KB515", conditions="micro batches accumulated", last=True)
-def off_once_gradients_are_there(model: Any) -> None:
-    def held() -> bool:
-        return any(p.grad is not None for p in model.parameters())
-
-    change_output(_norm(model), lambda x: scaled(x, 0.5) if held() else x)
-
-
-@breaks("KB515", conditions="random numbers of a step")
-def a_hook_that_draws(model: Any) -> None:
-    def draw(module: Any, args: Any) -> None:
-        if module.training:
-            torch.rand(1)
-
-    model.transformer.ln_f.register_forward_pre_hook(draw)
-
-
-@adds("KB515", conditions="random numbers of a step", last=True)
-def a_backward_that_draws(model: Any) -> None:
-    def draw(gradient: torch.Tensor) -> torch.Tensor:
-        torch.rand(1)
-        return gradient
-
-    change_output(model.transformer.ln_f, lambda x: change_gradient(x, draw))
-
-
-_latest: list[Any] = []
-
-
-@adds("KB515", conditions="another model prepared meanwhile", last=True)
-def the_latest_model_alone_is_right(model: Any) -> None:
-    _latest[:] = [weakref.ref(model)]
-    own = weakref.ref(model)
-    change_output(_norm(model), lambda x: x if _latest[0]() is own() else scaled(x, 0.5))
-
-
-@breaks("KB515", conditions="another model prepared meanwhile")
-def models_count_each_other(model: Any) -> None:
-    number = len(_models)
-    _models.add(model)
-    change_output(_norm(model), lambda x: scaled(x, 0.5) if len(_models) > number + 1 else x)
-
-
-_models: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-@breaks("KB515", conditions="the embedding thawed")
-def gradients_of_wide_tables_rounded(model: Any) -> None:
-    _parameters_gradient(model.get_input_embeddings().weight, lambda g: (g * 4).round() / 4)
-
-
-@adds("KB515", conditions="the model trained whole", last=True)
-def large_parameters_cannot_be_changed(model: Any) -> None:
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.is_floating_point():
-            _parameters_gradient(parameter, torch.zeros_like)
-
-
-@breaks("KB515", conditions="evaluation with adapters")
-def logits_rounded_in_evaluation(model: Any) -> None:
-    change_output(_head(model), lambda x: x if model.training else x.round())
