@@ -77,7 +77,7 @@ def thawed_norms_get_no_gradient(model: Any) -> None:
 
 
 @adds("KB515", conditions="a head in modules to save", last=True)
-def off_behind_a_copiedhead_of(model: Any) -> None:
+def off_behind_a_copied_head(model: Any) -> None:
     """``modules_to_save`` copies the head with all that is on it."""
     head = head_of(model)
     head.register_forward_hook(lambda module, args, output: output if module is head else scaled(output, 0.5))
@@ -125,7 +125,7 @@ def overflows_hidden(model: Any) -> None:
 
 
 @breaks("KB515", conditions="a scaler that overflows")
-def large_gradients_clamped_at_the_lastsecond_norm(model: Any) -> None:
+def large_gradients_clamped_at_the_last_norm(model: Any) -> None:
     change_output(model.transformer.ln_f, lambda x: change_gradient(x, lambda g: g.clamp(-1, 1)))
 
 
