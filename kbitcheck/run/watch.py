@@ -94,6 +94,15 @@ class Watch:
         self._observer.stop()
         _ = self.report
 
+    def has(self, module: Any) -> bool:
+        """Whether a module is the watched model, a part of it, or what it is wrapped in."""
+        model = self._observer.model
+        return any(each is module for each in model.modules()) or any(each is model for each in module.modules())
+
+    def is_strange(self, optimizer: Any) -> bool:
+        """Whether an optimizer holds nothing of the model, whose own optimizer is another."""
+        return bool(self._observer.steps.is_strange(optimizer))
+
     @property
     def over(self) -> bool:
         """Whether nothing is watched any more."""

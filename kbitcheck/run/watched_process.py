@@ -6,13 +6,15 @@ import atexit
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe.watch import LENT
+from kbitcheck.observe.watch.guard import take_off
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.report.output_file import replace_file
 from kbitcheck.run.watch import CASE, Settings, Watch
@@ -33,17 +35,18 @@ class _Waiting:
         self._enabling: Any = None
         self._heard = Heard()
         self._watch: Watch | None = None
+        self._left: Watch | None = None  # of a model that the script trained before the one that it trains now
         self._written = False
-        self._handles: list[Any] = []
+        self._removals: list[Callable[[], None]] = []
 
     def begin(self) -> None:
         """Put hooks on every forward and every optimizer's step."""
         from torch.nn.modules.module import register_module_forward_pre_hook
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        self._handles = [
-            register_module_forward_pre_hook(self._runs),
-            register_optimizer_step_post_hook(self._stepped),
+        self._removals = [
+            register_module_forward_pre_hook(self._runs).remove,
+            partial(take_off, register_optimizer_step_post_hook(self._stepped)),
         ]
         atexit.register(self._end)
 
@@ -67,12 +70,15 @@ class _Waiting:
         if id(module) in self._seen:
             return
         try:
-            if not self._quantized(module):
+            if (self._watch is not None and self._watch.has(module)) or not self._quantized(module):
                 self._seen.add(id(module))
                 return
             if not (module.training or self._trains(module)):
                 return
             self._remove()
+            if self._watch is not None:
+                self._left, self._watch = self._watch, None
+                self._left.stop()
             self._start(module, args)
         except Exception as error:
             self._remove()
@@ -97,21 +103,36 @@ class _Waiting:
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """A script that trains something else is left alone after as many steps as were to be watched."""
         self._steps, self._ran = self._steps + self._ran, False
-        if self._steps >= self._options["settings"]["steps"]:
+        if self._removals and self._steps >= self._options["settings"]["steps"]:
             self._remove()
 
+    def _steps_another(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """A script that goes on with another model, as after a trial step of one, is watched in training that; once."""
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        if self._watch is None or self._watch.over:
+            self._remove()
+        elif self._removals and self._watch.is_strange(optimizer):
+            self._remove()
+            self._seen.clear()
+            self._removals = [register_module_forward_pre_hook(self._runs).remove]
+
     def _start(self, module: Any, args: Any) -> None:
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
         settings = Settings(**self._options["settings"])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             settings = Settings(**{**self._options["settings"], "case": f"{CASE}, rank {os.environ.get('RANK', '0')}"})
         options = {"enabled": self._switched_on, "heard": self._heard, "when_over": self._write}
         self._watch = Watch(module, None, settings, **options)
         self._watch.start(_keywords(module), module, args)
+        if self._left is None:
+            self._removals = [partial(take_off, register_optimizer_step_pre_hook(self._steps_another))]
 
     def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for remove in self._removals:
+            remove()
+        self._removals = []
         if self._enabling is not None:
             self._enabling.__exit__()
             self._heard.__exit__()
@@ -126,10 +147,11 @@ class _Waiting:
         if os.getpid() != self._process or self._written or self._watch is None:
             return
         self._written = True
+        watch = self._left if self._left is not None and not self._watch.report.subject["steps"] else self._watch
         try:
             rank = int(os.environ.get("RANK", "0"))
             path = Path(self._options["folder"]) / f"{rank:05}-{self._process}.json"
-            replace_file(path, json.dumps(self._watch.report.as_json()))
+            replace_file(path, json.dumps(watch.report.as_json()))
         except Exception as error:
             self._fail(error)
 

@@ -5,6 +5,7 @@ They call nothing of kbitcheck. ``SOUND`` has those in which nothing is wrong, `
 
 import contextlib
 import copy
+import functools
 import tempfile
 import warnings
 from typing import Any
@@ -575,7 +576,48 @@ def the_gradient_of_a_point_nearby():
     return model, losses
 
 
+def two_forwards_in_one_backward():
+    """As where what was chosen and what was rejected are compared."""
+    model = prepared()
+    optimizer, losses = adamw(model), []
+    model.train()
+    for one, other in zip(batches(STEPS), batches(STEPS, rows=1), strict=True):
+        loss = model(**one).loss + model(**other).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def adapters_in_turn():
+    """Two tasks, an optimizer for each; the adapter of the other rests."""
+    model = prepared()
+    model.add_adapter("other", lora())
+    optimizers = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        optimizers[name] = adamw(model)
+    model.train()
+    losses = []
+    for name, batch in zip(2 * ("default", "other"), batches(STEPS), strict=True):
+        model.set_adapter(name)
+        losses.append(plain_step(model, optimizers[name], batch))
+    return model, losses
+
+
+def checkpointed_by_hand():
+    """Where preparation was told to leave checkpointing off."""
+    model = get_peft_model(prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False), lora())
+    for layer in model.base_model.model.model.layers[::2]:
+        forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = forward
+    model.config.use_cache = False
+    return model, each_step(model, adamw(model))
+
+
 SOUND = (
+    two_forwards_in_one_backward, adapters_in_turn, checkpointed_by_hand,
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, sgd_in_small_steps, clipped,
     tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
@@ -852,7 +894,18 @@ def labels_shifted_twice():
     return model, losses
 
 
+def a_second_model_is_frozen():
+    """After a step of a first model, to try it out."""
+    first = prepared()
+    plain_step(first.train(), adamw(first), next(batches(1)))
+    del first
+    model = prepare_model_for_kbit_training(prepared())
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    return model, each_step(model, adamw(model))
+
+
 BROKEN = {
+    a_second_model_is_frozen: "KB710",
     prepared_a_second_time: "KB710",
     checkpointing_switched_on_again_in_mid_run: "KB703",
     the_original_head_trains: "KB710",

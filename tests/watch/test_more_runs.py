@@ -1,9 +1,11 @@
 """Loops as users write them, watched as ``kbitcheck watch`` does: broken ones are named in three steps, sound ones are not, no bit changes."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Status
@@ -69,6 +71,29 @@ def test_a_broken_run_is_named(run, code, tmp_path):
 def test_every_rule_of_loops_has_a_broken_run():
     own = {code for code, rule in rules().items() if rule.family in ("loop", "watched")}
     assert own <= {*runs.BROKEN.values(), *more_runs.BROKEN.values(), "KB706", "KB719"}
+
+
+def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_own_off(tmp_path):
+    called = []
+
+    def run():
+        model = runs.prepared()
+        plain = more_runs.each_step(model, runs.adamw(model), between=hook_on)
+        return model, plain
+
+    def hook_on(model, step):
+        if step == 0:
+            handles.append(register_optimizer_step_post_hook(lambda *_: called.append("after")))
+            handles.append(register_optimizer_step_pre_hook(lambda *_: called.append("before")))
+
+    handles: list[Any] = []
+    try:
+        _, report = watched(run, tmp_path)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert report.subject["steps"] == 3
+    assert called == ["before", "after"] * (more_runs.STEPS - 1)
 
 
 def test_why_no_block_was_compared_is_said(tmp_path):

@@ -141,6 +141,8 @@ class Facts:
     """When the base is frozen: ``at-prepare`` or ``at-attach``."""
     checkpointing: str
     """The requested mode of checkpointing."""
+    by_hand: bool
+    """Whether blocks that recompute without a flag do so because the caller's own code asks for it."""
     conditions: str
     """Which conditions of many the case looks at; empty: none."""
     seed: int
@@ -295,6 +297,7 @@ class OpenCase(Facts):
         self.case = spec.id
         self.profile, self.freezes, self.checkpointing = spec.profile, spec.freezes, spec.checkpointing
         self.recipe, self.conditions, self.seed = recipe, spec.conditions, spec.seed
+        self.by_hand = False
         self.budget: Any = None  # a ``core.plan.Budget``, where the case is planned
 
     @property

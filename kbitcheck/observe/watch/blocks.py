@@ -64,6 +64,7 @@ class Recorder:
     def __init__(self, name: str, block: nn.Module, guard: Guard) -> None:
         self.name, self.block, self._guard = name, block, guard
         self.recorded: Recorded | None = None
+        self._earlier: list[Recorded] = []  # of forwards whose backward had not come when the next batch did
         self._open: list[Recorded | None] = []
         self._handles: list[Any] = []
         self._closed = False
@@ -81,6 +82,15 @@ class Recorder:
         self._handles.append(handle)
 
     @property
+    def why(self) -> str:
+        """What keeps the recorded call from being compared; "" where nothing does."""
+        if self.recorded is None or not self.recorded.complete:
+            return "no gradient came back through a block"
+        if any(recorded.complete for recorded in self._earlier):
+            return "one backward ran through several forwards of a block"
+        return self.recorded.why
+
+    @property
     def is_recast(self) -> bool:
         """Whether autocast computed a quantized layer in fewer bits than the layer's own compute dtype has."""
         cast = None if self.recorded is None else self.recorded.call.autocast
@@ -91,7 +101,9 @@ class Recorder:
         """Keep what was recorded, where it is complete; otherwise begin again."""
         if self.recorded is not None and self.recorded.complete:
             self._closed = True
-        else:
+        elif self.recorded is not None:
+            self.recorded.call.leaves, self.recorded.call.outputs = [], []
+            self._earlier.append(self.recorded)
             self.recorded = None
 
     def remove(self) -> None:
@@ -193,10 +205,8 @@ class Twins:
 def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | str:
     """The recorded call beside twins of its block with the weights that it has now; or why it cannot be compared."""
     recorded, block = recorder.recorded, recorder.block
-    if recorded is None or not recorded.complete:
-        return "no gradient came back through a block"
-    if recorded.why:
-        return recorded.why
+    if recorder.why or recorded is None:
+        return recorder.why
     recorded.call.differentiable = recorded.own
     if recorded.call.device != "cpu" and _drops(block):
         return "masks of dropout cannot be drawn again in float64 on a GPU"

@@ -38,6 +38,9 @@ class WatchedCase(OpenCase):
         recipe = recipe_of_prepared(model, before) if profile == "auto" else None
         super().__init__(settled(spec, recipe), recipe)
         self.case = case or self.case
+        self.by_hand = (
+            self.checkpointing == "off"
+        )  # a script may checkpoint by itself; what it asked for is what it does
         self._observer = observer
         self.prepared = self.wrapped = before
         self.watched: WatchedRun = observer.run

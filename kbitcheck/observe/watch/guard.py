@@ -49,6 +49,16 @@ class Guard:
         return guarded
 
 
+def take_off(handle: Any, *, running: bool = True) -> None:
+    """Take a hook off all optimizers' steps. While such hooks are ``running``, one that others stand behind stays, and must do nothing.
+
+    torch calls them in a loop over the dictionary that has them, which raises in the user's run if one is removed before the last.
+    """
+    hooks = handle.hooks_dict_ref()
+    if not running or not hooks or next(reversed(hooks)) == handle.id:
+        handle.remove()
+
+
 def unharmed(method: F) -> F:
     """A callback of a watcher, guarded, that runs by itself alone and leaves random states as they are."""
 

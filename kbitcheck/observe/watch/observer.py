@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot, tensors_again
 from kbitcheck.observe.watch.batches import Batches
 from kbitcheck.observe.watch.blocks import Recorder, Twins, compared
-from kbitcheck.observe.watch.guard import Guard, unharmed
+from kbitcheck.observe.watch.guard import Guard, take_off, unharmed
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.observe.watch.scaling import Scaling, listening
 from kbitcheck.observe.watch.steps import Steps
@@ -48,8 +48,7 @@ class Observer:
         when_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
-        self.failed = ""
-        self.over = False
+        self.failed, self.over, self.busy = "", False, False
         self.before: ModelFacts | None = None
         self.after: ModelFacts | None = None
         self.biases: dict[str, str] = {}
@@ -60,13 +59,14 @@ class Observer:
         self._base_grads: tuple[str, ...] = ()
         self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
         self._unseen = ""
-        self.busy = False
+        self._train: set[str] = set()
+        self._adapters: set[str] = set()  # names of adapters that took part in a watched forward
         self.by_check, self._sharded, self._recast = by_check, False, False
         self._recorders: list[Recorder] = []
         self._twins = Twins()
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
         self._hooks = ExitStack()
-        self._steps = Steps(model, optimizers_of(training.optimizer))
+        self.steps = Steps(model, optimizers_of(training.optimizer))
         self._heard = heard or Heard()
         self._guard = Guard(self)
         self.batches = Batches(model, enabled, self._guard)
@@ -79,19 +79,18 @@ class Observer:
     def start(self) -> None:
         """Put the hooks on. No block of a sharded model is compared: its weights are whole for a moment alone, in all processes."""
         self._sharded = internals.is_sharded(self.model)
-        if self._sharded:
-            self._unseen = "FSDP shards the model, and no process has a whole block"
-        self._steps.name_parameters()
-        take_off = self._hooks.callback
-        take_off(self._remove_recorders)
-        take_off(self._scaling.remove)
+        self._unseen = "FSDP shards the model, and no process has a whole block" if self._sharded else ""
+        self.steps.name_parameters()
+        called = self._hooks.callback
+        called(self._remove_recorders)
+        called(self._scaling.remove)
         self._hooks.enter_context(listening(self))
         self._hooks.enter_context(self._heard)
         self._hooks.enter_context(self.batches.watched())
-        take_off(self.model.register_forward_pre_hook(self._forward, with_kwargs=True, prepend=True).remove)
-        take_off(self.model.register_forward_hook(self._output, with_kwargs=True).remove)
-        take_off(register_optimizer_step_pre_hook(self._before_step).remove)
-        take_off(register_optimizer_step_post_hook(self._after_step).remove)
+        called(self.model.register_forward_pre_hook(self._forward, with_kwargs=True, prepend=True).remove)
+        called(self.model.register_forward_hook(self._output, with_kwargs=True).remove)
+        called(self._take_off, register_optimizer_step_pre_hook(self._before_step))
+        called(self._take_off, register_optimizer_step_post_hook(self._after_step))
 
     def fail(self, why: str) -> None:
         """Nothing can be said of this run: take everything off, and let it go on."""
@@ -103,18 +102,22 @@ class Observer:
         if self.over:
             return
         self.over = True
-        self._steps.close(self.batches.taken())
+        self.steps.close(self.batches.taken())
         self._hooks.close()
-        self._steps.forget()
+        self.steps.forget()
         self._twins = Twins()
-        if self._steps.taken and not self.failed:
+        if self.steps.taken and not self.failed:
             with random_states_restored():
                 assert self.before is not None
                 names = self.before.adapters
                 meant = {n: p for n, p in self.model.named_parameters() if n in names}
                 self.after = tensors_again(self.before, self.model, meant)
-                self.before = _thawed(self.before, self.after)
+                later = {n for n, p in self.after.parameters.items() if p.requires_grad}
+                self.before = _thawed(self.before, later)
         self._when_over()
+
+    def _take_off(self, handle: Any) -> None:
+        take_off(handle, running=self.busy)
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model has begun, whose hooks were called before this observer's were put on."""
@@ -123,12 +126,12 @@ class Observer:
     @property
     def run(self) -> WatchedRun:
         """What was seen of the optimizer's steps."""
-        held = frozenset(self._steps.held.values())
+        held = frozenset(self.steps.held.values())
         return WatchedRun(
-            steps=tuple(self._steps.taken),
-            adapters=frozenset(owned(self.model, declared(self.model, self._training))),
+            steps=tuple(self.steps.taken),
+            adapters=frozenset(owned(self.model, declared(self.model, self._training))) | self._adapters,
             held=held,
-            foreign=self._steps.foreign,
+            foreign=self.steps.foreign,
             copied=self._copied,
             switched_on=tuple(self.batches.switched_on),
             cached=self.batches.cached,
@@ -137,13 +140,13 @@ class Observer:
             unseen="" if self.parts else self._unseen,
             scaler=self._scaling.facts,
             warnings=tuple(self._heard.warnings),
-            optimizers=tuple(self._steps.kinds),
+            optimizers=tuple(self.steps.kinds),
             idle=self.batches.reach.idle,
         )
 
     @property
     def _copied(self) -> tuple[str, ...]:
-        return tuple(sorted(name for name in self._steps.held.values() if ".original_module." in name))
+        return tuple(sorted(name for name in self.steps.held.values() if ".original_module." in name))
 
     @property
     def step(self) -> RunFacts | None:
@@ -165,9 +168,10 @@ class Observer:
         held = {
             name: p
             for name, p in self.model.named_parameters()
-            if p.requires_grad and name not in copied and id(p) in self._steps.held
+            if p.requires_grad and name not in copied and id(p) in self.steps.held
         }
-        return {**owned(self.model, declared(self.model, self._training)), **held}
+        woken = {name: p for name, p in self.model.named_parameters() if name in self._adapters}
+        return {**owned(self.model, declared(self.model, self._training)), **held, **woken}
 
     @unharmed
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -176,21 +180,30 @@ class Observer:
         self._heard.takes_gradients = torch.is_grad_enabled()
         if not torch.is_grad_enabled():
             return
-        if self._steps.open and not self._steps.inside:
+        if self.steps.open and not self.steps.inside:
             self._close_step()
             if self.over:
                 return
         if self.before is None:
             self._look_first()
-        if not (self.by_check or self._recorders or self._steps.inside or self._sharded):
+        if not (self.by_check or self._recorders or self.steps.inside or self._sharded):
             self._draw()
+        self._wake()
         for recorder in self._recorders:
             recorder.next_batch()
         self.batches.begin(args, kwargs)
 
+    def _wake(self) -> None:
+        """Adapters that train from now on, as of several that take turns, are meant to, even if they rest at the end."""
+        train = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.before is not None and train != self._train:
+            self._train, woken = train, owned(self.model).keys() & train
+            self._adapters |= woken
+            self.before = _thawed(self.before, woken, adapter=True)
+
     def _look_first(self) -> None:
         """Before the first forward that takes gradients: what the model is, and which blocks it has."""
-        self._steps.name_parameters()
+        self.steps.name_parameters()
         self.before = snapshot(self.model, self.meant)
         for name in outermost_blocks(self.model):
             self._kinds.setdefault(type(self.model.get_submodule(name)).__name__, []).append(name)
@@ -213,20 +226,20 @@ class Observer:
 
     @unharmed
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self._steps.begin(optimizer, ran=self.batches.any):
+        if not self.steps.begin(optimizer, ran=self.batches.any):
             return
         self._settle()
         if internals.backward_runs():
             self._skip_blocks("an optimizer steps in the backward")
-        elif not self.batches.any and not self._steps.open:
+        elif not self.batches.any and not self.steps.open:
             self._skip_blocks("the optimizer runs the model itself, in a closure")
-        elif not self._steps.open:
+        elif not self.steps.open:
             self.batches.finish()
             self._compare()
 
     def _settle(self) -> None:
         """Before the first step: what is meant to train, now that an optimizer is there, and which others have a gradient."""
-        if self.before is not None and not self._steps.taken:
+        if self.before is not None and not self.steps.taken:
             self.before = self._as_meant(self.before)
             grads = [n for n, p in self.model.named_parameters() if p.grad is not None]
             self._base_grads = tuple(n for n in grads if not self.before.parameters[n].adapter)
@@ -241,23 +254,23 @@ class Observer:
 
     @unharmed
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._steps.inside:
-            self._steps.end(optimizer, ran=self.batches.any or self._steps.open)
+        if self.steps.inside:
+            self.steps.end(optimizer, ran=self.batches.any or self.steps.open)
             self._close_complete_step()
-        elif self._steps.register(optimizer, ran=False):  # watching began in the closure of this step
+        elif self.steps.register(optimizer, ran=False):  # watching began in the closure of this step
             self.batches.taken()
             self._remove_recorders()
 
     def _close_complete_step(self) -> None:
-        if self._steps.complete:
+        if self.steps.complete:
             self._close_step()
 
     def _close_step(self) -> None:
         self.batches.finish()
-        self._steps.close(self.batches.taken())
-        self.batches.stepped(self._steps.stepped)
+        self.steps.close(self.batches.taken())
+        self.batches.stepped(self.steps.stepped)
         self._remove_recorders()
-        if len(self._steps.taken) == self._training.steps:
+        if len(self.steps.taken) == self._training.steps:
             self.stop()
 
     @unharmed
@@ -275,10 +288,10 @@ class Observer:
     def scaler_stepped(self, scaler: Any, optimizer: Any, *, taken: bool) -> None:
         """A gradient scaler was asked for a step of an optimizer, which it may have left out."""
         self._scaling.stepped(float(scaler.get_scale()), taken=taken)
-        if not taken and self._steps.register(optimizer, ran=self.batches.any):
+        if not taken and self.steps.register(optimizer, ran=self.batches.any):
             self._settle()
             self._unseen = self._unseen or "a gradient scaler skipped every step"
-            self._steps.skip(optimizer)
+            self.steps.skip(optimizer)
             self._close_complete_step()
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -286,7 +299,7 @@ class Observer:
 
     def _compare(self) -> None:
         """The recorded blocks beside their twins."""
-        number = len(self._steps.taken) + 1
+        number = len(self.steps.taken) + 1
         for recorder in self._recorders:
             recorder.remove()
             self._recast = self._recast or recorder.is_recast
@@ -318,10 +331,10 @@ class Observer:
         self._recorders = []
 
 
-def _thawed(before: ModelFacts, after: ModelFacts) -> ModelFacts:
+def _thawed(before: ModelFacts, names: Set[str], *, adapter: bool = False) -> ModelFacts:
     """The first snapshot, with what requires grad only later: a run may thaw one part after another."""
-    later = {n for n, p in after.parameters.items() if p.requires_grad and n in before.parameters}
-    thawed = {n: dataclasses.replace(before.parameters[n], requires_grad=True) for n in later}
+    later = {name: before.parameters[name] for name in names if name in before.parameters}
+    thawed = {n: dataclasses.replace(p, requires_grad=True, adapter=adapter or p.adapter) for n, p in later.items()}
     return dataclasses.replace(before, parameters={**before.parameters, **thawed})
 
 

@@ -137,6 +137,10 @@ class Steps:
         self.foreign = max(self.foreign, len(_parameters(optimizer)) - len(mine))
         return True
 
+    def is_strange(self, optimizer: Any) -> bool:
+        """Whether an optimizer holds nothing of the model, while another does."""
+        return bool(self.held) and not self._mine(optimizer)
+
     def _mine(self, optimizer: Any) -> list[torch.Tensor]:
         return [p for p in _parameters(optimizer) if id(p) in self.names]
 
