@@ -123,7 +123,8 @@ class Parser(argparse.ArgumentParser):
             name = rest[0].partition("=")[0]
             if name.startswith("-"):
                 self.error(f"No such option: {name}{did_you_mean(name, self._option_string_actions)}")
-            self.error(f"unexpected argument: {rest[0]}")
+            behind = f"; a command stands behind --: {self.prog} -- {' '.join(rest)}" if self.command_line else ""
+            self.error(f"unexpected argument: {rest[0]}{behind}")
         return {n: tuple(v) if isinstance(v, list) else v for n, v in vars(values).items()} | others
 
 

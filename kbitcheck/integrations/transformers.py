@@ -59,7 +59,8 @@ class Watch(TrainerCallback):
             return
         self._told = True
         report = self._watch.report
-        state.log_history.append({"kbitcheck_exit_code": report.exit_code, "step": state.global_step})
-        logger.warning("kbitcheck: %s", verdict(report))
+        said = {"kbitcheck": verdict(report), "kbitcheck_exit_code": report.exit_code, "step": state.global_step}
+        state.log_history.append(said)
+        logger.warning("kbitcheck: %s", said["kbitcheck"])
         if report.exit_code != EXIT_CONFORMS:
             logger.warning("%s", report)

@@ -56,8 +56,8 @@ def signature(facts: Facts) -> Iterable[Observation]:
         yield Observation("order of parameters", ", ".join(DEFAULTS), ", ".join(order), ok=ordered)
         first = next(iter(call.parameters), None)
         yield Observation("first parameter", "model", first or "none", ok=first == "model" or call.accepts_any)
-    off = facts.positional_call
-    stays_off = off.raised is not None or not off.checkpoints
+    off, was_on = facts.positional_call, any(block.checkpointing for block in facts.base.blocks)
+    stays_off = off.raised is not None or was_on or not off.checkpoints
     yield Observation("prepare(model, False)", "checkpointing stays off", "it is on", ok=stays_off)
     calls: dict[str, CallFacts | CallForm] = {
         "prepare(model)": facts.default_call,
@@ -150,9 +150,8 @@ def one_hook_and_removable(facts: Facts) -> Iterable[Observation]:
         if name in hooked and (left or name in facts.prepared.embeddings):
             yield Observation(f"{name or module.cls} after disabling", "no hook left", f"{left} left", ok=left <= 0)
         if module.checkpointing is not None:
-            was = before[name].checkpointing if name in before else None
-            where, now = f"{name or module.cls} after switching off", module.checkpointing
-            yield Observation(where, f"flag {was}", f"flag {now}", ok=now == was)
+            where = f"{name or module.cls} after switching off"
+            yield Observation(where, "flag False", f"flag {module.checkpointing}", ok=module.checkpointing is False)
 
 
 @rule("KB506", "all-or-nothing", Level.SHOULD)

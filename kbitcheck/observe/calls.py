@@ -75,14 +75,14 @@ class Calls:
         return self._once("call forms", lambda: {text: self._called_as(text) for text in FORMS})
 
     def _called_as(self, text: str) -> CallForm:
-        model, asked = self._preparation.copy(), _as_text(ARGUMENTS)
+        model, asked = self._preparation.copy(), internals.as_text(ARGUMENTS)
         try:
             with warnings.catch_warnings(action="ignore"):
                 prepared = model_from(FORMS[text](self._preparation.function, model, {**ARGUMENTS}), model)
         except Exception as error:
             return CallForm(raised=Raised.of(error), asked=asked)
         kept = internals.checkpoint_keywords(prepared)
-        return CallForm(raised=None, asked=asked, kept=None if kept is None else _as_text(kept))
+        return CallForm(raised=None, asked=asked, kept=None if kept is None else internals.as_text(kept))
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
         """What ``compute`` returns of a call that names no mode of checkpointing; cases of other modes have the same."""
@@ -171,7 +171,7 @@ class Calls:
             passed["use_reentrant"] = mode == "reentrant"
         if mode == "non-reentrant":
             passed["determinism_check"] = "none"
-        arguments = _as_text(passed)
+        arguments = internals.as_text(passed)
         model, facts = self._preparation.observed_copy(**{SECOND: True, THIRD: passed})
         passed.clear()  # the caller's dictionary is the caller's to change
         attached = self._preparation.attach(model)
@@ -179,7 +179,3 @@ class Calls:
         with switches.dropout(attached.model, 0.0):
             run = self._preparation.step(attached).facts
         return HonouredArguments(arguments=arguments, run=run, call=facts)
-
-
-def _as_text(arguments: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in arguments.items()}

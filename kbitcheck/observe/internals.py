@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -337,3 +337,8 @@ def autocast_kernels(kernels: Iterable[tuple[str, Callable[..., Any] | None]]) -
         yield
     finally:
         library._destroy()
+
+
+def as_text(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments of a call in words that are the same in each process: a function by its name."""
+    return {str(name): getattr(value, "__qualname__", str(value)) for name, value in arguments.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from transformers import PreTrainedModel
 
 from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import Distance, StoreFacts
@@ -23,6 +24,7 @@ def round_trip(preparation: Preparation) -> StoreFacts:
     prepared = preparation.prepared_copy()
     if not hasattr(prepared, "save_pretrained"):
         raise Unavailable(f"{type(prepared).__name__} has no save_pretrained")
+    whole = isinstance(prepared, PreTrainedModel)  # a wrapper, as PEFT's, saves its adapters alone
     facts: dict[str, Any] = differences(preparation.loaded.state_keys, frozenset(prepared.state_dict()))
 
     def logits(model: nn.Module) -> torch.Tensor:
@@ -42,7 +44,7 @@ def round_trip(preparation: Preparation) -> StoreFacts:
             try:
                 if error is not None:
                     raise error
-                again = preparation.apply(_reloaded(preparation, folder))
+                again = preparation.apply(_reloaded(preparation, folder)) if whole else preparation.prepared_copy()
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # saving and loading run transformers' and the model's own code, which may raise anything

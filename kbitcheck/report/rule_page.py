@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getdoc
-from itertools import groupby
 
 from kbitcheck.core.rule import Rule
 from kbitcheck.report.parts.examples import Example, examples
@@ -16,9 +15,9 @@ FAMILIES = {
     "precision": "Precision and storage",
     "recipe": "Recipe of dtypes",
     "watched": "Your own training",
-    "loop": "Your own training loop",
+    "loop": "Your own training",
     "gradients": "Gradient flow",
-    "drawn": "Gradient flow under drawn conditions",
+    "drawn": "Gradient flow",
     "checkpointing": "Gradient checkpointing",
     "contract": "Contract",
     "use": "Later use",
@@ -92,9 +91,12 @@ def index(rules: Sequence[Rule]) -> str:
     """One line a rule, by family."""
     width = max((len(rule.name) for rule in rules), default=0)
     blocks = []
-    for family, members in groupby(rules, key=lambda rule: rule.family):
+    families: dict[str, list[Rule]] = {}
+    for rule in rules:
+        families.setdefault(FAMILIES.get(rule.family, rule.family), []).append(rule)
+    for family, members in families.items():
         rows = [f"  {r.code}  {r.level.value:6}  {r.name:{width}}  {first_sentence(r.requirement)}\n" for r in members]
-        blocks.append("".join([f"{FAMILIES.get(family, family)}\n", *rows]))
+        blocks.append("".join([f"{family}\n", *rows]))
     return "\n".join(blocks)
 
 

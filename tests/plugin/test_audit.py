@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from kbitcheck_reference import prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 import kbitcheck
@@ -35,6 +36,16 @@ def test_it_leaves_no_trace(model: Any, codes: tuple[str, ...]) -> None:
     assert {key: before[key] == after[key] for key in before} == dict.fromkeys(before, True)
     judged = {r.rule for r in report if r.status is Status.PASS}
     assert judged >= {"KB104", "KB205", "KB210", "KB304", "KB308", "KB309", "KB403", "KB508", "KB601"} & {*codes}
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_model_that_is_prepared_already_breaks_no_rule(attached: bool) -> None:
+    """Checkpointing is on before the audit's own calls, and a wrapper saves its adapters alone."""
+    model = prepare_model_for_kbit_training(shallow("tiny:llama").load(Quantization.parse("nf4"), "cpu"))
+    if attached:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    report = kbitcheck.audit(model, prepare=prepare_model_for_kbit_training, select=["KB501", "KB505", "KB510"])
+    assert [r.rule for r in report if r.status is not Status.PASS] == []
 
 
 def test_it_leaves_no_trace_where_the_preparation_raises(model: Any) -> None:

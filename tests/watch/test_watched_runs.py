@@ -145,7 +145,9 @@ def test_a_trainer_s_callback_tells_the_verdict(tmp_path):
     report = callback.report
     assert report is not None
     assert report.subject["steps"] == 2
-    assert {"kbitcheck_exit_code": 0, "step": 2} in trainer.state.log_history
+    (said,) = [each for each in trainer.state.log_history if "kbitcheck" in each]
+    assert (said["kbitcheck_exit_code"], said["step"]) == (0, 2)
+    assert "trains as it should" in str(said["kbitcheck"])
     assert {r.rule for r in report if r.status is Status.PASS} >= {"KB304", "KB707", "KB710", "KB711"}
 
 

@@ -149,7 +149,9 @@ def checkpoint_spies() -> Iterator[list[dict[str, str]]]:
         bound = signature.bind(function, *args, **kwargs)
         bound.apply_defaults()
         recorded = ("preserve_rng_state", "determinism_check", "debug")
-        calls.append({"use_reentrant": "False", **{k: str(v) for k, v in bound.arguments.items() if k in recorded}})
+        calls.append(
+            {"use_reentrant": "False", **internals.as_text({k: v for k, v in bound.arguments.items() if k in recorded})}
+        )
         return internals.NON_REENTRANT(function, *args, **kwargs)
 
     with internals.checkpoint_entries(SimpleNamespace(apply=reentrant), non_reentrant):

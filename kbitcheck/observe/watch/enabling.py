@@ -53,7 +53,7 @@ def arguments(model: Any) -> dict[str, str]:
     functions = filter(None, (internals.checkpoint_function(m) for m in on))
     bare = map(inspect.unwrap, functions)  # LLaMA-Factory wraps it
     keywords = (f.keywords for f in bare if isinstance(f, functools.partial))
-    return {str(key): str(value) for key, value in next(keywords, {}).items()}
+    return internals.as_text(next(keywords, {}))
 
 
 def _passed(args: Any, kwargs: Mapping[str, Any]) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """The failing examples of a rule: the faults that it must catch, as source text. The sources are read, not imported."""
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,20 +38,48 @@ def examples(code: str) -> tuple[Example, ...]:
 
 @cache
 def _of_file(path: Path) -> dict[str, list[Example]]:
-    text = path.read_text(encoding="utf-8")
-    definitions = {n.name: n for n in ast.parse(text).body if isinstance(n, Definition)}
     of_code: dict[str, list[Example]] = {}
+    definitions, lines = _definitions(path)
     for definition in definitions.values():
         for registration in _registrations(definition):
-            arguments = {k.arg: k.value.value for k in registration.keywords if isinstance(k.value, ast.Constant)}
-            example = Example(
-                name=definition.name,
-                title=KINDS[registration.func.id],  # type: ignore[attr-defined]
-                case=", ".join(str(arguments.get(name, default)) for name, default in CASE.items()),
-                source=_source(definition, definitions, text.splitlines()),
-            )
-            of_code.setdefault(ast.literal_eval(registration.args[0]), []).append(example)
+            _add(of_code, registration, definition, definitions, lines)
+    for loop in ast.parse("\n".join(lines)).body:
+        if isinstance(loop, ast.For):
+            for registration, fault in _registered_elsewhere(loop):
+                (home,) = path.parent.rglob(f"{fault.value.id}.py")  # type: ignore[attr-defined]
+                others, text = _definitions(home)
+                _add(of_code, registration, others[fault.attr], others, text)
     return of_code
+
+
+def _definitions(path: Path) -> tuple[dict[str, Definition], list[str]]:
+    text = path.read_text(encoding="utf-8")
+    return {n.name: n for n in ast.parse(text).body if isinstance(n, Definition)}, text.splitlines()
+
+
+def _add(
+    of_code: dict[str, list[Example]],
+    registration: ast.Call,
+    definition: Definition,
+    definitions: dict[str, Definition],
+    lines: list[str],
+) -> None:
+    arguments = {k.arg: k.value.value for k in registration.keywords if isinstance(k.value, ast.Constant)}
+    example = Example(
+        name=definition.name,
+        title=KINDS[registration.func.id],  # type: ignore[attr-defined]
+        case=", ".join(str(arguments.get(name, default)) for name, default in CASE.items()),
+        source=_source(definition, definitions, lines),
+    )
+    of_code.setdefault(ast.literal_eval(registration.args[0]), []).append(example)
+
+
+def _registered_elsewhere(loop: ast.For) -> Iterator[tuple[ast.Call, ast.Attribute]]:
+    """Faults of a file that knows nothing of kbitcheck: ``for fault in (module.one, module.other): breaks(CODE)(fault)``."""
+    calls = [line.value.func for line in loop.body if isinstance(line, ast.Expr) and isinstance(line.value, ast.Call)]
+    for call in calls:
+        if isinstance(call, ast.Call) and isinstance(loop.iter, ast.Tuple):
+            yield from ((call, fault) for fault in loop.iter.elts if isinstance(fault, ast.Attribute))
 
 
 def _registrations(definition: Definition) -> list[ast.Call]:
