@@ -41,7 +41,7 @@ def test_it_leaves_no_trace(model: Any, codes: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_model_that_is_prepared_already_breaks_no_rule(attached: bool) -> None:
     """Checkpointing is on before the audit's own calls, and a wrapper saves its adapters alone."""
-    model = prepare_model_for_kbit_training(shallow("tiny:llama").load(Quantization.parse("nf4"), "cpu"))
+    model: Any = prepare_model_for_kbit_training(shallow("tiny:llama").load(Quantization.parse("nf4"), "cpu"))
     if attached:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     report = kbitcheck.audit(model, prepare=prepare_model_for_kbit_training, select=["KB501", "KB505", "KB510"])

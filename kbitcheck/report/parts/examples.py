@@ -43,11 +43,14 @@ def _of_file(path: Path) -> dict[str, list[Example]]:
     for definition in definitions.values():
         for registration in _registrations(definition):
             _add(of_code, registration, definition, definitions, lines)
-    for loop in ast.parse("\n".join(lines)).body:
+    whole = "\n".join(lines)
+    for loop in ast.parse(whole).body:
         if isinstance(loop, ast.For):
             for registration, fault in _registered_elsewhere(loop):
                 (home,) = path.parent.rglob(f"{fault.value.id}.py")  # type: ignore[attr-defined]
                 others, text = _definitions(home)
+                first = others[fault.attr].lineno - 1
+                text[first] = f"@{ast.get_source_segment(whole, registration)}\n{text[first]}"
                 _add(of_code, registration, others[fault.attr], others, text)
     return of_code
 
