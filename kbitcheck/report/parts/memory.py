@@ -1,6 +1,5 @@
 """The memory table: what a model and a training step of it take, predicted or measured."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -19,18 +18,29 @@ GIB = 1 << 30
 def rows(
     facts: Mapping[str, Mapping[str, Any]], specs: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Rows of all cases: a heading, the cases that have the text ("" where all cases do), and the text."""
+    """Rows of all cases: a heading, the cases that have the rows under it ("" where all do, " " where those above do), and the text."""
     labels = _labels(list(facts), specs)
-    texts: dict[tuple[str, int], dict[str, list[str]]] = {}
+    blocks: dict[str, dict[tuple[tuple[str, str], ...], list[str]]] = {}
     for case, of_case in facts.items():
-        number: Counter[str] = Counter()
-        for heading, text in _table(of_case):
-            texts.setdefault((heading, number[heading]), {}).setdefault(text, []).append(labels[case])
-            number[heading] += 1
-    for (heading, _), labels_by_text in texts.items():
-        for text, of in labels_by_text.items():
-            yield heading, "" if len(of) == len(facts) else " and ".join(of), text
-            heading = ""
+        for heading, block in _blocks(of_case).items():
+            blocks.setdefault(heading, {}).setdefault(block, []).append(labels[case])
+    for by_block in blocks.values():
+        shown = False
+        for block, of in by_block.items():
+            for number, (heading, text) in enumerate(block):
+                of_whom = "" if len(of) == len(facts) else " " if number else " and ".join(of)
+                yield ("" if shown and not number else heading), of_whom, text
+            shown = True
+
+
+def _blocks(facts: Mapping[str, Any]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Rows of a case with their headings, by the heading that they stand under."""
+    blocks: dict[str, tuple[tuple[str, str], ...]] = {}
+    under = ""
+    for heading, text in _table(facts):
+        under = heading or under
+        blocks[under] = (*blocks.get(under, ()), (heading, text))
+    return blocks
 
 
 def _labels(cases: Sequence[str], specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
