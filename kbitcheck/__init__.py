@@ -4,6 +4,8 @@
 function; importing this imports no torch.
 """
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +107,7 @@ def check_implementation(
         UsageError: an option, rule, model or implementation is wrong.
     """
     from kbitcheck.core.rule import select as selected
+    from kbitcheck.pytest_plugin.specs import importable_name
     from kbitcheck.run import subject as implementations
     from kbitcheck.run.runner import run
     from kbitcheck.run.suites import cases, suite_cells, workers
@@ -114,6 +117,9 @@ def check_implementation(
         live, name = None, prepare
     else:
         live = implementations.describe(prepare)
+        # A lambda or a closure has no name by which a command of the report could find it.
+        with contextlib.suppress(UsageError, TypeError):
+            live = dataclasses.replace(live, name=importable_name(prepare))
         name = live.name
     specs = cases(
         suite_cells(suite),

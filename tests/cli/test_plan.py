@@ -111,3 +111,9 @@ def test_what_is_hardly_quantized_is_said_in_the_first_line_and_in_the_verdict()
     mostly = report(**{**MIXTURE, "quantized": 46_600_000_000})
     assert "99 % quantized" in header(mostly)
     assert "quantized" not in verdict(mostly)
+
+
+def test_what_does_not_fit_the_memory_that_was_asked_for_is_the_verdict() -> None:
+    answer = {"memory": 16 << 30, "fits": False}
+    assert verdict(report(static="no weights", forecast={"answer": answer})).startswith("! does not fit 16 GiB: ")
+    assert verdict(report(static="no weights", forecast={"answer": {**answer, "fits": True}})).startswith("✓ ")

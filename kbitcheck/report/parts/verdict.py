@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
 from kbitcheck.core.result import Result, Status
 from kbitcheck.report.parts.units import MOST, quantized_share
@@ -59,6 +60,8 @@ def answer(report: Report) -> str:
     sound = "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms"
     if watch:
         sound = "✓ trains as it should"
+    if unfit := _unfit(report):
+        sound = f"! does not fit {unfit}"
     if report.no_gradients and not static:
         sound = UNGROUNDED.format("steps, dtypes, flags" if watch else "dtypes, flags")
     some = any(result.status in (Status.PASS, Status.FAIL) for result in report.results)
@@ -73,6 +76,12 @@ def answer(report: Report) -> str:
         EXIT_INTERRUPTED: "✗ interrupted",
         EXIT_NOTHING: "✗ gradients were not judged" if some else "✗ nothing was checked",
     }[report.exit_code]
+
+
+def _unfit(report: Report) -> str:
+    """The memory that was asked for, if training does not fit it; empty if it does, if nobody asked, or if it cannot be told."""
+    answers = [(facts.get("forecast") or {}).get("answer") for facts in report.facts.get("cases", {}).values()]
+    return next((f"{answer['memory'] / GIB:.4g} GiB" for answer in answers if answer and not answer["fits"]), "")
 
 
 def _not_covered(report: Report) -> list[str]:
