@@ -130,3 +130,38 @@ def gradients_cleared(facts: Facts) -> Iterable[Observation]:
         stale = sum(batch.stale for batch in step.batches)
         actual = f"{stale:,} tensors still have one"
         yield Observation.either(f"step {number}", "no gradient of the step before", actual, ok=not stale)
+
+
+ODD = {
+    "padding": ("labels of padding are ignored", "labels count where attention_mask is 0"),
+    "ends": ("the end of a text is learned", "the token before an end counts, and no end-of-text token does"),
+    "positions": ("positions that differ", "position_ids has one position for all tokens of a row"),
+}
+REPEATED = 3  # batches
+
+
+@rule("KB721", "batch-is-meant", Level.SHOULD)
+def batch_is_meant(facts: Facts) -> Iterable[Observation]:
+    """The tokens of a batch are what they seem: padding is not learned, the end of a text is, and tokens have positions of their own.
+
+    If every batch has the same tokens, a note says so.
+
+    Why: all of it trains, and the loss falls. A model whose padding token is its end-of-text token, and whose labels ignore
+    padding, never learns to stop.
+    Symptom: answers that do not end; answers of padding; a loss far lower than that of an evaluation.
+    Fix: set labels to -100 where ``attention_mask`` is 0, and not where a token equals the padding token; leave ``position_ids`` to
+    the model, or count them from each text's start.
+    Sources: transformers ``DataCollatorForLanguageModeling``, which ignores each label that is the padding token.
+    """
+    batches = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.odd is not None]
+    if not batches:
+        raise NotApplicable("no batch had tokens and labels beside them")
+    repeated = len(batches) >= REPEATED and all(batch.repeated for _, batch in batches[1:])
+    note = f"the same tokens in all {len(batches)} batches" if repeated else ""
+    for number, batch in batches:
+        for kind in batch.odd or ():
+            expected, actual = ODD[kind]
+            yield Observation(f"step {number}", expected, actual, ok=False)
+        if not batch.odd:
+            yield Observation(f"step {number}", "tokens as they should be", "nothing odd", ok=True, note=note)
+            note = ""

@@ -163,6 +163,22 @@ def gradients_never_cleared(script: Script) -> None:
     script.train(optimizer)
 
 
+@trains("KB721")
+def padding_counts_in_the_loss(script: Script) -> None:
+    script.prepare()
+    tokens = script.batch["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[:, -4:] = 0
+    script.batch |= {"attention_mask": mask, "labels": tokens.clone()}
+    script.train(script.adamw())
+
+
+@trains("KB721")
+def every_token_at_one_position(script: Script) -> None:
+    script.prepare()
+    script.train(script.adamw(), position_ids=torch.zeros_like(script.batch["input_ids"]))
+
+
 @trains("KB719")
 def a_warning_among_many(script: Script) -> None:
     script.prepare()

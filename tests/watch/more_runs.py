@@ -616,7 +616,21 @@ def checkpointed_by_hand():
     return model, each_step(model, adamw(model))
 
 
+def prompts_that_end_are_ignored():
+    """Of a chat: the end of what the user says does not count, that of the answer does; padding is ignored."""
+
+    def say(model, batch):
+        batch["input_ids"][:, (8, -6)] = model.config.eos_token_id
+        batch["attention_mask"][:, -5:] = 0
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :9] = -100
+        batch["labels"][:, -5:] = -100
+
+    return with_batches(say)
+
+
 SOUND = (
+    prompts_that_end_are_ignored,
     two_forwards_in_one_backward, adapters_in_turn, checkpointed_by_hand,
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, sgd_in_small_steps, clipped,
     tied_head,
@@ -904,7 +918,47 @@ def a_second_model_is_frozen():
     return model, each_step(model, adamw(model))
 
 
+def with_batches(change):
+    """A loop whose batches ``change`` changes in place."""
+    model = prepared()
+    optimizer, losses = adamw(model), []
+    model.train()
+    for batch in batches(STEPS):
+        change(model, batch)
+        losses.append(plain_step(model, optimizer, batch))
+    return model, losses
+
+
+def padding_that_counts():
+    def pad(model, batch):
+        batch["attention_mask"][0, -6:] = 0
+
+    return with_batches(pad)
+
+
+def ends_that_never_count():
+    """As where labels of the padding token are ignored, which is the end of a text, too."""
+
+    def end(model, batch):
+        batch["input_ids"][batch["input_ids"] == model.config.eos_token_id] += 1
+        batch["input_ids"][:, -1] = model.config.eos_token_id
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, -1] = -100
+
+    return with_batches(end)
+
+
+def tokens_at_one_position():
+    def place(model, batch):
+        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+
+    return with_batches(place)
+
+
 BROKEN = {
+    padding_that_counts: "KB721",
+    ends_that_never_count: "KB721",
+    tokens_at_one_position: "KB721",
     a_second_model_is_frozen: "KB710",
     prepared_a_second_time: "KB710",
     checkpointing_switched_on_again_in_mid_run: "KB703",

@@ -17,7 +17,7 @@ from tests.watch import more_runs, runs
 FAST = {
     "two_optimizers", "an_optimizer_for_each_tensor", "closures", "scaler_that_skips_the_first_steps", "scaler_and_clipping",
     "scaler_that_skips_all", "clipped_before_unscaled", "in_eval_mode", "a_hundredth_of_a_gradient_in_every_block",
-    "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
+    "padding_that_counts", "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
 }  # fmt: skip
 
 

@@ -26,12 +26,13 @@ class Update:
 class MicroBatch:
     """One forward and backward of a watched step.
 
-    ``labels`` counts the tokens that the loss is computed of (None: the forward took no labels), ``weight`` is the gradient
-    that entered the loss, a scaler's factor divided out (None: none did), ``counted`` says that the forward was passed
-    the number of tokens to divide by. ``shifted``: each label is the next token, though the model shifts labels itself.
-    ``stale`` counts the tensors that had a gradient when the backward began, though the step before had used it. ``cleared``:
-    nothing had one, though a batch of the same step had gone backward before. ``resting`` is what eval mode switched off: blocks
-    that checkpoint and dropouts, in words.
+    ``labels`` counts the tokens that the loss is computed of (None: the forward took no labels), ``weight`` is the
+    gradient that entered the loss, a scaler's factor divided out (None: none did), ``counted`` says that the forward
+    was passed the number of tokens to divide by. ``shifted``: each label is the next token, though the model shifts
+    labels itself. ``odd`` are the kinds of what is odd about its tokens (None: it has none, or no labels beside them);
+    ``repeated``: the batch before had the same tokens. ``stale`` counts the tensors that had a gradient when the
+    backward began, though the step before had used it. ``cleared``: nothing had one, though a batch of the same step
+    had gone backward before. ``resting`` is what eval mode switched off: blocks that checkpoint and dropouts, in words.
     """
 
     loss: float | None = None
@@ -39,6 +40,8 @@ class MicroBatch:
     weight: float | None = None
     counted: bool = False
     shifted: bool = False
+    odd: tuple[str, ...] | None = None
+    repeated: bool = False
     stale: int = 0
     cleared: bool = False
     resting: str = ""

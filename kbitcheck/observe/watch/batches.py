@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from kbitcheck import backends
 from kbitcheck.core.facts import MicroBatch, RunFacts, SwitchedOn
 from kbitcheck.models.blocks import is_block
+from kbitcheck.models.inputs.text import IGNORED
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import blocks, digest, step, switches
+from kbitcheck.observe.watch import contents
 from kbitcheck.observe.watch.enabling import Enabling, arguments
 from kbitcheck.observe.watch.guard import Guard
 from kbitcheck.observe.watch.reach import Reach
 
-IGNORED = -100
 ENOUGH = 8  # labels, below which chance could shift them
 
 
@@ -39,6 +40,7 @@ class Batches:
         self._entering: dict[str, torch.dtype] = {}  # by layer
         self._computes: set[torch.dtype] = set()
         self._batches: list[dict[str, Any]] = []
+        self._tokens = ""  # of the batch before, as a digest
         self._used: list[tuple[Any, int]] = []  # gradients of the step before, and how often each was written to
         self.scale = 1.0  # of the loss, by a gradient scaler
         self._seen = nn.Identity() if self.compiled else model  # whose modules hooks may be put on
@@ -106,6 +108,7 @@ class Batches:
             "labels": count,
             "counted": kwargs.get("num_items_in_batch") is not None,
             "shifted": _shifts(self._model) and _shifted(kwargs.get("input_ids"), labels),
+            **self._contents(kwargs),
             "resting": "" if self._model.training else _resting(self._model),
             "follows": any("weight" in each for each in self._batches),
         }
@@ -117,6 +120,14 @@ class Batches:
             self._looked_at = batch
         if kwargs.get("use_cache") is True and self._model.training:
             self.cached = "use_cache=True was passed"
+
+    def _contents(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What is odd about the tokens of a batch with labels, and whether they are those of the batch before."""
+        tokens = inputs.get("input_ids")
+        if not isinstance(tokens, torch.Tensor) or not isinstance(inputs.get("labels"), torch.Tensor):
+            return {}
+        before, self._tokens = self._tokens, digest.bits(tokens)
+        return {"odd": contents.oddities(self._model, inputs), "repeated": before == self._tokens}
 
     def end(self, output: Any) -> None:
         """A forward ended; its loss shows later what weight it has."""
@@ -175,7 +186,7 @@ class Batches:
         batches, self._batches = self._batches, []
         if any("weight" in batch for batch in batches):
             batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
-        fields = ("loss", "labels", "weight", "counted", "shifted", "stale", "cleared", "resting")
+        fields = ("loss", "labels", "weight", "counted", "shifted", "odd", "repeated", "stale", "cleared", "resting")
         return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
 
 

@@ -1,0 +1,55 @@
+"""What is odd about the tokens of a batch, though a loss comes of it: padding that counts, ends that never count, one position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbitcheck.models.inputs.text import IGNORED
+
+PADDING, ENDS, POSITIONS = "padding", "ends", "positions"
+
+
+def oddities(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of what is odd about a model's inputs, of ``PADDING``, ``ENDS`` and ``POSITIONS``."""
+    return tuple(_kinds(getattr(model, "config", None), inputs))
+
+
+def _kinds(config: Any, inputs: Mapping[str, Any]) -> Iterator[str]:
+    tokens, labels, mask = (_rows(inputs.get(name)) for name in ("input_ids", "labels", "attention_mask"))
+    if tokens is None or getattr(config, "is_encoder_decoder", False):
+        return
+    if labels is not None and labels.shape == tokens.shape:
+        counts = labels != IGNORED
+        if mask is not None and mask.shape == tokens.shape and bool((counts & (mask == 0))[:, 1:].any()):
+            yield PADDING
+        if _ends_never_count(tokens, counts, mask, _end_tokens(config)):
+            yield ENDS
+    positions = _rows(inputs.get("position_ids"))
+    if positions is not None and positions.shape == tokens.shape and tokens.shape[1] > 1:
+        seen = torch.ones_like(tokens) if mask is None or mask.shape != tokens.shape else mask
+        first = positions[:, :1].expand_as(positions)
+        if bool((((positions == first) | (seen == 0)).all(dim=1) & (seen.sum(dim=1) > 1)).any()):
+            yield POSITIONS
+
+
+def _ends_never_count(tokens: Tensor, counts: Tensor, mask: Tensor | None, ends: set[int]) -> bool:
+    """Whether no token that ends a text is learned, though one of them ends a text that is: the label before it counts."""
+    if not ends or not counts.any():
+        return False
+    is_end = torch.isin(tokens, torch.tensor(sorted(ends), device=tokens.device))
+    attended = is_end if mask is None or mask.shape != tokens.shape else is_end & (mask != 0)
+    return bool((attended[:, 1:] & counts[:, :-1]).any()) and not bool((is_end & counts).any())
+
+
+def _end_tokens(config: Any) -> set[int]:
+    """The tokens that end a text."""
+    ends = getattr(config, "eos_token_id", None)
+    return {end for end in (ends if isinstance(ends, list | tuple) else [ends]) if isinstance(end, int)}
+
+
+def _rows(tensor: Any) -> Tensor | None:
+    return tensor.detach() if isinstance(tensor, Tensor) and tensor.dim() == 2 else None
