@@ -32,6 +32,7 @@ JUDGED = {
     "KB306", "KB307", "KB309", "KB310", "KB311", "KB401", "KB402", "KB403", "KB405", "KB406", "KB407", "KB408", "KB410", "KB901",
     "KB903", "KB904", "KB905", "KB907", "KB908",
 }  # fmt: skip
+OTHERWISE = {"KB213", "KB312", "KB514", "KB515"}  # of an implementation, of routers under checkpointing
 STATIC = ("KB101", "KB102", "KB2")
 
 
@@ -73,8 +74,8 @@ def test_it_leaves_no_trace_in_the_middle_of_training(model: Any, codes: tuple[s
     assert judged == (JUDGED - {"KB402"}) & {*codes}
     of_training = {code for code in codes if code.startswith("KB7") or code == "KB313"}
     gone = {code for code, result in found.items() if result.reason == prepared.GONE}
-    assert gone == {*codes} - JUDGED - of_training
-    assert {found[code].status for code in (*of_training, *gone)} == {Status.SKIP}
+    assert gone == {*codes} - JUDGED - of_training - OTHERWISE
+    assert {found[code].status for code in (*of_training, *gone, *(OTHERWISE & {*codes}))} == {Status.SKIP}
 
 
 def test_a_trace_would_be_seen(model: Any) -> None:

@@ -21,7 +21,16 @@ from kbitcheck.observe.case import STAGES, Case, facts_of
 from kbitcheck.observe.open_case import open_case
 from kbitcheck.run.subject import load
 
-ATTRIBUTES = {"case", "profile", "freezes", "checkpointing", "recipe"}  # set when a case is opened
+ATTRIBUTES = {
+    "case",
+    "profile",
+    "freezes",
+    "checkpointing",
+    "recipe",
+    "by_hand",
+    "conditions",
+    "seed",
+}  # set when a case is opened
 
 
 def test_each_fact_is_computed_in_one_place() -> None:
