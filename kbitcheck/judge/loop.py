@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts
-from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.gradients import needs_checkpointing
 from kbitcheck.judge.watched import run_of
@@ -165,3 +165,32 @@ def batch_is_meant(facts: Facts) -> Iterable[Observation]:
         if not batch.odd:
             yield Observation(f"step {number}", "tokens as they should be", "nothing odd", ok=True, note=note)
             note = ""
+
+
+LEFT = 0.1  # of what a block's modules return: what routers hand out, and what rotary tables are made of
+
+
+@rule("KB722", "recompute-frees", Level.SHOULD)
+def recompute_frees(facts: Facts) -> Iterable[Observation]:
+    """In a watched step with checkpointing on, what a block computes inside is freed before the backward, at least nine tenths of it.
+
+    Why: a block that recomputes and is held all the same costs the time of checkpointing and the memory of a step without it.
+    bitsandbytes' int8 layers keep their inputs so under non-reentrant checkpointing.
+    Symptom: recomputes, and as much memory as without checkpointing.
+    Fix: keep no outputs in hooks; with int8 layers pass ``use_reentrant=True``.
+    Sources: specification KB405; docs/findings/int8_keeps_inputs.py.
+    """
+    needs_checkpointing(facts)
+    if facts.watched.cached:
+        raise NotApplicable("a cache holds keys and values: KB716")
+    held = facts.run.held
+    if not held:
+        raise NotApplicable("no block was seen to return anything")
+    for name, (kept, made) in held.items():
+        actual = f"{kept:,} of {made:,} bytes"
+        seen = Observation(name, f"at most {LEFT:.0%} is held", actual, ok=kept <= LEFT * made)
+        schemes = {layer.scheme for n, layer in facts.base.layers.items() if n.startswith(f"{name}.")}
+        if "int8" in schemes and "False" in {call.get("use_reentrant") for call in facts.run.checkpoints}:
+            yield seen.attributed(Party.STACK, "int8 layers keep their inputs: docs/findings/int8_keeps_inputs.py")
+        else:
+            yield seen

@@ -179,6 +179,15 @@ def every_token_at_one_position(script: Script) -> None:
     script.train(script.adamw(), position_ids=torch.zeros_like(script.batch["input_ids"]))
 
 
+@trains("KB722")
+def what_a_block_returns_inside_is_kept(script: Script) -> None:
+    script.prepare()
+    kept: list[Any] = []
+    for inner in blocks(script.model)[0].children():
+        inner.register_forward_hook(lambda module, args, output: kept.append(output))
+    script.train(script.adamw())
+
+
 @trains("KB719")
 def a_warning_among_many(script: Script) -> None:
     script.prepare()

@@ -955,7 +955,16 @@ def tokens_at_one_position():
     return with_batches(place)
 
 
+def outputs_kept_by_hooks():
+    """As of a script that looks at activations, and forgets to let them go."""
+    model, kept = prepared(), []
+    for inner in model.base_model.model.model.layers[0].children():
+        inner.register_forward_hook(lambda module, args, output: kept.append(output))
+    return model, each_step(model, adamw(model))
+
+
 BROKEN = {
+    outputs_kept_by_hooks: "KB722",
     padding_that_counts: "KB721",
     ends_that_never_count: "KB721",
     tokens_at_one_position: "KB721",

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kbitcheck.core.report import Report
-from kbitcheck.core.result import Level, Status
+from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.run import watched_process
 from tests.watch import more_runs, runs
@@ -17,7 +18,8 @@ from tests.watch import more_runs, runs
 FAST = {
     "two_optimizers", "an_optimizer_for_each_tensor", "closures", "scaler_that_skips_the_first_steps", "scaler_and_clipping",
     "scaler_that_skips_all", "clipped_before_unscaled", "in_eval_mode", "a_hundredth_of_a_gradient_in_every_block",
-    "padding_that_counts", "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
+    "padding_that_counts", "outputs_kept_by_hooks",
+    "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
 }  # fmt: skip
 
 
@@ -94,6 +96,20 @@ def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_
             handle.remove()
     assert report.subject["steps"] == 3
     assert called == ["before", "after"] * (more_runs.STEPS - 1)
+
+
+def test_what_int8_layers_keep_is_the_stacks(tmp_path):
+    def run():
+        how = {"use_reentrant": False}
+        prepared = prepare_model_for_kbit_training(runs.load(scheme="int8"), gradient_checkpointing_kwargs=how)
+        model = get_peft_model(prepared, runs.lora())
+        return model, more_runs.each_step(model, runs.adamw(model))
+
+    _, report = watched(run, tmp_path)
+    (result,) = [r for r in report if r.rule == "KB722"]
+    assert result.status is Status.FAIL
+    assert {failure.party for failure in result.failures} == {Party.STACK}
+    assert report.exit_code == 0
 
 
 def test_why_no_block_was_compared_is_said(tmp_path):

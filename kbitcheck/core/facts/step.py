@@ -43,7 +43,8 @@ class RunFacts:
 
     ``checkpoints`` holds the arguments that reached torch's checkpoint, one mapping a call; ``inexact`` are blocks whose
     gradients may differ in the last bits when checkpointed; ``buffers`` has the digest of each that the step changed;
-    ``routers`` are those that ran twice.
+    ``routers`` are those that ran twice. ``held`` are the bytes that are held of each block's inside between forward and backward, and
+    the bytes that the modules in it returned.
     """
 
     loss: float
@@ -57,6 +58,7 @@ class RunFacts:
     base_grads: tuple[str, ...] = ()
     buffers: Mapping[str, str] = field(default_factory=dict)
     routers: Mapping[str, RouterFacts] = field(default_factory=dict)
+    held: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from kbitcheck.observe.probes import blocks, digest, step, switches
 from kbitcheck.observe.watch import contents
 from kbitcheck.observe.watch.enabling import Enabling, arguments
 from kbitcheck.observe.watch.guard import Guard
+from kbitcheck.observe.watch.held import Held
 from kbitcheck.observe.watch.reach import Reach
 
 ENOUGH = 8  # labels, below which chance could shift them
@@ -46,6 +47,7 @@ class Batches:
         self._seen = nn.Identity() if self.compiled else model  # whose modules hooks may be put on
         self.reach = Reach(self._seen, guard)
         self._blocks: blocks.Watch | None = None
+        self._held: Held | None = None
         self._calls: list[dict[str, str]] = []
         self._looked_at: dict[str, Any] = {}  # the forward that ``_blocks`` is about
 
@@ -86,6 +88,9 @@ class Batches:
         if self._blocks is not None:
             self._blocks.close()
             self._blocks = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and args and isinstance(args[0], torch.Tensor):
@@ -117,6 +122,7 @@ class Batches:
             self._close()
             self._calls.clear()
             self._blocks = blocks.Watch(self._seen, self._guard)
+            self._held = Held(self._seen, self._guard)
             self._looked_at = batch
         if kwargs.get("use_cache") is True and self._model.training:
             self.cached = "use_cache=True was passed"
@@ -135,6 +141,10 @@ class Batches:
         if self._blocks is not None:
             self._blocks.phase = "backward"
         batch = self._batches[-1]
+        if self._held is not None:
+            batch["held"] = self._held.facts()
+            self._held.close()
+            self._held = None
         loss = _loss(output)
         if loss is not None:
             batch["loss"] = float(loss.detach())
@@ -177,6 +187,7 @@ class Batches:
             order=tuple(self._blocks.order),
             checkpoints=tuple(self._calls),
             cache_held=batch.get("cache", False),
+            held=batch.get("held", {}),
             base_grads=(),
         )
         self._close()
