@@ -1,16 +1,18 @@
-"""Whose it is that two modes of checkpointing give different gradients."""
+"""Whose it is that two modes of checkpointing give different gradients, and when a slope says nothing."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kbitcheck.core.facts import Distance
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Distance, TrainingFacts
 from kbitcheck.core.result import Party
-from kbitcheck.judge.gradients import reentrant_agrees
+from kbitcheck.judge.gradients import loss_falls, reentrant_agrees
 
 SAME = {"lora_A": Distance(equal=True, relative=0.0, yardstick=0.0)}
 CUT = {"lora_A": Distance(equal=False, relative=math.inf, yardstick=0.0)}
@@ -44,3 +46,20 @@ def test_the_other_mode_is_the_models_where_the_base_fails_too(
     (told,) = reentrant_agrees(case(plain, CUT, case(SAME, base)))
     assert not told.ok
     assert told.party is party
+
+
+@pytest.mark.parametrize(("predicted", "slope", "judged"), [(-1e-3, 0.1, False), (-0.1, 0.1, True), (-1e-3, 1.0, True)])
+def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(predicted: float, slope: float, judged: bool) -> None:
+    """Of a loss of 2.5 half an ulp of bfloat16 is 0.005: what moves less stays on one flat of a staircase."""
+    losses = (2.5, 2.5 + predicted * slope)
+    training = TrainingFacts(
+        losses=losses, predicted=(0.0, predicted), slope=slope, uncertainty=0.001, changed=frozenset()
+    )
+    facts: Any = SimpleNamespace(training=training, compute_ulp=2**-8)
+    check = inspect.unwrap(loss_falls)
+    if judged:
+        (observation,) = check(facts)
+        assert observation.ok is (slope == 1.0)
+    else:
+        with pytest.raises(NotApplicable, match="rounded away"):
+            list(check(facts))
