@@ -138,6 +138,10 @@ def test_a_scale_shows_where_sums_are_in_another_order(fault, where):
     assert broken(change) == [where]
 
 
+# Sums in another order fall to the other side of a near tie on some processors.
+CHOOSES = {"causal-lm/reformer": "it attends within buckets, and a hash chooses the bucket of each token"}
+
+
 @pytest.mark.slow
 @pytest.mark.transformers5("transformers 4 does not know all of these")
 @pytest.mark.parametrize(
@@ -163,7 +167,8 @@ def test_no_architecture_is_off(task, change):
         if bad:
             off[f"{task}/{name}"] = bad[0]
     assert judged > len(architecture.listed(task)) / 2
-    assert {name: how for name, how in off.items() if name not in {**OWN_FAULTS, **CANNOT_TRAIN}} == {}
+    excused = {**OWN_FAULTS, **CANNOT_TRAIN, **(CHOOSES if change is add_in_another_order else {})}
+    assert {name: how for name, how in off.items() if name not in excused} == {}
 
 
 def scale_gradient(model):
