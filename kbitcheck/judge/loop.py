@@ -189,8 +189,8 @@ def recompute_frees(facts: Facts) -> Iterable[Observation]:
     for name, (kept, made) in held.items():
         actual = f"{kept:,} of {made:,} bytes"
         seen = Observation(name, f"at most {LEFT:.0%} is held", actual, ok=kept <= LEFT * made)
-        schemes = {layer.scheme for n, layer in facts.base.layers.items() if n.startswith(f"{name}.")}
-        if "int8" in schemes and "False" in {call.get("use_reentrant") for call in facts.run.checkpoints}:
+        rounds = any(layer.rounds_input for n, layer in facts.base.layers.items() if n.startswith(f"{name}."))
+        if rounds and "False" in {call.get("use_reentrant") for call in facts.run.checkpoints}:
             yield seen.attributed(Party.STACK, "int8 layers keep their inputs: docs/findings/int8_keeps_inputs.py")
         else:
             yield seen

@@ -12,11 +12,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def _prepare(model: Any, checkpointing: bool, kwargs: Any, *, norms: float = 1.0, frozen: bool = True) -> Any:
-    """A good preparation; ``norms`` scales the last norm, and without ``frozen`` the base trains."""
+    """A good preparation of weights packed as integers; ``norms`` scales the last norm, and without ``frozen`` the base trains."""
     if frozen:
         model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if parameter.dtype in HALF and not hasattr(parameter, "quant_state") and not hasattr(parameter, "SCB"):
+        if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
         if "ln_f" in name or name.endswith("model.norm.weight"):
             parameter.data = parameter.data * norms
