@@ -99,10 +99,6 @@ class Watch:
         model = self._observer.model
         return any(each is module for each in model.modules()) or any(each is model for each in module.modules())
 
-    def is_strange(self, optimizer: Any) -> bool:
-        """Whether an optimizer holds nothing of the model, whose own optimizer is another."""
-        return bool(self._observer.steps.is_strange(optimizer))
-
     @property
     def over(self) -> bool:
         """Whether nothing is watched any more."""

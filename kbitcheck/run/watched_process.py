@@ -106,28 +106,26 @@ class _Waiting:
         if self._removals and self._steps >= self._options["settings"]["steps"]:
             self._remove()
 
-    def _steps_another(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _look_again(self) -> None:
         """A script that goes on with another model, as after a trial step of one, is watched in training that; once."""
         from torch.nn.modules.module import register_module_forward_pre_hook
 
-        if self._watch is None or self._watch.over:
-            self._remove()
-        elif self._removals and self._watch.is_strange(optimizer):
-            self._remove()
+        if self._left is None and not self._removals:
             self._seen.clear()
             self._removals = [register_module_forward_pre_hook(self._runs).remove]
 
     def _start(self, module: Any, args: Any) -> None:
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
-
         settings = Settings(**self._options["settings"])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             settings = Settings(**{**self._options["settings"], "case": f"{CASE}, rank {os.environ.get('RANK', '0')}"})
-        options = {"enabled": self._switched_on, "heard": self._heard, "when_over": self._write}
+        options = {
+            "enabled": self._switched_on,
+            "heard": self._heard,
+            "when_over": self._write,
+            "when_strange": self._look_again,
+        }
         self._watch = Watch(module, None, settings, **options)
         self._watch.start(_keywords(module), module, args)
-        if self._left is None:
-            self._removals = [partial(take_off, register_optimizer_step_pre_hook(self._steps_another))]
 
     def _remove(self) -> None:
         for remove in self._removals:
@@ -147,6 +145,7 @@ class _Waiting:
         if os.getpid() != self._process or self._written or self._watch is None:
             return
         self._written = True
+        self._remove()
         watch = self._left if self._left is not None and not self._watch.report.subject["steps"] else self._watch
         try:
             rank = int(os.environ.get("RANK", "0"))

@@ -33,7 +33,7 @@ class Observer:
     """Hooks on a quantized model and on the steps of the caller's optimizer, or of any, until enough of them were taken.
 
     ``by_check``: the steps are those of a check on a model that it was lent, and no block is compared with a twin.
-    ``when_over`` is called once, after everything is off.
+    ``when_over`` is called once, after everything is off; ``when_strange`` where another model's optimizer steps.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Observer:
         heard: Heard | None = None,
         by_check: bool = False,
         when_over: Callable[[], None] = lambda: None,
+        when_strange: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.failed, self.over, self.busy = "", False, False
@@ -66,7 +67,7 @@ class Observer:
         self._twins = Twins()
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
         self._hooks = ExitStack()
-        self.steps = Steps(model, optimizers_of(training.optimizer))
+        self.steps = Steps(model, optimizers_of(training.optimizer), when_strange)
         self._heard = heard or Heard()
         self._guard = Guard(self)
         self.batches = Batches(model, enabled, self._guard)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,9 @@ class _Open:
 class Steps:
     """Steps of the optimizers that hold a model's parameters, or of ``optimizers`` alone where there are any."""
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Any], when_strange: Callable[[], None] = lambda: None
+    ) -> None:
         self.taken: list[WatchedStep] = []
         self.names: dict[int, str] = {}  # of the model's parameters
         self._parameters: list[nn.Parameter] = []
@@ -36,7 +38,7 @@ class Steps:
         self.foreign = 0
         self.kinds: list[str] = []  # classes of the optimizers
         self.inside = False  # an optimizer's step, in which a closure may run the model
-        self._model = model
+        self._model, self._when_strange = model, when_strange
         self._optimizers = optimizers
         self._open: _Open | None = None
         self._values: dict[str, torch.Tensor] = {}
@@ -66,6 +68,8 @@ class Steps:
     def begin(self, optimizer: Any, *, ran: bool) -> bool:
         """An optimizer's step begins. Whether it is the model's; ``ran``: a forward ran since the last."""
         if not self.register(optimizer, ran=ran):
+            if self.held and not self._mine(optimizer):  # it steps another model
+                self._when_strange()
             return False
         mine = self._mine(optimizer)
         self.inside = True
@@ -136,10 +140,6 @@ class Steps:
         self.held.update((id(p), self.names[id(p)]) for p in mine)
         self.foreign = max(self.foreign, len(_parameters(optimizer)) - len(mine))
         return True
-
-    def is_strange(self, optimizer: Any) -> bool:
-        """Whether an optimizer holds nothing of the model, while another does."""
-        return bool(self.held) and not self._mine(optimizer)
 
     def _mine(self, optimizer: Any) -> list[torch.Tensor]:
         return [p for p in _parameters(optimizer) if id(p) in self.names]
