@@ -1,4 +1,4 @@
-"""KB716 to KB720: what a training loop puts round its steps: a cache, a gradient scaler, recomputes, warnings, gradients that are cleared."""
+"""KB716 to KB722: what a training loop puts round its steps: a cache, a gradient scaler, recomputes, warnings, its batches."""
 
 from collections.abc import Iterable
 

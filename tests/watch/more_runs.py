@@ -898,14 +898,10 @@ def left_in_eval_mode():
 
 
 def labels_shifted_twice():
-    model = prepared()
-    optimizer = adamw(model)
-    model.train()
-    losses = []
-    for batch in batches(STEPS):
+    def shift(model, batch):
         batch["labels"] = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1), value=-100)
-        losses.append(plain_step(model, optimizer, batch))
-    return model, losses
+
+    return with_batches(shift)
 
 
 def a_second_model_is_frozen():
