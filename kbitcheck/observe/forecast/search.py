@@ -74,21 +74,15 @@ class Search:
         shape: Callable[[int], tuple[int, int, str]],
         room: int,
         limit: int,
-        *,
-        start: int,
-        degree: int,
-        first: int = 0,
+        **guess: int,
     ) -> Largest:
+        """As the function, with steps of ``shape`` as long as patience lasts."""
+
+        def measure(number: int) -> int | None:
+            return self._size(self.step(*shape(number))) if self._affords(shape(number)) else None
+
         self._patience = PATIENCE
-        largest = _largest(
-            sizes,
-            lambda number: self._size(self.step(*shape(number))) if self._affords(shape(number)) else None,
-            room,
-            limit,
-            start=start,
-            degree=degree,
-            first=first,
-        )
+        largest = _largest(sizes, measure, room, limit, **guess)
         self.ended_early |= largest.limit == "patience"
         return largest
 
