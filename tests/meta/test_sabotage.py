@@ -48,19 +48,29 @@ def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwar
     return model
 
 
+def setting_of(fault):
+    return fault.model, fault.quant, fault.checkpointing, fault.conditions
+
+
 OWN = [fault for fault in faults() if fault.standalone]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "quant", "checkpointing"), sorted({(f.model, f.quant, f.checkpointing) for f in OWN})
+    ("model", "quant", "checkpointing", "conditions"), sorted({setting_of(f) for f in OWN})
 )
-def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quant, checkpointing, bases):
+def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quant, checkpointing, conditions, bases):
     fault = Fault(
-        code="KB101", name="innocent", prepare=innocent, model=model, quant=quant, checkpointing=checkpointing
+        code="KB101",
+        name="innocent",
+        prepare=innocent,
+        model=model,
+        quant=quant,
+        checkpointing=checkpointing,
+        conditions=conditions,
     )
     case = case_of(fault, bases)
-    codes = {f.code for f in OWN if (f.model, f.quant, f.checkpointing) == (model, quant, checkpointing)}
+    codes = {f.code for f in OWN if setting_of(f) == (model, quant, checkpointing, conditions)}
     if version("transformers") < "5" and model == "tiny:llava":
         codes.discard("KB302")  # the plain steps hook the text's embedding, as that transformers does
     judged = [judge(rules()[code], case) for code in sorted(codes)]
