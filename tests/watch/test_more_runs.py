@@ -12,7 +12,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.run import watched_process
-from tests.watch import more_runs, runs
+from tests.watch import broken_runs, loops, runs, sound_runs
 
 # What the watcher alone sees; the others take the paths of these.
 FAST = {
@@ -49,7 +49,7 @@ def broken(report):
     return {r.rule for r in report if r.status is Status.FAIL and r.level is not Level.INFO}
 
 
-@pytest.mark.parametrize("run", [*each(more_runs.SOUND)])
+@pytest.mark.parametrize("run", [*each(sound_runs.SOUND)])
 def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     (model, losses), report = watched(run, tmp_path)
     assert broken(report) <= {"KB907"}
@@ -63,7 +63,7 @@ def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
 
 
-@pytest.mark.parametrize(("run", "code"), [*each(more_runs.BROKEN.items())])
+@pytest.mark.parametrize(("run", "code"), [*each(broken_runs.BROKEN.items())])
 def test_a_broken_run_is_named(run, code, tmp_path):
     _, report = watched(run, tmp_path)
     assert code in broken(report)
@@ -72,7 +72,7 @@ def test_a_broken_run_is_named(run, code, tmp_path):
 
 def test_every_rule_of_loops_has_a_broken_run():
     own = {code for code, rule in rules().items() if rule.family in ("loop", "watched")}
-    assert own <= {*runs.BROKEN.values(), *more_runs.BROKEN.values(), "KB706", "KB719"}
+    assert own <= {*runs.BROKEN.values(), *broken_runs.BROKEN.values(), "KB706", "KB719"}
 
 
 def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_own_off(tmp_path):
@@ -80,7 +80,7 @@ def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_
 
     def run():
         model = runs.prepared()
-        plain = more_runs.each_step(model, runs.adamw(model), between=hook_on)
+        plain = loops.each_step(model, runs.adamw(model), between=hook_on)
         return model, plain
 
     def hook_on(model, step):
@@ -95,7 +95,7 @@ def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_
         for handle in handles:
             handle.remove()
     assert report.subject["steps"] == 3
-    assert called == ["before", "after"] * (more_runs.STEPS - 1)
+    assert called == ["before", "after"] * (loops.STEPS - 1)
 
 
 def test_what_int8_layers_keep_is_the_stacks(tmp_path):
@@ -103,7 +103,7 @@ def test_what_int8_layers_keep_is_the_stacks(tmp_path):
         how = {"use_reentrant": False}
         prepared = prepare_model_for_kbit_training(runs.load(scheme="int8"), gradient_checkpointing_kwargs=how)
         model = get_peft_model(prepared, runs.lora())
-        return model, more_runs.each_step(model, runs.adamw(model))
+        return model, loops.each_step(model, runs.adamw(model))
 
     _, report = watched(run, tmp_path)
     (result,) = [r for r in report if r.rule == "KB722"]
@@ -113,14 +113,14 @@ def test_what_int8_layers_keep_is_the_stacks(tmp_path):
 
 
 def test_why_no_block_was_compared_is_said(tmp_path):
-    _, report = watched(more_runs.closures, tmp_path)
+    _, report = watched(sound_runs.closures, tmp_path)
     reasons = {r.reason for r in report if r.rule == "KB304"}
     assert reasons == {"no block was compared: the optimizer runs the model itself, in a closure"}
     assert "gradients were not judged: no block was compared" in " ".join(str(report).split())
 
 
 def test_a_scale_that_still_falls_is_a_note(tmp_path):
-    _, report = watched(more_runs.scaler_whose_scale_still_falls, tmp_path)
+    _, report = watched(sound_runs.scaler_whose_scale_still_falls, tmp_path)
     assert broken(report) == set()
     (result,) = (r for r in report if r.rule == "KB717")
     assert result.notes == ("the gradient scaler skipped all 3 steps: --steps watches until one is taken",)
@@ -139,7 +139,7 @@ def test_a_warning_that_matters_is_among_many(tmp_path):
             warnings.simplefilter("always")
             warnings.warn("None of the inputs have requires_grad=True. Gradients will be None", stacklevel=1)
             warnings.warn("a new release is there", stacklevel=1)
-        return more_runs.each_step(model, runs.adamw(model))
+        return loops.each_step(model, runs.adamw(model))
 
     _, report = watched(run, tmp_path)
     (result,) = (r for r in report if r.rule == "KB719")
