@@ -56,9 +56,7 @@ OWN = [fault for fault in faults() if fault.standalone]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "quant", "checkpointing", "conditions"), sorted({setting_of(f) for f in OWN})
-)
+@pytest.mark.parametrize(("model", "quant", "checkpointing", "conditions"), sorted({setting_of(f) for f in OWN}))
 def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quant, checkpointing, conditions, bases):
     fault = Fault(
         code="KB101",
