@@ -17,6 +17,7 @@ COMMANDS = {
     "gate": "Has an implementation changed since its results were accepted?",
     "matrix": "Which rules do several implementations or releases keep?",
     "diff": "Compare two saved reports: did anything get worse?",
+    "backends": "Which quantization methods are there, what can train, and what is judged of each?",
     "rules": "List the rules, or explain one.",
     "selftest": "Prove on this machine that every rule catches its faults.",
     "sweep": "Audit every architecture of transformers, tiny and with random weights.",

@@ -5,14 +5,16 @@ when one moves.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import base
+from transformers.quantizers import auto, base
+from transformers.utils.quantization_config import QuantizationMethod
 
 
 def mapped_class(auto: str, config: PretrainedConfig) -> Any:
@@ -67,3 +69,46 @@ def replace_layers(quantizer: Any, model: PreTrainedModel, dtype: torch.dtype) -
     quantizer.preprocess_model(model=model, **arguments)
     if hasattr(base, "_assign_is_quantized"):  # loading does so last; some models compute otherwise then
         base._assign_is_quantized(model)
+
+
+def quantizers() -> Mapping[str, Any]:
+    """The quantizer's class by the name that transformers lists; one method may have several."""
+    return auto.AUTO_QUANTIZER_MAPPING
+
+
+def quantizer_name(config: Mapping[str, Any]) -> str:
+    """The name that transformers lists for a ``quantization_config``; the method's own where it lists none."""
+    method = str(config.get("quant_method", ""))
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):  # older ones name no method
+        method = method or QuantizationMethod.BITS_AND_BYTES.value
+        return f"{method}_{4 if config.get('load_in_4bit') else 8}bit"
+    return method
+
+
+def quantizer_of(config: Mapping[str, Any]) -> Any:
+    """The quantizer's class for a ``quantization_config``; None where transformers lists none."""
+    return quantizers().get(quantizer_name(config))
+
+
+def method_fields(name: str) -> dict[str, Any]:
+    """The least of a ``quantization_config`` that transformers lists under a name."""
+    for bits in ("4bit", "8bit"):
+        if name.endswith(f"_{bits}"):
+            return {"quant_method": name.removesuffix(f"_{bits}"), f"load_in_{bits}": True}
+    return {"quant_method": name}
+
+
+def quantization_config(config: Mapping[str, Any]) -> Any:
+    """The object that transformers makes of a ``quantization_config``."""
+    return auto.AutoQuantizationConfig.from_dict(dict(config))
+
+
+def mark_quantized(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Mark a module as loading marks a model of a ``quantization_config``, without loading or packing anything."""
+    kind = quantizer_of(config)
+    vars(model).update(is_quantized=True, quantization_method=config["quant_method"])
+    if kind is not None:
+        quantizer = object.__new__(kind)
+        # What else it does with a loaded model needs its package.
+        with suppress(Exception):
+            quantizer._process_model_after_weight_loading(model)

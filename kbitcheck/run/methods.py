@@ -1,0 +1,45 @@
+"""The table of quantization methods: what transformers, PEFT and kbitcheck do with each on this machine."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from kbitcheck.backends import registry
+from kbitcheck.core.methods import Method, Methods
+
+FULL = "full"
+NAMED = "static, sizes as of nf4"
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def methods() -> Methods:
+    """A row for every quantization method that the installed transformers lists."""
+    from kbitcheck.models import methods as of_transformers
+
+    rows = [_row(config) for config in of_transformers.described().values()]
+    return Methods(versions=dict(_versions()), rows=tuple(rows))
+
+
+def _row(config: Mapping[str, Any]) -> Method:
+    from kbitcheck.models.methods import loading
+    from kbitcheck.observe.probes.treatment import peft_function, treatment
+
+    peft = peft_function()
+    backend = registry.of_method(config)
+    why = "kbitcheck has no backend for it" if backend is None else backend.unavailable()
+    return Method(
+        loading=loading(config),
+        treatment=None if peft is None else treatment(peft, config),
+        schemes=() if backend is None else tuple(scheme.name for scheme in backend.schemes),
+        audit=NAMED if backend is None else FULL if not why else "static",
+        why=why,
+    )
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in (*PACKAGES, *(library for backend in registry.registered() for library in backend.libraries)):
+        with suppress(ImportError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
