@@ -5,8 +5,9 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
+Short = Literal["", "memory", "time"]
 PACKAGES = Path(__file__).parents[1], Path(__file__).parents[2] / "reference"
 
 
@@ -39,7 +40,11 @@ class UsageError(Exception):
 
 
 class Lost(Exception):
-    """A worker died, hung or broke the protocol; the message is the cause on one line."""
+    """A worker died, hung or broke the protocol; the message is the cause on one line. ``short_of``: what ran out, if anything did."""
+
+    def __init__(self, message: str, *, short_of: Short = "") -> None:
+        super().__init__(message)
+        self.short_of: Short = short_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,16 @@ class Raised:
 def cause(error: BaseException) -> str:
     """An exception on one line: its type, its message, and the innermost place outside kbitcheck."""
     return str(Raised.of(error))
+
+
+def short_of(error: BaseException) -> Short:
+    """``memory`` if an exception, or the one behind a fact that is not there, says that memory ran out; else empty."""
+    raised = error.raised if isinstance(error, Unavailable) else Raised.of(error)
+    if raised is None:
+        return ""
+    # torch has a type of its own for an accelerator alone.
+    named = raised.type in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in raised.text
+    return "memory" if named else ""
 
 
 def is_own(error: BaseException) -> bool:

@@ -1,9 +1,10 @@
 """What happens while cases are judged: typed events, their JSON form for the pipe to a worker, and their collector."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from kbitcheck.core.errors import Short
 from kbitcheck.core.plan import Plan
 from kbitcheck.core.result import Result
 
@@ -55,10 +56,14 @@ class Computing(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged(Event):
-    """A rule was judged on a case. After a ``fatal`` error the process is not to be trusted with another case."""
+    """A rule was judged on a case. After a ``fatal`` error the process is not to be trusted with another case.
+
+    ``short_of``: what ran out, where that made the result an ERROR.
+    """
 
     result: Result
     fatal: bool = False
+    short_of: Short = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +120,7 @@ class Broken(Event):
 
     cause: str
     fatal: bool = False
+    short_of: Short = ""
     traceback: str = ""
 
 
@@ -173,7 +179,7 @@ class Collector:
     def add(self, event: Event) -> Event:
         """Gather from an event; the event itself, with its result settled."""
         if isinstance(event, Judged):
-            event = Judged(result=self._settle(event.result, self.loaded.environment), fatal=event.fatal)
+            event = replace(event, result=self._settle(event.result, self.loaded.environment))
             self.results.append(event.result)
         elif isinstance(event, Figures):
             self.facts[event.case] = event.facts

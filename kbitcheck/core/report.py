@@ -197,7 +197,7 @@ def assemble(
     complete: bool = True,
     seconds: float | None = None,
 ) -> Report:
-    """The report of a run: its results in the order of the cases, those of one case in the order in which they came.
+    """The report of a run: its results in the order of the cases, those of one case in the order of their rules.
 
     ``cases`` are the specs (``CaseSpec.as_json``) by id; ``subject`` says which command ran and which rules it ignored;
     ``seconds`` is the duration of the run. Of the reference every failure counts, whoever it is attributed to.
@@ -214,7 +214,7 @@ def assemble(
             "in_process": in_process,
             **({"cases": dict(cases)} if cases else {}),
         },
-        results=tuple(sorted(collected.results, key=lambda result: order.get(result.case, len(order)))),
+        results=tuple(sorted(collected.results, key=lambda result: (order.get(result.case, len(order)), result.rule))),
         blame="any" if implementations == {REFERENCE} else blame,
         strict=strict,
         complete=complete,

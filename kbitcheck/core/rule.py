@@ -162,6 +162,7 @@ def judge(rule: Rule, facts: Facts, *, on_error: Callable[[Exception], None] = l
             raised = str(gap.raised or "")
         if isinstance(gap, Unavailable) and gap.failed:
             status, reason = Status.ERROR, str(gap)
+            on_error(gap)
         else:
             # What was seen broken before stays broken.
             status, reason = (Status.FAIL, "") if failures else (Status.SKIP, str(gap))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import REFERENCE, CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.rule import rules
@@ -118,7 +118,14 @@ class Cases:
             python = interpreter(spec.implementation)
             # pytest's import path would come before the implementation's own packages.
             path = self._path if python == sys.executable else ()
-            self._worker = Worker(self._scratch, self._timeout, path=path, environment=self._environment, python=python)
+            self._worker = Worker(
+                self._scratch,
+                self._timeout,
+                path=path,
+                environment=self._environment,
+                python=python,
+                beside_reference=spec.implementation != REFERENCE,
+            )
         return self._worker
 
     def _file(self, job: Job) -> Path:

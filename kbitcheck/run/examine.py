@@ -5,6 +5,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Short, short_of
 from kbitcheck.core.events import Computing, Event, Figures, Judged
 from kbitcheck.core.plan import display_name
 from kbitcheck.core.result import Result, Status
@@ -27,8 +28,12 @@ def examine(
         for rule in rules:
             raised: list[Exception] = []
             result = judge(rule, case, on_error=raised.append)
-            out_of_memory = any(isinstance(error, MemoryError) for error in raised)
-            yield Judged(result=result, fatal=result.status is Status.ERROR and (out_of_memory or device != "cpu"))
+            short: Short = next((short_of(error) for error in raised if short_of(error)), "")
+            yield Judged(
+                result=result,
+                fatal=result.status is Status.ERROR and (short == "memory" or device != "cpu"),
+                short_of=short,
+            )
         yield Figures(case=case.case, facts=case.summary())
 
 
@@ -44,9 +49,11 @@ def _watch(case: Any, tell: Callable[[Event], object]) -> None:
         computed.watch = watch
 
 
-def not_reached(spec: CaseSpec, rules: Sequence[Rule], reached: Container[str], reason: str) -> Iterator[Judged]:
+def not_reached(
+    spec: CaseSpec, rules: Sequence[Rule], reached: Container[str], reason: str, short_of: Short = ""
+) -> Iterator[Judged]:
     """An ERROR for every rule that the case did not reach."""
     for rule in rules:
         if rule.code not in reached:
             error = Result(rule=rule.code, case=spec.id, level=rule.level, status=Status.ERROR, reason=reason)
-            yield Judged(result=error)
+            yield Judged(result=error, short_of=short_of)

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, seed, settings
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import REFERENCE, CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.events import Collector, Event, Loaded, Started
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_NOTHING, Report, assemble
@@ -54,8 +54,8 @@ def fuzz(
     the same cases; hypothesis first tries what it has in its database (``.hypothesis``) from earlier failures.
     """
     with scratch_directory() as scratch:
-        python = virtualenvs.interpreter(plan.implementation)
-        with contextlib.closing(Worker(scratch, timeout, echo, python=python)) as worker:
+        python, beside = virtualenvs.interpreter(plan.implementation), plan.implementation != REFERENCE
+        with contextlib.closing(Worker(scratch, timeout, echo, python=python, beside_reference=beside)) as worker:
             return _Run(plan=plan, scratch=scratch, on_event=on_event, worker=worker).report()
 
 

@@ -8,15 +8,21 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Implementation, Profile
-from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.errors import UsageError, cause, short_of
 from kbitcheck.core.events import Collector, Event, Judged, Loaded, Started
 from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.report import Report, assemble
+from kbitcheck.core.result import Status
 from kbitcheck.core.rule import Rule, select
 from kbitcheck.core.training import Training
 from kbitcheck.run import subject as implementations
+from kbitcheck.run.beside_reference import settled
 from kbitcheck.run.examine import examine, not_reached
 from kbitcheck.run.findings import settler
+from kbitcheck.run.pool import Worker
+from kbitcheck.run.worker_process import scratch_directory
+
+REFERENCE_SECONDS = 600.0
 
 
 @contextlib.contextmanager
@@ -43,8 +49,13 @@ def examine_all(
     rules: Sequence[Rule],
     implementation: Implementation | None,
     tell: Callable[[Event], object],
+    *,
+    beside_reference: bool = False,
 ) -> Generator[Event, None, None]:
-    """The events of the cases; ``implementation`` replaces the one that the specs name. ``tell`` gets those of progress."""
+    """The events of the cases; ``implementation`` replaces the one that the specs name. ``tell`` gets those of progress.
+
+    With ``beside_reference`` the reference is asked, in a process of its own, about what could not be judged.
+    """
     from kbitcheck.observe import device as devices
     from kbitcheck.observe.open_case import open_case
 
@@ -65,8 +76,18 @@ def examine_all(
             raise
         except (Exception, SystemExit) as error:
             reached = {event.result.rule for event in events if isinstance(event, Judged)}
-            events += not_reached(spec, rules, reached, cause(error))
-        yield from events
+            events += not_reached(spec, rules, reached, cause(error), short_of(error))
+        yield from events if not beside_reference else _beside_reference(spec, rules, events)
+
+
+def _beside_reference(spec: CaseSpec, rules: Sequence[Rule], events: Sequence[Event]) -> Iterator[Event]:
+    errors = [event for event in events if isinstance(event, Judged) and event.result.status is Status.ERROR]
+    yield from (event for event in events if event not in errors)
+    if errors:
+        with scratch_directory() as scratch, contextlib.closing(Worker(scratch, REFERENCE_SECONDS)) as worker:
+            yield from settled(
+                spec, rules, errors, lambda of_reference, named, share: worker.examine(of_reference, named)
+            )
 
 
 def audit(

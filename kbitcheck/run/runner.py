@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from kbitcheck.core.cases import CaseSpec, Implementation
+from kbitcheck.core.cases import REFERENCE, CaseSpec, Implementation
 from kbitcheck.core.events import Collector, Event, Planned, Started
 from kbitcheck.core.plan import Plan
 from kbitcheck.core.report import Blame, Report, assemble
@@ -43,10 +43,13 @@ def run(
     """
     start = time.perf_counter()
     live = in_process or implementation is not None
+    beside = blame == "own" and all(spec.implementation != REFERENCE for spec in specs)
     collector = Collector(settler(specs))
     complete = True
     events = (
-        examine_all(specs, rules, implementation, on_event) if live else _isolated(specs, rules, timeout, echo, jobs)
+        examine_all(specs, rules, implementation, on_event, beside_reference=beside)
+        if live
+        else _isolated(specs, rules, timeout, echo, jobs, beside_reference=beside)
     )
     try:
         with contextlib.closing(events):
@@ -84,7 +87,13 @@ def plans(
 
 
 def _isolated(
-    specs: Sequence[CaseSpec], rules: Sequence[Rule], timeout: float, echo: Callable[[str], None] | None, jobs: int
+    specs: Sequence[CaseSpec],
+    rules: Sequence[Rule],
+    timeout: float,
+    echo: Callable[[str], None] | None,
+    jobs: int,
+    *,
+    beside_reference: bool,
 ) -> Generator[Event, None, None]:
     """The events of the cases, from worker processes. Cases of one base stay together: they share facts of the base."""
     groups: dict[tuple[str, str], list[CaseSpec]] = {}
@@ -99,5 +108,8 @@ def _isolated(
     with scratch_directory() as scratch:
         called = bool(specs) and specs[0].static != "always"
         python = virtualenvs.interpreter(specs[0].implementation) if called else sys.executable
-        workers = [Worker(scratch, timeout, echo, python=python) for _ in range(min(jobs, len(groups)))]
+        workers = [
+            Worker(scratch, timeout, echo, python=python, beside_reference=beside_reference)
+            for _ in range(min(jobs, len(groups)))
+        ]
         yield from spread(list(groups.values()), serve, workers)

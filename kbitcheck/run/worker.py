@@ -20,7 +20,7 @@ from typing import IO
 
 from kbitcheck.core import events
 from kbitcheck.core.cases import Implementation
-from kbitcheck.core.errors import UsageError, cause
+from kbitcheck.core.errors import UsageError, cause, short_of
 from kbitcheck.core.events import Event
 from kbitcheck.core.machine import LARGE_BYTES
 from kbitcheck.core.rule import log, rules
@@ -61,8 +61,9 @@ class Server:
         except BaseException as error:
             # A subject may raise SystemExit or KeyboardInterrupt; whatever it raises is the case's end, not the run's.
             # Without memory, or after an error on an accelerator, the next case could fail for this one's reason.
-            fatal = isinstance(error, MemoryError) or not isinstance(error, Exception) or self._device != "cpu"
-            self._send(events.Broken(cause=cause(error), fatal=fatal, traceback=traceback.format_exc()))
+            short = short_of(error)
+            fatal = short == "memory" or not isinstance(error, Exception) or self._device != "cpu"
+            self._send(events.Broken(cause=cause(error), fatal=fatal, short_of=short, traceback=traceback.format_exc()))
 
     def _send(self, event: Event) -> None:
         self._replies.write(json.dumps(event.as_json()) + "\n")

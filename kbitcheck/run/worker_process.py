@@ -53,7 +53,7 @@ def answers(request: Request, seconds: float, echo: Callable[[str], None] | None
             if isinstance(event, events.WrongUsage):
                 raise UsageError(event.message)
             if isinstance(event, events.Broken):
-                raise Lost(event.cause)
+                raise Lost(event.cause, short_of=event.short_of)
             yield event
 
 
@@ -116,7 +116,7 @@ class WorkerProcess:
         while True:
             line = self._line(deadline)
             if line is None:
-                raise Lost(f"no result within {seconds:g} s{self._whereabouts()}")
+                raise Lost(f"no result within {seconds:g} s{self._whereabouts()}", short_of="time")
             try:
                 event = events.from_json(json.loads(line))
             except ValueError:
@@ -140,7 +140,7 @@ class WorkerProcess:
                     if not self._pump(key.fd):
                         selector.unregister(key.fd)
                 if dead and b"\n" not in self._unread:
-                    raise Lost(self._obituary())
+                    raise Lost(self._obituary(), short_of="memory" if self._popen.returncode == -signal.SIGKILL else "")
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 

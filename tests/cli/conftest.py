@@ -20,8 +20,10 @@ SUBJECTS = {
     "good": "def prepare(model):\n    return model\nprepare.please = True\n",
     "rude": "def prepare(model):\n    return model\n",
     "nothing": "def prepare(model):\n    print('chatter')\n",
-    # Breaks a MUST (KB103), and makes another rule (KB201) raise.
+    # Breaks a MUST (KB103), and leaves no memory for another rule (KB201).
     "half_judged": "class Prepare:\n    def __call__(self, model):\n        return None\n"
+    "    @property\n    def please(self):\n        raise MemoryError('deaf')\nprepare = Prepare()\n",
+    "deaf": "class Prepare:\n    def __call__(self, model):\n        return model\n"
     "    @property\n    def please(self):\n        raise ValueError('deaf')\nprepare = Prepare()\n",
     "raises": "def prepare(model):\n    raise ValueError('no\\nnot at all')\n",
     "leaves": "import os\ndef prepare(model):\n    print('last words')\n    os._exit(7)\n",

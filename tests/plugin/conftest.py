@@ -29,8 +29,9 @@ SUBJECTS = {
     "nothing": "def prepare(model):\n    pass\n",
     # Breaks a MUST (KB103), and makes another rule (KB201) raise.
     "half_judged": "class Prepare:\n    def __call__(self, model):\n        return None\n"
-    "    @property\n    def please(self):\n        raise ValueError('deaf')\nprepare = Prepare()\n",
+    "    @property\n    def please(self):\n        raise MemoryError('deaf')\nprepare = Prepare()\n",
     "leaves": "import os\ndef prepare(model):\n    os._exit(7)\n",
+    "killed": "import os\ndef prepare(model):\n    os.kill(os.getpid(), 9)\n",
     "import_error": "import no_such_module_anywhere\n",
 }
 

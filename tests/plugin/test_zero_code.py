@@ -93,12 +93,19 @@ def test_strict_counts_a_should(run: Run) -> None:
 
 @ALONE_OR_SPREAD
 def test_what_broke_is_an_error_and_lifts_the_exit_status(run: Run, subjects: Path, workers: str) -> None:
-    result = run("--kbit-impl=leaves.py:prepare", *ONE, "--kbit-report=report.json", workers)
+    result = run("--kbit-impl=killed.py:prepare", *ONE, "--kbit-report=report.json", workers)
     result.assert_outcomes(errors=3, passed=1, skipped=1)
     assert result.ret == 3
-    result.stdout.fnmatch_lines(["*the process ended itself with exit code 7*"])
+    result.stdout.fnmatch_lines(["*the process was killed by SIGKILL*"])
     statuses = [r["status"] for r in untimed(subjects / "report.json")["results"]]
     assert statuses == ["PASS", "SKIP", "ERROR", "ERROR", "ERROR"]
+
+
+def test_what_ends_its_process_where_the_reference_does_not_fails_one_rule(run: Run) -> None:
+    result = run("--kbit-impl=leaves.py:prepare", *ONE)
+    result.assert_outcomes(failed=1, passed=1, skipped=3)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*the process ended itself with exit code 7*"])
 
 
 @ALONE_OR_SPREAD
