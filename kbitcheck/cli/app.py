@@ -14,6 +14,7 @@ COMMANDS = {
     "model": "Will this model survive k-bit preparation and train, and what will it cost?",
     "impl": "Does this preparation function keep the specification?",
     "watch": "Watch a training script from inside: does it train what it should?",
+    "adapter": "Look at a saved adapter: did it train, and does it fit its base?",
     "gate": "Has an implementation changed since its results were accepted?",
     "matrix": "Which rules do several implementations or releases keep?",
     "diff": "Compare two saved reports: did anything get worse?",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import getdoc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kbitcheck.core.errors import NotApplicable, Unavailable, UsageError, cause
 from kbitcheck.core.reads import facts_read
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kbitcheck")
 CODE = re.compile(r"KB\d{3}")
 Check = Callable[["Facts"], Iterable[Observation]]
+About = Literal["model", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,14 @@ class Rule:
     """A requirement of the specification and the pure function that judges facts by it.
 
     The first paragraph of the function's docstring is the requirement; the sections headed ``Why``, ``Symptom``, ``Fix``
-    and ``Sources`` are the rest of its page.
+    and ``Sources`` are the rest of its page. ``about`` is what the rule judges: a model that trains, or an adapter that was saved.
     """
 
     code: str
     name: str
     level: Level
     check: Check
+    about: About = "model"
 
     @property
     def requirement(self) -> str:
@@ -86,17 +88,25 @@ class Registry(Mapping[str, Rule]):
             raise ValueError(f"{new.code!r} is not a fresh rule code")
         self._rules[new.code] = new
 
-    def select(self, codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None) -> list[Rule]:
-        """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes."""
+    def select(
+        self, codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None, *, about: About | None = "model"
+    ) -> list[Rule]:
+        """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes.
+
+        ``about`` None means rules about anything.
+        """
         ignored = ignore or {}
+        ours = [code for code, rule in self.items() if about in (None, rule.about)]
         for prefix in (*codes, *ignored):
-            if not any(code.startswith(prefix.upper()) for code in self):
-                family = [code for code in self if code.startswith(prefix.upper()[:3])]
-                hint = did_you_mean(prefix.upper(), family or self)
-                hint = hint or did_you_mean(prefix.lower(), map(self.title, self))
+            if not any(code.startswith(prefix.upper()) for code in ours):
+                if about is not None and any(code.startswith(prefix.upper()) for code in self):
+                    raise UsageError(f"{prefix} is not about {_a(about)}; see `kbitcheck rules`")
+                family = [code for code in ours if code.startswith(prefix.upper()[:3])]
+                hint = did_you_mean(prefix.upper(), family or ours)
+                hint = hint or did_you_mean(prefix.lower(), map(self.title, ours))
                 raise UsageError(f"no rule matches {prefix!r}{hint}; see `kbitcheck rules`")
         wanted, unwanted = (tuple(prefix.upper() for prefix in prefixes) for prefixes in (codes or [""], ignored))
-        return [rule for code, rule in self.items() if code.startswith(wanted) and not code.startswith(unwanted)]
+        return [self[code] for code in ours if code.startswith(wanted) and not code.startswith(unwanted)]
 
     def title(self, code: str) -> str:
         """Code and name of a rule, ``KB101 base-frozen``; the code alone of a rule that is not registered."""
@@ -122,11 +132,15 @@ REGISTRY = Registry()
 select = REGISTRY.select
 
 
-def rule(code: str, name: str, level: Level) -> Callable[[Check], Check]:
+def _a(about: About) -> str:
+    return f"{'an' if about[0] in 'aeiou' else 'a'} {about}"
+
+
+def rule(code: str, name: str, level: Level, *, about: About = "model") -> Callable[[Check], Check]:
     """Register a check under its code."""
 
     def register(check: Check) -> Check:
-        REGISTRY.add(Rule(code=code, name=name, level=level, check=check))
+        REGISTRY.add(Rule(code=code, name=name, level=level, check=check, about=about))
         return check
 
     return register

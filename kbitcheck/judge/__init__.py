@@ -1,6 +1,7 @@
 """The rules, one family a file: pure functions from facts to observations. Importing this registers them all."""
 
 from kbitcheck.judge import (
+    adapter,
     audit,
     checkpointing,
     contract,
@@ -16,6 +17,7 @@ from kbitcheck.judge import (
 )
 
 __all__ = [
+    "adapter",
     "audit",
     "checkpointing",
     "contract",

@@ -21,7 +21,7 @@ from kbitcheck.models import load as loading
 
 def build(
     config: Mapping[str, Any],
-    quant: Quantization,
+    quant: Quantization | None,
     options: loading.Options,
     *,
     quantized: bool = False,
@@ -30,7 +30,7 @@ def build(
     """The model that loading by these arguments would give, in eval mode, on the meta device.
 
     ``config`` holds a ``config.json``'s fields. A checkpoint that is ``quantized`` already states all it skips. Of one that is
-    not ``drawn`` at random, the tensors are tied as its configuration says.
+    not ``drawn`` at random, the tensors are tied as its configuration says. Without ``quant`` nothing is quantized.
     """
     fields = {k: v for k, v in config.items() if k != "quantization_config"}
     dtype: torch.dtype = getattr(torch, options.dtype)
@@ -41,13 +41,15 @@ def build(
             internals.choose_implementation(configured, options.attention)
         with _default_dtype(dtype), _without_initial_values():
             model = loading.empty(cls, configured)
-            skip = loading.automatic_skip(cls, configured) if quant.skip and not quantized else []
-            _replace_layers(model, quant, skip, dtype)
+            if quant is not None:
+                skip = loading.automatic_skip(cls, configured) if quant.skip and not quantized else []
+                _replace_layers(model, quant, skip, dtype)
         wide = internals.kept_in_float32(model, dtype)
         for name, parameter in model.named_parameters():
             if wide.intersection(name.split(".")):
                 parameter.data = parameter.data.to(torch.float32)
-        quant.backend.packing.quantize_empty(model, dtype)
+        if quant is not None:
+            quant.backend.packing.quantize_empty(model, dtype)
         model.tie_weights()
         if not drawn and _saved_untied(config, model):
             internals.untie_head(model)

@@ -7,8 +7,8 @@ from kbitcheck.report.parts.broken_rules import BrokenRule, broken_rules
 from kbitcheck.report.parts.charts import charts
 from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
-from kbitcheck.report.parts.memory import rows
 from kbitcheck.report.parts.repro import command
+from kbitcheck.report.parts.table import rows
 from kbitcheck.report.parts.verdict import outcome, verdict
 from kbitcheck.report.rule_page import FAMILIES
 from kbitcheck.report.templates import glossary, template
@@ -46,9 +46,8 @@ def render(report: Report) -> str:
 def _memory(report: Report) -> list[tuple[str, list[str]]]:
     """The memory table by heading: lines of text, of which those of one heading stand under each other."""
     lines: list[tuple[str, list[str]]] = []
-    if report.subject.get("command") in ("model", "audit"):
-        for heading, cases, text in rows(report.facts.get("cases", {}), report.subject.get("cases", {})):
-            if heading or not lines:
-                lines.append((heading, []))
-            lines[-1][1].append(f"{cases}: {text}" if cases else text)
+    for heading, cases, text in rows(report):
+        if heading or not lines:
+            lines.append((heading, []))
+        lines[-1][1].append(f"{cases}: {text}" if cases else text)
     return lines

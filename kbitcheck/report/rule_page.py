@@ -3,7 +3,7 @@
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import getdoc
 
@@ -24,9 +24,17 @@ FAMILIES = {
     "cost": "Cost of preparing",
     "composition": "Composition",
     "audit": "Facts about the model",
+    "adapter": "Saved adapters",
 }
 # Sections of a rule's docstring, and their headings.
 HEADINGS = {"Why": "Why", "Symptom": "You will see", "Fix": "What to do"}
+COMMANDS_ABOUT: Mapping[str, Callable[[str], tuple[str, ...]]] = {
+    "model": lambda code: (
+        f"kbitcheck impl mypkg:prepare --select {code}",
+        f"pytest --kbit-impl mypkg:prepare --kbit-select {code}",
+    ),
+    "adapter": lambda code: (f"kbitcheck adapter DIR --select {code}",),
+}
 FAILS, SOURCES, COMMANDS = "What fails", "Sources", "Run it"
 
 
@@ -64,10 +72,7 @@ def rule_page(rule: Rule) -> RulePage:
         catches=f"`kbitcheck selftest --select {rule.code}` shows that the rule catches:",
         examples=examples(rule.code),
         sources=_sentence(rule.section("Sources")),
-        commands=(
-            f"kbitcheck impl mypkg:prepare --select {rule.code}",
-            f"pytest --kbit-impl mypkg:prepare --kbit-select {rule.code}",
-        ),
+        commands=COMMANDS_ABOUT[rule.about](rule.code),
     )
 
 

@@ -14,7 +14,7 @@ from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
 from kbitcheck.report.parts.limits import BRIEF, NONE, listed
 from kbitcheck.report.parts.markup import printable
-from kbitcheck.report.parts.memory import rows
+from kbitcheck.report.parts.table import rows
 from kbitcheck.report.parts.verdict import verdict
 
 Line = tuple[str, str]  # text and rich style
@@ -120,15 +120,14 @@ class _Page:
         notes = [("ignored", "", f"{c}: {why}") for c, why in self._report.subject.get("ignored", {}).items()]
         notes += [("cut", "", line) for line in cuts(self._report)]
         notes += [("note", "", note) for note in dict.fromkeys(n for r in self._report.results for n in r.notes)]
-        if self._report.subject.get("command") in ("model", "audit"):
-            notes += rows(self._report.facts.get("cases", {}), self._report.subject.get("cases", {}))
+        notes += rows(self._report)
         if notes or not self._report.complete:
             yield "", ""
         # Cases stand in a column of their own, unless it would be wide.
         wide = max((len(cases) for _, cases, _ in notes), default=0)
         column = wide + 2 if 0 < wide < self._width // 4 else 0
         for heading, cases, text in notes:
-            indent = f"{heading:12}{cases:{column}}" if cases and column else f"{heading:12}"
+            indent = f"{heading:11} {cases:{column}}" if cases and column else f"{heading:11} "
             text = f"{cases}: {text}" if cases and not column else text
             yield from self._wrapped(text, "", indent, hanging=" " * len(indent))
         if not self._report.complete:

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -12,10 +14,12 @@ from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.core.training import Training
 from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.adapter.case import AdapterCase
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.watch.case import WatchedCase
 from kbitcheck.observe.watch.observer import Observer
+from kbitcheck.sabotage.adapter import Files
 from kbitcheck.sabotage.fault import Fault, faults
 from kbitcheck.sabotage.watched import Script
 
@@ -43,10 +47,21 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
     source = replace(source, config={**source.config, **fault.config})
     if fault.spoil is not None:
         return Case(spec, fault.prepare, Loaded.from_source(source, spec, spoil=fault.spoil))
+    if fault.save is not None:
+        return _saved(fault)
     key = (fault.model + str(fault.config or ""), fault.quant, spec.device)
     if key not in bases:
         bases[key] = Loaded.from_source(source, spec)
     return Case(spec, fault.prepare, bases[key]) if fault.train is None else _watched(fault, bases[key])
+
+
+def _saved(fault: Fault) -> AdapterCase:
+    assert fault.save is not None
+    files = Files(fault.model)
+    fault.save(files)
+    with TemporaryDirectory() as folder:
+        files.save(Path(folder))
+        return AdapterCase(Path(folder))
 
 
 def _watched(fault: Fault, base: Loaded) -> WatchedCase:
@@ -77,7 +92,8 @@ def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix
     caught = result.status is Status.FAIL and (result.own or fault.spoil is not None)
     kills = None
     if matrix:
-        others = (judge(rule, case) for rule in rules().values() if rule.code != fault.code)
+        own = rules()[fault.code]
+        others = (judge(rule, case) for rule in rules().values() if rule is not own and rule.about == own.about)
         broken = {r.rule for r in others if r.status is Status.FAIL and r.own} | ({fault.code} if caught else set())
         kills = tuple(sorted(broken))
         caught = caught and (not fault.alone or kills == (fault.code,))

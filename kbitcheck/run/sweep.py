@@ -16,7 +16,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError, cause
 from kbitcheck.core.events import Architectures, Collector
 from kbitcheck.core.result import Status
-from kbitcheck.core.rule import rules
+from kbitcheck.core.rule import select
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.core.version import VERSION
 from kbitcheck.run import requirements, subject
@@ -121,7 +121,7 @@ def _rows(
         spec = dataclasses.replace(template, model=f"arch:{task}/{name}")
         collector = Collector()
         try:
-            for event in worker.examine(spec, list(rules().values())):
+            for event in worker.examine(spec, select()):
                 collector.add(event)
             environment.update(collector.loaded.environment)
             facts = collector.facts.get(spec.id)

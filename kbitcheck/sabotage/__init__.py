@@ -2,11 +2,13 @@
 
 A fault of a *model* damages a prepared model (``breaks``) or the loaded one (``spoils``); a fault of an *implementation*
 calls a good one (``wraps``) or is one of its own (``implements``, ``adds``); a fault of a *run* is a training script
-(``trains``). Every rule has all of them, or a reason in ``WITHOUT``. Some faults hide: they show in one quantization, tower,
+(``trains``); a fault of what was *saved* damages an adapter's files
+(``saves``). Every rule has all of them, or a reason in ``WITHOUT``. Some faults hide: they show in one quantization, tower,
 shape, mode or step alone, or in no output at all.
 """
 
 from kbitcheck.sabotage import (
+    adapter,
     audit,
     checkpointing,
     contract,
@@ -23,6 +25,6 @@ from kbitcheck.sabotage import (
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
-    "WITHOUT", "Fault", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
+    "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
     "small_gradients", "use", "use_beside", "watched",
 ]  # fmt: skip

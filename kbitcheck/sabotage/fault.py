@@ -10,8 +10,10 @@ from kbitcheck.sabotage.helpers import cast, prepare_well, switch_on
 
 Prepare = Callable[..., Any]
 Register = Callable[[Callable[..., Any]], Callable[..., Any]]
-FaultLevel = Literal["model", "implementation", "run"]
+FaultLevel = Literal["model", "implementation", "run", "saved"]
+SAVED = ("KB801", "KB806", "KB807", "KB808", "KB809", "KB810")
 
+FILES = "a fault of saved files, whoever trained"
 SCRIPT = "a fault of a training script, whoever prepared the model"
 PREPARATION = "a fault that shows before a script trains"
 # Why the rules whose codes begin so have no fault of a level; every other rule has one on each level.
@@ -28,6 +30,8 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
         for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB312", "KB4", "KB5", "KB6", "KB9")
     },
     ("KB9", "implementation"): "a fact about the model, whoever prepares it",
+    **{(code, level): FILES for code in SAVED for level in ("model", "implementation", "run")},
+    **{(f"KB{family}", "saved"): "nothing of it is saved" for family in (1, 2, 3, 4, 5, 6, 7, 9)},
 }
 
 
@@ -35,11 +39,12 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
-    ``train`` is a training script instead, which prepares and trains the model. ``config`` has the fields of the model's
+    ``train`` is a training script instead, which prepares and trains the model; ``save`` damages an adapter that was saved.
+    ``config`` has the fields of the model's
     configuration that differ. The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may
     fail. ``conditions`` are those that the case looks at (``CaseSpec``): the one
     under which the fault shows. No CPU shows an ``accelerator`` fault. ``level`` says what is broken: the ``model``, before or after a good
-    preparation, the ``implementation``, which is ``standalone`` if it does not call the reference, or the ``run``.
+    preparation, the ``implementation``, which is ``standalone`` if it does not call the reference, the ``run``, or what it ``saved``.
     """
 
     code: str
@@ -53,6 +58,7 @@ class Fault:
     prepare: Prepare = prepare_model_for_kbit_training
     spoil: Callable[[Any], None] | None = None
     train: Callable[[Any], None] | None = None
+    save: Callable[[Any], None] | None = None
     conditions: str = ""
     accelerator: bool = False
     alone: bool = False
@@ -96,6 +102,17 @@ def trains(code: str, **case: Any) -> Register:
             Fault(code=code, name=train.__name__, level="run", train=train, **{"model": "tiny:llama", **case})
         )
         return train
+
+    return register
+
+
+def saves(code: str, **case: Any) -> Register:
+    """Register ``f(files)``, which damages the files of a saved adapter (``sabotage.adapter.Files``)."""
+
+    def register(damage: Callable[[Any], None]) -> Callable[[Any], None]:
+        fields = {"model": "tiny:llama", **case}
+        _faults.append(Fault(code=code, name=damage.__name__, level="saved", save=damage, **fields))
+        return damage
 
     return register
 

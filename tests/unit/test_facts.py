@@ -30,6 +30,7 @@ ATTRIBUTES = {
     "by_hand",
     "conditions",
     "seed",
+    "adapter",
 }  # set when a case is opened
 
 

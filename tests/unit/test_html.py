@@ -19,7 +19,7 @@ from kbitcheck.compare.accept import accept
 from kbitcheck.compare.ledger import Ledger
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Status
-from kbitcheck.core.rule import rules
+from kbitcheck.core.rule import select
 from kbitcheck.report import html
 from kbitcheck.report.parts import charts
 from tests.ledger.reports import INT8, NF4, OWN, SPECS, report, result
@@ -238,7 +238,7 @@ def test_nothing_runs_out_of_a_page_as_wide_as_a_telephone(tmp_path: Path) -> No
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_a_wide_screen_shows_the_whole_grid(tmp_path: Path) -> None:
-    page = html.render(report(*(result(code, NF4) for code in rules())))
+    page = html.render(report(*(result(rule.code, NF4) for rule in select())))
     script = """
       const [grid, prose] = [...document.querySelectorAll(".wide .scroll, section:first-child")].reverse();
       parent.document.title = [grid.scrollWidth - grid.clientWidth, grid.clientWidth > prose.clientWidth].join();"""

@@ -17,6 +17,6 @@ class Options:
 
 def run(options: Options) -> int:
     """Print the index of the rules, or the page of the one that the code selects."""
-    rules = select([options.code] if options.code else [])
+    rules = select([options.code] if options.code else [], about=None)
     OutputFile("").write(page(rules[0]) if len(rules) == 1 and options.code else index(rules))
     return EXIT_CONFORMS

@@ -28,7 +28,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Run the faults of the rules and show that each is caught by its rule."""
-    codes = [rule.code for rule in select(split_codes([options.select]))]
+    codes = [rule.code for rule in select(split_codes([options.select]), about=None)]
     output = OutputFile("")
     faults: list[FaultTried] = []
     request = TryFaults(codes=tuple(codes), matrix=options.matrix)

@@ -66,7 +66,7 @@ class Architecture(Source):
             fields = shrinking.tiny(configured, decoder=self.task == CAUSAL_LM)
         return {**fields, "architectures": [name], "dtype": self.unquantized_dtype}
 
-    def meta(self, quant: Quantization) -> PreTrainedModel:
+    def meta(self, quant: Quantization | None) -> PreTrainedModel:
         """The shrunk model on the meta device."""
         from kbitcheck.models import meta
 

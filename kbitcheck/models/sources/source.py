@@ -89,10 +89,12 @@ class Source:
         model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
         return self.finished(model, quant.skip)
 
-    def meta(self, quant: Quantization) -> PreTrainedModel:
-        """The model that ``load`` gives, on the meta device: no weights are read or made."""
+    def meta(self, quant: Quantization | None) -> PreTrainedModel:
+        """The model that ``load`` gives, on the meta device: no weights are read or made; with None before it is quantized."""
         from kbitcheck.models import meta
 
+        if quant is None:
+            return meta.build(self.config, None, self._options("cpu"), drawn=self.drawn)
         self._same_quantization(quant)
         own = Quantization.parse(self.quant) if self.quant else self._complete(quant)
         model = meta.build(self.config, own, self._options("cpu"), quantized=self.quant is not None, drawn=self.drawn)

@@ -16,6 +16,7 @@ KINDS = {
     "casts": "The cast of an implementation of its own, which freezes and enables checkpointing well",
     "adds": "Done by an implementation of its own, besides freezing, casting and enabling checkpointing",
     "trains": "A training script",
+    "saves": "Done to the files of a saved adapter",
     "spoils": "Done to the model before it is prepared",
 }
 Definition = ast.FunctionDef | ast.ClassDef

@@ -20,14 +20,16 @@ def header(report: Report) -> str:
     )
     quants = dict.fromkeys(spec["quant"] for spec in specs.values())
     static = next((f["static"] for f in facts.values() if "static" in f), "")
+    adapters = [f["adapter"]["method"] for f in facts.values() if "adapter" in f]
     parts = [
         report.tool,
         models[0] if len(models) == 1 else f"{len(models)} models",
         " and ".join(quants) if len(specs) < 4 else f"{len(specs)} cases",
-        f"static audit: {static}" if static else f"prepared by {by or '?'}",
+        f"static audit: {static}" if static else "" if adapters else f"prepared by {by or '?'}",
+        " and ".join(dict.fromkeys(f"{method} adapter" for method in adapters)),
         "" if static else f"{environment.get('device', '')} {environment.get('device_name', '')}".strip(),
         " and ".join(dict.fromkeys(f["recipe"] for f in facts.values() if "recipe" in f)),
-        "in this process" if subject.get("in_process") else "",
+        "in this process" if subject.get("in_process") and not adapters else "",
     ]
     return " · ".join(filter(None, parts))
 

@@ -60,6 +60,8 @@ def answer(report: Report) -> str:
     sound = "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms"
     if watch:
         sound = "✓ trains as it should"
+    if any(facts.get("adapter", {}).get("cannot_tell") for facts in report.facts.get("cases", {}).values()):
+        sound = UNGROUNDED.format("numbers, shapes")
     if unfit := _unfit(report):
         sound = f"! does not fit {unfit}"
     if report.no_gradients and not static:

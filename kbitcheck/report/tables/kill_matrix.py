@@ -10,8 +10,8 @@ HEAD = """# Kill matrix
 Every fault in `kbitcheck/sabotage/`, judged by every rule. `kbitcheck selftest --matrix > docs/kill-matrix.md` writes this page;
 its exit code is 1 if a fault is missed.
 
-A fault is a broken *model* (`m`: damaged before or after a good preparation) a broken *implementation* (`i`), or the broken *run* (`r`)
-of a training script. In a fault's row,
+A fault is a broken *model* (`m`: damaged before or after a good preparation) a broken *implementation* (`i`), the broken *run* (`r`)
+of a training script, or damage to what it *saved* (`s`). In a fault's row,
 `#` marks the rule that must catch the fault, and `x` every other rule that the fault breaks. `!` after the letter means that no other
 rule may fail. Read the head of a column from top to bottom. KB213, KB514 and KB515 are judged on their own faults alone, each under the
 condition that it shows under.

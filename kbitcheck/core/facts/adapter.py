@@ -1,0 +1,74 @@
+"""A saved adapter, as its files have it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTensor:
+    """One stored tensor; ``key`` is its name in the file, ``part`` what it is to its layer: ``lora_A``, or ``weight`` of a module.
+
+    ``not_finite`` counts the numbers that are infinite or not a number. ``at_zero``: every number is zero.
+    """
+
+    key: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    not_finite: int
+    at_zero: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedLayer:
+    """What an adapter stores for one module of its base.
+
+    ``rank`` is that of the tensors, ``asked`` the one that the configuration states for the module, ``scaling`` what multiplies the
+    product; None where the method has none. ``norm`` is the Frobenius norm of what is added to the weight, None where the file alone
+    does not say it. ``moved`` is None where the start of training is not stored. ``whole``: the module's own tensors are stored, and no
+    adapter. Of a stack of ``experts``, ``still`` are those that did not move. ``module`` is empty for what all layers share.
+    """
+
+    module: str
+    tensors: Mapping[str, SavedTensor]
+    rank: int | None = None
+    asked: int | None = None
+    scaling: float | None = None
+    norm: float | None = None
+    moved: bool | None = None
+    whole: bool = False
+    experts: int = 1
+    still: tuple[int, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The last part of the module's path that is no number: ``q_proj``."""
+        parts = [part for part in self.module.split(".") if part != BASE_LAYER and not part.isdecimal()]
+        return parts[-1] if parts else self.module
+
+    @property
+    def of_base(self) -> str:
+        """The path of the base's module: that of a nested adapter is its outermost one's."""
+        return ".".join(part for part in self.module.split(".") if part != BASE_LAYER)
+
+
+BASE_LAYER = "base_layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedAdapter:
+    """An adapter's configuration and tensors.
+
+    ``method`` is its type (``LORA``). ``starts`` names the tensors that are zero where a layer never moved; where there are none,
+    ``cannot_tell`` says why. ``required`` are the sets of parts of which a layer has one. ``asked`` are the targets that the configuration
+    names, by path, by the end of one or by a ``pattern``; ``base`` is the model that it names.
+    """
+
+    method: str
+    layers: Mapping[str, SavedLayer]
+    starts: tuple[str, ...] = ()
+    cannot_tell: str = ""
+    required: tuple[tuple[str, ...], ...] = ()
+    asked: tuple[str, ...] = ()
+    pattern: str = ""
+    base: str = ""

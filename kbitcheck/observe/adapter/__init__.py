@@ -1,0 +1,1 @@
+"""A saved adapter: what its files hold, beside the structure of its base."""

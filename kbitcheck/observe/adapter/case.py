@@ -1,0 +1,93 @@
+"""The case of a saved adapter: what rules read of its files and of its base's structure."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Unavailable, UsageError
+from kbitcheck.core.facts import Fact, ModelFacts
+from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
+from kbitcheck.core.facts.case import OpenCase
+from kbitcheck.models.sources import hub
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.adapter import folder
+
+NOT_SAVED = "an adapter's files do not show it"
+
+
+class AdapterCase(OpenCase):
+    """Facts of a saved adapter. Nothing runs: tensors are read once, and the base is built without numbers.
+
+    ``base`` names the base; where it is empty, the one that the configuration names is taken, if it is on this machine.
+    """
+
+    def __init__(self, path: Path, *, base: str = "", trust_remote_code: bool = False) -> None:
+        stated = folder.read_config(path).get("base_model_name_or_path") or ""
+        self._missing = (
+            "" if base or _is_here(stated) else f"its base {stated} is not here" if stated else "it names no base"
+        )
+        self._name = base or stated
+        self._code = trust_remote_code
+        self._read = folder.read(path)
+        super().__init__(CaseSpec(model=str(path), quant="", implementation=""))
+        self.case = str(path)
+        if base:
+            _ = self.base  # what was asked for has to be there
+
+    def compute(self, name: str) -> Any:
+        """No other fact is seen."""
+        raise Unavailable(NOT_SAVED)
+
+    adapter = Fact[SavedAdapter](lambda self: self._read)
+
+    @Fact
+    def base(self) -> ModelFacts:
+        """The base as its configuration describes it, not quantized."""
+        if self._missing:
+            raise Unavailable(f"{self._missing}: --base MODEL names it")
+        from kbitcheck.observe.probes import snapshot  # slow to import, and only needed beside a base
+
+        try:
+            source = resolve(self._name, static="always", trust_remote_code=self._code)
+            return snapshot.snapshot(source.meta(None))
+        except UsageError as error:
+            raise UsageError(f"the base: {error}") from None
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for a report: the layers by target."""
+        layers = [layer for layer in self._read.layers.values() if layer.module]
+        groups: dict[str, list[SavedLayer]] = {}
+        for layer in layers:
+            groups.setdefault(layer.target, []).append(layer)
+        return {
+            "adapter": {
+                "method": self._read.method,
+                "base": self._name,
+                "compared": "" if self._missing else self._name,
+                "missing": self._missing,
+                "cannot_tell": self._read.cannot_tell,
+                "targets": {target: _figures(group) for target, group in groups.items()},
+            }
+        }
+
+
+def _figures(layers: list[SavedLayer]) -> dict[str, Any]:
+    norms = [layer.norm for layer in layers if layer.norm is not None]
+    seen = [layer for layer in layers if layer.moved is not None]
+    return {
+        "layers": len(layers),
+        "whole": all(layer.whole for layer in layers),
+        "experts": sum(layer.experts for layer in layers if layer.experts > 1),
+        "ranks": sorted({layer.rank for layer in layers if layer.rank is not None}),
+        "scalings": sorted({layer.scaling for layer in layers if layer.scaling is not None}),
+        "dtypes": dict(Counter(tensor.dtype for layer in layers for tensor in layer.tensors.values())),
+        "moved": sum(bool(layer.moved) for layer in seen) if seen else None,
+        "norms": [min(norms), max(norms)] if norms else [],
+        "not_finite": sum(tensor.not_finite for layer in layers for tensor in layer.tensors.values()),
+    }
+
+
+def _is_here(name: str) -> bool:
+    """Whether a base can be read without a network: a directory, a recipe, or a model in the hub cache."""
+    return bool(name) and (Path(name).expanduser().exists() or name.startswith("tiny:") or name in hub.cached())

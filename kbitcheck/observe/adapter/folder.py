@@ -1,0 +1,116 @@
+"""Reads the directory of a saved adapter: its configuration, and the tensors of one layer after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
+from kbitcheck.models.checkpoint import read_json
+from kbitcheck.observe.adapter import layers, layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+
+def read(folder: Path) -> SavedAdapter:
+    """The adapter in a directory; a ``UsageError`` of one line where there is none, or a damaged one."""
+    config = read_config(folder)
+    method = config["peft_type"]
+    starts, cannot_tell = layout.zero_at_start(method, config)
+    wanted = config.get("target_modules") or ()
+    with _opened(folder) as file:
+        return SavedAdapter(
+            method=method,
+            layers=dict(_layers(file, method, config, starts)),
+            starts=starts,
+            cannot_tell=cannot_tell,
+            required=layout.REQUIRED.get(method, ()),
+            asked=() if isinstance(wanted, str) else (*sorted(wanted), *(config.get("target_parameters") or ())),
+            pattern=wanted if isinstance(wanted, str) else "",
+            base=config.get("base_model_name_or_path") or "",
+        )
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The configuration of the adapter in a directory."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no directory; an adapter is the directory that save_pretrained writes")
+    if not (folder / CONFIG).exists():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        hint = f"; there is one in {', '.join(inside)}" if inside else ""
+        raise UsageError(f"{folder} has no {CONFIG}{hint}")
+    config = read_json(folder / CONFIG, str(folder))
+    if not isinstance(config.get("peft_type"), str):
+        raise UsageError(f"{folder}: {CONFIG} states no peft_type")
+    for field, is_right in FIELDS.items():
+        if config.get(field) is not None and not is_right(config[field]):
+            raise UsageError(f"{folder}: {CONFIG} has a wrong {field}: {config[field]!r}")
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_patterns(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_pattern, value))
+
+
+FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "r": _is_number,
+    "lora_alpha": _is_number,
+    "rank_pattern": _are_patterns,
+    "alpha_pattern": _are_patterns,
+    "target_modules": lambda value: _is_pattern(value) or _are_names(value),
+    "target_parameters": _are_names,
+    "base_model_name_or_path": lambda value: isinstance(value, str),
+}
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    if not (folder / WEIGHTS).exists():
+        pickled = (folder / PICKLE).exists()
+        why = f"; its {PICKLE} is a pickle, which can run code: save it as safetensors" if pickled else ""
+        raise UsageError(f"{folder} has no {WEIGHTS}{why}")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UsageError(f"{folder}: {WEIGHTS} is truncated or has a damaged header ({error}): save it again") from None
+
+
+def _layers(
+    file: Any, method: str, config: Mapping[str, Any], starts: tuple[str, ...]
+) -> Iterator[tuple[str, SavedLayer]]:
+    keys: dict[str, dict[str, str]] = {}
+    own: dict[str, bool] = {}
+    for key in file.keys():  # noqa: SIM118  (a file of tensors is no dictionary)
+        place = layout.place_of(key, method)
+        keys.setdefault(place.module, {})[place.part] = key
+        own[place.module] = own.get(place.module, True) and place.own
+    for module, by_part in sorted(keys.items()):
+        tensors: dict[str, Tensor] = {part: file.get_tensor(key) for part, key in by_part.items()}
+        yield module, layers.saved(module, by_part, tensors, config, starts, whole=own[module])

@@ -1,0 +1,46 @@
+"""The table of a saved adapter: a row for each target of its layers."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Row = tuple[str, str, str]
+
+
+def rows(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """Rows as of ``memory.rows``: a heading, the case (one alone: ""), and the text."""
+    for of_case in facts.values():
+        adapter = of_case.get("adapter")
+        if adapter is None:
+            return
+        beside = f"beside {adapter['compared']}" if adapter["compared"] else f"not compared: {adapter['missing']}"
+        yield "adapter", "", f"{adapter['method']}, {beside}"
+        for target, figures in adapter["targets"].items():
+            yield target, "", _layers(figures)
+        if adapter["cannot_tell"]:
+            yield "moved", "", f"cannot be told: {adapter['cannot_tell']}"
+
+
+def _layers(figures: Mapping[str, Any]) -> str:
+    number = figures["layers"]
+    parts = [f"{number} layer{'s' * (number > 1)}"]
+    if figures["whole"]:
+        parts.append("stored whole")
+    if figures["experts"]:
+        parts.append(f"{figures['experts']} experts")
+    if figures["ranks"]:
+        parts.append(f"rank {_range(figures['ranks'])}")
+    if figures["scalings"]:
+        parts.append(f"scaling {_range(figures['scalings'])}")
+    parts.append(" and ".join(figures["dtypes"]))
+    if figures["norms"]:
+        parts.append(f"norm of what it adds {_range(figures['norms'])}")
+    if figures["not_finite"]:
+        parts.append(f"{figures['not_finite']:,} numbers not finite")
+    if figures["moved"] is not None:
+        parts.append(f"{figures['moved']} of {number} moved")
+    return ", ".join(parts)
+
+
+def _range(numbers: list[float]) -> str:
+    low, high = f"{numbers[0]:.3g}", f"{numbers[-1]:.3g}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,114 @@
+"""Faults of saved adapters: KB801 and KB806 to KB810."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.sabotage.fault import saves
+
+RANK = 4
+TARGETS = ("q_proj", "v_proj")
+PREFIX = "base_model.model."
+
+
+class Files:
+    """What an adapter's two files hold: ``config`` and ``tensors``, those of a trained LoRA adapter of ``base``."""
+
+    def __init__(self, base: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": base,
+            "r": RANK,
+            "lora_alpha": 2 * RANK,
+            "target_modules": list(TARGETS),
+            "init_lora_weights": True,
+        }
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.base = resolve(base, static="always").meta(None)
+        for name, module in self.base.named_modules():
+            if name.endswith(TARGETS):
+                outer, inner = module.weight.shape
+                a, b = torch.randn(RANK, inner, generator=generator), torch.randn(outer, RANK, generator=generator)
+                self.tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+
+    def add_experts(self, module: str, parameter: str) -> None:
+        """Add the factors of one stack of experts."""
+        experts, outer, inner = self.base.get_parameter(f"{module}.{parameter}").shape
+        self.config["target_parameters"] = [f"mlp.experts.{parameter}"]
+        self.tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(experts * RANK, inner)
+        self.tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(outer, experts * RANK)
+
+    def of(self, part: str) -> Mapping[str, torch.Tensor]:
+        """The tensors whose names contain ``part``."""
+        return {key: tensor for key, tensor in self.tensors.items() if part in key}
+
+    def save(self, folder: Path) -> None:
+        """Write both files."""
+        (folder / "adapter_config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        save_file(
+            {key: tensor.contiguous() for key, tensor in self.tensors.items()}, folder / "adapter_model.safetensors"
+        )
+
+
+@saves("KB801")
+def a_target_is_misspelt(files: Files) -> None:
+    files.config["target_modules"].append("o_prj")
+
+
+@saves("KB801")
+def a_pattern_names_nothing(files: Files) -> None:
+    files.config["target_modules"] = r".*\.(query|value)"
+
+
+@saves("KB806")
+def nothing_ever_trained(files: Files) -> None:
+    for tensor in files.of("lora_B").values():
+        tensor.zero_()
+
+
+@saves("KB807")
+def one_target_never_trained(files: Files) -> None:
+    for key, tensor in files.of("v_proj").items():
+        if "lora_B" in key:
+            tensor.zero_()
+
+
+@saves("KB807", model="tiny:mixtral")
+def one_expert_never_trained(files: Files) -> None:
+    """Of a stack that shares its factors, PEFT lays an expert out as each so manieth column of ``lora_B``."""
+    files.add_experts("model.layers.0.mlp.experts", "down_proj")
+    stack = files.tensors[f"{PREFIX}model.layers.0.mlp.experts.lora_B.weight"]
+    stack[:, 1 :: stack.shape[1] // RANK] = 0
+
+
+@saves("KB808")
+def one_number_overflowed(files: Files) -> None:
+    next(iter(files.of("lora_A").values()))[1, 2] = float("inf")
+
+
+@saves("KB809")
+def one_factor_was_not_saved(files: Files) -> None:
+    del files.tensors[next(iter(files.of("lora_B")))]
+
+
+@saves("KB809")
+def the_rank_is_another(files: Files) -> None:
+    files.config["rank_pattern"] = {r"layers\.1\.self_attn\.q_proj": 2 * RANK}
+
+
+@saves("KB810")
+def the_base_has_other_names(files: Files) -> None:
+    """As of a class that wraps the text model."""
+    files.tensors = {k.replace("model.layers", "model.language_model.layers"): t for k, t in files.tensors.items()}
+
+
+@saves("KB810")
+def the_base_is_wider(files: Files) -> None:
+    for key, tensor in files.of("lora_A").items():
+        files.tensors[key] = torch.cat([tensor, tensor], dim=1)

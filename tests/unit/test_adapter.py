@@ -1,0 +1,213 @@
+"""Saved adapters: what is read of every method's files, and what is said of them."""
+
+import json
+import re
+import shutil
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kbitcheck.cli import main
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Status
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.adapter.folder import CONFIG, WEIGHTS, read
+from kbitcheck.run.saved_adapter import judge
+
+TARGETS = ["q_proj", "v_proj"]
+Q, V = (f"model.layers.0.self_attn.{name}" for name in TARGETS)
+STARTS_AT_ZERO = {
+    "lora": peft.LoraConfig(r=4, target_modules=TARGETS),
+    "dora": peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "gaussian": peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="gaussian"),
+    "embedding": peft.LoraConfig(r=4, target_modules=[*TARGETS, "embed_tokens"]),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=TARGETS),
+    "loha": peft.LoHaConfig(r=4, target_modules=TARGETS),
+    "lokr": peft.LoKrConfig(r=4, target_modules=TARGETS),
+    "oft": peft.OFTConfig(oft_block_size=12, target_modules=TARGETS),
+    "boft": peft.BOFTConfig(boft_block_size=6, target_modules=TARGETS),
+}
+CANNOT_BE_TOLD = {
+    "pissa": peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
+    "olora": peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"),
+    "random": peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+}
+
+
+def base(name: str = "tiny:llama") -> Any:
+    source = resolve(name)
+    model = source.meta(None).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Saves an adapter by its configuration, once a module."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    def save(name, config, model="tiny:llama"):
+        if not (folder / name).exists():
+            peft.get_peft_model(base(model), config).save_pretrained(folder / name)
+        return folder / name
+
+    return save
+
+
+def statuses(report):
+    return {result.rule: result.status for result in report}
+
+
+@pytest.mark.parametrize("name", STARTS_AT_ZERO)
+def test_an_adapter_that_never_moved_is_told_by_what_starts_at_zero(name, saved, tmp_path):
+    folder = saved(name, STARTS_AT_ZERO[name])
+    assert statuses(judge(folder, base="tiny:llama"))["KB806"] is Status.FAIL
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    tensors = load_file(moved / WEIGHTS)
+    save_file({key: tensor + 0.5 for key, tensor in tensors.items()}, moved / WEIGHTS)
+    report = judge(moved, base="tiny:llama")
+    assert set(statuses(report).values()) == {Status.PASS}, str(report)
+    assert report.exit_code == 0
+
+
+@pytest.mark.parametrize("name", CANNOT_BE_TOLD)
+def test_where_the_start_is_not_stored_nothing_is_said_of_moving(name, saved):
+    report = judge(saved(name, CANNOT_BE_TOLD[name]), base="tiny:llama")
+    assert statuses(report)["KB806"] is statuses(report)["KB807"] is Status.SKIP
+    assert report.exit_code == 0
+    assert "cannot be told" in str(report)
+    assert "nothing wrong in what could be looked at" in str(report)
+
+
+def test_rank_scaling_and_norm_are_those_of_the_layer(tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, rank_pattern={"layers.0.self_attn.q_proj": 2}, use_rslora=True
+    )
+    model = peft.get_peft_model(base(), config)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    }
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    model.save_pretrained(tmp_path)
+    adapter = read(tmp_path)
+    assert [adapter.layers[module].rank for module in (Q, V)] == [2, 4]
+    for module, layer in adapter.layers.items():
+        own = layers[f"base_model.model.{module}"]
+        assert layer.scaling == pytest.approx(own.scaling["default"])
+        assert layer.norm == pytest.approx(float(own.get_delta_weight("default").detach().norm()), rel=1e-4)
+
+
+def test_a_stack_of_experts_is_read_expert_by_expert(tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    model: Any = peft.get_peft_model(base("tiny:mixtral"), config)
+    wrapper = model.base_model.model.model.layers[0].mlp.experts
+    count = wrapper.num_experts
+    for module in model.modules():
+        if hasattr(module, "lora_B") and "default" in module.lora_B:
+            torch.nn.init.normal_(module.lora_B["default"].weight)
+    with torch.no_grad():
+        wrapper.lora_B["default"].weight.unflatten(1, (-1, count))[..., 1] = 0  # the second expert's
+        assert not wrapper.get_delta_weight("default")[1].any()
+    model.save_pretrained(tmp_path)
+    layer = read(tmp_path).layers["model.layers.0.mlp.experts"]
+    assert (layer.experts, layer.rank, layer.still) == (count, 2, (1,))
+    assert layer.norm == pytest.approx(float(wrapper.get_delta_weight("default").detach().norm()), rel=1e-4)
+    failed = {result.rule: result.failures for result in judge(tmp_path, base="tiny:mixtral") if result.failures}
+    assert set(failed) == {"KB807"}
+    assert failed["KB807"][0].actual == "zero in experts 1"
+
+
+def test_what_is_saved_whole_is_beside_the_layers(saved):
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+    adapter = read(saved("beside", config))
+    head, tokens = adapter.layers["lm_head"], adapter.layers["model.embed_tokens"]
+    assert head.whole
+    assert (tokens.whole, list(tokens.tensors)) == (False, ["trainable_tokens_delta"])
+
+
+def test_files_of_a_state_with_the_adapters_name_in_it_are_read_alike(saved, tmp_path):
+    folder = saved("lora", STARTS_AT_ZERO["lora"])
+    named = shutil.copytree(folder, tmp_path / "named")
+    tensors = load_file(named / WEIGHTS)
+    save_file({re.sub(r"(lora_[AB])", r"\1.default", key): tensor for key, tensor in tensors.items()}, named / WEIGHTS)
+    assert {m: layer.rank for m, layer in read(named).layers.items()} == {
+        m: layer.rank for m, layer in read(folder).layers.items()
+    }
+
+
+def test_the_reach_is_the_share_of_the_bases_weights(saved):
+    report = judge(saved("lora", STARTS_AT_ZERO["lora"]), base="tiny:llama")
+    model = resolve("tiny:llama").meta(None)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    reached = sum(p.numel() for name, p in model.named_parameters() if any(target in name for target in TARGETS))
+    (note,) = next(result.notes for result in report if result.rule == "KB801")
+    assert f"{reached / every:.0%} of the weights" in note
+    assert "0% mlp" in note
+
+
+def test_a_base_that_is_on_this_machine_is_compared_unasked(saved, tmp_path):
+    folder = shutil.copytree(saved("lora", STARTS_AT_ZERO["lora"]), tmp_path / "adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    for name, status in (("tiny:llama", Status.PASS), ("tiny:mixtral", Status.FAIL), ("somebody/absent", Status.SKIP)):
+        (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        assert statuses(judge(folder))["KB810"] is status, name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / CONFIG).unlink(), "has no adapter_config.json"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / CONFIG).write_text("{}"), "states no peft_type"),
+        (lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA", "r": "four"}'), "a wrong r: 'four'"),
+        (
+            lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA", "rank_pattern": {"(": 4}}'),
+            "a wrong rank_pattern",
+        ),
+        (
+            lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA", "target_modules": "("}'),
+            "a wrong target_modules",
+        ),
+        (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+        (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "pickle"),
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100]), "truncated"),
+    ],
+)
+def test_what_is_no_adapter_is_refused_in_one_line(change, message, saved, tmp_path, capsys):
+    folder = shutil.copytree(saved("lora", STARTS_AT_ZERO["lora"]), tmp_path / "adapter")
+    change(folder)
+    assert main.run(["adapter", str(folder)]) == 4
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+
+
+def test_the_command_writes_one_report_and_its_exit_code(saved, capsys):
+    folder = saved("lora", STARTS_AT_ZERO["lora"])
+    assert main.run(["adapter", str(folder), "--base", "tiny:llama"]) == 1
+    out = capsys.readouterr().out
+    assert "KB806 adapter-moved" in out
+    assert "rank 4" in out
+    assert main.run(["adapter", str(folder), "--base", "no:such"]) == 4
+    assert main.run(["adapter", str(folder.parent)]) == 4
+    assert "there is one in" in capsys.readouterr().err
+    assert main.run(["adapter", str(folder), "--select", "KB801", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["pass"] == 1
+
+
+def test_rules_about_models_are_not_about_adapters(saved):
+    with pytest.raises(UsageError, match="is not about an adapter"):
+        judge(saved("lora", STARTS_AT_ZERO["lora"]), select_codes=["KB101"])
+    assert main.run(["model", "tiny:llama", "--static", "--select", "KB806"]) == 4
