@@ -3,6 +3,7 @@
 from kbitcheck.judge import (
     adapter,
     audit,
+    batches,
     checkpointing,
     contract,
     cost,
@@ -10,6 +11,7 @@ from kbitcheck.judge import (
     freezing,
     gradients,
     loop,
+    optimizer,
     precision,
     recipe,
     use,
@@ -19,6 +21,7 @@ from kbitcheck.judge import (
 __all__ = [
     "adapter",
     "audit",
+    "batches",
     "checkpointing",
     "contract",
     "cost",
@@ -26,6 +29,7 @@ __all__ = [
     "freezing",
     "gradients",
     "loop",
+    "optimizer",
     "precision",
     "recipe",
     "use",

@@ -1,9 +1,10 @@
-"""KB716 to KB722: what a training loop puts round its steps: a cache, a gradient scaler, recomputes, warnings, its batches."""
+"""KB716 to KB720, KB722 and KB726: what a training loop puts round its steps: a cache, a gradient scaler, recomputes, warnings."""
 
+import math
 from collections.abc import Iterable
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Facts
+from kbitcheck.core.facts import Facts, WatchedStep
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.gradients import needs_checkpointing
@@ -32,7 +33,8 @@ SQUARED = 2.0**64
 
 @rule("KB717", "scaler-lets-steps-pass", Level.MUST)
 def scaler_lets_steps_pass(facts: Facts) -> Iterable[Observation]:
-    """A gradient scaler does not skip every step, and the gradients that it unscales are float32 ones as the backward left them.
+    """A gradient scaler does not skip every step, and the gradients that it unscales are float32 ones as the backward left them, each of
+    a scaled loss.
 
     One step that is taken is enough. Where every step is skipped, that is a note as long as the scale still falls, is above
     one, and can be what makes gradients overflow: in float16, not in bfloat16 or float32 at common scales.
@@ -56,10 +58,22 @@ def scaler_lets_steps_pass(facts: Facts) -> Iterable[Observation]:
         note = f"the gradient scaler skipped all {scaler.steps} steps: --steps watches until one is taken"
     ok = not scaler.steps or taken or bool(falls and by_scale)
     yield Observation("gradient scaler", "a step that is taken", actual, ok=ok, note=note if ok else "")
+    for number, step in enumerate(facts.watched.steps, start=1):
+        if unscaled := _unscaled(step):
+            actual = f"{unscaled} of {len(step.batches)} batches are not scaled, and their gradients are divided by the scale all the same"
+            yield Observation(f"step {number}", "each loss scaled", actual, ok=False)
     for name in scaler.float16:
         yield Observation(name, "a float32 gradient", "float16, which cannot be unscaled", ok=False)
     for name in scaler.clipped:
         yield Observation(name, "unscaled before it is clipped", "clipped first", ok=False)
+
+
+def _unscaled(step: WatchedStep) -> int:
+    """The accumulated batches that reached the backward unscaled, though others of the step are scaled and weigh about as much."""
+    weights = [(batch.scale, abs(batch.weight)) for batch in step.batches if batch.weight]
+    scaled = [(scale, weight) for scale, weight in weights if scale > 1]
+    least = min((weight * math.sqrt(scale) for scale, weight in scaled), default=0.0)
+    return sum(scale == 1 and weight < least for scale, weight in weights)
 
 
 @rule("KB718", "steps-recompute", Level.MUST)
@@ -132,41 +146,6 @@ def gradients_cleared(facts: Facts) -> Iterable[Observation]:
         yield Observation.either(f"step {number}", "no gradient of the step before", actual, ok=not stale)
 
 
-ODD = {
-    "padding": ("labels of padding are ignored", "labels count where attention_mask is 0"),
-    "ends": ("the end of a text is learned", "the token before an end counts, and no end-of-text token does"),
-    "positions": ("positions that differ", "position_ids has one position for all tokens of a row"),
-}
-REPEATED = 3  # batches
-
-
-@rule("KB721", "batch-is-meant", Level.SHOULD)
-def batch_is_meant(facts: Facts) -> Iterable[Observation]:
-    """The tokens of a batch are what they seem: padding is not learned, the end of a text is, and tokens have positions of their own.
-
-    If every batch has the same tokens, a note says so.
-
-    Why: all of it trains, and the loss falls. A model whose padding token is its end-of-text token, and whose labels ignore
-    padding, never learns to stop.
-    Symptom: answers that do not end; answers of padding; a loss far lower than that of an evaluation.
-    Fix: set labels to -100 where ``attention_mask`` is 0, and not where a token equals the padding token; leave ``position_ids`` to
-    the model, or count them from each text's start.
-    Sources: transformers ``DataCollatorForLanguageModeling``, which ignores each label that is the padding token.
-    """
-    batches = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.odd is not None]
-    if not batches:
-        raise NotApplicable("no batch had tokens and labels beside them")
-    repeated = len(batches) >= REPEATED and all(batch.repeated for _, batch in batches[1:])
-    note = f"the same tokens in all {len(batches)} batches" if repeated else ""
-    for number, batch in batches:
-        for kind in batch.odd or ():
-            expected, actual = ODD[kind]
-            yield Observation(f"step {number}", expected, actual, ok=False)
-        if not batch.odd:
-            yield Observation(f"step {number}", "tokens as they should be", "nothing odd", ok=True, note=note)
-            note = ""
-
-
 LEFT = 0.1  # of what a block's modules return: what routers hand out, and what rotary tables are made of
 
 
@@ -194,3 +173,19 @@ def recompute_frees(facts: Facts) -> Iterable[Observation]:
             yield seen.attributed(Party.STACK, "int8 layers keep their inputs: docs/findings/int8_keeps_inputs.py")
         else:
             yield seen
+
+
+@rule("KB726", "steps-let-go", Level.SHOULD)
+def steps_let_go(facts: Facts) -> Iterable[Observation]:
+    """What blocks return in a step is freed two steps later.
+
+    Why: a graph that is retained, or a list of outputs that is never emptied, grows by the activations of a step in every step.
+    Symptom: memory that grows with every step, until it is out.
+    Fix: leave ``retain_graph`` out; add up ``loss.item()`` or ``loss.detach()``, and not losses; keep no outputs.
+    Sources: PyTorch FAQ "My model reports cuda runtime error(2): out of memory"; specification KB726.
+    """
+    held, count = run_of(facts).outliving
+    if not count:
+        raise NotApplicable("fewer than three steps were watched, or no block was seen to return anything")
+    actual = f"{held:,} of {count:,} are held"
+    yield Observation("outputs of blocks", "freed two steps later", actual, ok=2 * held < count)

@@ -1,23 +1,20 @@
-"""KB313 and KB7xx: real steps of a training script do what they are meant to do."""
+"""KB313, KB703, KB706, KB710, KB715 and KB725: what a training script trains, in which dtypes, and what reaches it."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 from kbitcheck.core.anatomy import expert_of
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Facts, MicroBatch, Update, WatchedRun, WatchedStep
+from kbitcheck.core.facts import Facts, Update, WatchedRun, WatchedStep
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 
-FULL = 0.5  # of the schedule's peak: below, a learning rate is warming up or running out
 MOST_LOST = 0.1
 NO_OPTIMIZER = (
     "needs your optimizer (optimizer=, or a Trainer in place of the model) or your training (`kbitcheck watch`)"
 )
 TOKENS = ".trainable_tokens_"
-SAME = 1e-3  # weights of losses are quotients of small numbers, in a loss's dtype
 
 
 def run_of(facts: Facts) -> WatchedRun:
@@ -29,21 +26,13 @@ def run_of(facts: Facts) -> WatchedRun:
     return facts.watched
 
 
-def _tensors(steps: Iterable[WatchedStep]) -> dict[str, list[Update]]:
+def updates_of(steps: Iterable[WatchedStep]) -> dict[str, list[Update]]:
     """The updates of each tensor, step by step."""
     tensors: dict[str, list[Update]] = {}
     for step in steps:
         for name, update in step.updates.items():
             tensors.setdefault(name, []).append(update)
     return tensors
-
-
-def _full_rate(run: WatchedRun) -> list[WatchedStep]:
-    """The steps at a learning rate that is not near the schedule's ends."""
-    steps = [step for step in run.steps if step.rate and step.rate >= FULL * step.peak]
-    if not steps:
-        raise NotApplicable("in every step the learning rate was below half of its schedule's peak")
-    return steps
 
 
 @rule("KB313", "updates-land", Level.SHOULD)
@@ -59,7 +48,7 @@ def updates_land(facts: Facts) -> Iterable[Observation]:
     or a float32 copy of the weights.
     Sources: trl#7268, trl#1644, torchao#1124, torchtune#2254.
     """
-    low = {n: u for n, u in _tensors(facts.watched.steps).items() if u[0].dtype in ("float16", "bfloat16")}
+    low = {n: u for n, u in updates_of(facts.watched.steps).items() if u[0].dtype in ("float16", "bfloat16")}
     if not low:
         raise NotApplicable("nothing that trains is in half precision")
     if not any(u.wanted for updates in low.values() for u in updates):
@@ -113,49 +102,6 @@ def input_dtypes(facts: Facts) -> Iterable[Observation]:
         yield Observation(layer, "half precision", dtype, ok=half or usual, note="; ".join(notes))
 
 
-@rule("KB707", "accumulates", Level.MUST)
-def accumulates(facts: Facts) -> Iterable[Observation]:
-    """The losses of accumulated batches are divided once: by their number, or by the number of tokens in all of them; and no
-    gradient is cleared between them.
-
-    Why: divided twice, every gradient is too small by the number of batches, and a gradient norm that is clipped to one hides it.
-    Cleared before each backward, the gradient is that of the last batch, divided by the number of all.
-    Symptom: a run with accumulation that learns as at a learning rate several times smaller.
-    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both; clear gradients after the optimizer's step alone.
-    Sources: transformers#34191, transformers#34198, trl#2175.
-    """
-    judged = False
-    for number, step in enumerate(run_of(facts).steps, start=1):
-        weights = [batch.weight for batch in step.batches if batch.weight is not None]
-        if len(weights) < 2 or len(weights) < len(step.batches):
-            continue
-        judged = True
-        yield _divided(number, step.batches, weights)
-        if shared := _shared(step, weights):
-            yield Observation(f"step {number}", "the sum of all batches' gradients", shared, ok=False)
-    if not judged:
-        raise NotApplicable("no optimizer step adds up several batches whose losses can be seen")
-
-
-def _shared(step: WatchedStep, weights: list[float]) -> str:
-    """Which batches of a step had their gradients cleared, though each loss is a share of the step's; empty where none had."""
-    share = [
-        b.counted or math.isclose(w, 1 / len(weights), rel_tol=SAME) for b, w in zip(step.batches, weights, strict=True)
-    ]
-    lost = [n for n, (one, other) in enumerate(pairwise(step.batches), 1) if other.cleared and one.labels != 0]
-    used = any(update.gradient == "ok" for update in step.updates.values())
-    return f"cleared after batch {', '.join(map(str, lost))} of {len(weights)}" if lost and used and all(share) else ""
-
-
-def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float]) -> Observation:
-    count, weight = len(weights), sum(weights) / len(weights)
-    once = 1.0 if batches[0].counted else 1 / count
-    twice = math.isclose(weight, once / count, rel_tol=SAME)
-    expected = "divided by the tokens of all" if batches[0].counted else f"divided by {count}"
-    times = "divided by their number once more" if twice else f"weighted by {weight:.3g}"
-    return Observation(f"step {number}: losses of {count} batches", expected, times, ok=not twice)
-
-
 @rule("KB703", "trainer-keeps-it", Level.SHOULD)
 def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
     """Arguments of checkpointing, once passed, are kept when checkpointing is switched on again, or are passed again later.
@@ -179,7 +125,7 @@ def trainer_keeps_it(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB710", "optimizer-holds-them", Level.MUST)
 def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
-    """The optimizer holds every adapter that trains, nothing that is frozen, and no tensor beside which a copy trains.
+    """The optimizer holds every adapter that trains, once, nothing that is frozen, and no tensor beside which a copy trains.
 
     Why: loss and gradient norm look alive whatever the optimizer holds.
     Symptom: ``lora_B`` all zero after training; a checkpoint equal to the base model.
@@ -198,94 +144,14 @@ def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
             copied = name in run.copied
             expected = "frozen: a copy of it is saved" if copied else "trains"
             yield Observation.either(name, expected, "trains in place of its copy", ok=not copied)
+    for name, how in run.repeated.items():
+        yield Observation(name, "stepped once along each gradient", how, ok=False)
     if run.held and run.foreign:
         note = f"the optimizer also holds {run.foreign:,} tensors of no module of the model that was watched: nothing is said of them"
         yield Observation("optimizer", "holds parameters of the model", "and others", ok=True, note=note)
     if not run.held:
         actual = f"{run.foreign:,} tensors that are not the model's"
         yield Observation("optimizer", "holds parameters of the model", actual, ok=False)
-
-
-@rule("KB711", "weights-move", Level.MUST)
-def weights_move(facts: Facts) -> Iterable[Observation]:
-    """Every tensor with a gradient moves in one of the steps that are taken at half of the learning rate's peak or more.
-
-    A float32 tensor whose updates by SGD are all too small for float32 in these steps is a note: its gradient may still grow.
-
-    Why: an optimizer that holds other tensors, or updates that are all rounded away, leave a weight as it was.
-    Symptom: DoRA's magnitudes that stay at their first values; an adapter that changes nothing.
-    Fix: see KB313 and KB710.
-    Sources: trl#7268, ai-toolkit#1054.
-    """
-    steps = _full_rate(run_of(facts))
-    reached = {n: us for n, us in _tensors(steps).items() if any(u.gradient == "ok" for u in us)}
-    if not reached:
-        raise NotApplicable("nothing that the optimizer holds has a finite gradient: KB715")
-    small_ones: list[str] = []
-    for name, updates in reached.items():
-        lost = sum(u.lost for u in updates)
-        small = updates[0].dtype == "float32" and lost and lost == sum(u.wanted for u in updates)
-        if small and not any(u.moved for u in updates):
-            small_ones.append(name)
-            continue
-        why = f"all {lost:,} updates rounded away by {updates[0].dtype}" if lost else "it has a gradient"
-        actual = f"the same in {len(steps)} steps: {why}"
-        yield Observation.either(name, "moves", actual, ok=any(u.moved for u in updates))
-    if small_ones:
-        note = f"float32 is too coarse for the updates of {len(small_ones):,} tensors in {len(steps)} steps, as of {small_ones[0]}"
-        yield Observation("float32", "moves", "too coarse for some updates", ok=True, note=note)
-
-
-@rule("KB712", "rate-not-zero", Level.MUST)
-def rate_not_zero(facts: Facts) -> Iterable[Observation]:
-    """The learning rate is not zero in every step; zero in the first step of a warm-up is no fault.
-
-    Why: a schedule that has ended, or was never stepped, trains nothing.
-    Symptom: a loss that only changes with the batch.
-    Fix: look at the scheduler's number of steps, and at where its ``step`` is called.
-    Sources: transformers documentation of schedulers; specification KB712.
-    """
-    rates = [step.rate for step in run_of(facts).steps]
-    warming = len(rates) == 1 and facts.watched.steps[0].peak > 0
-    actual = ", ".join(f"{rate:.3g}" for rate in rates)
-    yield Observation("learning rate", "above zero", actual, ok=any(rates) or warming)
-
-
-@rule("KB713", "loss-finite", Level.MUST)
-def loss_finite(facts: Facts) -> Iterable[Observation]:
-    """The loss of every batch is finite.
-
-    Why: a loss that is not finite makes the weights so, or a gradient scaler leaves its step out.
-    Symptom: "loss: nan"; "loss: 0.0" in a trainer that filters NaN.
-    Fix: look at labels first (KB714), then at dtypes, at the learning rate, and at rows without any token.
-    Sources: transformers#25065, peft#389.
-    """
-    judged = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.loss is not None]
-    if not judged:
-        raise NotApplicable("the model's output has no loss")
-    for number, batch in judged:
-        finite = batch.loss is not None and math.isfinite(batch.loss)
-        yield Observation(f"step {number}", "a finite loss", str(batch.loss), ok=finite)
-
-
-@rule("KB714", "labels-count", Level.MUST)
-def labels_count(facts: Facts) -> Iterable[Observation]:
-    """The labels of every batch have a token that is not ignored, and are not shifted: transformers' models shift them.
-
-    Why: a template that does not match, or a prompt longer than the maximal length, masks every label. With labels that are
-    shifted twice, a model learns to leave every other token out.
-    Symptom: a loss that is NaN or 0; "loss: 0.0, grad_norm: nan"; a loss that falls, and answers without sense.
-    Fix: print one row of ``labels``: the tokens of the answer must not be -100, and stand where they stand in ``input_ids``.
-    Sources: trl#1385, LLaMA-Factory#2533; transformers documentation of ``labels`` of causal models.
-    """
-    judged = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.labels is not None]
-    if not judged:
-        raise NotApplicable("the model was passed no labels")
-    for number, batch in judged:
-        yield Observation(f"step {number}", "a label", f"{batch.labels:,} labels", ok=bool(batch.labels))
-        if batch.shifted:
-            actual = "each is the token after the one in its place, and the model shifts them once more"
-            yield Observation(f"step {number}", "labels in the places of their tokens", actual, ok=False)
 
 
 @rule("KB715", "held-get-gradients", Level.MUST)
@@ -306,7 +172,7 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     if not steps:
         raise NotApplicable("the gradient scaler skipped every step: KB717")
     frozen = {n for n, p in facts.wrapped.parameters.items() if not p.requires_grad}
-    held = {name: updates for name, updates in _tensors(steps).items() if name not in frozen}
+    held = {name: updates for name, updates in updates_of(steps).items() if name not in frozen}
     if not held:
         raise NotApplicable("the optimizer holds nothing that trains: KB710")
     words_of = {name: [u.gradient for u in updates] for name, updates in held.items()}
@@ -342,3 +208,24 @@ def _waits(name: str, words_of: Mapping[str, list[str]], idle: frozenset[str]) -
 def _once(words: Iterable[str]) -> Iterator[str]:
     names = {"ok": "there", "zero": "zero", "none": "no gradient", "not finite": "not finite"}
     return (names[word] for word in dict.fromkeys(words))
+
+
+# The least scaling that counts: in ten thousand steps at a rate of 1e-3, all in one direction, a pair of rank 64 adds at most
+# 64 * 10 * 0.6 times the scaling to an output for inputs of size one; half a step of bfloat16 is 2**-9 of an output of size one.
+LEAST = 1e-5
+
+
+@rule("KB725", "adapters-count", Level.MUST)
+def adapters_count(facts: Facts) -> Iterable[Observation]:
+    """The number by which an active low-rank adapter multiplies what it adds leaves it a say in what the layer returns.
+
+    Why: an adapter that is scaled to nothing trains as any other, since Adam divides a gradient by its size, and changes no output.
+    Symptom: a loss that stays where it was; a model that answers as the base does.
+    Fix: set ``lora_alpha`` to about the rank; look for ``scale_layer`` and ``set_scale``.
+    Sources: PEFT documentation of ``LoraConfig``; specification KB725.
+    """
+    scalings = run_of(facts).scalings
+    if not scalings:
+        raise NotApplicable("no active adapter has a scaling")
+    for name, scaling in scalings.items():
+        yield Observation(name, f"scaled by {LEAST:g} or more", f"{scaling:.3g}", ok=abs(scaling) >= LEAST)

@@ -16,6 +16,8 @@ FAMILIES = {
     "recipe": "Recipe of dtypes",
     "watched": "Your own training",
     "loop": "Your own training",
+    "batches": "Your own training",
+    "optimizer": "Your own training",
     "gradients": "Gradient flow",
     "drawn": "Gradient flow",
     "checkpointing": "Gradient checkpointing",

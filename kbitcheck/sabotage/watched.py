@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from kbitcheck_reference import lora, prepare_model_for_kbit_training
+from kbitcheck_reference import LoraLinear, lora, prepare_model_for_kbit_training
 
 from kbitcheck import backends
 from kbitcheck.sabotage.fault import trains
@@ -201,3 +201,41 @@ def a_warning_among_many(script: Script) -> None:
 def a_cache_asked_for(script: Script) -> None:
     script.prepare()
     script.train(script.adamw(), use_cache=True)
+
+
+@trains("KB723")
+def a_row_detached_before_the_head(script: Script) -> None:
+    script.prepare()
+    batch = {name: value.expand(2, *value.shape[1:]) for name, value in script.batch.items()}
+    script.batch = {name: value.contiguous() for name, value in batch.items()}
+    head = script.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: (torch.cat([args[0][:1], args[0][1:].detach()]),))
+    script.train(script.adamw())
+
+
+@trains("KB724")
+def state_thrown_away_after_each_step(script: Script) -> None:
+    script.prepare()
+    optimizer = script.adamw()
+    vars(optimizer)["zero_grad"] = lambda: (optimizer.state.clear(), script.model.zero_grad())
+    script.train(optimizer)
+
+
+@trains("KB725")
+def adapters_scaled_to_nothing(script: Script) -> None:
+    script.prepare()
+    for module in script.model.modules():
+        if isinstance(module, LoraLinear):
+            module.scaling = 1e-6
+    script.train(script.adamw())
+
+
+@trains("KB726")
+def outputs_kept_from_step_to_step(script: Script) -> None:
+    script.prepare()
+    kept: list[Any] = []
+    for block in blocks(script.model):
+        block.register_forward_hook(lambda module, args, output: kept.append(output))
+    optimizer = script.adamw()
+    script.train(optimizer)
+    script.train(optimizer)

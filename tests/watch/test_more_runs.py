@@ -1,6 +1,7 @@
 """Loops as users write them, watched as ``kbitcheck watch`` does: broken ones are named in three steps, sound ones are not, no bit changes."""
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.run import watched_process
-from tests.watch import broken_runs, loops, runs, sound_runs
+from tests.watch import broken_runs, loops, own_loops, runs, sound_runs
 
 # What the watcher alone sees; the others take the paths of these.
 FAST = {
     "two_optimizers", "an_optimizer_for_each_tensor", "closures", "scaler_that_skips_the_first_steps", "scaler_and_clipping",
     "scaler_that_skips_all", "clipped_before_unscaled", "in_eval_mode", "a_hundredth_of_a_gradient_in_every_block",
     "padding_that_counts", "outputs_kept_by_hooks",
+    "not_shifted", "tokens_detached_behind_the_blocks", "an_optimizer_for_each_step", "an_average_written_back", "graphs_retained",
+    "one_of_two_losses_unscaled", "half_of_the_batch_without_gradients", "chosen_and_rejected",
     "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
 }  # fmt: skip
 
@@ -49,7 +52,7 @@ def broken(report):
     return {r.rule for r in report if r.status is Status.FAIL and r.level is not Level.INFO}
 
 
-@pytest.mark.parametrize("run", [*each(sound_runs.SOUND)])
+@pytest.mark.parametrize("run", [*each((*sound_runs.SOUND, *own_loops.SOUND))])
 def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     (model, losses), report = watched(run, tmp_path)
     assert broken(report) <= {"KB907"}
@@ -63,16 +66,26 @@ def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
 
 
-@pytest.mark.parametrize(("run", "code"), [*each(broken_runs.BROKEN.items())])
+@pytest.mark.parametrize(("run", "code"), [*each((broken_runs.BROKEN | own_loops.BROKEN).items())])
 def test_a_broken_run_is_named(run, code, tmp_path):
     _, report = watched(run, tmp_path)
     assert code in broken(report)
     assert report.exit_code == (0 if rules()[code].level is Level.SHOULD else 1)
 
 
+@pytest.mark.parametrize(("run", "note"), [*each(own_loops.NOTED.items())])
+def test_what_may_be_meant_so_is_a_note(run, note, tmp_path):
+    code, text = note
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        _, report = watched(run, tmp_path)
+    assert (broken(report), report.exit_code) == (set(), 0)
+    assert any(text in said for r in report if r.rule == code for said in r.notes)
+
+
 def test_every_rule_of_loops_has_a_broken_run():
-    own = {code for code, rule in rules().items() if rule.family in ("loop", "watched")}
-    assert own <= {*runs.BROKEN.values(), *broken_runs.BROKEN.values(), "KB706", "KB719"}
+    own = {code for code, rule in rules().items() if rule.family in ("loop", "watched", "batches", "optimizer")}
+    assert own <= {*runs.BROKEN.values(), *broken_runs.BROKEN.values(), *own_loops.BROKEN.values(), "KB706", "KB719"}
 
 
 def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_own_off(tmp_path):
@@ -129,7 +142,6 @@ def test_a_scale_that_still_falls_is_a_note(tmp_path):
 
 def test_a_warning_that_matters_is_among_many(tmp_path):
     """And goes on to where it would go."""
-    import warnings
 
     def run():
         model = runs.prepared()

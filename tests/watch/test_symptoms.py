@@ -31,7 +31,7 @@ def judged(report):
 
 def watched(run):
     model, optimizer, loop = run()
-    with kbitcheck.watch(model, optimizer, steps=2) as watched:
+    with kbitcheck.watch(model, optimizer, steps=3) as watched:
         loop.pop("first", lambda: None)()
         runs.loop(model, optimizer, **loop)
     return judged(watched.report)

@@ -42,20 +42,22 @@ from kbitcheck.core.facts.step import (
 from kbitcheck.core.facts.unwatched import UnwatchedFacts
 from kbitcheck.core.facts.use import UseFacts
 from kbitcheck.core.facts.watched import (
+    Cut,
     HeardWarning,
     MicroBatch,
     ScalerFacts,
     SwitchedOn,
+    Teaching,
     Update,
     WatchedRun,
     WatchedStep,
 )
 
 __all__ = [
-    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
-    "Computed", "Cost", "CostFacts", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
+    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm",
+    "Changes", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts",
-    "StepOutcome", "StoreFacts", "SwitchedOn", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun",
-    "WatchedStep", "fact", "median_yardstick", "slope_bound",
+    "StepOutcome", "StoreFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts",
+    "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

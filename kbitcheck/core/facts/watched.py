@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 class Update:
     """One trained tensor in one optimizer step.
 
-    ``wanted`` of its ``elements`` have a gradient and a non-zero update in float32, of which its ``dtype`` rounds ``lost`` away; ``moved`` have
-    another value after the step. ``lands_at`` is the learning rate at which nine of ten lost updates would land. ``gradient``
-    is ``ok``, ``zero``, ``none`` or ``not finite``.
+    ``wanted`` of its ``elements`` have a gradient and a non-zero update in float32, of which its ``dtype`` rounds ``lost`` away;
+    ``moved`` have another value after the step at a learning ``rate``. ``lands_at`` is the learning rate at which nine of ten lost
+    updates would land. ``gradient`` is ``ok``, ``zero``, ``none`` or ``not finite``.
     """
 
     dtype: str
@@ -20,6 +20,34 @@ class Update:
     lost: int = 0
     moved: int = 0
     lands_at: float | None = None
+    rate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """``lost`` of the rows or tokens (``what``) that have a large gradient at the logits have none behind a block, ``place``."""
+
+    place: str
+    lost: int
+    of: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teaching:
+    """What a batch teaches, as the gradient of its logits says.
+
+    ``silent`` of its ``rows`` have none, though their labels count or no labels were passed. ``copied``: nearly every token is pulled
+    to itself, and not to the next one. ``odd`` are kinds of tokens that are learned and should not be: padding, ignored
+    labels. ``weight`` is a lower bound of the sum of the tokens' weights in the loss (None: they are not pulled to the next tokens).
+    """
+
+    silent: int = 0
+    rows: int = 0
+    cut: tuple[Cut, ...] = ()
+    copied: bool = False
+    odd: tuple[str, ...] = ()
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +61,8 @@ class MicroBatch:
     ``repeated``: the batch before had the same tokens. ``stale`` counts the tensors that had a gradient when the
     backward began, though the step before had used it. ``cleared``: nothing had one, though a batch of the same step
     had gone backward before. ``resting`` is what eval mode switched off: blocks that checkpoint and dropouts, in words.
+    ``teaching`` is None where no gradient of logits was seen. ``beside`` counts forwards before this one that were passed labels in
+    train mode, with adapters, and took no gradients. ``scale`` is the gradient scaler's when the gradient entered the loss.
     """
 
     loss: float | None = None
@@ -45,6 +75,9 @@ class MicroBatch:
     stale: int = 0
     cleared: bool = False
     resting: str = ""
+    teaching: Teaching | None = None
+    beside: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +85,8 @@ class WatchedStep:
     """One optimizer step, of all optimizers that step between two forwards.
 
     ``rate`` is the largest learning rate of their groups, ``peak`` that of their schedules. ``skipped``: a gradient scaler left
-    it out, and nothing was updated.
+    it out, and nothing was updated. ``undone`` are the shares of the step before that were taken back before this one's first forward,
+    by tensor. The optimizers had a state of ``remembered`` tensors when they stepped, and none any more of those that are ``forgotten``.
     """
 
     rate: float
@@ -60,6 +94,9 @@ class WatchedStep:
     batches: tuple[MicroBatch, ...]
     updates: Mapping[str, Update]
     skipped: bool = False
+    undone: Mapping[str, float] = field(default_factory=dict)
+    remembered: int = 0
+    forgotten: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +146,9 @@ class WatchedRun:
     compared with twins; empty where some were. ``assumed`` describes the optimizer where the caller named none: its steps are
     a forecast. ``scaler`` is None where no gradient scaler is used, ``warnings`` where nobody listened.
     ``optimizers`` are the classes of those that stepped. ``idle`` are the modules that no input reached: experts without tokens, and
-    the blocks of a tower none of which ran.
+    the blocks of a tower none of which ran. ``repeated`` says of a parameter that is stepped twice how. ``scalings`` are the numbers by
+    which active adapters multiply what they add, by module. ``outliving``: how many blocks' outputs were held two steps
+    later, and of how many.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -127,3 +166,6 @@ class WatchedRun:
     warnings: tuple[HeardWarning, ...] | None = None
     optimizers: tuple[str, ...] = ()
     idle: frozenset[str] = frozenset()
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    outliving: tuple[int, int] = (0, 0)

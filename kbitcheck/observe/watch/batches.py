@@ -21,11 +21,10 @@ from kbitcheck.observe import internals
 from kbitcheck.observe.probes import blocks, digest, step, switches
 from kbitcheck.observe.watch import contents
 from kbitcheck.observe.watch.enabling import Enabling, arguments
+from kbitcheck.observe.watch.flow import ENOUGH, Flow
 from kbitcheck.observe.watch.guard import Guard
 from kbitcheck.observe.watch.held import Held
 from kbitcheck.observe.watch.reach import Reach
-
-ENOUGH = 8  # labels, below which chance could shift them
 
 
 class Batches:
@@ -46,6 +45,8 @@ class Batches:
         self.scale = 1.0  # of the loss, by a gradient scaler
         self._seen = nn.Identity() if self.compiled else model  # whose modules hooks may be put on
         self.reach = Reach(self._seen, guard)
+        self.flow = Flow(self._seen, guard)
+        self._beside = 0  # forwards in train mode without gradients, since the last one with them
         self._blocks: blocks.Watch | None = None
         self._held: Held | None = None
         self._calls: list[dict[str, str]] = []
@@ -76,6 +77,7 @@ class Batches:
         """Hooks on quantized layers, on what switches checkpointing on, and on checkpoints; for a while."""
         with ExitStack() as hooks:
             hooks.enter_context(self.reach.watched())
+            hooks.enter_context(self.flow.watched())
             emptied = ((name, layer) for name, layer, _ in backends.emptied_layers(self._seen))
             for name, layer in (*backends.quantized_layers(self._seen), *emptied):
                 hooks.enter_context(layer.register_forward_pre_hook(self._guard(partial(self._enters, name))))
@@ -116,7 +118,10 @@ class Batches:
             **self._contents(kwargs),
             "resting": "" if self._model.training else _resting(self._model),
             "follows": any("weight" in each for each in self._batches),
+            "passage": self.flow.begin(kwargs),
+            "beside": self._beside,
         }
+        self._beside = 0
         self._batches.append(batch)
         if self.first is None:  # a forward without a backward, as an evaluation may be, is not the first
             self._close()
@@ -126,6 +131,14 @@ class Batches:
             self._looked_at = batch
         if kwargs.get("use_cache") is True and self._model.training:
             self.cached = "use_cache=True was passed"
+
+    def without_gradients(self, inputs: Mapping[str, Any]) -> None:
+        """A forward begins that takes none."""
+        switched_off = (
+            getattr(m, name, False) for m in self._model.modules() for name in ("disable_adapters", "_disable_adapters")
+        )
+        if self._model.training and inputs.get("labels") is not None and not any(off is True for off in switched_off):
+            self._beside += 1
 
     def _contents(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What is odd about the tokens of a batch with labels, and whether they are those of the batch before."""
@@ -138,6 +151,7 @@ class Batches:
     def end(self, output: Any) -> None:
         """A forward ended; its loss shows later what weight it has."""
         self.reach.forward = False
+        self.flow.end(output)
         if self._blocks is not None:
             self._blocks.phase = "backward"
         batch = self._batches[-1]
@@ -166,6 +180,7 @@ class Batches:
             gradients = (p.grad for p in self._model.parameters() if p.grad is not None)
             batch["cleared"] = not any(bool(internals.local(each).any()) for each in gradients)
         batch["weight"] = float(gradient.detach().sum()) / self.scale
+        batch["scale"] = self.scale
 
     def stepped(self, parameters: Iterable[nn.Parameter]) -> None:
         """An optimizer's step has used the gradients of parameters."""
@@ -195,10 +210,17 @@ class Batches:
     def taken(self) -> list[MicroBatch]:
         """What was seen since the last step, which is then forgotten; without forwards that no gradient came back through."""
         batches, self._batches = self._batches, []
+        self.flow.step_over()
         if any("weight" in batch for batch in batches):
             batches = [batch for batch in batches if "weight" in batch or "loss" not in batch]
-        fields = ("loss", "labels", "weight", "counted", "shifted", "odd", "repeated", "stale", "cleared", "resting")
-        return [MicroBatch(**{name: batch[name] for name in fields if name in batch}) for batch in batches]
+        shifts = _shifts(self._model)
+        for batch in batches:
+            batch["teaching"] = batch["passage"].taught(shifts=shifts, scale=batch.get("scale", self.scale))
+            if batch["teaching"] is not None and batch["teaching"].odd:
+                batch["odd"] = tuple(dict.fromkeys((*(batch.get("odd") or ()), *batch["teaching"].odd)))
+        return [
+            MicroBatch(**{name: batch[name] for name in MicroBatch.__slots__ if name in batch}) for batch in batches
+        ]
 
 
 def _shifts(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ NOTED = {
     r"`use_cache=True` is incompatible with gradient checkpointing": "cache",
     r"A decoder-only architecture is being used, but right-padding was detected": "generation",
     r"Token indices sequence length is longer than the specified maximum": "length",
+    r"Model (with|has) `tie_word_embeddings=True` and (a|the) (tied layer is|tied_target_modules=.* are) part of the adapter": "tie",
     r"Some weights of \w+ were not initialized from the model checkpoint": "weights",
 }
 

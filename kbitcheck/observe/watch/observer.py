@@ -26,7 +26,8 @@ from kbitcheck.observe.watch.blocks import Recorder, Twins, compared
 from kbitcheck.observe.watch.guard import Guard, take_off, unharmed
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.observe.watch.scaling import Scaling, listening
-from kbitcheck.observe.watch.steps import Steps
+from kbitcheck.observe.watch.steps import Steps, optimizers_of
+from kbitcheck.observe.watch.strength import scalings
 
 
 class Observer:
@@ -105,7 +106,7 @@ class Observer:
         self.over = True
         self.steps.close(self.batches.taken())
         self._hooks.close()
-        self.steps.forget()
+        self.steps.stop()
         self._twins = Twins()
         if self.steps.taken and not self.failed:
             with random_states_restored():
@@ -143,6 +144,9 @@ class Observer:
             warnings=tuple(self._heard.warnings),
             optimizers=tuple(self.steps.kinds),
             idle=self.batches.reach.idle,
+            repeated=self.steps.repeated,
+            scalings=scalings(self.model),
+            outliving=self.batches.flow.outliving,
         )
 
     @property
@@ -180,6 +184,7 @@ class Observer:
             return
         self._heard.takes_gradients = torch.is_grad_enabled()
         if not torch.is_grad_enabled():
+            self.batches.without_gradients(kwargs)
             return
         if self.steps.open and not self.steps.inside:
             self._close_step()
@@ -187,6 +192,8 @@ class Observer:
                 return
         if self.before is None:
             self._look_first()
+        if not self.steps.inside:
+            self.steps.look()
         if not (self.by_check or self._recorders or self.steps.inside or self._sharded):
             self._draw()
         self._wake()
@@ -227,7 +234,8 @@ class Observer:
 
     @unharmed
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self.steps.begin(optimizer, ran=self.batches.any):
+        closure = len(args) > 1 or bool(kwargs)
+        if not self.steps.begin(optimizer, ran=self.batches.any, closure=closure):
             return
         self._settle()
         if internals.backward_runs():
@@ -337,14 +345,3 @@ def _thawed(before: ModelFacts, names: Set[str], *, adapter: bool = False) -> Mo
     later = {name: before.parameters[name] for name in names if name in before.parameters}
     thawed = {n: dataclasses.replace(p, requires_grad=True, adapter=adapter or p.adapter) for n, p in later.items()}
     return dataclasses.replace(before, parameters={**before.parameters, **thawed})
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside what accelerate wraps round it."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def optimizers_of(optimizer: Any) -> list[Any]:
-    """A caller's one optimizer, or several, as they are inside; none for None."""
-    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    return [inner_optimizer(each) for each in several if each is not None]

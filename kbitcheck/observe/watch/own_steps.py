@@ -16,7 +16,8 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import WatchedRun
 from kbitcheck.core.training import Training
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.watch.observer import Observer, inner_optimizer
+from kbitcheck.observe.watch.observer import Observer
+from kbitcheck.observe.watch.steps import inner_optimizer
 from kbitcheck.observe.watch.updates import LOW
 
 STEPS = 2  # the gradient of ``lora_A`` is zero in the first

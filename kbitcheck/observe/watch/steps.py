@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ class _Open:
     skipped: bool = False
     updates: dict[str, Update] = field(default_factory=dict)
     stepped: set[int] = field(default_factory=set)
+    undone: dict[str, float] = field(default_factory=dict)
+    remembered: set[str] = field(default_factory=set)
+    forgotten: set[str] = field(default_factory=set)
 
 
 class Steps:
@@ -43,6 +47,17 @@ class Steps:
         self._open: _Open | None = None
         self._values: dict[str, torch.Tensor] = {}
         self._wide: dict[int, torch.Tensor] = {}
+        self.repeated: dict[str, str] = {}  # how a parameter is stepped twice, by its name
+        self._remembered: set[str] = set()  # by the optimizer that steps
+        self._forgotten: set[str] = set()  # parameters of which it has no state any more
+        self._with_state: set[str] = set()  # parameters of which an optimizer has a state
+        self._used: dict[
+            str, tuple[Any, int]
+        ] = {}  # the gradients of the last steps, and how often each was written to
+        self._moved: dict[
+            str, tuple[torch.Tensor, float]
+        ] = {}  # what the last step moved: its values before, and how far
+        self._undone: dict[str, float] = {}
 
     def name_parameters(self) -> None:
         """Take the model's parameters as they are now for its own."""
@@ -65,15 +80,19 @@ class Steps:
             ids = {id(p) for optimizer in self._optimizers for p in _parameters(optimizer)}
         return ids <= self._open.stepped
 
-    def begin(self, optimizer: Any, *, ran: bool) -> bool:
-        """An optimizer's step begins. Whether it is the model's; ``ran``: a forward ran since the last."""
+    def begin(self, optimizer: Any, *, ran: bool, closure: bool = False) -> bool:
+        """An optimizer's step begins. Whether it is the model's; ``ran``: a forward ran since the last; ``closure``: it runs the model."""
         if not self.register(optimizer, ran=ran):
             if self.held and not self._mine(optimizer):  # it steps another model
                 self._when_strange()
             return False
         mine = self._mine(optimizer)
         self.inside = True
+        self._look_for_repeats(mine, closure=closure)
         self._values = {self.names[id(p)]: p.detach().clone() for p in mine}
+        states = getattr(optimizer, "state", {})
+        self._remembered = {self.names[id(p)] for p in mine if states.get(p)}
+        self._forgotten = {self.names[id(p)] for p in mine} & self._with_state - self._remembered
         try:
             self._wide = updates.in_float32(optimizer, mine)
         except (
@@ -87,19 +106,55 @@ class Steps:
         self.inside = False
         if ran:
             step = self._stepped(optimizer)
+            step.remembered |= self._remembered
+            step.forgotten |= self._forgotten
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self.names.get(id(parameter))
                     if name and internals.local(parameter).numel():  # this process may hold no row of it
-                        before, wide = self._values[name], self._wide.get(id(parameter))
-                        step.updates[name] = updates.update(
-                            before, parameter.detach(), wide, rate=float(group["lr"]), gradient=parameter.grad
-                        )
-                        if isinstance(optimizer, torch.optim.SGD):
-                            step.updates[name] = updates.along_gradient(
-                                step.updates[name], before, parameter.grad, rate=float(group["lr"])
-                            )
+                        step.updates[name] = self._update(optimizer, group, name, parameter)
+            self._note_states(optimizer)
         self.forget()
+
+    def _update(self, optimizer: Any, group: Mapping[str, Any], name: str, parameter: torch.Tensor) -> Update:
+        before, wide, rate = self._values[name], self._wide.get(id(parameter)), float(group["lr"])
+        update = updates.update(before, parameter.detach(), wide, rate=rate, gradient=parameter.grad)
+        if isinstance(optimizer, torch.optim.SGD):
+            update = updates.along_gradient(update, before, parameter.grad, rate=rate)
+        if update.moved:
+            self._moved[name] = before, _distance(parameter, before)
+        if parameter.grad is not None:
+            self._used[name] = weakref.ref(parameter.grad), internals.version(parameter.grad)
+        return update
+
+    def look(self) -> None:
+        """The first forward after a step begins: has anything but an optimizer taken back what the step did?"""
+        named = {self.names[id(p)]: p for p in self._parameters}
+        for name, (before, far) in self._moved.items():
+            self._undone[name] = 1 - _distance(named[name], before) / far
+        self._moved = {}
+
+    def _look_for_repeats(self, mine: Sequence[torch.Tensor], *, closure: bool) -> None:
+        """Parameters that two groups hold, or whose gradient a step has used already."""
+        seen: set[int] = set()
+        for parameter in mine:
+            name = self.names[id(parameter)]
+            if id(parameter) in seen:
+                self.repeated[name] = "held in two groups of an optimizer"
+            seen.add(id(parameter))
+            used, version = self._used.get(name, (None, 0))
+            gradient = parameter.grad
+            if gradient is None or used is None or gradient is not used() or closure:
+                continue
+            if internals.version(gradient) == version:
+                self.repeated.setdefault(name, "stepped twice along one gradient, as by two optimizers")
+
+    def _note_states(self, optimizer: Any) -> None:
+        """Which parameters an optimizer keeps a state of, such as averages of gradients."""
+        states = getattr(optimizer, "state", {})
+        for parameter in self._mine(optimizer):
+            if states.get(parameter):
+                self._with_state.add(self.names[id(parameter)])
 
     def skip(self, optimizer: Any) -> None:
         """A gradient scaler left a step out."""
@@ -112,7 +167,14 @@ class Steps:
             skipped = step.skipped and not step.updates
             self.taken.append(
                 WatchedStep(
-                    rate=step.rate, peak=step.peak, batches=tuple(batches), updates=step.updates, skipped=skipped
+                    rate=step.rate,
+                    peak=step.peak,
+                    batches=tuple(batches),
+                    updates=step.updates,
+                    skipped=skipped,
+                    undone=step.undone,
+                    remembered=len(step.remembered),
+                    forgotten=tuple(sorted(step.forgotten)),
                 )
             )
         self._open = None
@@ -126,6 +188,11 @@ class Steps:
     def forget(self) -> None:
         """Drop what is kept while an optimizer steps."""
         self._values, self._wide = {}, {}
+
+    def stop(self) -> None:
+        """Drop all that is kept of the parameters."""
+        self.forget()
+        self._moved = {}
 
     def register(self, optimizer: Any, *, ran: bool) -> bool:
         """Note what an optimizer holds. Whether its steps are the model's, or may be: no other holds its parameters."""
@@ -145,7 +212,9 @@ class Steps:
         return [p for p in _parameters(optimizer) if id(p) in self.names]
 
     def _stepped(self, optimizer: Any) -> _Open:
-        self._open = step = self._open or _Open()
+        if self._open is None:
+            self._open, self._undone = _Open(undone=self._undone), {}
+        step = self._open
         for group in optimizer.param_groups:
             step.rate = max(step.rate, float(group["lr"]))
             step.peak = max(step.peak, float(group.get("initial_lr", group["lr"])))
@@ -153,5 +222,20 @@ class Steps:
         return step
 
 
+def _distance(parameter: torch.Tensor, before: torch.Tensor) -> float:
+    return float((internals.local(parameter.detach()).float() - internals.local(before).float()).norm())
+
+
 def _parameters(optimizer: Any) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside what accelerate wraps round it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def optimizers_of(optimizer: Any) -> list[Any]:
+    """A caller's one optimizer, or several, as they are inside; none for None."""
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    return [inner_optimizer(each) for each in several if each is not None]

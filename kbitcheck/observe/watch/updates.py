@@ -62,7 +62,8 @@ def update(
             needed = (half_step(before)[lost] / change[lost].abs()).sort().values
             facts = {**facts, "lands_at": rate * float(needed[int(MOST * (len(needed) - 1))])}
     dtype = str(before.dtype).removeprefix("torch.")
-    return Update(dtype=dtype, elements=before.numel(), gradient=state_of(gradient), moved=int(moved.sum()), **facts)
+    facts = {**facts, "gradient": state_of(gradient), "moved": int(moved.sum()), "rate": rate}
+    return Update(dtype=dtype, elements=before.numel(), **facts)
 
 
 def along_gradient(seen: Update, before: torch.Tensor, gradient: torch.Tensor | None, *, rate: float) -> Update:

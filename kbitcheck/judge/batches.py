@@ -1,0 +1,191 @@
+"""KB707, KB713, KB714, KB721 and KB723: what the batches of a training script teach."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.facts import Facts, MicroBatch, Teaching, WatchedStep
+from kbitcheck.core.result import Level, Observation
+from kbitcheck.core.rule import rule
+from kbitcheck.judge.watched import run_of
+
+SAME = 1e-3  # weights of losses are quotients of small numbers, in a loss's dtype
+
+
+@rule("KB707", "accumulates", Level.MUST)
+def accumulates(facts: Facts) -> Iterable[Observation]:
+    """The losses of accumulated batches are divided once: by their number, or by the number of tokens in all of them; and no
+    gradient is cleared between them.
+
+    If the loss is computed outside the model, and the weights of its tokens add up to more than one, that is a note.
+
+    Why: divided twice, every gradient is too small by the number of batches, and a gradient norm that is clipped to one hides it.
+    Cleared before each backward, the gradient is that of the last batch, divided by the number of all.
+    Symptom: a run with accumulation that learns as at a learning rate several times smaller.
+    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both; clear gradients after the optimizer's step alone.
+    Sources: transformers#34191, transformers#34198, trl#2175.
+    """
+    judged = False
+    steps = run_of(facts).steps
+    for number, step in enumerate(steps, start=1):
+        weights = [batch.weight for batch in step.batches if batch.weight is not None]
+        if len(weights) < 2 or len(weights) < len(step.batches):
+            continue
+        judged = True
+        yield _divided(number, step.batches, weights)
+        if shared := _shared(step, weights):
+            yield Observation(f"step {number}", "the sum of all batches' gradients", shared, ok=False)
+    if (note := _summed(steps)) and not judged:
+        judged = True
+        yield Observation("loss", "a mean over tokens", note, ok=True, note=note)
+    if not judged:
+        raise NotApplicable("no optimizer step adds up several batches whose losses can be seen")
+
+
+def _summed(steps: Iterable[WatchedStep]) -> str:
+    """What is said of a loss outside the model that is no mean; empty where it is one."""
+    weights = [b.teaching.weight for s in steps for b in s.batches if b.teaching is not None and b.weight is None]
+    least = min((weight for weight in weights if weight is not None), default=0.0)
+    summed = "the weights of the tokens of a batch add up to at least {:.3g}, those of a mean to 1: is the loss a sum over tokens?"
+    return summed.format(least) if least > 1 + SAME else ""
+
+
+def _shared(step: WatchedStep, weights: list[float]) -> str:
+    """Which batches of a step had their gradients cleared, though each loss is a share of the step's; empty where none had."""
+    share = [
+        b.counted or math.isclose(w, 1 / len(weights), rel_tol=SAME) for b, w in zip(step.batches, weights, strict=True)
+    ]
+    lost = [n for n, (one, other) in enumerate(pairwise(step.batches), 1) if other.cleared and one.labels != 0]
+    used = any(update.gradient == "ok" for update in step.updates.values())
+    return f"cleared after batch {', '.join(map(str, lost))} of {len(weights)}" if lost and used and all(share) else ""
+
+
+def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float]) -> Observation:
+    count, weight = len(weights), sum(weights) / len(weights)
+    once = 1.0 if batches[0].counted else 1 / count
+    twice = math.isclose(weight, once / count, rel_tol=SAME)
+    expected = "divided by the tokens of all" if batches[0].counted else f"divided by {count}"
+    times = "divided by their number once more" if twice else f"weighted by {weight:.3g}"
+    return Observation(f"step {number}: losses of {count} batches", expected, times, ok=not twice)
+
+
+@rule("KB713", "loss-finite", Level.MUST)
+def loss_finite(facts: Facts) -> Iterable[Observation]:
+    """The loss of every batch is finite.
+
+    Why: a loss that is not finite makes the weights so, or a gradient scaler leaves its step out.
+    Symptom: "loss: nan"; "loss: 0.0" in a trainer that filters NaN.
+    Fix: look at labels first (KB714), then at dtypes, at the learning rate, and at rows without any token.
+    Sources: transformers#25065, peft#389.
+    """
+    judged = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.loss is not None]
+    if not judged:
+        raise NotApplicable("the model's output has no loss")
+    for number, batch in judged:
+        finite = batch.loss is not None and math.isfinite(batch.loss)
+        yield Observation(f"step {number}", "a finite loss", str(batch.loss), ok=finite)
+
+
+@rule("KB714", "labels-count", Level.MUST)
+def labels_count(facts: Facts) -> Iterable[Observation]:
+    """The labels of every batch have a token that is not ignored, and are not shifted: transformers' models shift them. A loss
+    that is computed outside the model pulls each token's logits to the next token, and not to that token itself.
+
+    Why: a template that does not match, or a prompt longer than the maximal length, masks every label. With labels that are
+    shifted twice, a model learns to leave every other token out.
+    Symptom: a loss that is NaN or 0; "loss: 0.0, grad_norm: nan"; a loss that falls, and answers without sense.
+    Fix: print one row of ``labels``: the tokens of the answer must not be -100, and stand where they stand in ``input_ids``.
+    Sources: trl#1385, LLaMA-Factory#2533; transformers documentation of ``labels`` of causal models.
+    """
+    judged = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.labels is not None]
+    copied = [
+        (n, b)
+        for n, step in enumerate(run_of(facts).steps, 1)
+        for b in step.batches
+        if b.teaching and b.teaching.copied
+    ]
+    if not judged and not copied:
+        raise NotApplicable("the model was passed no labels")
+    for number, batch in judged:
+        yield Observation(f"step {number}", "a label", f"{batch.labels:,} labels", ok=bool(batch.labels))
+        if batch.shifted:
+            actual = "each is the token after the one in its place, and the model shifts them once more"
+            yield Observation(f"step {number}", "labels in the places of their tokens", actual, ok=False)
+    for number, _ in copied:
+        actual = "the loss is not shifted: each token learns to repeat itself"
+        yield Observation(f"step {number}", "each token learns the next one", actual, ok=False)
+
+
+ODD = {
+    "padding": ("labels of padding are ignored", "labels count where attention_mask is 0"),
+    "ignored": ("tokens whose label is -100 teach nothing", "the loss is computed of them as of the others"),
+    "ends": ("the end of a text is learned", "the token before an end counts, and no end-of-text token does"),
+    "positions": ("positions that differ", "position_ids has one position for all tokens of a row"),
+}
+REPEATED = 3  # batches
+
+
+@rule("KB721", "batch-is-meant", Level.SHOULD)
+def batch_is_meant(facts: Facts) -> Iterable[Observation]:
+    """The tokens of a batch are what they seem: padding and ignored labels teach nothing, the end of a text does, and tokens have
+    positions of their own.
+
+    If every batch has the same tokens, a note says so.
+
+    Why: all of it trains, and the loss falls. A model whose padding token is its end-of-text token, and whose labels ignore
+    padding, never learns to stop.
+    Symptom: answers that do not end; answers of padding; a loss far lower than that of an evaluation.
+    Fix: set labels to -100 where ``attention_mask`` is 0, and not where a token equals the padding token; leave ``position_ids`` to
+    the model, or count them from each text's start. Leave labels of -100 out of a loss of your own.
+    Sources: transformers ``DataCollatorForLanguageModeling``, which ignores each label that is the padding token.
+    """
+    batches = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.odd is not None]
+    if not batches:
+        raise NotApplicable("no batch had tokens and labels beside them")
+    repeated = len(batches) >= REPEATED and all(batch.repeated for _, batch in batches[1:])
+    note = f"the same tokens in all {len(batches)} batches" if repeated else ""
+    for number, batch in batches:
+        for kind in batch.odd or ():
+            expected, actual = ODD[kind]
+            yield Observation(f"step {number}", expected, actual, ok=False)
+        if not batch.odd:
+            yield Observation(f"step {number}", "tokens as they should be", "nothing odd", ok=True, note=note)
+            note = ""
+
+
+@rule("KB723", "batch-teaches", Level.MUST)
+def batch_teaches(facts: Facts) -> Iterable[Observation]:
+    """Every row of a batch whose labels count has a gradient at the logits, and what has a large one there has one behind the blocks.
+
+    Compared are rows in every block, and tokens behind the last one. Noted are rows without a gradient at the logits in every batch where
+    the loss is computed outside the model, and forwards with labels in train mode that take no gradients.
+
+    Why: what is detached, or computed under ``no_grad``, is in the loss and teaches nothing.
+    Symptom: a loss that falls as with a smaller batch; a gradient norm that is too small.
+    Fix: look for ``detach``, ``no_grad`` and ``.data`` between the model's outputs and the loss, and in hooks.
+    Sources: torch documentation of ``torch.no_grad`` and ``Tensor.detach``; specification KB723.
+    """
+    judged = [
+        (n, b, b.teaching) for n, s in enumerate(run_of(facts).steps, 1) for b in s.batches if b.teaching is not None
+    ]
+    if not judged:
+        raise NotApplicable("no gradient of logits was seen")
+    for number, batch, seen in judged:
+        silent = seen.silent if batch.weight is not None else 0
+        actual = f"{silent} of {seen.rows} have none" if silent else "there"
+        yield Observation.either(f"step {number}", "a gradient at the logits of each row", actual, ok=not silent)
+        for cut in seen.cut:
+            actual = f"{cut.lost:,} of {cut.of:,} {cut.what} have none"
+            yield Observation(f"{cut.place} (step {number})", "the gradient that the logits have", actual, ok=False)
+    for note in _beside([(batch, seen) for _, batch, seen in judged]):
+        yield Observation("batches", "gradients for all of them", note, ok=True, note=note)
+
+
+def _beside(judged: list[tuple[MicroBatch, Teaching]]) -> Iterator[str]:
+    """What may be meant so, or not."""
+    outside = [seen for batch, seen in judged if batch.weight is None]
+    if outside and all(seen.silent for seen in outside):
+        yield f"{outside[0].silent} of {outside[0].rows} rows have no gradient at the logits, and the like in every batch"
+    if count := sum(batch.beside for batch, _ in judged):
+        yield f"{count} forwards with labels, in train mode, took no gradients: what they add to a loss teaches nothing"
