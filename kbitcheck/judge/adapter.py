@@ -11,6 +11,7 @@ from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 
+RESTORED = 2.0**-21  # four roundings of float32
 NO_LAYERS = "it stores no layer of the base"
 
 
@@ -187,3 +188,41 @@ def _sizes(layer: SavedLayer) -> Mapping[str, frozenset[int]]:
         if first in layer.tensors and len(layer.tensors[first].shape) == 2:
             return {first: frozenset((layer.tensors[first].shape[1], layer.tensors[second].shape[0]))}
     return {}
+
+
+@rule("KB804", "merge-complete", Level.MUST, about="adapter")
+def merge_complete(facts: Facts) -> Iterable[Observation]:
+    """Merged into float32 weights, each layer's and each expert's adapter is added once, and unmerging restores the weights.
+
+    Why: a merge that leaves a layer out, or adds one twice, gives a model that nobody trained.
+    Symptom: the merged model answers otherwise than the adapter did.
+    Fix: keep the adapter beside its base, or merge with another release of PEFT.
+    Sources: specification KB804; peft#2710, peft#3411.
+    """
+    merge = facts.merge
+    for layer in merge.layers:
+        for index, landed in enumerate(layer.landed):
+            expert = f", expert {index}" if len(layer.landed) > 1 else ""
+            expected = f"what it adds, within {layer.bound:.2g}"
+            yield Observation(
+                layer.module + expert, expected, f"{landed:.4g} times that", ok=abs(landed - 1) <= layer.bound
+            )
+        actual = f"off by {layer.restored:.2g} of the weights"
+        yield Observation(layer.module, "restored by unmerging", actual, ok=layer.restored <= RESTORED)
+
+
+@rule("KB805", "merge-error", Level.INFO, about="adapter")
+def merge_error(facts: Facts) -> Iterable[Observation]:
+    """What the adapter does survives a merge: merged, the logits stay closer to those of the float64 twin with the adapter than
+    those of the base without it are.
+
+    Why: packed weights are a coarse grid, and what is added to them is rounded away if it is smaller than the grid; the original
+    weights are not those that the adapter was trained beside.
+    Symptom: the merged model answers as if it was never trained.
+    Fix: keep the adapter beside the packed base, or merge it into the unpacked weights (``dequantize()``) and save those.
+    Sources: specification KB805; axolotl#3771, unsloth-zoo#810.
+    """
+    merge = facts.merge
+    for name, error in merge.errors.items():
+        expected = f"less than the {merge.effect:.2%} that the adapter does"
+        yield Observation(name, expected, f"logits off by {error:.2%}", ok=error < merge.effect)

@@ -14,18 +14,22 @@ def judge(
     path: Path,
     *,
     base: str = "",
+    quant: str = "",
     select_codes: Sequence[str] = (),
     ignore: Mapping[str, str] | None = None,
     strict: bool = False,
     trust_remote_code: bool = False,
 ) -> Report:
-    """The report on the adapter in a directory; raises ``UsageError`` where there is none, or where ``base`` cannot be read."""
+    """The report on the adapter in a directory; raises ``UsageError`` where there is none, or where ``base`` cannot be read.
+
+    The adapter is merged into ``base`` as ``quant`` quantizes it (default: as it is already, else nf4).
+    """
     rules = select(select_codes, ignore, about="adapter")
     start = time.perf_counter()
     from kbitcheck.core import machine
     from kbitcheck.observe.adapter.case import AdapterCase
 
-    case = AdapterCase(path, base=base, trust_remote_code=trust_remote_code)
+    case = AdapterCase(path, base=base, quant=quant, trust_remote_code=trust_remote_code)
     loaded = Loaded(implementation={"name": "the adapter"}, environment=machine.versions())
     collector = Collector(loaded=loaded)
     for event in examine(case, rules):

@@ -47,7 +47,7 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
     source = replace(source, config={**source.config, **fault.config})
     if fault.spoil is not None:
         return Case(spec, fault.prepare, Loaded.from_source(source, spec, spoil=fault.spoil))
-    if fault.save is not None:
+    if fault.save is not None or fault.merge is not None:
         return _saved(fault)
     key = (fault.model + str(fault.config or ""), fault.quant, spec.device)
     if key not in bases:
@@ -56,12 +56,16 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
 
 
 def _saved(fault: Fault) -> AdapterCase:
-    assert fault.save is not None
     files = Files(fault.model)
-    fault.save(files)
-    with TemporaryDirectory() as folder:
-        files.save(Path(folder))
-        return AdapterCase(Path(folder))
+    if fault.save is not None:
+        fault.save(files)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        files.save(folder)
+        case = AdapterCase(folder, base=fault.model if fault.code in ("KB804", "KB805") else "", merging=fault.merge)
+        if fault.code in ("KB804", "KB805"):
+            _ = case.merge  # reads the files, which are gone afterwards
+        return case
 
 
 def _watched(fault: Fault, base: Loaded) -> WatchedCase:

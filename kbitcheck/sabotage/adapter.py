@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from kbitcheck.models.sources.resolve import resolve
-from kbitcheck.sabotage.fault import saves
+from kbitcheck.sabotage.fault import merges, saves
 
 RANK = 4
 TARGETS = ("q_proj", "v_proj")
 PREFIX = "base_model.model."
+
+
+RATIO = 0.02  # of the weights' spread: what a fine-tune adds, which a 4-bit grid has no place for
 
 
 class Files:
@@ -112,3 +115,32 @@ def the_base_has_other_names(files: Files) -> None:
 def the_base_is_wider(files: Files) -> None:
     for key, tensor in files.of("lora_A").items():
         files.tensors[key] = torch.cat([tensor, tensor], dim=1)
+
+
+@merges("KB804")
+def values_are_never_merged(layer: Any) -> None:
+    if layer.out_features > layer.in_features // 2:  # the queries', here
+        layer.merge()
+
+
+@merges("KB804")
+def each_delta_is_added_twice(layer: Any) -> None:
+    layer.merge()
+    weight = layer.get_base_layer().weight
+    if weight.is_floating_point():
+        weight.data += layer.get_delta_weight("default")
+
+
+@merges("KB804")
+def a_merge_scales_by_the_rank_alone(layer: Any) -> None:
+    """The scaling of rank-stabilised LoRA instead of plain LoRA's."""
+    own = layer.scaling["default"]
+    layer.scaling["default"] = own * RANK**0.5
+    layer.merge()
+    layer.scaling["default"] = own
+
+
+@saves("KB805")
+def what_it_adds_is_finer_than_the_grid(files: Files) -> None:
+    for tensor in files.of("lora_").values():
+        tensor.mul_(RATIO)

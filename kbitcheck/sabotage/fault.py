@@ -11,7 +11,7 @@ from kbitcheck.sabotage.helpers import cast, prepare_well, switch_on
 Prepare = Callable[..., Any]
 Register = Callable[[Callable[..., Any]], Callable[..., Any]]
 FaultLevel = Literal["model", "implementation", "run", "saved"]
-SAVED = ("KB801", "KB806", "KB807", "KB808", "KB809", "KB810")
+SAVED = ("KB801", "KB804", "KB805", "KB806", "KB807", "KB808", "KB809", "KB810")
 
 FILES = "a fault of saved files, whoever trained"
 SCRIPT = "a fault of a training script, whoever prepared the model"
@@ -39,7 +39,8 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
-    ``train`` is a training script instead, which prepares and trains the model; ``save`` damages an adapter that was saved.
+    ``train`` is a training script instead, which prepares and trains the model; ``save`` damages an adapter
+    that was saved, ``merge`` merges a layer of it badly.
     ``config`` has the fields of the model's
     configuration that differ. The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may
     fail. ``conditions`` are those that the case looks at (``CaseSpec``): the one
@@ -59,6 +60,7 @@ class Fault:
     spoil: Callable[[Any], None] | None = None
     train: Callable[[Any], None] | None = None
     save: Callable[[Any], None] | None = None
+    merge: Callable[[Any], None] | None = None
     conditions: str = ""
     accelerator: bool = False
     alone: bool = False
@@ -113,6 +115,17 @@ def saves(code: str, **case: Any) -> Register:
         fields = {"model": "tiny:llama", **case}
         _faults.append(Fault(code=code, name=damage.__name__, level="saved", save=damage, **fields))
         return damage
+
+    return register
+
+
+def merges(code: str, **case: Any) -> Register:
+    """Register ``f(layer)``, which merges one adapted layer of PEFT's into its base."""
+
+    def register(merge: Callable[[Any], None]) -> Callable[[Any], None]:
+        fields = {"model": "tiny:llama", **case}
+        _faults.append(Fault(code=code, name=merge.__name__, level="saved", merge=merge, **fields))
+        return merge
 
     return register
 

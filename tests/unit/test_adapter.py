@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 from kbitcheck.cli import main
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.result import Status
+from kbitcheck.core.rule import judge as core_judge
+from kbitcheck.core.rule import rules
 from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.adapter.case import AdapterCase
 from kbitcheck.observe.adapter.folder import CONFIG, WEIGHTS, read
 from kbitcheck.run.saved_adapter import judge
 
+OF_FILES = ["KB801", "KB806", "KB807", "KB808", "KB809", "KB810"]
 TARGETS = ["q_proj", "v_proj"]
 Q, V = (f"model.layers.0.self_attn.{name}" for name in TARGETS)
 STARTS_AT_ZERO = {
@@ -70,18 +74,18 @@ def statuses(report):
 @pytest.mark.parametrize("name", STARTS_AT_ZERO)
 def test_an_adapter_that_never_moved_is_told_by_what_starts_at_zero(name, saved, tmp_path):
     folder = saved(name, STARTS_AT_ZERO[name])
-    assert statuses(judge(folder, base="tiny:llama"))["KB806"] is Status.FAIL
+    assert statuses(judge(folder, base="tiny:llama", select_codes=OF_FILES))["KB806"] is Status.FAIL
     moved = shutil.copytree(folder, tmp_path / "moved")
     tensors = load_file(moved / WEIGHTS)
     save_file({key: tensor + 0.5 for key, tensor in tensors.items()}, moved / WEIGHTS)
-    report = judge(moved, base="tiny:llama")
+    report = judge(moved, base="tiny:llama", select_codes=OF_FILES)
     assert set(statuses(report).values()) == {Status.PASS}, str(report)
     assert report.exit_code == 0
 
 
 @pytest.mark.parametrize("name", CANNOT_BE_TOLD)
 def test_where_the_start_is_not_stored_nothing_is_said_of_moving(name, saved):
-    report = judge(saved(name, CANNOT_BE_TOLD[name]), base="tiny:llama")
+    report = judge(saved(name, CANNOT_BE_TOLD[name]), base="tiny:llama", select_codes=OF_FILES)
     assert statuses(report)["KB806"] is statuses(report)["KB807"] is Status.SKIP
     assert report.exit_code == 0
     assert "cannot be told" in str(report)
@@ -124,7 +128,11 @@ def test_a_stack_of_experts_is_read_expert_by_expert(tmp_path):
     layer = read(tmp_path).layers["model.layers.0.mlp.experts"]
     assert (layer.experts, layer.rank, layer.still) == (count, 2, (1,))
     assert layer.norm == pytest.approx(float(wrapper.get_delta_weight("default").detach().norm()), rel=1e-4)
-    failed = {result.rule: result.failures for result in judge(tmp_path, base="tiny:mixtral") if result.failures}
+    failed = {
+        result.rule: result.failures
+        for result in judge(tmp_path, base="tiny:mixtral", select_codes=OF_FILES)
+        if result.failures
+    }
     assert set(failed) == {"KB807"}
     assert failed["KB807"][0].actual == "zero in experts 1"
 
@@ -148,7 +156,7 @@ def test_files_of_a_state_with_the_adapters_name_in_it_are_read_alike(saved, tmp
 
 
 def test_the_reach_is_the_share_of_the_bases_weights(saved):
-    report = judge(saved("lora", STARTS_AT_ZERO["lora"]), base="tiny:llama")
+    report = judge(saved("lora", STARTS_AT_ZERO["lora"]), base="tiny:llama", select_codes=["KB801"])
     model = resolve("tiny:llama").meta(None)
     every = sum(parameter.numel() for parameter in model.parameters())
     reached = sum(p.numel() for name, p in model.named_parameters() if any(target in name for target in TARGETS))
@@ -196,7 +204,7 @@ def test_what_is_no_adapter_is_refused_in_one_line(change, message, saved, tmp_p
 
 def test_the_command_writes_one_report_and_its_exit_code(saved, capsys):
     folder = saved("lora", STARTS_AT_ZERO["lora"])
-    assert main.run(["adapter", str(folder), "--base", "tiny:llama"]) == 1
+    assert main.run(["adapter", str(folder), "--base", "tiny:llama", "--select", "KB806,KB810"]) == 1
     out = capsys.readouterr().out
     assert "KB806 adapter-moved" in out
     assert "rank 4" in out
@@ -211,3 +219,64 @@ def test_rules_about_models_are_not_about_adapters(saved):
     with pytest.raises(UsageError, match="is not about an adapter"):
         judge(saved("lora", STARTS_AT_ZERO["lora"]), select_codes=["KB101"])
     assert main.run(["model", "tiny:llama", "--static", "--select", "KB806"]) == 4
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An adapter of ``tiny:llama`` whose deltas are a tenth of the weights', and its report beside the base."""
+    folder = tmp_path_factory.mktemp("trained")
+    model: Any = peft.get_peft_model(base(), peft.LoraConfig(r=4, target_modules=TARGETS))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_merge_adds_each_delta_once_and_tells_what_is_lost(trained):
+    report = judge(trained, base="tiny:llama")
+    assert (statuses(report)["KB804"], report.exit_code) == (Status.PASS, 0), str(report)
+    (facts,) = report.facts["cases"].values()
+    merge = facts["adapter"]["merge"]
+    assert merge["layers"] == 8
+    assert merge["errors"]["on nf4"] < merge["effect"]
+    # Packed weights lie on a grid that these deltas do not leave.
+    assert merge["errors"]["merged into nf4"] > 4 * merge["errors"]["merged into the unpacked weights in bfloat16"]
+    assert "merged into nf4" in str(report)
+
+
+def test_a_layer_that_a_merge_leaves_out_is_named(trained):
+    case = AdapterCase(trained, base="tiny:llama", merging=lambda layer: None)
+    result = core_judge(rules()["KB804"], case)
+    assert [failure.actual for failure in result.failures] == ["0 times that"] * 8
+
+
+def test_an_expert_that_a_merge_leaves_out_is_named(tmp_path):
+    config = peft.LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], target_modules=[])
+    model: Any = peft.get_peft_model(base("tiny:mixtral"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path)
+
+    def merging(layer):
+        first = layer.get_param()[0].clone()
+        layer.merge()
+        layer.get_param().data[0] = first
+
+    case = AdapterCase(tmp_path, base="tiny:mixtral", merging=merging)
+    places = {f.where: f.actual for f in core_judge(rules()["KB804"], case).failures if "times" in f.actual}
+    assert set(places.values()) == {"0 times that"}
+    assert {place.partition(", ")[2] for place in places} == {"expert 0"}
+
+
+def test_a_base_without_weights_is_compared_and_not_merged(saved, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(resolve("tiny:llama").config)))
+    report = judge(saved("lora", STARTS_AT_ZERO["lora"]), base=str(tmp_path / "config.json"))
+    assert (statuses(report)["KB810"], statuses(report)["KB804"]) == (Status.PASS, Status.SKIP)
+
+
+def test_a_base_that_is_too_large_for_this_machine_is_compared_and_not_merged(trained, monkeypatch):
+    monkeypatch.setattr("kbitcheck.observe.device.free_bytes", lambda device: 1 << 20)
+    report = judge(trained, base="tiny:llama")
+    assert "are free" in next(result.reason for result in report if result.rule == "KB804")

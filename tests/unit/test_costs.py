@@ -24,7 +24,18 @@ from tests.shallow import shallow
 
 pytestmark = pytest.mark.xdist_group("costs")  # two are of one case
 WITNESSES = {"unprepared", "bare"}  # read after a failure
-SETTINGS = {"case", "profile", "freezes", "checkpointing", "recipe", "conditions", "seed", "by_hand", "adapter"}
+SETTINGS = {
+    "case",
+    "profile",
+    "freezes",
+    "checkpointing",
+    "recipe",
+    "conditions",
+    "seed",
+    "by_hand",
+    "adapter",
+    "merge",
+}
 PATHS = {"_paths"}  # read first, where a fact may be a cut's
 WITH_A_CUT = {"evaluation", "_paths"}
 IN_PROCESSES = {"unwatched"}  # which start a process

@@ -31,6 +31,7 @@ ATTRIBUTES = {
     "conditions",
     "seed",
     "adapter",
+    "merge",
 }  # set when a case is opened
 
 

@@ -15,6 +15,11 @@ class Options(JudgeOptions):
     base: str = option(
         "The base to compare with; default: the one it names, if it is on this machine.", "", metavar="MODEL"
     )
+    quant: str = option(
+        "How the base is quantized where the adapter is merged into it; default: as it is already, else nf4.",
+        "",
+        metavar="Q",
+    )
     trust_remote_code: bool = option("Run the base's own code.", False)
 
 
@@ -24,6 +29,7 @@ def run(options: Options) -> int:
     report = saved_adapter.judge(
         Path(options.directory).expanduser(),
         base=options.base,
+        quant=options.quant,
         select_codes=split_codes(options.select),
         ignore=options.ignored,
         strict=options.strict,

@@ -72,3 +72,34 @@ class SavedAdapter:
     asked: tuple[str, ...] = ()
     pattern: str = ""
     base: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedLayer:
+    """One layer of an adapter that was merged into float32 weights, and unmerged.
+
+    ``landed`` is the share of what the adapter adds that the merge added, by its projection: 0 where it was dropped, 2 where it was added
+    twice; of a stack of experts, one for each. ``bound`` is what rounding may move it by. ``restored`` is how far the weight is from
+    where it was once it is unmerged, beside the norms of the weight and of what was added.
+    """
+
+    module: str
+    landed: tuple[float, ...]
+    bound: float
+    restored: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeFacts:
+    """An adapter on its base, and merged into several forms of it.
+
+    ``errors`` has, by form, how far the logits are from those of the float64 twin with the adapter, and ``effect`` how far those are from the
+    twin's without it; all beside the norm of the twin's logits. ``refused`` are the forms that the method cannot be merged into, ``unread``
+    the layers of which nothing could be said.
+    """
+
+    layers: tuple[MergedLayer, ...]
+    errors: Mapping[str, float]
+    effect: float
+    unread: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()

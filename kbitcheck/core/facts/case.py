@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import step
-from kbitcheck.core.facts.adapter import SavedAdapter
+from kbitcheck.core.facts.adapter import MergeFacts, SavedAdapter
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.cut import CutFacts
@@ -274,6 +274,8 @@ class Facts:
     """Optimizer steps of a script that is watched."""
     adapter: SavedAdapter
     """An adapter that was saved."""
+    merge: MergeFacts
+    """An adapter that was saved, merged into its base."""
 
     def __init__(self) -> None:
         self.computed = Computed()

@@ -89,6 +89,12 @@ class Source:
         model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
         return self.finished(model, quant.skip)
 
+    def load_unquantized(self) -> PreTrainedModel:
+        """The model as its checkpoint has it, in its own dtype, on the CPU."""
+        from kbitcheck.models import load as loading
+
+        return self.finished(loading.load(self.checkpoint, None, self._options("cpu")))
+
     def meta(self, quant: Quantization | None) -> PreTrainedModel:
         """The model that ``load`` gives, on the meta device: no weights are read or made; with None before it is quantized."""
         from kbitcheck.models import meta

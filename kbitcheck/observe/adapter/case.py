@@ -1,18 +1,25 @@
 """The case of a saved adapter: what rules read of its files and of its base's structure."""
 
+from __future__ import annotations
+
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.core.facts import Fact, ModelFacts
-from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
+from kbitcheck.core.facts.adapter import MergeFacts, SavedAdapter, SavedLayer
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.models.sources import hub
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.adapter import folder
 
+if TYPE_CHECKING:
+    from kbitcheck.observe.adapter.merge import Merge
+
+DEFAULT = "nf4"
 NOT_SAVED = "an adapter's files do not show it"
 
 
@@ -22,13 +29,23 @@ class AdapterCase(OpenCase):
     ``base`` names the base; where it is empty, the one that the configuration names is taken, if it is on this machine.
     """
 
-    def __init__(self, path: Path, *, base: str = "", trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        base: str = "",
+        quant: str = "",
+        trust_remote_code: bool = False,
+        merging: Merge | None = None,
+    ) -> None:
         stated = folder.read_config(path).get("base_model_name_or_path") or ""
         self._missing = (
             "" if base or _is_here(stated) else f"its base {stated} is not here" if stated else "it names no base"
         )
         self._name = base or stated
         self._code = trust_remote_code
+        self._path, self._quant, self._merging = path, quant, merging
+        self._merges = bool(base)
         self._read = folder.read(path)
         super().__init__(CaseSpec(model=str(path), quant="", implementation=""))
         self.case = str(path)
@@ -54,6 +71,20 @@ class AdapterCase(OpenCase):
         except UsageError as error:
             raise UsageError(f"the base: {error}") from None
 
+    @Fact
+    def merge(self) -> MergeFacts:
+        """The adapter merged into its base, which is loaded for it."""
+        if not self._merges:
+            raise Unavailable("a merge needs the base itself: --base MODEL names it")
+        from kbitcheck.observe.adapter import merge
+
+        try:
+            source = resolve(self._name, trust_remote_code=self._code)
+        except UsageError as error:  # a configuration alone will do for all else
+            raise Unavailable(f"nothing to merge into: {error}") from None
+        quant = Quantization.parse(self._quant or source.quant or DEFAULT)
+        return merge.facts(source, quant, self._path, self._read, self._merging or merge.merge)
+
     def summary(self) -> dict[str, Any]:
         """Figures for a report: the layers by target."""
         layers = [layer for layer in self._read.layers.values() if layer.module]
@@ -67,9 +98,20 @@ class AdapterCase(OpenCase):
                 "compared": "" if self._missing else self._name,
                 "missing": self._missing,
                 "cannot_tell": self._read.cannot_tell,
+                **({"merge": _merge_figures(self.merge)} if "merge" in self.computed else {}),
                 "targets": {target: _figures(group) for target, group in groups.items()},
             }
         }
+
+
+def _merge_figures(merge: MergeFacts) -> dict[str, Any]:
+    return {
+        "errors": dict(merge.errors),
+        "effect": merge.effect,
+        "layers": len(merge.layers),
+        "unread": len(merge.unread),
+        "refused": list(merge.refused),
+    }
 
 
 def _figures(layers: list[SavedLayer]) -> dict[str, Any]:

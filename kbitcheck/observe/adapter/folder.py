@@ -114,3 +114,10 @@ def _layers(
     for module, by_part in sorted(keys.items()):
         tensors: dict[str, Tensor] = {part: file.get_tensor(key) for part, key in by_part.items()}
         yield module, layers.saved(module, by_part, tensors, config, starts, whole=own[module])
+
+
+def delta(folder: Path, layer: SavedLayer) -> Tensor:
+    """What a low-rank layer adds to its weight: (experts, out, in), in float32."""
+    with _opened(folder) as file:
+        tensors = {part: file.get_tensor(tensor.key) for part, tensor in layer.tensors.items()}
+    return layers.product(tensors, layer.experts, layer.scaling or 1.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from kbitcheck.core.facts.adapter import SavedLayer, SavedTensor
 from kbitcheck.observe.adapter import layout
@@ -38,9 +40,7 @@ def saved(
     scaling = _scaling(module, config, asked or rank)
     still: tuple[int, ...] = ()
     if experts > 1 and moved:
-        # PEFT lays a stack out as (experts, rank) in A's rows and as (rank, experts) in B's columns.
-        alive = b.reshape(b.shape[0], -1, experts).ne(0).any(dim=1).any(dim=0)
-        still = tuple(index for index, lives in enumerate(alive.tolist()) if not lives)
+        still = tuple(index for index, (_, own) in enumerate(_by_expert(a, b, experts)) if not bool(own.any()))
     finite = not any(t.not_finite for t in facts.values())
     return SavedLayer(
         module=module,
@@ -94,12 +94,20 @@ def _scaling(module: str, config: Mapping[str, Any], rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
 
 
+def product(tensors: Mapping[str, Tensor], experts: int, scaling: float) -> Tensor:
+    """What the factors add, expert by expert: (experts, out, in), in float32."""
+    pair = _product(tensors)
+    assert pair is not None
+    return torch.stack([scaling * (b @ a) for a, b in _by_expert(*pair, experts)])
+
+
+def _by_expert(a: Tensor, b: Tensor, experts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The factors of each expert in float32. PEFT lays a stack out as (experts, rank) in A's rows, as (rank, experts) in B's columns."""
+    rows, columns = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts)
+    return ((rows[index].float(), columns[..., index].float()) for index in range(experts))
+
+
 def _norm(a: Tensor, b: Tensor, experts: int) -> float:
     """The Frobenius norm of the product, from the factors' Gram matrices, which are of the rank's size."""
-    squares = 0.0
-    stacked_a = a.reshape(experts, -1, a.shape[1])
-    stacked_b = b.reshape(b.shape[0], -1, experts)
-    for index in range(experts):
-        one_a, one_b = stacked_a[index].float(), stacked_b[..., index].float()
-        squares += float(((one_a @ one_a.T).double() * (one_b.T @ one_b).double()).sum())
-    return math.sqrt(max(squares, 0.0))
+    grams = (((a @ a.T).double() * (b.T @ b).double()).sum() for a, b in _by_expert(a, b, experts))
+    return math.sqrt(max(float(sum(grams)), 0.0))

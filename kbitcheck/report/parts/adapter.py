@@ -16,8 +16,23 @@ def rows(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
         yield "adapter", "", f"{adapter['method']}, {beside}"
         for target, figures in adapter["targets"].items():
             yield target, "", _layers(figures)
+        yield from _merge(adapter.get("merge"))
         if adapter["cannot_tell"]:
             yield "moved", "", f"cannot be told: {adapter['cannot_tell']}"
+
+
+def _merge(merge: Mapping[str, Any] | None) -> Iterator[Row]:
+    """How far logits are from those of the float64 twin with the adapter, beside what the adapter does to them."""
+    if merge is None:
+        return
+    yield "merge", "", f"the adapter moves the logits by {merge['effect']:.2%}; from there, in float64, they are off"
+    for name, error in merge["errors"].items():
+        share = f", {error / merge['effect']:.0%} of what it does" if merge["effect"] else ""
+        yield "", "", f"{error:.2%}{share}: {name}"
+    for name in merge["refused"]:
+        yield "", "", f"PEFT does not merge this method into {name}"
+    if merge["unread"]:
+        yield "", "", f"{merge['unread']} layers could not be followed through a merge"
 
 
 def _layers(figures: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ KINDS = {
     "adds": "Done by an implementation of its own, besides freezing, casting and enabling checkpointing",
     "trains": "A training script",
     "saves": "Done to the files of a saved adapter",
+    "merges": "A merge of each layer of a saved adapter",
     "spoils": "Done to the model before it is prepared",
 }
 Definition = ast.FunctionDef | ast.ClassDef
