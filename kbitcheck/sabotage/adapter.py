@@ -33,16 +33,15 @@ class Files:
             "init_lora_weights": True,
         }
         self.tensors: dict[str, torch.Tensor] = {}
-        self.base = resolve(base, static="always").meta(None)
-        for name, module in self.base.named_modules():
+        model = resolve(base, static="always").meta(None)
+        for name, module in model.named_modules():
             if name.endswith(TARGETS):
                 outer, inner = module.weight.shape
                 a, b = torch.randn(RANK, inner, generator=generator), torch.randn(outer, RANK, generator=generator)
                 self.tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
 
-    def add_experts(self, module: str, parameter: str) -> None:
-        """Add the factors of one stack of experts."""
-        experts, outer, inner = self.base.get_parameter(f"{module}.{parameter}").shape
+    def add_experts(self, module: str, parameter: str, *, experts: int, outer: int, inner: int) -> None:
+        """Add the factors of one stack of experts, whether or not the base has it."""
         self.config["target_parameters"] = [f"mlp.experts.{parameter}"]
         self.tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(experts * RANK, inner)
         self.tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(outer, experts * RANK)
@@ -82,10 +81,10 @@ def one_target_never_trained(files: Files) -> None:
             tensor.zero_()
 
 
-@saves("KB807", model="tiny:mixtral")
+@saves("KB807")
 def one_expert_never_trained(files: Files) -> None:
     """Of a stack that shares its factors, PEFT lays an expert out as each so manieth column of ``lora_B``."""
-    files.add_experts("model.layers.0.mlp.experts", "down_proj")
+    files.add_experts("model.layers.0.mlp.experts", "down_proj", experts=4, outer=16, inner=8)
     stack = files.tensors[f"{PREFIX}model.layers.0.mlp.experts.lora_B.weight"]
     stack[:, 1 :: stack.shape[1] // RANK] = 0
 

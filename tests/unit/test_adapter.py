@@ -113,6 +113,7 @@ def test_rank_scaling_and_norm_are_those_of_the_layer(tmp_path):
         assert layer.norm == pytest.approx(float(own.get_delta_weight("default").detach().norm()), rel=1e-4)
 
 
+@pytest.mark.transformers5("before it, experts are modules of their own")
 def test_a_stack_of_experts_is_read_expert_by_expert(tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     model: Any = peft.get_peft_model(base("tiny:mixtral"), config)
@@ -251,6 +252,7 @@ def test_a_layer_that_a_merge_leaves_out_is_named(trained):
     assert [failure.actual for failure in result.failures] == ["0 times that"] * 8
 
 
+@pytest.mark.transformers5("before it, experts are modules of their own")
 def test_an_expert_that_a_merge_leaves_out_is_named(tmp_path):
     config = peft.LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], target_modules=[])
     model: Any = peft.get_peft_model(base("tiny:mixtral"), config)
