@@ -72,6 +72,7 @@ clean:
 # torch is installed first, and pinned: as a dependency of another package pip installs the newest, with gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kbitcheck needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo 'Installing torch and the pinned stack into $(VENV): some minutes, without another line.$(if $(TORCH_INDEX),, Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt torch==2.13.0
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'

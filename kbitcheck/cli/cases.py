@@ -52,7 +52,8 @@ def audit(
     output = OutputFile(options.output)
     report = compare(examine(command, specs, options, blame=blame))
     output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
-    say(verdict(report))
+    if not (output.terminal and options.format == "text"):  # which shows it already
+        say(verdict(report))
     return report.exit_code
 
 

@@ -124,7 +124,7 @@ def fits_memory(facts: Facts) -> Iterable[Observation]:
 
     Why: a run that ends out of memory costs more than a forecast.
     Symptom: "CUDA out of memory" in the first step, or in the first long batch.
-    Fix: a smaller batch or length, ``--checkpointing non-reentrant``, ``--profile qlora``, a paged optimizer.
+    Fix: a smaller batch or length, ``--checkpointing non-reentrant`` if it is not on, ``--profile qlora``, a paged optimizer.
     Sources: bitsandbytes#1569, peft#816.
     """
     forecast = facts.forecast

@@ -23,7 +23,7 @@ from kbitcheck.core.cases import REFERENCE, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.observe import library_attributes
-from kbitcheck.run import requirements
+from kbitcheck.run import module_names, requirements
 
 ALIASES = {
     REFERENCE: "kbitcheck_reference:prepare_model_for_kbit_training",
@@ -68,6 +68,20 @@ def validate(text: str) -> None:
             raise UsageError(
                 f"implementation {text!r}: no module named {top!r} is installed or in this directory{hint}"
             )
+        _require_names(text, where, attribute.partition(".")[0], path)
+
+
+def _require_names(text: str, where: str, name: str, path: list[str]) -> None:
+    """Raise ``Missing`` for a module, or a name in it, that is not there as far as the sources tell."""
+    if where in sys.modules:
+        return
+    if absent := module_names.absent_module(where, path):
+        module, beside = absent
+        hint = did_you_mean(module.rpartition(".")[2], _modules(beside))
+        raise Missing(f"implementation {text!r}: no module named {module!r}{hint}")
+    names = module_names.names_of(where, path)
+    if names is not None and name not in names:
+        raise Missing(f"implementation {text!r}: {where} has no attribute {name!r}{did_you_mean(name, sorted(names))}")
 
 
 def load(text: str) -> Implementation:

@@ -226,7 +226,7 @@ def adapters_scaled_to_nothing(script: Script) -> None:
     script.prepare()
     for module in script.model.modules():
         if isinstance(module, LoraLinear):
-            module.scaling = 1e-6
+            module.scaling = 0.0
     script.train(script.adamw())
 
 

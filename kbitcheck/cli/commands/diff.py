@@ -24,5 +24,6 @@ def run(options: Options) -> int:
     changes = diff.compare(before, after, names=(options.before, options.after))
     report = gate.settle(after, options.before, changes)
     output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
-    say(verdict(report))
+    if not (output.terminal and options.format == "text"):  # which shows it already
+        say(verdict(report))
     return EXIT_BROKEN_RULE if any(b["counted"] for b in (report.gate or {})["breaches"]) else EXIT_CONFORMS

@@ -59,5 +59,6 @@ def run_fuzz(options: Options) -> int:
         report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=echo if options.debug else None)
     text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
     output.write(text + (f"\n{fuzz.epilogue(report)}" if options.format == "text" else ""))
-    say(verdict(report))
+    if not (output.terminal and options.format == "text"):  # which shows it already
+        say(verdict(report))
     return report.exit_code

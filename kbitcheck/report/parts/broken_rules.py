@@ -1,8 +1,9 @@
 """What a report says about a broken rule: once, however many cases it failed in. Every format shows this structure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kbitcheck.core.causes import causes
 from kbitcheck.core.facts.case import WHOLE
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
@@ -46,7 +47,7 @@ class BrokenRule:
     ``rule`` is None for what could not be judged, and for a rule that does not exist any more. ``counted`` says whether
     it makes the run non-conforming, ``case_count`` is the number of its cases, ``more_cases`` that of the cases whose
     variants are not shown, and ``again`` the command that repeats it, where there is one. ``cut`` is the part of the model
-    that the rule looked at, ``2 of 30 blocks``, where it looked at a cut.
+    that the rule looked at, ``2 of 30 blocks``, where it looked at a cut. ``cause`` is the broken rule that explains this one, if one does.
     """
 
     codes: tuple[str, ...]
@@ -60,6 +61,7 @@ class BrokenRule:
     more_cases: int
     again: str
     cut: str = ""
+    cause: str = ""
 
     @property
     def grave(self) -> bool:
@@ -86,15 +88,17 @@ class BrokenRule:
 
     @property
     def advice(self) -> tuple[tuple[str, str], ...]:
-        """Symptom and remedy: headings and texts."""
+        """Symptom and remedy: headings and texts; of a rule that another one explains, that one."""
         if self.rule is None:
             return ()
+        if self.cause:
+            return (("Do", f"mend {self.cause} first: what breaks it breaks this rule, too"),)
         advice = (("You will see", self.rule.section("Symptom")), ("Do", self.rule.section("Fix")))
         return tuple((heading, text) for heading, text in advice if text)
 
 
 def broken_rules(report: Report, limits: Limits = BRIEF) -> list[BrokenRule]:
-    """Failures and errors, worst first: what counts, then errors, then the rest.
+    """Failures and errors, worst first: what counts, then errors, then the rest; of one level, causes before what follows from them.
 
     In a gate, what the ledger accepts is left out, unless there are no limits.
     """
@@ -106,12 +110,13 @@ def broken_rules(report: Report, limits: Limits = BRIEF) -> list[BrokenRule]:
         if report.gate is None or counted or limits is NONE:
             key = (result.reason,) if error else (result.rule, result.level)
             groups.setdefault((error, counted, *key), []).append(result)
-    every = [_broken_rule(report, group, limits) for group in groups.values()]
-    ranked = sorted(every, key=lambda b: (not b.counted, LEVELS.index(b.level), b.codes))
+    explained = causes(report.results)
+    every = [_broken_rule(report, group, limits, explained) for group in groups.values()]
+    ranked = sorted(every, key=lambda b: (not b.counted, LEVELS.index(b.level), bool(b.cause), b.codes))
     return sorted(ranked, key=lambda b: (b.error or not b.counted, not b.error))
 
 
-def _broken_rule(report: Report, group: Sequence[Result], limits: Limits) -> BrokenRule:
+def _broken_rule(report: Report, group: Sequence[Result], limits: Limits, explained: Mapping[str, str]) -> BrokenRule:
     first = group[0]
     error = first.status is Status.ERROR
     ways: dict[tuple[object, ...], list[Result]] = {}
@@ -130,6 +135,7 @@ def _broken_rule(report: Report, group: Sequence[Result], limits: Limits) -> Bro
         case_count=len({r.case for r in group}),
         more_cases=sum(len(v.cases) for v in variants[limits.variants :]),
         again=command(report, first.case, first.rule),
+        cause="" if error else explained.get(first.rule, ""),
         cut=" and ".join(dict.fromkeys(r.cut for r in group if r.cut not in ("", WHOLE))),
     )
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kbitcheck.core.causes import causes
 from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
 from kbitcheck.core.result import Result, Status
@@ -45,6 +46,9 @@ def verdict(report: Report) -> str:
         for name, (one, several) in OUTCOMES.items()
         if numbers[name] or name == "kept"
     ]
+    follow = [worst[effect] for effect in causes(report.results)].count("broken")
+    if follow:
+        counts[0] += f" ({follow} follow{'s' if follow == 1 else ''} from others)"
     if ignored := len(report.subject.get("ignored", {})):
         counts.append(f"{ignored} ignored")
     return "; ".join([f"{answer(report)}: {', '.join(counts)}", *_not_covered(report), *_left_out(report)])
