@@ -7,6 +7,7 @@ from kbitcheck.report.parts.broken_rules import BrokenRule, broken_rules
 from kbitcheck.report.parts.charts import charts
 from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
+from kbitcheck.report.parts.notes import notes
 from kbitcheck.report.parts.repro import command
 from kbitcheck.report.parts.table import rows
 from kbitcheck.report.parts.verdict import outcome, verdict
@@ -34,7 +35,9 @@ def render(report: Report) -> str:
         breaches=breaches(report),
         families=families,
         charts=charts(report),
+        notes=notes(report),
         memory=_memory(report),
+        memory_heading="The adapter" if report.subject.get("command") == "adapter" else "Memory",
         titles={code: rules().title(code) for code in sorted({r.rule for r in report.results})},
         outcomes=outcomes,
         marks=MARKS,

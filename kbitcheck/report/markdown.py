@@ -7,6 +7,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.report.parts.broken_rules import broken_rules
 from kbitcheck.report.parts.limits import BRIEF, listed
 from kbitcheck.report.parts.markup import code, prose, table
+from kbitcheck.report.parts.notes import notes
 from kbitcheck.report.parts.verdict import verdict
 from kbitcheck.report.templates import template
 
@@ -34,6 +35,8 @@ def _parts(report: Report) -> Iterator[str]:
         yield "\n".join(table(("", "change", "rules", "cases", "difference", "do"), changes)) + "\n\n"
     for broken in broken_rules(report):
         yield template("broken_rule.md").render(rule=broken)
+    if remarks := notes(report):
+        yield "".join(f"* {prose(BRIEF.text(note))}\n" for note in remarks) + "\n"
     rows = [(prose(str(k)), code(BRIEF.text(str(v)))) for k, v in report.environment.items() if v != ""]
     if rows:
         lines = "\n".join(table(("", ""), rows))

@@ -14,6 +14,7 @@ from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
 from kbitcheck.report.parts.limits import BRIEF, NONE, listed
 from kbitcheck.report.parts.markup import printable
+from kbitcheck.report.parts.notes import notes as remarks
 from kbitcheck.report.parts.table import rows
 from kbitcheck.report.parts.verdict import verdict
 
@@ -119,7 +120,7 @@ class _Page:
     def _foot(self) -> Iterator[Line]:
         notes = [("ignored", "", f"{c}: {why}") for c, why in self._report.subject.get("ignored", {}).items()]
         notes += [("cut", "", line) for line in cuts(self._report)]
-        notes += [("note", "", note) for note in dict.fromkeys(n for r in self._report.results for n in r.notes)]
+        notes += [("note", "", note) for note in remarks(self._report)]
         notes += rows(self._report)
         if notes or not self._report.complete:
             yield "", ""

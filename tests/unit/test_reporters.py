@@ -420,3 +420,12 @@ def test_a_report_says_why_there_is_no_cut_and_what_that_cost() -> None:
 
 def test_a_report_of_small_models_has_no_word_of_cuts() -> None:
     assert "cut" not in render(report(failed("KB210", CASE, OWN), facts={"cases": {CASE: {}}}), "text")
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "html"])
+def test_what_a_rule_remarks_is_in_every_format_for_people_once(form: str) -> None:
+    passed = [
+        Result(rule="KB309", case=case, level=Level.MUST, status=Status.PASS, notes=("it is so",))
+        for case in (CASE, "b")
+    ]
+    assert render(report(*passed), form).count("it is so") == 1
