@@ -168,7 +168,7 @@ def family_of(recipe: Mapping[str, Any]) -> str:
 def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[str] = ()) -> str:
     """The text of a ``--quant``, of any scheme or one of ``schemes``; at most one of ``skippable`` stays unquantized."""
     every = registry.schemes()
-    scheme = every[draw(st.sampled_from(schemes or list(every)))]
+    scheme = every[draw(st.sampled_from(schemes or registry.run_here()))]
     skip = draw(st.one_of(st.just(()), st.tuples(st.sampled_from(skippable)))) if skippable else ()
     values = {o.name: draw(st.sampled_from(o.choices) if o.choices else st.booleans()) for o in scheme.options}
     return str(Quantization.of(scheme, values, skip))

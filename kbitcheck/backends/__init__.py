@@ -42,6 +42,11 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in model.named_modules() if any(holder.holds(m) for holder in holders))
 
 
+def stacks(module: nn.Module) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Scheme and unpacked shape of the module's parameters that pack the weights of several experts, by name."""
+    return {n: each for backend in available() for n, each in backend.recognition.stacks(module).items()}
+
+
 def emptied_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, module and scheme of every quantized layer whose weight something else holds now, as FSDP does."""
     recognitions = [backend.recognition for backend in available()]

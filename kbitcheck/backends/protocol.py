@@ -43,6 +43,10 @@ class Recognition:
         """(out features, in features) of the unpacked weight."""
         return int(module.out_features), int(module.in_features)
 
+    def stacks(self, module: nn.Module) -> Mapping[str, tuple[str, tuple[int, int]]]:
+        """Scheme and unpacked shape, (out, in) of all experts together, of each parameter that packs the weights of several experts."""
+        return {}
+
     def state(self, module: nn.Module) -> Mapping[str, Any]:
         """The fields of the quantization state by name: tensors and plain values."""
         return {}
@@ -160,6 +164,8 @@ class Backend:
     libraries: ClassVar[Sequence[str]] = ("torch",)
     # transformers' own word for the method in ``quantization_config``.
     method: ClassVar[str] = ""
+    # Why checkpoints of this backend get the static audit alone; empty where they are loaded and run.
+    static_only: ClassVar[str] = ""
 
     @property
     def recognition(self) -> Recognition:
@@ -211,6 +217,13 @@ class Backend:
             UsageError: there is no way to quantize so on load; checkpoints that are quantized already are.
         """
         raise UsageError(f"{choice} cannot be quantized on load: give a checkpoint that is quantized already")
+
+    def lay_out(self, model: nn.Module, config: Mapping[str, Any], skip: Sequence[str]) -> None:
+        """Give a model on the meta device the packed tensors of a checkpoint with this ``quantization_config``.
+
+        ``skip`` are the modules that transformers leaves out of its own accord. Called where the backend is ``static_only``.
+        """
+        raise NotImplementedError
 
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""

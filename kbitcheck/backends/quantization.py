@@ -112,7 +112,7 @@ class Quantization:
 def usage() -> str:
     """What ``--quant`` takes, in one line: each scheme with its options."""
     names: dict[str, list[str]] = {}
-    for scheme in registry.schemes().values():
+    for scheme in (s for b in registry.registered() if not b.static_only for s in b.schemes):
         options = ", ".join(map(str, scheme.options))
         names.setdefault(f"any of {options}, " if options else "", []).append(scheme.name)
     return "; ".join(

@@ -59,6 +59,11 @@ def schemes() -> dict[str, Scheme]:
     return {scheme.name: scheme for backend in registered() for scheme in backend.schemes}
 
 
+def run_here() -> list[str]:
+    """The schemes by which a model can be quantized on load and run, of the backends whose library is installed here."""
+    return [scheme.name for backend in available() if not backend.static_only for scheme in backend.schemes]
+
+
 def of_scheme(name: str) -> Backend:
     """The backend that quantizes by the scheme; a ``UsageError`` where none does."""
     for backend in registered():

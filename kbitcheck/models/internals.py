@@ -16,6 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import auto, base
 from transformers.utils.quantization_config import QuantizationMethod
 
+from kbitcheck.backends import registry
+
 
 def mapped_class(auto: str, config: PretrainedConfig) -> Any:
     """The first class that the Auto class named ``auto`` has for a configuration; None where it has none."""
@@ -78,11 +80,11 @@ def quantizers() -> Mapping[str, Any]:
 
 def quantizer_name(config: Mapping[str, Any]) -> str:
     """The name that transformers lists for a ``quantization_config``; the method's own where it lists none."""
-    method = str(config.get("quant_method", ""))
-    if config.get("load_in_4bit") or config.get("load_in_8bit"):  # older ones name no method
-        method = method or QuantizationMethod.BITS_AND_BYTES.value
-        return f"{method}_{4 if config.get('load_in_4bit') else 8}bit"
-    return method
+    backend = registry.of_method(config)
+    method = str(config.get("quant_method") or (backend.method if backend else ""))
+    several = [name for name in quantizers() if name.startswith(f"{method}_") and method not in quantizers()]
+    chosen = (name for name in several if config.get(f"load_in_{name.removeprefix(f'{method}_')}"))
+    return next(chosen, several[-1] if several else method)
 
 
 def quantizer_of(config: Mapping[str, Any]) -> Any:
@@ -92,10 +94,9 @@ def quantizer_of(config: Mapping[str, Any]) -> Any:
 
 def method_fields(name: str) -> dict[str, Any]:
     """The least of a ``quantization_config`` that transformers lists under a name."""
-    for bits in ("4bit", "8bit"):
-        if name.endswith(f"_{bits}"):
-            return {"quant_method": name.removesuffix(f"_{bits}"), f"load_in_{bits}": True}
-    return {"quant_method": name}
+    method, _, kind = name.rpartition("_")
+    methods = {method.value for method in QuantizationMethod}
+    return {"quant_method": method, f"load_in_{kind}": True} if method in methods else {"quant_method": name}
 
 
 def quantization_config(config: Mapping[str, Any]) -> Any:

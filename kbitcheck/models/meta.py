@@ -43,7 +43,7 @@ def build(
             model = loading.empty(cls, configured)
             if quant is not None:
                 skip = loading.automatic_skip(cls, configured) if quant.skip and not quantized else []
-                _replace_layers(model, quant, skip, dtype)
+                _replace_layers(model, quant, skip, dtype, config.get("quantization_config") or {})
         wide = internals.kept_in_float32(model, dtype)
         for name, parameter in model.named_parameters():
             if wide.intersection(name.split(".")):
@@ -67,7 +67,12 @@ def _saved_untied(config: Mapping[str, Any], model: PreTrainedModel) -> bool:
     )
 
 
-def _replace_layers(model: PreTrainedModel, quant: Quantization, skip: list[str], dtype: torch.dtype) -> None:
+def _replace_layers(
+    model: PreTrainedModel, quant: Quantization, skip: list[str], dtype: torch.dtype, described: Mapping[str, Any]
+) -> None:
+    if quant.backend.static_only:
+        quant.backend.lay_out(model, described, loading.automatic_skip(type(model), model.config))
+        return
     configured = quant.config(skip)
     if configured is None:
         automatic = skip or loading.automatic_skip(type(model), model.config)

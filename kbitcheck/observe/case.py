@@ -25,6 +25,7 @@ from kbitcheck.core.facts import (
     ForecastFacts,
     ModelFacts,
     Passes,
+    QuantizerFacts,
     StepOutcome,
     StoreFacts,
     UnwatchedFacts,
@@ -42,6 +43,7 @@ from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, layers, switches
+from kbitcheck.observe.probes.quantizer import of_model
 from kbitcheck.observe.probes.snapshot import state_keys
 from kbitcheck.observe.stages import Called, Wrapped
 from kbitcheck.observe.stepped import Stepped
@@ -232,6 +234,7 @@ class Case(OpenCase):
         lambda self: self._paths.case._loaded.generator,
         cost=Cost("cut", Passes(forwards=2, copies=1), needs=("_paths",), shared=True, models=1),
     )
+    quantizer = Fact[QuantizerFacts](lambda self: of_model(self._loaded.pristine, self.spec.quant, self._loaded.facts))
     unfit_targets = Fact[Mapping[str, str]](lambda self: self._loaded.unfit_targets)
     forecast = Fact[ForecastFacts](lambda self: self._loaded.forecast(self.spec))
 

@@ -15,7 +15,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, RunFacts, WatchedRun
+from kbitcheck.core.facts import Fact, ForwardFacts, ModelFacts, QuantizerFacts, RunFacts, WatchedRun
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.facts.recipe import default_rate
 from kbitcheck.core.training import Training
@@ -29,6 +29,7 @@ from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import switches
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.quantizer import of_model
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
 from kbitcheck.observe.stepped import Stepped
@@ -163,6 +164,7 @@ class PreparedCase(OpenCase):
             return self.prepared
         return self._steps.wrapped
 
+    quantizer = Fact[QuantizerFacts](lambda self: of_model(self._model, self.spec.quant, self.base))
     remote_code = Fact[bool](lambda self: LiveModel.of(self._model).remote_code)
 
     @Fact

@@ -1,19 +1,21 @@
 """A case that is judged without weights: its facts are sizes, shapes and types."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import HALF, Fact, ForecastFacts, ModelFacts
+from kbitcheck.core.facts import HALF, Fact, ForecastFacts, ModelFacts, QuantizerFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.profile import PROMISES
+from kbitcheck.models.sources.config import Config
 from kbitcheck.models.sources.source import Source
 from kbitcheck.observe.forecast import fitting, predict
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot
+from kbitcheck.observe.probes.quantizer import of_checkpoint
 
 NEEDS_A_RUN = "needs a run: the audit is static"
 
@@ -28,20 +30,47 @@ def promised_bytes(base: ModelFacts, profile: str) -> Mapping[str, int]:
     }
 
 
+def _described(source: Source, spec: CaseSpec) -> Mapping[str, Any]:
+    """The ``quantization_config`` of the checkpoint that the audit is of; empty where it is of an unquantized one."""
+    if not isinstance(source, Config) or source.leaves_aside(Quantization.parse(spec.quant)):
+        return {}
+    return source.described
+
+
+def _of_method(
+    source: Source, spec: CaseSpec, quantizer: QuantizerFacts, described: Mapping[str, Any]
+) -> Iterator[str]:
+    """What a checkpoint that is quantized already is, and whether it trains."""
+    own = getattr(source, "foreign", "")
+    if not own and not described:
+        own = str(getattr(source, "described", {}).get("quant_method", ""))
+    if own:
+        yield f"its own {own} quantization is not verified, sizes are those of {spec.quant}"
+    if not described or quantizer.loading is None:
+        return
+    method = quantizer.loading.method
+    if quantizer.loading.unpacked:
+        yield f"the checkpoint is {method}, which loading turns into plain numbers on this machine"
+    yield {
+        "yes": f"transformers trains {method}",
+        "no": f"transformers does not train {method}",
+    }.get(quantizer.loading.trainable, f"whether transformers trains {method} {quantizer.loading.trainable}")
+
+
 class StaticCase(OpenCase):
     """Facts of a model on the meta device. What needs a run is not applicable; ``weights`` is the forecast without steps."""
 
     def __init__(self, spec: CaseSpec, source: Source) -> None:
         super().__init__(spec)
-        foreign = getattr(source, "foreign", "")
-        own = f"; its own {foreign} quantization is not verified, sizes are those of {spec.quant}" if foreign else ""
-        self.why = "no weights were read" + own
         self._source = source
         self._model: Any = source.meta(Quantization.parse(spec.quant))
         self.base = snapshot.snapshot(self._model)
+        described = _described(source, spec)
+        self.quantizer = of_checkpoint(described, spec, self.base)
+        self.why = "; ".join(["no weights were read", *_of_method(source, spec, self.quantizer, described)])
         self.remote_code = source.remote_code
         self.weights = predict.of_weights(self._model, self.base, spec, source.notes)
-        wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.layers else []
+        wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.takes_adapters else []
         self.unfit_targets = adapter_probe.unfit(self._model, wanted)
 
     def compute(self, name: str) -> Any:

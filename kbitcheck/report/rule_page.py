@@ -27,6 +27,7 @@ FAMILIES = {
     "composition": "Composition",
     "audit": "Facts about the model",
     "adapter": "Saved adapters",
+    "quantizer": "What is quantized",
 }
 # Sections of a rule's docstring, and their headings.
 HEADINGS = {"Why": "Why", "Symptom": "You will see", "Fix": "What to do"}

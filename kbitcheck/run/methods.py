@@ -27,7 +27,7 @@ def _row(config: Mapping[str, Any]) -> Method:
 
     peft = peft_function()
     backend = registry.of_method(config)
-    why = "kbitcheck has no backend for it" if backend is None else backend.unavailable()
+    why = "kbitcheck has no backend for it" if backend is None else backend.unavailable() or backend.static_only
     return Method(
         loading=loading(config),
         treatment=None if peft is None else treatment(peft, config),

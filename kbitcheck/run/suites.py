@@ -36,7 +36,7 @@ def suite_cells(suite: str) -> Sequence[Cell]:
     if suite != "full":
         return QUICK
     grid: list[tuple[str, Sequence[Checkpointing]]] = []
-    for scheme in (scheme.name for backend in registry.available() for scheme in backend.schemes):
+    for scheme in registry.run_here():
         if scheme == DEFAULT:
             grid.append((scheme, ("reentrant", "non-reentrant", "default", "off")))
             grid.append((f"{scheme},double,storage=bf16", ("non-reentrant",)))

@@ -1,4 +1,4 @@
-"""Faults of KB9xx."""
+"""Faults of KB802 and KB9xx."""
 
 from typing import Any
 
@@ -7,7 +7,12 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.sabotage.fault import spoils
-from kbitcheck.sabotage.helpers import dequantize, subclass
+from kbitcheck.sabotage.helpers import corrupt, dequantize, layer_of, quantized, subclass
+
+
+@spoils("KB802", quant="int8")
+def a_row_whose_scale_is_zero(model: Any) -> None:
+    corrupt(quantized(model)[0], "scale", 0.0)
 
 
 @spoils("KB901")
@@ -55,3 +60,25 @@ def a_norm_of_an_unknown_class(model: Any) -> None:
 @spoils("KB908")
 def code_from_the_repository(model: Any) -> None:
     model.config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+
+
+@spoils("KB909", quant="nf4,skip=c_fc")
+def a_skipped_layer_is_quantized(model: Any) -> None:
+    name = "transformer.h.1.mlp.c_fc"
+    model.set_submodule(name, layer_of("tiny:gpt2", "nf4", name))
+
+
+@spoils("KB910")
+def a_classifier_among_the_quantized_layers(model: Any) -> None:
+    model.classifier = layer_of("tiny:gpt2", "nf4", "transformer.h.1.mlp.c_fc")
+
+
+@spoils("KB912")
+def a_layer_quantized_by_another_scheme(model: Any) -> None:
+    name = "transformer.h.1.mlp.c_fc"
+    model.set_submodule(name, layer_of("tiny:gpt2", "fp4", name))
+
+
+@spoils("KB913")
+def a_quantizer_that_does_not_train(model: Any) -> None:
+    subclass(model.hf_quantizer, is_trainable=False)

@@ -27,11 +27,12 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
     ("KB7", "implementation"): SCRIPT,
     **{
         (family, "run"): PREPARATION
-        for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB312", "KB4", "KB5", "KB6", "KB9")
+        for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB312", "KB4", "KB5", "KB6", "KB802", "KB9")
     },
+    ("KB802", "implementation"): "a fact about the model, whoever prepares it",
     ("KB9", "implementation"): "a fact about the model, whoever prepares it",
     **{(code, level): FILES for code in SAVED for level in ("model", "implementation", "run")},
-    **{(f"KB{family}", "saved"): "nothing of it is saved" for family in (1, 2, 3, 4, 5, 6, 7, 9)},
+    **{(f"KB{family}", "saved"): "nothing of it is saved" for family in (1, 2, 3, 4, 5, 6, 7, 802, 9)},
 }
 
 

@@ -8,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kbitcheck import backends
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.models.blocks import is_block
+from kbitcheck.models.sources.resolve import resolve
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -65,6 +67,11 @@ def dequantize(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
     plain.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
     plain.bias = layer.bias
     model.set_submodule(name, plain)
+
+
+def layer_of(recipe: str, quant: str, name: str) -> Any:
+    """A layer of a fresh model of a recipe, quantized as ``quant`` says."""
+    return resolve(recipe).load(Quantization.parse(quant)).get_submodule(name)
 
 
 def corrupt(layer: Any, part: str, factor: float = 1.02) -> None:

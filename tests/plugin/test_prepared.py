@@ -30,7 +30,7 @@ from tests.shallow import shallow
 JUDGED = {
     "KB101", "KB102", "KB103", "KB104", "KB105", "KB201", "KB202", "KB211", "KB215", "KB301", "KB302", "KB303", "KB304", "KB305",
     "KB306", "KB307", "KB309", "KB310", "KB311", "KB401", "KB402", "KB403", "KB405", "KB406", "KB407", "KB408", "KB410", "KB901",
-    "KB903", "KB904", "KB905", "KB907", "KB908",
+    "KB802", "KB903", "KB904", "KB905", "KB907", "KB908", "KB910", "KB912", "KB913",
 }  # fmt: skip
 OTHERWISE = {"KB213", "KB312", "KB514", "KB515"}  # of an implementation, of routers under checkpointing
 STATIC = ("KB101", "KB102", "KB2")
@@ -293,7 +293,7 @@ def test_a_batch_of_ones_own(model: Any) -> None:
         ({"profile": "best"}, "no such profile"),
         ({"freezes": "never"}, "no such freezes"),
         ({"checkpointing": "sometimes"}, "no such checkpointing"),
-        ({"select": ["KB8"]}, "no rule matches"),
+        ({"select": ["KB99"]}, "no rule matches"),
     ],
 )
 def test_wrong_options(model: Any, options: dict[str, Any], told: str) -> None:

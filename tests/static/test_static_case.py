@@ -30,7 +30,7 @@ from kbitcheck.run.subject import describe
 
 CONFIGS = Path(__file__).parents[2] / "fixtures" / "configs"
 REFERENCE = describe(prepare_model_for_kbit_training)
-JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908"}
+JUDGED = {"KB901", "KB902", "KB903", "KB905", "KB906", "KB907", "KB908", "KB910", "KB912", "KB913"}
 
 
 def opened(model, *, static="always", quant="nf4", rules=(), seconds=math.inf, **options):
@@ -87,7 +87,7 @@ def test_a_model_of_which_nothing_is_quantized_is_told_of(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     case = opened(tmp_path, memory=1000)
     results = {code: judge(rule, case) for code, rule in rules().items()}
-    assert {c for c, r in results.items() if r.status is Status.FAIL} == {"KB901", "KB902", "KB906"}
+    assert {c for c, r in results.items() if r.status is Status.FAIL} == {"KB901", "KB902", "KB906", "KB912"}
     assert not [c for c, r in results.items() if r.status is Status.ERROR]
     assert "no step: no layer is quantized" in results["KB906"].failures[0].actual
 

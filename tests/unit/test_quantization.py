@@ -97,7 +97,7 @@ def test_extra_skip_comes_first_and_once() -> None:
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"quant_method": "gptq"}, "quantized with gptq"),
+        ({"quant_method": "eetq"}, "quantized with eetq"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "quantized as 'nf3'"),
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": 7}, "unknown compute dtype 7"),
     ],

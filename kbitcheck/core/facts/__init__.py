@@ -18,6 +18,7 @@ from kbitcheck.core.facts.model import (
     LayerFacts,
     ModelFacts,
     ModuleFacts,
+    QuantizerFacts,
     RefusedCall,
     TensorFacts,
 )
@@ -57,7 +58,8 @@ __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm",
     "Changes", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
-    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts",
+    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "QuantizerFacts",
+    "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts",
     "StepOutcome", "StoreFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts",
     "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

@@ -16,7 +16,15 @@ from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
-from kbitcheck.core.facts.model import AdaptersFirst, CallFacts, CallForm, Changes, ModelFacts, RefusedCall
+from kbitcheck.core.facts.model import (
+    AdaptersFirst,
+    CallFacts,
+    CallForm,
+    Changes,
+    ModelFacts,
+    QuantizerFacts,
+    RefusedCall,
+)
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.facts.unwatched import UnwatchedFacts
 from kbitcheck.core.facts.use import UseFacts
@@ -264,6 +272,8 @@ class Facts:
     """A later training step of the same model, without its backward."""
     remote_code: bool
     """Whether the model needs code from its repository."""
+    quantizer: QuantizerFacts
+    """What was requested of the model's quantization, and what transformers says of its method."""
     unfit_targets: Mapping[str, str]
     """By adapter target, why it cannot take an adapter."""
     forecast: ForecastFacts

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kbitcheck.core.errors import Raised
+from kbitcheck.core.methods import Loading, Treatment
 
 HALF = frozenset({"float16", "bfloat16"})
 FLOATING = HALF | {"float32", "float64"}
@@ -41,6 +42,9 @@ class TensorFacts:
 class LayerFacts:
     """One quantized layer, recognised by its type and its quantization state. ``state`` maps each field of the state to a digest.
 
+    A ``stack`` is a parameter that packs the weights of several experts; its features out are those of all of them.
+    ``zero_rows`` counts the rows of the unpacked weight whose norm is zero or subnormal in its dtype; None without numbers.
+
     ``laid_out_before`` digests the packed weight as it was before the library's own forward laid it out anew; "" where none did.
     """
 
@@ -54,6 +58,8 @@ class LayerFacts:
     state: Mapping[str, str]
     dequantized: str
     laid_out_before: str = ""
+    stack: bool = False
+    zero_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,15 @@ class ModelFacts:
     def blocks(self) -> list[ModuleFacts]:
         """The modules that transformers checkpoints one by one."""
         return [m for m in self.modules.values() if m.block]
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether any quantized layer can take an adapter of its own."""
+        return any(not layer.stack for layer in self.layers.values())
+
+    def holder(self, parameter: str) -> LayerFacts | None:
+        """The quantized layer that a packed parameter of this name belongs to."""
+        return self.layers.get(parameter) or self.layers.get(parameter.rpartition(".")[0])
 
     @property
     def adapters(self) -> frozenset[str]:
@@ -171,3 +186,20 @@ class CallForm:
     raised: Raised | None
     asked: Mapping[str, str]
     kept: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizerFacts:
+    """What is requested of a model's quantization, and what transformers and the preparation do with its method.
+
+    ``scheme`` and ``skip`` are what was requested: of a checkpoint that is quantized already, what it says of itself.
+    ``loading`` is None where no method is known; ``treatment`` is of a preparation that is not run.
+    ``packed`` and ``unpacked`` are the model's bytes with its quantized weights as they are stored, and as plain numbers.
+    """
+
+    scheme: str
+    skip: tuple[str, ...] = ()
+    loading: Loading | None = None
+    treatment: Treatment | None = None
+    packed: int = 0
+    unpacked: int = 0

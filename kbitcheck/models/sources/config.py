@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends import registry
@@ -19,10 +19,23 @@ if TYPE_CHECKING:
 class Config(Source):
     """A model of this configuration, with random weights; a static audit alone examines one that is not ``loadable``.
 
-    ``foreign`` names the quantizer, without a backend here, that the weights were saved with.
+    ``foreign`` names the quantizer, without a backend here, that the weights were saved with; ``described`` is what the
+    configuration says of their quantization.
     """
 
     foreign: str = ""
+    described: Mapping[str, Any] = field(default_factory=dict)
+
+    def meta(self, quant: Quantization | None) -> PreTrainedModel:
+        """The model on the meta device: with the packed tensors of its checkpoint, or as ``quant`` would quantize the original."""
+        if quant is not None and self.leaves_aside(quant):
+            return replace(self, config=_plain(self.config)).meta(quant)
+        return super(Config, self).meta(quant)
+
+    def leaves_aside(self, quant: Quantization) -> bool:
+        """Whether ``quant`` is of the unquantized original, and not of the packed weights that are not run here."""
+        own = Quantization.parse(self.quant) if self.quant else None
+        return own is not None and bool(own.backend.static_only) and quant.scheme != own.scheme
 
     def load(self, quant: Quantization, device: str = "cpu") -> PreTrainedModel:
         """A fresh model, each tensor quantized on ``device`` as soon as it is drawn."""
@@ -36,7 +49,8 @@ def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: 
     if static and not random_weights:
         method = foreign(config)
         own = _plain(config) if method else config
-        return Config(name=name, config=own, loadable=False, foreign=method, **options)
+        described = _described(config)
+        return Config(name=name, config=own, loadable=False, foreign=method, described=described, **options)
     if not random_weights:
         raise UsageError(NO_WEIGHTS.format(name=name))
     if config.get("auto_map"):
@@ -45,13 +59,24 @@ def read(config: Mapping[str, Any], *, name: str, random_weights: bool, static: 
     return Config(name=name, config=_plain(config), **options)
 
 
+def unloadable(config: Mapping[str, Any]) -> bool:
+    """Whether weights of this configuration were saved quantized in a way that is not loaded and run here."""
+    described = _described(config)
+    backend = registry.of_method(described) if described else None
+    return bool(foreign(config) or (backend is not None and backend.static_only))
+
+
 def foreign(config: Mapping[str, Any]) -> str:
     """The quantizer without a backend here that a configuration's weights were saved with; empty where none."""
-    # Compressed-tensors had a key of its own.
-    described = config.get("quantization_config") or config.get("compression_config")
+    described = _described(config)
     if not described or registry.of_method(described):
         return ""
     return str(described.get("quant_method", "compressed-tensors"))
+
+
+def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Compressed-tensors had a key of its own.
+    return config.get("quantization_config") or config.get("compression_config") or {}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

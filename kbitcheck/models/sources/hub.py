@@ -46,7 +46,7 @@ def read(name: str, *, random_weights: bool, static: bool = False, predicted: bo
     ``predicted`` says that sizes will do where the weights were quantized by something other than bitsandbytes.
     """
     fields = _config(_fetch(name, ("*.json",), options["revision"]), name)
-    if random_weights or static or (predicted and config.foreign(fields)):
+    if random_weights or static or (predicted and config.unloadable(fields)):
         return config.read(fields, name=name, random_weights=random_weights, static=True, **options)
     return Hub(name=name, config=fields, **options)
 

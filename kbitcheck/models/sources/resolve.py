@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec, Static
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
@@ -67,7 +68,11 @@ def resolve(
         raise UsageError(f"no such model {model!r}{_hint(model)}; a model is {FORMS}")
     if source.remote_code and not trust_remote_code and source.loadable:
         raise UsageError(f"{model} needs code from its repository: --trust-remote-code lets it run")
-    _ = source.quant  # refuses what something other than bitsandbytes quantized
+    own = source.quant  # refuses what no backend quantized
+    backend = Quantization.parse(own).backend if own else None
+    if backend is not None and backend.static_only and source.loadable:
+        why = f"this checkpoint is quantized with {backend.method}, and {backend.static_only}"
+        raise UsageError(f"{why}: give --static, or a checkpoint that is not")
     return source
 
 
@@ -83,7 +88,7 @@ def _at(path: Path, *, name: str, random_weights: bool, static: Static, **option
     if not (path / checkpoint.CONFIG).exists():
         raise UsageError(f"{name} {_what_it_is(path)}")
     fields = checkpoint.read_config(path / checkpoint.CONFIG, name)
-    if random_weights or static == "always" or (static != "never" and config.foreign(fields)):
+    if random_weights or static == "always" or (static != "never" and config.unloadable(fields)):
         return config.read(fields, **made)
     files = checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
     return local.read(path, files, fields, name=name, **options) if files else config.read(fields, **made)

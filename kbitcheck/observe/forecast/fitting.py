@@ -34,7 +34,7 @@ def cost(spec: CaseSpec) -> Cost:
 def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: ModelFacts, spec: CaseSpec) -> ForecastFacts:
     """The same with training steps predicted, and what fits; ``missing`` is why no step is predicted. Uses up the model."""
     forecast = with_loading(forecast, source, model, facts)
-    if not facts.layers:
+    if not facts.takes_adapters:
         return dataclasses.replace(forecast, missing="no layer is quantized, so that there are no adapters to train")
     try:
         runtime = runtime_of(spec, "cpu" if forecast.device == "cpu" else "cuda")

@@ -34,8 +34,8 @@ def while_loading(model: Any, facts: ModelFacts, *, stored: bool, dtype: Any) ->
             continue
         seen.add(tensor.storage)
         own, beside, how = tensor.nbytes, 0, LARGEST
-        layer = facts.layers.get(name.rpartition(".")[0]) if tensor.packed else None
-        if layer is not None:
+        layer = facts.holder(name) if tensor.packed else None
+        if layer is not None and not layer.stack:
             module = model.get_submodule(layer.name)
             own += sum(t.nbytes for t in state_tensors(module).values())
             key = (layer.scheme, layer.in_features, layer.out_features)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -35,10 +34,9 @@ from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.search import Search
 from kbitcheck.observe.forecast.thinning import thin
 from kbitcheck.observe.probes import adapters as adapter_probe
+from kbitcheck.observe.probes.treatment import PEFT
 
 BATCH, SEQ_LEN, SHORT = 1, 2048, 16
-# PEFT however it is named (peft, peft==0.13.2, peft:function, peft.utils:function), and no file peft.py.
-PEFT = re.compile(r"peft(?![\w-]|\.py\b)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOTES = {
     "flash_attention_2": "flash_attention_2 is not run: it keeps queries, keys, values, results and a sum for each query",
@@ -66,7 +64,7 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
 
     ``notes`` are remarks on the weights themselves. A model without quantized layers gets no adapters.
     """
-    targets = adapter_probe.target_layers(model, spec.targets) if facts.layers else []
+    targets = adapter_probe.target_layers(model, spec.targets) if facts.takes_adapters else []
     sizes = {
         f"{name}.{end}": spec.rank * width
         for name in targets

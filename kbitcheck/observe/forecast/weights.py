@@ -25,13 +25,15 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
         if tensor.storage in seen:
             continue
         seen.add(tensor.storage)
-        layer = facts.layers.get(name.rpartition(".")[0]) if tensor.packed else None
+        layer = facts.holder(name) if tensor.packed else None
         if layer is not None:
             added = GroupFacts(
                 parameters=layer.in_features * layer.out_features,
                 quantized=layer.in_features * layer.out_features,
                 packed=tensor.nbytes,
-                state=sum(_once(t, shared) for t in state_tensors(model.get_submodule(layer.name)).values()),
+                state=0
+                if layer.stack
+                else sum(_once(t, shared) for t in state_tensors(model.get_submodule(layer.name)).values()),
             )
         else:
             numbers = torch.Size(tensor.shape).numel()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kbitcheck_reference.adapters import is_adapter_module
@@ -63,7 +63,7 @@ def _tensors(
             for n, p in model.named_parameters(remove_duplicate=False)
         },
         "buffers": {n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
-        "layers": {n: layer(n, m) for n, m in layers.items()},
+        "layers": {**{n: layer(n, m) for n, m in layers.items()}, **dict(_stacks(model))},
     }
 
 
@@ -118,6 +118,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
     rows, columns = recognition.shape(module)
     state = {k: digest.of(v) for k, v in recognition.state(module).items()}
     before = recognition.laid_out_before(module)
+    unpacked = _unpacked(module, state)
     return LayerFacts(
         name=name,
         cls=type(module).__name__,
@@ -127,23 +128,63 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         compute=str(arithmetic.compute_dtype(module)).removeprefix("torch."),
         rounds_input=arithmetic.rounds_input(module),
         state=state,
-        dequantized=_unpacked(module, state),
+        dequantized=unpacked.digest,
+        zero_rows=unpacked.zero_rows,
         laid_out_before="" if before is None else digest.bits(before),
     )
 
 
+def _stacks(model: nn.Module) -> Iterator[tuple[str, LayerFacts]]:
+    """The parameters that pack the weights of several experts, by name."""
+    for name, module in model.named_modules():
+        for parameter, (scheme, (rows, columns)) in backends.stacks(module).items():
+            full = f"{name}.{parameter}"
+            yield (
+                full,
+                LayerFacts(
+                    name=full,
+                    cls=type(module).__name__,
+                    scheme=scheme,
+                    in_features=columns,
+                    out_features=rows,
+                    compute="None",
+                    rounds_input=False,
+                    state={},
+                    dequantized="",
+                    stack=True,
+                ),
+            )
+
+
 _digests: dict[object, str] = {}
+_weights: dict[object, "_Unpacked"] = {}
 
 
-def _unpacked(module: nn.Module, state: Mapping[str, str]) -> str:
+class _Unpacked(NamedTuple):
+    """Digest of a layer's unpacked weight, and how many of its rows adapters that divide by their norm cannot take."""
+
+    digest: str
+    zero_rows: int | None = None
+
+
+def _unpacked(module: nn.Module, state: Mapping[str, str]) -> _Unpacked:
     weight: Any = module.weight
     key = (digest.of(weight), *state.items())  # all that unpacking goes by
-    if key not in _digests:
+    if key not in _weights:
         try:
-            _digests[key] = digest.value(backends.arithmetic(module).unpacked(module))
+            numbers = backends.arithmetic(module).unpacked(module)
         except Exception as error:  # a layer whose state was broken is a fact, not a crash
-            return f"{type(error).__name__}: {error}"
-    return _digests[key]
+            return _Unpacked(f"{type(error).__name__}: {error}")
+        _weights[key] = _Unpacked(digest.value(numbers), _zero_rows(numbers))
+    return _weights[key]
+
+
+def _zero_rows(weight: torch.Tensor) -> int | None:
+    if weight.is_meta:
+        return None
+    largest = weight.abs().amax(dim=1)  # a norm is at least this, and at most this times the root of the row's length
+    small = weight[largest < torch.finfo(weight.dtype).tiny]
+    return int((small.double().norm(dim=1) < torch.finfo(weight.dtype).tiny).sum()) if len(small) else 0
 
 
 def _names(model: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:

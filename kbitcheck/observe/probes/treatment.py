@@ -1,5 +1,6 @@
 """What a preparation does with models of a quantization method, seen on a module of two numbers that is marked as one."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,9 @@ from torch import nn
 
 from kbitcheck.core.methods import Treatment
 from kbitcheck.models import internals
+
+# PEFT however it is named (peft, peft==0.13.2, peft:function, peft.utils:function), and no file peft.py.
+PEFT = re.compile(r"peft(?![\w-]|\.py\b)")
 
 
 class _Marked(nn.Module):

@@ -1,0 +1,63 @@
+"""Fine-grained FP8: e4m3 numbers with a scale for each block of rows and columns, as DeepSeek's. Static audit alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kbitcheck.backends.protocol import Backend, Recognition
+from kbitcheck.backends.schemes import Scheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCHEME = Scheme("fp8", 8)
+BLOCK = (128, 128)
+
+
+class Fp8(Backend):
+    """Every linear layer and stack of experts but those that ``modules_to_not_convert`` names, or the head where it names none."""
+
+    name = "fp8"
+    method = "fp8"
+    schemes = (SCHEME,)
+    static_only = "its layers are not run: sizes are those of its published layout"
+
+    @cached_property
+    def recognition(self) -> Recognition:
+        from kbitcheck.backends.packed import PackedHolders
+
+        return PackedHolders([SCHEME.name])
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        return super().describes(config) and config.get("expert_dtype", "fp8") == "fp8"
+
+    def lay_out(self, model: nn.Module, config: Mapping[str, Any], skip: Sequence[str]) -> None:
+        import torch
+
+        from kbitcheck.backends import packed
+
+        block = config.get("weight_block_size", BLOCK)
+        scale = torch.uint8 if config.get("scale_fmt") == "ue8m0" else torch.float32  # a byte, or a number
+        static = config.get("activation_scheme") == "static"
+
+        def layout(rows: int, columns: int) -> Any:
+            shape = () if block is None else (packed.groups(rows, block[0]), packed.groups(columns, block[1]))
+            return {
+                "weight": ((rows, columns), torch.float8_e4m3fn),
+                "weight_scale_inv": (shape, scale),
+                **({"activation_scale": ((), torch.float32)} if static else {}),
+            }
+
+        named = config.get("modules_to_not_convert") or config.get("ignored_layers")
+        stays = packed.skipped(skip if named is None else named)
+        for name, _ in packed.linears(model, in_blocks=False):
+            if not stays(name):
+                packed.pack_linear(model, name, SCHEME.name, layout)
+        for name, module, wide in packed.stacked(model):
+            if not stays(name):
+                packed.pack_stack(model, module, wide, SCHEME.name, layout)
+
+
+BACKEND = Fp8()

@@ -1,0 +1,170 @@
+"""Checkpoints that another quantizer made: their sizes to the byte, what they are, and whether they train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import UsageError
+from kbitcheck.core.facts import Facts
+from kbitcheck.core.result import Result, Status
+from kbitcheck.core.rule import judge, rules
+from kbitcheck.models.sources.resolve import resolve, source_of
+from kbitcheck.observe.static import StaticCase
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 640,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "dtype": "float16",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+# The configuration of openai/gpt-oss-20b.
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+    "num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088, "tie_word_embeddings": False, "attention_bias": True,
+    "dtype": "bfloat16",
+}  # fmt: skip
+MIXTRAL = {
+    **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "dtype": "bfloat16",
+}  # fmt: skip
+# (out, in) of the linear layers of a block of LLAMA.
+ATTENTION = ((256, 256), (128, 256), (128, 256), (256, 256))
+MLP = ((640, 256), (640, 256), (256, 640))
+PLAIN = 2 * 1000 * 256 * 2 + 5 * 256 * 2  # embedding and head, and the norms, in half precision
+ROTARY = 2 * (256 // 4 // 2) * 4  # buffers that no checkpoint has
+
+
+@pytest.fixture
+def static(tmp_path: Path) -> Any:
+    def opened(config: Mapping[str, Any], described: Mapping[str, Any], quant: str = "", **options: Any) -> StaticCase:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**config, "quantization_config": dict(described)}))
+        quant = quant or resolve(str(path), static="always").quant or "nf4"
+        spec = CaseSpec(
+            model=str(path), quant=quant, implementation="peft", static="always", device="auto", seq_len=16, **options
+        )
+        return StaticCase(spec, source_of(spec, static="always"))
+
+    return opened
+
+
+def gptq(bits: int, group: int, shapes: Any) -> int:
+    """As AutoGPTQ packs: int32 codes along the columns, zeros along the rows, float16 scales, a group for each column."""
+    return sum(
+        4 * (columns * bits // 32) * rows + (4 * (rows * bits // 32) + 2 * rows) * (columns // group) + 4 * columns
+        for rows, columns in shapes
+    )
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 32), (3, -1)])
+def test_gptq_is_right_to_the_byte(static: Any, bits: int, group: int) -> None:
+    case = static(LLAMA, {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": True})
+    blocks = sum(gptq(bits, columns if group == -1 else group, [(rows, columns)]) for rows, columns in ATTENTION + MLP)
+    assert case.base.nbytes == PLAIN + ROTARY + 2 * blocks
+    assert {layer.scheme for layer in case.base.layers.values()} == {f"gptq-int{bits}"}
+    assert case.why.startswith("no weights were read; transformers trains gptq")
+
+
+def test_gptq_leaves_out_and_changes_what_dynamic_says(static: Any) -> None:
+    dynamic = {"-:.*layers\\.0\\.mlp": {}, "+:.*self_attn": {"bits": 8}}
+    case = static(LLAMA, {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": dynamic})
+    mlp = 2 * sum(rows * columns for rows, columns in MLP) + gptq(4, 128, MLP)
+    assert case.base.nbytes == PLAIN + ROTARY + mlp + 2 * gptq(8, 128, ATTENTION)
+
+
+def test_awq_is_right_to_the_byte(static: Any) -> None:
+    described = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+    case = static(LLAMA, described)
+    packed = sum(columns * rows // 2 + (columns // 128) * (rows // 2 + 2 * rows) for rows, columns in ATTENTION + MLP)
+    assert case.base.nbytes == PLAIN + ROTARY + 2 * packed
+    part = static(LLAMA, {**described, "modules_to_not_convert": ["mlp"]}).base
+    assert all(".self_attn." in name for name in part.layers)
+
+
+def blocks(size: int) -> int:
+    return -(-size // 128)
+
+
+def test_fp8_is_right_to_the_byte(static: Any) -> None:
+    case = static(LLAMA, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"})
+    packed = sum(rows * columns + 4 * blocks(rows) * blocks(columns) for rows, columns in ATTENTION + MLP)
+    assert case.base.nbytes == PLAIN + ROTARY + 2 * packed
+    whole = static(LLAMA, {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"})
+    assert whole.base.nbytes == PLAIN + ROTARY + 2 * sum(rows * columns + 8 for rows, columns in ATTENTION + MLP)
+
+
+@pytest.mark.transformers5("before it, experts are linear layers")
+def test_stacked_experts_are_packed_each_by_itself(static: Any) -> None:
+    case = static(MIXTRAL, {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    linear = sum(rows * columns + 4 * blocks(rows) * blocks(columns) for rows, columns in ATTENTION)
+    experts = 4 * sum(rows * columns + 4 * blocks(rows) * blocks(columns) for rows, columns in MLP)
+    assert case.base.nbytes == PLAIN + ROTARY + 2 * (linear + experts + 2 * 4 * 256)  # with a router
+    assert [layer.out_features for layer in case.base.layers.values() if layer.stack] == [4 * 1280, 4 * 256] * 2
+    result = judged(case, "KB901")
+    assert result.status is Status.PASS  # experts are quantized
+
+
+@pytest.mark.transformers5("gpt-oss stores experts otherwise before it")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is unpacked where kernels are installed")
+def test_gpt_oss_is_no_4_bit_training(static: Any) -> None:
+    case = static(GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+    hidden, experts = 2880, 32
+    attention = (2 * 4096 + 1024) * hidden + 4096 + 1024 + hidden + 64  # q and o, k and v, biases, sinks
+    router, norms, biases = experts * (hidden + 1), 2 * hidden, experts * 3 * hidden
+    packed = experts * 3 * hidden * (hidden // 2 + hidden // 32)
+    plain = 2 * (2 * 201088 * hidden + hidden + 24 * (attention + router + norms + biases))
+    stored = plain + 24 * packed + 2 * 32 * 4
+    unpacked = plain + 24 * 2 * experts * 3 * hidden * hidden + 2 * 32 * 4
+    assert case.base.nbytes == stored
+    assert "the checkpoint is mxfp4, which loading turns into plain numbers on this machine" in case.why
+    assert "transformers does not train mxfp4" in case.why
+    failure = judged(case, "KB912").failures[0]
+    assert (failure.expected, failure.actual) == (
+        f"mxfp4, {stored:,} bytes", f"unpacked on load: {unpacked:,} bytes"
+    )  # fmt: skip
+    assert [f.where for f in judged(case, "KB913").failures] == ["mxfp4", "the preparation"]
+    assert case.forecast.missing == "no layer is quantized, so that there are no adapters to train"
+
+
+def judged(case: Facts, code: str) -> Result:
+    return judge(rules()[code], case)
+
+
+def test_a_step_unpacks_each_weight_and_holds_none(static: Any) -> None:
+    case = static(LLAMA, {"quant_method": "gptq", "bits": 4, "group_size": 128})
+    assert case.forecast.missing == ""
+    weights = 2 * 2 * sum(rows * columns for rows, columns in ATTENTION + MLP)
+    assert 0 < case.forecast.activations["off"].held < weights < case.forecast.parameters * 2
+
+
+def test_an_explicit_quantization_is_forecast_of_the_original(static: Any) -> None:
+    case = static(LLAMA, {"quant_method": "awq", "bits": 4}, quant="nf4")
+    assert {layer.scheme for layer in case.base.layers.values()} == {"nf4"}
+
+
+def test_a_layout_that_nobody_published_is_named(static: Any) -> None:
+    case = static(LLAMA, {"quant_method": "awq", "bits": 4, "version": "gemv"})
+    assert "its own awq quantization is not verified, sizes are those of nf4" in case.why
+
+
+def test_nothing_is_quantized_on_load_by_a_layout_alone() -> None:
+    with pytest.raises(UsageError, match="cannot be quantized on load"):
+        resolve("tiny:llama").load(Quantization.parse("gptq-int4"))
+
+
+@pytest.mark.transformers5("before it, a name matches in the middle of a path")
+@pytest.mark.parametrize("skip", ["vision_tower", "multi_modal_projector"])
+def test_a_skip_list_that_is_not_honoured_is_told_of(skip: str) -> None:
+    spec = CaseSpec(model="tiny:llava", quant=f"nf4,skip={skip}", implementation="peft", static="always", device="auto")
+    result = judged(StaticCase(spec, source_of(spec, static="always")), "KB909")
+    assert result.status is Status.FAIL
+    assert all(skip in failure.where for failure in result.failures)
+    path = CaseSpec(model="tiny:llava", quant=f"nf4,skip=model.{skip}", implementation="peft", static="always")
+    assert judged(StaticCase(path, source_of(path, static="always")), "KB909").status is Status.PASS
