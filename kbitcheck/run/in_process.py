@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, get_args
+from unittest import mock
 
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Freezes, Implementation, Profile
 from kbitcheck.core.errors import UsageError, cause, short_of
@@ -30,18 +32,33 @@ def like_a_worker() -> Iterator[Callable[[int], None]]:
     """The settings of a worker process, for a while: one thread, no compiler.
 
     Yields a function that takes the bytes of a model and gives a large one all threads. The probes' own warnings are
-    not shown; rules see warnings all the same.
+    not shown, and what libraries log is shown once; rules see all of it.
     """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        with torch.compiler.set_stance("force_eager"), _logged_once(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield lambda nbytes: torch.set_num_threads(threads if nbytes > LARGE_BYTES else 1)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _logged_once() -> Iterator[None]:
+    """While it is open, what a logger says again is not shown again: a layer may log the same in each of hundreds of forwards."""
+    own, shown = logging.Logger.callHandlers, set[tuple[str, str]]()
+
+    def handle(logger: logging.Logger, record: logging.LogRecord) -> None:
+        said = (record.name, str(record.msg))
+        if said not in shown:
+            shown.add(said)
+            own(logger, record)
+
+    with mock.patch.object(logging.Logger, "callHandlers", handle):
+        yield
 
 
 def examine_all(
