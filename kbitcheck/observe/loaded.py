@@ -201,9 +201,9 @@ class Loaded:
         return self.compute if self.compute in (torch.float16, torch.bfloat16) else torch.bfloat16
 
     @property
-    def forwards(self) -> Sequence[forwards.Forward]:
+    def forwards(self) -> forwards.Everywhere:
         """The unprepared base under every condition."""
-        return self._computed_once(("forwards",), lambda: list(forwards.everywhere(self.copy(), self.batch, self.half)))
+        return self._computed_once(("forwards",), lambda: forwards.Everywhere(self.copy(), self.batch, self.half))
 
     def witness(self, spec: CaseSpec, make: Callable[[], T]) -> T:
         """The base's case of a spec that no implementation has a part in; made once, but of a large model."""

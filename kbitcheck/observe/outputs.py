@@ -1,10 +1,10 @@
 """What a prepared model computes: its outputs under every condition, its logits, and what an evaluation or a save leaves."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
-from torch import nn
 
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CANNOT_RUN, Cost, Fact, ForwardFacts, FunctionFacts, Passes, StoreFacts, fact
@@ -25,9 +25,20 @@ class Outputs:
         self._profile = preparation.spec.profile
         self.computed = preparation.computed
 
-    base_forwards = Fact(
+    _base_training_forwards = Fact(
         lambda self: self._loaded.forwards,
-        cost=Cost("cut", Passes(forwards=13, backwards=1, copies=1), shared=True, models=1),
+        cost=Cost("cut", Passes(forwards=4, copies=1), shared=True, models=1),
+    )
+    base_forwards = Fact(
+        lambda self: self._base_training_forwards.all,
+        cost=Cost(
+            "cut",
+            Passes(forwards=9, backwards=1),
+            needs=("_base_training_forwards",),
+            shared=True,
+            models=1,
+            large=Cost(),  # of a large model these run with the others
+        ),
     )
     base_logits = Fact(
         lambda self: self._loaded.function(self._profile),
@@ -48,9 +59,14 @@ class Outputs:
         Cost(
             "cut",
             Passes(forwards=4, copies=1, calls=1),
-            needs=("base_forwards",),
+            needs=("_base_training_forwards",),
             models=1,
-            large=Cost("cut", Passes(forwards=13, backwards=1, copies=1, calls=1), needs=("base_forwards",), models=1),
+            large=Cost(
+                "cut",
+                Passes(forwards=22, backwards=2, copies=1, calls=1),
+                needs=("_base_training_forwards",),
+                models=1,
+            ),
         )
     )
     def _training_forwards(self) -> tuple[list[ForwardFacts], Iterator[ForwardFacts]]:
@@ -60,31 +76,37 @@ class Outputs:
         """
         self._loaded.require_step()
         self._preparation.make_room()
-        base = self.base_forwards  # first, so that its copy of the base is gone
-        compared = forwards.compare(self._everywhere(self._preparation.prepared_copy()), base)
+        unprepared = self._base_training_forwards
         kept = self._loaded.copies and not (self._loaded.large or self._loaded.of_large)
-        first = len(forwards.in_training(base)) if kept else None
-        return list(islice(compared, first)), compared
+        if not kept:
+            _ = unprepared.all  # first, so that its copy of the base is gone
+        every = forwards.everywhere(self._preparation.prepared_copy(), self._loaded.batch, self._loaded.half)
+        base = unprepared.in_training
+        first = list(forwards.compare(islice(every, len(base)), base, base))
 
-    def _everywhere(self, model: nn.Module) -> Iterator[forwards.Forward]:
-        return forwards.everywhere(model, self._loaded.batch, self._loaded.half)
+        def others() -> Iterator[ForwardFacts]:
+            base = self.base_forwards if kept else unprepared.all
+            yield from forwards.compare(every, base[len(first) :], base)
+
+        return first, others() if kept else iter(list(others()))
 
     @property
     def training_forwards(self) -> Sequence[ForwardFacts]:
         """The first ``forwards``: those in train mode that are fed the batch."""
-        return forwards.in_training(self._training_forwards[0])
+        return self._training_forwards[0]
 
     @fact(
         Cost(
             "cut",
             Passes(forwards=9, backwards=1),
-            needs=("_training_forwards",),
+            needs=("_training_forwards", "base_forwards"),
             large=Cost(needs=("_training_forwards",)),
         )
     )
     def forwards(self) -> Sequence[ForwardFacts]:
         first, others = self._training_forwards
-        return forwards.beside_wide([*first, *others], lambda: self._everywhere(self._loaded.wide()))
+        wide = partial(forwards.everywhere, batch=self._loaded.batch, half=self._loaded.half)
+        return forwards.beside_wide([*first, *others], lambda: wide(self._loaded.wide()))
 
     def require_forward(self) -> None:
         """Raise ``Unavailable`` if no training forward of the prepared model runs, and the base's does: KB210 reports it."""

@@ -83,13 +83,16 @@ def _watched(fault: Fault, base: Loaded) -> WatchedCase:
 
 def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix: bool = False) -> FaultTried:
     """Judge one fault by its own rule, with ``matrix`` by all others too."""
-    tried = FaultTried(
-        code=fault.code, fault=fault.name, case="", caught=None, reason="needs an accelerator", level=fault.level,
-        alone=fault.alone, kills=None,
-    )  # fmt: skip
     if fault.accelerator and not torch.cuda.is_available():
-        return tried
+        return _tried(fault)
     case = case_of(fault, bases)
+    tried = judge_fault(fault, case, matrix=matrix)
+    case.close()
+    return tried
+
+
+def judge_fault(fault: Fault, case: OpenCase, *, matrix: bool = False) -> FaultTried:
+    """Judge a fault's case by the fault's own rule, with ``matrix`` by all others too; the case stays open."""
     result = judge(rules()[fault.code], case)
     first = next((f"{failure.where}: {failure.actual}" for failure in result.failures), "passed")
     # A fault that is attributed to the stack or the model does not count against the implementation: it escaped.
@@ -101,5 +104,12 @@ def try_fault(fault: Fault, bases: dict[tuple[str, str, str], Loaded], *, matrix
         broken = {r.rule for r in others if r.status is Status.FAIL and r.own} | ({fault.code} if caught else set())
         kills = tuple(sorted(broken))
         caught = caught and (not fault.alone or kills == (fault.code,))
-    case.close()
-    return replace(tried, case=case.case, caught=caught, reason=result.reason or first, kills=kills)
+    return replace(_tried(fault), case=case.case, caught=caught, reason=result.reason or first, kills=kills)
+
+
+def _tried(fault: Fault) -> FaultTried:
+    """The fault before it is judged, as if no device of its own were there."""
+    return FaultTried(
+        code=fault.code, fault=fault.name, case="", caught=None, reason="needs an accelerator", level=fault.level,
+        alone=fault.alone, kills=None,
+    )  # fmt: skip

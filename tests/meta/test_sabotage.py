@@ -9,11 +9,12 @@ import torch
 from kbitcheck.core.events import FaultTried
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, rules
-from kbitcheck.run.selftest import case_of, run, try_fault
+from kbitcheck.run.selftest import case_of, judge_fault, run, try_fault
 from kbitcheck.sabotage import WITHOUT, Fault, faults
 from kbitcheck.sabotage.fault import FaultLevel
 from kbitcheck.sabotage.helpers import prepare_well
 from tests.meta.conftest import of_one_base
+from tests.meta.oracles import off_as_of_a_large_one, off_by_blocks, off_whole_model
 
 
 def lacking(found):
@@ -81,37 +82,40 @@ def test_fault_names_are_distinct():
     assert len(names) == len(set(names))
 
 
-def slow(fault):
-    """The mark of a fault whose rule starts a process that imports torch."""
-    return [pytest.mark.slow] if fault.conditions == "processes" else []
-
-
 def each(tried):
     """The faults as parameters of a test; those of one base run in one process, which makes the base once."""
-    params = [pytest.param(f, id=f"{f.code}-{f.name}", marks=[of_one_base(f), *slow(f)]) for f in tried]
+    params = [pytest.param(f, id=f"{f.code}-{f.name}", marks=of_one_base(f)) for f in tried]
     return pytest.mark.parametrize("fault", params)
 
 
-def is_deep(fault):
-    return fault.config.get("num_hidden_layers", 0) > 4
+def alike_when_whole(fault):
+    """A fault that takes long: one of a deep model, or of a rule that starts a process which imports torch."""
+    return fault.config.get("num_hidden_layers", 0) > 4 or fault.conditions == "processes"
 
 
-def catch(fault, bases):
-    verdict = try_fault(fault, bases)
+@each([fault for fault in faults() if not alike_when_whole(fault)])
+def test_its_rule_catches_it(fault, shallow_bases):
+    verdict = try_fault(fault, shallow_bases)
     if verdict.caught is None:
         pytest.skip(verdict.reason)
     assert verdict.caught, verdict.reason
 
 
-@each([fault for fault in faults() if not is_deep(fault)])  # the deep one is no other when it is whole
-def test_its_rule_catches_it(fault, shallow_bases):
-    catch(fault, shallow_bases)
+# Right in the first forward after a preparation, which is the one that is looked at where a large model is prepared anew.
+FIRST_IS_RIGHT = "input_hook_works_once"
 
 
 @pytest.mark.slow
-@each(faults())
-def test_its_rule_catches_it_in_a_whole_recipe_too(fault, bases):
-    catch(fault, bases)
+@each([fault for fault in faults() if not fault.accelerator])
+def test_in_a_whole_recipe_its_rule_catches_it_and_so_do_the_blocks_if_the_whole_twin_does(fault, bases):
+    case = case_of(fault, bases)
+    verdict = judge_fault(fault, case)
+    seen = off_whole_model(case)
+    by_blocks = seen and off_by_blocks(case)
+    case.close()
+    assert verdict.caught, verdict.reason
+    # The blocks of a small model are those of a plain step: what a recompute spoils shows beside a large one's.
+    assert not seen or by_blocks or fault.name == FIRST_IS_RIGHT or off_as_of_a_large_one(case_of(fault, bases))
 
 
 def test_a_fault_that_is_none_is_not_caught(shallow_bases):

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import count, islice, product, takewhile
-from typing import Any, TypeVar
+from itertools import count, islice, product
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ class Forward:
     optional: bool = False
 
 
-F = TypeVar("F", Forward, ForwardFacts)
 TOKENS = 3
 EMBEDDED = "train, embeddings in place of ids, no autocast"
 
@@ -70,10 +69,15 @@ def run(model: nn.Module, batch: step.Batch, *, training: bool, autocast: torch.
     return finite, None, routers.Routed(output.logits.detach(), routes)
 
 
+def _fed(batch: step.Batch) -> Mapping[str, step.Batch]:
+    """The batch with its mask, if it has one, and without."""
+    masked: dict[str, step.Batch] = {"with mask": batch} if "attention_mask" in batch else {}
+    return {**masked, "no mask": {k: v for k, v in batch.items() if k != "attention_mask"}}
+
+
 def everywhere(model: nn.Module, batch: step.Batch, half: torch.dtype) -> Iterator[Forward]:
     """A forward under every condition, each computed when iterated over. The model is used up: eval mode may repack weights."""
-    fed: dict[str, step.Batch] = {"with mask": batch} if "attention_mask" in batch else {}
-    fed["no mask"] = {k: v for k, v in batch.items() if k != "attention_mask"}
+    fed = _fed(batch)
     for training, (mask, inputs), auto in product((True, False), fed.items(), (True, False)):
         condition = f"{'train' if training else 'eval'}, {mask}, {'autocast' if auto else 'no autocast'}"
         yield Forward(condition, auto, *run(model, inputs, training=training, autocast=half if auto else None))
@@ -155,16 +159,31 @@ def forward_logits(model: nn.Module, batch: step.Batch, autocast: step.Autocast)
     return logits.detach()
 
 
-def in_training(every: Iterable[F]) -> Sequence[F]:
-    """Of a model's forwards those in train mode that are fed the batch: the first ones."""
-    return list(takewhile(lambda forward: forward.condition.startswith("train"), every))
+class Everywhere:
+    """The forwards of one model under every condition; those in eval mode run when they are first read."""
+
+    def __init__(self, model: nn.Module, batch: step.Batch, half: torch.dtype) -> None:
+        others = everywhere(model, batch, half)
+        self.in_training = list(islice(others, 2 * len(_fed(batch))))
+        self._others: Iterator[Forward] | None = others  # which keeps the model
+        self._all = self.in_training
+
+    @property
+    def all(self) -> Sequence[Forward]:
+        """Those in train mode that are fed the batch are the first ones."""
+        if self._others is not None:
+            self._all, self._others = [*self.in_training, *self._others], None
+        return self._all
 
 
-def compare(prepared: Iterable[Forward], base: Sequence[Forward]) -> Iterator[ForwardFacts]:
-    """The prepared model's forwards beside the base's, each when it is iterated over: one has its logits in memory."""
-    uncast = {b.condition.replace("no autocast", "autocast"): b.routed for b in base if not b.autocast}
-    trained = {bare.condition.replace("train", "eval"): bare.routed for bare in base if "train" in bare.condition}
-    steps = {b.condition: _apart(b.routed, trained.get(b.condition)) or 0.0 for b in base if b.finite}
+def compare(prepared: Iterable[Forward], base: Sequence[Forward], among: Sequence[Forward]) -> Iterator[ForwardFacts]:
+    """The prepared model's forwards beside the base's, each when it is iterated over: one has its logits in memory.
+
+    ``among`` are the base's under other conditions too, which show what a cast and a step into eval mode make of logits.
+    """
+    uncast = {b.condition.replace("no autocast", "autocast"): b.routed for b in among if not b.autocast}
+    trained = {bare.condition.replace("train", "eval"): bare.routed for bare in among if "train" in bare.condition}
+    steps = {b.condition: _apart(b.routed, trained.get(b.condition)) or 0.0 for b in among if b.finite}
     # In train there is no step; what has no counterpart in train is taken to be as far from it as the farthest.
     farthest = max(steps.values(), default=0.0)
     for mine, bare in zip(prepared, base, strict=True):

@@ -15,9 +15,10 @@ from kbitcheck.models import cut as cutting
 from kbitcheck.models.blocks import described, signature
 from kbitcheck.models.cut import NoCut, cut
 from kbitcheck.models.load import quiet
-from kbitcheck.models.sources.architecture import listed, named
+from kbitcheck.models.sources.architecture import named
 from kbitcheck.observe import cut as proof
 from kbitcheck.observe.cut import proven_cut
+from tests.architectures import distinct
 from tests.deep import deep
 
 CUTS = [
@@ -182,9 +183,8 @@ NOT_CUT = {
 @pytest.mark.transformers5("has these architectures")
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "speech-seq2seq"])
 def test_every_architecture_that_runs_is_cut_or_has_a_reason(task: str) -> None:
-    kinds = {cls: kind for kind, cls in reversed(listed(task).items())}.values()
     odd, number = {}, 0
-    for kind in kinds:
+    for kind in distinct(task):
         name = f"arch:{task}/{kind}"
         try:
             with quiet():
