@@ -158,8 +158,8 @@ def batch_is_meant(facts: Facts) -> Iterable[Observation]:
 def batch_teaches(facts: Facts) -> Iterable[Observation]:
     """Every row of a batch whose labels count has a gradient at the logits, and what has a large one there has one behind the blocks.
 
-    Compared are rows in every block, and tokens behind the last one. Noted are rows without a gradient at the logits in every batch where
-    the loss is computed outside the model, and forwards with labels in train mode that take no gradients.
+    Compared are rows and their last tokens behind every block, and all tokens behind the last one. Noted are rows without a gradient at
+    the logits in every batch where the loss is computed outside the model, and forwards with labels in train mode that take no gradients.
 
     Why: what is detached, or computed under ``no_grad``, is in the loss and teaches nothing.
     Symptom: a loss that falls as with a smaller batch; a gradient norm that is too small.

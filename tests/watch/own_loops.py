@@ -216,6 +216,13 @@ def tokens_detached_behind_the_blocks():
     return model, each_step(model, adamw(model))
 
 
+def ends_of_rows_detached_between_blocks():
+    model = prepared(layers=3)
+    block = model.get_submodule("base_model.model.model.layers")[1]
+    block.register_forward_hook(lambda module, args, out: torch.cat([out[:, :12], out[:, 12:].detach()], 1))
+    return model, each_step(model, adamw(model))
+
+
 def rows_detached_behind_the_head():
     """The model's own loss is taken of what the hook returns."""
 
@@ -339,6 +346,7 @@ def graphs_retained():
 BROKEN = {
     rows_detached_before_the_head: "KB723",
     tokens_detached_behind_the_blocks: "KB723",
+    ends_of_rows_detached_between_blocks: "KB723",
     rows_detached_behind_the_head: "KB723",
     not_shifted: "KB714",
     prompts_that_count: "KB721",

@@ -25,7 +25,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """``lost`` of the rows or tokens (``what``) that have a large gradient at the logits have none behind a block, ``place``."""
+    """Of rows, tokens or last tokens of rows (``what``) with a large gradient at the logits, ``lost`` have none behind ``place``, a block."""
 
     place: str
     lost: int

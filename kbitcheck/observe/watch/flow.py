@@ -82,16 +82,24 @@ class Passage:
         return int(silent.sum())
 
     def _cuts(self, strong: Tensor) -> Iterator[Cut]:
-        """Where what has a large gradient at the logits has none behind a block: rows, and tokens behind the last one."""
+        """Where what has a large gradient at the logits has none behind a block: rows, their last tokens, and behind the last block any token.
+
+        Earlier tokens get one through those that attend to them, the last one past attention alone.
+        """
         rows = strong.any(dim=1)
+        final = strong & (strong.flip(1).cumsum(1).flip(1) == 1)
         for name, reached in self.behind.items():
             if reached.shape != strong.shape or not bool(reached.any()):
                 continue
-            lost = int((rows & ~reached.any(dim=1)).sum())
-            if lost:
-                yield Cut(place=name, lost=lost, of=int(rows.sum()), what="rows")
-            elif name == self.last and bool((strong & ~reached).any()):
-                yield Cut(place=name, lost=int((strong & ~reached).sum()), of=int(strong.sum()), what="tokens")
+            checks = (
+                ("rows", rows, rows & ~reached.any(dim=1)),
+                ("tokens", strong, strong & ~reached if name == self.last else torch.zeros_like(strong)),
+                ("last tokens", final, final & ~reached),
+            )
+            for what, of, lost in checks:
+                if bool(lost.any()):
+                    yield Cut(place=name, lost=int(lost.sum()), of=int(of.sum()), what=what)
+                    break
 
     def _targets(self, strong: Tensor, shifts: bool, scale: float) -> dict[str, Any]:
         """What the tokens are pulled to: the next token, as is meant, or the one that the model just read."""
