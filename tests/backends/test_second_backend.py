@@ -23,8 +23,10 @@ from tests.backends.rowwise import BACKEND, FORMAT, RowwiseLinear
 from tests.few_steps import of_few_steps
 from tests.shallow import shallow
 
+# What may hang on the mode; of the other rules one mode is enough.
+OF_STEPS = tuple(code for code in of_few_steps() if code.startswith(("KB1", "KB2", "KB3", "KB4")))
 MODES: list[tuple[str, list[Checkpointing], tuple[str, ...]]] = [
-    ("tiny:llama", ["reentrant", "non-reentrant", "off"], of_few_steps()),
+    ("tiny:llama", ["reentrant", "non-reentrant", "off"], OF_STEPS),
     ("tiny:gpt2", ["reentrant"], ()),  # with biases, and weights the other way round, which no mode asks after
 ]
 

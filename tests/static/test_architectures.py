@@ -72,7 +72,7 @@ def confirm(source, thinned, same, questions=("batch", "length")):
     whole = thinned if same else training(source, whole=True)[0]
     limit, length, mode = shape(source, thinned)
     search = thinned.search(limit)
-    room = ROOM * first_step(source, thinned).peak
+    room = ROOM * search.step(2, length, mode).peak
 
     def peak(batch, tokens):
         return whole.step(batch, tokens, mode, padded=False).peak
