@@ -39,5 +39,7 @@ OF_TRAINERS: Mapping[str, Profile] = MappingProxyType(
 
 
 def assumed_profile(implementation: str) -> Profile:
-    """The profile that an implementation is taken to keep while nothing of it is run: a trainer's own, or PEFT's."""
+    """The profile that an implementation is taken to keep, by its name alone: a trainer's own, or PEFT's."""
+    if "::" in implementation:  # a function of another environment
+        return "peft"
     return OF_TRAINERS.get(implementation.partition("==")[0], "peft")

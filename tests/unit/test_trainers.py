@@ -42,7 +42,14 @@ def test_a_release_means_what_the_trainer_means() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "profile"), [("trl", "frozen-half"), ("trl==1.16.0", "frozen-half"), ("peft", "peft"), ("mine:f", "peft")]
+    ("name", "profile"),
+    [
+        ("trl", "frozen-half"),
+        ("trl==1.16.0", "frozen-half"),
+        ("trl==1.16.0::a:b", "peft"),
+        ("peft", "peft"),
+        ("mine:f", "peft"),
+    ],
 )
 def test_what_is_assumed_where_nothing_runs(name: str, profile: str) -> None:
     assert assumed_profile(name) == profile

@@ -1,14 +1,18 @@
 """``kbitcheck impl``."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import cast
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.cases import audit, install, suite_cases
 from kbitcheck.cli.console import echo, progress_bar, say
-from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, split_codes
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
+from kbitcheck.core.cases import Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.machine import validate_device
+from kbitcheck.core.profile import assumed_profile
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.report import render, verdict
@@ -19,10 +23,16 @@ from kbitcheck.run.subject import validate
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
     impl: str = argument("IMPL", IMPL_HELP)
+    profile: Profile = choice(
+        "The dtypes that the preparation promises; by default PEFT's, or a trainer's own.", None, Profile
+    )
 
 
 def run(options: Options) -> int:
     """Check one implementation on a suite, or on random cases; only its own failures count."""
+    options = dataclasses.replace(
+        options, profile=cast("Profile | None", options.profile) or assumed_profile(options.impl)
+    )
     if options.fuzz:
         return run_fuzz(options)
     return audit("impl", suite_cases(options.impl, options), options, blame="own")
