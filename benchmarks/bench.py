@@ -2,7 +2,7 @@
 
 The commands of a group take turns, so that a slow minute of the machine hurts them alike, and medians are compared.
 Seconds are those of the processor, user and system, of the whole process tree, so that other work on the machine counts less.
-Memory is the largest sum of resident sizes over a command's process tree; pages that processes share count in each.
+Memory is the largest sum of peak resident sizes over a command's process tree; pages that processes share count in each.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def processor_seconds() -> float:
 
 
 def watched(process: subprocess.Popen[bytes]) -> int:
-    """The largest sum of resident bytes over the process tree, until the process ends."""
+    """The largest sum of peak resident bytes over the process tree, until the process ends."""
     peak = 0
     root = psutil.Process(process.pid)
     while process.poll() is None:
@@ -106,17 +106,26 @@ def watched(process: subprocess.Popen[bytes]) -> int:
 
 
 def resident(root: psutil.Process) -> int:
-    """Resident bytes of a process and all its descendants, now."""
+    """The most bytes that a process and its living descendants have had resident, each at its own time."""
     total = 0
     try:
         for process in (root, *root.children(recursive=True)):
             try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
+                total += peak_resident(process)
+            except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
                 continue
     except psutil.NoSuchProcess:
         pass
     return total
+
+
+def peak_resident(process: psutil.Process) -> int:
+    """The most bytes that a process has had resident, which no sample misses; where the system keeps no peak, those that it has now."""
+    if not sys.platform.startswith("linux"):
+        return int(process.memory_info().rss)
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0")  # a zombie has none
+    return 1024 * int(peak.split()[1])
 
 
 def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, sample: bool) -> dict[str, list[Measured]]:

@@ -58,7 +58,8 @@ def audited(label: str, subject: Subject) -> dict[str, Any]:
         report = Path(scratch) / "report.json"
         audit = [
             KBITCHECK,
-            *("model", subject.model, "--quant", subject.quant, *(["--random-weights"] if drawn else [])),
+            # What the bare script loads: it does not draw the weights either.
+            *("model", folder if drawn else subject.model, "--quant", subject.quant),
             *("--timeout", "7200", "--format", "json", "--output", str(report)),
         ]
         bare = [sys.executable, str(HERE / "bare.py"), folder, subject.quant]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kbitcheck.core.rule import rules
+from kbitcheck.core.rule import select
 
 # Steps in any order, a batch of any shape, and steps again and again.
 MANY_STEPS = ("KB308", "KB310", "KB311")
 
 
 def of_few_steps() -> tuple[str, ...]:
-    """Codes of all rules but these."""
-    return tuple(code for code in rules() if code not in MANY_STEPS)
+    """Codes of all rules about a model but these."""
+    return tuple(rule.code for rule in select() if rule.code not in MANY_STEPS)
 
 
 # A test by all rules, whose dearest half is slow.

@@ -118,7 +118,7 @@ def adapters_do_change(facts: Facts) -> Iterable[Observation]:
     Sources: ai-toolkit#1054, peft troubleshooting "Training runs but the model does not improve".
     """
     for name in live_gradients(facts):
-        yield Observation.either(name, "changed by training", "unchanged", ok=name in facts.training.changed)
+        yield Observation.either(name, "changed by training", "unchanged", ok=name in facts.updated)
 
 
 @rule("KB106", "prepared-adapter-model-kept", Level.SHOULD)

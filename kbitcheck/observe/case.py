@@ -1,7 +1,8 @@
 """A case: one model, quantized one way, prepared by one implementation; where each of its facts comes from.
 
 The stages follow one another: ``Loaded`` (never run), ``Called`` (prepared by the implementation), ``Wrapped`` (with
-adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared anew: ``Outputs``, ``Calls``, ``Trained``.
+adapters), ``Stepped``. Whatever may change a model gets a fresh copy, prepared anew: ``Outputs``, ``Calls``, ``Descended``,
+``Trained``.
 """
 
 import dataclasses
@@ -41,14 +42,14 @@ from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
-from kbitcheck.observe.preparation import Preparation
-from kbitcheck.observe.probes import digest, layers, switches
+from kbitcheck.observe.preparation import Preparation, checkpointed_alone
+from kbitcheck.observe.probes import digest, layers
 from kbitcheck.observe.probes.quantizer import of_model
 from kbitcheck.observe.probes.snapshot import state_keys
 from kbitcheck.observe.stages import Called, Wrapped
-from kbitcheck.observe.stepped import Stepped
+from kbitcheck.observe.stepped import STEP, Stepped
 from kbitcheck.observe.store import differences
-from kbitcheck.observe.trained import Trained, wrapped_copy
+from kbitcheck.observe.trained import Descended, Trained, wrapped_copy
 from kbitcheck.observe.twin import twins
 from kbitcheck.observe.unwatched.process import UNWATCHED, unwatched
 from kbitcheck.observe.uses.side_by_side import ONE_USE, drawn, side_by_side
@@ -58,7 +59,7 @@ from kbitcheck.observe.watch.own_steps import optimizer_like, optimizer_steps
 backends.load()
 
 
-STAGES = (Called, Wrapped, Stepped, Outputs, Calls, Trained)
+STAGES = (Called, Wrapped, Stepped, Outputs, Calls, Descended, Trained)
 
 
 def facts_of(stage: type) -> frozenset[str]:
@@ -176,15 +177,33 @@ class Case(OpenCase):
         return self.outputs(self._preparation, None if case is self else case._outputs)
 
     _calls = Fact(lambda self: Calls(self._preparation, self._outputs), cost=Cost(needs=("_outputs",)))
-    _trained = Fact(
-        lambda self: Trained(self._preparation, self._outputs),
+    _descended = Fact(
+        lambda self: Descended(self._preparation, self._outputs),
         cost=Cost(
-            "whole",
+            "cut",
             Passes(forwards=8, backwards=2, copies=1, calls=1, snapshots=1),
-            needs=("_outputs", "_training_forwards"),
+            needs=("_paths", "_outputs", "_training_forwards"),
             models=1,
         ),
     )
+
+    @fact(
+        Cost(
+            needs=("_paths", "_descended"),
+            large=Cost(
+                "whole",
+                STEP + Passes(copies=1, calls=1, snapshots=1),
+                needs=("_paths", "_descended", "_checkpointed"),
+                models=1,
+            ),
+        )
+    )
+    def _trained(self) -> Trained:
+        descended = self._paths.case._descended
+        if self._paths.case is self:
+            return descended.end
+        gradients = self._stepped._checkpointed.gradients
+        return Trained.after(gradients, descended.way.rate, self._preparation, self._outputs)
 
     def session(self) -> Session:
         """A fresh prepared model with adapters, for steps in any order."""
@@ -325,14 +344,3 @@ ON_CUT = frozenset(
     for name, each in vars(owner).items()
     if isinstance(each, Fact) and each.cost.on == "cut"
 )
-
-
-def checkpointed_alone(
-    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-) -> Any:
-    """No preparation: the base frozen, so that adapters alone train, and checkpointed as transformers does it."""
-    model.requires_grad_(False)
-    if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
-        switches.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs))
-        model.enable_input_require_grads()
-    return model

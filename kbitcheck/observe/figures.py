@@ -46,7 +46,7 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         figures |= {"activations": facts.memory.plain, "checkpointed": facts.memory.held}
         figures["batch"] = list(next(iter(batch.values())).shape[:2])
         figures["activations_by_block"] = by_block(facts.memory)
-    if "_trained" in computed:
+    if "training" in computed:
         figures["losses"], figures["predicted_changes"] = list(facts.training.losses), list(facts.training.predicted)
     if "drawn_conditions" in computed:
         figures["drawn"] = facts.drawn_conditions

@@ -9,6 +9,7 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import CallFacts, Computed
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.probes import switches
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.call import SECOND, THIRD, arguments, call, model_from
 from kbitcheck.observe.probes.step import Autocast, Batch, Step, train_step
@@ -82,3 +83,14 @@ class Preparation:
             watch=watch,
             forward_only=forward_only,
         )
+
+
+def checkpointed_alone(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """No preparation: the base frozen, so that adapters alone train, and checkpointed as transformers does it."""
+    model.requires_grad_(False)
+    if use_gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False):
+        switches.quietly(lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs))
+        model.enable_input_require_grads()
+    return model

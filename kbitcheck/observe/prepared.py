@@ -33,12 +33,13 @@ from kbitcheck.observe.probes.quantizer import of_model
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import recipe_of_prepared, settled
 from kbitcheck.observe.stepped import Stepped
-from kbitcheck.observe.trained import Trained
+from kbitcheck.observe.trained import Descended, Trained
 from kbitcheck.observe.watch.own_steps import optimizer_steps
 
 GONE = "needs the state before preparation, or the call itself: `kbitcheck impl` judges it"
 FROM_STEPS = {
-    *facts_of(Stepped), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets", "bias_after_forward", "cut"
+    *facts_of(Stepped), *facts_of(Descended), *facts_of(Trained), "compute_ulp", "half_ulp", "generator", "unfit_targets",
+    "bias_after_forward", "cut",
 }  # fmt: skip
 
 

@@ -67,8 +67,16 @@ class Stepped:
 
     # One step, plain or checkpointed
 
-    @fact(Cost("whole", STEP))
+    @fact(Cost("whole", needs=("_recorded", "_checkpointed")))
     def _plain(self) -> step.Step:
+        """The recorded step, where it has the bits of the checkpointed one; else a step of its own.
+
+        Where a tensor has several readers, recording changes the order in which gradients are added.
+        """
+        with suppress(Unavailable):
+            (recorded, _), _ = self._recorded
+            if step.same(recorded, self._checkpointed):
+                return recorded
         attached = self._wrapped.attached
         with switches.checkpointing_off(attached.model):
             return self._preparation.step(attached, watch=True)
@@ -132,7 +140,7 @@ class Stepped:
         """A plain step of the batch, recorded, and the backward of each quantized layer in it; None where inputs have no gradient."""
         attached = self._wrapped.attached
         with layers.Probes(attached.model, self._loaded.weights, leave=True) as probes:
-            record = self._record(self._loaded.batch)
+            record = self._record(self._loaded.batch, watch=True)
         return record, probes.results(extremes=True) if probes.complete else None
 
     @fact(
@@ -148,11 +156,10 @@ class Stepped:
     def _block_by_block(self, batch: step.Batch) -> Comparison:
         return self._beside_twins(self._record(batch), batch)
 
-    def _record(self, batch: step.Batch) -> Recorded:
+    def _record(self, batch: step.Batch, *, watch: bool = False) -> Recorded:
         attached = self._wrapped.attached
-        # A step of its own: where a tensor has several readers, recording changes the order in which gradients are added.
         with switches.plain(attached.model), recorded(attached.model) as calls:
-            return self._preparation.step(attached, batch=batch), calls
+            return self._preparation.step(attached, batch=batch, watch=watch), calls
 
     def _beside_twins(self, record: Recorded, batch: step.Batch) -> Comparison:
         return self._loaded.block_by_block(self._spec, *record, batch)
@@ -313,7 +320,7 @@ class Stepped:
             return False
         return True
 
-    @fact(Cost("whole", TWO_STEPS + Passes(forwards=1), needs=("run",)))
+    @fact(Cost("whole", STEP + Passes(forwards=2), needs=("run",)))
     def memory(self) -> MemoryFacts:
         attached = self._attached_after(self.run)  # the first step of a model allocates what it keeps for good
         return memory.activations(

@@ -11,8 +11,9 @@ from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.judge.blockwise import tensors_off
 from kbitcheck.models.sources import architecture
 from kbitcheck.models.sources.resolve import resolve
-from kbitcheck.observe.case import Case, checkpointed_alone
+from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.preparation import checkpointed_alone
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin import twins
 from kbitcheck.sabotage import small_gradients as faults

@@ -37,7 +37,7 @@ SETTINGS = {
     "merge",
 }
 PATHS = {"_paths"}  # read first, where a fact may be a cut's
-WITH_A_CUT = {"evaluation", "_paths"}
+WITH_A_CUT = {"evaluation", "_paths", "_trained"}
 IN_PROCESSES = {"unwatched"}  # which start a process
 # Read with a cut alone, where attaching freezes the base, where biases are quantized, or to say more of a failure.
 ELSEWHERE = {
@@ -110,6 +110,8 @@ def _needs_hold(counted: Counted, *, large: bool) -> None:
     declared = costs(large=large)
     stages = {name for cost in declared.values() for name in cost.needs if name.startswith("_")}
     for name, cost in declared.items():
+        if name == "_trained" and large:  # without a cut its steps are those of ``_descended``
+            continue
         if name in counted.counts.by_fact or name in counted.counts.reads:
             stage = {need for need in cost.needs[:1] if need in stages}  # which all facts of a stage need
             assert counted.counts.reads[name] | stage == set(cost.needs) | (counted.counts.reads[name] & PATHS), name

@@ -176,6 +176,8 @@ class Facts:
     """The prepared model with adapters."""
     trained: ModelFacts
     """The wrapped model after a few optimizer steps."""
+    updated: frozenset[str]
+    """Names of the adapters that these steps changed."""
     bias_after_forward: Mapping[str, str]
     """Bits of each quantized layer's bias as a forward leaves it."""
     training_flags: Mapping[str, bool]
@@ -231,7 +233,7 @@ class Facts:
     function: step.FunctionFacts
     """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
     training: step.TrainingFacts
-    """A few optimizer steps, beside the float64 twin's."""
+    """The loss along an optimizer step."""
     effects: Mapping[str, Changes]
     """What training and generation, by name, change in the process."""
     imported: Changes

@@ -153,7 +153,7 @@ def slope_bound(uncertainty: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFacts:
-    """Two AdamW steps with weight decay on one batch: the loss before the first and on its way; what both changed.
+    """Two AdamW steps with weight decay on one batch: the loss before the first and on its way.
 
     ``predicted`` has, for each of the ``losses``, the change that the gradient times the change of the parameters
     predicts. The loss changes by ``slope`` times the prediction, plus a second-order term; ``uncertainty`` is that of the slope,
@@ -164,7 +164,6 @@ class TrainingFacts:
     predicted: tuple[float, ...]
     slope: float
     uncertainty: float
-    changed: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

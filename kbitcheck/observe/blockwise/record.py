@@ -13,6 +13,7 @@ from torch import nn
 
 from kbitcheck.models.blocks import is_block
 from kbitcheck.observe.internals import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from kbitcheck.observe.probes.blocks import HANDED_IN
 from kbitcheck.observe.probes.choices import RecordChoices
 
 TENSOR = object()  # stands for a floating tensor in a recorded output
@@ -128,7 +129,9 @@ class _Recorder:
             call = BlockCall(name, kept, names, structure, differentiable, device, autocast)
             self.calls.append(call)
             for index in differentiable:
-                leaves[index] = _Tap.apply(leaves[index], call.leaving, index)
+                tapped = _Tap.apply(leaves[index], call.leaving, index)
+                setattr(tapped, HANDED_IN, leaves[index])
+                leaves[index] = tapped
             choices = RecordChoices()
             choices.__enter__()
             self._open.append((call, choices))

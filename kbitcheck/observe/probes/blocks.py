@@ -14,6 +14,10 @@ from kbitcheck.models.blocks import is_block, tower
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes.live import tensors
 
+HANDED_IN = (
+    "_kbitcheck_handed_in"  # attribute of a tensor that a hook hands to a block in the place of another: that one
+)
+
 
 class Watch(ExitStack):
     """Hooks on every block and the modules inside it, until closed. ``phase`` is ``forward`` or ``backward``.
@@ -85,7 +89,7 @@ class Watch(ExitStack):
         floating = [t for t in tensors(args, kwargs) if t.is_floating_point()]
         if floating:  # a block may run several times in a step, some of them without gradients
             self._asks[name] = self._asks.get(name, False) or floating[0].requires_grad
-        for tensor in floating:
+        for tensor in (getattr(t, HANDED_IN, t) for t in floating):
             if tensor.requires_grad:
                 if tensor.grad_fn is not None:
                     self._inputs.append((name, tensor.grad_fn, tensor.output_nr))

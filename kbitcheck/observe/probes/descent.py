@@ -12,6 +12,7 @@ from torch import nn
 
 from kbitcheck.core.facts import CERTAIN, WIDEST, slope_bound
 from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.probes.choices import ImposeChoices, RecordChoices
 
 LEARNING_RATES = (1.5e-3, 5e-3, 5e-4, 1.5e-4, 5e-5, 5e-6)  # in the order in which they are tried
@@ -29,13 +30,15 @@ class Descent:
     """One optimizer step: by place on its way, the loss, and the change of the loss that the gradient predicts.
 
     ``losses`` begins before the step, ``predicted`` with zero. The loss changes by ``slope`` times the prediction, plus a
-    second-order term; ``uncertainty`` is that of the slope, from rounding and from terms of higher order.
+    second-order term; ``uncertainty`` is that of the slope, from rounding and from terms of higher order. ``rate`` is the
+    learning rate of the step.
     """
 
     losses: tuple[float, ...]
     predicted: tuple[float, ...]
     slope: float
     uncertainty: float
+    rate: float
 
     @property
     def agrees(self) -> bool:
@@ -57,6 +60,7 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
     """
     with switches.seeded(seed, batch), switches.dropout(model, 0.0):
         way = _Way(model, batch, seed, autocast)
+        way.begin()
         descents: dict[float, Descent] = {}
         straight = math.inf  # the least rate whose step is too bent
         for rate, bent in (*product(LEARNING_RATES, (False,)), *product(LEARNING_RATES, (True,))):
@@ -85,6 +89,29 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
     return descent
 
 
+def take_two_steps(
+    attached: Attached,
+    batch: step.Batch,
+    first: step.Gradients,
+    rate: float,
+    *,
+    seed: int,
+    autocast: step.Autocast = nullcontext,
+) -> None:
+    """Take the two steps of ``descend`` and ``move_halves``; the adapters' gradients in the first one are given."""
+    model, adapters = attached
+    step.clear_gradients(model)
+    for name, adapter in adapters.items():
+        adapter.grad = first[name]
+    with switches.seeded(seed, batch), switches.dropout(model, 0.0):
+        way = _Way(model, batch, seed, autocast)
+        way.update(rate)
+        way.backward()
+        way.update(rate)
+        way.move_halves()
+        step.clear_gradients(model)
+
+
 class _Place(NamedTuple):
     """The loss at one place of a way, its change since the start, and the change that the gradient predicts."""
 
@@ -100,6 +127,9 @@ class _Way:
         self._model, self._batch, self._seed, self._autocast = model, batch, seed, autocast
         model.train()
         self._trained = [p for p in model.parameters() if p.requires_grad]
+
+    def begin(self) -> None:
+        """Measure the loss and its gradients where the parameters are."""
         recorded = RecordChoices()
         self._before = self.backward(recorded)
         self._choices = recorded.indices
@@ -148,12 +178,12 @@ class _Way:
         end = self._here()
         if not bent and abs(end.change - end.predicted) > BENT * abs(end.predicted):
             return None
-        return self._descent(PLACES, end)
+        return self._descent(rate, PLACES, end)
 
     def measured(self, rate: float, places: int) -> Descent:
         """The descent by the update of a learning rate, after which the parameters are left."""
         self.go(rate)
-        return self._descent(places, self._here())
+        return self._descent(rate, places, self._here())
 
     def shorter(self, rate: float) -> Descent:
         """A descent by less than the learning rate: by a tenth, or by a third where rounding hides that one."""
@@ -173,7 +203,7 @@ class _Way:
         return _Place(loss, loss - float(self._before), predicted)
 
     @torch.no_grad()
-    def _descent(self, places: int, last: _Place) -> Descent:
+    def _descent(self, rate: float, places: int, last: _Place) -> Descent:
         end = self._copies()
         way = []
         for place in range(1, places):
@@ -184,7 +214,7 @@ class _Way:
         losses = [float(self._before), *(place.loss for place in (*way, last))]
         predicted = [0.0, *(place.predicted for place in (*way, last))]
         rounding = torch.finfo(self._before.dtype).eps * abs(losses[0])
-        return Descent(tuple(losses), tuple(predicted), *_slope(losses, predicted, rounding))
+        return Descent(tuple(losses), tuple(predicted), *_slope(losses, predicted, rounding), rate)
 
 
 def _slope(losses: Sequence[float], predicted: Sequence[float], rounding: float) -> tuple[float, float]:

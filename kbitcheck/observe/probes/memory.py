@@ -41,10 +41,10 @@ class Held:
 def activations(
     model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Autocast = nullcontext
 ) -> MemoryFacts:
-    """Measure a plain and a checkpointed step of the same object. Leaves no gradient."""
+    """Measure the forward of a plain step and all of a checkpointed one, of the same object. Leaves no gradient."""
     with only_new_garbage():
         with switches.checkpointing_off(model):
-            plain = measure(model, batch, seed, autocast)
+            plain = measure(model, batch, seed, autocast, forward_only=True)
         checkpointed = measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
     random_state = torch.get_rng_state().nbytes  # checkpointing keeps one for each block (preserve_rng_state)
@@ -113,8 +113,15 @@ class _Boundaries(ExitStack):
         self._live.tag = OUTSIDE
 
 
-def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: step.Autocast = nullcontext) -> Held:
-    """What one training step holds. Leaves no gradient."""
+def measure(
+    model: nn.Module,
+    batch: step.Batch,
+    seed: int,
+    autocast: step.Autocast = nullcontext,
+    *,
+    forward_only: bool = False,
+) -> Held:
+    """What one training step holds; with ``forward_only`` there is no backward. Leaves no gradient."""
     model.train()
     step.clear_gradients(model)
     held = Held()
@@ -129,7 +136,7 @@ def measure(model: nn.Module, batch: step.Batch, seed: int, autocast: step.Autoc
             held.outside = sum(size for size, tag in live.holds().values() if tag == OUTSIDE)
         held.held = live.now - floor
         held.entries["end"] = live.now
-        if output.loss.requires_grad:
+        if output.loss.requires_grad and not forward_only:
             output.loss.backward()
         held.peak = live.peak - floor
     del output

@@ -134,6 +134,12 @@ def distances(actual: Gradients, expected: Gradients, yardsticks: Mapping[str, f
     }
 
 
+def same(one: Step, other: Step) -> bool:
+    """Whether two steps have the bits of one loss and of the same gradients."""
+    gradients = (equal(one.gradients[name], gradient) for name, gradient in other.gradients.items())
+    return one.facts.loss_bits == other.facts.loss_bits and all(gradients)
+
+
 def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Whether two gradients have the same bits; a missing one is zero, as checkpointing may leave it either way."""
     if a is None or b is None:
