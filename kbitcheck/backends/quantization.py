@@ -92,6 +92,8 @@ class Quantization:
             raise UsageError(
                 f"this checkpoint is quantized with {config.get('quant_method')}; kbitcheck supports {names}"
             )
+        if reason := backend.unavailable():
+            raise UsageError(f"this checkpoint is quantized with {config.get('quant_method')}; {reason}")
         scheme, values, skip = backend.described(config)
         return cls.of(backend.scheme(scheme), values, skip)
 

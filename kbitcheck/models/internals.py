@@ -69,6 +69,7 @@ def replace_layers(quantizer: Any, model: PreTrainedModel, dtype: torch.dtype) -
     if "keep_in_fp32_modules" in inspect.signature(quantizer._process_model_before_weight_loading).parameters:
         arguments["keep_in_fp32_modules"] = model._keep_in_fp32_modules  # before transformers 5
     quantizer.preprocess_model(model=model, **arguments)
+    vars(model)["hf_quantizer"] = quantizer  # as of a loaded model
     if hasattr(base, "_assign_is_quantized"):  # loading does so last; some models compute otherwise then
         base._assign_is_quantized(model)
 

@@ -73,6 +73,8 @@ def stream(
 def _loaded(
     folder: Path | None, config: PretrainedConfig, quant: Quantization | None, options: Options, **more: Any
 ) -> PreTrainedModel:
+    if quant is not None and (reason := quant.backend.unavailable()):
+        raise UsageError(reason)
     cls = architecture(config, trust_remote_code=options.trust_remote_code)
     still(config)
     if options.attention:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.errors import UsageError
 from kbitcheck.models import internals
 from kbitcheck.models import load as loading
 
@@ -32,6 +33,8 @@ def build(
     ``config`` holds a ``config.json``'s fields. A checkpoint that is ``quantized`` already states all it skips. Of one that is
     not ``drawn`` at random, the tensors are tied as its configuration says. Without ``quant`` nothing is quantized.
     """
+    if quant is not None and (reason := quant.backend.unavailable()):
+        raise UsageError(reason)
     fields = {k: v for k, v in config.items() if k != "quantization_config"}
     dtype: torch.dtype = getattr(torch, options.dtype)
     configured = loading.configuration(fields, name=options.name)

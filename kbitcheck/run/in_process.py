@@ -188,7 +188,7 @@ def assert_prepared(
         device=str(next(model.parameters()).device),
     )
     start = time.perf_counter()
-    small = sum(p.untyped_storage().nbytes() for p in model.parameters()) < LARGE_BYTES
+    small = sum(p.nbytes for p in model.parameters()) < LARGE_BYTES
     environment = devices.describe(spec.device, spec.seed)
     with (
         prepared.undisturbed(threads=1 if small else torch.get_num_threads()),

@@ -32,7 +32,7 @@ def _row(config: Mapping[str, Any]) -> Method:
         loading=loading(config),
         treatment=None if peft is None else treatment(peft, config),
         schemes=() if backend is None else tuple(scheme.name for scheme in backend.schemes),
-        audit=NAMED if backend is None else FULL if not why else "static",
+        audit=FULL if not why else "static" if backend is not None and backend.static_only else NAMED,
         why=why,
     )
 

@@ -20,6 +20,7 @@ PRIVATE = {
         "MatmulLtState", "BitsAndBytesConfig", "quant_state", "SCB", "load_in_4bit", "load_in_8bit", "dequantize_4bit",
         "bnb_4bit_quant_type", "llm_int8_skip_modules", "support_avx512bf16_for_cpu",
     },
+    "torchao": {"torchao", "Int8Tensor", "act_quant_kwargs", "TorchAoConfig"},
     "gptq": {"gptq", "gptqmodel", "g_idx"},
     "awq": {"awq", "autoawq", "gptqmodel"},
     "fp8": {"fp8", "weight_scale_inv", "FP8Linear", "FP8Experts"},

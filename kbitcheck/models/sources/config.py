@@ -69,7 +69,8 @@ def unloadable(config: Mapping[str, Any]) -> bool:
 def foreign(config: Mapping[str, Any]) -> str:
     """The quantizer without a backend here that a configuration's weights were saved with; empty where none."""
     described = _described(config)
-    if not described or registry.of_method(described):
+    backend = registry.of_method(described) if described else None
+    if not described or (backend is not None and not backend.unavailable()):
         return ""
     return str(described.get("quant_method", "compressed-tensors"))
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.observe import internals
+from kbitcheck.observe.probes.parts import parts
 
 EXISTING = "existing"
 
@@ -33,7 +34,8 @@ class Live(internals.TorchDispatchMode):
         self.tag = EXISTING
         self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         for tensor in existing:
-            self.add(tensor)
+            for part in parts(tensor):
+                self.add(part)
         self.tag = ""
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -71,7 +73,8 @@ class Live(internals.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self.call(func, args, kwargs or {})
         for tensor in tensors(out):
-            self.add(tensor)
+            for part in parts(tensor):
+                self.add(part)
         return out
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -86,9 +89,9 @@ def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Every parameter, buffer and tensor of a quantization state."""
-    yield from model.parameters()
-    yield from model.buffers()
+    """Every parameter, buffer and tensor of a quantization state; of one that wraps others, those."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield from parts(tensor)
     for _, layer in backends.quantized_layers(model):
         yield from state_tensors(layer).values()
 

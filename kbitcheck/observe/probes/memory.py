@@ -17,6 +17,7 @@ from kbitcheck.models.blocks import is_block
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.live import EXISTING, Live, only_new_garbage, own_tensors, tensors
+from kbitcheck.observe.probes.parts import parts
 
 OUTSIDE = ""  # the tag of what no block makes
 
@@ -211,7 +212,7 @@ def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) ->
 
 def cost(prepare: Callable[[nn.Module], Any], model: nn.Module) -> CostFacts:
     """Bytes alive while and after an implementation is called on a model that is thrown away."""
-    largest = max((p.untyped_storage().nbytes() for p in model.parameters()), default=0)
+    largest = max((part.untyped_storage().nbytes() for p in model.parameters() for part in parts(p)), default=0)
     on_cuda = next(model.parameters()).is_cuda
     live = Live(own_tensors(model))
     before = live.now

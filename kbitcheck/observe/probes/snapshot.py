@@ -15,6 +15,7 @@ from kbitcheck.core.facts import LayerFacts, ModelFacts, ModuleFacts, TensorFact
 from kbitcheck.models.blocks import is_block, tower
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import digest
+from kbitcheck.observe.probes.parts import parts
 
 NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
 NORM_NAME = re.compile(r"(^|_|\.)(ln(_?\w+)?|\w*norm\w*)$", re.IGNORECASE)
@@ -201,7 +202,7 @@ class _Met:
 
     def storage(self, tensor: torch.Tensor) -> int:
         """The number of a tensor's storage, so that snapshots of two copies compare."""
-        tensor = internals.local(tensor)
+        tensor = next(parts(internals.local(tensor)))
         key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
         if tensor.device.type == "meta" or not tensor.numel():
             key = id(tensor)
@@ -236,7 +237,7 @@ def _tensor(name: str, tensor: torch.Tensor, met: _Met, **flags: bool) -> Tensor
         device=str(tensor.device),
         requires_grad=tensor.requires_grad,
         storage=met.storage(tensor),
-        nbytes=tensor.nbytes,
+        nbytes=sum(part.nbytes for part in parts(tensor)),
         bits=bits,
         value=value,
         packed=packed,
