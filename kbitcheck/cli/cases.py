@@ -24,8 +24,8 @@ from kbitcheck.run.worker import debug_to_stderr
 
 def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
     """The cases that ``impl``, ``gate`` and ``matrix`` run."""
-    if options.fuzz:
-        raise UsageError("--fuzz belongs to `kbitcheck impl`: random cases are no fixed set to compare")
+    if options.fuzz or options.hours:
+        raise UsageError("--fuzz and --hours belong to `kbitcheck impl`: random cases are no fixed set to compare")
     for name in options.model:
         models.resolve(name)
     return cases(

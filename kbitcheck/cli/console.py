@@ -35,8 +35,8 @@ def _escaped(text: str) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[Event], None]]:
-    """A bar over ``total`` results, erased at the end; yields the function that takes the events of a run.
+def progress_bar(total: int | None) -> Iterator[Callable[[Event], None]]:
+    """A bar over ``total`` results (None: nobody knows how many), erased at the end; yields the function that takes the events of a run.
 
     Nothing is shown where stderr is no terminal.
     """

@@ -58,12 +58,16 @@ def at_least(minimum: int) -> Read:
     return read
 
 
-def seconds(option: str, value: str) -> float:
-    """A finite number of seconds above 0."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(value) < float("inf"):
-            return float(value)
-    raise UsageError(f"{option} wants a number of seconds above 0, not {value!r}")
+def above_zero(unit: str) -> Read:
+    """Accept finite numbers of this unit above 0."""
+
+    def read(option: str, value: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < float(value) < float("inf"):
+                return float(value)
+        raise UsageError(f"{option} wants a number of {unit} above 0, not {value!r}")
+
+    return read
 
 
 def split_codes(texts: Sequence[str]) -> tuple[str, ...]:
@@ -208,7 +212,7 @@ class RunOptions(JudgeOptions):
     seq_len: int | None = option("Tokens per sequence.", None, metavar="N", read=at_least(1))
     seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
     cut: UseCut = choice("When facts about code paths run on a cut: the first blocks of the model.", "if-large", UseCut)
-    timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=seconds)
+    timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=above_zero("seconds"))
     in_process: bool = option("Run in this process: no time limit, no isolation.", False)
 
     @property
@@ -234,3 +238,9 @@ class SuiteOptions(RunOptions):
         "Workers at a time; 0: one for each core where all models are recipes.", 0, metavar="N", read=at_least(0)
     )
     fuzz: int = option("Judge N random cases instead; --seed selects them.", 0, metavar="N", read=at_least(0))
+    hours: float = option(
+        "Judge random cases for so long, at first those that failed in an earlier run.",
+        0.0,
+        metavar="H",
+        read=above_zero("hours"),
+    )

@@ -70,6 +70,11 @@ class CaseSpec:
         """Readable and unique within a run: ``tiny:llama-nf4-reentrant``."""
         return f"{self.model}-{self.quant}-{self.checkpointing}"
 
+    @property
+    def entropy(self) -> str:
+        """What its own draws hang on: the seed and the case, wherever the model's file lies."""
+        return f"{self.seed} {self.model.rpartition('/')[2]}-{self.quant}-{self.checkpointing}"
+
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; ``from_json`` reads it back."""
         return asdict(self)

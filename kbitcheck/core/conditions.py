@@ -9,6 +9,7 @@ from kbitcheck.core.suggest import did_you_mean
 
 ALL, FEW = "all", "few"
 PROCESSES = "processes"  # the case in processes of its own
+TURNS, LATER = 3, 1  # cases take turns at what is dear, and this one is at the turn of later steps
 FEWER = 9  # one of so many is a few
 
 
@@ -37,8 +38,13 @@ def require_processes(conditions: str) -> None:
         raise NotApplicable(f"dear: `kbitcheck impl --suite full` looks at this, and --conditions {PROCESSES}")
 
 
+def has_turn(conditions: str, seed: int, turn: int, turns: int) -> bool:
+    """Whether a case has this turn: in a suite that shares its conditions one of so many has."""
+    place = share(conditions)
+    return place is None or (place[0] + seed) % turns == turn
+
+
 def require_turn(conditions: str, seed: int, turn: int, turns: int) -> None:
     """Raise ``NotApplicable`` where another case of the suite has this turn."""
-    place = share(conditions)
-    if place is not None and (place[0] + seed) % turns != turn:
+    if not has_turn(conditions, seed, turn, turns):
         raise NotApplicable("another case of the suite looks at this: `--suite full` does in every case")

@@ -13,6 +13,22 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
 DEVICE = re.compile(r"auto|(cpu|cuda|xpu|mps)(:\d+)?")
 LARGE_BYTES = 64 << 20  # of a model as loaded: from here on saving memory, and several threads, are worth their price
 
+# Variables of a worker's environment, by which it could be recognised.
+WORKER = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "PYTHONUNBUFFERED": "1",  # or last words are lost
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other process
+    # glibc returns a weight's memory when it is freed, and keeps that of activations: page faults of every tensor of a step
+    # took a quarter of an audit's time.
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+# Those without which other kernels run.
+SAME_KERNELS = {"TORCHDYNAMO_DISABLE": "1"}  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
+
 
 def validate_device(text: str) -> str:
     """The text itself; a ``UsageError`` where it cannot name a device."""

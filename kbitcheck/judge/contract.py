@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from kbitcheck.core.conditions import LATER, TURNS, has_turn
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import CallFacts, CallForm, Changes, Facts, ModelFacts
 from kbitcheck.core.result import Level, Observation, Party
@@ -211,6 +212,10 @@ def tensors_released(facts: Facts) -> Iterable[Observation]:
     yield unless_unprepared(step, facts, Party.MODEL, lambda base: 2 * base.memory.survivors >= survivors)
     evaluation = Observation("after an evaluation", none, f"{left:,} bytes", ok=left == 0)
     yield unless_unprepared(evaluation, facts, Party.MODEL, lambda base: 2 * base.left_by_evaluation >= left)
+    if has_turn(facts.conditions, facts.seed, LATER, TURNS):
+        kept = facts.later.kept
+        many = Observation("after many steps", none, f"{kept:,} bytes", ok=kept == 0)
+        yield unless_unprepared(many, facts, Party.MODEL, lambda base: 2 * base.later.kept >= kept)
 
 
 @rule("KB509", "no-warnings", Level.SHOULD)
@@ -291,7 +296,7 @@ def deterministic(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB513", "no-lasting-effect", Level.MUST)
 def no_lasting_effect(facts: Facts) -> Iterable[Observation]:
-    """Importing the implementation, and training, generating with and saving what it prepared, leave the process as it was.
+    """Importing the implementation, and training, generating with and saving what it prepared, leave the process as it was, and no file.
 
     Why: what a hook changes in a later step affects every other model in the process, and no look at the preparation sees it.
     Symptom: other models' results change once this one has trained; a program that does not end; a handler that never runs.
@@ -304,10 +309,14 @@ def no_lasting_effect(facts: Facts) -> Iterable[Observation]:
             changed = Observation(f"{name}, after {moment}", before, after, ok=False)
             same = partial(_shows_effect, moment, name)
             yield unless_unprepared(changed, facts, Party.MODEL, same)
+    seen = {name for changes in (facts.call.process, *_effects(facts).values()) for name in changes}
+    for name, (before, after) in facts.lasting.items():
+        yield Observation(f"{name}, since the first call", before, after, ok=name in seen)
 
 
 def _effects(facts: Facts) -> dict[str, Changes]:
-    return {"import": facts.imported, **facts.effects, "saving": facts.store.effects}
+    later = {"many steps": facts.later.effects} if has_turn(facts.conditions, facts.seed, LATER, TURNS) else {}
+    return {"import": facts.imported, **facts.effects, "saving": facts.store.effects, **later}
 
 
 def _shows_effect(moment: str, name: str, base: Facts) -> bool:

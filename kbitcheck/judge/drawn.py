@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 
-from kbitcheck.core.conditions import require_turn
+from kbitcheck.core.conditions import LATER, TURNS, require_turn
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Level, Observation, Party
@@ -17,7 +18,8 @@ from kbitcheck.judge.gradients import compared, exactly, needs_checkpointing
 @unless_bare
 def any_real_batch(facts: Facts) -> Iterable[Observation]:
     """Block by block, outputs and gradients equal the float64 twin's on a batch that is drawn for the case: three to five rows of
-    an odd number of tokens above 64, or one of more than 512, padded on either side or not, with and without ignored labels.
+    more than 64 tokens, an odd number or a multiple of 64, or one row of more than 512, padded on either side or not, with and without
+    ignored labels. With checkpointing its gradients are the same, of as many checkpoints as ever.
 
     Why: what is right for one batch may be wrong for every other: a condition on the number of rows, on the length, or
     on the side of the padding.
@@ -25,26 +27,44 @@ def any_real_batch(facts: Facts) -> Iterable[Observation]:
     Fix: look at what depends on the shape of the input.
     Sources: specification KB310.
     """
-    require_turn(facts.conditions, facts.seed, 0, 3)
-    drawn = facts.drawn_blockwise
-    if not any(map(measurable, drawn.adapters.values())):
+    require_turn(facts.conditions, facts.seed, 0, TURNS)
+    drawn = facts.drawn
+    if not any(map(measurable, drawn.blockwise.adapters.values())):
         raise NotApplicable("rounding alone moves every gradient by as much as it is long")
-    for seen in tensors_off(drawn):
-        yield dataclasses.replace(seen, where=f"{seen.where} ({facts.drawn_conditions})")
+    for seen in tensors_off(drawn.blockwise):
+        yield dataclasses.replace(seen, where=f"{seen.where} ({drawn.conditions})")
+    for seen in compared(drawn.against_plain, exact=False):
+        where = f"{seen.where}, checkpointed ({drawn.conditions})"
+        other = dataclasses.replace(seen, where=where)
+        yield unless_unprepared(other, facts, Party.STACK, partial(_off_when_checkpointed, seen.where))
+    if drawn.checkpoints is not None:
+        usual = len(facts.run.checkpoints)
+        of_it = f"{drawn.checkpoints} checkpoints"
+        yield Observation(
+            f"checkpoints ({drawn.conditions})", f"{usual} checkpoints", of_it, ok=drawn.checkpoints == usual
+        )
+
+
+def _off_when_checkpointed(name: str, base: Facts) -> bool:
+    return any(seen.where == name and not seen.ok for seen in compared(base.drawn.against_plain, exact=False))
 
 
 @rule("KB311", "still-right-later", Level.MUST)
 def still_right_later(facts: Facts) -> Iterable[Observation]:
-    """After many optimizer steps, with evaluations at drawn places among them, a step gives the gradients that the first step
-    gave, once the adapters are put back to what they were.
+    """After many optimizer steps, with evaluations at drawn places among them and hours by the clock, a step gives the gradients that the
+    first step gave, of as many checkpoints, once the adapters are put back to what they were.
 
     Why: a counter, a cache or a hook that acts in a later step is not seen in the first.
     Symptom: a run that is right at first, and worse than the same run elsewhere after a while.
     Fix: keep no state between steps.
     Sources: specification KB311.
     """
-    require_turn(facts.conditions, facts.seed, 1, 3)
+    require_turn(facts.conditions, facts.seed, LATER, TURNS)
     later = facts.later
+    first, *others = later.checkpoints.items()
+    for place, number in others:
+        where = f"checkpoints (after {place})"
+        yield Observation(where, f"{first[1]} checkpoints", f"{number} checkpoints", ok=number == first[1])
     for look, distances in later.looks.items():
         for seen in compared(distances, exact=exactly(facts)):
             where = f"{seen.where} (after {look})"

@@ -44,6 +44,7 @@ from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation, checkpointed_alone
 from kbitcheck.observe.probes import digest, layers
+from kbitcheck.observe.probes.process_state import Before
 from kbitcheck.observe.probes.quantizer import of_model
 from kbitcheck.observe.probes.snapshot import state_keys
 from kbitcheck.observe.stages import Called, Wrapped
@@ -106,6 +107,7 @@ class Case(OpenCase):
         self._function = function
         self.batch = loaded.batch
         self._imported = imported or {}
+        self._before = Before(loaded.pristine)
         self._preparation = Preparation(spec, function, loaded)
         self._preparation.make_room = self._make_room
         self.computed = self._preparation.computed
@@ -243,6 +245,8 @@ class Case(OpenCase):
         how = self._preparation
         return self._loaded.once("unwatched", self._function, lambda: unwatched(how, loaded_model(spec)))
 
+    # The process of a caller who lends the model does more than the case.
+    lasting = Fact[Changes](lambda self: self._before.lasting() if self._loaded.copies else {})
     imported = Fact[Changes](lambda self: self._imported)
     base = Fact[ModelFacts](lambda self: self._loaded.facts)
     loaded = Fact[ModelFacts](lambda self: self._loaded.facts)

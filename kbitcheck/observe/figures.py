@@ -10,6 +10,7 @@ from torch import Tensor
 from kbitcheck.core.anatomy import unquantized
 from kbitcheck.core.facts import Facts, Gap, MemoryFacts, ModelFacts, median_yardstick
 from kbitcheck.models.inputs.choose import kinds
+from kbitcheck.observe.uses.subject import USES
 
 GRADIENT_BOUND = 4.0  # yardsticks (KB304)
 ADAPTER_PARTS = re.compile(r"\.(lora_\w+|default|weight|bias)(?=\.|$)")
@@ -48,9 +49,19 @@ def summary(facts: Facts, computed: Container[str], batch: Mapping[str, Tensor] 
         figures["activations_by_block"] = by_block(facts.memory)
     if "training" in computed:
         figures["losses"], figures["predicted_changes"] = list(facts.training.losses), list(facts.training.predicted)
-    if "drawn_conditions" in computed:
-        figures["drawn"] = facts.drawn_conditions
-    return figures
+    return figures | _drawn(facts, computed)
+
+
+def _drawn(facts: Facts, computed: Container[str]) -> dict[str, Any]:
+    """What was drawn of the conditions that there are."""
+    drawn: dict[str, Any] = {}
+    if "drawn" in computed:
+        drawn["drawn"] = facts.drawn.conditions
+    if "later" in computed:
+        drawn["looks"] = ", ".join(facts.later.looks)
+    if "uses" in computed:
+        drawn["uses"] = {"drawn": sorted({seen.use for seen in facts.uses}), "of": len(USES)}
+    return drawn
 
 
 def by_group(model: ModelFacts) -> dict[str, int]:

@@ -9,7 +9,9 @@ from typing import Any
 from kbitcheck.backends import registry
 
 # Counters and caches that classes keep for themselves, and what the standard library writes.
-UNWATCHED = frozenset({"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__"})
+UNWATCHED = frozenset(
+    {"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__", "__slotnames__"}
+)
 
 Attributes = Mapping[type | ModuleType, Mapping[str, Any]]
 ABSENT = object()

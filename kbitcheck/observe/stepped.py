@@ -14,6 +14,7 @@ from kbitcheck.core.facts import (
     BlockwiseFacts,
     Cost,
     Distance,
+    DrawnFacts,
     Fact,
     ForwardFacts,
     Gap,
@@ -23,6 +24,7 @@ from kbitcheck.core.facts import (
     Passes,
     RunFacts,
     fact,
+    median_yardstick,
 )
 from kbitcheck.models.inputs.drawn import Conditions
 from kbitcheck.models.inputs.text import first_rows
@@ -30,9 +32,9 @@ from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import BlockCall, recorded
 from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.outputs import Outputs
-from kbitcheck.observe.probes import forwards, layers, memory, routers, step, switches
+from kbitcheck.observe.probes import forwards, layers, memory, process_state, routers, step, switches
 from kbitcheck.observe.probes.adapters import Attached
-from kbitcheck.observe.probes.soak import LOOKS, soak
+from kbitcheck.observe.probes.soak import EVALUATIONS, LOOKS, kept, soak
 from kbitcheck.observe.stages import Wrapped
 from kbitcheck.observe.twin.twins import Twins
 
@@ -42,7 +44,7 @@ TWINS = STEP + Passes(float64_forwards=1, float64_backwards=1)
 BESIDE_TWINS = STEP + TWINS
 LAYERS = STEP + Passes(float64_products=1)
 SOAKED = 10  # optimizer steps
-SOAK = Passes(forwards=SOAKED + 2 * LOOKS + 1, backwards=SOAKED + LOOKS + 1, copies=1, calls=1)
+SOAK = Passes(forwards=SOAKED + EVALUATIONS + LOOKS + 1, backwards=SOAKED + LOOKS + 1, copies=1, calls=1)
 # A large model that was dropped for another copy is made again.
 AGAIN = Passes(copies=1, calls=1)
 
@@ -164,32 +166,42 @@ class Stepped:
     def _beside_twins(self, record: Recorded, batch: step.Batch) -> Comparison:
         return self._loaded.block_by_block(self._spec, *record, batch)
 
-    @fact(Cost("cut", BESIDE_TWINS, large=Cost("cut", BESIDE_TWINS + AGAIN)))
-    def _drawn(self) -> tuple[Conditions, BlockwiseFacts]:
+    @fact(Cost("cut", BESIDE_TWINS + STEP, large=Cost("cut", BESIDE_TWINS + STEP + AGAIN)))
+    def drawn(self) -> DrawnFacts:
         loaded, spec = self._loaded, self._spec
         if loaded.training.batch is not None or spec.batch is not None or spec.seq_len is not None:
             raise Unavailable("the batch is the one that was asked for")
         limit = token_limit(loaded.pristine)
         large = loaded.large or spec.cut == "never"  # as on a cut
-        conditions = Conditions.drawn(f"{spec.seed} {spec.id}", limit=limit, large=large)
+        conditions = Conditions.of_case(spec, limit=limit, large=large)
         batch = conditions.batch(partial(loaded.source.batch, loaded.pristine, seed=spec.seed))
-        return conditions, self._block_by_block(batch).facts
-
-    drawn_blockwise = Fact[BlockwiseFacts](lambda self: self._drawn[1], cost=Cost("cut", needs=("_drawn",)))
-    drawn_conditions = Fact[str](lambda self: str(self._drawn[0]), cost=Cost("cut", needs=("_drawn",)))
+        record = self._record(batch)
+        facts = self._beside_twins(record, batch).facts
+        if spec.checkpointing == "off":
+            return DrawnFacts(conditions=str(conditions), blockwise=facts)
+        checkpointed = self._preparation.step(self._wrapped.attached, batch=batch)
+        least = median_yardstick(facts.adapters.values())
+        yardsticks = {name: max(gap.yardstick, least) for name, gap in facts.adapters.items()}
+        return DrawnFacts(
+            conditions=str(conditions),
+            blockwise=facts,
+            against_plain=step.distances(checkpointed.gradients, record[0].gradients, yardsticks),
+            checkpoints=len(checkpointed.facts.checkpoints),
+        )
 
     @fact(Cost("cut", SOAK, models=1))
     def later(self) -> LaterFacts:
-        preparation, spec = self._preparation, self._spec
-        attached = preparation.attach(preparation.prepared_copy())
-        how: dict[str, Any] = {
-            "steps": SOAKED,
-            "entropy": f"{spec.seed} {spec.id}",
-            "seed": spec.seed,
-            "autocast": preparation.autocast,
-        }
-        first, *looks = soak(attached, self._loaded.single, **how)
-        return LaterFacts(looks={place: self._distances(look, first[1]) for place, look in looks})
+        preparation, spec, batch = self._preparation, self._spec, self._loaded.single
+        model, _ = attached = preparation.attach(preparation.prepared_copy())
+        how: dict[str, Any] = {"seed": spec.seed, "autocast": preparation.autocast}
+        with process_state.effects(model) as effects, kept(model, batch) as bytes_kept:
+            first, *looks = soak(attached, batch, steps=SOAKED, entropy=spec.entropy, **how)
+        return LaterFacts(
+            looks={place: self._distances(look, first[1]) for place, look in looks},
+            checkpoints={place: len(look.facts.checkpoints) for place, look in (first, *looks)},
+            kept=bytes_kept[0],
+            effects=effects,
+        )
 
     blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts, cost=Cost(needs=("_whole_batch",)))
     single_blockwise = Fact[BlockwiseFacts](
@@ -225,12 +237,7 @@ class Stepped:
             other = self._preparation.step(attached)
         return self._distances(self._checkpointed, other)
 
-    @fact(
-        Cost(
-            "cut",
-            TWO_STEPS,
-        )
-    )
+    @fact(Cost("cut", TWO_STEPS))
     def against_plain_dropout(self) -> Mapping[str, Distance]:
         """As ``against_plain``, with every dropout raised and one seed."""
         attached = self._wrapped.attached

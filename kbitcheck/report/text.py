@@ -10,6 +10,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
 from kbitcheck.report.parts.broken_rules import BrokenRule, Deviation, Variant, broken_rules
+from kbitcheck.report.parts.conditions import drawn
 from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.header import header
 from kbitcheck.report.parts.limits import BRIEF, NONE, listed
@@ -121,6 +122,8 @@ class _Page:
         notes = [("ignored", "", f"{c}: {why}") for c, why in self._report.subject.get("ignored", {}).items()]
         notes += [("cut", "", line) for line in cuts(self._report)]
         notes += [("note", "", note) for note in remarks(self._report)]
+        if self._report.subject.get("command") in ("impl", "gate"):
+            notes += [("" if number else "drawn", "", line) for number, line in enumerate(drawn(self._report))]
         notes += rows(self._report)
         if notes or not self._report.complete:
             yield "", ""

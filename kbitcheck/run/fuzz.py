@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,20 @@ from kbitcheck.run.pool import Worker
 from kbitcheck.run.worker_process import scratch_directory
 from kbitcheck.strategies import Drawn, cases
 
+REPORTED = 500  # cases whose results a report has where none fails
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is drawn, and by what it is judged. ``options`` are those of ``CaseSpec`` that all cases share."""
+    """What is drawn, and by what it is judged: ``number`` cases, or as many as ``seconds`` allow.
+
+    ``options`` are those of ``CaseSpec`` that all cases share.
+    """
 
     implementation: str
     rules: Sequence[Rule]
     number: int
+    seconds: float
     seed: int
     strict: bool
     models: Sequence[str]
@@ -44,10 +51,14 @@ class Broken(AssertionError):
     """A drawn case does not conform."""
 
 
+class _Over(BaseException):
+    """The time is over. Hypothesis takes any other exception for a failure of the case."""
+
+
 def fuzz(
     plan: Plan, *, timeout: float, on_event: Callable[[Event], None], echo: Callable[[str], None] | None
 ) -> Report:
-    """Draw and judge cases until one fails or ``plan.number`` have passed; then shrink the one that failed.
+    """Draw and judge cases until one fails, ``plan.number`` have passed or the time is over; then shrink the one that failed.
 
     The report is that of all cases where they pass, else of the smallest failing one alone; ``subject["fuzz"]`` tells
     how many were drawn, and of a failing one the recipe as TOML and the command that runs it again. The same seed draws
@@ -96,7 +107,7 @@ class _Run:
         complete = True
         try:
             self._search()
-        except Broken:
+        except (Broken, _Over):
             pass
         except KeyboardInterrupt:
             complete = False
@@ -113,7 +124,7 @@ class _Run:
         return self._report(results, {spec.id: spec}, complete=complete, fuzz=drawn)
 
     def _search(self) -> None:
-        plan = self.plan
+        plan, end = self.plan, time.monotonic() + self.plan.seconds
 
         @settings(  # outside of the seed, which takes the database away
             max_examples=plan.number,
@@ -127,6 +138,8 @@ class _Run:
         @seed(plan.seed)
         @given(cases(models=plan.models, quants=plan.quants, checkpointing=plan.checkpointing))
         def conforms(drawn: Drawn) -> None:
+            if time.monotonic() > end:
+                raise _Over
             self.drawn += 1
             spec, results = self._judge(drawn, self.suspects or plan.rules)
             report = self._report(results, {spec.id: spec})
@@ -155,8 +168,9 @@ class _Run:
         finally:
             self.loaded = collector.loaded if collector.loaded.environment else self.loaded
         results = tuple(dataclasses.replace(result, case=spec.id) for result in collector.results)
-        self.specs[spec.id] = spec
-        self.results[spec.id] = results
+        if len(self.specs) < REPORTED:
+            self.specs[spec.id] = spec
+            self.results[spec.id] = results
         return spec, results
 
     def _model(self, drawn: Drawn) -> str:

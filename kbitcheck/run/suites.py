@@ -28,11 +28,13 @@ QUICK: Sequence[Cell] = (
     ("tiny:gpt2", "int8", ("default",)),
 )
 RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
+# Deeper than any threshold that somebody would write, in one case: it is dear, and its architecture is Llama's.
+DEEP: Sequence[Cell] = (("tiny:deep", DEFAULT, ("reentrant",)),)
 MODES: tuple[Checkpointing, ...] = ("reentrant", "non-reentrant", "off")
 
 
 def suite_cells(suite: str) -> Sequence[Cell]:
-    """The suite ``quick``, or ``full``: every recipe in every scheme of every available backend."""
+    """The suite ``quick``, or ``full``: every recipe in every scheme of every available backend, and a deep model."""
     if suite != "full":
         return QUICK
     grid: list[tuple[str, Sequence[Checkpointing]]] = []
@@ -42,7 +44,7 @@ def suite_cells(suite: str) -> Sequence[Cell]:
             grid.append((f"{scheme},double,storage=bf16", ("non-reentrant",)))
         else:
             grid.append((scheme, MODES))
-    return [(f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid]
+    return [*((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid), *DEEP]
 
 
 def cases(

@@ -16,23 +16,11 @@ from pathlib import Path
 from kbitcheck.core import events
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.events import Event
+from kbitcheck.core.machine import SAME_KERNELS, WORKER
 from kbitcheck.run.requests import Request, as_json
 
 READY_SECONDS = 300.0  # importing torch and transformers with a cold cache takes tens of seconds
 TAIL_BYTES = 1 << 16
-QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "BITSANDBYTES_NOWELCOME": "1",
-    "PYTHONUNBUFFERED": "1",  # or last words are lost
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other process
-    # glibc returns a weight's memory when it is freed, and keeps that of activations: page faults of every tensor of a step
-    # took a quarter of an audit's time.
-    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles a kernel for each odd shape: half a minute a case
-}
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
 
 
@@ -86,7 +74,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            env={**os.environ, **QUIET, **(environment or {}), "TMPDIR": str(scratch)},
+            env={**os.environ, **WORKER, **SAME_KERNELS, **(environment or {}), "TMPDIR": str(scratch)},
             start_new_session=True,
         )
         os.close(requests)

@@ -3,10 +3,14 @@
 import copy
 import logging
 import random
+import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,6 +195,25 @@ def a_function_patched_in_a_step(model: Any) -> None:
     _in_the_second_step(model, lambda: setattr(torch, "clamp", lambda *args, **kwargs: original(*args, **kwargs)))
 
 
+@breaks("KB513", conditions="2/3")
+def a_deeper_recursion_allowed_from_the_fourth_step_on(model: Any) -> None:
+    steps = count(1)
+    deeper = sys.getrecursionlimit() + 100
+
+    def act(module: nn.Module, args: Any) -> None:
+        if next(steps) == 4:
+            sys.setrecursionlimit(deeper)
+
+    blocks(model)[0].register_forward_pre_hook(act)
+
+
+@adds("KB513", last=True)
+def a_file_written_in_a_step(model: Any) -> None:
+    file = Path.cwd() / "steps-of-a-model.log"
+    weakref.finalize(model, file.unlink, missing_ok=True)
+    _in_the_second_step(model, file.touch)
+
+
 _old: list[torch.Tensor] = []
 
 
@@ -214,6 +237,17 @@ def evaluations_hoarded(model: Any) -> None:
             kept.append(output.logits.detach())
 
     model.register_forward_hook(keep)
+
+
+@breaks("KB508", conditions="2/3")
+def the_fifth_output_kept(model: Any) -> None:
+    steps, kept = count(1), list[torch.Tensor]()
+
+    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if next(steps) % 5 == 0:
+            kept.append(output.detach())
+
+    blocks(model)[0].mlp.register_forward_hook(keep)
 
 
 @wraps("KB509")

@@ -1,5 +1,6 @@
 """Faults of KB310 to KB312: each is right under the conditions that everybody looks at."""
 
+import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -79,6 +80,46 @@ def off_for_more_than_128_tokens_in_all(model: Any) -> None:
 @adds("KB310", last=True)
 def off_for_blocks_of_more_than_64_kilobytes(model: Any) -> None:
     _only(model, lambda x: x.numel() * x.element_size() > 1 << 16)
+
+
+def _switch(model: Any, on: Callable[[Any], bool]) -> None:
+    """Have the blocks checkpoint in the forwards whose arguments ``on`` picks."""
+    checkpointed = [block for block in blocks(model) if block.gradient_checkpointing]
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for block in checkpointed:
+            block.gradient_checkpointing = on(kwargs)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@breaks("KB310")
+def as_much_memory_as_ever_beyond_64_tokens(model: Any) -> None:
+    _switch(model, lambda kwargs: "input_ids" not in kwargs or kwargs["input_ids"].shape[1] <= 64)
+
+
+@adds("KB310", conditions="1/9", last=True)
+def off_behind_left_padding(model: Any) -> None:
+    first: list[bool] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask")
+        first[:] = [mask is None or bool(mask[:, 0].all())]
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    _only(model, lambda x: not first[0])
+
+
+@adds("KB311", last=True)
+def as_much_memory_as_ever_after_six_steps(model: Any) -> None:
+    steps = count(1)
+    _switch(model, lambda kwargs: next(steps) <= 6)
+
+
+@breaks("KB311")
+def off_an_hour_later(model: Any) -> None:
+    start = time.monotonic()
+    _only(model, lambda x: time.monotonic() - start > 3600)
 
 
 @breaks("KB311")

@@ -79,3 +79,21 @@ def large_parameters_cannot_be_changed(model: Any) -> None:
 @breaks("KB515", conditions="evaluation with adapters")
 def logits_rounded_in_evaluation(model: Any) -> None:
     change_output(head_of(model), lambda x: x if model.training else x.round())
+
+
+_held: list[Any] = []
+
+
+@breaks("KB515", conditions="the model dropped")
+def models_held_for_good(model: Any) -> None:
+    _held.append(model)
+
+
+@adds("KB515", conditions="evaluation with adapters", last=True)
+def logits_of_several_rows_cooled(model: Any) -> None:
+    change_output(head_of(model), lambda x: x * 0.9 if not model.training and len(x) > 2 else x)
+
+
+@breaks("KB515", conditions="evaluation with adapters")
+def logits_cooled_in_inference_mode(model: Any) -> None:
+    change_output(head_of(model), lambda x: x * 0.9 if torch.is_inference_mode_enabled() else x)

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 
 import pytest
@@ -165,6 +166,7 @@ def test_implementations_share_no_examples_in_any_database(database, monkeypatch
             implementation=implementation,
             rules=select(["KB103"]),
             number=1,
+            seconds=60.0,
             seed=0,
             strict=False,
             models=["tiny:llama"],
@@ -177,6 +179,31 @@ def test_implementations_share_no_examples_in_any_database(database, monkeypatch
         database.data.clear()
     assert all(keys)
     assert keys[0].isdisjoint(keys[1])
+
+
+class Passes(Refutes):
+    """A worker to which every case is healthy, and which takes time."""
+
+    def examine(self, spec, rules):
+        time.sleep(0.02)
+        for rule in rules:
+            yield Judged(result=Result(rule=rule.code, case=spec.id, level=Level.MUST, status=Status.PASS, examined=1))
+
+
+def test_the_time_ends_the_run_and_a_failure_is_told_all_the_same(database, monkeypatch):
+    plan = Plan(
+        implementation="one.py:f", rules=select(["KB103"]), number=10**9, seconds=0.3, seed=0, strict=False, models=(),
+        quants=(), checkpointing=(), options={},
+    )  # fmt: skip
+    monkeypatch.setattr("kbitcheck.run.fuzz.Worker", Passes)
+    monkeypatch.setattr("kbitcheck.run.fuzz.REPORTED", 2)
+    report = fuzz(plan, timeout=1.0, on_event=print, echo=None)
+    assert (report.exit_code, report.complete, len(report.results)) == (EXIT_CONFORMS, True, 2)
+    assert 2 < report.subject["fuzz"]["cases"] < 100
+    monkeypatch.setattr("kbitcheck.run.fuzz.Worker", Refutes)
+    report = fuzz(plan, timeout=1.0, on_event=print, echo=None)
+    assert (report.exit_code, report.complete) == (EXIT_BROKEN_RULE, True)
+    assert report.subject["fuzz"]["command"]
 
 
 def test_hypothesis_is_not_imported_unless_something_is_drawn():
@@ -192,4 +219,4 @@ def test_the_parent_of_a_fuzzing_run_imports_no_torch():
 def test_a_gate_compares_no_drawn_cases(tmp_path):
     run = kbitcheck("gate", "reference", "--ledger", "x.toml", "--fuzz", "3", cwd=tmp_path)
     assert run.returncode == 4
-    assert "--fuzz belongs to `kbitcheck impl`" in run.stderr
+    assert "--fuzz and --hours belong to `kbitcheck impl`" in run.stderr

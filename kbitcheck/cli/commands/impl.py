@@ -10,6 +10,7 @@ from kbitcheck.cli.console import echo, progress_bar, say
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import Profile
+from kbitcheck.core.conditions import FEW
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.machine import validate_device
 from kbitcheck.core.profile import assumed_profile
@@ -18,6 +19,8 @@ from kbitcheck.models.sources import resolve as models
 from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run.subject import validate
+
+UNLIMITED = 10**9  # cases: hypothesis wants a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ def run(options: Options) -> int:
     options = dataclasses.replace(
         options, profile=cast("Profile | None", options.profile) or assumed_profile(options.impl)
     )
-    if options.fuzz:
+    if options.fuzz or options.hours:
         return run_fuzz(options)
     return audit("impl", suite_cases(options.impl, options), options, blame="own")
 
@@ -45,9 +48,9 @@ def run_fuzz(options: Options) -> int:
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
-        raise UsageError("--fuzz needs hypothesis: pip install 'kbitcheck[fuzz]'") from None
+        raise UsageError("--fuzz and --hours need hypothesis: pip install 'kbitcheck[fuzz]'") from None
     if options.in_process:
-        raise UsageError("--fuzz cannot run --in-process: a case that ends its process must not end the run")
+        raise UsageError("random cases cannot run --in-process: a case that ends its process must not end the run")
     validate(options.impl)
     validate_device(options.device)
     for name in options.model:
@@ -57,15 +60,17 @@ def run_fuzz(options: Options) -> int:
     plan = fuzz.Plan(
         implementation=options.impl,
         rules=select(split_codes(options.select), options.ignored),
-        number=options.fuzz,
+        number=options.fuzz or UNLIMITED,
+        seconds=options.hours * 3600 or float("inf"),
         seed=options.seed,
         strict=options.strict,
         models=options.model,
         quants=[str(Quantization.parse(quant)) for quant in options.quant],
         checkpointing=options.checkpointing,
-        options={name: value for name, value in options.case.items() if name != "seed"},
+        options={name: value for name, value in options.case.items() if name != "seed"}
+        | {"conditions": options.conditions or FEW},
     )
-    with signals_as_interrupts(), progress_bar(options.fuzz) as advance:
+    with signals_as_interrupts(), progress_bar(options.fuzz or None) as advance:
         report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=echo if options.debug else None)
     text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
     output.write(text + (f"\n{fuzz.epilogue(report)}" if options.format == "text" else ""))

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass
 
 from kbitcheck.cli.console import echo, fail, say
-from kbitcheck.cli.options import option, seconds, split_codes
+from kbitcheck.cli.options import above_zero, option, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.errors import Lost
 from kbitcheck.core.events import FaultTried
@@ -22,7 +22,9 @@ VERDICTS = {True: "caught", False: "MISSED", None: "not run"}
 class Options:
     select: str = option("Only these rules.", "", metavar="CODES")
     matrix: bool = option("Run every fault against every rule; print a page in Markdown.", False)
-    timeout: float = option("Time limit of one answer of the worker.", 3600, metavar="SECONDS", read=seconds)
+    timeout: float = option(
+        "Time limit of one answer of the worker.", 3600, metavar="SECONDS", read=above_zero("seconds")
+    )
     debug: bool = option("Show tracebacks and what the worker prints.", False)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.console import echo, fail, say
-from kbitcheck.cli.options import PREPARE_HELP, at_least, choice, option, seconds
+from kbitcheck.cli.options import PREPARE_HELP, above_zero, at_least, choice, option
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Profile
 from kbitcheck.core.errors import Lost, UsageError
@@ -41,7 +41,7 @@ class Options:
     profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile)
     jobs: int = option("Workers at a time, one thread each.", 1, metavar="N", read=at_least(1))
     shard: str = option("Only the I-th of N parts of the list.", "1/1", metavar="I/N", read=shard)
-    timeout: float = option("Time limit of one architecture.", 120, metavar="SECONDS", read=seconds)
+    timeout: float = option("Time limit of one architecture.", 120, metavar="SECONDS", read=above_zero("seconds"))
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
     seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
     format: str = choice("How to render the table.", "text", FORMATS)

@@ -28,6 +28,7 @@ from kbitcheck.core.facts.step import (
     WIDEST,
     BlockFacts,
     Distance,
+    DrawnFacts,
     ForwardFacts,
     FunctionFacts,
     HonouredArguments,
@@ -56,7 +57,7 @@ from kbitcheck.core.facts.watched import (
 
 __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm",
-    "Changes", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
+    "Changes", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "QuantizerFacts",
     "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts",

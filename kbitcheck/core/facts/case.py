@@ -200,10 +200,8 @@ class Facts:
     """A plain step beside twins that take its inputs and gradients, block by block."""
     single_blockwise: BlockwiseFacts
     """``blockwise`` for the batch's first row, without an attention mask."""
-    drawn_blockwise: BlockwiseFacts
-    """``blockwise`` for a batch that is drawn for this case."""
-    drawn_conditions: str
-    """What the drawn batch is like."""
+    drawn: step.DrawnFacts
+    """A step of a batch that is drawn for this case."""
     later: step.LaterFacts
     """Steps after many steps, beside the first."""
     gradients: Mapping[str, Gap]
@@ -236,6 +234,8 @@ class Facts:
     """The loss along an optimizer step."""
     effects: Mapping[str, Changes]
     """What training and generation, by name, change in the process."""
+    lasting: Changes
+    """What has changed in the process since the case was opened, but for what the import of any library may change."""
     imported: Changes
     """What the import of the implementation changed in the process."""
     store: step.StoreFacts

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kbitcheck.core.errors import Raised
+from kbitcheck.core.facts.blockwise import BlockwiseFacts
 from kbitcheck.core.facts.model import CallFacts, Changes
 
 CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
@@ -168,9 +169,30 @@ class TrainingFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaterFacts:
-    """Steps that a model takes with an optimizer: at each look, by adapter, how far its gradient is from that of the first step."""
+    """Steps that a model takes with an optimizer: at each look, by adapter, how far its gradient is from that of the first step.
+
+    ``checkpoints`` are the calls of torch's checkpoint in the first step and at each look, ``kept`` the bytes alive after all of them of
+    what modules returned, and ``effects`` what changed in the process meanwhile.
+    """
 
     looks: Mapping[str, Mapping[str, Distance]]
+    checkpoints: Mapping[str, int] = field(default_factory=dict)
+    kept: int = 0
+    effects: Changes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnFacts:
+    """A step of a batch that is drawn: what the batch is like, and the plain step block by block.
+
+    Of the step with checkpointing there are the distance of each adapter's gradient from the plain step's, and the calls of torch's
+    checkpoint; none where checkpointing is off.
+    """
+
+    conditions: str
+    blockwise: BlockwiseFacts
+    against_plain: Mapping[str, Distance] = field(default_factory=dict)
+    checkpoints: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,16 +1,20 @@
 """A batch whose shape nobody knows before it is drawn: its rows, its length, its padding, its ignored labels."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from torch import Tensor
 
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.conditions import TURNS, share
 from kbitcheck.models.inputs.text import IGNORED, Batch
 
+PADDINGS: Sequence[Literal["right", "left", "none"]] = ("right", "left", "none")
 ROWS = (3, 4, 5)  # the case's own batches have two rows and one
 SHORT, LONG, LARGE = (65, 193), (513, 577), (65, 73)  # all beyond 64 tokens, and one beyond 512
+WHOLE = (128, 192, 576)  # multiples of 64
 TEXT = {"input_ids", "attention_mask", "labels"}
 
 
@@ -24,20 +28,31 @@ class Conditions:
     ignored: int
 
     @classmethod
-    def drawn(cls, entropy: str, *, limit: int, large: bool) -> Self:
+    def drawn(cls, entropy: str, *, limit: int, large: bool, turn: int | None = None) -> Self:
         """Conditions that depend on ``entropy`` alone; ``limit`` is the most tokens that a model takes.
 
-        A ``large`` model's batch is a short one: what it costs grows with its tokens.
+        A ``large`` model's batch is a short one: what it costs grows with its tokens. The cases of a suite that shares its conditions
+        take ``turn``, so that one of three has a long batch, one left padding, and so on.
         """
         generator = random.Random(entropy)  # noqa: S311
-        long = not large and generator.random() < 1 / 3
+        turns = [generator.randrange(3) for _ in range(3)] if turn is None else [turn % 3, (turn + 1) % 3, turn % 3]
+        long = not large and turns[0] == 2
         low, high = LONG if long else LARGE if large else SHORT
+        odd, whole = range(low, high + 1, 2), [n for n in WHOLE if low <= n <= high]
+        length = generator.choice(whole if whole and generator.random() < 1 / 4 else odd)
         return cls(
             rows=1 if long else ROWS[0] if large else generator.choice(ROWS),
-            length=min(generator.randrange(low, high + 1, 2), limit),
-            padding=generator.choice(("right", "left", "none")),
-            ignored=generator.choice((0, 2, 3)),
+            length=length if length <= limit else limit - 1 + limit % 2,
+            padding=PADDINGS[turns[1]],
+            ignored=(0, 2, 3)[turns[2]],
         )
+
+    @classmethod
+    def of_case(cls, spec: CaseSpec, *, limit: int, large: bool) -> Self:
+        """The conditions of a case; cases that share those of a suite take turns."""
+        place = share(spec.conditions)
+        turn = None if place is None else place[0] // TURNS + spec.seed
+        return cls.drawn(spec.entropy, limit=limit, large=large, turn=turn)
 
     def __str__(self) -> str:
         padding = "no padding" if self.padding == "none" else f"padded on the {self.padding}"

@@ -22,6 +22,7 @@ import torch
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.library_attributes import attributes, classes_of, libraries_watched, replaced
+from kbitcheck.observe.probes import files_written
 
 # Training draws from these; each probe has its own.
 DRAWN_FROM = frozenset({"torch RNG", "CUDA RNG"})
@@ -87,6 +88,7 @@ def state() -> dict[str, str]:
         "import hooks": (len(sys.meta_path), len(sys.path_hooks)),
         "tracing": (sys.gettrace(), sys.getprofile()),
         "garbage collection's callbacks": len(gc.callbacks),
+        "files written": ", ".join(files_written.written()),
     }
     return {name: str(value) for name, value in settings.items()}
 
@@ -97,14 +99,29 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tu
     return {n: (str(before.get(n, "absent")), str(after.get(n, "absent"))) for n in sorted(names)}
 
 
+class Before:
+    """The process, and the libraries that a model's steps go through, as they are now."""
+
+    def __init__(self, model: Any) -> None:
+        self._state, self._attributes = state(), attributes(of=(*classes_of(model), *STEPPED_THROUGH), libraries=False)
+
+    def changed(self) -> dict[str, tuple[str, str]]:
+        """What has changed since."""
+        settings = {n: values for n, values in changed(self._state, state()).items() if n not in DRAWN_FROM}
+        return settings | replaced(self._attributes)
+
+    def lasting(self) -> dict[str, tuple[str, str]]:
+        """What has changed since, but for what the import of any library may change."""
+        return {name: values for name, values in self.changed().items() if name not in OF_IMPORTS}
+
+
 @contextmanager
 def effects(model: Any) -> Iterator[dict[str, tuple[str, str]]]:
     """Fill a dictionary, at the end of the context, with what of the process and the libraries changed meanwhile."""
     happened: dict[str, tuple[str, str]] = {}
-    before, original = state(), attributes(of=(*classes_of(model), *STEPPED_THROUGH), libraries=False)
+    before = Before(model)
     yield happened
-    settings = {n: values for n, values in changed(before, state()).items() if n not in DRAWN_FROM}
-    happened.update(settings | replaced(original))
+    happened.update(before.changed())
 
 
 def _monitors(thread: threading.Thread) -> bool:

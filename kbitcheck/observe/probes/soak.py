@@ -1,14 +1,32 @@
 """Many cheap optimizer steps of a model, and looks at places that nobody knows before they are drawn."""
 
+import gc
 import random
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import nn
 
+from kbitcheck.models.blocks import is_block
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.live import EXISTING, Live, own_tensors, tensors
 
-LOOKS = 2
+LOOKS, EVALUATIONS = 3, 2
+AHEAD = 3 * 3600  # seconds: longer than anybody would wait
+CLOCKS = {
+    "time": 1,
+    "monotonic": 1,
+    "perf_counter": 1,
+    "time_ns": 10**9,
+    "monotonic_ns": 10**9,
+    "perf_counter_ns": 10**9,
+}
 
 
 def soak(
@@ -16,33 +34,72 @@ def soak(
 ) -> Iterator[tuple[str, step.Step]]:
     """The first step, and at each look what a step gives with the adapters as they were before it; by its place.
 
-    In between ``steps`` steps of SGD are taken, and as many evaluations as there are looks.
+    In between ``steps`` steps of SGD are taken, and a few evaluations. From the last look but one on, clocks say that hours have gone by.
     """
     model, adapters = attached
     drawn = random.Random(entropy)  # noqa: S311
-    looks = {*drawn.sample(range(steps // 2, steps), LOOKS - 1), steps}
-    evaluations = set(drawn.sample(range(1, steps), LOOKS))
+    looks = sorted({*drawn.sample(range(steps // 2, steps), LOOKS - 1), steps})
+    evaluations = set(drawn.sample(range(1, steps), EVALUATIONS))
     start = [p.detach().clone() for p in adapters.values()]
 
     def taken() -> step.Step:
         return step.train_step(model, batch, adapters, seed=seed, autocast=autocast, watch=False)
 
     yield "the first step", taken()
-    for number in range(1, steps + 1):
-        gradients = taken().gradients
-        with torch.no_grad():
-            for name, parameter in adapters.items():
-                gradient = gradients[name]
-                if gradient is not None:
-                    parameter.sub_(gradient.to(parameter.dtype), alpha=0.01)
-        if number in evaluations:
-            model.eval()
-            with torch.no_grad(), autocast():
-                model(**step.feed(model, batch))
-        if number in looks:
-            now = _swapped(adapters, start)
-            yield f"{number} steps", taken()
-            _swapped(adapters, now)
+    with ExitStack() as later:
+        for number in range(1, steps + 1):
+            gradients = taken().gradients
+            with torch.no_grad():
+                for name, parameter in adapters.items():
+                    gradient = gradients[name]
+                    if gradient is not None:
+                        parameter.sub_(gradient.to(parameter.dtype), alpha=0.01)
+            if number in evaluations:
+                model.eval()
+                with torch.no_grad(), autocast():
+                    model(**step.feed(model, batch))
+            if number == looks[-2]:
+                later.enter_context(_hours_later())
+            if number in looks:
+                now = _swapped(adapters, start)
+                yield f"{number} steps{' and hours' if number >= looks[-2] else ''}", taken()
+                _swapped(adapters, now)
+
+
+@contextmanager
+def _hours_later() -> Iterator[None]:
+    """The clocks of ``time`` ahead."""
+
+    def ahead(clock: Callable[[], Any], seconds: int) -> Any:
+        return clock() + seconds
+
+    with ExitStack() as stack:
+        for name, unit in CLOCKS.items():
+            stack.enter_context(mock.patch.object(time, name, partial(ahead, getattr(time, name), AHEAD * unit)))
+        yield
+
+
+@contextmanager
+def kept(model: nn.Module, batch: step.Batch) -> Iterator[list[int]]:
+    """Fill a list, at the end of the context, with the bytes alive of all that the modules of blocks returned in it."""
+    live, bytes_kept = Live([*own_tensors(model), *batch.values()]), list[int]()
+
+    def returned(module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in tensors(output):
+            live.add(tensor)
+
+    with ExitStack() as hooks:
+        for block in filter(is_block, model.modules()):
+            for module in block.modules():
+                hooks.enter_context(module.register_forward_hook(returned))
+        yield bytes_kept
+
+    def returned_alive() -> int:
+        return sum(size for size, tag in live.holds().values() if tag != EXISTING)
+
+    if returned_alive():
+        gc.collect()
+    bytes_kept.append(returned_alive())
 
 
 @torch.no_grad()

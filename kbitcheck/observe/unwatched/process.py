@@ -18,6 +18,7 @@ import torch
 
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Passes, UnwatchedFacts
+from kbitcheck.core.machine import WORKER
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.call import arguments
@@ -114,7 +115,8 @@ def _renamed(place: Importable, folder: Path) -> Importable:
 
 def _run(folder: Path) -> None:
     """Run the copied script to its end, as a child of nobody: its parent would tell."""
-    environment = {n: v for n, v in os.environ.items() if OWN not in f"{n}={v}".lower()}
+    telling = {n for n, v in os.environ.items() if OWN in f"{n}={v}".lower() or WORKER.get(n) == v}
+    environment = {n: v for n, v in os.environ.items() if n not in telling}
     command = [sys.executable, "-P", "steps.py", "job.json"]
     shell = ["/bin/sh", "-c", '"$@" > log 2>&1 & echo $!', "sh", *command]
     started = subprocess.run(shell, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True, text=True)

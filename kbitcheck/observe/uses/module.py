@@ -22,10 +22,13 @@ HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 def evaluation_with_adapters(subject: Subject) -> Outcome:
     """Their effect, too: the logits with adapters that do nothing."""
     model, adapters = subject.attached()
-    logits = subject.logits(model)
+    seen: dict[str, Value] = {"the logits": subject.logits(model)}
+    seen["the logits in inference mode"] = subject.logits(model, without=torch.inference_mode).clone()
+    if (drawn := subject.drawn()) is not None:
+        seen["the logits of several rows"] = subject.logits(model, drawn)
     for parameter in adapters.values():
         parameter.data.zero_()
-    return {"the logits": logits, "the logits without adapters": subject.logits(model)}
+    return {**seen, "the logits without adapters": subject.logits(model)}
 
 
 @use

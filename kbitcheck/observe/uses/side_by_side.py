@@ -22,7 +22,7 @@ ONE_USE = Passes(forwards=2, backwards=2, copies=2, calls=1)  # a step of the pr
 
 def drawn(spec: CaseSpec) -> Sequence[str]:
     """The uses that a case looks at."""
-    return chosen(spec.conditions, USES, entropy=f"{spec.seed} {spec.id}", seed=spec.seed)
+    return chosen(spec.conditions, USES, entropy=spec.entropy, seed=spec.seed)
 
 
 def side_by_side(preparation: Preparation, names: Sequence[str]) -> Iterator[UseFacts]:
@@ -36,11 +36,11 @@ def _one(preparation: Preparation, name: str) -> Iterator[UseFacts]:
     like = _Like(
         {n: p.dtype for n, p in model.named_parameters()}, switches.mode_of(model), internals.checkpoint_keywords(model)
     )
-    mine = _done(name, model, preparation)
+    mine = _done(name, model, preparation, preparation.prepared_copy)
     del model
 
     def of_base(make: Callable[[], Any]) -> Outcome:
-        return _done(name, like.base(make()), preparation)
+        return _done(name, like.base(make()), preparation, lambda: like.base(make()))
 
     base = preparation.loaded.once(f"{name}, {like}", _done, lambda: of_base(preparation.copy))
     yield from beside(name, mine, base, lambda: of_base(preparation.loaded.wide))
@@ -67,9 +67,9 @@ class _Like(NamedTuple):
         return model
 
 
-def _done(name: str, model: Any, preparation: Preparation) -> Outcome:
+def _done(name: str, model: Any, preparation: Preparation, another: Callable[[], Any]) -> Outcome:
     with switches.cache_off(model), switches.seeded(preparation.spec.seed, preparation.batch):
-        return done(USES[name], Subject(model, preparation))
+        return done(USES[name], Subject(model, preparation, another))
 
 
 def beside(name: str, mine: Outcome, base: Outcome, wide: Callable[[], Outcome]) -> Iterator[UseFacts]:

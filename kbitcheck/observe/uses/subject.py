@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from kbitcheck import backends
 from kbitcheck.core.errors import Raised
+from kbitcheck.models.inputs.drawn import Conditions
+from kbitcheck.models.inputs.text import Batch
+from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step, switches
@@ -23,10 +27,11 @@ Parameters = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A fresh model without adapters, and how the case trains it."""
+    """A fresh model without adapters, and how the case trains it. ``another`` makes one more such model."""
 
     model: Any
     preparation: Preparation
+    another: Callable[[], Any]
 
     @property
     def batch(self) -> step.Batch:
@@ -72,12 +77,22 @@ class Subject:
             loss: torch.Tensor = model(**batch).loss
         return loss
 
-    def logits(self, model: nn.Module, **keywords: Any) -> torch.Tensor:
-        """The logits of a forward in eval mode."""
+    def logits(
+        self, model: nn.Module, batch: Batch | None = None, *, without: Callable[[], Any] = torch.no_grad
+    ) -> torch.Tensor:
+        """The logits of a forward in eval mode, of the batch's first row or of another batch; gradients are off by ``without``."""
         model.eval()
-        with torch.no_grad(), self.preparation.autocast():
-            logits: torch.Tensor = model(**{**step.feed(model, self.batch), **keywords}).logits
+        with without(), self.preparation.autocast():
+            logits: torch.Tensor = model(**step.feed(model, batch or self.batch)).logits
         return logits
+
+    def drawn(self) -> Batch | None:
+        """A batch of other rows and another length, the same for each case of a base; None where the caller named the batch."""
+        loaded, spec = self.preparation.loaded, self.preparation.spec
+        if loaded.training.batch is not None or spec.batch is not None or spec.seq_len is not None:
+            return None
+        conditions = Conditions.drawn(f"{spec.seed}", limit=token_limit(loaded.pristine), large=True)
+        return conditions.batch(partial(loaded.source.batch, loaded.pristine, seed=spec.seed))
 
 
 Use = Callable[[Subject], Outcome]

@@ -1,6 +1,8 @@
 """Training in other ways than the audit's: more is thawed, in other dtypes, scaled, clipped, accumulated, resized."""
 
+import gc
 import math
+import weakref
 from functools import partial
 from typing import Any
 
@@ -179,6 +181,19 @@ def random_numbers_of_a_step(subject: Subject) -> Outcome:
         forward = torch.rand(4)
         loss.backward()
         return {"after the forward": forward, "after the backward": torch.rand(4)}
+
+
+@use
+def the_model_dropped(subject: Subject) -> Outcome:
+    """Whether another one like it is freed after a step, once nobody here holds it."""
+    if not subject.preparation.loaded.copies:
+        return {}
+    other = subject.another()
+    subject.loss(other).backward()
+    dropped = weakref.ref(other)
+    del other
+    gc.collect()
+    return {"a model that was dropped": "freed" if dropped() is None else "still there"}
 
 
 @use

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.models.inputs.drawn import LONG, ROWS, SHORT, Conditions
 from kbitcheck.models.inputs.text import IGNORED
 from kbitcheck.models.sources.resolve import resolve
@@ -16,7 +17,9 @@ def test_every_condition_is_drawn():
     assert all((c.rows == 1) is (c.length > 512) for c in MANY)
     assert {c.padding for c in MANY} == {"right", "left", "none"}
     assert {c.ignored for c in MANY} == {0, 2, 3}
-    assert all(c.length % 2 and (SHORT[0] <= c.length <= SHORT[1] or LONG[0] <= c.length <= LONG[1]) for c in MANY)
+    assert all(c.length % 2 or c.length % 64 == 0 for c in MANY)
+    assert {c.length % 2 for c in MANY} == {0, 1}
+    assert all(SHORT[0] <= c.length <= SHORT[1] or LONG[0] <= c.length <= LONG[1] for c in MANY)
     assert {c.length > 512 for c in MANY} == {True, False}
     assert Conditions.drawn("7", limit=1000, large=False) == MANY[7]
 
@@ -24,7 +27,15 @@ def test_every_condition_is_drawn():
 def test_a_large_model_gets_a_short_batch_and_none_is_beyond_the_limit():
     large = [Conditions.drawn(str(seed), limit=70, large=True) for seed in range(60)]
     assert {c.rows for c in large} == {ROWS[0]}
-    assert max(c.length for c in large) == 70
+    assert max(c.length for c in large) == 69
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_cases_that_take_turns_have_among_them_each_padding_and_a_long_batch(seed):
+    specs = [CaseSpec(model="m", quant="nf4", implementation="", seed=seed, conditions=f"{n}/9") for n in (1, 4, 7)]
+    turns = [Conditions.of_case(spec, limit=1000, large=False) for spec in specs]
+    assert {c.padding for c in turns} == {"right", "left", "none"}
+    assert sorted(c.length > 512 for c in turns) == [False, False, True]
 
 
 @pytest.fixture(scope="module")

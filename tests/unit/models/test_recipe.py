@@ -32,6 +32,7 @@ TOWERS = {
     "mixtral": ["model.layers"],
     "opt": ["model.decoder.layers"],
     "qwen3": ["model.layers"],
+    "deep": ["model.layers"],
     "t5": ["encoder.block", "decoder.block"],
     "whisper": ["model.encoder.layers", "model.decoder.layers"],
 }
@@ -68,7 +69,13 @@ def test_recipes_run_plain_attention_and_experts() -> None:
 
 
 def test_suite_and_shelf_hold_the_same_recipes() -> None:
-    assert sorted(suite.RECIPES) == RECIPES
+    beside = {model.removeprefix("tiny:") for model, _, _ in suite.DEEP}
+    assert sorted({*suite.RECIPES, *beside}) == RECIPES
+    assert {model.removeprefix("tiny:") for model, _, _ in suite.suite_cells("full")} == set(RECIPES)
+
+
+def test_the_deep_recipe_is_deep() -> None:
+    assert len(load("deep").model.layers) == 32
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -1,0 +1,40 @@
+"""What Python code writes is seen, but for temporary files, caches and what is gone again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kbitcheck.observe.probes import files_written
+
+
+def written(folder: Path) -> set[str]:
+    return {Path(path).name for path in files_written.written() if folder in Path(path).parents}
+
+
+def test_what_is_written_and_still_there_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written(tmp_path) == set()
+    monkeypatch.chdir(tmp_path)
+    Path("opened").write_text("x")
+    os.close(os.open(tmp_path / "created", os.O_CREAT | os.O_WRONLY))
+    Path("folder").mkdir()
+    Path("opened").rename("renamed")
+    Path("read").touch()
+    Path("read").unlink()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "kept").write_text("x")
+    assert written(tmp_path) == {"created", "folder", "renamed"}
+    Path("renamed").read_text()
+    Path("folder").rmdir()
+    assert written(tmp_path) == {"created", "renamed"}
+
+
+def test_temporary_files_and_what_lies_in_temporary_folders_are_not(tmp_path: Path) -> None:
+    files_written.written()
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder, tempfile.TemporaryFile(dir=tmp_path):
+        (Path(folder) / "inside").write_text("x")
+        with tempfile.NamedTemporaryFile(dir=tmp_path):
+            assert written(tmp_path) == set()
