@@ -145,7 +145,7 @@ def _install(requirement: Requirement, draft: Path, beside: Sequence[str]) -> No
         uses = [uv, "pip", "install", "--quiet", "--python", str(python), "--overrides", str(spared), *held]
         alone = ["--no-deps", *requirement.beside] if requirement.beside else []
         return _succeed(requirement, [*uses, *alone, requirement.pip, *beside])
-    if importlib.util.find_spec("pip") is None:
+    if not machine.version("pip"):
         raise UsageError("to install a subject kbitcheck needs uv, or pip in its own environment")
     options = ["--disable-pip-version-check", "--no-input", "--no-warn-conflicts", "--no-compile", *held]
     uses = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]

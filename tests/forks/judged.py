@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Level, Status
-from kbitcheck.core.rule import judge, rules
+from kbitcheck.core.rule import judge, select
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
 from tests.shallow import shallow
@@ -20,7 +20,7 @@ def broken(prepare, bases, *, model, quant, checkpointing, codes=None, levels=(L
     if key not in bases:
         bases[key] = Loaded.from_source(shallow(model), spec)
     case = Case(spec, prepare, bases[key])
-    results = [judge(rule, case) for rule in rules().values() if codes is None or rule.code in codes]
+    results = [judge(rule, case) for rule in select() if codes is None or rule.code in codes]
     case.close()
     return {
         r.rule for r in results if r.status is Status.ERROR or (r.status is Status.FAIL and r.own and r.level in levels)

@@ -12,7 +12,7 @@ from kbitcheck_reference import prepare_model_for_kbit_training as reference
 from kbitcheck.backends.bitsandbytes import arithmetic
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.result import Level, Party, Status
-from kbitcheck.core.rule import judge, rules
+from kbitcheck.core.rule import judge, rules, select
 from kbitcheck.judge.attribution import BARE
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
@@ -80,7 +80,7 @@ def broken(
     if key not in bases:
         bases[key] = Loaded.from_source(source_of(model), spec)
     case = Case(spec, prepare, bases[key])
-    results = [judge(rule, case) for rule in rules().values() if not codes or rule.code in codes]
+    results = [judge(rule, case) for rule in select() if not codes or rule.code in codes]
     case.close()
     own = {r.rule: [f for f in r.failures if f.party is Party.IMPLEMENTATION or f.witness == BARE] for r in results}
     return {
@@ -107,7 +107,7 @@ def test_an_unusual_implementation_keeps_every_must(quant, checkpointing, codes,
 
 @pytest.mark.parametrize(("name", "quant", "checkpointing"), OF_CALLS)
 def test_an_unusual_call_keeps_every_must(name, quant, checkpointing, bases):
-    codes = [code for code in rules() if code.startswith(("KB1", "KB4", "KB5"))]
+    codes = [rule.code for rule in select(["KB1", "KB4", "KB5"])]
     case = {"model": "tiny:gpt2", "quant": quant, "checkpointing": checkpointing}
     assert broken(HEALTHY[name], bases, **case, levels=(Level.MUST,), codes=codes) == {}
 
@@ -226,6 +226,6 @@ def test_profiles_judge_what_they_promise(profile, bases):
 
     case = {"model": "tiny:llama", "quant": "nf4", "checkpointing": "reentrant", "levels": (Level.MUST,)}
     # Every rule judges preparations under these profiles in tests/forks/test_variants.py.
-    codes = [code for code in rules() if code.startswith(("KB1", "KB2", "KB303", "KB304"))]
+    codes = [rule.code for rule in select(["KB1", "KB2", "KB303", "KB304"])]
     assert broken(prepare, bases, **case, codes=codes, profile=profile) == {}
     assert "KB202" in broken(prepare, bases, **case, codes=("KB202",))

@@ -16,7 +16,7 @@ from kbitcheck.core.facts import Passes
 from kbitcheck.core.memory_sizes import GPUS
 from kbitcheck.core.plan import MARGIN
 from kbitcheck.core.result import Status
-from kbitcheck.core.rule import judge, rules
+from kbitcheck.core.rule import judge, rules, select
 from kbitcheck.observe import open_case as opening
 from kbitcheck.observe import planning
 from kbitcheck.observe.case import Case
@@ -49,7 +49,7 @@ shares_a_forecast = pytest.mark.xdist_group("mixtral")
 @shares_a_forecast
 @pytest.mark.transformers5("Mixtral's experts, and Falcon's layers, are quantized")
 def test_only_what_needs_no_run_is_judged(mixtral):
-    results = {code: judge(rule, mixtral) for code, rule in rules().items()}
+    results = {rule.code: judge(rule, mixtral) for rule in select()}
     assert {c for c, r in results.items() if r.status in (Status.PASS, Status.FAIL)} == JUDGED
     assert [r for r in results.values() if r.status is Status.ERROR] == []
     assert results["KB101"].reason == results["KB904"].reason == NEEDS_A_RUN
@@ -86,7 +86,7 @@ def test_a_model_of_which_nothing_is_quantized_is_told_of(tmp_path):
     config = {"model_type": "falcon", "architectures": ["FalconForCausalLM"], **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     case = opened(tmp_path, memory=1000)
-    results = {code: judge(rule, case) for code, rule in rules().items()}
+    results = {rule.code: judge(rule, case) for rule in select()}
     assert {c for c, r in results.items() if r.status is Status.FAIL} == {"KB901", "KB902", "KB906", "KB912"}
     assert not [c for c, r in results.items() if r.status is Status.ERROR]
     assert "no step: no layer is quantized" in results["KB906"].failures[0].actual
@@ -139,22 +139,22 @@ def large(**options):
 
 def test_what_this_machine_has_no_room_for_is_static(monkeypatch):
     monkeypatch.setattr(opening, "free_bytes", lambda device: 500_000)
-    case = opened("tiny:llama", static="if-too-large", rules=[*rules().values()])
+    case = opened("tiny:llama", static="if-too-large", rules=select())
     assert isinstance(case, StaticCase)
     assert "GB of memory are free" in case.why
     assert case.forecast.device == "cpu"
 
 
 def test_what_there_is_no_time_to_load_is_static(machine):
-    case = open_case(large(static="if-too-large"), REFERENCE, rules=[*rules().values()], seconds=3.0)
+    case = open_case(large(static="if-too-large"), REFERENCE, rules=select(), seconds=3.0)
     assert isinstance(case, StaticCase)
     assert "to load and prepare the model takes about" in case.summary()["static"]
 
 
 def test_what_does_not_fit_the_time_is_left_out_by_name(machine):
-    (whole,) = plans_of([large()], [*rules().values()])
+    (whole,) = plans_of([large()], select())
     assert not any(item.left_out for item in whole.items)
-    (plan,) = plans_of([large()], [*rules().values()], seconds=whole.seconds)  # a prediction may be too low
+    (plan,) = plans_of([large()], select(), seconds=whole.seconds)  # a prediction may be too low
     left = [item.left_out for item in plan.items if item.left_out]
     named = [re.fullmatch(r"not judged: needs `(\w+)`, about \d+ s; --timeout \d+0 allows it", why) for why in left]
     assert {match[1] for match in named if match} & {item.fact for item in plan.items if item.left_out}
@@ -163,7 +163,7 @@ def test_what_does_not_fit_the_time_is_left_out_by_name(machine):
     facts = plan.seconds - plan.opening
     assert plan.opening + facts * MARGIN <= whole.seconds < sum(item.seconds for item in plan.items) * MARGIN
     suggested = max(float(why.split("--timeout ")[1].split()[0]) for why in left)
-    (again,) = plans_of([large()], [*rules().values()], seconds=suggested)
+    (again,) = plans_of([large()], select(), seconds=suggested)
     assert not any(item.left_out for item in again.items)
 
 

@@ -15,7 +15,7 @@ from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import Facts, Passes
 from kbitcheck.core.result import Status
-from kbitcheck.core.rule import judge, rules
+from kbitcheck.core.rule import judge, select
 from kbitcheck.observe import loaded
 from kbitcheck.observe.open_case import costs, open_case
 from kbitcheck.observe.passes import OPENING, Counts, counted
@@ -75,7 +75,8 @@ def examined(seed: int) -> Counted:
     ):
         reference = load("reference")
         case = open_case(spec, dataclasses.replace(reference, function=counts.calls(reference.function)))
-        for code, rule in rules().items():
+        for rule in select():
+            code = rule.code
             counts.reads[OPENING] = set()
             statuses[code] = judge(rule, case).status
             reads[code] = counts.reads[OPENING]
@@ -118,7 +119,7 @@ def _needs_hold(counted: Counted, *, large: bool) -> None:
 
 
 def test_a_rule_reads_what_its_source_says(healthy: Counted) -> None:
-    passed = [rule for code, rule in rules().items() if healthy.statuses[code] is Status.PASS]
+    passed = [rule for rule in select() if healthy.statuses[rule.code] is Status.PASS]
     expected = {rule.code: (Facts.__annotations__.keys() & rule.reads) - WITNESSES - SETTINGS for rule in passed}
     read = {rule.code: healthy.reads[rule.code] | ELSEWHERE.get(rule.code, set()) for rule in passed}
     assert read == expected
