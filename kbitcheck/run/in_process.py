@@ -75,7 +75,9 @@ def examine_all(
     """
     from kbitcheck.observe import device as devices
     from kbitcheck.observe.open_case import open_case
+    from kbitcheck.observe.probes import files_written
 
+    files_written.watch()
     device = devices.resolve_device(specs[0].device)
     static = specs[0].static == "always"
     loaded = implementation or (implementations.unused if static else implementations.load)(specs[0].implementation)

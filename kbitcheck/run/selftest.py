@@ -17,6 +17,7 @@ from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.adapter.case import AdapterCase
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.probes import files_written
 from kbitcheck.observe.watch.case import WatchedCase
 from kbitcheck.observe.watch.observer import Observer
 from kbitcheck.sabotage.adapter import Files
@@ -34,6 +35,7 @@ def run(codes: Collection[str], *, matrix: bool = False) -> Iterator[FaultTried]
 
 def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase:
     """The fault's case, with the broken implementation, the spoiled base or the script that is watched."""
+    files_written.watch()
     spec = CaseSpec(
         model=fault.model,
         quant=fault.quant,

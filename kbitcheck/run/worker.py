@@ -108,7 +108,9 @@ class Server:
 
     def _load(self, request: requests.Load) -> Event:
         from kbitcheck.observe import device as devices
+        from kbitcheck.observe.probes import files_written
 
+        files_written.watch()
         self._device = devices.resolve_device(request.device)
         environment = devices.describe(self._device, request.seed)
         # In front, in their order, and only now: nothing of the subject's may stand in for the stack.

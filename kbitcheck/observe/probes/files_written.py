@@ -11,6 +11,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # An event of the interpreter, and which of its arguments is the path that comes to be.
 MADE = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1}
 TEMPORARY = ("tempfile.mkstemp", "tempfile.mkdtemp")
+HEARD = frozenset({"open", *MADE, *TEMPORARY})
 CACHES = {".cache", ".triton", "__pycache__"}
 SYSTEM = ("/dev/", "/proc/", "/sys/")
 
@@ -19,8 +20,7 @@ _temporary: set[str] = set()
 
 
 def written() -> list[str]:
-    """Absolute paths of what was written since the first call and is still there, sorted."""
-    _watch()
+    """Absolute paths of what was written since ``watch`` was called and is still there, sorted; none where it was not."""
     for path in [*_written]:
         if not Path(path).exists():
             _written.pop(path, None)
@@ -28,15 +28,19 @@ def written() -> list[str]:
 
 
 @cache
-def _watch() -> None:
-    """From now on, and to the end of the process: such a hook cannot be removed."""
+def watch() -> None:
+    """Watch from now on, and to the end of the process: such a hook cannot be removed, and each call of ``id`` takes longer.
+
+    So it is for processes of kbitcheck's own, and not for a user's.
+    """
     sys.addaudithook(_heard)
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    # What it raises would be raised where the file is opened.
-    with suppress(Exception):
-        _hear(event, arguments)
+    if event in HEARD:  # ``id`` alone is an event, and a copy of a model calls it hundreds of thousands of times
+        # What it raises would be raised where the file is opened.
+        with suppress(Exception):
+            _hear(event, arguments)
 
 
 def _hear(event: str, arguments: tuple[Any, ...]) -> None:

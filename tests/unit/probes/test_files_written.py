@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ def written(folder: Path) -> set[str]:
 
 
 def test_what_is_written_and_still_there_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files_written.watch()
     assert written(tmp_path) == set()
     monkeypatch.chdir(tmp_path)
     Path("opened").write_text("x")
@@ -33,8 +36,24 @@ def test_what_is_written_and_still_there_is_seen(tmp_path: Path, monkeypatch: py
 
 
 def test_temporary_files_and_what_lies_in_temporary_folders_are_not(tmp_path: Path) -> None:
-    files_written.written()
+    files_written.watch()
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder, tempfile.TemporaryFile(dir=tmp_path):
         (Path(folder) / "inside").write_text("x")
         with tempfile.NamedTemporaryFile(dir=tmp_path):
             assert written(tmp_path) == set()
+
+
+def test_a_callers_process_is_not_watched() -> None:
+    """Such a hook stays to the end of the process, and ``id`` takes longer with it."""
+    script = """
+import sys, kbitcheck
+hooks = []
+sys.addaudithook = hooks.append
+from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.backends.quantization import Quantization
+report = kbitcheck.audit(resolve("tiny:llama").load(Quantization()), select=["KB101", "KB513"])
+assert report.exit_code == 0, str(report)
+assert not hooks
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
