@@ -179,7 +179,8 @@ class Stepped:
         facts = self._beside_twins(record, batch).facts
         if spec.checkpointing == "off":
             return DrawnFacts(conditions=str(conditions), blockwise=facts)
-        checkpointed = self._preparation.step(self._wrapped.attached, batch=batch)
+        with switches.dropout(self._wrapped.attached.model, 0.0):  # as in the recorded step
+            checkpointed = self._preparation.step(self._wrapped.attached, batch=batch)
         least = median_yardstick(facts.adapters.values())
         yardsticks = {name: max(gap.yardstick, least) for name, gap in facts.adapters.items()}
         return DrawnFacts(

@@ -1,6 +1,7 @@
 """What is right is not flagged: the reference, PEFT where it is right, and unusual implementations."""
 
 import functools
+from dataclasses import replace
 from importlib.metadata import version
 
 import bitsandbytes
@@ -139,6 +140,21 @@ def broken_by_the_reference(bases, *, model, **case):
 def test_the_reference_keeps_everything(model, quant, checkpointing, codes, bases):
     case = {"model": model, "quant": quant, "checkpointing": checkpointing}
     assert broken_by_the_reference(bases, **case, codes=codes) == {}
+
+
+def dropping(name):
+    """A shallow recipe with the dropout that its type has by default."""
+    source = shallow(name)
+    return replace(source, config={field: 0.1 if "pdrop" in field else value for field, value in source.config.items()})
+
+
+def test_a_model_that_drops_breaks_nothing_whoever_is_at_fault():
+    spec = CaseSpec(model="tiny:gpt2", quant="nf4", implementation="reference", checkpointing="reentrant")
+    case = Case(spec, reference, Loaded.from_source(dropping("tiny:gpt2"), spec))
+    results = [judge(rule, case) for rule in select(["KB304", "KB305", "KB310", "KB311"])]
+    case.close()
+    assert {r.rule: r.reason or r.failures[:1] for r in results if r.status is not Status.PASS} == {}
+    assert 0.1 in dropping("tiny:gpt2").config.values()
 
 
 # Every rule of each recipe and each scheme; of many steps, for each recipe in one scheme.
