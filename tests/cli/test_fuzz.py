@@ -192,14 +192,14 @@ class Passes(Refutes):
 
 def test_the_time_ends_the_run_and_a_failure_is_told_all_the_same(database, monkeypatch):
     plan = Plan(
-        implementation="one.py:f", rules=select(["KB103"]), number=10**9, seconds=0.3, seed=0, strict=False, models=(),
+        implementation="one.py:f", rules=select(["KB103"]), number=10**9, seconds=4.0, seed=0, strict=False, models=(),
         quants=(), checkpointing=(), options={},
     )  # fmt: skip
     monkeypatch.setattr("kbitcheck.run.fuzz.Worker", Passes)
     monkeypatch.setattr("kbitcheck.run.fuzz.REPORTED", 2)
     report = fuzz(plan, timeout=1.0, on_event=print, echo=None)
     assert (report.exit_code, report.complete, len(report.results)) == (EXIT_CONFORMS, True, 2)
-    assert 2 < report.subject["fuzz"]["cases"] < 100
+    assert 2 < report.subject["fuzz"]["cases"] < 200
     monkeypatch.setattr("kbitcheck.run.fuzz.Worker", Refutes)
     report = fuzz(plan, timeout=1.0, on_event=print, echo=None)
     assert (report.exit_code, report.complete) == (EXIT_BROKEN_RULE, True)
