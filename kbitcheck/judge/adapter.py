@@ -200,6 +200,8 @@ def merge_complete(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB804; peft#2710, peft#3411.
     """
     merge = facts.merge
+    if not merge.layers:
+        raise NotApplicable("no layer could be followed through a merge")
     for layer in merge.layers:
         for index, landed in enumerate(layer.landed):
             expert = f", expert {index}" if len(layer.landed) > 1 else ""

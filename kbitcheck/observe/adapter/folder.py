@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from kbitcheck.core.cases import ALL_LINEAR
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
 from kbitcheck.models.checkpoint import read_json
@@ -29,6 +30,7 @@ def read(folder: Path) -> SavedAdapter:
     method = config["peft_type"]
     starts, cannot_tell = layout.zero_at_start(method, config)
     wanted = config.get("target_modules") or ()
+    wanted = () if wanted == ALL_LINEAR else wanted  # a shorthand, and no pattern
     with _opened(folder) as file:
         return SavedAdapter(
             method=method,
