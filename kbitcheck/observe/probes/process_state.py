@@ -30,6 +30,7 @@ DRAWN_FROM = frozenset({"torch RNG", "CUDA RNG"})
 OF_IMPORTS = frozenset(
     {"atexit callbacks", "warnings filters", "import path", "import hooks", "logging", "registries of transformers"}
 )
+THREADS = "threads of torch"
 # The modules whose functions a training step calls.
 STEPPED_THROUGH = (
     torch, torch.nn.functional, torch.utils.checkpoint, torch.autograd, torch.autograd.graph, torch.optim, torch.amp,
@@ -51,7 +52,7 @@ def state() -> dict[str, str]:
         "deterministic warn-only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "matmul precision": torch.get_float32_matmul_precision(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        "threads of torch": torch.get_num_threads(),
+        THREADS: torch.get_num_threads(),
         "torch RNG": _digest(torch.get_rng_state().numpy().tobytes()),
         "CUDA RNG": _digest(b"".join(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()))
         if torch.cuda.is_initialized()
@@ -111,8 +112,8 @@ class Before:
         return settings | replaced(self._attributes)
 
     def lasting(self) -> dict[str, tuple[str, str]]:
-        """What has changed since, but for what the import of any library may change."""
-        return {name: values for name, values in self.changed().items() if name not in OF_IMPORTS}
+        """What has changed since, but for what the import of any library may change, and the threads, which kbitcheck sets itself."""
+        return {name: values for name, values in self.changed().items() if name not in OF_IMPORTS | {THREADS}}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kbitcheck.observe.probes.process_state import OF_IMPORTS, changed, effects, state
+from kbitcheck.observe.probes.process_state import OF_IMPORTS, THREADS, Before, changed, effects, state
 from kbitcheck.run import subject
 
 
@@ -183,3 +183,13 @@ def test_what_an_import_leaves_is_told_with_the_implementation(code, setting, tm
 def test_what_imports_may_change_are_settings():
     assert state().keys() >= OF_IMPORTS
     assert "LEFT_BEHIND" not in os.environ
+
+
+def test_the_threads_that_kbitcheck_sets_itself_are_no_lasting_effect():
+    before, threads = Before(torch.nn.Linear(1, 1)), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert THREADS in before.changed()
+        assert THREADS not in before.lasting()
+    finally:
+        torch.set_num_threads(threads)
