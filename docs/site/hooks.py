@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 from kbitcheck.core.rule import rules
 from kbitcheck.report import render
 from kbitcheck.report.rule_page import FAMILIES
+from kbitcheck.report.tables import kill_matrix
 
 RULES = "rules/index.md"  # the entry of the menu that the rules' pages take their places under
 # What a browser fetches by itself; a link that is followed by hand is none.
@@ -48,6 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not committed."""
     made = {
         **dict(rule_pages.pages()),
+        "kill-matrix.md": kill_matrix.page(kill_matrix.read(other_pages.ROOT / "docs" / "kill-matrix")),
         "findings.md": other_pages.findings(),
         "sample-report.html": render(other_pages.sample(), "html"),
     }

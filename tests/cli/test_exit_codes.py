@@ -152,6 +152,7 @@ WRONG = [
     (("gate", "peft", "--ledger", "x"), "no ledger x"),
     (("rules", "KB7"), "no rule matches"),
     (("selftest", "--select", "KB7"), "no rule matches"),
+    (("selftest", "--matrix", "/dev/null"), "--matrix /dev/null: File exists"),
     (("show", "absent.json"), "cannot read absent.json"),
     (("show", "good.py"), "is not a kbitcheck report"),
     (("dance",), "No such command"),

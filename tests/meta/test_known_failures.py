@@ -1,5 +1,6 @@
 """The table of known failures names rules, faults and tests that exist, and the kill matrix every fault."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kbitcheck.report.tables import kill_matrix
 from kbitcheck.sabotage import faults
 
 ROOT = Path(__file__).parents[2]
+MATRIX = ROOT / "docs" / "kill-matrix"
 TABLE = ROOT / "docs" / "known-failures.md"
 NOT_BUILT = {"KB701", "KB702", "KB704", "KB705"}
 
@@ -58,23 +60,24 @@ def test_rules_that_are_said_not_to_be_built_are_not():
 
 
 def test_the_kill_matrix_is_of_todays_faults_and_rules():
-    codes, kills = kill_matrix.read((ROOT / "docs" / "kill-matrix.md").read_text(encoding="utf-8"))
-    assert codes == list(rules())
-    assert sorted(kills) == sorted(f"{f.code} {f.name}" for f in faults() if not f.accelerator)
+    rows = kill_matrix.read(MATRIX)
+    assert sorted(f"{row.code} {row.fault}" for row in rows) == sorted(f"{f.code} {f.name}" for f in faults())
+    assert {code for row in rows for code in row.kills or ()} <= set(rules())
 
 
 def test_in_the_kill_matrix_every_fault_is_killed_and_every_rule_kills():
-    _, kills_by_fault = kill_matrix.read((ROOT / "docs" / "kill-matrix.md").read_text(encoding="utf-8"))
+    rows = {f"{row.code} {row.fault}": row for row in kill_matrix.read(MATRIX)}
     for fault in faults():
         if not fault.accelerator:
-            kills = kills_by_fault[f"{fault.code} {fault.name}"]
-            assert fault.code in kills, fault.name
-            assert not fault.alone or kills == {fault.code}, fault.name
-    assert set(rules()) - set().union(*kills_by_fault.values()) == {f.code for f in faults() if f.accelerator}
+            row = rows[f"{fault.code} {fault.name}"]
+            assert fault.code in (row.kills or ()), fault.name
+            assert not fault.alone or row.kills == (fault.code,), fault.name
+    caught = {code for row in rows.values() for code in row.kills or ()}
+    assert set(rules()) - caught <= {f.code for f in faults() if f.accelerator}
 
 
-def test_a_page_reads_back():
-    event = FaultTried(
+def test_what_a_selftest_tried_reads_back_and_is_a_page(tmp_path):
+    nudged = FaultTried(
         code="KB203",
         fault="nudged",
         case="case",
@@ -83,4 +86,15 @@ def test_a_page_reads_back():
         level="model",
         kills=("KB203", "KB209"),
     )
-    assert kill_matrix.read(kill_matrix.page([event])) == (list(rules()), {"KB203 nudged": {"KB203", "KB209"}})
+    elsewhere = dataclasses.replace(nudged, code="KB602", fault="large", kills=None, reason="needs an accelerator")
+    kill_matrix.write(tmp_path, [elsewhere, nudged])
+    rows = kill_matrix.read(tmp_path)
+    assert rows == [
+        kill_matrix.Row("KB203", "nudged", "model", alone=False, kills=("KB203", "KB209")),
+        kill_matrix.Row("KB602", "large", "model", alone=False, kills=None, reason="needs an accelerator"),
+    ]
+    page = kill_matrix.page(rows)
+    row = next(line for line in page.splitlines() if line.startswith("203 m  nudged"))
+    assert (row.count("#"), row.count("x")) == (1, 1)
+    assert "1 of 1 faults are caught by the rule that must." in page
+    assert "Not judged on the machine that tried them: KB602 large: needs an accelerator." in page

@@ -1,14 +1,18 @@
-"""The kill matrix: which rules each fault breaks, as a page in Markdown."""
+"""The kill matrix: which rules each fault breaks, one JSON file a rule, and as a page in Markdown."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from kbitcheck.core.events import FaultTried
 from kbitcheck.core.rule import rules
 
 HEAD = """# Kill matrix
 
-Every fault in `kbitcheck/sabotage/`, judged by every rule. `kbitcheck selftest --matrix > docs/kill-matrix.md` writes this page;
-its exit code is 1 if a fault is missed.
+Every fault in `kbitcheck/sabotage/`, judged by every rule. `kbitcheck selftest --matrix docs/kill-matrix` writes what this page
+is made of, one file a rule; its exit code is 1 if a fault is missed.
 
 A fault is a broken *model* (`m`: damaged before or after a good preparation) a broken *implementation* (`i`), the broken *run* (`r`)
 of a training script, or damage to what it *saved* (`s`). In a fault's row,
@@ -18,34 +22,66 @@ condition that it shows under.
 """
 
 
-def page(tried: Sequence[FaultTried]) -> str:
-    """The page of a selftest's events, rows in their order."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one fault of a rule broke; ``kills`` is None where the machine could not judge the fault, for ``reason``."""
+
+    code: str
+    fault: str
+    level: str
+    alone: bool
+    kills: tuple[str, ...] | None
+    reason: str = ""
+
+
+def write(directory: Path, tried: Sequence[FaultTried]) -> None:
+    """Write the file of each rule whose faults were tried."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for code in {event.code for event in tried}:
+        faults = {event.fault: _as_json(event) for event in tried if event.code == code}
+        lines = (f"  {json.dumps(fault)}: {json.dumps(entry)}" for fault, entry in faults.items())
+        (directory / f"{code}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _as_json(event: FaultTried) -> dict[str, Any]:
+    if event.kills is None:
+        return {"level": event.level, "reason": event.reason}
+    return {"level": event.level} | ({"alone": True} if event.alone else {}) | {"kills": list(event.kills)}
+
+
+def read(directory: Path) -> list[Row]:
+    """The rows of a directory that ``write`` filled, by rule.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is no such file.
+    """
+    return [row for file in sorted(directory.glob("KB*.json")) for row in _rows(file)]
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    entries: Mapping[str, Mapping[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    for fault, entry in entries.items():
+        kills = tuple(entry["kills"]) if "kills" in entry else None
+        yield Row(file.stem, fault, entry["level"], entry.get("alone", False), kills, entry.get("reason", ""))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The page of these rows, in their order."""
     codes = list(rules())
-    judged = [event for event in tried if event.kills is not None]
-    wide = max((len(event.fault) for event in tried), default=0) + 8
+    judged = [row for row in rows if row.kills is not None]
+    wide = max((len(row.fault) for row in rows), default=0) + 8
     digits = [code.removeprefix("KB") for code in codes]
     lines = [" " * wide + "".join(digit[place] for digit in digits) for place in range(3)]
-    for event in judged:
-        kills = event.kills or ()
-        marks = ("#" if c == event.code and c in kills else "x" if c in kills else "." for c in codes)
-        name = f"{event.code.removeprefix('KB')} {event.level[0]}{'!' if event.alone else ' '} {event.fault} "
+    for row in judged:
+        kills = row.kills or ()
+        marks = ("#" if c == row.code and c in kills else "x" if c in kills else "." for c in codes)
+        name = f"{row.code.removeprefix('KB')} {row.level[0]}{'!' if row.alone else ' '} {row.fault} "
         lines.append(f"{name:{wide}}{''.join(marks)}")
-    killed = sum(event.code in (event.kills or ()) for event in judged)
-    unseen = [f"{event.code} {event.fault}: {event.reason}" for event in tried if event.kills is None]
-    idle = [code for code in codes if not any(code in (event.kills or ()) for event in judged)]
+    killed = sum(row.code in (row.kills or ()) for row in judged)
+    unseen = [f"{row.code} {row.fault}: {row.reason}" for row in rows if row.kills is None]
+    idle = [code for code in codes if not any(code in (row.kills or ()) for row in judged)]
     tail = [f"{killed} of {len(judged)} faults are caught by the rule that must."]
-    tail += [f"Not judged on the machine that made this page: {', '.join(unseen)}."] if unseen else []
+    tail += [f"Not judged on the machine that tried them: {', '.join(unseen)}."] if unseen else []
     tail += [f"Rules that caught nothing here: {', '.join(idle)}."] if idle else []
     return "\n".join([HEAD, "```", *lines, "```", "", *tail, ""])
-
-
-def read(text: str) -> tuple[list[str], dict[str, set[str]]]:
-    """What a page says: the rules of its columns, and what each fault, as ``KB203 norm_nudged``, broke."""
-    lines = text.split("```")[1].strip("\n").splitlines()
-    width = len(lines[0]) - len(lines[0].lstrip())
-    codes = ["KB" + "".join(digits) for digits in zip(*(line[width:] for line in lines[:3]), strict=True)]
-    kills = {}
-    for line in lines[3:]:
-        number, _, fault = line[:width].split()[:3]
-        kills[f"KB{number} {fault}"] = {c for c, mark in zip(codes, line[width:], strict=True) if mark != "."}
-    return codes, kills
