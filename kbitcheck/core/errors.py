@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -74,6 +75,17 @@ class Raised:
 def cause(error: BaseException) -> str:
     """An exception on one line: its type, its message, and the innermost place outside kbitcheck."""
     return str(Raised.of(error))
+
+
+def raised_by(read: Callable[[], object]) -> Raised | None:
+    """What reading a fact raised; None where it was read, or where no forward runs, which is reported already."""
+    try:
+        read()
+    except Unavailable as gap:
+        return Raised.of(gap) if gap.failed else None
+    except Exception as error:
+        return Raised.of(error)
+    return None
 
 
 def short_of(error: BaseException) -> Short:

@@ -7,7 +7,6 @@ from functools import partial
 from kbitcheck.core.conditions import LATER, TURNS, require_turn
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Facts
-from kbitcheck.core.facts.case import WHOLE
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
@@ -20,7 +19,7 @@ from kbitcheck.judge.gradients import compared, exactly, needs_checkpointing
 def any_real_batch(facts: Facts) -> Iterable[Observation]:
     """Block by block, outputs and gradients equal the float64 twin's on a batch that is drawn for the case: three to five rows of
     more than 64 tokens, an odd number or a multiple of 64, or one row of more than 512, padded on either side or not, with and without
-    ignored labels. With checkpointing its gradients are the same, of as many checkpoints as ever (where it ran on the whole model).
+    ignored labels. With checkpointing its gradients are the same, of as many checkpoints as ever.
 
     Why: what is right for one batch may be wrong for every other: a condition on the number of rows, on the length, or
     on the side of the padding.
@@ -38,13 +37,10 @@ def any_real_batch(facts: Facts) -> Iterable[Observation]:
         where = f"{seen.where}, checkpointed ({drawn.conditions})"
         other = dataclasses.replace(seen, where=where)
         yield unless_unprepared(other, facts, Party.STACK, partial(_off_when_checkpointed, seen.where))
-    of_the_whole = facts.cut_behind(frozenset({"drawn"})) in ("", WHOLE)  # as the step that it is compared with
-    if drawn.checkpoints is not None and of_the_whole:
-        usual = len(facts.run.checkpoints)
-        of_it = f"{drawn.checkpoints} checkpoints"
-        yield Observation(
-            f"checkpoints ({drawn.conditions})", f"{usual} checkpoints", of_it, ok=drawn.checkpoints == usual
-        )
+    if drawn.checkpoints is not None:
+        where, usual = f"checkpoints ({drawn.conditions})", drawn.usual_checkpoints
+        ok = drawn.checkpoints == usual
+        yield Observation(where, f"{usual} checkpoints", f"{drawn.checkpoints} checkpoints", ok=ok)
 
 
 def _off_when_checkpointed(name: str, base: Facts) -> bool:

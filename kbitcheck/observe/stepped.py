@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbitcheck.core.errors import Raised, Unavailable
+from kbitcheck.core.errors import Unavailable, raised_by
 from kbitcheck.core.facts import (
     BlockwiseFacts,
     Cost,
@@ -26,11 +26,10 @@ from kbitcheck.core.facts import (
     fact,
     median_yardstick,
 )
-from kbitcheck.models.inputs.drawn import Conditions
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import BlockCall, recorded
-from kbitcheck.observe.forecast.predict import token_limit
+from kbitcheck.observe.drawn_batch import drawn_batch
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, process_state, routers, step, switches
 from kbitcheck.observe.probes.adapters import Attached
@@ -90,6 +89,10 @@ class Stepped:
             facts, gradients = self._preparation.step(attached, watch=True)
         return step.Step(replace(facts, routers=routers.stability(attached.model, scores)), gradients)
 
+    _usual = Fact[step.Step](  # of the cut, where facts of a cut are compared with it
+        lambda self: self._checkpointed,
+        cost=Cost(needs=("_checkpointed",), large=Cost("cut", STEP, ("_checkpointed",))),
+    )
     plain_run = Fact[RunFacts](lambda self: self._plain.facts, cost=Cost(needs=("_plain",)))
     run = Fact[RunFacts](lambda self: self._checkpointed.facts, cost=Cost(needs=("_checkpointed",)))
     step_raised = Fact(lambda self: raised_by(lambda: self.run), cost=Cost(needs=("run",)))
@@ -166,15 +169,17 @@ class Stepped:
     def _beside_twins(self, record: Recorded, batch: step.Batch) -> Comparison:
         return self._loaded.block_by_block(self._spec, *record, batch)
 
-    @fact(Cost("cut", BESIDE_TWINS + STEP, large=Cost("cut", BESIDE_TWINS + STEP + AGAIN)))
+    @fact(
+        Cost(
+            "cut",
+            BESIDE_TWINS + STEP,
+            needs=("_usual",),
+            large=Cost("cut", BESIDE_TWINS + STEP + AGAIN, needs=("_usual",)),
+        )
+    )
     def drawn(self) -> DrawnFacts:
-        loaded, spec = self._loaded, self._spec
-        if loaded.training.batch is not None or spec.batch is not None or spec.seq_len is not None:
-            raise Unavailable("the batch is the one that was asked for")
-        limit = token_limit(loaded.pristine)
-        large = loaded.large or spec.cut == "never"  # as on a cut
-        conditions = Conditions.of_case(spec, limit=limit, large=large)
-        batch = conditions.batch(partial(loaded.source.batch, loaded.pristine, seed=spec.seed))
+        spec = self._spec
+        conditions, batch = drawn_batch(self._loaded, spec)
         record = self._record(batch)
         facts = self._beside_twins(record, batch).facts
         if spec.checkpointing == "off":
@@ -188,6 +193,7 @@ class Stepped:
             blockwise=facts,
             against_plain=step.distances(checkpointed.gradients, record[0].gradients, yardsticks),
             checkpoints=len(checkpointed.facts.checkpoints),
+            usual_checkpoints=len(self._usual.facts.checkpoints),
         )
 
     @fact(Cost("cut", SOAK, models=1))
@@ -231,12 +237,12 @@ class Stepped:
     def against_plain(self) -> Mapping[str, Distance]:
         return self._distances(self._checkpointed, self._plain)
 
-    @fact(Cost("cut", STEP, needs=("run", "_checkpointed")))
+    @fact(Cost("cut", STEP, needs=("run", "_usual")))
     def against_other_mode(self) -> Mapping[str, Distance]:
         attached = self._wrapped.attached
         with switches.checkpointing_switched(attached.model, use_reentrant=not self.reentrant):
             other = self._preparation.step(attached)
-        return self._distances(self._checkpointed, other)
+        return self._distances(self._usual, other)
 
     @fact(Cost("cut", TWO_STEPS))
     def against_plain_dropout(self) -> Mapping[str, Distance]:
@@ -337,14 +343,3 @@ class Stepped:
             seed=self._spec.seed,
             autocast=self._loaded.autocast(self._spec.profile, caching=False),
         )
-
-
-def raised_by(fact: Callable[[], Any]) -> Raised | None:
-    """What reading a fact raised; None where it was read, or where no forward runs, which is reported already."""
-    try:
-        fact()
-    except Unavailable as gap:
-        return Raised.of(gap) if gap.failed else None
-    except Exception as error:
-        return Raised.of(error)
-    return None

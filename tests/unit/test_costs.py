@@ -37,7 +37,7 @@ SETTINGS = {
     "merge",
 }
 PATHS = {"_paths"}  # read first, where a fact may be a cut's
-WITH_A_CUT = {"evaluation", "_paths", "_trained"}
+WITH_A_CUT = {"evaluation", "_paths", "_trained", "_usual"}
 IN_PROCESSES = {"unwatched"}  # which start a process
 # Read with a cut alone, where attaching freezes the base, where biases are quantized, or to say more of a failure.
 ELSEWHERE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -109,8 +110,6 @@ def damaged(damage: Callable[[Any], None]) -> Callable[..., Any]:
 
 def another_mask(model: Any) -> None:
     """The last block is recomputed with another dropout mask."""
-    import functools
-
     from torch.utils.checkpoint import checkpoint
 
     blocks(model)[-1]._gradient_checkpointing_func = functools.partial(
@@ -138,6 +137,18 @@ def unsaved(model: Any) -> None:
     """The last block's norm has another name in a state dict."""
     last = blocks(model)[-1]
     last.norm_too = last.input_layernorm
+
+
+def none_beyond_64_tokens(model: Any) -> None:
+    """Blocks checkpoint no longer inputs."""
+    for block in blocks(model):
+        block._gradient_checkpointing_func = functools.partial(_unless_long, block._gradient_checkpointing_func)
+
+
+def _unless_long(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if args[0].shape[1] > 64:
+        return function(*args, **kwargs)
+    return checkpoint(function, *args, **kwargs)
 
 
 def deep_alone(damage: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -207,6 +218,13 @@ def test_a_fault_in_every_block_is_caught_on_the_cut() -> None:
     opened = case("always", damaged(none_in_eval))
     assert broken(opened, ["KB210"]) == {"KB210"}
     assert str(opened.cut) == CUT
+
+
+def test_checkpoints_of_a_drawn_batch_are_counted_on_the_cut() -> None:
+    opened = case("always", damaged(none_beyond_64_tokens))
+    (result,) = judged(opened, ["KB310"]).values()
+    assert result.cut == CUT
+    assert [(f.expected, f.actual) for f in result.failures] == [("2 checkpoints", "0 checkpoints")]
 
 
 def test_a_forward_of_the_whole_model_in_eval_mode_is_judged_too() -> None:

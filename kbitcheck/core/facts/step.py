@@ -186,13 +186,14 @@ class DrawnFacts:
     """A step of a batch that is drawn: what the batch is like, and the plain step block by block.
 
     Of the step with checkpointing there are the distance of each adapter's gradient from the plain step's, and the calls of torch's
-    checkpoint; none where checkpointing is off.
+    checkpoint, beside those of the case's own batch; none where checkpointing is off.
     """
 
     conditions: str
     blockwise: BlockwiseFacts
     against_plain: Mapping[str, Distance] = field(default_factory=dict)
     checkpoints: int | None = None
+    usual_checkpoints: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import nn
 
 from kbitcheck import backends
-from kbitcheck.core.errors import Raised
-from kbitcheck.models.inputs.drawn import Conditions
+from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.models.inputs.text import Batch
-from kbitcheck.observe.forecast.predict import token_limit
+from kbitcheck.observe.drawn_batch import drawn_batch
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step, switches
@@ -88,11 +86,10 @@ class Subject:
 
     def drawn(self) -> Batch | None:
         """A batch of other rows and another length, the same for each case of a base; None where the caller named the batch."""
-        loaded, spec = self.preparation.loaded, self.preparation.spec
-        if loaded.training.batch is not None or spec.batch is not None or spec.seq_len is not None:
+        try:
+            return drawn_batch(self.preparation.loaded, self.preparation.spec, shared=True)[1]
+        except Unavailable:
             return None
-        conditions = Conditions.drawn(f"{spec.seed}", limit=token_limit(loaded.pristine), large=True)
-        return conditions.batch(partial(loaded.source.batch, loaded.pristine, seed=spec.seed))
 
 
 Use = Callable[[Subject], Outcome]
