@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Sequence
 from importlib import import_module
 
+from kbitcheck.cli.configured import configured
 from kbitcheck.cli.options import Parser, add_options
 from kbitcheck.core.report import EXIT_CONFORMS, EXIT_USAGE
 from kbitcheck.core.suggest import did_you_mean
@@ -19,6 +20,7 @@ COMMANDS = {
     "matrix": "Which rules do several implementations or releases keep?",
     "diff": "Compare two saved reports: did anything get worse?",
     "backends": "Which quantization methods are there, what can train, and what is judged of each?",
+    "config": "Which configuration holds here, and where does each value come from?",
     "rules": "List the rules, or explain one.",
     "selftest": "Prove on this machine that every rule catches its faults.",
     "sweep": "Audit every architecture of transformers, tiny and with random weights.",
@@ -50,7 +52,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     parser = Parser(prog=f"kbitcheck {name}", description=COMMANDS[name])
     add_options(parser, command.Options)
     values = parser.parse(arguments)
-    return EXIT_CONFORMS if values is None else int(command.run(command.Options(**values)))
+    return EXIT_CONFORMS if values is None else int(command.run(configured(command.Options, values)))
 
 
 def overview() -> Parser:

@@ -16,6 +16,7 @@ from kbitcheck.models.sources import resolve as models
 from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import requirements, virtualenvs
+from kbitcheck.run.configuration import OWN_FILE, read, subject_of
 from kbitcheck.run.runner import run
 from kbitcheck.run.subject import validate
 from kbitcheck.run.suites import cases, suite_cells, workers
@@ -39,6 +40,15 @@ def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
     )
 
 
+def require_implementation(command: str, impl: str) -> None:
+    """Raise a ``UsageError`` where neither the command line nor the configuration names an implementation."""
+    if not impl:
+        raise UsageError(
+            f"which implementation? write kbitcheck {command} IMPL, or implementation = ... into {OWN_FILE}; "
+            f"see `kbitcheck {command} --help`"
+        )
+
+
 def audit(
     command: str,
     specs: Sequence[CaseSpec],
@@ -46,6 +56,7 @@ def audit(
     *,
     blame: Blame,
     compare: Callable[[Report], Report] = lambda report: report,
+    exit_code: Callable[[Report], int] = lambda report: report.exit_code,
 ) -> int:
     """Run the cases, compare and render the report, write its verdict to stderr; returns the exit code."""
     validate(specs[0].implementation)
@@ -54,7 +65,7 @@ def audit(
     output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
     if not (output.terminal and options.format == "text"):  # which shows it already
         say(verdict(report))
-    return report.exit_code
+    return exit_code(report)
 
 
 def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, blame: Blame) -> Report:
@@ -76,7 +87,7 @@ def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, bla
             in_process=options.in_process,
             blame=blame,
             strict=options.strict,
-            subject={"command": command, "ignored": options.ignored},
+            subject={"command": command, "ignored": options.ignored, **subject_of(read())},
             on_event=advance,
             echo=echo if options.debug else None,
         )

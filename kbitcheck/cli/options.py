@@ -75,20 +75,25 @@ def split_codes(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(code.strip() for text in texts for code in text.split(",") if code.strip())
 
 
-def option(text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: Sequence[str] = ()) -> Any:
-    """A field that is an option. A default of False makes it a switch, an empty tuple makes it repeatable."""
-    return field(default=default, metadata={"help": text, "metavar": metavar, "read": read, "short": short})
+def option(
+    text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: Sequence[str] = (), key: str = ""
+) -> Any:
+    """A field that is an option. A default of False makes it a switch, an empty tuple makes it repeatable.
+
+    ``key`` is that of the configuration whose value holds where the command line has none.
+    """
+    return field(default=default, metadata={"help": text, "metavar": metavar, "read": read, "short": short, "key": key})
 
 
-def choice(text: str, default: Any, values: Any) -> Any:
+def choice(text: str, default: Any, values: Any, *, key: str = "") -> Any:
     """A field that is an option with fixed values: a ``Literal`` type, or a sequence of texts."""
     choices: Sequence[str] = get_args(values) or values
-    return option(text, default, metavar="|".join(choices), read=one_of(*choices))
+    return option(text, default, metavar="|".join(choices), read=one_of(*choices), key=key)
 
 
-def argument(metavar: str, text: str, *, default: Any = MISSING, nargs: str | None = None) -> Any:
+def argument(metavar: str, text: str, *, default: Any = MISSING, nargs: str | None = None, key: str = "") -> Any:
     """A field that is a positional argument."""
-    return field(default=default, metadata={"help": text, "metavar": metavar, "nargs": nargs})
+    return field(default=default, metadata={"help": text, "metavar": metavar, "nargs": nargs, "key": key})
 
 
 def command_line(metavar: str, text: str) -> Any:
@@ -113,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any] | None:
-        """The values by field; None where help or the version was printed instead."""
+        """The values that were typed, by field; None where help or the version was printed instead."""
         others: dict[str, Any] = {}
         if self.command_line:
             place = arguments.index("--") if "--" in arguments else len(arguments)
@@ -148,21 +153,23 @@ def _add(parser: Parser, each: Field[Any]) -> None:
     if each.metadata.get("nargs") == "--":
         parser.command_line, parser.epilog = each.name, f"{metavar}: {text}"
         return
+    # What is not typed has no value, so that a configuration's can take its place.
     if "nargs" in each.metadata:
-        extra = {} if each.default is MISSING else {"default": each.default}
+        extra: dict[str, Any] = {} if each.default is MISSING else {"default": argparse.SUPPRESS}
         parser.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
         return
     name = "--" + each.name.replace("_", "-")
     names = (*each.metadata["short"], name)
     if each.default is False:
-        parser.add_argument(*names, dest=each.name, action="store_true", help=text)
+        action = argparse.BooleanOptionalAction if each.metadata["key"] else "store_true"
+        parser.add_argument(*names, dest=each.name, action=action, help=text, default=argparse.SUPPRESS)
         return
     parser.add_argument(
         *names,
         dest=each.name,
         action="append" if each.default == () else "store",
         type=partial(each.metadata["read"], name),
-        default=each.default if each.default != () else [],
+        default=argparse.SUPPRESS,
         metavar=metavar,
         help=text if each.default in ("", (), None) else f"{text} [{each.default}]",
     )
@@ -182,9 +189,13 @@ class ReportOptions:
 class JudgeOptions(ReportOptions):
     """Which rules are judged, and what counts."""
 
-    select: Sequence[str] = option("Only these rules; prefixes (KB3) too; repeatable.", (), metavar="CODES")
-    ignore: Sequence[str] = option("Leave a rule out, and say why; repeatable.", (), metavar="CODE=REASON")
-    strict: bool = option("Count a broken SHOULD as well.", False)
+    select: Sequence[str] = option(
+        "Only these rules; prefixes (KB3) too; repeatable.", (), metavar="CODES", key="select"
+    )
+    ignore: Sequence[str] = option(
+        "Leave a rule out, and say why; repeatable.", (), metavar="CODE=REASON", key="ignore"
+    )
+    strict: bool = option("Count a broken SHOULD as well.", False, key="strict")
 
     @property
     def ignored(self) -> dict[str, str]:
@@ -198,13 +209,15 @@ class JudgeOptions(ReportOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(JudgeOptions):
-    """What all commands that run cases share."""
+    """What all commands that run cases share. What the command line leaves out, the configuration may have."""
 
-    quant: Sequence[str] = option(quant_help, (), metavar="Q")
-    checkpointing: Sequence[Checkpointing] = choice("Gradient checkpointing; repeatable.", (), Checkpointing)
-    profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile)
+    quant: Sequence[str] = option(quant_help, (), metavar="Q", key="quants")
+    checkpointing: Sequence[Checkpointing] = choice(
+        "Gradient checkpointing; repeatable.", (), Checkpointing, key="checkpointing"
+    )
+    profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile, key="profile")
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
-    adapters: Adapters = choice("Which LoRA implementation adds the adapters.", "reference", Adapters)
+    adapters: Adapters = choice("Which LoRA implementation adds the adapters.", "reference", Adapters, key="adapters")
     targets: str = option("Layers that get adapters.", ALL_LINEAR, metavar="all-linear|NAMES")
     rank: int = option("Rank of the adapters.", 4, metavar="N", read=at_least(1))
     freezes: Freezes = choice("When the base model must be frozen.", "at-prepare", Freezes)
@@ -212,7 +225,9 @@ class RunOptions(JudgeOptions):
     seq_len: int | None = option("Tokens per sequence.", None, metavar="N", read=at_least(1))
     seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))
     cut: UseCut = choice("When facts about code paths run on a cut: the first blocks of the model.", "if-large", UseCut)
-    timeout: float = option("Time limit of one case.", 600, metavar="SECONDS", read=above_zero("seconds"))
+    timeout: float = option(
+        "Time limit of one case.", 600, metavar="SECONDS", read=above_zero("seconds"), key="timeout"
+    )
     in_process: bool = option("Run in this process: no time limit, no isolation.", False)
 
     @property
@@ -231,11 +246,17 @@ CONDITIONS_HELP = (
 class SuiteOptions(RunOptions):
     """What ``impl``, ``gate`` and ``matrix`` share: which models, and how many workers."""
 
-    model: Sequence[str] = option("Use these models instead of the suite's; repeatable.", (), metavar="MODEL")
+    model: Sequence[str] = option(
+        "Use these models instead of the suite's; repeatable.", (), metavar="MODEL", key="models"
+    )
     suite: str = choice("Suite of recipes.", "quick", ("quick", "full"))
     conditions: str = option(CONDITIONS_HELP, "", metavar="all|processes|USE")
     jobs: int = option(
-        "Workers at a time; 0: one for each core where all models are recipes.", 0, metavar="N", read=at_least(0)
+        "Workers at a time; 0: one for each core where all models are recipes.",
+        0,
+        metavar="N",
+        read=at_least(0),
+        key="jobs",
     )
     fuzz: int = option("Judge N random cases instead; --seed selects them.", 0, metavar="N", read=at_least(0))
     hours: float = option(

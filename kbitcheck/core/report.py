@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -45,6 +45,18 @@ def exit_code(
         (nothing, EXIT_NOTHING),
     )
     return next((code for holds, code in conditions if holds), EXIT_CONFORMS)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """Of the exit codes of several runs the one that says most, in the order of ``exit_code``."""
+    codes = {*codes}
+    return exit_code(
+        usage=EXIT_USAGE in codes,
+        interrupted=EXIT_INTERRUPTED in codes,
+        broken=EXIT_BROKEN_RULE in codes,
+        not_judged=EXIT_ERROR in codes,
+        nothing=EXIT_NOTHING in codes,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

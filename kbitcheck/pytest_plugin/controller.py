@@ -115,7 +115,7 @@ class Controller:
             errors,
             {spec.id: spec for spec in settings.specs},
             settings.implementation,
-            strict=settings.strict,
+            settings,
             complete=STOPPED not in missing.values(),
             seconds=time.perf_counter() - self._start,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ from kbitcheck.core.rule import Rule, select
 
 if TYPE_CHECKING:
     from kbitcheck.compare.ledger import Ledger
+    from kbitcheck.run.configuration import Configuration
 
 FORMS = {
     ".json": "json", ".txt": "text", ".xml": "junit", ".sarif": "sarif", ".md": "markdown", ".html": "html",
@@ -67,44 +68,78 @@ def declare(parser: pytest.Parser) -> None:
 class Settings:
     """The options as the user typed them; properties check what they return (``UsageError``).
 
-    The ini file has those that the command line leaves out. ``any`` says whether one is set at all.
+    The ini file has those that the command line leaves out, and the configuration what both leave out. ``any`` says
+    whether one of the first two is set at all: a configuration alone collects nothing.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         typed = {name: config.getoption(f"kbit_{name}") for name in (*OPTIONS, "strict")}
-        values = {name: value or config.getini(f"kbit_{name}") for name, value in typed.items()}
-        texts = {name: str(values[name] or option.default) for name, option in OPTIONS.items()}
-        base, root = config.invocation_params.dir, config.rootpath
+        self._values = {name: value or config.getini(f"kbit_{name}") for name, value in typed.items()}
+        self._folder, root = config.invocation_params.dir, config.rootpath
 
         def file(name: str) -> str:
             """A path, relative to where pytest was started, or in the ini file to the root directory."""
-            return str((base if typed[name] else root) / values[name]) if values[name] else ""
+            return str((self._folder if typed[name] else root) / values[name]) if values[name] else ""
 
+        values = self._values
         self.any = any(values.values())
-        self.implementation = implementation_from(texts["impl"], base, root)
-        self.models = tuple(values["model"])
-        self.quants = tuple(values["quant"])
-        self.checkpointing = tuple(values["checkpointing"])
-        self.profile, self.suite, self.device = texts["profile"], texts["suite"], texts["device"]
-        self.report, self.ledger_file = file("report"), file("ledger")
-        self.strict = bool(values["strict"])
-        self._codes = [code.strip() for part in values["select"] for code in part.split(",") if code.strip()]
-        self._timeout = texts["timeout"]
+        self.implementation = implementation_from(str(values["impl"] or ""), self._folder, root)
+        self.suite, self.device = self._text("suite"), self._text("device")
+        self.report, self._ledger_file = file("report"), file("ledger")
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        """The configuration of the directory where pytest was started."""
+        from kbitcheck.run.configuration import read
+
+        return read(self._folder)
+
+    def _text(self, name: str) -> str:
+        return str(self._values[name] or OPTIONS[name].default)
+
+    def _several(self, name: str, key: str) -> tuple[Any, ...]:
+        """A list: typed, else of the ini file, else of the configuration, which a suite that is named takes the place of."""
+        if self._values[name]:
+            return tuple(self._values[name])
+        return () if self._values["suite"] and name != "select" else tuple(self.configuration.get(key, ()))
+
+    @property
+    def strict(self) -> bool:
+        """Whether a broken SHOULD counts."""
+        return bool(self._values["strict"] or self.configuration.get("strict", False))
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """The reason by ignored code or prefix."""
+        return dict(self.configuration.get("ignore", {}))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models in place of the suite's."""
+        return self._several("model", "models")
+
+    @property
+    def ledger_file(self) -> str:
+        """The ledger that is named, or that the configuration has for this implementation."""
+        own = self.configuration.ledger_of(self.implementation) if self.implementation else ""
+        return self._ledger_file or (str(self._folder / own) if own else "")
 
     @cached_property
     def rules(self) -> list[Rule]:
         """The selected rules."""
-        return select(self._codes)
+        texts = self._several("select", "select")
+        return select([code.strip() for text in texts for code in text.split(",") if code.strip()], self.ignored)
 
     @cached_property
     def timeout(self) -> float:
         """Seconds a case may take."""
+        text = self._values["timeout"] or self.configuration.get("timeout") or OPTIONS["timeout"].default
         try:
-            seconds = float(self._timeout)
+            seconds = float(text)
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < float("inf"):
-            raise UsageError(f"--kbit-timeout wants a number of seconds above 0, not {self._timeout!r}")
+            raise UsageError(f"--kbit-timeout wants a number of seconds above 0, not {text!r}")
         return seconds
 
     @property
@@ -124,9 +159,11 @@ class Settings:
         from kbitcheck.core.suggest import did_you_mean
         from kbitcheck.run import subject, suites
 
+        profile = self._values["profile"] or self.configuration.get("profile") or OPTIONS["profile"].default
+        checkpointing = self._several("checkpointing", "checkpointing")
         for option, values, choices in (
-            ("profile", [self.profile], get_args(Profile)),
-            ("checkpointing", self.checkpointing, get_args(Checkpointing)),
+            ("profile", [profile], get_args(Profile)),
+            ("checkpointing", checkpointing, get_args(Checkpointing)),
             ("suite", [self.suite], ("quick", "full")),
         ):
             for value in values:
@@ -138,11 +175,12 @@ class Settings:
         return suites.cases(
             suites.suite_cells(self.suite),
             models=self.models,
-            quants=self.quants,
-            checkpointing=self.checkpointing,
+            quants=self._several("quant", "quants"),
+            checkpointing=checkpointing,
             implementation=self.implementation,
-            profile=self.profile,
+            profile=profile,
             device=self.device,
+            adapters=self.configuration.get("adapters", "reference"),
         )
 
     @cached_property
@@ -162,7 +200,7 @@ class Settings:
     def check(self) -> None:
         """Raise a ``UsageError`` if any option is wrong, without torch."""
         _ = self.rules, self.timeout, self.specs, self.ledger
-        if self.models:
+        if (self.specs or self._values["model"]) and self.models:
             from kbitcheck.models.sources.resolve import resolve
 
             for name in self.models:

@@ -12,6 +12,7 @@ from kbitcheck.core.result import Result
 from kbitcheck.models.sources import recipe
 from kbitcheck.pytest_plugin.options import Settings
 from kbitcheck.pytest_plugin.outcome import Outcome
+from kbitcheck.run.configuration import subject_of
 
 
 def reports(
@@ -19,6 +20,7 @@ def reports(
     errors: Iterable[Result],
     specs: Mapping[str, CaseSpec],
     implementation: str,
+    settings: Settings,
     **options: Any,
 ) -> list[Report]:
     """One report for each implementation, with ``options`` of ``assemble``.
@@ -33,6 +35,8 @@ def reports(
     missing: dict[str, list[Result]] = {}
     for error in errors:
         missing.setdefault(implementation if error.case in specs else first, []).append(error)
+    subject = {"command": "impl", "ignored": settings.ignored, **subject_of(settings.configuration)}
+    options |= {"subject": subject, "strict": settings.strict}
     return [
         _report(name, judged.get(name, []), missing.get(name, []), specs, options) for name in {**judged, **missing}
     ]
@@ -65,5 +69,4 @@ def _report(
     collector = Collector(loaded=loaded[-1] if loaded else Loaded(implementation={"name": implementation}))
     collector.results = [results[cell] for cell in sorted(results)]
     collector.facts = {outcome.spec.id: outcome.facts for outcome in outcomes if outcome.facts}
-    subject = {"command": "impl", "ignored": {}}
-    return assemble(collector, {case: cases[case].as_json() for case in sorted(cases)}, subject=subject, **options)
+    return assemble(collector, {case: cases[case].as_json() for case in sorted(cases)}, **options)

@@ -38,6 +38,7 @@ class Runner:
         # The rules that judge a case in tests which name it, and the rules of tests whose case a fixture decides.
         self._rules_by_case: dict[CaseSpec, tuple[str, ...]] = {}
         self._other_rules: tuple[str, ...] = ()
+        self._usage = ""
         if self.active and not self._workerinput:
             try:
                 self.settings.check()
@@ -65,7 +66,11 @@ class Runner:
         self.active = True
         if any("kbit_check" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
             return  # kbitcheck.testing.parametrize did
-        rules = self.settings.rules
+        try:
+            rules = self.settings.rules
+        except UsageError as error:  # of a configuration, which is read where a test wants it
+            self._usage = str(error)
+            return
         if "kbit_option_case" not in metafunc.fixturenames:
             marks = {rule: pytest.mark.kbit(rule=rule.code) for rule in rules}
             cells = [pytest.param(r.code, id=f"{r.code}-{r.name}", marks=mark) for r, mark in marks.items()]
@@ -89,6 +94,8 @@ class Runner:
         """Plan which rules judge each case, so that a case is judged once by all of them."""
         if not self.active:
             return
+        if self._usage:
+            raise pytest.UsageError(self._usage)
         by_case: dict[CaseSpec, set[str]] = {}
         others: set[str] = set()
         for item in session.items:
@@ -136,7 +143,7 @@ class Runner:
     def _end_test(self, result: Result, outcome: Outcome) -> None:
         from kbitcheck.pytest_plugin.reports import compared, reports
 
-        [report] = reports([outcome], [], {}, "", strict=self.settings.strict)
+        [report] = reports([outcome], [], {}, "", self.settings)
         report = compared(report, self.settings, cell=(result.rule, result.case))
         if report.gate is not None:
             if any(breach["counted"] for breach in report.gate["breaches"]):

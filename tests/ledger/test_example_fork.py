@@ -128,7 +128,9 @@ def test_the_actions_script_ends_with_the_commands_code(tmp_path: Path) -> None:
     script = next(s["run"] for s in steps if s.get("id") == "run")
     stub = tmp_path / "bin" / "kbitcheck"
     stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\necho "$@" >> calls\n[ "$1" = show ] && exit 0\nfor f; do :; done; touch "$f"; exit 3\n')
+    stub.write_text(
+        '#!/bin/sh\necho "$@" >> calls\n[ "$1" = show ] && exit 0\n[ "$1" = config ] && exit 0\nfor f; do :; done; touch "$f"; exit 3\n'
+    )
     stub.chmod(0o755)
     places = {n: str(tmp_path / n) for n in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     environment = {
@@ -154,5 +156,33 @@ def test_the_actions_script_ends_with_the_commands_code(tmp_path: Path) -> None:
     used = set(re.findall(r"steps\.run\.outputs\.([\w-]+)", (ROOT / "action.yml").read_text()))
     assert used <= set(outputs)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[0].startswith("gate a:b --ledger l.toml --ignore KB505=two words --format json")
-    assert [" ".join(c.split()[2:4]) for c in calls[1:]] == ["", "--format markdown", "--format sarif"]
+    assert calls[0] == "config implementation"
+    assert calls[1].startswith("gate a:b --ledger l.toml --ignore KB505=two words --format json")
+    assert [" ".join(c.split()[2:4]) for c in calls[2:]] == ["", "--format markdown", "--format sarif"]
+
+
+@pytest.mark.parametrize(
+    ("impl", "ledger", "command"),
+    [
+        ("", "", "gate --ledger own.toml"),
+        ("a:b", "", "gate a:b --ledger own.toml"),
+        ("c:d", "", "impl c:d"),
+        ("c:d", "l.toml", "gate c:d --ledger l.toml"),
+    ],
+)
+def test_the_action_takes_what_it_has_no_input_for_from_the_configuration(
+    tmp_path: Path, impl: str, ledger: str, command: str
+) -> None:
+    steps = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"]
+    script = next(s["run"] for s in steps if s.get("id") == "run")
+    (tmp_path / "kbitcheck").write_text(
+        '#!/bin/sh\n[ "$*" = "config ledger" ] && echo own.toml && exit\n'
+        '[ "$*" = "config implementation" ] && echo a:b && exit\necho "$@" >> calls\n'
+    )
+    (tmp_path / "kbitcheck").chmod(0o755)
+    environment = {
+        **os.environ, "IMPL": impl, "LEDGER": ledger, "ARGS": "", "RUNNER_TEMP": str(tmp_path),
+        "GITHUB_OUTPUT": str(tmp_path / "output"), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "calls").read_text().startswith(f"{command} --format json")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbitcheck.cli.cases import audit, examine, suite_cases
+from kbitcheck.cli.cases import audit, examine, require_implementation, suite_cases
 from kbitcheck.cli.console import say
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, option
 from kbitcheck.compare import accept, diff, gate
@@ -22,14 +22,15 @@ Compare = Callable[[Report], Report]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
-    impl: str = argument("IMPL", IMPL_HELP)
-    ledger: str = option("The accepted results.", "", metavar="FILE")
+    impl: str = argument("[IMPL]", IMPL_HELP, default="", nargs="?", key="implementation")
+    ledger: str = option("The accepted results.", "", metavar="FILE", key="ledger")
     accept: bool = option("Write the results of this run to the ledger.", False)
     against: str = option("Compare with this implementation; needs no ledger.", "", metavar="IMPL")
 
 
 def run(options: Options) -> int:
     """Check an implementation and compare the results with a ledger or with another implementation."""
+    require_implementation("gate", options.impl)
     if bool(options.ledger) == bool(options.against):
         raise UsageError("say what to compare with: --ledger FILE, or --against IMPL")
     specs = suite_cases(options.impl, options)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from kbitcheck.backends.quantization import Quantization
-from kbitcheck.cli.cases import audit, install, suite_cases
+from kbitcheck.cli.cases import audit, install, require_implementation, suite_cases
 from kbitcheck.cli.console import echo, progress_bar, say
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, split_codes
 from kbitcheck.cli.signals import signals_as_interrupts
@@ -25,14 +25,15 @@ UNLIMITED = 10**9  # cases: hypothesis wants a number
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
-    impl: str = argument("IMPL", IMPL_HELP)
+    impl: str = argument("[IMPL]", IMPL_HELP, default="", nargs="?", key="implementation")
     profile: Profile = choice(
-        "The dtypes that the preparation promises; by default PEFT's, or a trainer's own.", None, Profile
+        "The dtypes that the preparation promises; by default PEFT's, or a trainer's own.", None, Profile, key="profile"
     )
 
 
 def run(options: Options) -> int:
     """Check one implementation on a suite, or on random cases; only its own failures count."""
+    require_implementation("impl", options.impl)
     options = dataclasses.replace(
         options, profile=cast("Profile | None", options.profile) or assumed_profile(options.impl)
     )

@@ -1,7 +1,7 @@
 """``kbitcheck model``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from kbitcheck.cli.cases import audit
@@ -12,16 +12,18 @@ from kbitcheck.core import memory_sizes
 from kbitcheck.core.cases import MODEL_RANK, Attention, Autocast, CaseSpec, Loss, Optimizer, Profile
 from kbitcheck.core.errors import Lost, UsageError
 from kbitcheck.core.machine import validate_device
-from kbitcheck.core.report import EXIT_CONFORMS, EXIT_ERROR
+from kbitcheck.core.report import EXIT_CONFORMS, EXIT_ERROR, Report, worst
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.tables.plan import FORMATS as PLAN_FORMATS
 from kbitcheck.report.tables.plan import render
+from kbitcheck.run.configuration import OWN_FILE
 from kbitcheck.run.runner import plans
 from kbitcheck.run.subject import default, default_profile
 from kbitcheck.run.suites import cases
 
+MODEL_HELP = "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config."
 PROFILE_HELP = "The dtypes to judge by; default: peft for peft and reference, otherwise auto, read off the model."
 AUTOCAST_HELP = (
     "Autocast of the forecast steps; default: bf16, as of Trainer(bf16=True), or fp16 on a GPU without bf16."
@@ -32,9 +34,9 @@ LOSS_HELP = "Loss of the forecast steps: of all logits, of chunks, or fused with
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    model: str = argument("MODEL", "tiny:llama, a recipe file, org/name on the hub, a local directory, or a config.")
-    prepare: str = option(PREPARE_HELP, "", metavar="IMPL")
-    profile: Profile = choice(PROFILE_HELP, None, Profile)
+    model: Sequence[str] = argument("[MODEL...]", MODEL_HELP, default=(), nargs="*", key="models")
+    prepare: str = option(PREPARE_HELP, "", metavar="IMPL", key="implementation")
+    profile: Profile = choice(PROFILE_HELP, None, Profile, key="profile")
     plan: bool = option("Print what an audit would compute, its seconds and memory; run nothing.", False)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
     memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4, A100-80.", "", metavar="SIZE|GPU")
@@ -68,12 +70,25 @@ def run(options: Options) -> int:
         raise UsageError("--static makes no weights: leave out --random-weights")
     if options.plan and (options.static or options.format not in PLAN_FORMATS):
         raise UsageError(f"--plan goes without --static, and with --format {' or '.join(PLAN_FORMATS)}")
-    source = models.resolve(options.model, static="always" if options.static else "if-too-large", **options.source)
+    if not options.model:
+        raise UsageError(
+            f"which model? write kbitcheck model MODEL, such as tiny:llama, or models = [...] into {OWN_FILE}; "
+            "see `kbitcheck model --help`"
+        )
+    specs = [spec for model in options.model for spec in model_cases(model, options)]
+    if options.plan:
+        return show_plans(specs, options)
+    return audit("model", specs, options, blame="any", exit_code=worst_exit_code)
+
+
+def model_cases(model: str, options: Options) -> list[CaseSpec]:
+    """The cases of one model."""
+    source = models.resolve(model, static="always" if options.static else "if-too-large", **options.source)
     only_static = options.static or not getattr(source, "loadable", True)
     implementation = options.prepare or default()
-    specs = cases(
+    return cases(
         (),
-        models=[options.model],
+        models=[model],
         quants=options.quant or [getattr(source, "quant", None) or "nf4"],
         checkpointing=options.checkpointing or ["default"],
         implementation=implementation,
@@ -91,7 +106,15 @@ def run(options: Options) -> int:
         **{**options.case, "profile": cast("Profile | None", options.profile) or default_profile(implementation)},
         **options.source,
     )
-    return show_plans(specs, options) if options.plan else audit("model", specs, options, blame="any")
+
+
+def worst_exit_code(report: Report) -> int:
+    """The worst of the models' exit codes: of one that had nothing to check, too."""
+    cases_of: dict[str, set[str]] = {}
+    for case, spec in report.subject.get("cases", {}).items():
+        cases_of.setdefault(spec["model"], set()).add(case)
+    parts = [replace(report, results=[r for r in report if r.case in cases]) for cases in cases_of.values()]
+    return worst(part.exit_code for part in parts) if parts else report.exit_code
 
 
 def show_plans(specs: Sequence[CaseSpec], options: Options) -> int:

@@ -27,12 +27,13 @@ def command(report: Report, case: str, code: str = "") -> str:
         words += [spec["model"], "--prepare", spec["implementation"], "--quant", spec["quant"]]
     else:
         words += [spec["implementation"], "--model", spec["model"], "--quant", spec["quant"]]
-    if kind != "model" or spec["checkpointing"] != "default":
+    configured = report.subject.get("configured", ())  # at its default, too, a value may not be the configuration's
+    if kind != "model" or spec["checkpointing"] != "default" or "checkpointing" in configured:
         words += ["--checkpointing", spec["checkpointing"]]
     defaults = {**DEFAULTS, "rank": MODEL_RANK} if kind == "model" else DEFAULTS
     for name, default in defaults.items():
         value = spec.get(name, default)
-        if name in NAMED or value == default or (name, value) == ("device", "auto"):
+        if name in NAMED or (name, value) == ("device", "auto") or (value == default and name not in configured):
             continue
         if name == "memory":
             value = spec.get("gpu") or (f"{value // GIB}GiB" if value % GIB == 0 else value)
