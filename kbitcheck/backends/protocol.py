@@ -187,6 +187,10 @@ class Backend:
         """Why nothing of this backend runs here (package, device, compute capability); empty where it does."""
         return ""
 
+    def not_on_load(self) -> str:
+        """Why no model can be quantized so on load and run here; empty where one can. Default: as checkpoints."""
+        return self.static_only
+
     def scheme(self, name: str) -> Scheme:
         """The scheme of that name."""
         return next(scheme for scheme in self.schemes if scheme.name == name)

@@ -46,7 +46,8 @@ class Quantization:
             if option.choices:
                 read = option.read(value)
                 if read is None:
-                    raise UsageError(f"unknown {name} dtype {value!r}; known: {', '.join(sorted(option.choices))}")
+                    what = f"{name} dtype" if option.aliases else name
+                    raise UsageError(f"unknown {what} {value!r}; known: {', '.join(sorted(option.choices))}")
                 chosen[name] = read
             elif value:
                 chosen[name] = name
@@ -114,7 +115,7 @@ class Quantization:
 def usage() -> str:
     """What ``--quant`` takes, in one line: each scheme with its options."""
     names: dict[str, list[str]] = {}
-    for scheme in (s for b in registry.registered() if not b.static_only for s in b.schemes):
+    for scheme in (s for b in registry.registered() if not b.not_on_load() for s in b.schemes):
         options = ", ".join(map(str, scheme.options))
         names.setdefault(f"any of {options}, " if options else "", []).append(scheme.name)
     return "; ".join(

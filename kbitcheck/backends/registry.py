@@ -61,7 +61,7 @@ def schemes() -> dict[str, Scheme]:
 
 def run_here() -> list[str]:
     """The schemes by which a model can be quantized on load and run, of the backends whose library is installed here."""
-    return [scheme.name for backend in available() if not backend.static_only for scheme in backend.schemes]
+    return [scheme.name for backend in available() if not backend.not_on_load() for scheme in backend.schemes]
 
 
 def of_scheme(name: str) -> Backend:

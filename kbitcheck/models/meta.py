@@ -73,7 +73,7 @@ def _saved_untied(config: Mapping[str, Any], model: PreTrainedModel) -> bool:
 def _replace_layers(
     model: PreTrainedModel, quant: Quantization, skip: list[str], dtype: torch.dtype, described: Mapping[str, Any]
 ) -> None:
-    if quant.backend.static_only:
+    if quant.backend.static_only and (described or quant.backend.not_on_load()):
         quant.backend.lay_out(model, described, loading.automatic_skip(type(model), model.config))
         return
     configured = quant.config(skip)

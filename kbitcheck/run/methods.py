@@ -9,6 +9,7 @@ from kbitcheck.backends import registry
 from kbitcheck.core.methods import Method, Methods
 
 FULL = "full"
+ON_LOAD = "full if quantized on load, static of checkpoints"
 NAMED = "static, sizes as of nf4"
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -28,11 +29,12 @@ def _row(config: Mapping[str, Any]) -> Method:
     peft = peft_function()
     backend = registry.of_method(config)
     why = "kbitcheck has no backend for it" if backend is None else backend.unavailable() or backend.static_only
+    static = "static" if backend is None or backend.not_on_load() else ON_LOAD
     return Method(
         loading=loading(config),
         treatment=None if peft is None else treatment(peft, config),
         schemes=() if backend is None else tuple(scheme.name for scheme in backend.schemes),
-        audit=FULL if not why else "static" if backend is not None and backend.static_only else NAMED,
+        audit=FULL if not why else static if backend is not None and backend.static_only else NAMED,
         why=why,
     )
 

@@ -42,6 +42,9 @@ OF_TRANSFORMERS_5 = pytest.mark.transformers5("the name is new there")
         ("transformers.PretrainedConfig", "_attn_implementation"),
         pytest.param("transformers.PretrainedConfig", "_experts_implementation", marks=OF_TRANSFORMERS_5),
         pytest.param("transformers.PreTrainedModel", "set_experts_implementation", marks=OF_TRANSFORMERS_5),
+        pytest.param("transformers.integrations.finegrained_fp8", "_FINEGRAINED_FP8", marks=OF_TRANSFORMERS_5),
+        pytest.param("transformers.integrations.finegrained_fp8", "FineGrainedFP8", marks=OF_TRANSFORMERS_5),
+        pytest.param("transformers.integrations.finegrained_fp8", "FP8LinearFunction", marks=OF_TRANSFORMERS_5),
         pytest.param("transformers.integrations.moe", "_can_use_grouped_mm", marks=OF_TRANSFORMERS_5),
     ],
 )

@@ -18,7 +18,7 @@ from kbitcheck.core.methods import Method, Methods
 from kbitcheck.models.methods import described, loading
 from kbitcheck.observe.probes.treatment import peft_function, treatment
 from kbitcheck.report.tables.methods import render
-from kbitcheck.run.methods import FULL, NAMED, methods
+from kbitcheck.run.methods import FULL, NAMED, ON_LOAD, methods
 
 # By PEFT's function, `utils/other.py`: the names that it looks for beside the marks of 4 and 8 bits.
 NAMED_BY_PEFT = {"gptq", "aqlm", "eetq", "hqq", "torchao"}
@@ -59,6 +59,12 @@ def test_a_method_says_what_it_needs_here(table: Methods) -> None:
     assert row(table, "bitsandbytes_4bit").loading.summary == "yes"
     audits = [row(table, name).audit for name in ("vptq", "gptq", "bitsandbytes_4bit")]
     assert audits == [NAMED, "static", FULL]
+
+
+@pytest.mark.transformers5("before it, its layers have no backward")
+def test_what_runs_if_it_is_quantized_on_load_says_so(table: Methods) -> None:
+    assert row(table, "fp8").audit == ON_LOAD
+    assert "unpacks it on load" in row(table, "fp8").why
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is unpacked hangs on the GPU")

@@ -1,19 +1,24 @@
-"""Fine-grained FP8: e4m3 numbers with a scale for each block of rows and columns, as DeepSeek's. Static audit alone."""
+"""Fine-grained FP8: e4m3 numbers with a scale for each block of rows and columns, as DeepSeek's. Importing this imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.protocol import Backend, Recognition
-from kbitcheck.backends.schemes import Scheme
+from kbitcheck.backends.protocol import Arithmetic, Backend, Kernels, Recognition
+from kbitcheck.backends.schemes import Choice, Option, Scheme
+from kbitcheck.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEME = Scheme("fp8", 8)
+# Rows and columns that share a scale. Checkpoints have 128; recipes are smaller than that.
+SCHEME = Scheme("fp8", 8, (Option("block", ("128", "32"), "128"),))
 BLOCK = (128, 128)
+# The first that was seen to have a backward.
+TRAINABLE = (5, 23)
 
 
 class Fp8(Backend):
@@ -22,16 +27,45 @@ class Fp8(Backend):
     name = "fp8"
     method = "fp8"
     schemes = (SCHEME,)
-    static_only = "its layers are not run: sizes are those of its published layout"
+    static_only = "transformers unpacks it on load where there is no GPU: sizes are those of its published layout"
 
     @cached_property
     def recognition(self) -> Recognition:
-        from kbitcheck.backends.packed import PackedHolders
+        if self.not_on_load():
+            from kbitcheck.backends.packed import PackedHolders
 
-        return PackedHolders([SCHEME.name])
+            return PackedHolders([SCHEME.name])
+        from kbitcheck.backends.fp8.recognise import Fp8Layers
+
+        return Fp8Layers([SCHEME.name])
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        from kbitcheck.backends.fp8.arithmetic import Fp8Arithmetic
+
+        return Fp8Arithmetic()
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        if self.not_on_load():
+            return Kernels()
+        from kbitcheck.backends.fp8.kernels import Fp8Kernels
+
+        return Fp8Kernels()
+
+    def not_on_load(self) -> str:
+        installed = tuple(map(int, version("transformers").split(".")[:2]))
+        return "" if installed >= TRAINABLE else "FP8 layers have a backward in transformers 5.23 or later"
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         return super().describes(config) and config.get("expert_dtype", "fp8") == "fp8"
+
+    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
+        if why := self.not_on_load():
+            raise UsageError(why)
+        from kbitcheck.backends.fp8.quantize import quantize
+
+        quantize(model, int(choice["block"]), skip)
 
     def lay_out(self, model: nn.Module, config: Mapping[str, Any], skip: Sequence[str]) -> None:
         import torch
