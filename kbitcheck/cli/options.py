@@ -8,11 +8,14 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any, NoReturn, get_args
 
-from kbitcheck.core.cases import ALL_LINEAR, Adapters, Checkpointing, Freezes, Profile, UseCut
+from kbitcheck.core.adapters import FORMS, NAMED
+from kbitcheck.core.adapters import as_text as adapters_as_text
+from kbitcheck.core.cases import ALL_LINEAR, Checkpointing, Freezes, Profile, UseCut
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.report import FORMATS
 
+ADAPTERS_HELP = f"Adapters: a plain LoRA of the reference's or PEFT's, or a configuration of PEFT's: {', '.join(NAMED)}, or its JSON file."
 IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
 PREPARE_HELP = (
     "Preparation to use: that of a trainer (trl, llamafactory, axolotl, swift) or any that `impl` takes; "
@@ -217,7 +220,9 @@ class RunOptions(JudgeOptions):
     )
     profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile, key="profile")
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
-    adapters: Adapters = choice("Which LoRA implementation adds the adapters.", "reference", Adapters, key="adapters")
+    adapters: str = option(
+        ADAPTERS_HELP, "reference", metavar=FORMS, read=lambda _, value: adapters_as_text(value), key="adapters"
+    )
     targets: str = option("Layers that get adapters.", ALL_LINEAR, metavar="all-linear|NAMES")
     rank: int = option("Rank of the adapters.", 4, metavar="N", read=at_least(1))
     freezes: Freezes = choice("When the base model must be frozen.", "at-prepare", Freezes)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
+from kbitcheck.core.adapters import as_text
+
 Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
 Profile = Literal["auto", "peft", "qlora", "frozen-half"]
 Freezes = Literal["at-prepare", "at-attach"]
-Adapters = Literal["reference", "peft"]
 Static = Literal["never", "always", "if-too-large"]
 Autocast = Literal["default", "bf16", "fp16", "none"]
 UseCut = Literal["if-large", "always", "never"]
@@ -24,8 +25,8 @@ class CaseSpec:
     """One case: a model, its quantization, the implementation that prepares it, and its checkpointing. JSON-able.
 
     ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
-    comma-separated list of module names; ``quant`` is the text form of a ``Quantization``. ``static`` says when the
-    audit reads no weights. For the forecast: ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU
+    comma-separated list of module names; ``quant`` is the text form of a ``Quantization``, ``adapters`` that of ``core.adapters``.
+    ``static`` says when the audit reads no weights. For the forecast: ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU
     that has it, if one was named; ``fits`` requests the table of common GPUs, ``accumulate`` is the number of batches that
     an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under ``autocast``, with ``attention``,
     ``packed`` sequences and ``loss``: no rule reads them.
@@ -39,7 +40,7 @@ class CaseSpec:
     checkpointing: Checkpointing = "default"
     profile: Profile = "peft"
     freezes: Freezes = "at-prepare"
-    adapters: Adapters = "reference"
+    adapters: str = "reference"
     targets: str = ALL_LINEAR
     rank: int = 4
     batch: int | None = None
@@ -64,6 +65,9 @@ class CaseSpec:
     packed: bool = False
     loss: Loss = "full"
     conditions: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", as_text(self.adapters))
 
     @property
     def id(self) -> str:

@@ -15,6 +15,7 @@ from kbitcheck.judge import (
     precision,
     quantizer,
     recipe,
+    start,
     use,
     watched,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "precision",
     "quantizer",
     "recipe",
+    "start",
     "use",
     "watched",
 ]

@@ -24,11 +24,11 @@ from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.blockwise.oracle import Comparison, Twin, compare
 from kbitcheck.observe.blockwise.record import BlockCall
+from kbitcheck.observe.configured import CaseAdapters
 from kbitcheck.observe.cut import ProvenCut, proven_cut
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.internals import tree_flatten
-from kbitcheck.observe.meant_to_train import thaw
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import digest, forwards, layers, routers, snapshot, step
 from kbitcheck.observe.probes.adapters import Attached
@@ -88,10 +88,13 @@ class Loaded:
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
         self.weights = layers.Weights(model)
-        self.attach: Attach = attach or self._attach_targets
         self._own_attach, self.training = attach, training or Training()
+        self.adapters = CaseAdapters(self.targets, self.training, self)
+        self.attach: Attach = attach or self.adapters.attach
         self._twin_errors = twin_errors
         self._results: dict[tuple[Any, ...], Any] = {}
+        if not self.copies and not attach:
+            self.adapters.draw(spec)  # as long as the caller's model is in no one's hands
 
     @classmethod
     def from_source(cls, source: Source, spec: CaseSpec, *, spoil: Callable[[Any], None] | None = None) -> Self:
@@ -273,11 +276,6 @@ class Loaded:
         if not PROMISES[profile].autocast:
             return nullcontext
         return partial(torch.autocast, step.device(self.batch).type, dtype=self.half, cache_enabled=caching)
-
-    def _attach_targets(self, model: nn.Module, spec: CaseSpec) -> Attached:
-        """The spec's adapters on the target layers, with the same numbers each time; what ``training`` names trains too."""
-        attached = adapter_probe.attach(model, self.targets, library=spec.adapters, rank=spec.rank, seed=spec.seed)
-        return Attached(attached.model, {**attached.adapters, **thaw(attached.model, self.training)})
 
     def block_by_block(
         self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch

@@ -7,7 +7,17 @@ from itertools import islice
 import torch
 
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import CANNOT_RUN, Cost, Fact, ForwardFacts, FunctionFacts, Passes, StoreFacts, fact
+from kbitcheck.core.facts import (
+    CANNOT_RUN,
+    Cost,
+    Fact,
+    ForwardFacts,
+    FunctionFacts,
+    Passes,
+    StartFacts,
+    StoreFacts,
+    fact,
+)
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import forwards, memory, routers
@@ -129,6 +139,22 @@ class Outputs:
             left_out=int((~keep).sum()),
             tokens=keep.numel(),
         )
+
+    @fact(Cost("cut", Passes(forwards=2, copies=1, calls=1), needs=("_training_forwards",), models=1))
+    def start(self) -> StartFacts:
+        spec = self._preparation.spec
+        configured = self._loaded.adapters.configured(spec)
+        if configured is None:
+            raise Unavailable("a plain LoRA starts at zero: for a configuration of --adapters")
+        if configured.prompts:
+            raise Unavailable("virtual tokens change what a model computes from the start")
+        self.require_forward()
+        model = self._preparation.prepared_copy()
+        before = self._loaded.logits(model, self._profile)
+        after = self._loaded.logits(configured.start_on(model), self._profile)
+        keep = routers.unmoved(before.logits, before.routes, after.routes)
+        apart = root_mean_square_error(after.logits, before.logits, keep)
+        return StartFacts(apart=apart, left_out=int((~keep).sum()), tokens=keep.numel())
 
     @fact(Cost("cut", Passes(forwards=2, copies=1, calls=1), models=1))
     def left_by_evaluation(self) -> int:

@@ -26,6 +26,7 @@ FAMILIES = {
     "cost": "Cost of preparing",
     "composition": "Composition",
     "audit": "Facts about the model",
+    "start": "Adapters of a configuration",
     "adapter": "Saved adapters",
     "quantizer": "What is quantized",
 }

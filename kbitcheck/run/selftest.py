@@ -39,6 +39,7 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
     spec = CaseSpec(
         model=fault.model,
         quant=fault.quant,
+        adapters=fault.adapters,
         implementation=fault.name,
         checkpointing=fault.checkpointing,  # type: ignore[arg-type]
         profile=fault.profile,  # type: ignore[arg-type]

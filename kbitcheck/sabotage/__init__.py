@@ -18,6 +18,7 @@ from kbitcheck.sabotage import (
     gradients,
     precision,
     small_gradients,
+    start,
     use,
     use_beside,
     watched,
@@ -26,5 +27,5 @@ from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
-    "small_gradients", "use", "use_beside", "watched",
+    "small_gradients", "start", "use", "use_beside", "watched",
 ]  # fmt: skip

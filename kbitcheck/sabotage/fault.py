@@ -27,12 +27,12 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
     ("KB7", "implementation"): SCRIPT,
     **{
         (family, "run"): PREPARATION
-        for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB312", "KB4", "KB5", "KB6", "KB802", "KB9")
+        for family in ("KB1", "KB2", "KB30", "KB310", "KB311", "KB312", "KB4", "KB5", "KB6", "KB802", "KB803", "KB9")
     },
     ("KB802", "implementation"): "a fact about the model, whoever prepares it",
     ("KB9", "implementation"): "a fact about the model, whoever prepares it",
     **{(code, level): FILES for code in SAVED for level in ("model", "implementation", "run")},
-    **{(f"KB{family}", "saved"): "nothing of it is saved" for family in (1, 2, 3, 4, 5, 6, 7, 802, 9)},
+    **{(f"KB{family}", "saved"): "nothing of it is saved" for family in (1, 2, 3, 4, 5, 6, 7, 802, 803, 9)},
 }
 
 
@@ -53,6 +53,7 @@ class Fault:
     name: str
     level: FaultLevel = "implementation"
     model: str = "tiny:gpt2"
+    adapters: str = "reference"
     quant: str = "nf4"
     config: Mapping[str, Any] = field(default_factory=dict)
     checkpointing: str = "reentrant"

@@ -36,6 +36,7 @@ from kbitcheck.core.facts.step import (
     LayerBackward,
     RouterFacts,
     RunFacts,
+    StartFacts,
     StepOutcome,
     StoreFacts,
     TrainingFacts,
@@ -56,11 +57,10 @@ from kbitcheck.core.facts.watched import (
 )
 
 __all__ = [
-    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm",
-    "Changes", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
+    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
+    "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
-    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "QuantizerFacts",
-    "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts",
-    "StepOutcome", "StoreFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts",
-    "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound",
+    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "QuantizerFacts", "RefusedCall", "RouterFacts", "RunFacts",
+    "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts",
+    "UnwatchedFacts", "Update", "UseFacts", "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

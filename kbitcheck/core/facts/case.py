@@ -230,6 +230,8 @@ class Facts:
     """Bytes that stay alive after a forward in eval mode."""
     function: step.FunctionFacts
     """Errors of the logits of base, prepared model and same-dtype twin against those of the float64 twin."""
+    start: step.StartFacts
+    """What adapters that were put on and have not trained do to the logits."""
     training: step.TrainingFacts
     """The loss along an optimizer step."""
     effects: Mapping[str, Changes]

@@ -128,6 +128,18 @@ class FunctionFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartFacts:
+    """How far adapters that have not trained move the prepared model's logits, relative to those without adapters.
+
+    ``left_out`` of the ``tokens`` are routed to other experts.
+    """
+
+    apart: float
+    left_out: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     """One step of a program: what it raised, and which quantized layers hold other bits than before the program.
 

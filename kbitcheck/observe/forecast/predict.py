@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kbitcheck import backends
 from kbitcheck.core import memory_sizes
+from kbitcheck.core.adapters import fields as adapter_fields
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, is_own
@@ -132,6 +133,8 @@ class Training:
         self.notes: tuple[str, ...] = tuple(
             note for stated, note in NOTES.items() if stated in (spec.attention, spec.loss)
         )
+        if adapter_fields(spec.adapters) is not None:
+            self.notes += (f"adapters are forecast as a plain LoRA of rank {spec.rank}",)
         self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
         self.image_tokens = 0
         _choose_attention(model, spec.attention, runtime)

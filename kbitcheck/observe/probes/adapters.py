@@ -84,7 +84,10 @@ def attach(model: nn.Module, layers: Sequence[str], *, library: str, rank: int, 
 def draw(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """Fill adapters with small numbers that depend on name and seed alone: same on any device, in any dtype."""
     for name, parameter in parameters.items():
-        key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
-        generator = torch.Generator().manual_seed(key)
-        values = SPREAD * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-        parameter.data.copy_(values)
+        parameter.data.copy_(SPREAD * noise(name, parameter, seed) / parameter.shape[-1] ** 0.5)
+
+
+def noise(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Normal numbers of this shape that depend on name and seed alone."""
+    key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(key))
