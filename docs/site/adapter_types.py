@@ -31,6 +31,12 @@ MORE: Mapping[str, Mapping[str, object]] = {
 }
 HEAD = """# Adapter types and backends
 
+Any configuration of PEFT's can be judged: `--adapters peft:DoRA` (a name of the table, in any case), or `--adapters adapter_config.json`, the
+file that PEFT saves; in Python `check_implementation("peft", adapters=LoraConfig(use_dora=True))`. What it leaves open is filled with
+`--targets`, `--rank` and twice the rank for `lora_alpha`. Steps are taken with other numbers than the start's, the same in every copy and in
+the float64 twin: what starts at zero or at random is drawn, what starts elsewhere, as magnitudes and trained heads do, is stirred. KB803
+judges the start itself. Bytes are forecast as those of a plain LoRA.
+
 Each cell is one case: a Llama of two blocks, quantized, prepared by PEFT and checkpointed (reentrant), with adapters of this type on every
 quantized layer, judged by {rules}. *kept* means that no rule is broken: the adapters' gradients are those of the float64 twin, checkpointing
 and dropout change none, they train, and they are saved. A rule in a cell is broken; what PEFT refuses, it says itself.

@@ -59,17 +59,18 @@ def as_text(adapters: Any) -> str:
     if adapters in LIBRARIES:
         return adapters
     name = adapters.removeprefix(PREFIX)
+    named = {each.lower(): each for each in NAMED}
     if name.startswith("{"):
         return PREFIX + _dumped(_read(name, "--adapters"))
     if adapters.startswith(PREFIX):
-        named = {each.lower(): each for each in NAMED}
         if name.lower() not in named:
             suggested = did_you_mean(name.lower(), named)
             raise UsageError(f"no adapters are named {adapters!r}{suggested}; use {', '.join(NAMED)} or a FILE.json")
         return PREFIX + named[name.lower()]
     file = Path(adapters)
     if file.suffix != ".json" and not file.is_file():
-        suggested = did_you_mean(adapters, [*LIBRARIES, *(PREFIX + each for each in NAMED)])
+        suggested = did_you_mean(PREFIX + named.get(name.lower(), name), [PREFIX + each for each in NAMED], cutoff=0.8)
+        suggested = did_you_mean(adapters, LIBRARIES) or suggested
         raise UsageError(f"no such --adapters: {adapters!r}{suggested}; use {FORMS}")
     try:
         text = file.read_text(encoding="utf-8")

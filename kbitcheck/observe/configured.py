@@ -43,8 +43,8 @@ def configuration(fields: Mapping[str, Any], layers: Sequence[str], rank: int) -
         names = {each.name for each in dataclasses.fields(blank)}
     except (TypeError, ValueError):  # it wants more than its type
         names = {*fields}
-    if unknown := [name for name in fields if name not in names]:
-        raise UsageError(f"peft's {kind} has no field {unknown[0]!r}{did_you_mean(unknown[0], names)}")
+    if misspelt := [name for name in fields if name not in names]:
+        raise UsageError(f"peft's {kind} has no field {misspelt[0]!r}{did_you_mean(misspelt[0], names)}")
     filled = dict(fields)
     if "target_modules" in names and "target_parameters" not in fields:
         filled.setdefault("target_modules", list(layers))

@@ -155,6 +155,7 @@ def open_live(
 
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
     function, imported = implementation.function, implementation.imported
+    _ = loaded.adapters.configured(spec)  # raises where PEFT has no such adapters
     if spec.profile != "auto":
         return Case(spec, function, loaded, imported=imported)
     called = Called(Preparation(spec, function, loaded))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kbitcheck.backends.quantization import Quantization
-from kbitcheck.core.cases import Adapters, Checkpointing, Profile
+from kbitcheck.core.adapters import as_text
+from kbitcheck.core.cases import REFERENCE, Checkpointing, Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import select
 from kbitcheck.core.suggest import did_you_mean
@@ -47,7 +48,7 @@ KEYS = {
     "ledger": Key("The accepted results, a path relative to this file.", TEXT),
     "timeout": Key("Time limit of one case in seconds.", {"type": "number", "exclusiveMinimum": 0}),
     "jobs": Key("Workers at a time; 0: one for each core where all models are recipes.", {"type": "integer", "minimum": 0}),
-    "adapters": Key("Which LoRA implementation adds the adapters.", _one_of(Adapters)),
+    "adapters": Key("The adapters: reference, peft, peft:NAME or the JSON file of a configuration of PEFT's.", TEXT),
 }  # fmt: skip
 
 
@@ -162,6 +163,7 @@ def _checked(path: Path, table: Any) -> Mapping[str, Any]:
         lambda: select(table.get("select", ())),
         lambda: select((), table.get("ignore", {})),
         lambda: [Quantization.parse(quant) for quant in table.get("quants", ())],
+        lambda: as_text(_from(path.parent, "adapters", table.get("adapters", REFERENCE))),
     )
     for check in checks:
         try:
@@ -221,7 +223,7 @@ def _from(folder: Path, key: str, value: Any) -> Any:
     """A value whose paths, which are relative to ``folder``, are relative to the working directory."""
     if folder == Path.cwd():
         return value
-    if key == "ledger":
+    if key == "ledger" or (key == "adapters" and value.endswith(".json")):
         return os.path.relpath(folder / value)
     if key == "models":
         return [os.path.relpath(folder / model) if (folder / model).exists() else model for model in value]

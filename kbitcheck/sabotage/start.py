@@ -22,7 +22,7 @@ def when_fresh(model: Any, part: str, change: Any) -> None:
     blocks(model)[0].register_forward_pre_hook(look)
 
 
-@breaks("KB803", adapters="peft:LoRA", alone=True)
+@breaks("KB803", adapters="peft:LoRA")
 def what_starts_at_zero_is_drawn(model: Any) -> None:
     when_fresh(model, "lora_B", lambda p: None if p.any() else p.normal_(std=0.1))
 

@@ -50,7 +50,7 @@ WRONG = [
     ("kbitcheck.toml", b'ledger = "\xe9"', "cannot read kbitcheck.toml: byte 10 is not UTF-8"),
     ("kbitcheck.toml", None, "cannot read kbitcheck.toml: Is a directory"),
     ("pyproject.toml", b"[tool]\nkbitcheck = 1", "pyproject.toml [tool.kbitcheck] is no table, but 1"),
-    ("pyproject.toml", b'[tool.kbitcheck]\nadapters = "lora"', 'no such adapters: "lora"'),
+    ("pyproject.toml", b'[tool.kbitcheck]\nadapters = "lora"', "no such --adapters: 'lora' (did you mean peft:LoRA?)"),
 ]
 
 

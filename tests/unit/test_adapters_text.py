@@ -27,7 +27,9 @@ def test_the_text_of_a_text_is_that_text() -> None:
 
 
 def test_a_saved_configuration_is_read_without_where_it_was_used(tmp_path: Path) -> None:
-    LoraConfig(r=3, use_dora=True, base_model_name_or_path="some/model", inference_mode=True).save_pretrained(tmp_path)
+    LoraConfig(r=3, use_dora=True, base_model_name_or_path="some/model", inference_mode=True).save_pretrained(
+        str(tmp_path)
+    )
     read = fields(as_text(str(tmp_path / "adapter_config.json")))
     assert read is not None
     assert read["use_dora"] is True
@@ -36,7 +38,7 @@ def test_a_saved_configuration_is_read_without_where_it_was_used(tmp_path: Path)
 
 
 def test_an_object_is_its_fields_that_are_no_defaults() -> None:
-    config = LoraConfig(r=2, target_modules={"q_proj", "k_proj"}, lora_dropout=0.5)
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], lora_dropout=0.5)
     expected = {"peft_type": "LORA", "r": 2, "target_modules": ["k_proj", "q_proj"], "lora_dropout": 0.5}
     assert fields(as_text(config)) == expected
     spec = CaseSpec(model="m", quant="nf4", implementation="i", adapters=IA3Config())  # type: ignore[arg-type]
@@ -48,6 +50,8 @@ def test_an_object_is_its_fields_that_are_no_defaults() -> None:
     [
         ("peft:DORRA", r"did you mean dora\?"),
         ("refrence", r"did you mean reference\?"),
+        ("DORA", r"did you mean peft:DoRA\?"),
+        ("elsewhere", r"no such --adapters: 'elsewhere'; use reference"),
         ("nowhere.json", "cannot read"),
         ("peft:{}", "peft_type"),
         ("{", "is no JSON"),
