@@ -1,12 +1,17 @@
-"""Write the table of adapter types and backends: ``python docs/site/adapter_types.py > docs/adapter-types.md``.
+"""Write the page of adapter types and backends.
 
-``python docs/site/adapter_types.py DoRA VeRA`` judges these types alone, and prints each cell.
+``python docs/site/adapter_types.py`` judges every type on every scheme that runs here, or on those that are named, keeps what it saw in
+``docs/adapter-types/SCHEME.json``, and makes ``docs/adapter-types.md`` of these files.
 """
 
 import dataclasses
+import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +27,9 @@ from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.run.subject import load
 
+DATA = Path(__file__).parents[1] / "adapter-types"
+PAGE = DATA.with_suffix(".md")
+SCHEMES = ("nf4", "int8", "torchao-int8")
 MODEL = "tiny:llama"
 RULES = ("KB102", "KB103", "KB104", "KB105", "KB302", "KB304", "KB305", "KB307", "KB510", "KB803")
 MORE: Mapping[str, Mapping[str, object]] = {
@@ -39,21 +47,20 @@ judges the start itself. Bytes are forecast as those of a plain LoRA.
 
 Each cell is one case: a Llama of two blocks, quantized, prepared by PEFT and checkpointed (reentrant), with adapters of this type on every
 quantized layer, judged by {rules}. *kept* means that no rule is broken: the adapters' gradients are those of the float64 twin, checkpointing
-and dropout change none, they train, and they are saved. A rule in a cell is broken; what PEFT refuses, it says itself.
+and dropout change none, they train, and they are saved. A rule in a cell is broken, by whom stands in brackets; *refused* and *does not run*
+are what PEFT raised.
 
-Written with {versions} by `python docs/site/adapter_types.py > docs/adapter-types.md`.
+Written with {versions} by `python docs/site/adapter_types.py`.
 """
 
 
-def bases(schemes: list[str]) -> Iterator[tuple[str, Loaded]]:
-    source = resolve(MODEL)
-    source = dataclasses.replace(source, config={**source.config, "num_hidden_layers": 2})  # type: ignore[type-var, attr-defined]
-    for scheme in schemes:
-        yield scheme, Loaded.from_source(source, CaseSpec(model=MODEL, quant=scheme, implementation="peft"))
+def base(scheme: str) -> Loaded:
+    source: Any = resolve(MODEL)
+    source = dataclasses.replace(source, config={**source.config, "num_hidden_layers": 2})
+    return Loaded.from_source(source, CaseSpec(model=MODEL, quant=scheme, implementation="peft"))
 
 
-def cell(loaded: Loaded, scheme: str, adapters: str) -> tuple[str, list[str]]:
-    """What the cell says, and a line for each rule that is broken or not judged."""
+def cell(loaded: Loaded, scheme: str, adapters: str) -> str:
     prepare = load("peft").function
     spec = CaseSpec(
         model=MODEL, quant=scheme, implementation="peft", checkpointing="reentrant", adapters=adapters, cut="never"
@@ -62,45 +69,50 @@ def cell(loaded: Loaded, scheme: str, adapters: str) -> tuple[str, list[str]]:
     try:
         results = [judge(rule, case) for rule in select(RULES)]
     except UsageError as error:
-        return f"refused: {error.cause or str(error).rpartition(': ')[2]}", [str(error)]
+        return f"refused: {error.cause or str(error).rpartition(': ')[2]}"
     finally:
         case.close()
-    notes = [f"{r.rule} {r.status.value}: {r.reason or r.failures[0]}" for r in results if r.status is not Status.PASS]
-    broken = [r.rule for r in results if r.status in (Status.FAIL, Status.ERROR)]
-    raised = [r.reason for r in results if r.status is Status.ERROR]
-    if raised:
-        return f"does not run: {raised[0]}", notes
-    refused = next((r.reason for r in results if r.status is Status.SKIP and r.rule == "KB803"), "")
-    refused = f"; {refused}" if "peft" in refused else ""
-    return (", ".join(broken) or "kept") + refused, notes
+    if raised := [r.reason for r in results if r.status is Status.ERROR]:
+        return f"does not run: {raised[0]}"
+    words = [f"{r.rule} ({r.attributed_to.value})" for r in results if r.status is Status.FAIL and r.attributed_to]
+    words = words or ["kept"]
+    words += [f"{r.rule} not judged: {r.reason}" for r in results if r.status is Status.SKIP]
+    return "; ".join(words)
 
 
-def main(names: list[str]) -> None:
-    import bitsandbytes
-    import peft
-    import transformers
+def judge_all(scheme: str) -> None:
+    """Judge every type on a scheme, and keep what was seen."""
+    versions = {name: version(name) for name in ("peft", "transformers", "bitsandbytes", "torch")}
+    loaded, cells = base(scheme), {}
+    for name, adapters in ({n: PREFIX + n for n in NAMED} | {n: json.dumps(f) for n, f in MORE.items()}).items():
+        cells[name] = cell(loaded, scheme, adapters)
+        print(f"{name} on {scheme}: {cells[name]}", flush=True)
+        text = json.dumps({"versions": versions, "cells": cells}, indent=1)
+        (DATA / f"{scheme}.json").write_text(text + "\n", encoding="utf-8")
 
+
+def page() -> str:
+    """The page, of the data that is there."""
+    seen = {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(DATA.glob("*.json"), reverse=True)
+    }
+    versions = ", ".join(dict.fromkeys(f"{n} {v}" for each in seen.values() for n, v in each["versions"].items()))
+    lines = [HEAD.format(rules=", ".join(RULES), versions=versions)]
+    lines += [f"| adapters | {' | '.join(seen)} |", "|---" * (len(seen) + 1) + "|"]
+    names = dict.fromkeys(name for each in seen.values() for name in each["cells"])
+    for name in names:
+        cells = [each["cells"].get(name, "not tried").replace("|", "/") for each in seen.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(schemes: list[str]) -> None:
     warnings.simplefilter("ignore")
-    schemes = [scheme for scheme in registry.run_here() if scheme in ("nf4", "int8", "torchao-int8")]
-    chosen = {name: PREFIX + name for name in NAMED if not names or name in names}
-    import json
-
-    chosen |= {n: PREFIX + json.dumps(f) for n, f in MORE.items() if not names or n in names}
-    rows: dict[str, list[str]] = {name: [] for name in chosen}
+    DATA.mkdir(exist_ok=True)
     with quiet(), torch.compiler.set_stance("force_eager"):
-        for scheme, loaded in bases(schemes):
-            for name, adapters in chosen.items():
-                text, notes = cell(loaded, scheme, adapters)
-                rows[name].append(text)
-                if names:
-                    print(f"{name} × {scheme}: {text}", *notes, sep="\n    ", flush=True)
-    if names:
-        return
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (peft, transformers, bitsandbytes, torch))
-    print(HEAD.format(rules=", ".join(RULES), versions=versions))
-    print(f"| adapters | {' | '.join(schemes)} |", "|---" * (len(schemes) + 1) + "|", sep="\n")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(each.replace('|', '/') for each in cells)} |")
+        for scheme in schemes or [s for s in registry.run_here() if s in SCHEMES]:
+            judge_all(scheme)
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
