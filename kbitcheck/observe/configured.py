@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -74,14 +75,17 @@ class Base(Protocol):
     @property
     def batch(self) -> step.Batch: ...
 
+    @property
+    def half(self) -> torch.dtype: ...
+
     def copy(self) -> Any: ...
 
 
-def _raised_by(model: nn.Module, base: Base) -> str:
+def _raised_by(model: nn.Module, base: Base, autocast: step.Autocast) -> str:
     """What two forwards in train mode raise."""
     model.train()
     try:
-        with torch.no_grad(), switches.seeded(0, base.batch):
+        with torch.no_grad(), switches.seeded(0, base.batch), autocast():
             for _ in range(2):
                 model(**step.feed(model, base.batch))
     except torch.OutOfMemoryError:
@@ -136,9 +140,14 @@ class Configured:
         return starts
 
     def _refused(self, wrapped: nn.Module) -> str:
-        """What the second of two forwards of the base raises with the adapters and not without; "" where they run."""
-        raised = _raised_by(wrapped, self._base)
-        return raised if raised and not _raised_by(self._base.copy(), self._base) else ""
+        """What one of two forwards of the base raises with the adapters, under autocast too, and not without; "" where they run."""
+        raised = _raised_by(wrapped, self._base, nullcontext)
+        if not raised or _raised_by(self._base.copy(), self._base, nullcontext):
+            return ""
+        # Adapters in float32 beside a base in half precision need autocast until a preparation casts the norms.
+        again = put_on(self._base.copy(), self._config(), self._spec.seed).model
+        half = partial(torch.autocast, step.device(self._base.batch).type, dtype=self._base.half)
+        return raised if _raised_by(again, self._base, half) else ""
 
     def _value(self, name: str, start: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         if not start.any() or not torch.equal(start, other):

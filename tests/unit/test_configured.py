@@ -118,6 +118,11 @@ def test_a_start_that_peft_refuses_is_no_failure() -> None:
     assert "PiSSA" in result.reason
 
 
+def test_adapters_that_only_an_unprepared_base_does_not_run_are_judged() -> None:
+    """PEFT's IA3 returns float32 of int8 layers, which the next norm of a half-precision base does not take."""
+    assert judged("peft:IA3", "KB302", quant="int8")["KB302"].status is Status.PASS
+
+
 def test_adapters_that_peft_does_not_run_on_this_base_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match="peft does not run these adapters on this model: RuntimeError"):
         judged("peft:LoHa", "KB302")
