@@ -51,7 +51,13 @@ def added(backend: Backend) -> Iterator[None]:
 
 def available() -> tuple[Backend, ...]:
     """The backends whose library is installed here."""
-    return tuple(backend for backend in registered() if not backend.unavailable())
+    return tuple(backend for backend in registered() if _runs_here(backend))
+
+
+@cache
+def _runs_here(backend: Backend) -> bool:
+    """Asked for every module of a model; what is installed stays so while a process runs."""
+    return not backend.unavailable()
 
 
 def schemes() -> dict[str, Scheme]:
