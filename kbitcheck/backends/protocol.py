@@ -162,6 +162,8 @@ class Backend:
     schemes: ClassVar[Sequence[Scheme]] = ()
     # Modules whose import comes before any layer of this backend; where there are none, torch's does.
     libraries: ClassVar[Sequence[str]] = ("torch",)
+    # Classes of layers that are quantized on load.
+    replaces: ClassVar[Sequence[str]] = ("Linear",)
     # transformers' own word for the method in ``quantization_config``.
     method: ClassVar[str] = ""
     # Why checkpoints of this backend get the static audit alone; empty where they are loaded and run.

@@ -28,6 +28,8 @@ QUICK: Sequence[Cell] = (
     ("tiny:gpt2", "int8", ("default",)),
 )
 RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
+# The layers of recipes that have no Linear; a backend that replaces none of them leaves nothing quantized.
+LAYERS = {"tiny:gpt2": "Conv1D"}
 # Deeper than any threshold that somebody would write, in one case: it is dear, and its architecture is Llama's.
 DEEP: Sequence[Cell] = (("tiny:deep", DEFAULT, ("reentrant",)),)
 MODES: tuple[Checkpointing, ...] = ("reentrant", "non-reentrant", "off")
@@ -44,7 +46,13 @@ def suite_cells(suite: str) -> Sequence[Cell]:
             grid.append((f"{scheme},double,storage=bf16", ("non-reentrant",)))
         else:
             grid.append((scheme, MODES))
-    return [*((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid), *DEEP]
+    cells = ((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid)
+    return [*(cell for cell in cells if fits(*cell[:2])), *DEEP]
+
+
+def fits(model: str, quant: str) -> bool:
+    """Whether a recipe has layers that the quantization's backend replaces."""
+    return LAYERS.get(model, "Linear") in Quantization.parse(quant).backend.replaces
 
 
 def cases(
@@ -58,7 +66,8 @@ def cases(
     """The suite's cases, narrowed or replaced by what the user named.
 
     Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
-    quantizations or modes crosses the suite's models with them. Cases of the whole quick suite share the
+    quantizations or modes crosses the suite's models with them, without models that a quantization leaves as they are.
+    Cases of the whole quick suite share the
     conditions, others look at a few, those of the full suite at all, and those of no suite at none.
     """
     for name, value in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
@@ -69,6 +78,7 @@ def cases(
             (model, quant, checkpointing or MODES)
             for model in (models or dict.fromkeys(m for m, _, _ in suite))
             for quant in (quants or ("nf4", "int8"))
+            if models or fits(model, quant)
         ]
     else:
         cells = [(model, quant, checkpointing or modes) for model, quant, modes in suite]

@@ -61,6 +61,9 @@ def test_the_quick_suite_shares_conditions_and_the_full_one_does_not() -> None:
     quick = suites.cases(suites.QUICK, implementation="x")
     assert [spec.conditions for spec in quick] == [f"{k}/{len(quick)}" for k in range(1, len(quick) + 1)]
     assert {spec.conditions for spec in suites.cases(suites.suite_cells("full"), implementation="x")} == {"all"}
+    fp8 = suites.cases(suites.QUICK, quants=["fp8"], implementation="x")
+    assert {spec.model for spec in fp8} == {model for model, _, _ in suites.QUICK} - {"tiny:gpt2"}  # without a Linear
+    assert suites.cases(suites.QUICK, quants=["fp8"], models=["tiny:gpt2"], implementation="x")  # if the user says so
     assert {s.conditions for s in suites.cases(suites.QUICK, models=["tiny:gpt2"], implementation="x")} == {"few"}
     assert {s.conditions for s in suites.cases((), models=["tiny:gpt2"], implementation="x")} == {""}
 

@@ -31,6 +31,7 @@ class BitsAndBytes(Backend):
     name = "bitsandbytes"
     method = "bitsandbytes"
     libraries = ("bitsandbytes",)
+    replaces = ("Linear", "Conv1D")
     schemes = (Scheme("nf4", 4, OPTIONS), Scheme("fp4", 4, OPTIONS), Scheme("int8", 8))
 
     @cached_property
