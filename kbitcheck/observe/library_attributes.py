@@ -17,7 +17,7 @@ Attributes = Mapping[type | ModuleType, Mapping[str, Any]]
 ABSENT = object()
 
 
-def libraries_watched() -> list[str]:
+def _libraries_watched() -> list[str]:
     """Top-level names of the packages that training rests on: the stack and every backend's library."""
     return ["torch", "transformers", "accelerate", *(backend.name for backend in registry.registered())]
 
@@ -26,7 +26,7 @@ def attributes(*, of: Iterable[type | ModuleType] = (), libraries: bool = True) 
     """The attributes of the classes and modules ``of`` and, with ``libraries``, of the libraries' modules and classes."""
     owners: dict[type | ModuleType, None] = dict.fromkeys(of)
     if libraries:
-        watched = libraries_watched()
+        watched = _libraries_watched()
         modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
         for module in modules:
             owners[module] = None

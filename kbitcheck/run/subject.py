@@ -116,7 +116,7 @@ def load(text: str) -> Implementation:
         raise Missing(f"implementation {text!r} is a {type(function).__name__}, which cannot be called")
     subject = describe(function, name=text, version=_version(module, text))
     changed = process_state.changed(before, process_state.state())
-    settings = {name: values for name, values in changed.items() if name not in process_state.OF_IMPORTS}
+    settings = {name: values for name, values in changed.items() if name not in process_state.AT_IMPORT}
     return replace(subject, imported=settings | library_attributes.replaced_at_import(libraries))
 
 

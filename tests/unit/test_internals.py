@@ -25,6 +25,11 @@ OF_TRANSFORMERS_5 = pytest.mark.transformers5("the name is new there")
     [
         ("torch.utils.checkpoint", "CheckpointFunction"),
         ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"),
+        ("torch.utils.checkpoint", "_enable_checkpoint_early_stop"),
+        ("torch.utils.checkpoint", "_checkpoint_debug_enabled"),
+        ("torch._C", "_len_torch_function_stack"),
+        ("torch._C", "_len_torch_dispatch_stack"),
+        ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
         ("torch._subclasses.fake_tensor", "FakeTensorMode"),
         ("torch.utils._python_dispatch", "TorchDispatchMode"),
         ("torch.utils._pytree", "tree_map_only"),

@@ -28,14 +28,14 @@ class Conditions:
     ignored: int
 
     @classmethod
-    def drawn(cls, entropy: str, *, limit: int, large: bool, turn: int | None = None) -> Self:
+    def drawn(cls, entropy: str, *, limit: int, large: bool, turn: int | None = None, long: bool = False) -> Self:
         """Conditions that depend on ``entropy`` alone; ``limit`` is the most tokens that a model takes.
 
         A ``large`` model's batch is a short one: what it costs grows with its tokens. The cases of a suite that shares its conditions
-        take ``turn``, so that one of three has a long batch, one left padding, and so on.
+        take ``turn``, so that one of three has left padding, and so on; it says whether a batch of theirs is ``long``.
         """
         generator = random.Random(entropy)  # noqa: S311
-        turns = [generator.randrange(3) for _ in range(3)] if turn is None else [turn % 3, (turn + 1) % 3, turn % 3]
+        turns = [generator.randrange(3) for _ in range(3)] if turn is None else [2 * long, (turn + 1) % 3, turn % 3]
         long = not large and turns[0] == 2
         low, high = LONG if long else LARGE if large else SHORT
         odd, whole = range(low, high + 1, 2), [n for n in WHOLE if low <= n <= high]
@@ -51,8 +51,11 @@ class Conditions:
     def of_case(cls, spec: CaseSpec, *, limit: int, large: bool) -> Self:
         """The conditions of a case; cases that share those of a suite take turns."""
         place = share(spec.conditions)
-        turn = None if place is None else place[0] // TURNS + spec.seed
-        return cls.drawn(spec.entropy, limit=limit, large=large, turn=turn)
+        if place is None:
+            return cls.drawn(spec.entropy, limit=limit, large=large)
+        row = place[0] // TURNS
+        long = row == spec.seed % 2  # the models of the first two take so many tokens
+        return cls.drawn(spec.entropy, limit=limit, large=large, turn=row + spec.seed, long=long)
 
     def __str__(self) -> str:
         padding = "no padding" if self.padding == "none" else f"padded on the {self.padding}"

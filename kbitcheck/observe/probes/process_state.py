@@ -1,14 +1,25 @@
 """The state of the process that a preparation must leave alone: seeds, defaults, modes, filters."""
 
 import builtins
+import contextlib
+import copy
+import copyreg
+import functools
 import gc
 import hashlib
+import inspect
+import itertools
+import json
 import logging
+import math
 import os
 import pickle
 import random
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -19,22 +30,28 @@ from typing import Any
 
 import numpy
 import torch
+import torch.utils.data
 
 from kbitcheck.observe import internals
-from kbitcheck.observe.library_attributes import attributes, classes_of, libraries_watched, replaced
+from kbitcheck.observe.library_attributes import attributes, classes_of, replaced
 from kbitcheck.observe.probes import files_written
+from kbitcheck.observe.probes.runtime_settings import loggers, runtime_settings
 
 # Training draws from these; each probe has its own.
 DRAWN_FROM = frozenset({"torch RNG", "CUDA RNG"})
 # What importing any library may change.
 OF_IMPORTS = frozenset(
-    {"atexit callbacks", "warnings filters", "import path", "import hooks", "logging", "registries of transformers"}
+    {"atexit callbacks", "warnings filters", "import path", "import hooks", "registries of transformers", "pickling"}
 )
+# What that of an implementation may change, too, and a step may not: to silence warnings is done by many a library.
+AT_IMPORT = OF_IMPORTS | {"warnings shown"}
 THREADS = "threads of torch"
 # The modules whose functions a training step calls.
 STEPPED_THROUGH = (
     torch, torch.nn.functional, torch.utils.checkpoint, torch.autograd, torch.autograd.graph, torch.optim, torch.amp,
-    torch.random, numpy, numpy.random, builtins, random, time,
+    torch.random, numpy, numpy.random, builtins, random, time, torch.Tensor, torch.optim.Optimizer,
+    torch.amp.GradScaler, torch.autograd.Function, torch.utils.data.DataLoader, copy, copyreg, contextlib, functools, gc, inspect, itertools,
+    json, logging, logging.Logger, math, os, pickle, shutil, signal, subprocess, sys, tempfile, threading, threading.Thread, warnings,
 )  # fmt: skip
 
 
@@ -69,11 +86,7 @@ def state() -> dict[str, str]:
         "denormals flushed": float(torch.tensor(1e-40) * 0.5) == 0.0,
         "recursion limit": sys.getrecursionlimit(),
         "hooks on every module": sum(len(hooks) for hooks in internals.GLOBAL_HOOKS),
-        "logging": (
-            logging.root.level,
-            logging.root.manager.disable,
-            [logging.getLogger(n).level for n in libraries_watched()],
-        ),
+        "logging": logging.root.manager.disable,
         "registries of transformers": _digest(repr(sorted(internals.registered())).encode()),
         "numpy errors": numpy.geterr(),
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
@@ -90,6 +103,8 @@ def state() -> dict[str, str]:
         "tracing": (sys.gettrace(), sys.getprofile()),
         "garbage collection's callbacks": len(gc.callbacks),
         "files written": ", ".join(files_written.written()),
+        "pickling": sorted(map(str, copyreg.dispatch_table)),
+        **runtime_settings(),
     }
     return {name: str(value) for name, value in settings.items()}
 
@@ -105,11 +120,14 @@ class Before:
 
     def __init__(self, model: Any) -> None:
         self._state, self._attributes = state(), attributes(of=(*classes_of(model), *STEPPED_THROUGH), libraries=False)
+        self._loggers = loggers()
 
     def changed(self) -> dict[str, tuple[str, str]]:
-        """What has changed since."""
+        """What has changed since; of loggers what those that were there have."""
         settings = {n: values for n, values in changed(self._state, state()).items() if n not in DRAWN_FROM}
-        return settings | replaced(self._attributes)
+        now = loggers()
+        of_loggers = {f"logger {n}": (was, now[n]) for n, was in self._loggers.items() if now.get(n, was) != was}
+        return settings | of_loggers | replaced(self._attributes)
 
     def lasting(self) -> dict[str, tuple[str, str]]:
         """What has changed since, but for what the import of any library may change, and the threads, which kbitcheck sets itself."""

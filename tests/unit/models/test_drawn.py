@@ -5,9 +5,12 @@ import torch
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.conditions import TURNS, has_turn
 from kbitcheck.models.inputs.drawn import LONG, ROWS, SHORT, Conditions
 from kbitcheck.models.inputs.text import IGNORED
 from kbitcheck.models.sources.resolve import resolve
+from kbitcheck.observe.forecast.predict import token_limit
+from kbitcheck.run.suites import QUICK, cases
 
 MANY = [Conditions.drawn(str(seed), limit=1000, large=False) for seed in range(60)]
 
@@ -36,6 +39,15 @@ def test_cases_that_take_turns_have_among_them_each_padding_and_a_long_batch(see
     turns = [Conditions.of_case(spec, limit=1000, large=False) for spec in specs]
     assert {c.padding for c in turns} == {"right", "left", "none"}
     assert sorted(c.length > 512 for c in turns) == [False, False, True]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_a_batch_of_the_quick_suite_is_beyond_512_tokens(seed):
+    specs = [s for s in cases(QUICK, implementation="", seed=seed) if has_turn(s.conditions, seed, 0, TURNS)]
+    limits = {spec.model: token_limit(resolve(spec.model).meta(Quantization.parse(spec.quant))) for spec in specs}
+    lengths = [Conditions.of_case(spec, limit=limits[spec.model], large=False).length for spec in specs]
+    assert len(lengths) == 3
+    assert max(lengths) > 512
 
 
 @pytest.fixture(scope="module")

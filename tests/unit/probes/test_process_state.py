@@ -1,21 +1,33 @@
 """Whatever a program changes in its process is seen under its own name, and nothing else is."""
 
 import atexit
+import copyreg
 import gc
+import importlib
+import io
+import locale
+import logging
 import os
 import random
+import resource
 import signal
+import socket
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
 from importlib.machinery import PathFinder
 
 import numpy
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from kbitcheck.observe.probes import runtime_settings
 from kbitcheck.observe.probes.process_state import OF_IMPORTS, THREADS, Before, changed, effects, state
 from kbitcheck.run import subject
 
@@ -98,7 +110,86 @@ def variable():
         yield
 
 
+@contextmanager
+def undone(act, undo):
+    act()
+    yield
+    undo()
+
+
+LOGGER = logging.getLogger("there")
+
+
+def level_of_a_logger():
+    return undone(partial(LOGGER.setLevel, logging.ERROR), partial(LOGGER.setLevel, logging.NOTSET))
+
+
+def printing():
+    return undone(partial(torch.set_printoptions, precision=2), partial(torch.set_printoptions, precision=4))
+
+
+def rights_of_files():
+    before = os.umask(0o022)
+    os.umask(before)
+    return undone(partial(os.umask, before ^ 0o050), partial(os.umask, before))
+
+
+def fewer_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE)
+    return undone(partial(limit, (soft - 1, hard)), partial(limit, (soft, hard)))
+
+
+def switch_interval():
+    return undone(partial(sys.setswitchinterval, 0.5), partial(sys.setswitchinterval, sys.getswitchinterval()))
+
+
+def saved_tensor_hooks():
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def sharing_strategy():
+    strategy = torch.multiprocessing.set_sharing_strategy
+    return undone(partial(strategy, "file_system"), partial(strategy, torch.multiprocessing.get_sharing_strategy()))
+
+
+def sum_in_half_precision():
+    matmul, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before = getattr(matmul, name)
+    return undone(partial(setattr, matmul, name, not before), partial(setattr, matmul, name, before))
+
+
+def compiler():
+    config = importlib.import_module("torch._dynamo.config")
+    runtime_settings._compiler_modules.cache_clear()
+    return config.patch(suppress_errors=not config.suppress_errors)
+
+
+def numbers():
+    before = locale.setlocale(locale.LC_NUMERIC)
+    other = "C.UTF-8" if before == "C" else "C"
+    return undone(
+        partial(locale.setlocale, locale.LC_NUMERIC, other), partial(locale.setlocale, locale.LC_NUMERIC, before)
+    )
+
+
+def pickled():
+    return undone(partial(copyreg.pickle, Fraction, str), partial(copyreg.dispatch_table.pop, Fraction, None))
+
+
 LEFT_BEHIND = {
+    "printing": printing,
+    "limits and rights": rights_of_files,
+    "interpreter": switch_interval,
+    "modes of torch": saved_tensor_hooks,
+    "defaults of torch's checkpoint": partial(torch.utils.checkpoint.set_checkpoint_early_stop, False),
+    "processes": sharing_strategy,
+    "reduced precision": sum_in_half_precision,
+    "compiler": compiler,
+    "locale": numbers,
+    "standard streams": attribute(sys, "stdout", io.StringIO()),
+    "sockets": lambda: undone(partial(socket.setdefaulttimeout, 9), partial(socket.setdefaulttimeout, None)),
+    "pickling": pickled,
     "threads": thread,
     "signal handlers": handler,
     "atexit callbacks": callback_at_exit,
@@ -110,6 +201,36 @@ LEFT_BEHIND = {
     "environment variables": variable,
     "float32 precision": attribute(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32),
 }
+
+
+def test_limits_of_the_process_are_seen():
+    before = state()
+    with fewer_open_files():
+        after = state()
+    assert [*changed(before, after)] == ["limits and rights"]
+
+
+def warnings_ignored():
+    return warnings.catch_warnings(action="ignore")
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (level_of_a_logger, "logger there"),
+        (attribute(warnings, "showwarning", print), "warnings.showwarning"),
+        (attribute(logging.Logger, "warning", print), "logging.Logger.warning"),
+        (attribute(torch.Tensor, "item", lambda self: 0), "torch.Tensor.item"),
+        (attribute(torch.optim.Optimizer, "add_param_group", print), "torch.optim.optimizer.Optimizer.add_param_group"),
+        (warnings_ignored, "warnings shown"),
+    ],
+)
+def test_a_lasting_effect_is_one_even_where_an_import_changes_its_like(act, name):
+    before = Before(torch.nn.Linear(1, 1))
+    assert before.lasting() == {}
+    with act():
+        logging.getLogger("a logger that is new")
+        assert [*before.lasting()] == [name]
 
 
 @pytest.mark.parametrize("setting", LEFT_BEHIND)
