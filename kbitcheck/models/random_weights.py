@@ -165,8 +165,8 @@ def _adds_one(norm: nn.Module) -> bool:
 
 
 def temporary() -> Path:
-    """A new directory that this process removes when it ends."""
-    folder, process = Path(tempfile.mkdtemp(prefix="kbitcheck-")), os.getpid()
+    """A new directory that this process removes when it ends; a model's configuration names it, and nothing names kbitcheck there."""
+    folder, process = Path(tempfile.mkdtemp(prefix="model-")), os.getpid()
 
     def remove() -> None:
         # A forked child inherits this hook, but the folder is its parent's.

@@ -32,7 +32,7 @@ def round_trip(preparation: Preparation) -> StoreFacts:
         with switches.seeded(0, preparation.batch):
             return forwards.forward_logits(model, preparation.batch, preparation.autocast)
 
-    with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
+    with tempfile.TemporaryDirectory(prefix="saved-") as folder:
         with process_state.effects(prepared) as effects:
             error = _raised(partial(prepared.save_pretrained, folder))
         facts["effects"] = effects
@@ -86,6 +86,6 @@ def _reloaded(preparation: Preparation, folder: str) -> Any:
 
 
 def _base_round_trip(preparation: Preparation) -> None:
-    with tempfile.TemporaryDirectory(prefix="kbitcheck-store-") as folder:
+    with tempfile.TemporaryDirectory(prefix="saved-") as folder:
         preparation.copy().save_pretrained(folder)
         _reloaded(preparation, folder)

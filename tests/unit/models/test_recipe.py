@@ -175,7 +175,7 @@ def test_every_process_draws_the_same_and_leaves_nothing(tmp_path: Path, capsys:
     )
     assert there.stdout == here
     assert len(set(ast.literal_eval(here).values())) == len(RECIPES)
-    assert not list(tmp_path.glob("kbitcheck-*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_saved_model_reloads_with_the_same_logits(tmp_path: Path) -> None:
@@ -256,3 +256,9 @@ def test_recipes_that_transformers_refuses_are_told(tmp_path: Path, change: dict
     with pytest.raises(UsageError, match=told) as caught:
         resolve(str(path)).load(NF4)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_does_not_name_the_package_that_drew_it() -> None:
+    config = load("gpt2").config
+    assert config.name_or_path
+    assert "kbitcheck" not in config.name_or_path
