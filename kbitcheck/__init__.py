@@ -26,14 +26,14 @@ __all__ = [
 __version__ = VERSION
 
 
-def _as_text(report: Report) -> str:
+def _rendered(report: Report, form: str) -> str:
     from kbitcheck.report import render
 
-    return render(report, "text")
+    return render(report, form)
 
 
 REGISTRY.load_on_demand("kbitcheck.judge")
-register_renderer(_as_text)
+register_renderer(_rendered)
 
 
 def audit(

@@ -8,6 +8,7 @@ from typing import Any
 
 import other_pages
 import rule_pages
+import symptom_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -49,6 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not committed."""
     made = {
         **dict(rule_pages.pages()),
+        **dict(symptom_pages.pages()),
         "kill-matrix.md": kill_matrix.page(kill_matrix.read(other_pages.ROOT / "docs" / "kill-matrix")),
         "findings.md": other_pages.findings(),
         "sample-report.html": render(other_pages.sample(), "html"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kbitcheck.cli.console import echo, progress_bar, say
 from kbitcheck.cli.options import RunOptions, SuiteOptions, split_codes
+from kbitcheck.cli.show_report import show_report
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
@@ -13,7 +14,6 @@ from kbitcheck.core.machine import validate_device
 from kbitcheck.core.report import Blame, Report
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
-from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import requirements, virtualenvs
 from kbitcheck.run.configuration import OWN_FILE, read, subject_of
@@ -62,9 +62,7 @@ def audit(
     validate(specs[0].implementation)
     output = OutputFile(options.output)
     report = compare(examine(command, specs, options, blame=blame))
-    output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
-    if not (output.terminal and options.format == "text"):  # which shows it already
-        say(verdict(report))
+    show_report(report, options, output)
     return exit_code(report)
 
 
@@ -78,7 +76,7 @@ def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, bla
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
     if options.in_process and options.debug:
         debug_to_stderr()
-    with signals_as_interrupts(), quiet, progress_bar(len(specs) * len(rules)) as advance:
+    with signals_as_interrupts(), quiet, progress_bar(len(specs) * len(rules), quiet=options.quiet) as advance:
         return run(
             specs,
             rules,

@@ -7,16 +7,15 @@ from typing import Any, TypeVar
 from kbitcheck.cli.options import RunOptions
 from kbitcheck.run.configuration import Configuration, read
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound=RunOptions)
 
 # What is typed for one option takes the place of what the file has for others, too.
 REPLACED = {"suite": ("model", "quant", "checkpointing"), "against": ("ledger",)}
 
 
 def configured(kind: type[Options], typed: Mapping[str, Any]) -> Options:
-    """The options of a command, of which these were typed. Commands that run cases alone have a configuration."""
-    values = of_file(kind, typed, read()) if issubclass(kind, RunOptions) else {}
-    return kind(**{**values, **typed})
+    """The options of a command that runs cases, of which these were typed."""
+    return kind(**{**of_file(kind, typed, read()), **typed})
 
 
 def of_file(kind: type[Any], typed: Mapping[str, Any], configuration: Configuration) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """What the command writes to stderr: lines, and a progress bar on a terminal."""
 
+from __future__ import annotations
+
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from kbitcheck.core.events import Computing, Event, Judged, Started
+if TYPE_CHECKING:
+    from kbitcheck.core.events import Event  # takes longer to import than all else of `--help`
 
 
 def say(line: str) -> None:
@@ -35,17 +39,19 @@ def _escaped(text: str) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int | None) -> Iterator[Callable[[Event], None]]:
+def progress_bar(total: int | None, *, quiet: bool = False) -> Iterator[Callable[[Event], None]]:
     """A bar over ``total`` results (None: nobody knows how many), erased at the end; yields the function that takes the events of a run.
 
-    Nothing is shown where stderr is no terminal.
+    Nothing is shown where stderr is no terminal, and if ``quiet``.
     """
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield lambda event: None
         return
     # rich takes long to import and is needed on a terminal alone.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kbitcheck.core.events import Computing, Judged, Started
 
     columns = (
         BarColumn(),

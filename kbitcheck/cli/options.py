@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any, NoReturn, get_args
 
+from kbitcheck.cli.help import examples, grouped
 from kbitcheck.core.adapters import FORMS, NAMED
 from kbitcheck.core.adapters import as_text as adapters_as_text
 from kbitcheck.core.cases import ALL_LINEAR, Checkpointing, Freezes, Profile, UseCut
@@ -18,16 +19,19 @@ from kbitcheck.report import FORMATS
 ADAPTERS_HELP = f"Adapters: a plain LoRA of the reference's or PEFT's, or a configuration of PEFT's: {', '.join(NAMED)}, or its JSON file."
 IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
 PREPARE_HELP = (
-    "Preparation to use: that of a trainer (trl, llamafactory, axolotl, swift) or any that `impl` takes; "
-    "default: peft if installed, else reference."
+    "trl, llamafactory, axolotl, swift, or any that `impl` takes; default: peft if installed, else reference."
 )
 
+COLOR = ("auto", "always", "never")
+
 Read = Callable[[str, str], Any]  # the option as the user writes it, and its value
-Help = str | Callable[[], str]  # a text, or what gives it where help is printed
+Help = str | Callable[[bool], str]  # a text, or what gives it where help is printed: in full, or not
 
 
-def quant_help() -> str:
+def quant_help(full: bool) -> str:
     """The schemes of all registered backends, with their options."""
+    if not full:
+        return "Quantization, such as nf4, int8 or nf4,double; repeatable. --help-all lists all."
     from kbitcheck.backends.quantization import usage  # searches the installed packages for backends
 
     return f"Quantization: {usage()}; repeatable."
@@ -79,19 +83,27 @@ def split_codes(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def option(
-    text: Help, default: Any, *, metavar: str = "", read: Read = as_text, short: Sequence[str] = (), key: str = ""
+    text: Help,
+    default: Any,
+    *,
+    metavar: str = "",
+    read: Read = as_text,
+    short: Sequence[str] = (),
+    key: str = "",
+    choices: Sequence[str] = (),
 ) -> Any:
     """A field that is an option. A default of False makes it a switch, an empty tuple makes it repeatable.
 
     ``key`` is that of the configuration whose value holds where the command line has none.
     """
-    return field(default=default, metadata={"help": text, "metavar": metavar, "read": read, "short": short, "key": key})
+    metadata = {"help": text, "metavar": metavar, "read": read, "short": short, "key": key, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 def choice(text: str, default: Any, values: Any, *, key: str = "") -> Any:
     """A field that is an option with fixed values: a ``Literal`` type, or a sequence of texts."""
     choices: Sequence[str] = get_args(values) or values
-    return option(text, default, metavar="|".join(choices), read=one_of(*choices), key=key)
+    return option(text, default, metavar="|".join(choices), read=one_of(*choices), key=key, choices=choices)
 
 
 def argument(metavar: str, text: str, *, default: Any = MISSING, nargs: str | None = None, key: str = "") -> Any:
@@ -113,9 +125,9 @@ class Parser(argparse.ArgumentParser):
     command_line = ""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            **options, allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=30)
-        )
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        super().__init__(**options, allow_abbrev=False, formatter_class=form, add_help=False)
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
@@ -140,41 +152,54 @@ class Parser(argparse.ArgumentParser):
         return {n: tuple(v) if isinstance(v, list) else v for n, v in vars(values).items()} | others
 
 
-def add_options(parser: Parser, kind: type) -> None:
-    """Add one argument for each field of a dataclass of options."""
+def add_options(parser: Parser, kind: type, command: str, *, full: bool = True) -> None:
+    """Add one argument for each field of a dataclass of options; without ``full`` the help leaves out what few use."""
     named = {each.name: each for each in fields(kind)}
     positional = [each for each in named.values() if "nargs" in each.metadata]
     parser.usage = " ".join([parser.prog, "[options]", *(each.metadata["metavar"] for each in positional)])
+    what = parser.add_argument_group("What")
+    for each in positional:
+        _add_argument(parser, what, each)
     # A command's own options stand before those that it shares.
-    for name in dict.fromkeys(name for part in kind.__mro__ for name in inspect.get_annotations(part) if name in named):
-        _add(parser, named[name])
+    own_first = dict.fromkeys(name for part in kind.__mro__ for name in inspect.get_annotations(part) if name in named)
+    groups: dict[str, Any] = {}
+    hidden = 0
+    for name, title, common in grouped(command, (name for name in own_first if named[name] not in positional)):
+        shown = full or common
+        hidden += not shown
+        group = groups.setdefault(title, parser.add_argument_group(title)) if shown else parser
+        _add_option(group, named[name], shown=shown, full=full)
+    more = f"\n`{parser.prog} --help-all` lists {hidden} more options." if hidden else ""
+    parser.epilog = "\n\n".join(filter(None, [parser.epilog, examples(command) + more]))
 
 
-def _add(parser: Parser, each: Field[Any]) -> None:
+def _add_argument(parser: Parser, group: Any, each: Field[Any]) -> None:
     text, metavar = each.metadata["help"], each.metadata["metavar"]
-    text = text() if callable(text) else text
-    if each.metadata.get("nargs") == "--":
+    if each.metadata["nargs"] == "--":
         parser.command_line, parser.epilog = each.name, f"{metavar}: {text}"
         return
     # What is not typed has no value, so that a configuration's can take its place.
-    if "nargs" in each.metadata:
-        extra: dict[str, Any] = {} if each.default is MISSING else {"default": argparse.SUPPRESS}
-        parser.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
-        return
+    extra: dict[str, Any] = {} if each.default is MISSING else {"default": argparse.SUPPRESS}
+    group.add_argument(each.name, metavar=metavar, help=text, nargs=each.metadata["nargs"], **extra)
+
+
+def _add_option(group: Any, each: Field[Any], *, shown: bool, full: bool) -> None:
     name = "--" + each.name.replace("_", "-")
     names = (*each.metadata["short"], name)
+    text = each.metadata["help"]
+    text = argparse.SUPPRESS if not shown else text(full) if callable(text) else text
     if each.default is False:
         action = argparse.BooleanOptionalAction if each.metadata["key"] else "store_true"
-        parser.add_argument(*names, dest=each.name, action=action, help=text, default=argparse.SUPPRESS)
+        group.add_argument(*names, dest=each.name, action=action, help=text, default=argparse.SUPPRESS)
         return
-    parser.add_argument(
+    group.add_argument(
         *names,
         dest=each.name,
         action="append" if each.default == () else "store",
         type=partial(each.metadata["read"], name),
         default=argparse.SUPPRESS,
-        metavar=metavar,
-        help=text if each.default in ("", (), None) else f"{text} [{each.default}]",
+        metavar=each.metadata["metavar"],
+        help=text if each.default in ("", (), None) or not shown else f"{text} [{each.default}]",
     )
 
 
@@ -184,7 +209,9 @@ class ReportOptions:
 
     format: str = choice("How to render the report.", "text", FORMATS)
     output: str = option("Write the report to this file instead of stdout.", "", metavar="FILE")
+    quiet: bool = option("Print the verdict alone, on one line.", False, short=["-q"])
     verbose: bool = option("List passed and skipped rules as well.", False, short=["-v"])
+    color: str = choice("When to colour; auto heeds NO_COLOR.", "auto", COLOR)
     debug: bool = option("Show tracebacks and what the worker prints.", False)
 
 

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.suggest import did_you_mean
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
 DEVICE = re.compile(r"auto|(cpu|cuda|xpu|mps)(:\d+)?")
@@ -33,7 +34,8 @@ SAME_KERNELS = {"TORCHDYNAMO_DISABLE": "1"}  # bitsandbytes compiles a kernel fo
 def validate_device(text: str) -> str:
     """The text itself; a ``UsageError`` where it cannot name a device."""
     if not DEVICE.fullmatch(text):
-        raise UsageError(f"no such device: {text!r}; write auto, cpu, cuda, cuda:1, xpu or mps")
+        hint = did_you_mean(text, ("auto", "cpu", "cuda", "xpu", "mps"))
+        raise UsageError(f"no such device: {text!r}{hint}; write auto, cpu, cuda, cuda:1, xpu or mps")
     return text
 
 

@@ -82,7 +82,11 @@ class Report:
 
     def __str__(self) -> str:
         """The report as the command line prints it."""
-        return _renderer(self)
+        return _renderer(self, "text")
+
+    def _repr_html_(self) -> str:
+        """The HTML report in a frame of its own, as a notebook shows it."""
+        return _renderer(self, "notebook")
 
     def counts(self, result: Result) -> bool:
         """Whether a result makes the run non-conforming; in a gate, whether it is a breach."""
@@ -122,6 +126,12 @@ class Report:
     def not_judged(self) -> bool:
         """Whether a rule could not be judged; in a gate, one whose ERROR is not accepted."""
         return any(r.status is Status.ERROR and (self.gate is None or self.counts(r)) for r in self.results)
+
+    @property
+    def findings(self) -> tuple[Result, ...]:
+        """What is worth reading: failures and what could not be judged, those that count first."""
+        worth = [r for r in self.results if r.status in (Status.FAIL, Status.ERROR)]
+        return tuple(sorted(worth, key=lambda r: (not self.counts(r), r.status is Status.FAIL, r.rule, r.case)))
 
     @property
     def no_gradients(self) -> str:
@@ -174,6 +184,10 @@ class Report:
             "results": [r.as_json() for r in self.results],
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--format json`` writes, as a dictionary."""
+        return self.as_json()
+
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """Inverse of ``as_json``; a ``UsageError`` where the data is no report of this schema."""
@@ -189,11 +203,15 @@ class Report:
         return iter(self.results)
 
 
-_renderer: Callable[[Report], str] = repr
+def _undressed(report: Report, form: str) -> str:
+    return repr(report)
 
 
-def register_renderer(function: Callable[[Report], str]) -> None:
-    """Name the function behind ``str(report)``."""
+_renderer: Callable[[Report, str], str] = _undressed
+
+
+def register_renderer(function: Callable[[Report, str], str]) -> None:
+    """Name the function behind ``str(report)`` and what a notebook shows: of a report and a format, its text."""
     global _renderer
     _renderer = function
 

@@ -13,19 +13,21 @@ FORMATS = ("text", "json", "junit", "sarif", "markdown", "html")  # each but the
 PIPED_WIDTH = 110
 
 
-def render(report: Report, form: str, *, verbose: bool = False, terminal: bool = False) -> str:
-    """The report in one of ``FORMATS``; colours and the terminal's width only for a terminal."""
+def render(
+    report: Report, form: str, *, verbose: bool = False, terminal: bool = False, color: bool | None = None
+) -> str:
+    """The report in one of ``FORMATS``; the text has the width of a ``terminal``, and ``color`` (by default on one)."""
     module = import_module(f"kbitcheck.report.{form}")
     if form != "text":
         return str(module.render(report))
-    if not terminal:
-        return str(module.render(report, width=PIPED_WIDTH, verbose=verbose))
+    width = max(shutil.get_terminal_size((PIPED_WIDTH, 0)).columns, 40) if terminal else PIPED_WIDTH
+    if not (terminal if color is None else color):
+        return str(module.render(report, width=width, verbose=verbose))
     from rich.console import Console
     from rich.text import Text
 
-    width = max(shutil.get_terminal_size((PIPED_WIDTH, 0)).columns, 40)
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=True, highlight=False, legacy_windows=False)
+    console = Console(file=out, width=width, force_terminal=True, no_color=False, highlight=False, legacy_windows=False)
     for line, style in module.lines(report, width=width, verbose=verbose):
         console.print(Text(line, style=style), soft_wrap=True)
     return out.getvalue()

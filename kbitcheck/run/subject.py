@@ -64,6 +64,8 @@ def validate(text: str) -> None:
     elif requirement is None:
         top, path = where.partition(".")[0], [str(Path.cwd()), *sys.path]
         if top not in sys.modules and PathFinder.find_spec(top, path) is None:
+            if text == "peft":
+                raise UsageError("peft is not installed: pip install 'kbitcheck[peft]'")
             hint = did_you_mean(top, _modules(path))
             raise UsageError(
                 f"implementation {text!r}: no module named {top!r} is installed or in this directory{hint}"

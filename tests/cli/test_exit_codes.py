@@ -143,7 +143,7 @@ WRONG = [
     (("impl", "good.py:prepare", "--output", "."), "it is a directory"),
     (("impl", "good.py:prepare", "--fuzz", "3", "--in-process"), "cannot run --in-process"),
     (("impl", "good.py:prepare", "--nonsense"), "No such option"),
-    (("impl",), "the following arguments are required: IMPL"),
+    (("impl",), "which implementation? write kbitcheck impl IMPL"),
     (("model", "tiny:llama", "--static", "--random-weights"), "leave out --random-weights"),
     (("model", "tiny:llama", "--memory", "lots"), "such as 24GiB"),
     (("model", "tiny:llama", "--memory", "0"), "such as 24GiB"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from kbitcheck.cli.app import COMMANDS
 
@@ -42,6 +45,7 @@ HELP = [(command, "--help") for command in COMMANDS]
 
 def test_light_commands_import_nothing_heavy() -> None:
     assert imported(MAIN, ("--help",), ("--version",), *HELP, ("rules",), ("rules", "KB101")) == ""
+    assert imported(MAIN, ("config",), ("env",), ("completion", "bash"), ("completion", "--words", "models")) == ""
 
 
 def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
@@ -55,6 +59,24 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
         )
         == ""
     )
+
+
+def processor_seconds(*command: str) -> float:
+    """What a command takes of the processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("completion", "--words", "models")], ids=" ".join)
+def test_help_and_completion_take_less_than_ten_times_an_empty_program(arguments: tuple[str, ...]) -> None:
+    """The promise of the front door. Other work on the machine slows both, so that they take turns and the least of each counts."""
+    own, empty = [], []
+    for _ in range(5):
+        own.append(processor_seconds(sys.executable, "-m", "kbitcheck", *arguments))
+        empty.append(processor_seconds(sys.executable, "-c", "pass"))
+    assert min(own) < 10 * min(empty)
 
 
 def test_the_probe_sees_what_is_heavy() -> None:

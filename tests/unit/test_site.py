@@ -26,7 +26,7 @@ CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yam
 def site() -> Iterator[dict[str, ModuleType]]:
     """The modules in ``docs/site``, imported as MkDocs does."""
     sys.path.insert(0, str(DOCS / "site"))
-    yield {name: import_module(name) for name in ("rule_pages", "other_pages", "picture", "upstream")}
+    yield {name: import_module(name) for name in ("rule_pages", "other_pages", "picture", "symptom_pages", "upstream")}
     sys.path.remove(str(DOCS / "site"))
 
 
@@ -152,6 +152,23 @@ def test_pages_show_the_source_of_rules(site: dict[str, ModuleType]) -> None:
         site["other_pages"].filled("<!-- source of rule KB999 -->")
 
 
+def test_every_message_has_a_page_with_cause_rule_and_command(site: dict[str, ModuleType]) -> None:
+    pages, messages = dict(site["symptom_pages"].pages()), site["symptom_pages"].messages()
+    assert len(pages) == len(messages) >= 30
+    texts = [(text, message.when) for message in messages for text in message.texts]
+    assert len(texts) == len(set(texts))
+    for message in messages:
+        page = pages[f"symptoms/{message.slug}.md"]
+        assert all(text in page for text in message.texts)
+        assert message.run in page
+        assert all(f"[{rules().title(code)}](../rules/{code}.md): " in page for code in message.rules)
+        assert re.search(r"^## What to do\n\n\S", page, re.MULTILINE)
+
+
+def test_the_table_of_messages_is_what_the_data_says(site: dict[str, ModuleType]) -> None:
+    assert (DOCS / "symptoms.md").read_text(encoding="utf-8") == site["symptom_pages"].written()
+
+
 def targets(nav: Any) -> Iterator[str]:
     for entry in nav if isinstance(nav, list) else [nav]:
         if isinstance(entry, dict):
@@ -166,7 +183,7 @@ def test_every_page_is_in_the_menu_and_every_entry_is_a_page() -> None:
     listed = set(targets(CONFIG["nav"]))
     pages = [*DOCS.glob("*.md"), *DOCS.glob("sweep/*.md")]
     written = {page.relative_to(DOCS).as_posix() for page in pages} | {"examples/fork/README.md"}
-    assert listed - {"rules/index.md", "findings.md"} == written
+    assert listed - {"rules/index.md", "findings.md", "kill-matrix.md"} == written
 
 
 def test_the_site_is_strict_and_fetches_no_font() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kbitcheck.cli.options import JudgeOptions, argument, option, split_codes
-from kbitcheck.report import render
+from kbitcheck.cli.show_report import show_report
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import saved_adapter
 
@@ -35,5 +35,5 @@ def run(options: Options) -> int:
         strict=options.strict,
         trust_remote_code=options.trust_remote_code,
     )
-    output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
+    show_report(report, options, output, says_verdict=False)
     return report.exit_code

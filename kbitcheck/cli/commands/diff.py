@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from kbitcheck.cli.console import say
 from kbitcheck.cli.options import ReportOptions, argument
 from kbitcheck.cli.saved_report import read_report
+from kbitcheck.cli.show_report import show_report
 from kbitcheck.compare import diff, gate
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS
-from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 
 
@@ -23,7 +22,5 @@ def run(options: Options) -> int:
     before, after = read_report(options.before), read_report(options.after)
     changes = diff.compare(before, after, names=(options.before, options.after))
     report = gate.settle(after, options.before, changes)
-    output.write(render(report, options.format, verbose=options.verbose, terminal=output.terminal))
-    if not (output.terminal and options.format == "text"):  # which shows it already
-        say(verdict(report))
+    show_report(report, options, output)
     return EXIT_BROKEN_RULE if any(b["counted"] for b in (report.gate or {})["breaches"]) else EXIT_CONFORMS

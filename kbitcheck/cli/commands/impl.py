@@ -6,8 +6,9 @@ from typing import cast
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.cases import audit, install, require_implementation, suite_cases
-from kbitcheck.cli.console import echo, progress_bar, say
+from kbitcheck.cli.console import echo, progress_bar
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, split_codes
+from kbitcheck.cli.show_report import show_report
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import Profile
 from kbitcheck.core.conditions import FEW
@@ -16,7 +17,6 @@ from kbitcheck.core.machine import validate_device
 from kbitcheck.core.profile import assumed_profile
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
-from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run.subject import validate
 
@@ -71,10 +71,7 @@ def run_fuzz(options: Options) -> int:
         options={name: value for name, value in options.case.items() if name != "seed"}
         | {"conditions": options.conditions or FEW},
     )
-    with signals_as_interrupts(), progress_bar(options.fuzz or None) as advance:
+    with signals_as_interrupts(), progress_bar(options.fuzz or None, quiet=options.quiet) as advance:
         report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=echo if options.debug else None)
-    text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
-    output.write(text + (f"\n{fuzz.epilogue(report)}" if options.format == "text" else ""))
-    if not (output.terminal and options.format == "text"):  # which shows it already
-        say(verdict(report))
+    show_report(report, options, output, epilogue=f"\n{fuzz.epilogue(report)}" if options.format == "text" else "")
     return report.exit_code

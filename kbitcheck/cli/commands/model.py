@@ -37,7 +37,7 @@ class Options(RunOptions):
     model: Sequence[str] = argument("[MODEL...]", MODEL_HELP, default=(), nargs="*", key="models")
     prepare: str = option(PREPARE_HELP, "", metavar="IMPL", key="implementation")
     profile: Profile = choice(PROFILE_HELP, None, Profile, key="profile")
-    plan: bool = option("Print what an audit would compute, its seconds and memory; run nothing.", False)
+    plan: bool = option("Print what it would compute, in which time and memory; run nothing.", False)
     static: bool = option("Predict sizes and memory without reading or creating weights.", False)
     memory: str = option("Memory that training has to fit into: 24GiB, 80GB, T4, A100-80.", "", metavar="SIZE|GPU")
     fits: bool = option("Forecast what fits into each common GPU; takes up to a minute.", False)

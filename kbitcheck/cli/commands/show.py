@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from kbitcheck.cli.options import ReportOptions, argument
 from kbitcheck.cli.saved_report import read_report
+from kbitcheck.cli.show_report import show_report
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS
-from kbitcheck.report import render
 from kbitcheck.report.output_file import OutputFile
 
 
@@ -20,8 +20,7 @@ def run(options: Options) -> int:
     output = OutputFile(options.output)
     report = read_report(options.report)
     try:
-        text = render(report, options.format, verbose=options.verbose, terminal=output.terminal)
+        show_report(report, options, output, says_verdict=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{options.report} is not a kbitcheck report: {str(error).splitlines()[0]}") from error
-    output.write(text)
     return EXIT_CONFORMS

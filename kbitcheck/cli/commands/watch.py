@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from kbitcheck.cli.console import echo, say
 from kbitcheck.cli.options import JudgeOptions, at_least, choice, command_line, option, split_codes
+from kbitcheck.cli.show_report import text_of
 from kbitcheck.core.cases import Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
 from kbitcheck.core.training import STEPS
-from kbitcheck.report import render, verdict
+from kbitcheck.report import verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import watched_command
 from kbitcheck.run.watch import Settings
@@ -41,7 +42,9 @@ def run(options: Options) -> int:
     )
 
     def show(report: Report) -> None:
-        text = render(report, options.format, verbose=options.verbose)
+        if output is None and options.quiet:
+            return
+        text = text_of(report, options, terminal=False)
         echo(text) if output is None else output.write(text)
 
     ended = watched_command.run(options.command, settings, on_report=show)

@@ -1,0 +1,36 @@
+"""What the commands that yield a report share: where it goes, in which colours, and the verdict on a line of its own."""
+
+import os
+
+from kbitcheck.cli.console import say
+from kbitcheck.cli.options import ReportOptions
+from kbitcheck.core.report import Report
+from kbitcheck.report import render, verdict
+from kbitcheck.report.output_file import OutputFile
+
+
+def coloured(color: str, *, terminal: bool) -> bool:
+    """Whether text is coloured: as ``--color`` says, and for ``auto`` as NO_COLOR and FORCE_COLOR do, else on a terminal."""
+    if color != "auto":
+        return color == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or terminal
+
+
+def text_of(report: Report, options: ReportOptions, *, terminal: bool) -> str:
+    """The report in the format that the options name."""
+    color = coloured(options.color, terminal=terminal)
+    return render(report, options.format, verbose=options.verbose, terminal=terminal, color=color)
+
+
+def show_report(
+    report: Report, options: ReportOptions, output: OutputFile, *, epilogue: str = "", says_verdict: bool = True
+) -> None:
+    """Write the report, and its verdict to stderr unless a terminal shows it already; under ``--quiet`` the verdict alone."""
+    if not options.quiet or options.output:
+        output.write(text_of(report, options, terminal=output.terminal) + epilogue)
+    if options.quiet:
+        OutputFile("").write(f"{verdict(report)}\n")
+    elif says_verdict and not (output.terminal and options.format == "text"):
+        say(verdict(report))
