@@ -170,7 +170,8 @@ def quantizations(draw: Draw, schemes: Sequence[str] = (), skippable: Sequence[s
     every = registry.schemes()
     scheme = every[draw(st.sampled_from(schemes or registry.run_here()))]
     skip = draw(st.one_of(st.just(()), st.tuples(st.sampled_from(skippable)))) if skippable else ()
-    values = {o.name: draw(st.sampled_from(o.choices) if o.choices else st.booleans()) for o in scheme.options}
+    drawn = [option for option in scheme.options if option.every_model]
+    values = {o.name: draw(st.sampled_from(o.choices) if o.choices else st.booleans()) for o in drawn}
     return str(Quantization.of(scheme, values, skip))
 
 

@@ -36,10 +36,15 @@ def is_packed(parameter: Tensor) -> bool:
     return any(backend.recognition.packs(parameter) for backend in available())
 
 
+def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of everything that holds a packed weight: layers, and what others read an unpacked weight from."""
+    recognitions = [backend.recognition for backend in available()]
+    return ((n, m) for n, m in model.named_modules() if any(each.holds(m) for each in recognitions))
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every quantized layer."""
-    holders = [backend.recognition for backend in available()]
-    return ((n, m) for n, m in model.named_modules() if any(holder.holds(m) for holder in holders))
+    """Name and module of every quantized layer: of the holders, those that take an input and multiply it."""
+    return ((n, m) for n, m in holders(model) if recognition(m).multiplies(m))
 
 
 def stacks(module: nn.Module) -> dict[str, tuple[str, tuple[int, int]]]:

@@ -31,6 +31,15 @@ class Recognition:
         """True for a packed weight, of a subclass too."""
         return False
 
+    def packed(self, module: Any) -> Tensor:
+        """The packed weight that the module owns."""
+        weight: Tensor = module.weight
+        return weight
+
+    def multiplies(self, module: nn.Module) -> bool:
+        """False for a holder that another module reads the unpacked weight from, as from a parametrized stack of experts."""
+        return True
+
     def scheme(self, module: nn.Module) -> str:
         """Name of the module's scheme."""
         raise NotImplementedError
@@ -40,8 +49,12 @@ class Recognition:
         return ""
 
     def shape(self, module: Any) -> tuple[int, int]:
-        """(out features, in features) of the unpacked weight."""
+        """(out features, in features) of the unpacked weight; of a stack the rows of all its experts, and their columns."""
         return int(module.out_features), int(module.in_features)
+
+    def experts(self, module: nn.Module) -> int:
+        """How many matrices of one shape the weight stacks."""
+        return 1
 
     def stacks(self, module: nn.Module) -> Mapping[str, tuple[str, tuple[int, int]]]:
         """Scheme and unpacked shape, (out, in) of all experts together, of each parameter that packs the weights of several experts."""
@@ -121,6 +134,10 @@ class Packing:
         ``dtype`` is that of the weights before they are quantized. By default the layers that transformers put in are
         on the meta device already as they will be.
         """
+
+    def as_on_meta(self) -> AbstractContextManager[Any]:
+        """The library's functions run on the meta device while the context is open."""
+        return nullcontext()
 
     def while_quantizing(self, module: Any, dtype: torch.dtype) -> int:
         """The most bytes alive on an accelerator while transformers quantizes one layer's weight of this dtype."""
@@ -223,6 +240,9 @@ class Backend:
             UsageError: there is no way to quantize so on load; checkpoints that are quantized already are.
         """
         raise UsageError(f"{choice} cannot be quantized on load: give a checkpoint that is quantized already")
+
+    def complete(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
+        """Quantize, in place, what transformers' own quantizer leaves and ``choice`` asks for; also on the meta device."""
 
     def lay_out(self, model: nn.Module, config: Mapping[str, Any], skip: Sequence[str]) -> None:
         """Give a model on the meta device the packed tensors of a checkpoint with this ``quantization_config``.

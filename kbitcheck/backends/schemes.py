@@ -20,12 +20,16 @@ def short_dtype(value: object) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of a scheme. One without ``choices`` is a flag; ``default`` is left out of the text form."""
+    """One option of a scheme. One without ``choices`` is a flag; ``default`` is left out of the text form.
+
+    Random cases leave out an option that is not for ``every_model``.
+    """
 
     name: str
     choices: tuple[str, ...] = ()
     default: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    every_model: bool = True
 
     def __str__(self) -> str:
         return f"{self.name}={'|'.join(self.choices)}" if self.choices else self.name

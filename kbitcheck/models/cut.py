@@ -175,7 +175,7 @@ def _shortened(name: str, value: Any, total: int, kept: int) -> Any:
 
 def _shared(model: nn.Module, towers: Sequence[Tower]) -> dict[int, Any]:
     """A memo with which a deep copy shares every tensor, and has an empty module for each block that is dropped."""
-    states = (backends.recognition(m).state(m).values() for _, m in backends.quantized_layers(model))
+    states = (backends.recognition(m).state(m).values() for _, m in backends.holders(model))
     tensors = [*model.parameters(), *model.buffers(), *(v for state in states for v in state)]
     memo: dict[int, Any] = {id(t): t for t in tensors if isinstance(t, torch.Tensor)}
     for tower in towers:

@@ -100,6 +100,8 @@ def _loaded(
             raise UsageError(f"{options.name}: not this model's weights: {_listed(what, keys)}")
     if quant is not None and configured is None:
         quant.backend.quantize(model, quant, [*automatic_skip(cls, config), *quant.skip])
+    if quant is not None:
+        quant.backend.complete(model, quant, quant.skip)
     backends.steady(model)
     _leave_file(model)
     return model

@@ -53,6 +53,9 @@ def build(
                 parameter.data = parameter.data.to(torch.float32)
         if quant is not None:
             quant.backend.packing.quantize_empty(model, dtype)
+            if not quantized:
+                with quant.backend.packing.as_on_meta():
+                    quant.backend.complete(model, quant, quant.skip)
         model.tie_weights()
         if not drawn and _saved_untied(config, model):
             internals.untie_head(model)

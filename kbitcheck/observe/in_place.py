@@ -43,6 +43,8 @@ class _Attributes:
         owners: list[Any] = [*model.modules(), *model.parameters()]
         for module in model.modules():
             owners += [v for n, v in vars(module).items() if n == "config" or dataclasses.is_dataclass(v)]
+            if not any(True for _ in (*module.children(), *module.parameters())):  # a parametrization has its state
+                owners += _states(module)
         for parameter in model.parameters():
             owners += _states(parameter)
         unique = {id(owner): owner for owner in owners if hasattr(owner, "__dict__")}

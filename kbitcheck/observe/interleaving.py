@@ -113,18 +113,19 @@ class Session:
         """Digest of each quantized layer's packed weight and state, by the base's name."""
         prints = {}
         for name, module in self._quantized(self.model):
-            state = backends.recognition(module).state(module)
-            prints[name] = digest.bits(module.weight) + "".join(map(digest.of, state.values()))
+            recognition = backends.recognition(module)
+            state = recognition.state(module)
+            prints[name] = digest.bits(recognition.packed(module)) + "".join(map(digest.of, state.values()))
         return prints
 
     def _quantized(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
         names = self.preparation.loaded.weights.layers
-        return ((base_name(name, names), layer) for name, layer in backends.quantized_layers(model))
+        return ((base_name(name, names), layer) for name, layer in backends.holders(model))
 
     def train(self, name: str) -> _Trained:
         times = 2 if name == "accumulate" else 1
         adapters = [p.detach().clone() for p in self.adapters.values()]
-        biases = {n: m.bias.detach().clone() for n, m in self._quantized(self.model) if m.bias is not None}
+        biases = {n: m.bias.detach().clone() for n, m in self._quantized(self.model) if _bias(m)}
         gradients, calls = self._gradients(self.model, self.adapters, self.settings, times)
         return _Trained(gradients, calls, times, self.settings, adapters, biases)
 
@@ -267,6 +268,10 @@ def switch(model: Any, name: str) -> None:
     else:
         switches.quietly(lambda: model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[name]}))
         model.enable_input_require_grads()
+
+
+def _bias(module: Any) -> bool:
+    return getattr(module, "bias", None) is not None
 
 
 def _hooks(model: nn.Module) -> int:

@@ -20,6 +20,7 @@ from kbitcheck.core.profile import PROMISES
 from kbitcheck.core.training import Training
 from kbitcheck.models.cut import NoCut
 from kbitcheck.models.inputs.text import first_rows
+from kbitcheck.models.parametrized import deep_copy
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import Source, source_of
 from kbitcheck.observe.blockwise.oracle import Comparison, Twin, compare
@@ -88,10 +89,9 @@ class Loaded:
         self.targets = [] if attach else adapter_probe.target_layers(model, spec.targets)
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
         self.weights = layers.Weights(model)
-        self._own_attach, self.training = attach, training or Training()
+        self._own_attach, self.training, self._twin_errors = attach, training or Training(), twin_errors
         self.adapters = CaseAdapters(self.targets, self.training, self)
         self.attach: Attach = attach or self.adapters.attach
-        self._twin_errors = twin_errors
         self._results: dict[tuple[Any, ...], Any] = {}
         if not self.copies and not attach:
             self.adapters.draw(spec)  # as long as the caller's model is in no one's hands
@@ -122,7 +122,7 @@ class Loaded:
     def copy(self) -> Any:
         """A fresh base."""
         self._room()
-        return copy.deepcopy(self.pristine)
+        return deep_copy(self.pristine)
 
     def reload(self, folder: str, device: str) -> Any:
         """A model of this kind as ``save_pretrained`` left it in ``folder``."""

@@ -27,7 +27,9 @@ QUICK: Sequence[Cell] = (
     ("tiny:gpt2", "nf4,compute=fp32", ("reentrant", "off")),
     ("tiny:gpt2", "int8", ("default",)),
 )
-RECIPES = ("bert", "gemma", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "t5", "whisper")
+RECIPES = (
+    "bert", "gemma", "gpt-oss", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "qwen3-moe", "t5", "whisper",
+)  # fmt: skip
 # The layers of recipes that have no Linear; a backend that replaces none of them leaves nothing quantized.
 LAYERS = {"tiny:gpt2": "Conv1D"}
 # Deeper than any threshold that somebody would write, in one case: it is dear, and its architecture is Llama's.

@@ -14,6 +14,7 @@ from kbitcheck.sabotage import (
     contract,
     cost,
     drawn,
+    experts,
     freezing,
     gradients,
     precision,
@@ -26,6 +27,6 @@ from kbitcheck.sabotage import (
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
-    "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "contract", "cost", "drawn", "faults", "freezing", "gradients", "precision",
-    "small_gradients", "start", "use", "use_beside", "watched",
+    "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "contract", "cost", "drawn", "experts", "faults", "freezing", "gradients",
+    "precision", "small_gradients", "start", "use", "use_beside", "watched",
 ]  # fmt: skip

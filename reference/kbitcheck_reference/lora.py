@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .lora_layer import LoraLinear, is_conv1d
+from .lora_layer import LoraLinear, LoraStack, is_conv1d
 from .quantized import is_quantized
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -38,8 +38,9 @@ def attach(
         rank: inner size of each pair.
         alpha: the update is scaled by ``alpha / rank``.
         dropout: probability, on the adapters' inputs.
-        targets: layers to wrap, by the last components of their path (``q_proj``, ``mlp.up_proj``). By default every
-            quantized linear layer, or every linear layer where none is quantized, the output head left out.
+        targets: layers to wrap, by the last components of their path (``q_proj``, ``mlp.up_proj``), and parametrized stacks of
+            experts (``parametrizations.gate_up_proj``). By default every quantized linear layer, or every linear layer where
+            none is quantized, the output head left out.
         dtype: dtype of the pairs.
         seed: of the draw of every ``lora_A``.
 
@@ -57,7 +58,9 @@ def attach(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     wrapped = {
-        base: LoraLinear(base, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, seed=_seed_of(seed, name))
+        base: (LoraStack if _is_stack(name) else LoraLinear)(
+            base, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, seed=_seed_of(seed, name)
+        )
         for name, base in chosen.items()
     }
     _replace_children(model, wrapped)
@@ -70,9 +73,9 @@ def detach(model: ModelT) -> ModelT:
     return model
 
 
-def layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Map the full name of every LoRA layer to the layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+def layers(model: nn.Module) -> dict[str, Any]:
+    """Map the full name of every LoRA layer to the layer: a ``LoraLinear``, or a ``LoraStack`` of experts."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (LoraLinear, LoraStack))}
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -138,6 +141,11 @@ def _is_linear(module: nn.Module) -> bool:
     return is_quantized(module) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
+def _is_stack(name: str) -> bool:
+    """Whether a module of this name stands for a parameter, a stack of weights, that its owner reads through torch's parametrization."""
+    return name.split(".")[-2:-1] == ["parametrizations"]
+
+
 def _default_targets(model: nn.Module) -> dict[str, nn.Module]:
     pretrained: Any = model
     head = pretrained.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -152,7 +160,7 @@ def _default_targets(model: nn.Module) -> dict[str, nn.Module]:
 def _named_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
     by_ending: dict[str, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if _is_linear(module):
+        if _is_linear(module) or _is_stack(name):
             parts = name.split(".")
             for start in range(len(parts)):
                 by_ending.setdefault(".".join(parts[start:]), {})[name] = module

@@ -62,6 +62,40 @@ class LoraLinear(nn.Module):
         return total
 
 
+class LoraStack(nn.Module):
+    """A frozen stack of experts' weights that another module reads, with a low-rank pair for each: ``W + scaling * B @ A``.
+
+    It stands where ``base_layer`` stood, in a module's ``parametrizations``: reading the parameter calls it. The factors are
+    ``(experts, rank, columns)`` and ``(experts, rows, rank)``; arguments are those of ``LoraLinear``.
+    """
+
+    is_adapter_layer = True
+
+    def __init__(
+        self, base_layer: nn.Module, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int
+    ) -> None:
+        super().__init__()
+        if dropout:
+            raise ValueError("adapters on stacked experts have no input of their own to drop from")
+        like: torch.Tensor = base_layer()
+        experts, rows, columns = like.shape
+        self.base_layer = base_layer
+        bound = columns**-0.5
+        draw = torch.Generator().manual_seed(seed)
+        down = torch.empty(experts, rank, columns).uniform_(-bound, bound, generator=draw)
+        self.lora_A = _Factor(down.to(like.device, dtype))
+        self.lora_B = _Factor(torch.zeros(experts, rows, rank, dtype=dtype, device=like.device))
+        self.scaling = alpha / rank
+        self.train(base_layer.training)
+
+    def forward(self) -> torch.Tensor:
+        """The weights with their updates, in the dtype in which they are read."""
+        weights: torch.Tensor = self.base_layer()
+        with torch.autocast(weights.device.type, enabled=False):
+            update = (self.lora_B.weight @ self.lora_A.weight) * self.scaling
+        return weights + update.to(weights.dtype)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, which stores its weight as ``(in, out)``."""
     return any(base.__name__ == "Conv1D" for base in type(module).__mro__)
@@ -72,6 +106,12 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     return linear
+
+
+class _Factor(nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

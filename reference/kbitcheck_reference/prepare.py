@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from . import formats
 from .adapters import adapter_parameters, enabled_biases
 from .input_grads import require_input_grads
 from .quantized import is_quantized
-from .upcast import castable_parameters, upcast
+from .upcast import HALF_DTYPES, castable_parameters, upcast
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -98,10 +99,16 @@ def freeze_base(model: nn.Module) -> None:
 def upcast_unquantized(model: nn.Module) -> None:
     """Cast every unquantized float16 and bfloat16 parameter to float32, nothing else (KB201 to KB208, KB211, KB603).
 
+    Packed weights that a module reads unpacked, such as parametrized experts, are read in float32 too: it multiplies them with
+    float32 activations now (KB210).
+
     One storage at a time (KB601); an accelerator's freed blocks are handed back (KB602).
     """
     parameters = castable_parameters(model)
     upcast(parameters)
+    for state in formats.read_states(model):
+        if state.dtype in HALF_DTYPES:
+            state.dtype = torch.float32
     for kind in {parameter.device.type for parameter in parameters} - {"cpu", "meta"}:
         return_cache(kind)
 

@@ -22,6 +22,8 @@ OPTIONS = (
     Option("double"),
     dtype_option("compute", "bf16", "fp16", "fp32"),
     dtype_option("storage", "uint8", "bf16", "fp16", "fp32"),
+    # Stacked ones, which are no linear layers.
+    Option("experts", ("as-loaded", "parametrize"), "as-loaded", every_model=False),
 )
 
 
@@ -94,6 +96,12 @@ class BitsAndBytes(Backend):
             bnb_4bit_quant_storage=getattr(torch, DTYPES[choice["storage"]]),
             llm_int8_skip_modules=skip,
         )
+
+    def complete(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
+        if choice.scheme != "int8" and choice["experts"] == "parametrize":
+            from kbitcheck.backends.bitsandbytes.experts import parametrize
+
+            parametrize(model, choice, skip)
 
     def steady(self, model: nn.Module) -> None:
         """Switch off the repacking of 4-bit weights in a forward in eval mode on CPUs with AVX512-BF16.

@@ -9,7 +9,7 @@ from bitsandbytes.functional import dequantize_4bit
 from kbitcheck_reference.formats import bitsandbytes as oracle
 from torch import nn
 
-from kbitcheck.backends.bitsandbytes.recognise import BitsAndBytesLayers, is_4bit, scales
+from kbitcheck.backends.bitsandbytes.recognise import BitsAndBytesLayers, is_4bit, scales, state_4bit
 from kbitcheck.backends.protocol import Arithmetic
 
 # Devices whose int8 layers train on unpacked weights, and on inputs as they are (``bitsandbytes.matmul``, 0.50.2).
@@ -32,17 +32,17 @@ class BitsAndBytesArithmetic(Arithmetic):
 
     def unpacked_dtype(self, module: Any) -> torch.dtype | None:
         """The quantization state's dtype: the 4-bit backward unpacks to it first, and the forward does not."""
-        state = getattr(module.weight, "quant_state", None)
+        state = state_4bit(module)
         return None if state is None else state.dtype
 
     def unpacked(self, module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """In ``dtype`` or the state's for 4 bits, always in float32 for int8."""
-        weight = module.weight
         if is_4bit(module):
-            state = copy.copy(weight.quant_state)
+            state = copy.copy(state_4bit(module))
             state.dtype = dtype or state.dtype
-            unpacked: torch.Tensor = dequantize_4bit(weight.data, state)
+            unpacked: torch.Tensor = dequantize_4bit(BitsAndBytesLayers().packed(module).data, state)
             return unpacked
+        weight = module.weight
         rows: torch.Tensor = weight.data.to(torch.float32) * (
             scales(module).to(torch.float32) * (1.0 / 127.0)
         ).unsqueeze(1)
@@ -56,19 +56,19 @@ class BitsAndBytesArithmetic(Arithmetic):
         if not is_4bit(module):
             values = module.weight.detach().double() if out is None else out.copy_(module.weight.detach())
             return values.mul_(scales(module).detach().double().reshape(-1, 1) / oracle.INT8_STEPS)
-        state = module.weight.quant_state
+        state, packed = state_4bit(module), BitsAndBytesLayers().packed(module).data
         count = state.shape.numel()
         if getattr(state, "packing_format_for_cpu", False) or count % 2:
             weight = oracle.unpack(module)
-            return weight if out is None else out.copy_(weight)
+            return weight if out is None else out.view(weight.shape).copy_(weight)
         if out is None:
-            out = torch.empty(tuple(state.shape), dtype=torch.float64, device=module.weight.device)
-        raw = oracle.raw_bytes(module.weight.data, count)
+            out = torch.empty(tuple(state.shape), dtype=torch.float64, device=packed.device)
+        raw = oracle.raw_bytes(packed, count)
         pairs = _pairs(state.quant_type).to(raw.device)
         for codes, piece in zip(raw.split(BYTES), torch.view_as_complex(out.view(-1, 2)).split(BYTES), strict=True):
             torch.index_select(pairs, 0, codes.int(), out=piece)
         oracle.scale_blocks(out.view(-1), oracle.absmax(state), state.blocksize)
-        return out
+        return out.view(tuple(state.shape))
 
     def rounds_input(self, module: nn.Module) -> bool:
         """int8 does: on accelerators always, on a CPU in eval mode."""

@@ -11,7 +11,9 @@ import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from kbitcheck.backends.protocol import Kernels
 
@@ -22,6 +24,10 @@ class BitsAndBytesKernels(Kernels):
     """States become fakes; int8 takes the CUDA function where the device is one, and no feature is an outlier."""
 
     def fake(self, module: Any, real: Mapping[str, Any], tensor: Fake) -> None:
+        if isinstance(module, ParametrizationList):
+            own = next(each for each in module if isinstance(each, Bnb4bitParametrization))
+            own.quant_state = _state(own.quant_state, tensor)
+            return
         weight, packed = module.weight, real["weight"]
         vars(weight).update(CB=None, SCB=None)  # what the layers look for on their weight
         if isinstance(packed, Params4bit):

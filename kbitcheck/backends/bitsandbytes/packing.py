@@ -1,6 +1,7 @@
 """Packed weights and their states on the meta device, to the byte."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from kbitcheck.backends.bitsandbytes.recognise import BitsAndBytesLayers, state_4bit
 from kbitcheck.backends.protocol import Packing
 from kbitcheck.backends.schemes import Choice
 
@@ -21,13 +23,15 @@ META = torch.device("meta")
 class BitsAndBytesPacking(Packing):
     """bitsandbytes' own functions run on the meta device, and say what a packed weight and its state look like."""
 
-    def quantize_empty(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def as_on_meta(self) -> AbstractContextManager[Any]:
         # Never to be made on the meta device.
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
         values = cache(functional.get_4bit_type)
-        # Each layer has its own copy of the type's 16 values, which are computed once.
-        own = mock.patch.object(functional, "get_4bit_type", lambda *args, **named: values(*args, **named).clone())
-        with own:
+        # Each weight has its own copy of the type's 16 values, which are computed once.
+        return mock.patch.object(functional, "get_4bit_type", lambda *args, **named: values(*args, **named).clone())
+
+    def quantize_empty(self, model: nn.Module, dtype: torch.dtype) -> None:
+        with self.as_on_meta():
             for module in model.modules():
                 if isinstance(module, Linear4bit | Linear8bitLt):
                     _quantize(module, dtype)
@@ -40,15 +44,17 @@ class BitsAndBytesPacking(Packing):
         int8: the weight goes back to the host, and comes again in float16 (``Bnb8bitQuantize``, ``Int8Params._quantize``);
         before transformers 5 it was on the host until then.
         """
-        rows, columns, packed = int(module.out_features), int(module.in_features), int(module.weight.nbytes)
+        recognition = BitsAndBytesLayers()
+        (rows, columns), packed = recognition.shape(module), int(recognition.packed(module).nbytes)
         read = rows * columns * dtype.itemsize
         if isinstance(module, Linear8bitLt):
             again = rows * columns * torch.float16.itemsize
             return (read if transformers.__version__ >= "5" else 0) + again + packed + 4 * rows
         if getattr(module, "source_cls", None) is Conv1D:  # transposed, and then made contiguous
             read *= 2
-        scales = 4 * -(-rows * columns // int(module.weight.blocksize))
-        return read + packed + scales * (2 if module.weight.compress_statistics else 1)
+        state = state_4bit(module)
+        scales = 4 * -(-rows * columns // int(state.blocksize))
+        return read + packed + scales * (2 if state.nested else 1)
 
     def undivided(self, choice: Choice) -> str:
         """FSDP and DeepSpeed divide float dtypes; bitsandbytes can store 4 bits as one (its docs, "FSDP-QLoRA")."""

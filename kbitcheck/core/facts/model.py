@@ -42,7 +42,8 @@ class TensorFacts:
 class LayerFacts:
     """One quantized layer, recognised by its type and its quantization state. ``state`` maps each field of the state to a digest.
 
-    A ``stack`` is a parameter that packs the weights of several experts; its features out are those of all of them.
+    One that does not ``multiplies`` holds a weight that another module reads unpacked, in the dtype ``compute``; ``experts`` is the
+    number of matrices in it. A ``stack`` is a parameter that packs the weights of several experts; its features out are those of all of them.
     ``zero_rows`` counts the rows of the unpacked weight whose norm is zero or subnormal in its dtype; None without numbers.
 
     ``laid_out_before`` digests the packed weight as it was before the library's own forward laid it out anew; "" where none did.
@@ -59,6 +60,8 @@ class LayerFacts:
     dequantized: str
     laid_out_before: str = ""
     stack: bool = False
+    multiplies: bool = True
+    experts: int = 1
     zero_rows: int | None = None
 
 

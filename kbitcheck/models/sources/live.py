@@ -34,7 +34,7 @@ class LiveModel(Source):
         """The text form of the model's own quantization."""
         from kbitcheck import backends
 
-        kinds = sorted({backends.recognition(m).scheme(m) for _, m in backends.quantized_layers(self.model)})
+        kinds = sorted({backends.recognition(m).scheme(m) for _, m in backends.holders(self.model)})
         kinds = kinds or sorted(backends.emptied_schemes(self.model))
         if not kinds:
             raise UsageError(f"{self.name} has no quantized layer: load it with a quantization_config first")

@@ -12,6 +12,7 @@ from kbitcheck.observe.probes.live import state_tensors
 STORED = "a checkpoint that is quantized already is read as it is stored"
 QUANTIZED = "it stands beside what it is quantized to; transformers reads one tensor at a time while it quantizes"
 JOINED = "it is joined from the checkpoint's tensors, which stand beside it"
+PACKED_LATER = "it is packed when all is loaded: until then every stack of experts is there unpacked"
 LARGEST = "each tensor is made once, as it stays"
 
 
@@ -21,13 +22,14 @@ def while_loading(model: Any, facts: ModelFacts, *, stored: bool, dtype: Any) ->
     ``stored`` says that the checkpoint is quantized already, ``dtype`` is that of the weights that are not.
     transformers (core_model_loading.py, ``convert_and_load_state_dict_in_model``, 5.0 to 5.23) sorts the tensors by name,
     and while it quantizes puts one on the device, packs it and frees it before the next. Four threads read a checkpoint
-    that is quantized already; all that they read stays.
+    that is quantized already; all that they read stays. What other modules read unpacked is packed after that.
     """
     joined, tied = internals.joined_parameters(model), internals.tied_parameters(model)
     loaded = sum(t.nbytes for t in {t.storage: t for t in facts.buffers.values()}.values())
     largest = LoadingFacts(peak=loaded, tensor="buffers", how=LARGEST)
     seen: set[int] = set()
     sizes: dict[object, int] = {}
+    later: dict[str, int] = {}
     for name in sorted(facts.parameters, key=_natural):
         tensor = facts.parameters[name]
         if tensor.storage in seen or name in tied:
@@ -35,7 +37,12 @@ def while_loading(model: Any, facts: ModelFacts, *, stored: bool, dtype: Any) ->
         seen.add(tensor.storage)
         own, beside, how = tensor.nbytes, 0, LARGEST
         layer = facts.holder(name) if tensor.packed else None
-        if layer is not None and not layer.stack:
+        if layer is not None and not layer.multiplies and not stored:
+            own = layer.in_features * layer.out_features * dtype.itemsize
+            packing = backends.packing(model.get_submodule(layer.name))
+            later[name] = packing.while_quantizing(model.get_submodule(layer.name), dtype) - own
+            beside, how = own, JOINED  # stacks are joined of the checkpoint's experts
+        elif layer is not None and not layer.stack:
             module = model.get_submodule(layer.name)
             own += sum(t.nbytes for t in state_tensors(module).values())
             key = (layer.scheme, layer.in_features, layer.out_features)
@@ -49,6 +56,9 @@ def while_loading(model: Any, facts: ModelFacts, *, stored: bool, dtype: Any) ->
         if at > largest.peak:
             largest = LoadingFacts(peak=at, tensor=name, how=how)
         loaded += own
+    last = max(later, key=lambda name: later[name], default="")
+    if later and loaded + later[last] > largest.peak:
+        largest = LoadingFacts(peak=loaded + later[last], tensor=last, how=PACKED_LATER)
     return largest if not stored or largest.how == JOINED else LoadingFacts(peak=loaded, tensor="", how=STORED)
 
 

@@ -68,8 +68,8 @@ def of_weights(model: Any, facts: ModelFacts, spec: CaseSpec, notes: tuple[str, 
     targets = adapter_probe.target_layers(model, spec.targets) if facts.takes_adapters else []
     sizes = {
         f"{name}.{end}": spec.rank * width
-        for name in targets
-        for end, width in (("A", facts.layers[name].in_features), ("B", facts.layers[name].out_features))
+        for name, layer in ((name, facts.layers[name]) for name in targets)
+        for end, width in (("A", layer.experts * layer.in_features), ("B", layer.out_features))
     }
     return ForecastFacts(
         groups=weights.groups(model, facts),

@@ -24,7 +24,7 @@ HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "proj_ou
 
 
 def target_layers(model: nn.Module, targets: str) -> list[str]:
-    """Names of the quantized layers that get an adapter: all but the head, or those that ``targets`` names by their end.
+    """Names of the quantized layers and stacks of experts that get an adapter: all but the head, or those that ``targets`` names.
 
     Raises:
         UsageError: nothing matches.
@@ -72,7 +72,9 @@ def attach(model: nn.Module, layers: Sequence[str], *, library: str, rank: int, 
     if library == "peft":
         from peft import LoraConfig, get_peft_model
 
-        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)))
+        # Its adapters on parametrized parameters fail in their second forward (docs/findings/peft_parametrized_experts.py).
+        linears = [name for name in layers if hasattr(model.get_submodule(name), "in_features")]
+        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears))
         owned = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
     else:
         wrapped = lora.attach(model, rank=rank, alpha=2.0 * rank, targets=list(layers))

@@ -39,7 +39,7 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers: dict[str, Any] = dict(backends.quantized_layers(model))
+        self.layers: dict[str, Any] = dict(backends.holders(model))
         self.misread: dict[str, float] = {}
         elements = [math.prod(backends.recognition(layer).shape(layer)) for layer in self.layers.values()]
         self._all_kept = 8 * sum(elements) <= KEPT_BYTES
@@ -48,7 +48,7 @@ class Weights:
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
         for name, layer in self.layers.items():
             arithmetic = backends.arithmetic(layer)
-            shape, device = backends.recognition(layer).shape(layer), layer.weight.device
+            shape, device = backends.recognition(layer).shape(layer), _device(layer)
             weight = arithmetic.exact(layer, self._scratch(shape, dtype=torch.float64, device=device))
             # In float32: what a forward in another dtype than the state's unpacks to was not rounded to the state's.
             kernel = arithmetic.unpacked(layer, torch.float32)
@@ -64,12 +64,21 @@ class Weights:
             return self._kept[name]
         layer = self.layers[name]
         if name not in self._kernels and not self._all_kept:
-            shape, device = backends.recognition(layer).shape(layer), layer.weight.device
+            shape, device = backends.recognition(layer).shape(layer), _device(layer)
             return backends.arithmetic(layer).exact(layer, self._scratch(shape, dtype=torch.float64, device=device))
         weight = self._kernels[name].double() if name in self._kernels else backends.arithmetic(layer).exact(layer)
         if self._all_kept:
             self._kept[name] = weight
         return weight
+
+    def stack(self, name: str, unpack: Unpack | None = None) -> Read:
+        """A weight that stays after the next one is unpacked, as what is read into a graph must; by default in float64."""
+        layer = self.layers[name]
+        if unpack is not None:
+            return cache(partial(unpack, layer, torch.empty)) if self._all_kept else partial(unpack, layer, torch.empty)
+        if name in self._kernels or self._all_kept:
+            return partial(self.exact, name)
+        return partial(backends.arithmetic(layer).exact, layer)
 
     def reader(self, name: str, unpack: Unpack) -> Read:
         """The layer's weight as ``unpack`` makes it: of a small model once, of a large one anew each time in the same memory."""
@@ -83,6 +92,10 @@ class Weights:
         if held is None or held.numel() < count:
             held = self._scratches[dtype] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return backends.recognition(layer).packed(layer).device
 
 
 def _far(kernel: torch.Tensor, weight: torch.Tensor, unpacked: torch.dtype) -> bool:

@@ -92,7 +92,7 @@ def own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Every parameter, buffer and tensor of a quantization state; of one that wraps others, those."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield from parts(tensor)
-    for _, layer in backends.quantized_layers(model):
+    for _, layer in backends.holders(model):
         yield from state_tensors(layer).values()
 
 

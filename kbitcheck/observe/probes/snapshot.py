@@ -56,11 +56,20 @@ def _tensors(
 ) -> dict[str, Any]:
     met = _Met()
     owned, named = {id(p) for p in adapters.values()}, {id(p) for p in declared.values()}
-    layers = dict(backends.quantized_layers(model))
+    layers = dict(backends.holders(model))
+    packed = {id(backends.recognition(m).packed(m)) for m in layers.values()}
     biases = {id(m.bias) for m in layers.values() if getattr(m, "bias", None) is not None}
     return {
         "parameters": {
-            n: _tensor(n, p, met, adapter=id(p) in owned, declared=id(p) in named, quantized_bias=id(p) in biases)
+            n: _tensor(
+                n,
+                p,
+                met,
+                packed=id(p) in packed or backends.is_packed(p),
+                adapter=id(p) in owned,
+                declared=id(p) in named,
+                quantized_bias=id(p) in biases,
+            )
             for n, p in model.named_parameters(remove_duplicate=False)
         },
         "buffers": {n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
@@ -120,13 +129,17 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
     state = {k: digest.of(v) for k, v in recognition.state(module).items()}
     before = recognition.laid_out_before(module)
     unpacked = _unpacked(module, state)
+    multiplies = recognition.multiplies(module)
+    computes = arithmetic.compute_dtype(module) if multiplies else arithmetic.unpacked_dtype(module)
     return LayerFacts(
         name=name,
         cls=type(module).__name__,
         scheme=recognition.scheme(module),
         in_features=columns,
         out_features=rows,
-        compute=str(arithmetic.compute_dtype(module)).removeprefix("torch."),
+        compute=str(computes).removeprefix("torch."),
+        multiplies=multiplies,
+        experts=recognition.experts(module),
         rounds_input=arithmetic.rounds_input(module),
         state=state,
         dequantized=unpacked.digest,
@@ -169,11 +182,12 @@ class _Unpacked(NamedTuple):
 
 
 def _unpacked(module: nn.Module, state: Mapping[str, str]) -> _Unpacked:
-    weight: Any = module.weight
-    key = (digest.of(weight), *state.items())  # all that unpacking goes by
+    recognition, arithmetic = backends.recognition(module), backends.arithmetic(module)
+    key = (digest.of(recognition.packed(module)), *state.items())  # all that unpacking goes by
     if key not in _weights:
         try:
-            numbers = backends.arithmetic(module).unpacked(module)
+            # What is read is compared as numbers: the dtype in which it is read may be another after preparation.
+            numbers = arithmetic.unpacked(module, None if recognition.multiplies(module) else torch.float32)
         except Exception as error:  # a layer whose state was broken is a fact, not a crash
             return _Unpacked(f"{type(error).__name__}: {error}")
         _weights[key] = _Unpacked(digest.value(numbers), _zero_rows(numbers))
@@ -183,6 +197,7 @@ def _unpacked(module: nn.Module, state: Mapping[str, str]) -> _Unpacked:
 def _zero_rows(weight: torch.Tensor) -> int | None:
     if weight.is_meta:
         return None
+    weight = weight.flatten(0, -2)
     largest = weight.abs().amax(dim=1)  # a norm is at least this, and at most this times the root of the row's length
     small = weight[largest < torch.finfo(weight.dtype).tiny]
     return int((small.double().norm(dim=1) < torch.finfo(weight.dtype).tiny).sum()) if len(small) else 0
@@ -226,8 +241,7 @@ def _numbers(tensor: torch.Tensor, bits: str) -> str:
     return _digests[key]
 
 
-def _tensor(name: str, tensor: torch.Tensor, met: _Met, **flags: bool) -> TensorFacts:
-    packed = backends.is_packed(tensor)
+def _tensor(name: str, tensor: torch.Tensor, met: _Met, *, packed: bool = False, **flags: bool) -> TensorFacts:
     bits, value = met.digests(tensor, packed=packed)
     return TensorFacts(
         name=name,

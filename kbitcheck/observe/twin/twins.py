@@ -103,10 +103,24 @@ class TwinLinear(nn.Linear):
         return product.to(x.dtype) if self.compute else product
 
 
+class TwinStack(nn.Module):
+    """In place of a parametrization: what another module reads is ``read()``, plain numbers without a gradient."""
+
+    def __init__(self, layer: Any, read: Read) -> None:
+        super().__init__()
+        self.read = read
+        self.experts = backends.recognition(layer).experts(layer)
+
+    def forward(self) -> torch.Tensor:
+        return self.read()
+
+
 def float64(base: nn.Module, weights: Weights) -> nn.Module:
     """The float64 twin of a base, which is left alone; ``weights`` are the quantized layers', by name."""
 
-    def plain(name: str, layer: Any) -> TwinLinear:
+    def plain(name: str, layer: Any) -> nn.Module:
+        if not backends.recognition(layer).multiplies(layer):
+            return TwinStack(layer, weights.stack(name))
         read = partial(weights.exact, name)
         return TwinLinear(layer, read, torch.float64, read, lambda x: x, lambda x: torch.float64)
 
@@ -120,8 +134,11 @@ def float64(base: nn.Module, weights: Weights) -> nn.Module:
 def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
     """The twin of a base that rounds as an ideal preparation under ``profile`` must; the base is left alone."""
 
-    def plain(name: str, layer: Any) -> TwinLinear:
+    def plain(name: str, layer: Any) -> nn.Module:
         arithmetic = backends.arithmetic(layer)
+        if not backends.recognition(layer).multiplies(layer):
+            dtype = promised(profile, name, layer) or arithmetic.unpacked_dtype(layer) or torch.float32
+            return TwinStack(layer, weights.stack(name, partial(_unpacked, dtype=dtype)))
         compute, backward = arithmetic.compute_dtype(layer), arithmetic.unpacked_dtype(layer)
         # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
         read = weights.reader(name, partial(_unpacked, dtype=compute or torch.float32))
@@ -150,7 +167,7 @@ def promised(profile: str, name: str, module: nn.Module) -> torch.dtype | None:
 def cast(model: nn.Module, profile: str) -> None:
     """Cast, in place, what is not quantized as ``profile`` promises."""
     for name, module in model.named_modules():
-        packed = isinstance(module, TwinLinear) or backends.is_quantized(module)
+        packed = isinstance(module, (TwinLinear, TwinStack)) or backends.is_quantized(module)
         if not packed and promised(profile, name, module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in HALVES:

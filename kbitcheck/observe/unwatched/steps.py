@@ -48,6 +48,8 @@ class Adapted:
         self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in targets:
             layer: Any = model.get_submodule(name)
+            if not hasattr(layer, "in_features"):  # a stack of experts, which is called without an input
+                continue
             down, up = (
                 (0.1 * torch.randn(shape, generator=generator)).requires_grad_(True)
                 for shape in ((RANK, layer.in_features), (layer.out_features, RANK))

@@ -1,7 +1,8 @@
 """Formats of packed weights: the modules beside this file, then those of the entry-point group.
 
 A format is a module or an object with ``PACKAGE`` (the library whose classes it knows), ``packs(parameter) -> bool``,
-``holds(module) -> bool``, ``unpack(layer)`` -> float64 ``(out, in)`` and ``pack(weight, scheme)`` -> tensors by name.
+``holds(module) -> bool``, ``unpack(layer)`` -> float64 ``(out, in)`` and ``pack(weight, scheme)`` -> tensors by name; and, where
+weights are unpacked for modules that multiply them themselves, ``read_state(module)`` -> the state whose ``dtype`` they are read in.
 """
 
 import pkgutil
@@ -49,6 +50,12 @@ def of(module: nn.Module) -> Any:
 def packs(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a packed weight of any format."""
     return any(form.packs(parameter) for form in registered())
+
+
+def read_states(model: nn.Module) -> Iterator[Any]:
+    """States of packed weights that other modules read unpacked, in the state's ``dtype``, which may be assigned."""
+    readers = [form.read_state for form in registered() if hasattr(form, "read_state")]
+    return (state for module in model.modules() for read in readers if (state := read(module)) is not None)
 
 
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:

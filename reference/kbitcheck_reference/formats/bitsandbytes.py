@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 # Each value is the float32 number that the kernels use, held exactly in float64.
 NF4 = torch.tensor(
@@ -104,6 +105,8 @@ def packs(parameter: torch.Tensor) -> bool:
 
 def holds(module: nn.Module) -> bool:
     """Whether a module owns a packed weight with its state; weights that are not packed yet are not quantized."""
+    if read_state(module) is not None:
+        return True
     for parameter in module.parameters(recurse=False):
         if packs(parameter):
             states = (getattr(owner, "quant_state", None) for owner in (parameter, module))
@@ -112,15 +115,23 @@ def holds(module: nn.Module) -> bool:
     return False
 
 
+def read_state(module: Any) -> Any:
+    """The state of a parametrized parameter (torch's ``ParametrizationList``), whose owner reads it unpacked; else None."""
+    if not isinstance(module, ParametrizationList):
+        return None
+    return next((each.quant_state for each in module if hasattr(each, "quant_state")), None)
+
+
 def unpack(layer: nn.Module) -> torch.Tensor:
-    """The weight that a layer stands for, float64, ``(out, in)``; nothing of the layer changes.
+    """The weight that a layer stands for, float64, ``(out, in)`` or as its owner reads it; nothing of the layer changes.
 
     Works for whatever storage dtype packs the weight, whether or not its scales are quantized again, before and after a
     forward has moved int8 state about, and in the layout that bitsandbytes repacks to for AVX-512 in an eval forward on
     a CPU.
     """
-    weight: Any = layer.weight
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    own = read_state(layer)
+    weight: Any = layer.weight if own is None else layer.original
+    state = own or getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         return dequantize_int8(weight.data, _int8_scales(layer))
     table = TABLES[state.quant_type]
