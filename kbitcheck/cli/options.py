@@ -245,14 +245,18 @@ class RunOptions(JudgeOptions):
     checkpointing: Sequence[Checkpointing] = choice(
         "Gradient checkpointing; repeatable.", (), Checkpointing, key="checkpointing"
     )
-    profile: Profile = choice("The dtypes that the preparation promises.", "peft", Profile, key="profile")
+    profile: Profile = choice(
+        "The dtypes that the preparation promises; by default PEFT's, or a trainer's own.", None, Profile, key="profile"
+    )
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
     adapters: str = option(
         ADAPTERS_HELP, "reference", metavar=FORMS, read=lambda _, value: adapters_as_text(value), key="adapters"
     )
     targets: str = option("Layers that get adapters.", ALL_LINEAR, metavar="all-linear|NAMES")
     rank: int = option("Rank of the adapters.", 4, metavar="N", read=at_least(1))
-    freezes: Freezes = choice("When the base model must be frozen.", "at-prepare", Freezes)
+    freezes: Freezes = choice(
+        "When the base model must be frozen; by default at-prepare, or when a trainer does it.", None, Freezes
+    )
     batch: int | None = option("Sequences per step.", None, metavar="N", read=at_least(1))
     seq_len: int | None = option("Tokens per sequence.", None, metavar="N", read=at_least(1))
     seed: int = option("Random seed.", 0, metavar="N", read=at_least(0))

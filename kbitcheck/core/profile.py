@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from kbitcheck.core.cases import Profile
+from kbitcheck.core.cases import Freezes, Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +33,36 @@ PROMISES: Mapping[str, Promise] = MappingProxyType(
     }
 )
 
-# The profile of trainers' preparations, by the name that ``--prepare`` knows them by, where nothing is run that it could be read off.
-OF_TRAINERS: Mapping[str, Profile] = MappingProxyType(
-    dict.fromkeys(("trl", "llamafactory", "axolotl", "swift"), "frozen-half")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What an implementation keeps to: a profile, and when the base is frozen."""
+
+    profile: Profile
+    freezes: Freezes
+
+
+OF_PEFT = Kept(profile="peft", freezes="at-prepare")
+# Of trainers' preparations, by the name that ``--prepare`` knows them by. Of those that freeze at attaching, PEFT freezes the base.
+OF_TRAINERS: Mapping[str, Kept] = MappingProxyType(
+    {
+        "trl": Kept(profile="frozen-half", freezes="at-prepare"),
+        "llamafactory": Kept(profile="frozen-half", freezes="at-attach"),
+        "axolotl": Kept(profile="frozen-half", freezes="at-prepare"),
+        "swift": Kept(profile="frozen-half", freezes="at-attach"),
+    }
 )
 
 
-def assumed_profile(implementation: str) -> Profile:
-    """The profile that an implementation is taken to keep, by its name alone: a trainer's own, or PEFT's."""
+def kept_by(implementation: str) -> Kept:
+    """What an implementation is taken to keep, by its name alone: what a trainer does, or PEFT's recipe."""
     if "::" in implementation:  # a function of another environment
-        return "peft"
-    return OF_TRAINERS.get(implementation.partition("==")[0], "peft")
+        return OF_PEFT
+    return OF_TRAINERS.get(implementation.partition("==")[0], OF_PEFT)
+
+
+def with_kept(options: Mapping[str, Any], implementation: str) -> dict[str, Any]:
+    """Options of a case, whose profile and freezing, where they are not set, are those that the implementation keeps."""
+    kept = kept_by(implementation)
+    own = {"profile": options.get("profile") or kept.profile, "freezes": options.get("freezes") or kept.freezes}
+    return {**options, **own}

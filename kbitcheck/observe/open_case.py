@@ -13,7 +13,7 @@ from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts import Cost, Fact, ModelFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.plan import MARGIN, Budget, Item, Plan, Planner, display_name
-from kbitcheck.core.profile import assumed_profile
+from kbitcheck.core.profile import kept_by
 from kbitcheck.core.rule import Rule
 from kbitcheck.core.training import Training
 from kbitcheck.models.sources.live import LiveModel
@@ -100,7 +100,7 @@ def plans_of(specs: Sequence[CaseSpec], rules: Sequence[Rule], *, seconds: float
 
 def _assumed(spec: CaseSpec) -> CaseSpec:
     """The spec under the profile that is assumed while nothing is prepared."""
-    return dataclasses.replace(spec, profile=assumed_profile(spec.implementation)) if spec.profile == "auto" else spec
+    return dataclasses.replace(spec, profile=kept_by(spec.implementation).profile) if spec.profile == "auto" else spec
 
 
 def _within(case: Case, rules: Sequence[Rule], **limits: float) -> Case:

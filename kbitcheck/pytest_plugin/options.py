@@ -36,7 +36,9 @@ OPTIONS = {
     "model": Option("MODEL", "Use these models instead of the suite's; repeatable.", repeatable=True),
     "quant": Option("Q", "Quantization, with options as in `kbitcheck impl --quant`; repeatable.", repeatable=True),
     "checkpointing": Option("MODE", "reentrant, non-reentrant, default or off; repeatable.", repeatable=True),
-    "profile": Option("PROFILE", "The dtypes that the preparation promises: peft, qlora, frozen-half or auto.", "peft"),
+    "profile": Option(
+        "PROFILE", "The dtypes that the preparation promises: peft (the default), qlora, frozen-half or auto."
+    ),
     "select": Option("CODES", "Only these rules; prefixes (KB3) too; repeatable.", repeatable=True),
     "suite": Option("SUITE", "Suite of recipes: quick or full.", "quick"),
     "timeout": Option("SECONDS", "Time limit of one case.", "600"),
@@ -159,10 +161,10 @@ class Settings:
         from kbitcheck.core.suggest import did_you_mean
         from kbitcheck.run import subject, suites
 
-        profile = self._values["profile"] or self.configuration.get("profile") or OPTIONS["profile"].default
+        profile = self._values["profile"] or self.configuration.get("profile")
         checkpointing = self._several("checkpointing", "checkpointing")
         for option, values, choices in (
-            ("profile", [profile], get_args(Profile)),
+            ("profile", [profile] * bool(profile), get_args(Profile)),
             ("checkpointing", checkpointing, get_args(Checkpointing)),
             ("suite", [self.suite], ("quick", "full")),
         ):

@@ -10,6 +10,7 @@ from kbitcheck.backends.quantization import DEFAULT, Quantization
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.conditions import ALL, FEW
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.profile import with_kept
 
 # Model, quantization, checkpointing modes.
 Cell: TypeAlias = tuple[str, str, Sequence[Checkpointing]]
@@ -63,13 +64,14 @@ def cases(
     models: Sequence[str] = (),
     quants: Sequence[str] = (),
     checkpointing: Sequence[Checkpointing] = (),
+    implementation: str,
     **options: Any,
 ) -> list[CaseSpec]:
     """The suite's cases, narrowed or replaced by what the user named.
 
     Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
     quantizations or modes crosses the suite's models with them, without models that a quantization leaves as they are.
-    Cases of the whole quick suite share the
+    Profile and freezing that are not set are the implementation's own. Cases of the whole quick suite share the
     conditions, others look at a few, those of the full suite at all, and those of no suite at none.
     """
     for name, value in (("models", models), ("quants", quants), ("checkpointing", checkpointing)):
@@ -84,8 +86,15 @@ def cases(
         ]
     else:
         cells = [(model, quant, checkpointing or modes) for model, quant, modes in suite]
+    options = with_kept(options, implementation)
     specs = [
-        CaseSpec(model=model, quant=str(Quantization.parse(quant)), checkpointing=mode, **options)
+        CaseSpec(
+            model=model,
+            quant=str(Quantization.parse(quant)),
+            checkpointing=mode,
+            implementation=implementation,
+            **options,
+        )
         for model, quant, modes in cells
         for mode in modes
     ]

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 import kbitcheck
-from kbitcheck.core.profile import OF_TRAINERS, assumed_profile
-from kbitcheck.run import virtualenvs
+from kbitcheck.cli.main import run as command_line
+from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.profile import OF_TRAINERS, kept_by
+from kbitcheck.run import suites, virtualenvs
 from kbitcheck.run.requirements import TRAINERS, Requirement, parse
 from kbitcheck.run.subject import default_profile, validate
 
@@ -42,17 +44,43 @@ def test_a_release_means_what_the_trainer_means() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "profile"),
+    ("name", "profile", "freezes"),
     [
-        ("trl", "frozen-half"),
-        ("trl==1.16.0", "frozen-half"),
-        ("trl==1.16.0::a:b", "peft"),
-        ("peft", "peft"),
-        ("mine:f", "peft"),
+        ("trl", "frozen-half", "at-prepare"),
+        ("trl==1.16.0", "frozen-half", "at-prepare"),
+        ("trl==1.16.0::a:b", "peft", "at-prepare"),
+        ("llamafactory", "frozen-half", "at-attach"),
+        ("swift", "frozen-half", "at-attach"),
+        ("peft", "peft", "at-prepare"),
+        ("mine:f", "peft", "at-prepare"),
     ],
 )
-def test_what_is_assumed_where_nothing_runs(name: str, profile: str) -> None:
-    assert assumed_profile(name) == profile
+def test_cases_keep_what_the_implementation_is_known_to_keep(name: str, profile: str, freezes: str) -> None:
+    assert (kept_by(name).profile, kept_by(name).freezes) == (profile, freezes)
+    (spec,) = suites.cases((), models=["tiny:gpt2"], quants=["nf4"], checkpointing=["off"], implementation=name)
+    assert (spec.profile, spec.freezes) == (profile, freezes)
+    options = {"profile": "qlora", "freezes": "at-prepare"}
+    cells = suites.cases(suites.QUICK, implementation=name, **options)
+    assert {(spec.profile, spec.freezes) for spec in cells} == {("qlora", "at-prepare")}
+
+
+def test_every_command_that_names_a_trainer_judges_by_what_it_keeps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Which dtypes it promises, and when it freezes."""
+    specs: list[CaseSpec] = []
+
+    def run(cases: Sequence[CaseSpec], *args: Any, **options: Any) -> Any:
+        specs.extend(cases)
+        raise kbitcheck.UsageError("enough")
+
+    monkeypatch.setattr("kbitcheck.cli.cases.run", run)
+    monkeypatch.setattr("kbitcheck.cli.cases.install", lambda *args, **options: None)
+    for command in (["impl"], ["matrix"], ["gate", "--ledger", "none.toml", "--accept"]):
+        specs.clear()
+        command_line([*command, "llamafactory", "--model", "tiny:gpt2", "--quant", "nf4", "--output", str(tmp_path / "report")])
+        assert {(spec.profile, spec.freezes) for spec in specs} == {("frozen-half", "at-attach")}, command
+    capsys.readouterr()
 
 
 def test_a_forecast_of_a_trainer_upcasts_what_the_trainer_does() -> None:
@@ -61,7 +89,6 @@ def test_a_forecast_of_a_trainer_upcasts_what_the_trainer_does() -> None:
 
 
 def _forecast(name: str) -> Any:
-    from kbitcheck.core.cases import CaseSpec
     from kbitcheck.core.rule import select
     from kbitcheck.observe.open_case import open_case
     from kbitcheck.run.subject import unused

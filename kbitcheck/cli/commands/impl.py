@@ -1,20 +1,17 @@
 """``kbitcheck impl``."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import cast
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.cases import audit, install, require_implementation, suite_cases
 from kbitcheck.cli.console import echo, progress_bar
-from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, split_codes
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, split_codes
 from kbitcheck.cli.show_report import show_report
 from kbitcheck.cli.signals import signals_as_interrupts
-from kbitcheck.core.cases import Profile
 from kbitcheck.core.conditions import FEW
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.machine import validate_device
-from kbitcheck.core.profile import assumed_profile
+from kbitcheck.core.profile import with_kept
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.report.output_file import OutputFile
@@ -26,17 +23,11 @@ UNLIMITED = 10**9  # cases: hypothesis wants a number
 @dataclass(frozen=True, kw_only=True)
 class Options(SuiteOptions):
     impl: str = argument("[IMPL]", IMPL_HELP, default="", nargs="?", key="implementation")
-    profile: Profile = choice(
-        "The dtypes that the preparation promises; by default PEFT's, or a trainer's own.", None, Profile, key="profile"
-    )
 
 
 def run(options: Options) -> int:
     """Check one implementation on a suite, or on random cases; only its own failures count."""
     require_implementation("impl", options.impl)
-    options = dataclasses.replace(
-        options, profile=cast("Profile | None", options.profile) or assumed_profile(options.impl)
-    )
     if options.fuzz or options.hours:
         return run_fuzz(options)
     return audit("impl", suite_cases(options.impl, options), options, blame="own")
@@ -68,7 +59,7 @@ def run_fuzz(options: Options) -> int:
         models=options.model,
         quants=[str(Quantization.parse(quant)) for quant in options.quant],
         checkpointing=options.checkpointing,
-        options={name: value for name, value in options.case.items() if name != "seed"}
+        options={name: value for name, value in with_kept(options.case, options.impl).items() if name != "seed"}
         | {"conditions": options.conditions or FEW},
     )
     with signals_as_interrupts(), progress_bar(options.fuzz or None, quiet=options.quiet) as advance:
