@@ -55,7 +55,7 @@ def scales_norms_before_the_cast(model: Any) -> None:
 
 @breaks("KB204")
 def float32_parameter_rounded_through_bf16(model: Any) -> None:
-    parameter = model.get_parameter("transformer.h.1.attn.decay")
+    parameter = model.get_parameter("transformer.h.1.attn.unread_float32")
     parameter.data = parameter.data.bfloat16().float()
 
 
