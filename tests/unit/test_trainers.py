@@ -78,7 +78,9 @@ def test_every_command_that_names_a_trainer_judges_by_what_it_keeps(
     monkeypatch.setattr("kbitcheck.cli.cases.install", lambda *args, **options: None)
     for command in (["impl"], ["matrix"], ["gate", "--ledger", "none.toml", "--accept"]):
         specs.clear()
-        command_line([*command, "llamafactory", "--model", "tiny:gpt2", "--quant", "nf4", "--output", str(tmp_path / "report")])
+        command_line(
+            [*command, "llamafactory", "--model", "tiny:gpt2", "--quant", "nf4", "--output", str(tmp_path / "report")]
+        )
         assert {(spec.profile, spec.freezes) for spec in specs} == {("frozen-half", "at-attach")}, command
     capsys.readouterr()
 
