@@ -96,10 +96,10 @@ def input_dtypes(facts: Facts) -> Iterable[Observation]:
     usual = PROMISES[facts.profile].casts(norm=True)
     for dtype, layers in entering.items():
         half, layer = dtype in ("float16", "bfloat16"), f"{layers} quantized layer{'s' if layers > 1 else ''}"
-        notes = [f"attention: {facts.watched.attention}"] if facts.watched.attention else []
-        if usual and not half:
-            notes.append(f"{dtype} enters {layer}, as the recipe has it")
-        yield Observation(layer, "half precision", dtype, ok=half or usual, note="; ".join(notes))
+        note = f"{dtype} enters {layer}, as the recipe has it" if usual and not half else ""
+        yield Observation(layer, "half precision", dtype, ok=half or usual, note=note)
+    if kernel := facts.watched.attention:
+        yield Observation("attention", "any kernel", kernel, ok=True, note=f"attention: {kernel}")
 
 
 @rule("KB703", "trainer-keeps-it", Level.SHOULD)

@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Iterable, Mapping
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from kbitcheck.backends import registry
@@ -39,7 +39,8 @@ def attributes(*, of: Iterable[type | ModuleType] = (), libraries: bool = True) 
 def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
     """Attributes that were replaced, removed or added since ``before``, by dotted name: ("original" or "absent", how).
 
-    Names that are new in a module are left out, as modules resolve their names lazily.
+    A function or class that takes the place of another is named. Names that are new in a module are left out, as modules
+    resolve their names lazily.
     """
     changed: dict[str, tuple[str, str]] = {}
     for owner, old in before.items():
@@ -52,13 +53,19 @@ def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
                 if isinstance(owner, type):
                     changed[f"{_name(owner)}.{name}"] = ("absent", "added")
             elif then[name] is not now.get(name, ABSENT):
-                changed[f"{_name(owner)}.{name}"] = ("original", "replaced" if name in now else "removed")
+                changed[f"{_name(owner)}.{name}"] = ("original", _how(now[name]) if name in now else "removed")
     return dict(sorted(changed.items()))
 
 
 def replaced_at_import(before: Attributes) -> dict[str, tuple[str, str]]:
     """As ``replaced``; a removed one is left out, as lazy modules remove names when they resolve them."""
     return {name: (was, how) for name, (was, how) in replaced(before).items() if how != "removed"}
+
+
+def _how(now: Any) -> str:
+    """That an attribute was replaced, and by what, which says whose doing it is."""
+    named = isinstance(now, (FunctionType, BuiltinFunctionType, type))
+    return f"replaced by {now.__module__}.{now.__qualname__}" if named else "replaced"
 
 
 def classes_of(model: Any) -> set[type]:

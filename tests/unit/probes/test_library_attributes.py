@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,10 @@ import torch.utils.checkpoint
 import transformers
 
 from kbitcheck.observe.probes.call import call
+
+
+def own(*args: Any) -> None:
+    """Takes the place of another function."""
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -23,11 +28,21 @@ from kbitcheck.observe.probes.call import call
 )
 def test_every_call_names_what_it_replaced(owner: Any, name: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(model: torch.nn.Module) -> torch.nn.Module:
-        monkeypatch.setattr(owner, name, lambda *args: None)
+        monkeypatch.setattr(owner, name, own)
         return model
 
     _, facts = call(prepare, torch.nn.Bilinear(1, 1, 1), libraries=True)
-    assert [(n.rpartition(".")[2], how) for n, how in facts.process.items()] == [(name, ("original", "replaced"))]
+    how = ("original", f"replaced by {__name__}.own")
+    assert [(n.rpartition(".")[2], each) for n, each in facts.process.items()] == [(name, how)]
+
+
+def test_what_has_no_name_is_said_to_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: torch.nn.Module) -> torch.nn.Module:
+        monkeypatch.setattr(torch.nn.Linear, "forward", functools.partial(own))
+        return model
+
+    _, facts = call(prepare, torch.nn.Bilinear(1, 1, 1), libraries=True)
+    assert facts.process == {"torch.nn.modules.linear.Linear.forward": ("original", "replaced")}
 
 
 def test_an_attribute_that_is_added_to_a_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
