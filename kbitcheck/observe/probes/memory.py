@@ -1,7 +1,7 @@
 """What a training step holds, and what preparing costs, in bytes of storages alive."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,12 +75,35 @@ def _increments(entries: Mapping[str, int]) -> dict[str, int]:
     return {a: entries[b] - entries[a] for a, b in pairwise(entries)}
 
 
+class _BesideCasts(Live):
+    """Tells apart copies of what was there before, such as those of float32 weights that autocast keeps until it ends."""
+
+    def __init__(self, existing: Iterable[torch.Tensor]) -> None:
+        super().__init__(existing)
+        self._casts: dict[int, int] = {}
+
+    @property
+    def casts(self) -> int:
+        """Bytes alive of such copies."""
+        return sum(self._casts.values())
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default and self.tag_of(args[0]) == EXISTING:
+            self._casts[internals.storage_id(out)] = out.untyped_storage().nbytes()
+        return out
+
+    def freed(self, key: int) -> None:
+        self._casts.pop(key, None)
+
+
 class _Boundaries(ExitStack):
     """Hooks on the blocks, until closed, that tag what is made inside them and note what is handed in and out."""
 
-    def __init__(self, model: nn.Module, live: Live, held: Held) -> None:
+    def __init__(self, model: nn.Module, live: _BesideCasts, held: Held) -> None:
         super().__init__()
         self._live, self._held = live, held
+        self._device = next(model.parameters()).device.type
         # Kept alive meanwhile: an identity is only one while its storage lives.
         self._crossing: dict[int, torch.Tensor] = {}
         self._last = ""
@@ -106,7 +129,9 @@ class _Boundaries(ExitStack):
 
     def _entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._cross(args, kwargs)
-        self._held.entries[name] = self._live.now
+        # Autocast's copies of weights are no activations of a block: they are freed with the last one's.
+        kept = self._live.casts if torch.is_autocast_enabled(self._device) else 0
+        self._held.entries[name] = self._live.now - kept
         self._last = self._live.tag = name
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -126,7 +151,7 @@ def measure(
     model.train()
     step.clear_gradients(model)
     held = Held()
-    live = Live([*own_tensors(model), *batch.values()])
+    live = _BesideCasts([*own_tensors(model), *batch.values()])
     floor = live.now
     with switches.seeded(seed, batch), live:
         with _Boundaries(model, live, held) as boundaries:
