@@ -122,14 +122,15 @@ ODD = {
     "ignored": ("tokens whose label is -100 teach nothing", "the loss is computed of them as of the others"),
     "ends": ("the end of a text is learned", "the token before an end counts, and no end-of-text token does"),
     "positions": ("positions that differ", "position_ids has one position for all tokens of a row"),
+    "others": ("labels of their own row", "most labels are neither the token in their place nor the next one"),
 }
 REPEATED = 3  # batches
 
 
 @rule("KB721", "batch-is-meant", Level.SHOULD)
 def batch_is_meant(facts: Facts) -> Iterable[Observation]:
-    """The tokens of a batch are what they seem: padding and ignored labels teach nothing, the end of a text does, and tokens have
-    positions of their own.
+    """The tokens of a batch are what they seem: padding and ignored labels teach nothing, the end of a text does, tokens have
+    positions of their own, labels are tokens of their row, and dropout draws anew in each batch.
 
     If every batch has the same tokens, a note says so.
 
@@ -137,7 +138,7 @@ def batch_is_meant(facts: Facts) -> Iterable[Observation]:
     padding, never learns to stop.
     Symptom: answers that do not end; answers of padding; a loss far lower than that of an evaluation.
     Fix: set labels to -100 where ``attention_mask`` is 0, and not where a token equals the padding token; leave ``position_ids`` to
-    the model, or count them from each text's start. Leave labels of -100 out of a loss of your own.
+    the model, or count them from each text's start. Leave labels of -100 out of a loss of your own. Seed once, before the loop.
     Sources: transformers ``DataCollatorForLanguageModeling``, which ignores each label that is the padding token.
     """
     batches = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.odd is not None]
@@ -145,6 +146,9 @@ def batch_is_meant(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("no batch had tokens and labels beside them")
     repeated = len(batches) >= REPEATED and all(batch.repeated for _, batch in batches[1:])
     note = f"the same tokens in all {len(batches)} batches" if repeated else ""
+    if len(batches) >= REPEATED and all(batch.redrawn for _, batch in batches[1:]):
+        actual = f"the same random state before each of {len(batches)} batches: the same is dropped"
+        yield Observation("dropout", "draws anew in each batch", actual, ok=False)
     for number, batch in batches:
         for kind in batch.odd or ():
             expected, actual = ODD[kind]

@@ -319,6 +319,24 @@ def tokens_at_one_position():
     return with_batches(place)
 
 
+def labels_of_other_rows():
+    def mix(model, batch):
+        batch["labels"] = batch["labels"].flip(0)
+
+    return with_batches(mix)
+
+
+def seeded_before_each_step():
+    model = prepared(adapters=lora(lora_dropout=0.1))
+    optimizer = adamw(model)
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        torch.manual_seed(0)
+        losses.append(plain_step(model, optimizer, batch))
+    return model, losses
+
+
 def outputs_kept_by_hooks():
     """As of a script that looks at activations, and forgets to let them go."""
     model, kept = prepared(), []
@@ -332,6 +350,8 @@ BROKEN = {
     padding_that_counts: "KB721",
     ends_that_never_count: "KB721",
     tokens_at_one_position: "KB721",
+    labels_of_other_rows: "KB721",
+    seeded_before_each_step: "KB721",
     a_second_model_is_frozen: "KB710",
     prepared_a_second_time: "KB710",
     checkpointing_switched_on_again_in_mid_run: "KB703",

@@ -467,6 +467,15 @@ def checkpointed_by_hand():
     return model, each_step(model, adamw(model))
 
 
+def tokens_dropped_from_inputs():
+    """Labels keep what is replaced."""
+
+    def drop(model, batch):
+        batch["input_ids"][:, ::5] = 5
+
+    return with_batches(drop)
+
+
 def prompts_that_end_are_ignored():
     """Of a chat: the end of what the user says does not count, that of the answer does; padding is ignored."""
 
@@ -481,6 +490,7 @@ def prompts_that_end_are_ignored():
 
 
 SOUND = (
+    tokens_dropped_from_inputs,
     prompts_that_end_are_ignored,
     two_forwards_in_one_backward, adapters_in_turn, checkpointed_by_hand,
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, sgd_in_small_steps, clipped,

@@ -23,6 +23,7 @@ FAST = {
     "not_shifted", "tokens_detached_behind_the_blocks", "an_optimizer_for_each_step", "an_average_written_back", "graphs_retained",
     "one_of_two_losses_unscaled", "half_of_the_batch_without_gradients", "chosen_and_rejected",
     "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
+    "labels_of_other_rows", "seeded_before_each_step",
 }  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class MicroBatch:
     had gone backward before. ``resting`` is what eval mode switched off: blocks that checkpoint and dropouts, in words.
     ``teaching`` is None where no gradient of logits was seen. ``beside`` counts forwards before this one that were passed labels in
     train mode, with adapters, and took no gradients. ``scale`` is the gradient scaler's when the gradient entered the loss.
+    ``redrawn``: dropout is on, and the random state was that before the batch before.
     """
 
     loss: float | None = None
@@ -78,6 +79,7 @@ class MicroBatch:
     teaching: Teaching | None = None
     beside: int = 0
     scale: float = 1.0
+    redrawn: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

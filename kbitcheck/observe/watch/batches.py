@@ -46,6 +46,7 @@ class Batches:
         self._seen = nn.Identity() if self.compiled else model  # whose modules hooks may be put on
         self.reach = Reach(self._seen, guard)
         self.flow = Flow(self._seen, guard)
+        self._random = ""  # the state before the last forward with dropout, as a digest
         self._beside = 0  # forwards in train mode without gradients, since the last one with them
         self._blocks: blocks.Watch | None = None
         self._held: Held | None = None
@@ -120,6 +121,7 @@ class Batches:
             "follows": any("weight" in each for each in self._batches),
             "passage": self.flow.begin(kwargs),
             "beside": self._beside,
+            "redrawn": self._draws_again(),
         }
         self._beside = 0
         self._batches.append(batch)
@@ -146,7 +148,19 @@ class Batches:
         if not isinstance(tokens, torch.Tensor) or not isinstance(inputs.get("labels"), torch.Tensor):
             return {}
         before, self._tokens = self._tokens, digest.bits(tokens)
-        return {"odd": contents.oddities(self._model, inputs), "repeated": before == self._tokens}
+        odd = contents.oddities(self._model, inputs)
+        if _shifts(self._model) and contents.labels_of_others(inputs):
+            odd = (*odd, contents.OTHERS)
+        return {"odd": odd, "repeated": before == self._tokens}
+
+    def _draws_again(self) -> bool:
+        """Whether dropout draws what it drew in the batch before."""
+        if not contents.drops(self._model):
+            return False
+        device = next(self._model.parameters()).device
+        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        before, self._random = self._random, digest.bits(state)
+        return before == self._random
 
     def end(self, output: Any) -> None:
         """A forward ended; its loss shows later what weight it has."""

@@ -1,4 +1,6 @@
-"""What is odd about the tokens of a batch, though a loss comes of it: padding that counts, ends that never count, one position."""
+"""What is odd about a batch, though a loss comes of it: padding that counts, ends that never count, one position, labels of other
+rows, dropout that drops the same again.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,28 @@ from torch import Tensor, nn
 
 from kbitcheck.models.inputs.text import IGNORED
 
-PADDING, ENDS, POSITIONS = "padding", "ends", "positions"
+PADDING, ENDS, POSITIONS, OTHERS = "padding", "ends", "positions", "others"
+ENOUGH = 8  # labels, to say what most of them are
 
 
 def oddities(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """The kinds of what is odd about a model's inputs, of ``PADDING``, ``ENDS`` and ``POSITIONS``."""
     return tuple(_kinds(getattr(model, "config", None), inputs))
+
+
+def labels_of_others(inputs: Mapping[str, Any]) -> bool:
+    """Whether most labels that count are neither the token in their place nor the one after it, as if rows were mixed up."""
+    tokens, labels = (_rows(inputs.get(name)) for name in ("input_ids", "labels"))
+    if tokens is None or labels is None or tokens.shape != labels.shape:
+        return False
+    counts, own = labels != IGNORED, labels == tokens
+    own[:, :-1] |= labels[:, :-1] == tokens[:, 1:]
+    return int(counts.sum()) >= ENOUGH and 2 * int((own & counts).sum()) < int(counts.sum())
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a dropout of the model is on."""
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
 
 
 def _kinds(config: Any, inputs: Mapping[str, Any]) -> Iterator[str]:
