@@ -44,6 +44,7 @@ NON_REENTRANT: Any = torch.utils.checkpoint._checkpoint_without_reentrant_genera
 
 READ_NUMBER = aten._local_scalar_dense.default
 SOFTMAX_BACKWARD = aten._softmax_backward_data.default
+CONVERT = aten._to_copy.default
 TOPK = aten.topk.default
 ARGMAX = aten.argmax.default
 FLASH_ATTENTION = aten._scaled_dot_product_flash_attention

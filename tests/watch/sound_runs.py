@@ -108,6 +108,11 @@ def sgd_in_small_steps():
     return model, each_step(model, torch.optim.SGD(trained_by(model), lr=1e-4), clip=0.3)
 
 
+def radam_in_its_first_steps():
+    model = prepared()
+    return model, each_step(model, torch.optim.RAdam(trained_by(model), lr=1e-3), clip=1.0)
+
+
 def clipped():
     model = prepared()
     return model, each_step(model, adamw(model), clip=1.0)
@@ -494,6 +499,7 @@ SOUND = (
     prompts_that_end_are_ignored,
     two_forwards_in_one_backward, adapters_in_turn, checkpointed_by_hand,
     warm_up_that_is_long, two_optimizers, an_optimizer_for_each_tensor, closures, adafactor, sgd_in_groups, sgd_in_small_steps, clipped,
+    radam_in_its_first_steps,
     tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
     scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,

@@ -89,7 +89,7 @@ class _BesideCasts(Live):
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if func is torch.ops.aten._to_copy.default and self.tag_of(args[0]) == EXISTING:
+        if func is internals.CONVERT and self.tag_of(args[0]) == EXISTING:
             self._casts[internals.storage_id(out)] = out.untyped_storage().nbytes()
         return out
 

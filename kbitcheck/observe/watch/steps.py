@@ -119,7 +119,7 @@ class Steps:
     def _update(self, optimizer: Any, group: Mapping[str, Any], name: str, parameter: torch.Tensor) -> Update:
         before, wide, rate = self._values[name], self._wide.get(id(parameter)), float(group["lr"])
         update = updates.update(before, parameter.detach(), wide, rate=rate, gradient=parameter.grad)
-        if isinstance(optimizer, torch.optim.SGD):
+        if isinstance(optimizer, updates.ALONG_GRADIENT):
             update = updates.along_gradient(update, before, parameter.grad, rate=rate)
         if update.moved:
             self._moved[name] = before, _distance(parameter, before)

@@ -14,6 +14,8 @@ from kbitcheck.core.facts import Update
 from kbitcheck.observe import internals
 
 LOW = (torch.float16, torch.bfloat16)
+# Their steps are as small as gradients: RAdam's in the first five, before it divides by their size.
+ALONG_GRADIENT = (torch.optim.SGD, torch.optim.ASGD, torch.optim.RAdam)
 MOST = 0.9  # of the lost updates land at ``lands_at``
 
 
