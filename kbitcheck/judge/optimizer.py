@@ -25,7 +25,8 @@ def weights_move(facts: Facts) -> Iterable[Observation]:
     """Every tensor with a gradient moves in one of the steps that are taken at half of the learning rate's peak or more, and what a
     step did is still there when the next begins.
 
-    A float32 tensor whose updates along its gradient (SGD, RAdam at first) are all too small for float32 in these steps is a note: its gradient may still grow.
+    A float32 tensor whose updates along its gradient (SGD's, and RAdam's first) are all too small for float32 in these steps is a
+    note: its gradient may still grow.
 
     Why: an optimizer that holds other tensors, updates that are all rounded away, and averages or old weights that are written
     back after each step, leave a weight as it was.
