@@ -22,7 +22,8 @@ from kbitcheck.observe.probes.adapters import SPREAD, Attached, attach, noise
 ROTATIONS = ("OFT", "BOFT")  # whose size is that of blocks; a rank is another way to name it
 # Of what starts at other numbers than zero and is not drawn, each is multiplied by one and this much noise.
 STIR = 0.1
-CONSTANTS = ("ranknum",)  # AdaLoRA's count of ranks, a frozen parameter; where PEFT makes it anew to move it, it trains
+# AdaLoRA's count of ranks: a frozen parameter, which PEFT makes anew, and trainable, where it casts it. It is frozen again.
+CONSTANTS = ("ranknum",)
 
 
 def configuration(fields: Mapping[str, Any], layers: Sequence[str], rank: int) -> Any:
@@ -65,8 +66,10 @@ def put_on(model: nn.Module, config: Any, seed: int) -> Attached:
 
     with switches.seeded(seed, {}):
         wrapped: Any = get_peft_model(model, config)
-    mine = {n: p for n, p in owned(wrapped).items() if p.requires_grad or not set(CONSTANTS) & set(n.split("."))}
-    return Attached(wrapped, mine)
+    constants = {n: p for n, p in wrapped.named_parameters() if set(CONSTANTS) & set(n.split("."))}
+    for constant in constants.values():
+        constant.requires_grad_(False)
+    return Attached(wrapped, {n: p for n, p in owned(wrapped).items() if n not in constants})
 
 
 class Base(Protocol):

@@ -70,6 +70,11 @@ def test_adapters_of_a_configuration_are_no_false_alarm(adapters: Any, model: st
     )
 
 
+def test_a_parameter_that_is_a_constant_is_no_adapter() -> None:
+    results = judged("peft:AdaLoRA", "KB102", "KB302", "KB304", quant="int8")
+    assert {code: (r.status, r.reason) for code, r in results.items()} == dict.fromkeys(results, (Status.PASS, ""))
+
+
 def test_one_magnitude_that_does_not_train_is_caught() -> None:
     def freeze(model: Any) -> None:
         magnitudes = [p for n, p in model.named_parameters() if "magnitude" in n]  # none before adapters are on
