@@ -48,7 +48,7 @@ judges the start itself. Bytes are forecast as those of a plain LoRA.
 Each cell is one case: a Llama of two blocks, quantized, prepared by PEFT and checkpointed (reentrant), with adapters of this type on every
 quantized layer, judged by {rules}. *kept* means that no rule is broken: the adapters' gradients are those of the float64 twin, checkpointing
 and dropout change none, they train, and they are saved. A rule in a cell is broken, by whom stands in brackets; *refused* and *does not run*
-are what PEFT raised. AdaLoRA's count of ranks, which PEFT makes trainable where it casts it, is frozen here.
+are what PEFT raised. PEFT's HRA multiplies by the codes of int8 weights; KB304 has no witness that excuses the preparation. AdaLoRA's count of ranks, which PEFT makes trainable where it casts it, is frozen here.
 
 Written with {versions} by `python docs/site/adapter_types.py`.
 """
@@ -83,13 +83,13 @@ def cell(loaded: Loaded, scheme: str, adapters: str) -> str:
 def judge_all(scheme: str) -> None:
     """Judge every type on a scheme, and keep what was seen; a cell that these versions have is not judged again."""
     versions = {name: version(name) for name in ("peft", "transformers", "bitsandbytes", "torch")}
-    loaded, file = base(scheme), DATA / f"{scheme}.json"
+    file = DATA / f"{scheme}.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     cells: dict[str, str] = before.get("cells", {}) if before.get("versions") == versions else {}
     for name, adapters in ({n: PREFIX + n for n in NAMED} | {n: json.dumps(f) for n, f in MORE.items()}).items():
         if name in cells:
             continue
-        cells[name] = cell(loaded, scheme, adapters)
+        cells[name] = cell(base(scheme), scheme, adapters)  # whose float64 twin failed with no adapters before
         print(f"{name} on {scheme}: {cells[name]}", flush=True)
         text = json.dumps({"versions": versions, "cells": cells}, indent=1)
         file.write_text(text + "\n", encoding="utf-8")
