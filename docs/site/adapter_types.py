@@ -48,7 +48,8 @@ judges the start itself. Bytes are forecast as those of a plain LoRA.
 Each cell is one case: a Llama of two blocks, quantized, prepared by PEFT and checkpointed (reentrant), with adapters of this type on every
 quantized layer, judged by {rules}. *kept* means that no rule is broken: the adapters' gradients are those of the float64 twin, checkpointing
 and dropout change none, they train, and they are saved. A rule in a cell is broken, by whom stands in brackets; *refused* and *does not run*
-are what PEFT raised. PEFT's HRA multiplies by the codes of int8 weights; KB304 has no witness that excuses the preparation. AdaLoRA's count of ranks, which PEFT makes trainable where it casts it, is frozen here.
+are what PEFT raised. PEFT's HRA multiplies by the codes of int8 weights; KB304 has no witness that excuses the preparation. AdaLoRA's count of
+ranks, which PEFT makes trainable where it casts it, is frozen here.
 
 Written with {versions} by `python docs/site/adapter_types.py`.
 """
