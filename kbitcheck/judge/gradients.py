@@ -89,7 +89,8 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     rounding.
 
     The gradient is judged element by element, and as a gain over the whole layer, from outside the layer. The rule
-    also fails if the layer's input requires grad and its output does not.
+    also fails if the layer's input requires grad and its output does not. A module of experts that reads its packed
+    weights unpacked is compared with its float64 twin, token by token, on the step's tokens, choices and gradient.
 
     Why: gradients of adapters do not show a cut here, because the residual stream carries gradients around the layer.
     Symptom: all adapters have gradients, those before the cut are several times too small, and the model is just

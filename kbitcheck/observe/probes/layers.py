@@ -17,7 +17,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
 from kbitcheck.observe import internals
-from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes import experts, step, switches
 
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
 # than all its arithmetic, and keeping those of a large one eight bytes a weight.
@@ -40,6 +40,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, Any] = dict(backends.holders(model))
+        self.owners = experts.owners(model)
         self.misread: dict[str, float] = {}
         elements = [math.prod(backends.recognition(layer).shape(layer)) for layer in self.layers.values()]
         self._all_kept = 8 * sum(elements) <= KEPT_BYTES
@@ -257,10 +258,12 @@ class Probes:
             n: _Probe(m, partial(weights.exact, base_name(n, weights.layers)), half, leave=leave)
             for n, m in self._modules.items()
         }
+        self._experts = dict(experts.probes(model, weights, leave=leave))
         self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
-        for probe in self._probes.values():
+        taps: list[Any] = [*self._probes.values(), *self._experts.values()]
+        for probe in taps:
             probe.attach(self._hooks)
         return self
 
@@ -281,7 +284,8 @@ class Probes:
                 if extremes:
                     judged = replace(judged, **_extremes(self._modules[name], probe.dtype))
                 results[name] = judged
-        return results
+        of_experts = ((f"{name} (experts)", probe.result()) for name, probe in self._experts.items())
+        return results | {name: result for name, result in of_experts if result is not None}
 
 
 def backwards(

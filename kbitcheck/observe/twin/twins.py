@@ -18,6 +18,7 @@ from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import Gap
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.observe.probes import step
+from kbitcheck.observe.probes.experts import TwinStack
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.probes.layers import Empty, Read, Weights
 from kbitcheck.observe.probes.snapshot import norm_evidence
@@ -103,24 +104,12 @@ class TwinLinear(nn.Linear):
         return product.to(x.dtype) if self.compute else product
 
 
-class TwinStack(nn.Module):
-    """In place of a parametrization: what another module reads is ``read()``, plain numbers without a gradient."""
-
-    def __init__(self, layer: Any, read: Read) -> None:
-        super().__init__()
-        self.read = read
-        self.experts = backends.recognition(layer).experts(layer)
-
-    def forward(self) -> torch.Tensor:
-        return self.read()
-
-
 def float64(base: nn.Module, weights: Weights) -> nn.Module:
     """The float64 twin of a base, which is left alone; ``weights`` are the quantized layers', by name."""
 
     def plain(name: str, layer: Any) -> nn.Module:
         if not backends.recognition(layer).multiplies(layer):
-            return TwinStack(layer, weights.stack(name))
+            return TwinStack(weights.stack(name))
         read = partial(weights.exact, name)
         return TwinLinear(layer, read, torch.float64, read, lambda x: x, lambda x: torch.float64)
 
@@ -138,7 +127,7 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
         arithmetic = backends.arithmetic(layer)
         if not backends.recognition(layer).multiplies(layer):
             dtype = promised(profile, name, layer) or arithmetic.unpacked_dtype(layer) or torch.float32
-            return TwinStack(layer, weights.stack(name, partial(_unpacked, dtype=dtype)))
+            return TwinStack(weights.stack(name, partial(_unpacked, dtype=dtype)))
         compute, backward = arithmetic.compute_dtype(layer), arithmetic.unpacked_dtype(layer)
         # Where the layer follows its input, its kernel's arithmetic is float32, rounded as the kernel rounds.
         read = weights.reader(name, partial(_unpacked, dtype=compute or torch.float32))
