@@ -112,7 +112,7 @@ def _needs_hold(counted: Counted, *, large: bool) -> None:
     declared = costs(large=large)
     stages = {name for cost in declared.values() for name in cost.needs if name.startswith("_")}
     for name, cost in declared.items():
-        if name == "_trained" and large:  # without a cut its steps are those of ``_descended``
+        if name in CONFIGURED or (name == "_trained" and large):  # without a cut its steps are those of ``_descended``
             continue
         if name in counted.counts.by_fact or name in counted.counts.reads:
             stage = {need for need in cost.needs[:1] if need in stages}  # which all facts of a stage need
