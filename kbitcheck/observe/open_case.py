@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from kbitcheck.core import machine
+from kbitcheck.core.adapters import fields
 from kbitcheck.core.cases import CaseSpec, Implementation
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts import Cost, Fact, ModelFacts
@@ -51,7 +52,8 @@ def _declared(owner: type, *, large: bool) -> dict[str, Cost]:
 def planner_of(spec: CaseSpec, base: ModelFacts, rules: Sequence[Rule]) -> Planner:
     """Plans the case of a base that these rules judge."""
     declared = costs(large=base.nbytes > machine.LARGE_BYTES)
-    return planned({**declared, "forecast": fitting.cost(spec)}, spec, base, rules)
+    of_spec = {"forecast": fitting.cost(spec), **({} if fields(spec.adapters) else {"start": Cost()})}
+    return planned({**declared, **of_spec}, spec, base, rules)
 
 
 def open_case(

@@ -49,6 +49,7 @@ def test_a_plan_is_printed_before_anything_runs(
     assert (first.case, second.case) == ("tiny:llama-nf4-off", "tiny:llama-nf4-reentrant")
     assert first.of("twins") is not None
     assert second.of("twins") is None  # the first case has them
+    assert first.of("start") is None  # that of a plain LoRA is zero
     assert first.of("against_other_mode") is None  # no rule needs it without checkpointing
     mode = second.of("against_other_mode")
     assert mode is not None
