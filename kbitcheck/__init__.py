@@ -221,7 +221,8 @@ def watch(
     Raises:
         UsageError: an option or rule is wrong, or the model is not quantized.
     """
-    from kbitcheck.run.watch import Settings, Watch
+    from kbitcheck.run.watch import Watch
+    from kbitcheck.run.watch_settings import Settings
 
     settings = Settings(
         steps=steps, profile=profile, strict=strict, select=select, ignore=ignore or {}, trains=tuple(trains)

@@ -54,6 +54,11 @@ def available() -> tuple[Backend, ...]:
     return tuple(backend for backend in registered() if _runs_here(backend))
 
 
+def libraries() -> set[str]:
+    """The modules whose import comes before any layer of the backends whose library is installed here."""
+    return {name for backend in available() for name in backend.libraries}
+
+
 @cache
 def _runs_here(backend: Backend) -> bool:
     """Asked for every module of a model; what is installed stays so while a process runs."""

@@ -11,7 +11,7 @@ from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS, Report
 from kbitcheck.report import verdict
 from kbitcheck.run import watch
-from kbitcheck.run.watch import Settings
+from kbitcheck.run.watch_settings import Settings
 
 __all__ = ["Watch"]
 

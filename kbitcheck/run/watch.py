@@ -4,53 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self, get_args
+from collections.abc import Mapping
+from typing import Any, Self
 
-from kbitcheck.core.cases import CaseSpec, Profile
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.core.events import Collector, Loaded
 from kbitcheck.core.report import EXIT_CONFORMS, NonConformance, Report, assemble
 from kbitcheck.core.result import Status
-from kbitcheck.core.rule import Rule, select
-from kbitcheck.core.training import STEPS, Training
+from kbitcheck.core.training import Training
 from kbitcheck.run.examine import examine, not_reached
+from kbitcheck.run.watch_settings import Settings
 
-# These say more than the steps of a run show: that nothing warned, how often a plain step runs each block, and that every
-# adapter is reached. KB718 and KB719 are of watched runs.
-NOT_WATCHED = ("KB403", "KB407", "KB904")
-CASE = "watched run"
 FLATTENED = (
     "FullyShardedDataParallel keeps packed weights and adapters as parts of flat tensors: nothing of the run is judged; with fully_shard "
     "(FSDP2) dtypes, flags, labels, losses and the optimizer's steps are"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a run is watched and judged; JSON-able. ``case`` names the run where a report has several."""
-
-    steps: int = STEPS
-    select: Sequence[str] = ()
-    ignore: Mapping[str, str] = field(default_factory=dict)
-    strict: bool = False
-    profile: Profile = "auto"
-    trains: Sequence[str] = ()
-    case: str = CASE
-
-    @property
-    def rules(self) -> list[Rule]:
-        """The rules that are judged; a ``UsageError`` where none has such a code."""
-        return [rule for rule in select(self.select, self.ignore) if rule.code not in NOT_WATCHED]
-
-    def validate(self) -> None:
-        """Raise ``UsageError`` for a wrong value."""
-        _ = self.rules
-        if self.steps < 1:
-            raise UsageError(f"steps wants a whole number of at least 1, not {self.steps!r}")
-        if self.profile not in get_args(Profile):
-            raise UsageError(f"no such profile: {self.profile!r}; use {', '.join(get_args(Profile))}")
 
 
 class Watch:
@@ -162,31 +131,3 @@ def _ranks() -> dict[str, int]:
     """How many processes train, where torchrun or a launcher like it started them."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     return {"ranks": ranks} if ranks > 1 else {}
-
-
-def nothing(settings: Settings) -> Report:
-    """The report of a run in which no quantized model trained."""
-    subject = {"command": "watch", "ignored": dict(settings.ignore), "steps": 0}
-    return assemble(Collector(loaded=Loaded(implementation={"name": "your code"})), {}, subject=subject)
-
-
-def merged(reports: Sequence[Report], settings: Settings) -> Report:
-    """One report of all ranks' reports; their cases are named apart already."""
-    if not reports:
-        return nothing(settings)
-    first = reports[0]
-    cases: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    for report in reports:
-        cases |= report.subject.get("cases", {})
-        facts |= report.facts.get("cases", {})
-    return Report(
-        tool=first.tool,
-        environment=first.environment,
-        subject={**first.subject, "cases": cases},
-        results=tuple(result for report in reports for result in report.results),
-        blame=first.blame,
-        strict=settings.strict,
-        complete=all(report.complete for report in reports),
-        facts={"cases": facts, "seconds": max(report.facts.get("seconds", 0.0) for report in reports)},
-    )

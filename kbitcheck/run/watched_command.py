@@ -12,12 +12,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from kbitcheck.backends import registry
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
+from kbitcheck.core.version import TOOL
 from kbitcheck.run.inject import __file__ as inject
-from kbitcheck.run.watch import Settings, merged
+from kbitcheck.run.watch_settings import Settings
 
 VARIABLE = "KBITCHECK_WATCH"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,8 +54,8 @@ def run(command: Sequence[str], settings: Settings, *, on_report: Callable[[Repo
                     process.wait(PAUSE)
                 if not shown and (reports := _reports(folder)) and len(reports) >= _ranks(folder):
                     shown = True
-                    on_report(merged(reports, settings))
-        report = merged(_reports(folder), settings)
+                    on_report(_merged(reports, settings))
+        report = _merged(_reports(folder), settings)
         failed = "; ".join({path.read_text(encoding="utf-8"): None for path in sorted(folder.glob("failed-*"))})
     if not shown and report.results:
         on_report(report)
@@ -64,14 +65,12 @@ def run(command: Sequence[str], settings: Settings, *, on_report: Callable[[Repo
 
 def _environment(folder: Path, settings: Settings) -> dict[str, str]:
     """The command's environment: as it is, with the watcher on Python's path."""
-    libraries = sorted({name for backend in registry.available() for name in backend.libraries})
     # To import the second one would import torch.
     specs = (importlib.util.find_spec(name) for name in ("kbitcheck", "kbitcheck_reference"))
     paths = [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin]
     options = {
         "folder": str(folder),
         "settings": dataclasses.asdict(settings),
-        "libraries": libraries,
         "paths": list(dict.fromkeys(paths)),
     }
     own = str(Path(inject).parent)
@@ -104,3 +103,31 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _merged(reports: Sequence[Report], settings: Settings) -> Report:
+    """One report of all ranks' reports, whose cases are named apart already; of none the report of a run without a quantized model."""
+    if not reports:
+        subject = {
+            "command": "watch",
+            "ignored": dict(settings.ignore),
+            "steps": 0,
+            "implementation": {"name": "your code"},
+        }
+        return Report(tool=TOOL, environment={}, subject=subject, results=(), blame="own")
+    first = reports[0]
+    cases: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for report in reports:
+        cases |= report.subject.get("cases", {})
+        facts |= report.facts.get("cases", {})
+    return Report(
+        tool=first.tool,
+        environment=first.environment,
+        subject={**first.subject, "cases": cases},
+        results=tuple(result for report in reports for result in report.results),
+        blame=first.blame,
+        strict=settings.strict,
+        complete=all(report.complete for report in reports),
+        facts={"cases": facts, "seconds": max(report.facts.get("seconds", 0.0) for report in reports)},
+    )

@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.guard import take_off
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.report.output_file import replace_file
-from kbitcheck.run.watch import CASE, Settings, Watch
+from kbitcheck.run.watch_settings import CASE, Settings
+
+if TYPE_CHECKING:
+    from kbitcheck.run.watch import (
+        Watch,
+    )  # brings facts and reports, which a script without a quantized model has no use for
 
 FRAMES = 8  # between a hook and the call of its module
 
@@ -115,6 +120,8 @@ class _Waiting:
             self._removals = [register_module_forward_pre_hook(self._runs).remove]
 
     def _start(self, module: Any, args: Any) -> None:
+        from kbitcheck.run.watch import Watch
+
         settings = Settings(**self._options["settings"])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             settings = Settings(**{**self._options["settings"], "case": f"{CASE}, rank {os.environ.get('RANK', '0')}"})
@@ -176,11 +183,9 @@ _waiting: _Waiting | None = None
 
 
 def imported(options: Mapping[str, Any]) -> None:
-    """A library was imported for which the watcher waits."""
+    """The quantizers' libraries are imported; called again where transformers' models are imported after them."""
     global _waiting
-    there = all(name in sys.modules for name in options["libraries"])
-    if there and _waiting is None:
+    if _waiting is None:
         _waiting = _Waiting(options)
         _waiting.begin()
-    if _waiting is not None:
-        _waiting.see_checkpointing()
+    _waiting.see_checkpointing()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kbitcheck.cli.app import COMMANDS
+from kbitcheck.core.report import EXIT_NOTHING
 
 HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "peft")
 
@@ -22,7 +23,7 @@ for arguments in {lines!r}:
     try:
         {statement}
     except SystemExit as end:
-        assert not end.code, end.code
+        assert end.code in (None, {code}), end.code
     heavy = [name for name in {heavy!r} if name in sys.modules]
     if heavy:
         sys.__stdout__.write(" ".join([*arguments, *heavy]))
@@ -30,12 +31,12 @@ for arguments in {lines!r}:
 """
 
 
-def imported(statement: str, *lines: tuple[str, ...]) -> str:
+def imported(statement: str, *lines: tuple[str, ...], heavy: tuple[str, ...] = HEAVY, code: int = 0) -> str:
     """Which of the heavy packages a process has imported after a statement, run with the arguments of each line in turn.
 
-    With those goes the first line after which it has.
+    With those goes the first line after which it has. Each line ends with the exit code.
     """
-    script = PROBE.format(lines=lines or ((),), statement=statement, heavy=HEAVY)
+    script = PROBE.format(lines=lines or ((),), statement=statement, heavy=heavy, code=code)
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
 
 
@@ -59,6 +60,12 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
         )
         == ""
     )
+
+
+def test_watch_imports_no_rule_no_fact_and_no_backend_for_a_script_without_a_quantized_model() -> None:
+    own = tuple(f"kbitcheck.{name}" for name in ("backends", "core.events", "core.facts", "judge", "models", "observe"))
+    line = ("watch", "--", sys.executable, "-c", "pass")
+    assert imported(MAIN, line, heavy=(*HEAVY, *own), code=EXIT_NOTHING) == ""
 
 
 def processor_seconds(*command: str) -> float:

@@ -75,10 +75,20 @@ def test_a_broken_run_has_the_reports_exit_code(script):
 
 def test_a_script_without_a_quantized_model_pays_nothing(tmp_path):
     script = tmp_path / "plain.py"
-    script.write_text("import sys; print([m for m in sys.modules if m.startswith(('kbitcheck', 'torch'))])")
+    script.write_text("import sys; print(*sorted({*sys.modules} - {'sitecustomize', '__future__'}))")
+    alone = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
     watched = watch("--", sys.executable, script)
-    assert (watched.returncode, watched.stdout) == (5, "[]\n")
+    assert (watched.returncode, watched.stdout) == (5, alone)
     assert "no quantized model took an optimizer step" in watched.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "waits"), [("import torch", False), ("import bitsandbytes", True), ("import torch, bitsandbytes", True)]
+)
+def test_the_watcher_waits_in_a_script_once_torch_and_the_quantizers_are_imported(line, waits):
+    own = "('kbitcheck.run.watched_process' in sys.modules, any(m.startswith('kbitcheck.judge') for m in sys.modules))"
+    watched = watch("--", sys.executable, "-c", f"import sys; {line}; print({own})")
+    assert watched.stdout == f"{(waits, False)}\n"
 
 
 def test_the_sitecustomize_that_is_there_runs_too(tmp_path):

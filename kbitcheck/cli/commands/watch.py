@@ -13,7 +13,7 @@ from kbitcheck.core.training import STEPS
 from kbitcheck.report import verdict
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import watched_command
-from kbitcheck.run.watch import Settings
+from kbitcheck.run.watch_settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,15 @@
 """Python imports this before the script of a watched command. A script that imports no quantizer pays nothing more."""
 
+from __future__ import annotations
+
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
-OWN = str(Path(__file__).parent)
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes longer to import than the rest of this file
+    from typing import Any
+
+OWN = __file__.rpartition(os.sep)[0]  # without pathlib, which takes long to import
 VARIABLE = "KBITCHECK_WATCH"
 
 
@@ -52,21 +56,32 @@ class Finder:
 
 
 def arm() -> None:
-    """Wait for the libraries that the watcher names."""
-    import json
-
-    options = json.loads(os.environ[VARIABLE])
+    """Wait for torch, then for the quantizers' libraries, and for transformers' models."""
+    text = os.environ[VARIABLE]
+    options: dict[str, Any] = {}
 
     def after(name: str) -> None:
+        import json
+
+        options.update(options or json.loads(text))
         try:
             sys.path += [path for path in options["paths"] if path not in sys.path]
-            from kbitcheck.run import watched_process
+            if name == "torch":
+                from kbitcheck.backends.registry import libraries
 
-            watched_process.imported(options)
+                options["libraries"] = sorted(libraries())
+                finder.names |= {each for each in options["libraries"] if each not in sys.modules}
+            if "libraries" in options and all(each in sys.modules for each in options["libraries"]):
+                from kbitcheck.run import watched_process
+
+                watched_process.imported(options)
         except Exception as error:
+            from pathlib import Path
+
             (Path(options["folder"]) / f"failed-{os.getpid()}").write_text(f"{type(error).__name__}: {error}")
 
-    sys.meta_path.insert(0, Finder({*options["libraries"], "transformers.modeling_utils"}, after))
+    finder = Finder({"torch", "transformers.modeling_utils"}, after)
+    sys.meta_path.insert(0, finder)
 
 
 if VARIABLE in os.environ:
