@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import notebook_page
 import other_pages
 import rule_pages
 import symptom_pages
@@ -53,6 +54,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         **dict(symptom_pages.pages()),
         "kill-matrix.md": kill_matrix.page(kill_matrix.read(other_pages.ROOT / "docs" / "kill-matrix")),
         "findings.md": other_pages.findings(),
+        "notebook.md": notebook_page.page(),
         "sample-report.html": render(other_pages.sample(), "html"),
     }
     for path, text in made.items():

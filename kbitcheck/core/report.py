@@ -80,6 +80,10 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        """One line, as a prompt shows it: all fields of a report are a screen of text."""
+        return f"<Report: exit code {self.exit_code}, {len(self.results)} results, {len(self.findings)} findings>"
+
     def __str__(self) -> str:
         """The report as the command line prints it."""
         return _renderer(self, "text")

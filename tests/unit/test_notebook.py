@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html import unescape
+from typing import Any
 
 import pytest
 
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.report import Blame, Report
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
 from kbitcheck.report import badge, html
+from kbitcheck.report.parts import repro
 
 
 def result(rule: str, status: Status, level: Level = Level.MUST) -> Result:
@@ -56,6 +60,30 @@ def test_findings_are_what_failed_with_what_counts_first() -> None:
 def test_the_dictionary_is_the_json_report() -> None:
     assert json.loads(json.dumps(MIXED.to_dict())) == MIXED.as_json()
     assert Report.from_json(MIXED.to_dict()) == MIXED
+
+
+def test_a_prompt_shows_a_report_as_one_line() -> None:
+    assert repr(MIXED) == "<Report: exit code 1, 5 results, 3 findings>"
+
+
+def in_process(implementation: str, rule: str = "KB201", **options: Any) -> str:
+    """The line under a failure of a run in this process."""
+    spec = CaseSpec(model="tiny:llama", quant="nf4", implementation=implementation, checkpointing="off", **options)
+    subject = {"command": "impl", "in_process": True, "cases": {spec.id: spec.as_json()}}
+    failing = replace(result(rule, Status.FAIL), case=spec.id, failures=(Observation("a use: x", "a", "b", ok=False),))
+    return repro.command(replace(report(failing), subject=subject), spec.id, rule)
+
+
+def test_a_function_that_no_command_can_import_is_run_again_by_python() -> None:
+    expected = "prepare, models=['tiny:llama'], quants=['nf4'], checkpointing=['off'], select=['KB201']"
+    assert in_process("prepare", device="auto", conditions="few") == f"kbitcheck.check_implementation({expected})"
+    assert "checkpointing=['off'], seed=3, select" in in_process("prepare", seed=3)
+    assert "conditions='a use', select=['KB515']" in in_process("prepare", "KB515")
+
+
+@pytest.mark.parametrize("name", ["a.b:prepare", "c.py:prepare", "peft", "reference"])
+def test_a_function_with_a_name_is_run_again_by_the_command(name: str) -> None:
+    assert in_process(name).startswith(f"kbitcheck impl {name} --model tiny:llama ")
 
 
 @pytest.mark.parametrize(

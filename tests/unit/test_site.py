@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yam
 def site() -> Iterator[dict[str, ModuleType]]:
     """The modules in ``docs/site``, imported as MkDocs does."""
     sys.path.insert(0, str(DOCS / "site"))
-    yield {name: import_module(name) for name in ("rule_pages", "other_pages", "picture", "symptom_pages", "upstream")}
+    yield {
+        name: import_module(name)
+        for name in ("notebook_page", "rule_pages", "other_pages", "picture", "symptom_pages", "upstream")
+    }
     sys.path.remove(str(DOCS / "site"))
 
 
@@ -169,6 +173,42 @@ def test_the_table_of_messages_is_what_the_data_says(site: dict[str, ModuleType]
     assert (DOCS / "symptoms.md").read_text(encoding="utf-8") == site["symptom_pages"].written()
 
 
+def test_the_notebook_runs_and_its_page_shows_what_came_out(site: dict[str, ModuleType]) -> None:
+    cells = [cell for cell in site["notebook_page"].cells() if cell.code]
+    audited, findings, broken, data = cells[1].value, *cells[2:5]
+    assert audited.exit_code == findings.value == 0
+    assert findings.printed.count("\n") == len(audited.findings) > 0
+    assert "✗ KB201 norms-fp32" in broken.page
+    assert "Again: kbitcheck.check_implementation(prepare, " in broken.page
+    assert data.printed.startswith("1 {'pass': ")
+    assert ("KB201", "bfloat16") in data.value
+    assert re.search(r'\n```\n\n<div><iframe title="✓ ready: [^>]* srcdoc="&lt;!doctype', cells[1].page)
+    assert "```text\nLinear4bit(in_features=64, out_features=128, bias=False)\n```" in cells[0].page
+
+
+def test_a_cell_that_raises_stops_the_build(
+    site: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = {
+        "cells": [{"cell_type": "markdown", "source": ["# A\n", "b"]}, {"cell_type": "code", "source": ["1 / 0"]}]
+    }
+    monkeypatch.setattr(site["notebook_page"], "NOTEBOOK", tmp_path / "a.ipynb")
+    (tmp_path / "a.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    cells = site["notebook_page"].cells()
+    assert next(cells).page == "# A\nb"
+    with pytest.raises(ZeroDivisionError):
+        next(cells)
+    assert "__notebook__" not in sys.modules
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    """They would be of another day; the site's build makes them anew."""
+    notebook = json.loads((DOCS / "notebook.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [(cell["outputs"], cell["execution_count"]) for cell in code] == [([], None)] * len(code)
+    assert (notebook["nbformat"], len(code)) == (4, 6)
+
+
 def targets(nav: Any) -> Iterator[str]:
     for entry in nav if isinstance(nav, list) else [nav]:
         if isinstance(entry, dict):
@@ -183,7 +223,7 @@ def test_every_page_is_in_the_menu_and_every_entry_is_a_page() -> None:
     listed = set(targets(CONFIG["nav"]))
     pages = [*DOCS.glob("*.md"), *DOCS.glob("sweep/*.md")]
     written = {page.relative_to(DOCS).as_posix() for page in pages} | {"examples/fork/README.md"}
-    assert listed - {"rules/index.md", "findings.md", "kill-matrix.md"} == written
+    assert listed - {"rules/index.md", "findings.md", "kill-matrix.md", "notebook.md"} == written
 
 
 def test_the_site_is_strict_and_fetches_no_font() -> None:

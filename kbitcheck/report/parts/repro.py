@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from kbitcheck.core.cases import MODEL_RANK, CaseSpec
+from kbitcheck.core.cases import MODEL_RANK, REFERENCE, CaseSpec
 from kbitcheck.core.conditions import PROCESSES
 from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import Report
@@ -13,15 +13,21 @@ from kbitcheck.core.report import Report
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
 LATER_USE = "KB515"  # its places begin with the condition that they show under
 IN_PROCESSES = ("KB213", "KB514")
+BY_NAME = (REFERENCE, "peft")  # what a command knows by one word, of what runs in this process
 NAMED = ("model", "quant", "implementation", "checkpointing", "static", "gpu", "conditions")
 
 
 def command(report: Report, case: str, code: str = "") -> str:
-    """A line to paste into a shell, or an empty string where no command can say it (a live model or callable)."""
+    """A line to paste into a shell, or an empty string where no command can say it (a live model or callable).
+
+    Of a function that no other process can import, such as a notebook's, it is a line of Python.
+    """
     spec: Mapping[str, Any] | None = report.subject.get("cases", {}).get(case)
     kind = report.subject.get("command")
     if spec is None or kind not in ("model", "impl", "gate") or "<" in spec["implementation"]:
         return ""
+    if report.subject.get("in_process") and ":" not in spec["implementation"] and spec["implementation"] not in BY_NAME:
+        return _call(spec, code, _condition(report, case, code))
     words = ["kbitcheck", "model" if kind == "model" else "impl"]
     if kind == "model":
         words += [spec["model"], "--prepare", spec["implementation"], "--quant", spec["quant"]]
@@ -42,12 +48,26 @@ def command(report: Report, case: str, code: str = "") -> str:
     words += ["--static"] if spec.get("static") == "always" else []
     words += ["--in-process"] if report.subject.get("in_process") else []
     words += ["--select", code] if code else []
-    words += _condition(report, case) if code == LATER_USE else []
-    words += ["--conditions", PROCESSES] if code in IN_PROCESSES else []
+    condition = _condition(report, case, code)
+    words += ["--conditions", condition] if condition else []
     return shlex.join(words)
 
 
-def _condition(report: Report, case: str) -> list[str]:
-    """The option that names the first condition under which the case fails."""
-    failed = (f for result in report if (result.rule, result.case) == (LATER_USE, case) for f in result.failures)
-    return next((["--conditions", failure.where.partition(":")[0]] for failure in failed), [])
+def _condition(report: Report, case: str, code: str) -> str:
+    """The condition that the rule needs: for a later use, the first under which the case fails."""
+    if code in IN_PROCESSES:
+        return PROCESSES
+    failed = (f for result in report if (result.rule, result.case) == (code, case) for f in result.failures)
+    return next((f.where.partition(":")[0] for f in failed), "") if code == LATER_USE else ""
+
+
+def _call(spec: Mapping[str, Any], code: str, condition: str) -> str:
+    """The line of Python that does so."""
+    arguments = {f"{name}s": [spec[name]] for name in ("model", "quant")} | {"checkpointing": [spec["checkpointing"]]}
+    for name in (name for name in DEFAULTS if name not in NAMED):
+        if spec.get(name, DEFAULTS[name]) not in (DEFAULTS[name], "auto"):
+            arguments[name] = spec[name]
+    arguments |= {"conditions": condition} if condition else {}
+    arguments |= {"select": [code]} if code else {}
+    words = [spec["implementation"], *(f"{name}={value!r}" for name, value in arguments.items())]
+    return f"kbitcheck.check_implementation({', '.join(words)})"
