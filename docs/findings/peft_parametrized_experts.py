@@ -13,14 +13,12 @@ config = GptOssConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_h
 config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.num_experts_per_tok = 2, 2, 32, 2
 config._experts_implementation = "eager"
 base, ids = GptOssForCausalLM(config), torch.arange(8).unsqueeze(0)
-names = [
-    f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
-]  # the end alone matches nothing
-for name in names:
-    replace_parameter_4bit(base.model.layers[0].mlp.experts, name.rpartition(".")[2])
-model = get_peft_model(
-    base, LoraConfig(r=4, target_modules=[], target_parameters=names, init_lora_weights=False)
-).train()
+experts = "model.layers.0.mlp.experts"  # the end alone matches nothing
+for name in (names := ["gate_up_proj", "down_proj"]):
+    replace_parameter_4bit(base.get_submodule(experts), name)
+targets = [f"{experts}.{name}" for name in names]
+config = LoraConfig(r=4, target_modules=[], target_parameters=targets, init_lora_weights=False)
+model = get_peft_model(base, config).train()
 model(input_ids=ids, labels=ids).loss.backward()
 none = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 try:

@@ -25,6 +25,7 @@ NEW = {
     "transformers": "https://github.com/huggingface/transformers/issues/new?template=bug-report.yml",
     "bitsandbytes": "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/new?template=bug-report.yml",
     "pytorch": "https://github.com/pytorch/pytorch/issues/new?template=bug-report.yml",
+    "optimum-quanto": "https://github.com/huggingface/optimum-quanto/issues/new",
 }
 
 
@@ -37,12 +38,14 @@ def report(finding: Finding) -> str:
     text = finding.report
     reproduction = f"{text['found']}\n\n```python\n{_script(finding)}\n```\n\nIt exits 0 while the defect is there, and 1 once it is gone."
     remedy = f"**Cause.** {text['cause']}\n\n**A fix.** {text['fix']}"
+    expected = f"{text['expected']}\n\n{remedy}"
+    plain = {"System Info": VERSION, "Reproduction": reproduction, "Expected behavior": expected}
     fields: Mapping[str, Mapping[str, str]] = {
         "peft": {
             "System Info": VERSION,
             "Who can help?": "",
             "Reproduction": reproduction,
-            "Expected behavior": f"{text['expected']}\n\n{remedy}",
+            "Expected behavior": expected,
         },
         "transformers": {
             "System Info": VERSION,
@@ -50,15 +53,12 @@ def report(finding: Finding) -> str:
             "Information": INFORMATION,
             "Tasks": TASKS,
             "Reproduction": reproduction,
-            "Expected behavior": f"{text['expected']}\n\n{remedy}",
+            "Expected behavior": expected,
         },
-        "bitsandbytes": {
-            "System Info": VERSION,
-            "Reproduction": reproduction,
-            "Expected behavior": f"{text['expected']}\n\n{remedy}",
-        },
+        "bitsandbytes": plain,
+        "optimum-quanto": plain,
         "pytorch": {
-            "🐛 Describe the bug": f"{reproduction}\n\n**Expected.** {text['expected']}\n\n{remedy}",
+            "🐛 Describe the bug": f"{reproduction}\n\n**Expected.** {expected}",
             "Versions": VERSION,
         },
     }

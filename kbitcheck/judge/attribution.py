@@ -1,7 +1,7 @@
 """Which party a failure is attributed to: not the implementation, where the same base shows the failure unprepared."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.facts import Facts
@@ -33,32 +33,46 @@ def unless_unprepared(
 
 
 BARE = "the same base, cast as the profile promises and otherwise left alone, fails the same"
+OUTPUT = "the same base, cast as the profile promises and otherwise left alone, has another output of this block than its twin"
 
 
 def unless_bare(judge: Check) -> Check:
     """The rule, with a failure attributed to the model if the bare base fails in the same place.
 
     Nothing prepares or checkpoints the bare base; kbitcheck itself casts what the profile promises. The base is judged
-    only after a failure. What fails there fails by quantization or rounding, whatever prepares the model.
+    only after a failure. What fails there fails by quantization or rounding, whatever prepares the model. A tensor that it does
+    not have, as the gradient that leaves its first block, is judged by the output of that block.
     """
 
     @functools.wraps(judge)
     def judged(facts: Facts) -> Iterable[Observation]:
-        failures: frozenset[str] | None = None
+        bare: Mapping[str, bool] | None = None
         for observation in judge(facts):
             if observation.ok or observation.party is not Party.IMPLEMENTATION:
                 yield observation
                 continue
-            failures = _bare_failures(judge, facts) if failures is None else failures
-            same = observation.where in failures
-            yield observation.attributed(Party.MODEL, BARE) if same else observation
+            bare = _judged_bare(judge, facts) if bare is None else bare
+            witness = _witness(observation.where, bare)
+            yield observation.attributed(Party.MODEL, witness) if witness else observation
 
     return judged
 
 
-def _bare_failures(judge: Check, facts: Facts) -> frozenset[str]:
-    """Where the bare base fails."""
+def _judged_bare(judge: Check, facts: Facts) -> Mapping[str, bool]:
+    """Whether the bare base is as expected, by place."""
+    bare: dict[str, bool] = {}
     try:
-        return frozenset(observation.where for observation in judge(facts.bare) if not observation.ok)
+        for observation in judge(facts.bare):
+            bare[observation.where] = observation.ok and bare.get(observation.where, True)
     except (NotApplicable, Unavailable):
-        return frozenset()
+        return {}
+    return bare
+
+
+def _witness(where: str, bare: Mapping[str, bool]) -> str:
+    """What the bare base shows of a failure in this place; "" if nothing."""
+    if where in bare:
+        return "" if bare[where] else BARE
+    block, inside, _ = where.partition(": ")
+    outputs = [ok for place, ok in bare.items() if place.startswith(f"{block}: output")]
+    return OUTPUT if inside and not all(outputs) else ""

@@ -21,7 +21,7 @@ def start_keeps_function(facts: Facts) -> Iterable[Observation]:
     anew, which moves every weight by up to a step.
     Symptom: a loss at step 0 above the base's; a saved adapter that fits no other copy of the base.
     Fix: initialise on the unquantized model, save the rest, and quantize that; or take a start that is zero.
-    Sources: peft documentation of ``init_lora_weights``; peft#2049, peft#3088; specification KB803.
+    Sources: peft documentation of ``init_lora_weights``; peft#2049, peft#3088; docs/findings/peft_olora_requantizes.py; specification KB803.
     """
     start, function = facts.start, facts.function
     if start.left_out == start.tokens:

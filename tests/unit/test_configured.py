@@ -117,6 +117,11 @@ def test_a_start_that_quantizes_the_base_anew_is_caught_and_is_the_stacks() -> N
     assert (result.status, result.attributed_to) == (Status.FAIL, Party.STACK)
 
 
+def test_adapters_that_read_the_codes_of_int8_weights_are_not_the_implementations_fault() -> None:
+    result = judged("peft:HRA", "KB304", quant="int8")["KB304"]
+    assert (result.status, {failure.party for failure in result.failures}) == (Status.FAIL, {Party.MODEL})
+
+
 def test_a_start_that_peft_refuses_is_no_failure() -> None:
     result = judged("peft:PiSSA", "KB803")["KB803"]
     assert result.status is Status.SKIP

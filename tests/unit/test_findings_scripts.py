@@ -5,15 +5,22 @@ from __future__ import annotations
 import ast
 import runpy
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import transformers
+from packaging.version import Version
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "docs" / "findings").glob("*.py"))
 
-# What transformers 4 does not do: there the scripts must say that the finding is gone.
-SINCE_TRANSFORMERS_5 = {"experts_unquantized", "peft_deprecated_call", "peft_two_hooks", "prequantized_cannot_be_saved"}
+# What earlier releases do not do: there the scripts must say that the finding is gone.
+SINCE = {
+    "experts_unquantized": ("transformers", "5"),
+    "peft_adalora_ranknum": ("peft", "0.21.1"),
+    "peft_deprecated_call": ("transformers", "5"),
+    "peft_two_hooks": ("transformers", "5"),
+    "prequantized_cannot_be_saved": ("transformers", "5"),
+}
 
 
 def packages(script: Path) -> set[str]:
@@ -28,7 +35,8 @@ def packages(script: Path) -> set[str]:
 def test_the_finding_is_there(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in packages(script):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    gone = script.stem in SINCE_TRANSFORMERS_5 and transformers.__version__ < "5"
+    library, since = SINCE.get(script.stem, ("torch", "0"))
+    gone = Version(version(library)) < Version(since)
     with warnings.catch_warnings(action="ignore"), pytest.raises(SystemExit) as end:
         runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out

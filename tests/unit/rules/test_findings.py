@@ -63,6 +63,25 @@ def test_a_mode_of_checkpointing_is_a_condition(mode: str, excused: bool) -> Non
     assert bool(settler([case])(failed(case, held, rule="KB405"), ENVIRONMENT).finding) is excused
 
 
+@pytest.mark.parametrize(
+    ("adapters", "quant", "excused"),
+    [
+        ("peft:HRA", "int8", True),
+        ('{"peft_type": "HRA", "r": 2}', "int8,skip=lm_head", True),
+        ("peft:HRA", "nf4", False),
+        ("peft:LoRA", "int8", False),
+        ("peft:OLoRA", "nf4", True),
+        ('{"peft_type": "LORA", "init_lora_weights": "olora"}', "fp4", True),
+        ("peft:OLoRA", "int8", False),
+        ("reference", "nf4", False),
+    ],
+)
+def test_the_adapters_of_a_case_are_a_condition(adapters: str, quant: str, excused: bool) -> None:
+    case = CaseSpec(model="m", quant=quant, implementation="reference", adapters=adapters)
+    start = Observation("logits", "near", "far", ok=False, party=Party.STACK, witness="the unprepared base")
+    assert bool(settler([case])(failed(case, start, rule="KB803"), ENVIRONMENT).finding) is excused
+
+
 @pytest.mark.parametrize(("decides", "excused"), [(True, False), (False, True)])
 def test_who_is_excused(decides: bool, excused: bool) -> None:
     finding = Finding(

@@ -68,6 +68,27 @@ def test_only_what_the_bare_base_fails_in_the_same_place_is_the_models(bare: Any
     assert [o.party for o in found] == whose
 
 
+@pytest.mark.parametrize(
+    ("bare", "whose"),
+    [
+        ({"block: output": False}, Party.MODEL),
+        ({"block: output 1 (one row)": False}, Party.MODEL),
+        ({"block: output": True}, Party.IMPLEMENTATION),
+        ({"other: output": False}, Party.IMPLEMENTATION),
+        ({"block: output": False, "block: gradient that leaves x": True}, Party.IMPLEMENTATION),
+        ({}, Party.IMPLEMENTATION),
+    ],
+)
+def test_a_tensor_that_the_bare_base_lacks_is_judged_by_its_blocks_output(bare: dict[str, bool], whose: Party) -> None:
+    def places(facts: Any) -> Any:
+        for where, ok in facts.places.items():
+            yield Observation(where, "whole", "broken", ok=ok)
+
+    facts: Any = SimpleNamespace(places={"block: gradient that leaves x": False}, bare=SimpleNamespace(places=bare))
+    (found,) = unless_bare(places)(facts)
+    assert found.party is whose
+
+
 def test_the_bare_base_is_not_asked_where_nothing_failed() -> None:
     class Whole:
         broken = ()
