@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Facts, MicroBatch, Teaching, WatchedStep
+from kbitcheck.core.facts import Facts, MicroBatch, Teaching, WatchedRun, WatchedStep
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.watched import run_of
@@ -64,7 +64,10 @@ def _shared(step: WatchedStep, weights: list[float]) -> str:
 def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float]) -> Observation:
     count, weight = len(weights), sum(weights) / len(weights)
     once = 1.0 if batches[0].counted else 1 / count
-    twice = math.isclose(weight, once / count, rel_tol=SAME)
+    shares = (
+        min(weights) * max(weights) > 0
+    )  # losses of both signs, as where some texts are unlearned, are no shares of one
+    twice = shares and math.isclose(abs(weight), once / count, rel_tol=SAME)
     expected = "divided by the tokens of all" if batches[0].counted else f"divided by {count}"
     times = "divided by their number once more" if twice else f"weighted by {weight:.3g}"
     return Observation(f"step {number}: losses of {count} batches", expected, times, ok=not twice)
@@ -130,7 +133,8 @@ REPEATED = 3  # batches
 @rule("KB721", "batch-is-meant", Level.SHOULD)
 def batch_is_meant(facts: Facts) -> Iterable[Observation]:
     """The tokens of a batch are what they seem: padding and ignored labels teach nothing, the end of a text does, tokens have
-    positions of their own, labels are tokens of their row, and dropout draws anew in each batch.
+    positions of their own, labels are tokens of their row, and dropout draws anew in each batch. Along an optimizer's steps, from its first
+    on, the loss of the labels falls in the first order: the gradient times the change of the weights is below zero.
 
     If every batch has the same tokens, a note says so.
 
@@ -146,6 +150,7 @@ def batch_is_meant(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("no batch had tokens and labels beside them")
     repeated = len(batches) >= REPEATED and all(batch.repeated for _, batch in batches[1:])
     note = f"the same tokens in all {len(batches)} batches" if repeated else ""
+    yield from _climbs(run_of(facts))
     if len(batches) >= REPEATED and all(batch.redrawn for _, batch in batches[1:]):
         actual = f"the same random state before each of {len(batches)} batches: the same is dropped"
         yield Observation("dropout", "draws anew in each batch", actual, ok=False)
@@ -156,6 +161,24 @@ def batch_is_meant(facts: Facts) -> Iterable[Observation]:
         if not batch.odd:
             yield Observation(f"step {number}", "tokens as they should be", "nothing odd", ok=True, note=note)
             note = ""
+
+
+def _climbs(run: WatchedRun) -> Iterator[Observation]:
+    """Steps that all raise the loss of the model. The first has no averages of gradients from before the run, which may point elsewhere."""
+    rises = [_rise(step) for step in run.steps if not step.skipped]
+    judged = [rise for rise in rises if rise]
+    if judged and all(rise is not None for rise in rises) and min(judged) > 0 and not run.steps[0].remembered:
+        rates = ", ".join(f"{rise:.1e}" for rise in judged)
+        actual = f"by the gradients it rises, by {rates}: it is maximized, or its sign is wrong"
+        yield Observation("loss of the labels", "falls along the steps", actual, ok=False)
+
+
+def _rise(step: WatchedStep) -> float | None:
+    """By how much the model's loss rises in the first order; None where it is not seen, or has both signs, as of pairs."""
+    weights = [batch.weight for batch in step.batches if batch.labels and batch.weight is not None]
+    if len(weights) < len(step.batches) or not weights or min(weights) * max(weights) <= 0:
+        return None
+    return sum(update.climb for update in step.updates.values()) * len(weights) / sum(weights)
 
 
 @rule("KB723", "batch-teaches", Level.MUST)

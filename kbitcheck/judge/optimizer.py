@@ -26,16 +26,18 @@ def weights_move(facts: Facts) -> Iterable[Observation]:
     step did is still there when the next begins.
 
     A float32 tensor whose updates along its gradient (SGD's, and RAdam's first) are all too small for float32 in these steps is a
-    note: its gradient may still grow.
+    note: its gradient may still grow. Weight decay times the learning rate takes less of a weight than a tenth in each step.
 
     Why: an optimizer that holds other tensors, updates that are all rounded away, and averages or old weights that are written
-    back after each step, leave a weight as it was.
+    back after each step, leave a weight as it was. A weight of which a step takes a tenth holds no more than the average of the last ten
+    gradients does.
     Symptom: DoRA's magnitudes that stay at their first values; an adapter that changes nothing.
     Fix: see KB313 and KB710; keep an average of weights beside them, and swap it in for evaluations alone.
     Sources: trl#7268, ai-toolkit#1054.
     """
     yield from _taken_back(run_of(facts))
     steps = _full_rate(run_of(facts))
+    yield from _erased(steps)
     reached = {n: us for n, us in updates_of(steps).items() if any(u.gradient == "ok" for u in us)}
     if not reached:
         raise NotApplicable("nothing that the optimizer holds has a finite gradient: KB715")
@@ -64,6 +66,22 @@ def _taken_back(run: WatchedRun) -> Iterator[Observation]:
         if shares and not step.skipped and shares[len(shares) // 2] >= TAKEN_BACK:
             actual = f"{shares[len(shares) // 2]:.0%} of it was undone before step {number + 1}, in most of {len(shares):,} tensors"
             yield Observation(f"step {number}", "what it did stays", actual, ok=False)
+
+
+# Of a weight, in a step: as much as Adam's average loses of earlier gradients (1 - 0.9). Where weights lose it too, none of them
+# remembers more of what was learned than the average does.
+ERASED = 0.1
+
+
+def _erased(steps: list[WatchedStep]) -> Iterator[Observation]:
+    """Weight decay that erases what is learned: in every step, in a quarter of the tensors or more; a ``lora_B`` is near zero at first."""
+    taken = [sorted(min(u.decay, u.shrunk) for u in step.updates.values()) for step in steps if not step.skipped]
+    largest = [shares[3 * len(shares) // 4] for shares in taken if shares]
+    if largest and min(largest) >= ERASED:
+        actual = (
+            f"weight decay times the learning rate took {min(largest):.0%} of weights in each of {len(largest)} steps"
+        )
+        yield Observation("weight decay", "leaves what earlier steps did", actual, ok=False)
 
 
 SLOW = 1e-3  # of the largest rate: a group that is as good as frozen

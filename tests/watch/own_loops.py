@@ -177,6 +177,60 @@ def adapters_of_rank_64_scaled_by_1():
     return model, each_step(model, adamw(model))
 
 
+def a_cost_maximized():
+    model = prepared()
+    return stepping(lambda model, batch: -model(**batch).loss, model=model, optimizer=adamw(model, maximize=True))
+
+
+def some_texts_unlearned():
+    """Beside others that are learned."""
+
+    def loss(model, batch):
+        one, other = ({name: value[row : row + 1] for name, value in batch.items()} for row in range(2))
+        return model(**one).loss - 0.5 * model(**other).loss
+
+    return stepping(loss)
+
+
+class ChangesGradients(torch.optim.Optimizer):
+    """Steps along gradients that it multiplies in place."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad.sign_().mul_(-group["lr"]))
+
+
+def gradients_changed_by_the_step():
+    model = prepared()
+    return model, each_step(model, ChangesGradients(trained_by(model), 1e-3))
+
+
+def decays_much():
+    """A hundredth in each step, and more that Adam divides by the gradient's size."""
+    model = prepared()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    first, second = ([p for n, p in model.named_parameters() if n in names and kind in n] for kind in ("_A", "_B"))
+    optimizers = (
+        torch.optim.AdamW(first, lr=1e-3, weight_decay=10.0),
+        torch.optim.Adam(second, 1e-3, weight_decay=500.0),
+    )
+    model.train()
+    losses = []
+    for batch in batches(STEPS):
+        loss = model(**batch).loss
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
 def two_scaled_losses_in_one_backward():
     model = prepared()
     optimizer, losses = adamw(model), []
@@ -196,6 +250,7 @@ SOUND = (
     prompts_left_out, prompts_left_out_of_a_loss_beside_the_models, large_logits_cost, chosen_and_rejected, a_row_without_labels,
     losses_are_kept, a_schedule_of_rates, a_warm_up_of_many_steps, an_average_beside, an_average_swapped_in_for_evaluations,
     halfway_back_every_other_step, bounded, rates_by_layer, adapters_of_rank_64_scaled_by_1, two_scaled_losses_in_one_backward,
+    a_cost_maximized, some_texts_unlearned, gradients_changed_by_the_step, decays_much,
 )  # fmt: skip
 
 
@@ -292,6 +347,26 @@ def old_weights_written_back():
     return written_back(lambda kept, parameter, number: parameter.copy_(kept))
 
 
+def a_loss_negated():
+    """And divided, as where batches are accumulated."""
+    return stepping(lambda model, batch: -model(**batch).loss / 4)
+
+
+def a_loss_maximized():
+    model = prepared(adapters=lora(lora_dropout=0.1))
+    return model, each_step(model, adamw(model, maximize=True, weight_decay=0.1), clip=1.0)
+
+
+def a_loss_maximized_by_sgd():
+    model = prepared()
+    return model, each_step(model, torch.optim.SGD(trained_by(model), lr=1.0, maximize=True))
+
+
+def weights_that_decay_at_once():
+    model = prepared()
+    return model, each_step(model, adamw(model, weight_decay=200.0))
+
+
 def two_optimizers_of_the_same():
     model = prepared()
     optimizers = adamw(model), adamw(model)
@@ -357,6 +432,10 @@ BROKEN = {
     a_schedule_that_returns_rates_and_warms_up: "KB712",
     an_average_written_back: "KB711",
     old_weights_written_back: "KB711",
+    a_loss_negated: "KB721",
+    a_loss_maximized: "KB721",
+    a_loss_maximized_by_sgd: "KB721",
+    weights_that_decay_at_once: "KB711",
     two_optimizers_of_the_same: "KB710",
     two_groups_of_the_same: "KB710",
     adapters_scaled_to_nothing: "KB725",

@@ -24,6 +24,7 @@ FAST = {
     "one_of_two_losses_unscaled", "half_of_the_batch_without_gradients", "chosen_and_rejected",
     "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
     "labels_of_other_rows", "seeded_before_each_step",
+    "a_loss_negated", "a_loss_maximized", "weights_that_decay_at_once", "decays_much",
 }  # fmt: skip
 
 

@@ -10,7 +10,9 @@ class Update:
 
     ``wanted`` of its ``elements`` have a gradient and a non-zero update in float32, of which its ``dtype`` rounds ``lost`` away;
     ``moved`` have another value after the step at a learning ``rate``. ``lands_at`` is the learning rate at which nine of ten lost
-    updates would land. ``gradient`` is ``ok``, ``zero``, ``none`` or ``not finite``.
+    updates would land. ``gradient`` is ``ok``, ``zero``, ``none`` or ``not finite``. ``climb`` is the gradient times the change, without
+    weight decay's part (0 where the step made or changed the gradient). The step's learning rate times its weight decay is ``decay``,
+    and ``shrunk`` the share of the tensor that the step took away.
     """
 
     dtype: str
@@ -21,6 +23,9 @@ class Update:
     moved: int = 0
     lands_at: float | None = None
     rate: float = 0.0
+    climb: float = 0.0
+    decay: float = 0.0
+    shrunk: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

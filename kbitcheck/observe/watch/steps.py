@@ -42,6 +42,9 @@ class Steps:
         self.foreign = 0
         self.kinds: list[str] = []  # classes of the optimizers
         self.inside = False  # an optimizer's step, in which a closure may run the model
+        self._written: dict[
+            int, int
+        ] = {}  # how often each gradient was written to before the step, unless a closure makes it
         self._model, self._when_strange = model, when_strange
         self._optimizers = optimizers
         self._open: _Open | None = None
@@ -88,6 +91,7 @@ class Steps:
             return False
         mine = self._mine(optimizer)
         self.inside = True
+        self._written = {id(p): internals.version(p.grad) for p in mine if p.grad is not None and not closure}
         self._look_for_repeats(mine, closure=closure)
         self._values = {self.names[id(p)]: p.detach().clone() for p in mine}
         states = getattr(optimizer, "state", {})
@@ -119,6 +123,9 @@ class Steps:
     def _update(self, optimizer: Any, group: Mapping[str, Any], name: str, parameter: torch.Tensor) -> Update:
         before, wide, rate = self._values[name], self._wide.get(id(parameter)), float(group["lr"])
         update = updates.update(before, parameter.detach(), wide, rate=rate, gradient=parameter.grad)
+        if parameter.grad is not None and self._written.get(id(parameter)) == internals.version(parameter.grad):
+            decay = float(group.get("weight_decay") or 0.0)
+            update = updates.beside_decay(update, before, parameter, parameter.grad, rate=rate, decay=decay)
         if isinstance(optimizer, updates.ALONG_GRADIENT):
             update = updates.along_gradient(update, before, parameter.grad, rate=rate)
         if update.moved:
@@ -187,7 +194,7 @@ class Steps:
 
     def forget(self) -> None:
         """Drop what is kept while an optimizer steps."""
-        self._values, self._wide = {}, {}
+        self._values, self._wide, self._written = {}, {}, {}
 
     def stop(self) -> None:
         """Drop all that is kept of the parameters."""

@@ -80,6 +80,32 @@ def along_gradient(seen: Update, before: torch.Tensor, gradient: torch.Tensor | 
     return dataclasses.replace(seen, wanted=int((change != 0).sum()), lost=int(small.sum()))
 
 
+def beside_decay(
+    seen: Update, before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor | None, *, rate: float, decay: float
+) -> Update:
+    """The update with the parts that the gradient and weight decay have in it."""
+    if seen.gradient not in ("ok", "zero") or gradient is None:
+        return seen
+    climb, along, change, square = _products(*map(internals.local, (before, after.detach(), gradient.detach())))
+    # Decay is taken off the weights, as AdamW does, or added to the gradient, as Adam does: what holds either way counts.
+    climb = min(climb + rate * decay * along, climb + decay * change)
+    return dataclasses.replace(seen, climb=climb, decay=rate * decay, shrunk=-change / square if square else 0.0)
+
+
+CHUNK = 2**24  # elements of which copies in float32 are made at once
+
+
+def _products(before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor) -> list[float]:
+    """The gradient times the change and times the tensor; the tensor times the change and times itself."""
+    sums = torch.zeros(4, dtype=torch.float64, device=before.device)
+    for chunk in zip(*(each.reshape(-1).split(CHUNK) for each in (before, after, gradient)), strict=True):
+        old, new, slope = (each.float() for each in chunk)
+        change = new - old
+        sums += torch.stack([slope @ change, slope @ old, old @ change, old @ old]).double()
+    numbers: list[float] = sums.tolist()
+    return numbers
+
+
 def half_step(values: torch.Tensor) -> torch.Tensor:
     """Half the distance from each value to the next number of its dtype, in float32."""
     info = torch.finfo(values.dtype)
