@@ -115,6 +115,10 @@ class Arithmetic:
         """Whether some kernel of the layer rounds its input."""
         return False
 
+    def input_ulp(self, module: nn.Module) -> float:
+        """The relative distance of the numbers that an input is rounded to; 0 where the dtype of the product is no finer."""
+        return 0.0
+
     def round_input(self, module: nn.Module, x: Tensor) -> Tensor:
         """The input that the layer really computes with in training."""
         return x

@@ -297,7 +297,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     first-order term, where rounding is in the way or the step is too long. The first-order term is what the gradient
     says, within six times that difference, or within a quarter. The step is chosen so that the difference is small: where
     six times the difference are more than a half at every learning rate, nothing follows; nor from another slope along a step that
-    changes the loss by less than an ulp of the dtype that layers compute in.
+    changes the loss by less than an ulp of the dtype that layers compute in or round their inputs to.
 
     Why: this is the end-to-end check that the prepared model can learn.
     Symptom: a loss that stays, rises, or is NaN or 0.
@@ -316,10 +316,11 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     actual = f"by {t.slope:.2f} times that: from {t.losses[0]:.4f} to {t.losses[-1]:.4f}"
     finite = all(map(math.isfinite, t.losses))
     ok = finite and abs(t.slope - 1) <= bound
-    if finite and not ok and abs(t.predicted[-1]) < facts.compute_ulp * abs(t.losses[0]):
+    ulp = max([facts.compute_ulp, *(layer.input_ulp for layer in facts.base.layers.values())])
+    if finite and not ok and abs(t.predicted[-1]) < ulp * abs(t.losses[0]):
         # Activations that move by less than half an ulp do not move: along such a step the loss is one flat of a staircase.
         raise NotApplicable(
-            "the loss is straight along steps alone that are rounded away in the dtype that layers compute in"
+            "the loss is straight along steps alone that are rounded away in the dtype that layers compute in or round inputs to"
         )
     yield Observation("loss", f"changes by {t.predicted[-1]:.2e} in the first order", actual, ok=ok)
 

@@ -170,7 +170,7 @@ class Settings:
         ):
             for value in values:
                 if value not in choices:
-                    hint = did_you_mean(value, choices)
+                    hint = did_you_mean(str(value), choices)
                     raise UsageError(f"no such --kbit-{option}: {value!r}{hint}; use {', '.join(choices)}")
         subject.validate(self.implementation)
         validate_device(self.device)

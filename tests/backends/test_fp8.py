@@ -14,6 +14,7 @@ from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
+from kbitcheck.observe.probes.snapshot import layer
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("fp8")
@@ -97,3 +98,11 @@ def test_without_a_backward_it_is_refused_in_one_line() -> None:
 def test_a_block_of_another_size_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown block '7'; known: 128, 32"):
         Quantization.parse("fp8,block=7")
+
+
+@runs_here
+def test_steps_below_what_inputs_are_rounded_by_say_nothing_of_the_loss() -> None:
+    name, module = next(backends.quantized_layers(shallow("tiny:llama").load(Quantization.parse("fp8"))))
+    ulp = layer(name, module).input_ulp
+    one = torch.tensor([1.0, 1.0 + 0.49 * ulp, 1.0 + 0.51 * ulp]).to(torch.float8_e4m3fn)
+    assert one.float().tolist() == [1.0, 1.0, 1.0 + ulp]

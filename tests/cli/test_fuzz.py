@@ -113,9 +113,12 @@ def test_a_seed_draws_the_same_cases_and_what_is_named_is_kept(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "peft"])
 def test_nothing_healthy_is_flagged(implementation, tmp_path):
+    quants = []
     if implementation == "peft":
         pytest.importorskip("peft")
-    run = kbitcheck("impl", implementation, "--fuzz", "12", "--seed", "3", cwd=tmp_path)
+        # Of other methods its function leaves checkpointing off.
+        quants = ["--quant", "nf4", "--quant", "fp4,double", "--quant", "int8"]
+    run = kbitcheck("impl", implementation, "--fuzz", "12", "--seed", "3", *quants, cwd=tmp_path)
     assert run.returncode == EXIT_CONFORMS, run.stdout
     assert "12 cases drawn, seed 3" in run.stdout
 

@@ -59,8 +59,7 @@ def test_cases_keep_what_the_implementation_is_known_to_keep(name: str, profile:
     assert (kept_by(name).profile, kept_by(name).freezes) == (profile, freezes)
     (spec,) = suites.cases((), models=["tiny:gpt2"], quants=["nf4"], checkpointing=["off"], implementation=name)
     assert (spec.profile, spec.freezes) == (profile, freezes)
-    options = {"profile": "qlora", "freezes": "at-prepare"}
-    cells = suites.cases(suites.QUICK, implementation=name, **options)
+    cells = suites.cases(suites.QUICK, implementation=name, profile="qlora", freezes="at-prepare")
     assert {(spec.profile, spec.freezes) for spec in cells} == {("qlora", "at-prepare")}
 
 

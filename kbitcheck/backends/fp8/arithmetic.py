@@ -19,6 +19,9 @@ class Fp8Arithmetic(Arithmetic):
     def rounds_input(self, module: nn.Module) -> bool:
         return True
 
+    def input_ulp(self, module: nn.Module) -> float:
+        return torch.finfo(oracle.CODES).eps
+
     def round_input(self, module: Any, x: Tensor) -> Tensor:
         if module.activation_scale is not None:
             scale = module.activation_scale.detach().float()

@@ -44,6 +44,7 @@ class LayerFacts:
 
     One that does not ``multiplies`` holds a weight that another module reads unpacked, in the dtype ``compute``; ``experts`` is the
     number of matrices in it. A ``stack`` is a parameter that packs the weights of several experts; its features out are those of all of them.
+    ``input_ulp`` is the relative distance of the numbers that its input is rounded to, 0 where ``compute`` is no finer.
     ``zero_rows`` counts the rows of the unpacked weight whose norm is zero or subnormal in its dtype; None without numbers.
 
     ``laid_out_before`` digests the packed weight as it was before the library's own forward laid it out anew; "" where none did.
@@ -62,6 +63,7 @@ class LayerFacts:
     stack: bool = False
     multiplies: bool = True
     experts: int = 1
+    input_ulp: float = 0.0
     zero_rows: int | None = None
 
 

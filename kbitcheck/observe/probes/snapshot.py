@@ -141,6 +141,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         multiplies=multiplies,
         experts=recognition.experts(module),
         rounds_input=arithmetic.rounds_input(module),
+        input_ulp=arithmetic.input_ulp(module),
         state=state,
         dequantized=unpacked.digest,
         zero_rows=unpacked.zero_rows,

@@ -63,7 +63,8 @@ def _condition(report: Report, case: str, code: str) -> str:
 
 def _call(spec: Mapping[str, Any], code: str, condition: str) -> str:
     """The line of Python that does so."""
-    arguments = {f"{name}s": [spec[name]] for name in ("model", "quant")} | {"checkpointing": [spec["checkpointing"]]}
+    arguments: dict[str, Any] = {f"{name}s": [spec[name]] for name in ("model", "quant")}
+    arguments["checkpointing"] = [spec["checkpointing"]]
     for name in (name for name in DEFAULTS if name not in NAMED):
         if spec.get(name, DEFAULTS[name]) not in (DEFAULTS[name], "auto"):
             arguments[name] = spec[name]
