@@ -91,7 +91,7 @@ def judge_all(scheme: str) -> None:
     for name, adapters in ({n: PREFIX + n for n in NAMED} | {n: json.dumps(f) for n, f in MORE.items()}).items():
         if name in cells:
             continue
-        cells[name] = cell(base(scheme), scheme, adapters)  # whose float64 twin failed with no adapters before
+        cells[name] = cell(base(scheme), scheme, adapters)  # a base of its own: no cell depends on another
         print(f"{name} on {scheme}: {cells[name]}", flush=True)
         text = json.dumps({"versions": versions, "cells": cells}, indent=1)
         file.write_text(text + "\n", encoding="utf-8")

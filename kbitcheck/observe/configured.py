@@ -17,7 +17,7 @@ from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.core.training import Training
 from kbitcheck.observe.meant_to_train import owned, thaw, with_own_numbers
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.probes.adapters import SPREAD, Attached, attach, noise
+from kbitcheck.observe.probes.adapters import SPREAD, Attached, attach, linear_layers, noise
 
 ROTATIONS = ("OFT", "BOFT")  # whose size is that of blocks; a rank is another way to name it
 # Of what starts at other numbers than zero and is not drawn, each is multiplied by one and this much noise.
@@ -201,8 +201,9 @@ class Configured:
 class CaseAdapters:
     """The adapters of cases of one base: a library's plain LoRA, or those of a configuration, whose numbers are kept."""
 
-    def __init__(self, layers: Sequence[str], training: Training, base: Base) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], training: Training, base: Base) -> None:
         self._layers, self._training, self._base = layers, training, base
+        self._linears = linear_layers(model, layers)
         self._configured: dict[tuple[Any, ...], Configured] = {}
 
     def configured(self, spec: CaseSpec) -> Configured | None:
@@ -211,7 +212,7 @@ class CaseAdapters:
             return None
         key = (spec.adapters, spec.rank, spec.seed)
         if key not in self._configured:
-            self._configured[key] = Configured(named, self._layers, spec, self._base)
+            self._configured[key] = Configured(named, self._linears, spec, self._base)
         return self._configured[key]
 
     def draw(self, spec: CaseSpec) -> None:

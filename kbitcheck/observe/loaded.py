@@ -67,7 +67,6 @@ class Loaded:
     patched = False  # whether a caller may have put something over its arithmetic, which its twins leave out
     of_large = False  # whether it is a cut of a large model
     lease: object = None  # another object whenever the base that cases hold is taken back
-    _no_twin = ""  # why there is none
 
     def __init__(
         self,
@@ -90,9 +89,10 @@ class Loaded:
         self.unfit_targets = adapter_probe.unfit(model, self.targets)
         self.weights = layers.Weights(model)
         self._own_attach, self.training, self._twin_errors = attach, training or Training(), twin_errors
-        self.adapters = CaseAdapters(self.targets, self.training, self)
+        self.adapters = CaseAdapters(model, self.targets, self.training, self)
         self.attach: Attach = attach or self.adapters.attach
         self._results: dict[tuple[Any, ...], Any] = {}
+        self._no_twin: dict[str, str] = {}  # why there is none, by adapters
         if not self.copies and not attach:
             self.adapters.draw(spec)  # as long as the caller's model is in no one's hands
 
@@ -175,19 +175,21 @@ class Loaded:
     def twins(self, spec: CaseSpec) -> twin.Twins:
         """Twins under the spec's profile and adapters."""
         key = ("twins", spec.profile, spec.adapters, spec.rank, spec.seed)
-        return self._computed_once(key, lambda: self._in_float64(lambda: self._compute_twins(spec)), small=True)
+        compute = partial(self._in_float64, lambda: self._compute_twins(spec), spec.adapters)
+        return self._computed_once(key, compute, small=True)
 
-    def _in_float64(self, compute: Callable[[], T]) -> T:
-        """What ``compute`` returns. It runs a float64 twin; where the model's own code does not, it is tried once."""
+    def _in_float64(self, compute: Callable[[], T], adapters: str = "") -> T:
+        """What ``compute`` returns. It runs a float64 twin; where the code of model or adapters does not, it is tried once."""
         self.require_step()
-        if not self._no_twin:
+        why = self._no_twin.get("") or self._no_twin.get(adapters)
+        if not why:
             try:
                 return compute()
             except self._twin_errors as error:
                 if isinstance(error, torch.OutOfMemoryError) and torch.OutOfMemoryError not in self._twin_errors:
                     raise
-                self._no_twin = f"the float64 twin of this model does not run: {cause(error)}"
-        raise Unavailable(self._no_twin)
+                why = self._no_twin[adapters] = f"the float64 twin of this model does not run: {cause(error)}"
+        raise Unavailable(why)
 
     def forecast(self, spec: CaseSpec) -> ForecastFacts:
         """Bytes predicted from the model's configuration; those of training steps for ``kbitcheck model`` alone."""
@@ -290,7 +292,7 @@ class Loaded:
                 twin.require_numbers(comparison.facts.parts[""].gaps["loss"].size)
             return comparison
 
-        return self._computed_once(key, lambda: self._in_float64(compared), small=True)
+        return self._computed_once(key, partial(self._in_float64, compared, spec.adapters), small=True)
 
     def _exact(self, spec: CaseSpec) -> Twin:
         key = ("exact", spec.adapters, spec.rank, spec.seed)

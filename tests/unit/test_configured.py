@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -10,17 +11,22 @@ from typing import Any
 import pytest
 import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
+from torch import nn
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import UsageError
+from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.core.result import Party, Result, Status
 from kbitcheck.core.rule import judge, rules
 from kbitcheck.models.blocks import is_block
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.probes import adapters as adapter_probe
+from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.twin import twins
 from tests.shallow import shallow
 
 EXPERTS = {"peft_type": "LORA", "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+ALL_LINEAR = {"peft_type": "LORA", "target_modules": "all-linear"}
 BIASES = {"peft_type": "LORA", "bias": "all"}
 
 
@@ -68,6 +74,20 @@ def test_adapters_of_a_configuration_are_no_false_alarm(adapters: Any, model: st
     assert {code: (r.status, r.failures[:1], r.reason) for code, r in results.items()} == dict.fromkeys(
         results, (Status.PASS, (), "")
     )
+
+
+@pytest.mark.parametrize(
+    ("adapters", "model"),
+    [
+        ("peft:LoRA", "tiny:gpt-oss"),
+        # PEFT puts one on the router, too.
+        pytest.param(ALL_LINEAR, "tiny:mixtral", marks=pytest.mark.transformers5("stacks its experts")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_stacks_of_experts_get_no_adapter_of_a_configuration_that_names_none(adapters: Any, model: str) -> None:
+    results = judged(adapters, "KB302", "KB304", "KB803", model=model, quant="nf4,experts=parametrize")
+    assert {code: (r.status, r.reason) for code, r in results.items()} == dict.fromkeys(results, (Status.PASS, ""))
 
 
 def test_a_parameter_that_is_a_constant_is_no_adapter() -> None:
@@ -136,3 +156,38 @@ def test_adapters_that_only_an_unprepared_base_does_not_run_are_judged() -> None
 def test_adapters_that_peft_does_not_run_on_this_base_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match="peft does not run these adapters on this model: RuntimeError"):
         judged("peft:LoHa", "KB302")
+
+
+def test_a_twin_that_fails_with_some_adapters_is_tried_once_and_stops_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CaseSpec(model="tiny:llama", quant="nf4", implementation="reference")
+    tried: list[str] = []
+
+    def attach(model: nn.Module, spec: CaseSpec) -> Attached:
+        tried.append(spec.adapters)
+        if spec.adapters == "peft":
+            raise RuntimeError("not in float64")
+        return adapter_probe.attach(model, targets, library="reference", rank=4, seed=0)
+
+    first = loaded("tiny:llama", "nf4")
+    targets = first.targets
+    base = Loaded(first.copy(), first.source, case, attach=attach)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="does not run: RuntimeError: not in float64"):
+            base.twins(dataclasses.replace(case, adapters="peft"))
+    assert tried == ["peft"]
+    assert base.twins(case).whole.exact.keys() == base.twins(case).whole.rounded.keys() != set()
+
+    def fail(*arguments: Any) -> nn.Module:
+        raise RuntimeError("no float64 at all")
+
+    base = Loaded(first.copy(), first.source, case, attach=attach)
+    tried.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(twins, "float64", fail)
+        with pytest.raises(Unavailable, match="no float64 at all"):
+            base.function("peft")
+    with pytest.raises(Unavailable, match="no float64 at all"):
+        base.twins(case)
+    assert tried == []

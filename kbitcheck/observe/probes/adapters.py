@@ -60,6 +60,14 @@ def unfit(model: nn.Module, targets: Sequence[str]) -> Mapping[str, str]:
     return reasons
 
 
+def linear_layers(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Those of the named layers that PEFT takes as ``target_modules``: all but stacks of experts.
+
+    Its adapters on parametrized parameters fail in their second forward (docs/findings/peft_parametrized_experts.py).
+    """
+    return [name for name in layers if hasattr(model.get_submodule(name), "in_features")]
+
+
 class Attached(NamedTuple):
     """A model to train (PEFT returns a wrapper), and the adapters' parameters by name."""
 
@@ -72,9 +80,8 @@ def attach(model: nn.Module, layers: Sequence[str], *, library: str, rank: int, 
     if library == "peft":
         from peft import LoraConfig, get_peft_model
 
-        # Its adapters on parametrized parameters fail in their second forward (docs/findings/peft_parametrized_experts.py).
-        linears = [name for name in layers if hasattr(model.get_submodule(name), "in_features")]
-        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears))
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_layers(model, layers))
+        wrapped: Any = get_peft_model(model, config)
         owned = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
     else:
         wrapped = lora.attach(model, rank=rank, alpha=2.0 * rank, targets=list(layers))

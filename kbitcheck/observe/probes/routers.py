@@ -17,9 +17,11 @@ ROUTER = re.compile(r"(router|topk|gate)$|router", re.IGNORECASE)
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that choose experts: by class, or a linear named ``gate`` beside experts."""
-    modules = {}
+    """Modules that choose experts: by class, or a linear named ``gate`` beside experts. What is inside one is part of it."""
+    modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in modules):
+            continue
         parent, _, last = name.rpartition(".")
         beside_experts = hasattr(model.get_submodule(parent), "experts") if name else False
         if ROUTER.search(type(module).__name__) or (beside_experts and last in ("gate", "router")):
