@@ -31,7 +31,7 @@ Help = str | Callable[[bool], str]  # a text, or what gives it where help is pri
 def quant_help(full: bool) -> str:
     """The schemes of all registered backends, with their options."""
     if not full:
-        return "Quantization, such as nf4, int8 or nf4,double; repeatable. --help-all lists all."
+        return "Such as nf4, int8 or nf4,double; repeatable. --help-all lists all."
     from kbitcheck.backends.quantization import usage  # searches the installed packages for backends
 
     return f"Quantization: {usage()}; repeatable."
