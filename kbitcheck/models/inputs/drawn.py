@@ -65,12 +65,14 @@ class Conditions:
     def batch(self, make: Callable[..., Mapping[str, Tensor]]) -> Batch:
         """A batch of ``make(batch=, seq_len=)`` under these conditions; padding and labels only of what reads text alone.
 
-        ``make`` pads the last row on the right.
+        ``make`` pads the last row of several on the right.
         """
         made = dict(make(batch=self.rows, seq_len=self.length))
         labels = made.get("labels")
         if made.keys() != TEXT or labels is None or labels.shape != made["input_ids"].shape:
             return made
+        if self.rows == 1 and self.padding != "none":
+            made = {name: tensor[1:] for name, tensor in make(batch=2, seq_len=self.length).items()}
         if self.padding != "right":
             filled = int(made["attention_mask"][-1].sum())
             for tensor in made.values():

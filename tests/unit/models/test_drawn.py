@@ -1,5 +1,7 @@
 """Drawn batches are what their conditions say, and the same for the same case."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -70,3 +72,12 @@ def test_a_batch_is_what_its_conditions_say(model, padding, ignored):
     assert counts.equal(expected)
     assert ids[counts].equal(labels[counts])
     assert str(conditions).startswith("3 rows of 65 tokens, ")
+
+
+@pytest.mark.parametrize(("padding", "first", "last"), [("left", 0, 1), ("right", 1, 0), ("none", 1, 1)])
+def test_a_batch_of_one_row_is_padded_as_it_says(model, padding, first, last):
+    conditions = Conditions(rows=1, length=67, padding=padding, ignored=0)
+    made = conditions.batch(partial(resolve("tiny:llama").batch, model, seed=0))
+    mask = made["attention_mask"]
+    assert mask.shape == (1, 67)
+    assert (int(mask[0, 0]), int(mask[0, -1])) == (first, last)
