@@ -14,6 +14,7 @@ from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import CallFacts
 from kbitcheck.observe.library_attributes import attributes, classes_of, replaced
 from kbitcheck.observe.probes import process_state
+from kbitcheck.observe.probes.runtime_settings import loggers, loggers_changed
 
 Prepare = Callable[..., Any]
 
@@ -72,12 +73,12 @@ def call(
     raised, returned = None, None
     with warnings.catch_warnings(record=True) as heard, _logged() as logged:
         warnings.simplefilter("always")
-        before = process_state.state()
+        before, of_loggers = process_state.state(), loggers()
         try:
             returned = prepare(model, *positional, **kwargs)
         except Exception as error:
             raised = Raised.of(error)
-        after = process_state.state()
+        after, turned = process_state.state(), loggers_changed(of_loggers)
     return model_from(returned, model), CallFacts(
         raised=raised,
         same_object=returned is model,
@@ -91,7 +92,7 @@ def call(
         modes_changed=tuple(
             n or cls.__name__ for n, m in model.named_modules() if modes.get(n, m.training) != m.training
         ),
-        process={**process_state.changed(before, after), **replaced(original)},
+        process={**process_state.changed(before, after), **turned, **replaced(original)},
         parameters=parameters,
         accepts_any=anything,
     )

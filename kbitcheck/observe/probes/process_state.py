@@ -35,7 +35,7 @@ import torch.utils.data
 from kbitcheck.observe import internals
 from kbitcheck.observe.library_attributes import attributes, classes_of, replaced
 from kbitcheck.observe.probes import files_written
-from kbitcheck.observe.probes.runtime_settings import loggers, runtime_settings
+from kbitcheck.observe.probes.runtime_settings import loggers, loggers_changed, runtime_settings
 
 # Training draws from these; each probe has its own.
 DRAWN_FROM = frozenset({"torch RNG", "CUDA RNG"})
@@ -125,9 +125,7 @@ class Before:
     def changed(self) -> dict[str, tuple[str, str]]:
         """What has changed since; of loggers what those that were there have."""
         settings = {n: values for n, values in changed(self._state, state()).items() if n not in DRAWN_FROM}
-        now = loggers()
-        of_loggers = {f"logger {n}": (was, now[n]) for n, was in self._loggers.items() if now.get(n, was) != was}
-        return settings | of_loggers | replaced(self._attributes)
+        return settings | loggers_changed(self._loggers) | replaced(self._attributes)
 
     def lasting(self) -> dict[str, tuple[str, str]]:
         """What has changed since, but for what the import of any library may change, and the threads, which kbitcheck sets itself."""

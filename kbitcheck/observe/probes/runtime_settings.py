@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -51,11 +52,18 @@ def runtime_settings() -> dict[str, object]:
 
 def loggers() -> dict[str, str]:
     """What of each logger decides which messages are shown, by its name."""
-    every = {name: each for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger)}
+    unset = logging.Logger("")  # stands where loggers have a common parent that nobody asked for yet
+    every = {n: e if isinstance(e, logging.Logger) else unset for n, e in logging.root.manager.loggerDict.items()}
     return {
         name: str((each.level, each.disabled, each.propagate, len(each.handlers), len(each.filters)))
         for name, each in {"root": logging.root, **every}.items()
     }
+
+
+def loggers_changed(before: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What has changed since of each logger that was there, as ``loggers`` tells it."""
+    now = loggers()
+    return {f"logger {name}": (was, now[name]) for name, was in before.items() if now.get(name, was) != was}
 
 
 def _action(category: type[Warning]) -> str:

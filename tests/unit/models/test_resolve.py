@@ -16,7 +16,7 @@ Llama = Any
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("tiny:lama", r"\(did you mean tiny:llama\?\); there are bert, deep, gemma, gpt2"),
+        ("tiny:lama", r"\(did you mean tiny:llama\?\); there are bert, deep, gemma, gpt-oss, gpt2"),
         ("tiny:frobnicate", "no recipe tiny:frobnicate; there are bert"),
         ("tiny:", "there are bert"),
         ("tiny:../fixtures/llama", "no recipe"),

@@ -73,7 +73,7 @@ def test_a_step_that_is_recorded_has_a_graph_of_its_own(reached: bool, monkeypat
     layer = nn.Linear(4, 32).requires_grad_(False)
     monkeypatch.setattr(backends, "quantized_layers", lambda model: [("", model)])
     monkeypatch.setattr(backends, "recognition", lambda each: SimpleNamespace(shape=lambda each: (32, 4)))
-    weights: Any = SimpleNamespace(layers={"": layer}, misread={}, exact=lambda name: layer.weight.double())
+    weights: Any = SimpleNamespace(layers={"": layer}, owners={}, misread={}, exact=lambda name: layer.weight.double())
     x = torch.ones(1, 4, requires_grad=reached)
     with layers.Probes(layer, weights, leave=True) as probes:
         y = layer(x)
