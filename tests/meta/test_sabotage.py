@@ -50,15 +50,16 @@ def innocent(model, use_gradient_checkpointing=True, gradient_checkpointing_kwar
 
 
 def setting_of(fault):
-    return fault.model, fault.quant, fault.checkpointing, fault.conditions
+    return fault.model, fault.quant, fault.checkpointing, fault.conditions, fault.adapters
 
 
 OWN = [fault for fault in faults() if fault.standalone]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "quant", "checkpointing", "conditions"), sorted({setting_of(f) for f in OWN}))
-def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quant, checkpointing, conditions, bases):
+@pytest.mark.parametrize("setting", sorted({setting_of(f) for f in OWN}), ids=str)
+def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(setting, bases):
+    model, quant, checkpointing, conditions, adapters = setting
     fault = Fault(
         code="KB101",
         name="innocent",
@@ -67,9 +68,10 @@ def test_an_implementation_is_caught_for_its_fault_not_for_its_steps(model, quan
         quant=quant,
         checkpointing=checkpointing,
         conditions=conditions,
+        adapters=adapters,
     )
     case = case_of(fault, bases)
-    codes = {f.code for f in OWN if setting_of(f) == (model, quant, checkpointing, conditions)}
+    codes = {f.code for f in OWN if setting_of(f) == setting}
     if version("transformers") < "5" and model == "tiny:llava":
         codes.discard("KB302")  # the plain steps hook the text's embedding, as that transformers does
     judged = [judge(rules()[code], case) for code in sorted(codes)]
