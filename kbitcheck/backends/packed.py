@@ -125,6 +125,16 @@ def pack_stack(model: nn.Module, module: Any, names: Sequence[str], scheme: str,
     module.forward = _no_kernel
 
 
+def pack_all(model: nn.Module, scheme: str, layout: Layout, stays: Callable[[str], bool]) -> None:
+    """Pack every linear layer and stack of experts, but those that ``stays`` says of by their names."""
+    for name, _ in linears(model, in_blocks=False):
+        if not stays(name):
+            pack_linear(model, name, scheme, layout)
+    for name, module, wide in stacked(model):
+        if not stays(name):
+            pack_stack(model, module, wide, scheme, layout)
+
+
 def skipped(skip: Sequence[str]) -> Callable[[str], bool]:
     """Whether a checkpoint whose list of unquantized modules is ``skip`` leaves out the one of this name.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.protocol import Backend, Recognition
+from kbitcheck.backends.laid_out import LaidOut
 from kbitcheck.backends.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -15,19 +14,12 @@ if TYPE_CHECKING:
 SCHEME = Scheme("awq-int4", 4)
 
 
-class Awq(Backend):
+class Awq(LaidOut):
     """Every linear layer but the head and those that ``modules_to_not_convert`` names."""
 
     name = "awq"
     method = "awq"
     schemes = (SCHEME,)
-    static_only = "its layers are not run: sizes are those of its published layout"
-
-    @cached_property
-    def recognition(self) -> Recognition:
-        from kbitcheck.backends.packed import PackedHolders
-
-        return PackedHolders([SCHEME.name])
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         version = str(config.get("version") or config.get("format") or "gemm").lower()
@@ -49,12 +41,7 @@ class Awq(Backend):
             }
 
         stays = packed.skipped([*skip, *(config.get("modules_to_not_convert") or ())])
-        for name, _ in packed.linears(model, in_blocks=False):
-            if not stays(name):
-                packed.pack_linear(model, name, SCHEME.name, layout)
-        for name, module, wide in packed.stacked(model):
-            if not stays(name):
-                packed.pack_stack(model, module, wide, SCHEME.name, layout)
+        packed.pack_all(model, SCHEME.name, layout, stays)
 
 
 BACKEND = Awq()

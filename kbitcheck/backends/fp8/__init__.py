@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.protocol import Arithmetic, Backend, Kernels, Recognition
+from kbitcheck.backends.laid_out import LaidOut
+from kbitcheck.backends.protocol import Arithmetic, Kernels, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.finding import Finding, read_findings
@@ -23,7 +24,7 @@ BLOCK = (128, 128)
 TRAINABLE = (5, 23)
 
 
-class Fp8(Backend):
+class Fp8(LaidOut):
     """Every linear layer and stack of experts but those that ``modules_to_not_convert`` names, or the head where it names none."""
 
     name = "fp8"
@@ -34,9 +35,7 @@ class Fp8(Backend):
     @cached_property
     def recognition(self) -> Recognition:
         if self.not_on_load():
-            from kbitcheck.backends.packed import PackedHolders
-
-            return PackedHolders([SCHEME.name])
+            return super().recognition
         from kbitcheck.backends.fp8.recognise import Fp8Layers
 
         return Fp8Layers([SCHEME.name])
@@ -91,12 +90,7 @@ class Fp8(Backend):
 
         named = config.get("modules_to_not_convert") or config.get("ignored_layers")
         stays = packed.skipped(skip if named is None else named)
-        for name, _ in packed.linears(model, in_blocks=False):
-            if not stays(name):
-                packed.pack_linear(model, name, SCHEME.name, layout)
-        for name, module, wide in packed.stacked(model):
-            if not stays(name):
-                packed.pack_stack(model, module, wide, SCHEME.name, layout)
+        packed.pack_all(model, SCHEME.name, layout, stays)
 
 
 BACKEND = Fp8()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.protocol import Backend, Recognition
+from kbitcheck.backends.laid_out import LaidOut
 from kbitcheck.backends.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -18,19 +17,12 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 8)
 
 
-class Gptq(Backend):
+class Gptq(LaidOut):
     """Every linear layer of the blocks; ``dynamic`` says which modules differ, as GPTQModel reads it."""
 
     name = "gptq"
     method = "gptq"
     schemes = tuple(Scheme(f"gptq-int{bits}", bits) for bits in BITS)
-    static_only = "its layers are not run: sizes are those of its published layout"
-
-    @cached_property
-    def recognition(self) -> Recognition:
-        from kbitcheck.backends.packed import PackedHolders
-
-        return PackedHolders([scheme.name for scheme in self.schemes])
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         return super().describes(config) and config.get("bits", 4) in BITS

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.protocol import Backend, Recognition
+from kbitcheck.backends.laid_out import LaidOut
 from kbitcheck.backends.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -16,19 +15,12 @@ SCHEME = Scheme("mxfp4", 4)
 BLOCK = 32  # numbers that share an exponent (OCP Microscaling Formats 1.0, section 5)
 
 
-class Mxfp4(Backend):
+class Mxfp4(LaidOut):
     """The experts' weights; their biases, and everything else, are plain numbers."""
 
     name = "mxfp4"
     method = "mxfp4"
     schemes = (SCHEME,)
-    static_only = "its layers are not run: sizes are those of its published layout"
-
-    @cached_property
-    def recognition(self) -> Recognition:
-        from kbitcheck.backends.packed import PackedHolders
-
-        return PackedHolders([SCHEME.name])
 
     def lay_out(self, model: nn.Module, config: Mapping[str, Any], skip: Sequence[str]) -> None:
         import torch

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kbitcheck.models.blocks import is_block
 from kbitcheck.observe.internals import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from kbitcheck.observe.probes.blocks import HANDED_IN
 from kbitcheck.observe.probes.choices import RecordChoices
+from kbitcheck.observe.probes.tap import Tap
 
 TENSOR = object()  # stands for a floating tensor in a recorded output
 
@@ -61,19 +63,9 @@ class BlockCall:
         return torch.autocast(self.device, dtype=self.autocast) if self.autocast else nullcontext()
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; its backward adds a copy of the gradient to a store."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, store: dict[int, torch.Tensor], key: int) -> torch.Tensor:
-        ctx.store, ctx.key = store, key
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        before = ctx.store.get(ctx.key)
-        ctx.store[ctx.key] = gradient.detach().clone() if before is None else before + gradient.detach()
-        return gradient, None, None
+def _add(store: dict[int, torch.Tensor], key: int, gradient: torch.Tensor) -> None:
+    before = store.get(key)
+    store[key] = gradient.clone() if before is None else before + gradient
 
 
 def floating(leaf: Any) -> bool:
@@ -129,7 +121,7 @@ class _Recorder:
             call = BlockCall(name, kept, names, structure, differentiable, device, autocast)
             self.calls.append(call)
             for index in differentiable:
-                tapped = _Tap.apply(leaves[index], call.leaving, index)
+                tapped = Tap.apply(leaves[index], partial(_add, call.leaving, index))
                 setattr(tapped, HANDED_IN, leaves[index])
                 leaves[index] = tapped
             choices = RecordChoices()
@@ -148,7 +140,7 @@ class _Recorder:
             call.returned.append(TENSOR if floating(leaf) else leaf)
             if floating(leaf):
                 if leaf.requires_grad:
-                    leaves[index] = _Tap.apply(leaf, call.entering, len(call.outputs))
+                    leaves[index] = Tap.apply(leaf, partial(_add, call.entering, len(call.outputs)))
                 call.outputs.append(leaf.detach().clone())
                 call.tracked.append(leaf.requires_grad)
         return tree_unflatten(leaves, call.returned_structure)

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
 from kbitcheck.models.internals import choose_implementation
+from kbitcheck.observe.probes.tap import Tap
 
 Read = Callable[[], torch.Tensor]
 Reads = Callable[[str], Read]  # by the name of a parameter
@@ -40,18 +41,6 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that read a packed weight of their own unpacked, by name."""
     held = (name.partition(HOME)[0] for name, m in backends.holders(model) if not backends.recognition(m).multiplies(m))
     return {name: model.get_submodule(name) for name in held}
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        ctx.caught = caught
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.caught(gradient.detach())
-        return gradient, None
 
 
 class ExpertsProbe:
@@ -90,7 +79,7 @@ class ExpertsProbe:
                 if key == 0 and not value.requires_grad and not self._leave:
                     value = value.detach().requires_grad_(True)
                 if value.requires_grad:
-                    tapped[key] = _Tap.apply(value, partial(self._gradients.__setitem__, key))
+                    tapped[key] = Tap.apply(value, partial(self._gradients.__setitem__, key))
         self._args = tuple(_plain(tapped[k]) for k in range(len(args)))
         self._kwargs = {k: _plain(tapped[k]) for k in kwargs}
         return tuple(tapped[k] for k in range(len(args))), {k: tapped[k] for k in kwargs}
@@ -102,7 +91,7 @@ class ExpertsProbe:
         if not first.requires_grad:
             self._carried = not any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
             return output
-        tapped = _Tap.apply(first, lambda gradient: setattr(self, "_entering", gradient))
+        tapped = Tap.apply(first, lambda gradient: setattr(self, "_entering", gradient))
         return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
     def result(self) -> LayerBackward | None:

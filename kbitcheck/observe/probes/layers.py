@@ -18,6 +18,7 @@ from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes import experts, step, switches
+from kbitcheck.observe.probes.tap import Tap
 
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
 # than all its arithmetic, and keeping those of a large one eight bytes a weight.
@@ -111,20 +112,6 @@ def _far(kernel: torch.Tensor, weight: torch.Tensor, unpacked: torch.dtype) -> b
     return bool(((kernel - weight).abs_() > allowed).any())
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; its backward passes the gradient, as hooks on the tensor leave it, to ``caught`` too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        ctx.caught = caught
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.caught(gradient.detach())
-        return gradient, None
-
-
 class _Probe:
     """Taps around one layer, whose backward is judged as it happens, so that no gradient is kept. Its hooks are outermost.
 
@@ -163,7 +150,7 @@ class _Probe:
                 self.missed = self._passed = True
                 return None
             x = x.detach().requires_grad_(True)
-        tapped = _Tap.apply(x, self._leaves)
+        tapped = Tap.apply(x, self._leaves)
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): tapped})
 
     def _after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -172,7 +159,7 @@ class _Probe:
         if not output.requires_grad:
             self._carried = False
             return output
-        tapped: torch.Tensor = _Tap.apply(output, self._enters)
+        tapped: torch.Tensor = Tap.apply(output, self._enters)
         return tapped
 
     def _enters(self, gradient: torch.Tensor) -> None:
