@@ -53,7 +53,7 @@ def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(predicted: float, s
     """Of a loss of 2.5 half an ulp of bfloat16 is 0.005: what moves less stays on one flat of a staircase."""
     losses = (2.5, 2.5 + predicted * slope)
     training = TrainingFacts(losses=losses, predicted=(0.0, predicted), slope=slope, uncertainty=0.001)
-    facts: Any = SimpleNamespace(training=training, compute_ulp=2**-8)
+    facts: Any = SimpleNamespace(training=training, compute_ulp=2**-8, base=SimpleNamespace(layers={}))
     check = inspect.unwrap(loss_falls)
     if judged:
         (observation,) = check(facts)
