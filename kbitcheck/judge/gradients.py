@@ -8,7 +8,7 @@ from typing import Any
 
 from kbitcheck.core.conditions import require_turn
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import WIDEST, Distance, Facts, Gap, RunFacts, StepOutcome, slope_bound
+from kbitcheck.core.facts import WIDEST, Distance, Facts, Gap, LayerBackward, RunFacts, StepOutcome, slope_bound
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
@@ -85,8 +85,7 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
 @rule("KB303", "layer-backward-exact", Level.MUST)
 @unless_bare
 def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
-    """Through each frozen quantized layer, dL/dx equals dL/dy times the unpacked weight, to the compute dtype's
-    rounding.
+    """Through each frozen quantized layer, dL/dx equals dL/dy times the unpacked weight, to rounding in the compute dtype.
 
     The gradient is judged element by element, and as a gain over the whole layer, from outside the layer. The rule
     also fails if the layer's input requires grad and its output does not. A module of experts that reads its packed
@@ -100,36 +99,47 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     Sources: transformers#46736, GPTQModel#1435, AutoAWQ#324, bitsandbytes#2034.
     """
     live_gradients(facts)
-    for name, layer in {**facts.layer_backwards, **facts.mixed_backwards}.items():
+    backwards = {**facts.layer_backwards, **facts.mixed_backwards}
+    unjudged = {name: layer.unjudged for name, layer in backwards.items() if layer.unjudged}
+    if unjudged and len(unjudged) == len(backwards):
+        raise NotApplicable(" and ".join(f"{name} was not judged: {why}" for name, why in unjudged.items()))
+    for name, why in unjudged.items():
+        yield Observation(name, "dL/dy @ W", "not judged", ok=True, note=f"{name} was not judged: {why}")
+    for name, layer in backwards.items():
         within = name.partition(" (")[0].removesuffix(".base_layer") + "."
         adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]
-        if adapters and not any(adapters):
-            continue  # the model itself takes no gradient through it, in the float twin either: KB904 tells
-        if not layer.carried:
-            yield Observation(name, "output requires grad when the input does", "the gradient is cut", ok=False)
-        elif not layer.reached:
-            if any(adapters):
-                yield Observation(name, "a gradient reaches the layer's output", "none does", ok=False)
-        else:
-            right = layer.excess <= 1 and abs(layer.gain - 1) <= layer.gain_bound
-            actual = f"error {layer.excess:.3g} times its bound, gain {layer.gain:.5f} (may be off by {layer.gain_bound:.1e})"
-            yield Observation(name, "dL/dy @ W", actual, ok=right)
-            if layer.bent > layer.bent_bound:
-                where = f"{name} (a large gradient)"
-                yield Observation(where, "as many times as large", f"off by {layer.bent:.2g}", ok=False)
-            if not layer.overflows:
-                where = f"{name} (an infinite gradient)"
-                yield Observation(where, "not finite, as a gradient scaler needs it", "finite", ok=False)
-            if layer.misread:
-                yield Observation(
-                    f"{name} (unpacked by the stack)",
-                    "the weight that the packed bytes stand for",
-                    f"off by {layer.misread:.1%}",
-                    ok=False,
-                    party=Party.STACK,
-                    witness="the bare layer's own dequantization differs from its format; the layer is judged by it",
-                    traits=_traits(name, facts),
-                )
+        # Where no adapter is live, the model itself takes no gradient through it, in the float twin either: KB904 tells.
+        if not layer.unjudged and (any(adapters) or not adapters):
+            yield from _layer_backward(name, layer, adapted=bool(adapters), facts=facts)
+
+
+def _layer_backward(name: str, layer: LayerBackward, *, adapted: bool, facts: Facts) -> Iterable[Observation]:
+    """What one layer's backward shows; ``adapted`` says that the layer has adapters that are to learn."""
+    if not layer.carried:
+        yield Observation(name, "output requires grad when the input does", "the gradient is cut", ok=False)
+        return
+    if not layer.reached:
+        if adapted:
+            yield Observation(name, "a gradient reaches the layer's output", "none does", ok=False)
+        return
+    actual = f"error {layer.excess:.3g} times its bound, gain {layer.gain:.5f} (may be off by {layer.gain_bound:.1e})"
+    yield Observation(name, "dL/dy @ W", actual, ok=layer.excess <= 1 and abs(layer.gain - 1) <= layer.gain_bound)
+    if layer.bent > layer.bent_bound:
+        yield Observation(f"{name} (a large gradient)", "as many times as large", f"off by {layer.bent:.2g}", ok=False)
+    if not layer.overflows:
+        yield Observation(
+            f"{name} (an infinite gradient)", "not finite, as a gradient scaler needs it", "finite", ok=False
+        )
+    if layer.misread:
+        yield Observation(
+            f"{name} (unpacked by the stack)",
+            "the weight that the packed bytes stand for",
+            f"off by {layer.misread:.1%}",
+            ok=False,
+            party=Party.STACK,
+            witness="the bare layer's own dequantization differs from its format; the layer is judged by it",
+            traits=_traits(name, facts),
+        )
 
 
 def _traits(name: str, facts: Facts) -> dict[str, Any] | None:

@@ -79,7 +79,8 @@ class LayerBackward:
     between the measured gradient and the expected one, and ``gain_bound`` how far from 1 rounding can move it. ``misread``
     is how far the backend's own kernel unpacks the weight from what its format says, relative, where that is more than
     rounding: the layer is then judged by the kernel's weight. ``bent`` is how far a gradient thousands of times as large
-    comes out from as many times as large, relative, and ``overflows`` whether one that is not finite stays so.
+    comes out from as many times as large, relative, and ``overflows`` whether one that is not finite stays so. ``unjudged``
+    is why the layer could not be judged, empty where it was.
     """
 
     reached: bool
@@ -91,6 +92,7 @@ class LayerBackward:
     bent: float = 0.0
     bent_bound: float = 0.0
     overflows: bool = True
+    unjudged: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

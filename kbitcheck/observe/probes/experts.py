@@ -7,6 +7,7 @@ gradient of the step. Each token is judged for itself: an expert whose gradient 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,21 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in held}
 
 
+@dataclass(slots=True)
+class _Call:
+    """One forward of a module of experts with gradients on: its inputs, and what came back through it.
+
+    ``entering`` is the gradient that entered its output, ``gradients`` those that left its inputs, by their place or name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[bool, torch.dtype]
+    entering: torch.Tensor | None = None
+    carried: bool = True
+    gradients: dict[int | str, torch.Tensor] = field(default_factory=dict)
+
+
 class ExpertsProbe:
     """Taps around one module of experts in one step. ``pristine`` is that module of a model that never runs.
 
@@ -53,13 +69,7 @@ class ExpertsProbe:
     def __init__(self, module: nn.Module, pristine: nn.Module, exact: Reads, rounded: Reads, *, leave: bool) -> None:
         self._module, self._pristine, self._exact, self._rounded = module, pristine, exact, rounded
         self._leave = leave
-        self._args: tuple[Any, ...] = ()
-        self._kwargs: dict[str, Any] = {}
-        self._autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
-        self._calls = 0
-        self._entering: torch.Tensor | None = None
-        self._carried = True
-        self._gradients: dict[int | str, torch.Tensor] = {}
+        self._calls: list[_Call] = []
 
     def attach(self, hooks: ExitStack) -> None:
         """Put the hooks on the module, until ``hooks`` closes."""
@@ -69,9 +79,8 @@ class ExpertsProbe:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
-        self._calls += 1
         device = next(t for t in args if isinstance(t, torch.Tensor)).device.type
-        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        call = _Call((), {}, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
         tapped: dict[Any, Any] = {}
         for key, value in [*enumerate(args), *kwargs.items()]:
             tapped[key] = value
@@ -79,60 +88,73 @@ class ExpertsProbe:
                 if key == 0 and not value.requires_grad and not self._leave:
                     value = value.detach().requires_grad_(True)
                 if value.requires_grad:
-                    tapped[key] = Tap.apply(value, partial(self._gradients.__setitem__, key))
-        self._args = tuple(_plain(tapped[k]) for k in range(len(args)))
-        self._kwargs = {k: _plain(tapped[k]) for k in kwargs}
+                    tapped[key] = Tap.apply(value, partial(call.gradients.__setitem__, key))
+        call.args = tuple(_plain(tapped[k]) for k in range(len(args)))
+        call.kwargs = {k: _plain(tapped[k]) for k in kwargs}
+        self._calls.append(call)
         return tuple(tapped[k] for k in range(len(args))), {k: tapped[k] for k in kwargs}
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        if not torch.is_grad_enabled() or not self._args:
+        if not torch.is_grad_enabled() or not self._calls:
             return output
+        call = self._calls[-1]
         if not first.requires_grad:
-            self._carried = not any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
+            call.carried = not any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
             return output
-        tapped = Tap.apply(first, lambda gradient: setattr(self, "_entering", gradient))
+        tapped = Tap.apply(first, lambda gradient: setattr(call, "entering", gradient))
         return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
     def result(self) -> LayerBackward | None:
-        """Facts of the backward; None where the module did not run once, or its code does not run in float64."""
-        if self._calls != 1:
+        """Facts of the backward, the worst of its calls; None where the module did not run."""
+        if not self._calls:
             return None
-        if not self._carried or self._entering is None:
-            return LayerBackward(reached=False, carried=self._carried)
+        # A recompute without reentrance is a call as well, and its graph is thrown away: the gradient passes the first one's.
+        through = [call for call in self._calls if call.entering is not None]
+        if not all(call.carried for call in self._calls) or not through:
+            return LayerBackward(reached=False, carried=all(call.carried for call in self._calls))
         try:
-            exact, rounded = self._run(self._exact, torch.float64), self._run(self._rounded, None)
-        except RuntimeError:
-            return None
-        missing = [k for k in exact if k not in self._gradients and bool(exact[k].any())]
-        if missing:
+            judged = [self._judge(call) for call in through]
+        except RuntimeError as error:
+            reason = f"its code does not run in float64: {type(error).__name__}: {error}".splitlines()[0]
+            return LayerBackward(reached=True, carried=True, unjudged=reason)
+        if any(excess is None for excess in judged):
             return LayerBackward(reached=True, carried=False)
-        ulp = torch.finfo(self._entering.dtype).eps
-        excess = [_excess(self._gradients[k], exact[k], rounded[k], ulp) for k in exact if k in self._gradients]
-        return LayerBackward(reached=True, carried=True, excess=max(excess, default=0.0))
+        return LayerBackward(reached=True, carried=True, excess=max(excess for excess in judged if excess is not None))
 
-    def _run(self, read: Reads, dtype: torch.dtype | None) -> Mapping[int | str, torch.Tensor]:
+    def _judge(self, call: _Call) -> float | None:
+        """The largest error of a token's gradient over its bound; None where an input got none and should have."""
+        exact, rounded = self._run(call, self._exact, torch.float64), self._run(call, self._rounded, None)
+        if any(key not in call.gradients and bool(gradient.any()) for key, gradient in exact.items()):
+            return None
+        assert call.entering is not None
+        ulp = torch.finfo(call.entering.dtype).eps
+        return max(
+            (_excess(call.gradients[k], exact[k], rounded[k], ulp) for k in exact if k in call.gradients), default=0.0
+        )
+
+    def _run(self, call: _Call, read: Reads, dtype: torch.dtype | None) -> Mapping[int | str, torch.Tensor]:
         """Gradients of the inputs through the module's own code, with weights that the format says."""
         module: Any = self._twin(read)
         if dtype is not None:
             module = module.to(dtype)
             if hasattr(module, "config"):  # the grouped product knows no float64
                 choose_implementation(module.config, "eager")
-        assert self._entering is not None
-        device = self._entering.device.type
+        assert call.entering is not None
+        device = call.entering.device.type
         leaves: dict[Any, Any] = {}
-        for key, value in [*enumerate(self._args), *self._kwargs.items()]:
+        for key, value in [*enumerate(call.args), *call.kwargs.items()]:
             leaves[key] = value
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                leaves[key] = value.to(dtype or value.dtype).detach().requires_grad_(key in self._gradients or key == 0)
-        args = [leaves[k] for k in range(len(self._args))]
-        on, half = self._autocast
+                leaves[key] = value.to(dtype or value.dtype).detach().requires_grad_(key in call.gradients or key == 0)
+        args = [leaves[k] for k in range(len(call.args))]
+        on, half = call.autocast
         with torch.enable_grad(), torch.autocast(device, half, enabled=on and dtype is None):
-            output = module(*args, **{k: leaves[k] for k in self._kwargs})
+            output = module(*args, **{k: leaves[k] for k in call.kwargs})
         first = output[0] if isinstance(output, tuple) else output
         wanted = [k for k, t in leaves.items() if isinstance(t, torch.Tensor) and t.requires_grad]
         inputs = [leaves[k] for k in wanted]
-        gradients: Any = torch.autograd.grad(first, inputs, self._entering.to(first.dtype), allow_unused=True)
+        gradients: Any = torch.autograd.grad(first, inputs, call.entering.to(first.dtype), allow_unused=True)
         return {k: torch.zeros_like(t) if g is None else g for k, t, g in zip(wanted, inputs, gradients, strict=True)}
 
     def _twin(self, read: Reads) -> nn.Module:

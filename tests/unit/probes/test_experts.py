@@ -10,6 +10,7 @@ import pytest
 import torch
 from kbitcheck_reference import prepare_model_for_kbit_training
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.facts import LayerBackward
@@ -22,12 +23,22 @@ from tests.shallow import shallow
 NAME = "model.layers.{}.mlp.experts (experts)"
 
 
-def measured(damage: Callable[[Any], None] = lambda model: None, quant: str = "nf4") -> list[LayerBackward]:
+Damage = Callable[[Any], None]
+
+
+def nothing(model: Any) -> None:
+    """Leave the model as it is."""
+
+
+def measured(damage: Damage = nothing, quant: str = "nf4", every: Damage = nothing) -> list[LayerBackward]:
+    """The backward of the experts of both blocks; ``damage`` is done to the model, ``every`` to its pristine copy too."""
     source = shallow("tiny:gpt-oss")
     model: Any = source.load(Quantization.parse(f"{quant},experts=parametrize"))
     pristine = source.load(Quantization.parse(f"{quant},experts=parametrize"))
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     damage(model)
+    every(model)
+    every(pristine)
     results = backwards(model, source.batch(model), Weights(pristine))
     return [results[NAME.format(block)] for block in range(2)]
 
@@ -43,7 +54,7 @@ def test_a_good_model_differs_from_the_float64_twin_as_its_own_dtypes_do(quant: 
     assert [0 < seen.excess <= 0.25 for seen in measured(quant=quant)] == [True, True]
 
 
-def scaled(part: float) -> Callable[[Any], None]:
+def scaled(part: float) -> Damage:
     """One expert's gradient times 1 - part; its output stays."""
 
     def forward(self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -79,6 +90,58 @@ def test_a_module_that_cuts_its_input_off_carries_no_gradient() -> None:
 
     broken, whole = measured(lambda model: subclass(owner(model), forward=forward))
     assert (broken.carried, whole.carried) == (False, True)
+
+
+def in_halves(model: Any) -> None:
+    """The first block's experts run twice, on half of the tokens each."""
+
+    def forward(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        _, scores, chosen = self.router(tokens)
+        halves = zip(tokens.chunk(2), chosen.chunk(2), scores.chunk(2), strict=True)
+        return torch.cat([self.experts(*half) for half in halves]).reshape(hidden.shape), scores
+
+    subclass(model.model.layers[0].mlp, forward=forward)
+
+
+def test_experts_that_run_more_than_once_are_judged_call_by_call() -> None:
+    assert [0 < seen.excess <= 0.25 for seen in measured(in_halves)] == [True, True]
+
+    def damage(model: Any) -> None:
+        in_halves(model)
+        scaled(0.01)(model)
+
+    broken, whole = measured(damage)
+    assert broken.excess > 1
+    assert whole.excess <= 0.25
+
+
+def test_a_recompute_whose_graph_is_thrown_away_is_no_lost_gradient() -> None:
+    def around(model: Any) -> None:
+        mlp = model.model.layers[0].mlp
+        run = mlp.forward
+        mlp.forward = lambda hidden: checkpoint(run, hidden, use_reentrant=False)
+
+    assert [0 < seen.excess <= 0.25 for seen in measured(around)] == [True, True]
+
+    def damage(model: Any) -> None:
+        scaled(1.0)(model)
+        around(model)
+
+    broken, _ = measured(damage)
+    assert broken.excess > 1
+
+
+def test_experts_whose_code_knows_no_float64_are_named_with_the_reason() -> None:
+    def forward(self: Any, hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype is torch.float64:
+            raise RuntimeError("this kernel takes half precision alone")
+        out: torch.Tensor = super(type(self), self).forward(hidden, *rest)
+        return out
+
+    unjudged, whole = measured(every=lambda model: subclass(owner(model), forward=forward))
+    assert unjudged.unjudged == "its code does not run in float64: RuntimeError: this kernel takes half precision alone"
+    assert not whole.unjudged
 
 
 def test_a_number_that_is_none_is_off_and_nothing_is_right_on_no_tokens() -> None:

@@ -1,4 +1,4 @@
-"""Whose it is that two modes of checkpointing give different gradients, and when a slope says nothing."""
+"""Whose it is that two modes of checkpointing give different gradients, when a slope says nothing, and what was not judged."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Distance, TrainingFacts
+from kbitcheck.core.facts import Distance, LayerBackward, TrainingFacts
 from kbitcheck.core.result import Party
-from kbitcheck.judge.gradients import loss_falls, reentrant_agrees
+from kbitcheck.judge.gradients import layer_backward_exact, loss_falls, reentrant_agrees
 
 SAME = {"lora_A": Distance(equal=True, relative=0.0, yardstick=0.0)}
 CUT = {"lora_A": Distance(equal=False, relative=math.inf, yardstick=0.0)}
@@ -60,4 +60,27 @@ def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(predicted: float, s
         assert observation.ok is (slope == 1.0)
     else:
         with pytest.raises(NotApplicable, match="rounded away"):
+            list(check(facts))
+
+
+LIVE = SimpleNamespace(live=True)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_experts_that_could_not_be_judged_are_named_and_are_no_verdict_by_themselves(others: int) -> None:
+    unjudged = LayerBackward(reached=True, carried=True, unjudged="its code does not run in float64: RuntimeError: no")
+    judged = {f"layer {n}": LayerBackward(reached=True, carried=True, gain_bound=1e-3) for n in range(others)}
+    facts: Any = SimpleNamespace(
+        gradients={"layer 0.lora_A": LIVE},
+        layer_backwards={"mlp.experts (experts)": unjudged, **judged},
+        mixed_backwards={},
+    )
+    check = inspect.unwrap(layer_backward_exact)
+    if others:
+        told = list(check(facts))
+        assert all(observation.ok for observation in told)
+        note = "mlp.experts (experts) was not judged: its code does not run in float64: RuntimeError: no"
+        assert [observation.note for observation in told] == [note, ""]
+    else:
+        with pytest.raises(NotApplicable, match="does not run in float64"):
             list(check(facts))
