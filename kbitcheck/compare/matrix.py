@@ -98,12 +98,12 @@ def subjects(names: Iterable[str], validate: Callable[[str], None]) -> list[Subj
     return listed
 
 
-def row(subject: Subject, judge: Callable[[str], Report]) -> Row:
+def row(subject: Subject, judge: Callable[[Subject], Report]) -> Row:
     """The row of a subject, from the report that ``judge`` returns; an error where it raises ``UsageError``."""
     if subject.left_out:
         return Row(subject, {}, {}, {}, error=f"left out: {subject.left_out}")
     try:
-        report = judge(subject.implementation)
+        report = judge(subject)
     except UsageError as error:
         return Row(subject, {}, {}, {}, error=str(error))
     by_rule: dict[str, list[Result]] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kbitcheck.report.report_folder import file_name
 from tests.cli.conftest import Door
 
 ONE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "off")
@@ -243,8 +244,13 @@ def test_a_matrix_has_a_row_for_each(shop: Shop) -> None:
     gone = f"{shop.good.partition('::')[0]}::fork_prep:nothing"
     (shop.cwd / "list.toml").write_text(f'[[subject]]\nname = "worse"\nimplementation = "{shop.bad}"\n')
     names = ("rude.py:prepare", shop.good, "list.toml", "import_error.py:prepare", gone)
-    ran = shop("matrix", *names, *ONE, "--format", "json", "--output", "m.json")
+    ran = shop("matrix", *names, *ONE, "--format", "json", "--output", "m.json", "--reports", "out/reports")
     assert (ran.returncode, ran.stdout) == (1, ""), ran.stderr
+    reports = sorted((shop.cwd / "out" / "reports").iterdir())
+    assert [path.name for path in reports] == sorted(
+        f"{file_name(name)}.json" for name in (names[0], shop.good, "worse")
+    )
+    assert json.loads((shop.cwd / "out" / "reports" / "worse.json").read_text())["exit_code"] == 1
     table = json.loads((shop.cwd / "m.json").read_text())
     assert [row["subject"]["name"] for row in table["rows"]] == ["rude.py:prepare", shop.good, "worse", *names[3:]]
     kept = {"KB101": "kept", "KB102": "skipped", "KB103": "kept", "KB201": "kept", "KB901": "kept"}
@@ -281,6 +287,8 @@ MATRIX = [
     (("none.toml",), 4),
     (("bad.toml",), 4),
     (("odd.toml",), 4),
+    (("good.py:prepare", "--reports", "good.py"), 4),
+    (("good.py:prepare", "Good.py:prepare", "--reports", "out"), 4),
     (("empty.toml",), 4),
 ]
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from kbitcheck.cli.cases import examine, suite_cases
 from kbitcheck.cli.console import say
-from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice
-from kbitcheck.compare.matrix import Matrix, Row, row, subjects
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, option
+from kbitcheck.compare.matrix import Matrix, Row, Subject, row, subjects
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
 from kbitcheck.core.version import TOOL
 from kbitcheck.report.output_file import OutputFile
+from kbitcheck.report.report_folder import ReportFolder
 from kbitcheck.report.tables.matrix import render, verdict
 from kbitcheck.run.subject import validate
 
@@ -21,18 +22,22 @@ from kbitcheck.run.subject import validate
 class Options(SuiteOptions):
     subjects: Sequence[str] = argument("IMPL...", f"{IMPL_HELP} Or a TOML file that lists several.", nargs="+")
     format: str = choice("How to render the table.", "text", ("text", "json", "markdown", "html"))
+    reports: str = option("Write the report behind each row into this folder, a JSON file each.", "", metavar="DIR")
 
 
 def run(options: Options) -> int:
     """Check each implementation on the same cases; one row each."""
     chosen = subjects(options.subjects, validate)
     output = OutputFile(options.output)
+    folder = ReportFolder(options.reports, [subject.name for subject in chosen if not subject.left_out])
     specs = suite_cases("", options)
     if options.in_process:
         raise UsageError("a matrix cannot run --in-process: two preparations never share a process")
 
-    def judge(impl: str) -> Report:
-        return examine("impl", suite_cases(impl, options), options, blame="own")
+    def judge(subject: Subject) -> Report:
+        report = examine("impl", suite_cases(subject.implementation, options), options, blame="own")
+        folder.write(subject.name, report)
+        return report
 
     rows: list[Row] = []
     for number, subject in enumerate(chosen, 1):
