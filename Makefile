@@ -12,7 +12,7 @@ OLDEST_STAMP = $(OLDEST)/.installed
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-slow test-oldest lint format cov docs bench trainers gpu fuzz clean
+.PHONY: demo test test-slow test-oldest lint format cov docs bench results trainers gpu fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/kbitcheck model tiny:llama --quant nf4 --quant int8
@@ -49,6 +49,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/predict.py
+
+# The tables behind the Results pages: hours; what was interrupted goes on where it stopped.
+results: $(STAMP)
+	$(BIN)/python benchmarks/renew.py
 
 # Installs each trainer into an environment of its own, once, and runs its command.
 trainers: $(STAMP)

@@ -68,8 +68,19 @@ def test_a_one_line_regression_turns_the_ci_red(tmp_path: Path) -> None:
         ("vendor.github-workflows", EXAMPLE / ".github" / "workflows" / "ci.yml"),
         ("vendor.github-workflows", ROOT / ".github" / "workflows" / "ci.yml"),
         ("custom.github-workflows-require-timeout", ROOT / ".github" / "workflows" / "ci.yml"),
+        ("vendor.github-workflows", ROOT / ".github" / "workflows" / "publish.yml"),
+        ("vendor.github-workflows", ROOT / ".github" / "workflows" / "results.yml"),
+        ("custom.github-workflows-require-timeout", ROOT / ".github" / "workflows" / "results.yml"),
     ],
-    ids=["action", "the example's workflow", "workflow", "its time limits"],
+    ids=[
+        "action",
+        "the example's workflow",
+        "workflow",
+        "its time limits",
+        "publish",
+        "results",
+        "results' time limits",
+    ],
 )
 def test_action_and_workflow_keep_their_schemas(schema: str, path: Path) -> None:
     keeps(schema, path)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from kbitcheck.core.profile import OF_TRAINERS, kept_by
 from kbitcheck.run import suites, virtualenvs
 from kbitcheck.run.requirements import TRAINERS, Requirement, parse
 from kbitcheck.run.subject import default_profile, validate
+from tests.scripts import benchmark
 
 
 def test_every_trainer_has_a_requirement_a_profile_and_a_module() -> None:
@@ -121,26 +121,15 @@ def test_an_unknown_trainer_is_wrong_usage() -> None:
         validate("lamafactory")
 
 
-def _benchmark() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "trainers.py"
-    spec = importlib.util.spec_from_file_location("kbitcheck_benchmarks_trainers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for its dataclasses
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_what_the_committed_rows_give() -> None:
-    trainers = _benchmark()
+    trainers = benchmark("trainers")
     rows = json.loads(trainers.ROWS.read_text(encoding="utf-8"))
     assert trainers.PAGE.read_text(encoding="utf-8") == trainers.page(rows)
     assert {*OF_TRAINERS} <= set(rows)
 
 
 def test_rows_of_the_page_differ_where_trainers_do() -> None:
-    trainers = _benchmark()
+    trainers = benchmark("trainers")
     rows = json.loads(trainers.ROWS.read_text(encoding="utf-8"))
     table = trainers.page(rows).partition("## What broke")[0].splitlines()
     rest = {

@@ -1,0 +1,121 @@
+"""What the Results pages of the docs are made from: the matrix of releases, and sweeps of every architecture.
+
+``python benchmarks/renew.py`` runs the commands again and writes ``results/``; names (``matrix``, ``causal-lm-nf4``) run those alone. Tables
+that take hours go on where they were interrupted. ``python benchmarks/renew.py --worse FOLDER`` compares ``results/`` with an older copy of it,
+prints each row that got worse as Markdown, and exits with 1 where one did.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kbitcheck.compare.matrix import Mark
+from kbitcheck.compare.sweep import Row
+from kbitcheck.report.report_folder import file_name
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+SWEPT = (
+    *(("causal-lm", quant) for quant in ("nf4", "int8", "torchao-int8", "nf4,experts=parametrize")),
+    *(
+        (task, "nf4")
+        for task in ("seq2seq-lm", "image-text-to-text", "speech-seq2seq", "sequence-classification", "masked-lm")
+    ),
+)
+MATRIX = (
+    "matrix", "docs/matrix.toml", "--model", "tiny:llama", "--quant", "nf4,storage=bf16", "--quant", "int8",
+    "--checkpointing", "default", "--checkpointing", "reentrant", "--reports", "results/reports",
+)  # fmt: skip
+BAD = (Mark.SHOULD, Mark.ERROR, Mark.MUST)  # each worse than the one before
+MORE_OFTEN_TRUE = ("loads", "prepares", "trains")
+
+
+def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """By the name of its table: the arguments of each command."""
+    yield "matrix", (*MATRIX, "--output", "results/matrix.json")
+    for task, quant in SWEPT:
+        name = file_name(f"{task}-{quant}")
+        options = () if quant == "nf4" else ("--quant", quant)
+        yield name, ("sweep", "--task", task, *options, "--jobs", "2", "--output", f"results/sweep/{name}.json")
+
+
+def renew(name: str, arguments: tuple[str, ...]) -> int:
+    """Run a command; its exit code."""
+    (RESULTS / "sweep").mkdir(parents=True, exist_ok=True)
+    print(f"{name}: kbitcheck {' '.join(arguments)}", flush=True)
+    ran = subprocess.run([sys.executable, "-m", "kbitcheck", *arguments, "--format", "json"], cwd=ROOT, check=False)
+    return ran.returncode
+
+
+def worse(before: Path, after: Path) -> Iterator[str]:
+    """A line of Markdown for each row of the tables in ``before`` that is worse in ``after``."""
+    for path in sorted(before.rglob("*.json")):
+        name = path.relative_to(before)
+        if name.parts[0] == "reports":
+            continue
+        later = after / name
+        if not later.exists():
+            yield f"* {name}: the table is gone"
+            continue
+        compare = _matrix if name.stem == "matrix" else _sweep
+        yield from compare(name.stem, _rows(path), _rows(later))
+
+
+def _rows(path: Path) -> dict[str, Mapping[str, Any]]:
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {row["subject"]["name"] if "subject" in row else row["architecture"]: row for row in rows}
+
+
+def _matrix(table: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for name, then in before.items():
+        now = after.get(name)
+        if now is None or (now["error"] and not then["error"]):
+            yield f"* {name}: {now['error'] if now else 'the row is gone'}"
+            continue
+        for code, mark in then["marks"].items():
+            new = now["marks"].get(code, Mark.SKIPPED)
+            if new in BAD[BAD.index(mark) + 1 if mark in BAD else 0 :] or (mark == Mark.KEPT and new == Mark.SKIPPED):
+                evidence = next(iter(now["broken"].get(code, {}).values()), "")
+                yield f"* {name}: {code} was {mark}, is {new}" + (f" ({evidence})" if evidence else "")
+
+
+def _sweep(table: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for name, then in before.items():
+        if name not in after:
+            yield f"* {table}, {name}: the row is gone"
+            continue
+        now = after[name]
+        for what in MORE_OFTEN_TRUE:
+            if then[what] and not now[what]:
+                yield f"* {table}, {name}: no longer {what}" + (f" ({now['reason']})" if now["reason"] else "")
+        old, new = Row.from_json(then), Row.from_json(now)
+        known = {(finding.rule, finding.party) for finding in old.findings}
+        for finding in new.findings:
+            if (finding.rule, finding.party) not in known:
+                yield f"* {table}, {name}: {finding.rule} is broken by the {finding.party.value}: {finding.where}: {finding.actual}"
+        if new.errors and not old.errors:
+            yield f"* {table}, {name}: {' '.join(new.errors)} could not be judged"
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is named, or everything; or compare with an older folder."""
+    if arguments[:1] == ["--worse"]:
+        lines = list(worse(Path(arguments[1]), RESULTS))
+        print("\n".join(lines) or "No row got worse.")
+        return 1 if lines else 0
+    tables = dict(commands())
+    if unknown := set(arguments) - set(tables):
+        print(f"no such table: {' '.join(sorted(unknown))}; there are {' '.join(tables)}", file=sys.stderr)
+        return 4
+    # A broken rule is a result; what was interrupted, not judged at all or not asked for rightly is none.
+    codes = {name: renew(name, tables[name]) for name in arguments or tables}
+    for name, code in codes.items():
+        print(f"{name}: exit code {code}", file=sys.stderr)
+    return max((code for code in codes.values() if code not in (0, 1, 3)), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
