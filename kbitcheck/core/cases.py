@@ -27,9 +27,9 @@ class CaseSpec:
     ``batch`` and ``seq_len`` shape the inputs (``None``: what the source proposes); ``targets`` is ``all-linear`` or a
     comma-separated list of module names; ``quant`` is the text form of a ``Quantization``, ``adapters`` that of ``core.adapters``.
     ``static`` says when the audit reads no weights. For the forecast: ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU
-    that has it, if one was named; ``fits`` requests the table of common GPUs, ``accumulate`` is the number of batches that
-    an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under ``autocast``, with ``attention``,
-    ``packed`` sequences and ``loss``: no rule reads them.
+    that has it, if one was named; ``cells`` requests steps of usual shapes beside it, ``fits`` the table of common GPUs;
+    ``accumulate`` is the number of batches that an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under
+    ``autocast``, with ``attention``, ``packed`` sequences and ``loss``: no rule reads them.
     ``cut`` says when facts about code paths run on a cut of the model. ``conditions`` are those that are looked at of many: ``all``,
     a ``few``, one by its name, a share such as ``2/9`` that the seed draws, or none (empty).
     """
@@ -58,6 +58,7 @@ class CaseSpec:
     autocast: Autocast = "default"
     cut: UseCut = "if-large"
     fits: bool = False
+    cells: bool = False
     optimizer: Optimizer = "adamw"
     accumulate: int = 1
     gpus: int = 1

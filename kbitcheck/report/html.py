@@ -1,39 +1,49 @@
 """The report as one HTML file that needs no other: no network, light and dark, readable without a mouse."""
 
+from collections import defaultdict
+
 from kbitcheck.compare.gate import breaches
 from kbitcheck.core.report import Report
 from kbitcheck.core.rule import rules
+from kbitcheck.report.parts.basis import basis
 from kbitcheck.report.parts.broken_rules import BrokenRule, broken_rules
 from kbitcheck.report.parts.charts import charts
 from kbitcheck.report.parts.cuts import cuts
+from kbitcheck.report.parts.decisive import numbers
+from kbitcheck.report.parts.fit_map import maps
 from kbitcheck.report.parts.header import header
 from kbitcheck.report.parts.notes import notes
 from kbitcheck.report.parts.repro import command
 from kbitcheck.report.parts.table import rows
-from kbitcheck.report.parts.verdict import outcome, verdict
+from kbitcheck.report.parts.verdict import answer, outcome, verdict
 from kbitcheck.report.rule_page import FAMILIES
 from kbitcheck.report.templates import glossary, template
 
-NOT_JUDGED = "Not judged"
 MARKS = {"broken": "✗", "not judged": "?", "warning": "!", "kept": "✓", "not applicable": "·"}
+DECIDES, NOT_JUDGED, WARNS = "Decides the verdict", "Could not be judged", "Does not decide the verdict"
 
 
 def render(report: Report) -> str:
-    """A whole page. Broken rules are grouped by family, the family of the worst first; the table has all results."""
-    families: dict[str, list[BrokenRule]] = {}
-    for broken in broken_rules(report):
-        family = broken.rule.family if broken.rule else NOT_JUDGED
-        families.setdefault(FAMILIES.get(family, family), []).append(broken)
+    """A whole page. The first screen decides; broken rules follow by severity; the table has all results."""
     outcomes: dict[str, dict[str, str]] = {}
     for result in report.results:
         outcomes.setdefault(result.case, {})[result.rule] = outcome(report, result)
+    fit_maps = maps(report)
     return template("report.html").render(
         report=report,
+        tool=report.tool,
+        skip_to="broken-rules",
         header=header(report),
         verdict=verdict(report),
+        answer=answer(report),
+        basis=basis(report),
+        numbers=numbers(report),
         cuts=list(cuts(report)),
         breaches=breaches(report),
-        families=families,
+        severities=_by_severity(report),
+        families=defaultdict(str, FAMILIES),
+        fit_maps=fit_maps,
+        map_advice=_map_advice(report),
         charts=charts(report),
         notes=notes(report),
         memory=_memory(report),
@@ -44,6 +54,29 @@ def render(report: Report) -> str:
         command=command(report, next(iter(report.subject.get("cases", {})), "")),
         glossary=glossary(),
     )
+
+
+def _by_severity(report: Report) -> dict[str, list[BrokenRule]]:
+    """Broken rules by what they do to the verdict, the worst first."""
+    severities: dict[str, list[BrokenRule]] = {}
+    for broken in broken_rules(report):
+        severity = NOT_JUDGED if broken.error else DECIDES if broken.counted else WARNS
+        severities.setdefault(severity, []).append(broken)
+    return severities
+
+
+def _map_advice(report: Report) -> str:
+    """Where a report has no map, how to get one; nothing of what was given no model to train."""
+    command = report.subject.get("command")
+    if command not in ("model", "audit"):
+        return ""
+    reasons = [(f.get("forecast") or {}).get("missing") for f in report.facts.get("cases", {}).values()]
+    why = next(
+        (f"No step was predicted: {reason}. " for reason in reasons if reason),
+        "This run predicted no steps of other shapes. ",
+    )
+    how = "`kbitcheck model` with `--memory 24GiB`, or a GPU such as `--memory T4`, predicts a step for each batch and length."
+    return why + how
 
 
 def _memory(report: Report) -> list[tuple[str, list[str]]]:

@@ -11,9 +11,10 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import ForecastFacts
 from kbitcheck.core.memory_sizes import CUBLAS_WORKSPACE, CUDA_CONTEXT
 from kbitcheck.models.sources.resolve import source_of
-from kbitcheck.observe.forecast import activations, fitting, predict
+from kbitcheck.observe.forecast import activations, fitting, grid, parts, predict
 from kbitcheck.observe.forecast.answer import NOT_BUILT
 from kbitcheck.observe.forecast.candidate import Candidate
+from kbitcheck.observe.forecast.storages import Trace
 from kbitcheck.observe.static import StaticCase
 
 SIZES = {
@@ -66,6 +67,39 @@ def needed(opened, **options):
     candidate = candidate_of(dataclasses.replace(spec, **NOT_BUILT))
     mode = "non-reentrant" if spec.checkpointing == "default" else spec.checkpointing
     return candidate.needed(spec, candidate.search(spec).step(spec.batch or 1, spec.seq_len, mode).peak)
+
+
+def test_each_cell_is_a_step_of_its_shape(opened):
+    memory = OVERHEAD + 300 * MIB
+    forecast = opened(memory=memory, cells=True).forecast
+    sizes = {(cell.batch, cell.seq_len): cell.needed for cell in forecast.cells}
+    assert set(sizes) == {(b, n) for b in (1, 2, 4, 8, 16) for n in (512, 1024, 2048, 4096)}
+    assert sizes[1, 512] == forecast.answer.requested
+    for batch, length in ((2, 512), (1, 2048), (16, 4096)):
+        assert sizes[batch, length] == needed(opened, batch=batch, seq_len=length)
+    assert {cell.needed <= memory for cell in forecast.cells} == {True, False}
+    assert opened(memory=memory).forecast.cells == ()
+
+
+def test_shapes_are_usual_ones_and_the_requested_one():
+    assert set(grid.shapes(3, 1000, 1024)) == {(b, n) for b in (1, 2, 3, 4, 8, 16) for n in (512, 1000, 1024)}
+    assert {n for _, n in grid.shapes(1, 6, 6)} == {1, 3, 6}
+    tokens = [b * n for b, n in grid.shapes(1, 512, 4096)]
+    assert tokens == sorted(tokens)
+
+
+def test_the_curve_has_the_peak_and_turns_after_the_last_block(opened):
+    forecast = opened(checkpointing="non-reentrant").forecast
+    curve = forecast.curve
+    totals = [sum(alive) for alive in zip(*curve.kinds.values(), strict=True)]
+    assert max(totals) == forecast.activations["non-reentrant"].peak
+    assert len(totals) <= parts.POINTS
+    places = [curve.blocks[f"model.layers.{n}"] for n in range(6)]
+    assert places == sorted(set(places))
+    assert places[-1] <= curve.turn < len(totals) - 1
+    assert max(curve.kinds["gradients"][: curve.turn]) == 0
+    assert curve.kinds["gradients"][-1] == forecast.adapters
+    assert parts.through_the_step(Trace((), ())) is None
 
 
 def test_what_fits_is_confirmed(opened):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
-import subprocess
 import sys
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,10 @@ from kbitcheck.core.result import Level, Status
 from kbitcheck.core.rule import select
 from kbitcheck.report import html
 from kbitcheck.report.parts import charts
+from tests import chromium
 from tests.ledger.reports import INT8, NF4, OWN, SPECS, report, result
 from tests.unit.test_formats import LARGE, MIXED, nasty
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VOID = {"meta", "link", "br", "input", "img", "use", "path"}
 
 
@@ -88,11 +85,12 @@ def test_the_page_has_landmarks_headings_and_a_way_past_them() -> None:
     assert len(page.names("details")) == len(page.names("summary"))
 
 
-def test_the_page_tells_verdict_broken_rules_by_family_and_the_command() -> None:
+def test_the_page_tells_verdict_broken_rules_by_severity_and_the_command() -> None:
     text = html.render(MIXED)
     assert "✗ does not conform: 1 rule broken, 1 could not be judged" in text
     headings = re.findall("<h3>(.*)</h3>", text)
-    assert headings[:3] == ["Contract", "Not judged", "Precision and storage"]
+    assert headings[:3] == ["Decides the verdict", "Could not be judged", "Does not decide the verdict"]
+    assert "attributed to fork:prepare · Contract</span>" in text
     assert ">Broken rules</h2>" in text
     assert "kbitcheck impl fork:prepare --model tiny:llama" in text
     assert "prefers-color-scheme: dark" in text
@@ -173,7 +171,7 @@ def test_a_rule_that_fails_in_several_ways_is_told_once() -> None:
     assert page.count("KB505 one-hook-and-removable</strong>") == 1
     assert page.count('<span class="soft">found</span> bfloat16') == page.count("found</span> float16") == 1
     assert "<code>disable_input_require_grads()</code>" in page
-    assert "MUST · 2 cases · attributed to fork:prepare</span>" in page
+    assert "MUST · 2 cases · attributed to fork:prepare · Contract</span>" in page
 
 
 def test_without_matplotlib_the_numbers_remain(monkeypatch) -> None:
@@ -193,18 +191,9 @@ def test_the_page_explains_its_words() -> None:
     assert "](" not in text
 
 
-def dumped(page: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """What a browser makes of a page."""
-    (folder / "report.html").write_text(page, encoding="utf-8")
-    assert CHROMIUM is not None
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
-    arguments += [f"--user-data-dir={folder / 'profile'}", *options, f"file://{folder / 'report.html'}"]
-    return subprocess.run([CHROMIUM, *arguments], capture_output=True, text=True, timeout=60, check=False)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@chromium.NEEDED
 def test_a_browser_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
-    ran = dumped(html.render(LARGE), tmp_path)
+    ran = chromium.dumped(html.render(LARGE), tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "CONSOLE" not in ran.stderr, ran.stderr
     assert ran.stdout.count("<svg") == 3
@@ -212,15 +201,7 @@ def test_a_browser_opens_the_page_without_a_complaint(tmp_path: Path) -> None:
     assert re.search(r'<button type="button" class="copy"( hidden="")?>', ran.stdout)
 
 
-def framed(page: str, width: int, script: str, folder: Path) -> str:
-    """What a browser makes of a page of that width, whose script sets the title."""
-    # A browser without a screen has no window as narrow as a telephone, but a frame.
-    text = escape(page.replace("</body>", f"<script>{script}</script></body>"), quote=True)
-    frame = f'<title></title><iframe style="width: {width}px; height: 800px; border: 0" srcdoc="{text}"></iframe>'
-    return dumped(frame, folder).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@chromium.NEEDED
 def test_nothing_runs_out_of_a_page_as_wide_as_a_telephone(tmp_path: Path) -> None:
     """Neither names of any length nor charts; tables scroll by themselves."""
     name = "base_model.model.model.language_model." * 9 + "weight"
@@ -232,14 +213,14 @@ def test_nothing_runs_out_of_a_page_as_wide_as_a_telephone(tmp_path: Path) -> No
       const width = document.documentElement.clientWidth;
       const out = [...document.querySelectorAll("svg, p, pre, summary, code")].filter(
         (e) => !e.closest(".scroll") && e.getBoundingClientRect().right > width);
-      parent.document.title = [innerWidth, document.documentElement.scrollWidth - width, out.length].join();"""
-    assert "<title>390,0,0</title>" in framed(page, 390, script, tmp_path)
+      return [innerWidth, document.documentElement.scrollWidth - width, out.length];"""
+    assert chromium.framed([page], tmp_path, script, widths=(390,)) == [[390, 0, 0]]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@chromium.NEEDED
 def test_a_wide_screen_shows_the_whole_grid(tmp_path: Path) -> None:
     page = html.render(report(*(result(rule.code, NF4) for rule in select())))
     script = """
       const [grid, prose] = [...document.querySelectorAll(".wide .scroll, section:first-child")].reverse();
-      parent.document.title = [grid.scrollWidth - grid.clientWidth, grid.clientWidth > prose.clientWidth].join();"""
-    assert "<title>0,true</title>" in framed(page, 2400, script, tmp_path)
+      return [grid.scrollWidth - grid.clientWidth, grid.clientWidth > prose.clientWidth];"""
+    assert chromium.framed([page], tmp_path, script, widths=(2400,)) == [[0, True]]

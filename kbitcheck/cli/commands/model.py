@@ -31,6 +31,8 @@ AUTOCAST_HELP = (
 ATTENTION_HELP = "Attention of the forecast steps; default: the model's own. flash_attention_2 needs no package here."
 LOSS_HELP = "Loss of the forecast steps: of all logits, of chunks, or fused with the head as Liger's."
 
+DRAWN = ("html", "json")  # formats that have a map of what fits, or that one is made from
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
@@ -100,6 +102,7 @@ def model_cases(model: str, options: Options) -> list[CaseSpec]:
         packed=options.packed,
         loss=options.loss,
         fits=options.fits,
+        cells=bool(options.memory) and options.format in DRAWN,
         optimizer=options.optimizer,
         accumulate=options.accumulate,
         gpus=options.gpus,

@@ -1,5 +1,6 @@
 """Whether training fits, and where its bytes are: plain data of the forecast."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -19,6 +20,31 @@ class PartFacts:
     kind: str
     where: str
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveFacts:
+    """Bytes alive through one step, by kind, beside what stays: at each of some points, the fullest moment since the last.
+
+    The backward begins at the point ``turn``; ``blocks`` are the points at which the forward has left each block.
+    """
+
+    kinds: Mapping[str, Sequence[int]]
+    turn: int
+    blocks: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellFacts:
+    """What a device needs for a predicted step of ``batch`` x ``seq_len`` tokens, in bytes.
+
+    ``short`` is what CUDA's allocator would be short of in the requested memory, as simulated for a step that fits it.
+    """
+
+    batch: int
+    seq_len: int
+    needed: int
+    short: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

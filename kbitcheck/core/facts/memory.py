@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from kbitcheck.core import memory_sizes
-from kbitcheck.core.facts.fit import AnswerFacts, LoadingFacts, PartFacts, ShareFacts
+from kbitcheck.core.facts.fit import AnswerFacts, CellFacts, CurveFacts, LoadingFacts, PartFacts, ShareFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,8 @@ class ForecastFacts:
     fits, one more row or token does not, or is above ``limit``, the most tokens that the model takes. They are empty
     where the step takes less than 1 % of any memory and none was requested.
     ``parts`` are the bytes alive at the peak under ``mode``, which they sum to; ``reserved`` is what CUDA's allocator takes
-    from the device for that step, 0 where it was not simulated. ``missing`` is why no step was predicted.
+    from the device for that step, 0 where it was not simulated. ``cells`` are steps of usual shapes under ``mode`` beside
+    the requested memory, and ``curve`` is the step from beginning to end. ``missing`` is why no step was predicted.
     """
 
     groups: Mapping[str, GroupFacts]
@@ -127,6 +128,8 @@ class ForecastFacts:
     parts: tuple[PartFacts, ...] = ()
     reserved: int = 0
     answer: AnswerFacts | None = None
+    cells: tuple[CellFacts, ...] = ()
+    curve: CurveFacts | None = None
     gpus: int = 1
     shares: tuple[ShareFacts, ...] = ()
 

@@ -10,7 +10,7 @@ from kbitcheck.core.errors import cause
 from kbitcheck.core.facts import Cost, ForecastFacts, HeldFacts, ModelFacts, Passes
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.resolve import Source
-from kbitcheck.observe.forecast import parts, predict, shares
+from kbitcheck.observe.forecast import grid, parts, predict, shares
 from kbitcheck.observe.forecast.answer import Answer
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.candidate import Candidate, with_loading
@@ -27,7 +27,7 @@ def cost(spec: CaseSpec) -> Cost:
     """About what the forecast of a spec takes at most; nothing where it is of weights alone."""
     if spec.static == "never":
         return Cost()
-    steps = STEPS + ANSWER * (spec.memory is not None) + TABLE * spec.fits
+    steps = STEPS + ANSWER * (spec.memory is not None) + grid.MOST * spec.cells + TABLE * spec.fits
     return Cost(passes=Passes(predicted=steps))
 
 
@@ -62,7 +62,8 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             notes=(*forecast.notes, *run.notes, *run.beyond(length)),
         )
         trace = steps[mode].trace()
-        forecast = dataclasses.replace(forecast, parts=parts.at_the_peak(forecast, steps[mode], trace))
+        alive, curve = parts.at_the_peak(forecast, steps[mode], trace), parts.through_the_step(trace)
+        forecast = dataclasses.replace(forecast, parts=alive, curve=curve)
         if spec.gpus > 1:
             quant = Quantization.parse(spec.quant)
             shared = shares.of_gpus(forecast, facts, quant, spec.gpus, peak=steps[mode].peak)
@@ -73,7 +74,8 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
             if forecast.device != "cpu" and trace.events:
                 reserved = parts.allocated(forecast, facts, steps[mode], trace).peak_reserved
             answer = Answer(candidate, source, spec).facts
-            forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer)
+            cells = grid.cells(candidate, spec) if spec.cells else ()
+            forecast = dataclasses.replace(forecast, reserved=reserved, answer=answer, cells=cells)
         forecast = dataclasses.replace(forecast, **_table(candidate, spec))
         if any(search.ended_early for search in candidate.searches.values()):
             forecast = dataclasses.replace(forecast, notes=(*forecast.notes, ENDED_EARLY))

@@ -4,10 +4,33 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from kbitcheck.core.facts import ForecastFacts, ModelFacts
-from kbitcheck.core.facts.fit import PartFacts
+from kbitcheck.core.facts.fit import CurveFacts, PartFacts
 from kbitcheck.observe.forecast.activations import Measured
 from kbitcheck.observe.forecast.allocator import Allocator
 from kbitcheck.observe.forecast.storages import Trace
+
+POINTS = 120  # of a curve: a telephone is 390 pixels wide
+
+
+def through_the_step(trace: Trace) -> CurveFacts | None:
+    """The bytes alive from a step's beginning to its end; None for a step without a trace. No peak is left out."""
+    if not trace.events:
+        return None
+    alive: Counter[str] = Counter(dict.fromkeys((storage.kind for storage in trace.storages), 0))
+    every = -(-len(trace.events) // POINTS)
+    curve: dict[str, list[int]] = {kind: [] for kind in alive}
+    fullest = Counter(alive)
+    for number, event in enumerate(trace.events, 1):
+        storage = trace.storages[event if event >= 0 else ~event]
+        alive[storage.kind] += storage.nbytes if event >= 0 else -storage.nbytes
+        if (number - 1) % every == 0 or alive.total() > fullest.total():
+            fullest = Counter(alive)
+        if number % every == 0 or number == len(trace.events):
+            for kind, points in curve.items():
+                points.append(fullest[kind])
+    last = len(trace.events) // every
+    blocks = {block: min(position // every, last) for block, position in trace.left.items() if block}
+    return CurveFacts(kinds=curve, turn=min(trace.turn // every, last), blocks=blocks)
 
 
 def at_the_peak(forecast: ForecastFacts, step: Measured, trace: Trace) -> tuple[PartFacts, ...]:

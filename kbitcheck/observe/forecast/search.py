@@ -1,7 +1,7 @@
 """The largest step that fits, confirmed: a step of that shape was measured and fits, one of the next was and does not."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -56,6 +56,15 @@ class Search:
             self._measured[shape] = step = self._measure(*shape)
             self._patience -= len(step.log.events)
         return self._measured[shape]
+
+    def within_patience(
+        self, shapes: Iterable[tuple[int, int, str]]
+    ) -> Iterator[tuple[tuple[int, int, str], Measured]]:
+        """The steps of these shapes, as long as patience lasts."""
+        self._patience = PATIENCE
+        for shape in shapes:
+            if self._affords(shape):
+                yield shape, self.step(*shape)
 
     def largest_batch(self, length: int, room: int, mode: str) -> Largest:
         """The most sequences of this length whose step takes at most ``room`` bytes."""

@@ -3,7 +3,7 @@
 Of blocks that compute the same one runs; here each of the others gets storages of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -102,10 +102,15 @@ class Storage:
 
 @dataclass(frozen=True)
 class Trace:
-    """A step of the whole model: its storages, and events as in ``Log``."""
+    """A step of the whole model: its storages, and events as in ``Log``.
+
+    ``turn`` is how many events came before the backward, ``left`` before the forward left each block.
+    """
 
     storages: Sequence[Storage]
     events: Sequence[int]
+    turn: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> list[int]:
@@ -183,6 +188,7 @@ class _Expansion:
         self._storages: list[Storage] = []
         self._events: list[int] = []
         self._alive: dict[tuple[int, int], int] = {}  # by segment and number in the log
+        self._turn, self._left = 0, dict[str, int]()
 
     def trace(self) -> Trace:
         for place, part in enumerate(self._parts):
@@ -196,7 +202,11 @@ class _Expansion:
                     self._events += [~self._alive.pop(key) for key in alive]
                 elif (number := self._taken(place, ~event)) is not None:
                     self._events.append(~number)
-        return Trace(self._storages, self._events)
+                if order + 1 == part.within and not part.backward:
+                    self._left[part.block] = len(self._events)
+            if not part.backward:
+                self._turn = len(self._events)
+        return Trace(self._storages, self._events, self._turn, self._left)
 
     def _storage(self, part: Segment, place: int, number: int, *, within: bool) -> Storage:
         nbytes, block = self._log.nbytes[number], part.block if within else ""

@@ -39,9 +39,9 @@ def answer(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"for {memory}: {shape} need {_gib(reply['needed'])}, {_gib(reply['needed'] - reply['memory'])} too much",
     )
     if reply["change"]:
-        yield "instead", f"{_changed(reply['change'])}, which fits"
+        yield "instead", f"{changed(reply['change'])}, which fits"
     elif reply["least"]:
-        yield "instead", f"nothing that was tried fits; the least: {_changed(reply['least'])}"
+        yield "instead", f"nothing that was tried fits; the least: {changed(reply['least'])}"
 
 
 def _without_a_step(forecast: Mapping[str, Any], memory: int) -> Iterator[tuple[str, str]]:
@@ -54,7 +54,8 @@ def _without_a_step(forecast: Mapping[str, Any], memory: int) -> Iterator[tuple[
         yield "fits", f"unknown for {room}: no step was predicted; {alone}"
 
 
-def _changed(change: Mapping[str, Any]) -> str:
+def changed(change: Mapping[str, Any]) -> str:
+    """Other options and what a device needs with them."""
     options = " ".join(change["options"])
     return f"{options}: {change['batch']:,} × {change['seq_len']:,} tokens need {_gib(change['needed'])}"
 
