@@ -42,7 +42,7 @@ def test_the_command_audits_a_real_quantized_model(tmp_path: Path) -> None:
     assert [c.title for c in charts(report)] == [
         "Where the bytes are",
         "Activation bytes by block",
-        "Gradient error by layer",
+        "Gradient error by block",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())

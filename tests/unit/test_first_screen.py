@@ -69,7 +69,7 @@ def values(shown: Report) -> list[tuple[str, str, str]]:
 def test_three_numbers_decide() -> None:
     shown = audited({**TRAINED, "forecast": FORECAST})
     assert values(shown) == [
-        ("Fits", "good", "12 of 24 GiB"), ("Costs", "plain", "11 GiB"), ("Trains", "good", "0.75 of the bound"),
+        ("Fits", "good", "12 GiB of 24 GiB"), ("Costs", "plain", "11 GiB"), ("Trains", "good", "0.75 of the bound"),
     ]  # fmt: skip
     fits, costs, trains = (number.details for number in numbers(shown))
     assert fits == ("1 × 2,048 tokens with reentrant checkpointing", "at most 3 × 2,048, or 1 × 7,440")

@@ -132,7 +132,7 @@ def test_charts_follow_the_page_and_have_their_numbers_beside_them() -> None:
     assert "currentColor" in text
     assert "var(--series-0)" in text
     assert not re.search("#0102[0-9a-f]{2}", text)
-    assert "The numbers: Gradient error by layer" in text
+    assert "The numbers: Gradient error by block" in text
 
 
 def drawn(groups: dict[str, dict[str, int]]) -> Report:
@@ -179,7 +179,7 @@ def test_without_matplotlib_the_numbers_remain(monkeypatch) -> None:
     text = html.render(LARGE)
     assert "<svg" not in text
     assert "kbitcheck[html]" in text
-    assert "The numbers: Gradient error by layer" in text
+    assert "The numbers: Gradient error by block" in text
 
 
 def test_the_page_explains_its_words() -> None:

@@ -78,12 +78,12 @@ def _fits(forecasts: Mapping[str, Facts], command: str) -> Number:
     if answer["fits"]:
         most = f"at most {answer['batch']:,} × {answer['seq_len']:,}, or 1 × {answer['longest']:,}"
         holes = ("holes in the allocator's segments take it beyond",) * bool(answer["short"])
-        value = f"{answer['requested'] / GIB:.3g} of {memory}"
+        value = f"{size(answer['requested'])} of {memory}"
         return Number("Fits", "warn" if holes else "good", value, (requested, most, *holes, *_of(case, answers)))
     instead = "nothing that was tried fits"
     if answer["change"]:
         instead = f"instead {changed(answer['change'])}, which fits"
-    value = f"{(answer['requested'] - answer['memory']) / GIB:.3g} GiB too much for {memory}"
+    value = f"{size(answer['requested'] - answer['memory'])} too much for {memory}"
     return Number("Fits", "bad", value, (requested, instead, *_of(case, answers)))
 
 

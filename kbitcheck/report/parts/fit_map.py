@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from kbitcheck.core.memory_sizes import GIB, GPUS
 from kbitcheck.core.report import Report
+from kbitcheck.report.parts.drawing import unit_of
 from kbitcheck.report.parts.fit import with_checkpointing
 
 Fit = Literal["fits", "tight", "over", "none"]
@@ -20,16 +22,12 @@ class Cell:
     needed: int
     short: int
     fit: Fit
+    size: str = ""  # in the map's unit
 
     @property
     def mark(self) -> str:
         """Whether it fits, as a sign."""
         return MARKS[self.fit]
-
-    @property
-    def gib(self) -> str:
-        """The bytes in GiB, as the page's script writes them too."""
-        return f"{self.needed / GIB:.1f}" if self.needed else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +40,7 @@ class Map:
     others: Mapping[int, str]
     requested: tuple[int, int]
     conditions: str
+    unit: str
     lengths: tuple[int, ...]
     rows: Mapping[int, tuple[Cell, ...]]
 
@@ -59,6 +58,7 @@ def _map(case: str, forecast: Mapping[str, Any], spec: Mapping[str, Any]) -> Map
     by_shape = {(cell["batch"], cell["seq_len"]): cell for cell in forecast["cells"]}
     lengths = tuple(sorted({length for _, length in by_shape}))
     on_gpu = forecast["device"] != "cpu"
+    unit, scale = unit_of(median(cell["needed"] for cell in forecast["cells"]))
     return Map(
         case=case,
         memory=memory,
@@ -66,9 +66,10 @@ def _map(case: str, forecast: Mapping[str, Any], spec: Mapping[str, Any]) -> Map
         others={size: f"{size // GIB} GiB: {names}" for size, names in GPUS.items() if size != memory and on_gpu},
         requested=(forecast["batch"], forecast["seq_len"]),
         conditions=", ".join(_conditions(forecast)),
+        unit=unit,
         lengths=lengths,
         rows={
-            batch: tuple(_cell(by_shape.get((batch, length)), memory) for length in lengths)
+            batch: tuple(_cell(by_shape.get((batch, length)), memory, scale) for length in lengths)
             for batch in sorted({batch for batch, _ in by_shape})
         },
     )
@@ -83,8 +84,8 @@ def _conditions(forecast: Mapping[str, Any]) -> Iterator[str]:
         yield f"on each of {forecast['gpus']} GPUs"
 
 
-def _cell(cell: Mapping[str, int] | None, memory: int) -> Cell:
+def _cell(cell: Mapping[str, int] | None, memory: int, scale: float) -> Cell:
     if cell is None:
         return Cell(0, 0, "none")
     fit: Fit = "over" if cell["needed"] > memory else "tight" if cell["short"] else "fits"
-    return Cell(cell["needed"], cell["short"], fit)
+    return Cell(cell["needed"], cell["short"], fit, f"{cell['needed'] / scale:.1f}")
