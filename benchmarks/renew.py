@@ -92,9 +92,9 @@ def _sweep(table: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> I
             if then[what] and not now[what]:
                 yield f"* {table}, {name}: no longer {what}" + (f" ({now['reason']})" if now["reason"] else "")
         old, new = Row.from_json(then), Row.from_json(now)
-        known = {(finding.rule, finding.party) for finding in old.findings}
+        earlier = {(finding.rule, finding.party) for finding in old.findings}
         for finding in new.findings:
-            if (finding.rule, finding.party) not in known:
+            if (finding.rule, finding.party) not in earlier:
                 yield f"* {table}, {name}: {finding.rule} is broken by the {finding.party.value}: {finding.where}: {finding.actual}"
         if new.errors and not old.errors:
             yield f"* {table}, {name}: {' '.join(new.errors)} could not be judged"

@@ -187,6 +187,8 @@ class Backend:
     replaces: ClassVar[Sequence[str]] = ("Linear",)
     # transformers' own word for the method in ``quantization_config``.
     method: ClassVar[str] = ""
+    # The names of tensors in a checkpoint that unpack another one, whose name, with or without its last ".weight", is the group ``weight``.
+    stored_state: ClassVar[str] = ""
     # Why checkpoints of this backend get the static audit alone; empty where they are loaded and run.
     static_only: ClassVar[str] = ""
 

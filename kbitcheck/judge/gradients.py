@@ -110,10 +110,10 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
         adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]
         # Where no adapter is live, the model itself takes no gradient through it, in the float twin either: KB904 tells.
         if not layer.unjudged and (any(adapters) or not adapters):
-            yield from _layer_backward(name, layer, adapted=bool(adapters), facts=facts)
+            yield from _layer_backward(facts, name, layer, adapted=bool(adapters))
 
 
-def _layer_backward(name: str, layer: LayerBackward, *, adapted: bool, facts: Facts) -> Iterable[Observation]:
+def _layer_backward(facts: Facts, name: str, layer: LayerBackward, *, adapted: bool) -> Iterable[Observation]:
     """What one layer's backward shows; ``adapted`` says that the layer has adapters that are to learn."""
     if not layer.carried:
         yield Observation(name, "output requires grad when the input does", "the gradient is cut", ok=False)

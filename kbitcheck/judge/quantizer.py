@@ -104,6 +104,29 @@ def _part(name: str, base: ModelFacts) -> str:
     return "part of a front end" if outside and FRONT.search(name) else ""
 
 
+@rule("KB911", "loaded-whole", Level.MUST)
+def loaded_whole(facts: Facts) -> Iterable[Observation]:
+    """Each packed weight of a checkpoint is unpacked where the model has this weight, from the checkpoint's own bits.
+
+    Why: transformers 5 makes one parameter of many tensors, as of a mixture's experts. It joins their packed bytes as if they were
+    numbers, and drops the scales as unexpected keys: the experts are noise, and everything else works.
+    Symptom: a load report with UNEXPECTED ``absmax`` and ``quant_state`` keys; a pre-quantized mixture of experts that answers noise, and
+    a loss that starts near the logarithm of the vocabulary's size.
+    Fix: quantize the original checkpoint on load, or load this one with the transformers release that saved it.
+    Sources: unsloth-zoo#856, transformers' ``core_model_loading``.
+    """
+    checkpoint = facts.stored
+    yield Observation("checkpoint", "each packed weight in its place", f"{checkpoint.states} looked at", ok=True)
+    for name, why in checkpoint.lost.items():
+        yield _of_stack(name, "unpacked by the scales of the checkpoint", why, "the names in the checkpoint's files")
+    for name, parts in checkpoint.differing.items():
+        yield _of_stack(name, "the bits of the checkpoint", f"other bits: {parts}", "the checkpoint's files")
+
+
+def _of_stack(where: str, expected: str, actual: str, witness: str) -> Observation:
+    return Observation(where, expected, actual, ok=False, party=Party.STACK, witness=witness)
+
+
 @rule("KB912", "is-what-it-says", Level.SHOULD)
 def is_what_it_says(facts: Facts) -> Iterable[Observation]:
     """The loaded model is quantized as its checkpoint or ``--quant`` says, not unpacked on load.

@@ -49,6 +49,28 @@ def joined_parameters(model: PreTrainedModel) -> Callable[[str], bool]:
     return lambda name: any(target in name for target in targets)
 
 
+Renaming = Callable[[str], tuple[str, bool]]
+
+
+def renaming(model: PreTrainedModel) -> Renaming | None:
+    """The model's name of a checkpoint's tensor, and whether loading makes it of several; None before transformers 5."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return None
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    own = model.state_dict()
+
+    def rename(name: str) -> tuple[str, bool]:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        return renamed, pattern is not None
+
+    return rename
+
+
 def tied_parameters(model: PreTrainedModel) -> frozenset[str]:
     """Names of the parameters that a checkpoint leaves out, as they are another by that name too; before transformers 5 none."""
     return frozenset(getattr(model, "all_tied_weights_keys", None) or ())

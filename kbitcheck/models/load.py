@@ -23,7 +23,7 @@ from kbitcheck import backends
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
-from kbitcheck.models import internals
+from kbitcheck.models import internals, stored
 from kbitcheck.models.checkpoint import CONFIG, read_config
 
 AUTO = (
@@ -95,13 +95,20 @@ def _loaded(
         **more,
     )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    packed = folder is not None and getattr(config, "quantization_config", None) is not None
     for what in ("missing keys", "mismatched keys"):
-        if keys := info.get(what.replace(" ", "_")):
+        keys = info.get(what.replace(" ", "_"))
+        if keys and packed and folder is not None:  # KB911 tells of packed weights that have no place
+            lost = set(stored.lost_names(model, folder))
+            keys = [key for key in keys if (key if isinstance(key, str) else key[0]) not in lost]
+        if keys:
             raise UsageError(f"{options.name}: not this model's weights: {_listed(what, keys)}")
     if quant is not None and configured is None:
         quant.backend.quantize(model, quant, [*automatic_skip(cls, config), *quant.skip])
     if quant is not None:
         quant.backend.complete(model, quant, quant.skip)
+    if packed and folder is not None:
+        stored.remember(model, folder)
     backends.steady(model)
     _leave_file(model)
     return model

@@ -28,6 +28,7 @@ from kbitcheck.core.facts import (
     Passes,
     QuantizerFacts,
     StepOutcome,
+    StoredFacts,
     StoreFacts,
     UnwatchedFacts,
     UseFacts,
@@ -37,6 +38,7 @@ from kbitcheck.core.facts import (
 from kbitcheck.core.facts.case import WHOLE, OpenCase
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.models.cut import NoCut
+from kbitcheck.models.stored import stored
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
 from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
@@ -59,7 +61,6 @@ from kbitcheck.observe.watch.own_steps import optimizer_like, optimizer_steps
 # Before any subject is imported: one that patches a quantizer's library must be seen to.
 backends.load()
 
-
 STAGES = (Called, Wrapped, Stepped, Outputs, Calls, Descended, Trained)
 
 
@@ -74,8 +75,6 @@ def attribute_of(stage: type) -> str:
 
 
 STAGE_OF = {fact: attribute_of(stage) for stage in STAGES for fact in facts_of(stage)}
-
-
 OTHERS = ("tiny:gpt2", "tiny:llama")  # of which one is of another class than the case's model
 NEEDS_A_REAL_RUN = "needs steps of your own training: `kbitcheck watch`"
 
@@ -258,6 +257,7 @@ class Case(OpenCase):
         cost=Cost("cut", Passes(forwards=2, copies=1), needs=("_paths",), shared=True, models=1),
     )
     quantizer = Fact[QuantizerFacts](lambda self: of_model(self._loaded.pristine, self.spec.quant, self._loaded.facts))
+    stored = Fact[StoredFacts](lambda self: stored(self._loaded.pristine))
     unfit_targets = Fact[Mapping[str, str]](lambda self: self._loaded.unfit_targets)
     forecast = Fact[ForecastFacts](lambda self: self._loaded.forecast(self.spec))
 

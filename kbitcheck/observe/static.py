@@ -7,11 +7,12 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.anatomy import norm_parameters
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
-from kbitcheck.core.facts import HALF, Fact, ForecastFacts, ModelFacts, QuantizerFacts
+from kbitcheck.core.facts import HALF, Fact, ForecastFacts, ModelFacts, QuantizerFacts, StoredFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.sources.config import Config
 from kbitcheck.models.sources.source import Source
+from kbitcheck.models.stored import ON_LOAD, stored_without_numbers
 from kbitcheck.observe.forecast import fitting, predict
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot
@@ -57,6 +58,17 @@ def _of_method(
     }.get(quantizer.loading.trainable, f"whether transformers trains {method} {quantizer.loading.trainable}")
 
 
+def _stored(source: Source, spec: CaseSpec, model: Any) -> StoredFacts | Unavailable:
+    """What became of the packed weights that lie beside a configuration, or why that cannot be said."""
+    folder = getattr(source, "folder", None)
+    if folder is None or spec.quant != source.quant:
+        return Unavailable(ON_LOAD)
+    try:
+        return stored_without_numbers(model, folder)
+    except Unavailable as gap:
+        return gap
+
+
 class StaticCase(OpenCase):
     """Facts of a model on the meta device. What needs a run is not applicable; ``weights`` is the forecast without steps."""
 
@@ -70,6 +82,7 @@ class StaticCase(OpenCase):
         self.why = "; ".join(["no weights were read", *_of_method(source, spec, self.quantizer, described)])
         self.remote_code = source.remote_code
         self.weights = predict.of_weights(self._model, self.base, spec, source.notes)
+        self._stored = _stored(source, spec, self._model)  # before a predicted step takes the model's layers away
         wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.takes_adapters else []
         self.unfit_targets = adapter_probe.unfit(self._model, wanted)
 
@@ -79,6 +92,12 @@ class StaticCase(OpenCase):
     @Fact
     def forecast(self) -> ForecastFacts:
         return fitting.with_steps(self.weights, self._source, self._model, self.base, self.spec)
+
+    @Fact
+    def stored(self) -> StoredFacts:
+        if isinstance(self._stored, Unavailable):
+            raise self._stored
+        return self._stored
 
     @Fact
     def widened(self) -> Mapping[str, int]:

@@ -1,11 +1,16 @@
 """Faults of KB802 and KB9xx."""
 
+import tempfile
+import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.models.stored import remember
 from kbitcheck.sabotage.fault import spoils
 from kbitcheck.sabotage.helpers import corrupt, dequantize, layer_of, quantized, subclass
 
@@ -77,6 +82,34 @@ def a_classifier_among_the_quantized_layers(model: Any) -> None:
 def a_layer_quantized_by_another_scheme(model: Any) -> None:
     name = "transformer.h.1.mlp.c_fc"
     model.set_submodule(name, layer_of("tiny:gpt2", "fp4", name))
+
+
+def packed_checkpoint(model: Any) -> Path:
+    """A checkpoint of the model as it is now, which it then counts as loaded from; gone with the model."""
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    remember(model, Path(folder.name))
+    weakref.finalize(model, folder.cleanup)
+    return Path(folder.name)
+
+
+@spoils("KB911")
+def a_scale_that_is_not_the_files(model: Any) -> None:
+    packed_checkpoint(model)
+    corrupt(quantized(model)[1], "scale")
+
+
+@spoils("KB911")
+def packed_weights_without_a_layer(model: Any) -> None:
+    """As of experts that the release that saved the checkpoint had one by one."""
+    file = packed_checkpoint(model) / "model.safetensors"
+    tensors = load_file(file)
+    expert = "transformer.h.0.mlp.experts.0.w1.weight"
+    save_file(
+        {**tensors, expert: torch.zeros(8, 1, dtype=torch.uint8), f"{expert}.absmax": torch.ones(1)},
+        file,
+        {"format": "pt"},
+    )
 
 
 @spoils("KB913")

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import kbitcheck
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli import app
 from kbitcheck.cli.saved_report import read_report
 from kbitcheck.core.result import Status
+from tests.shallow import shallow
 from tests.watch import runs
 
 PAGE = Path(__file__).parents[2] / "docs" / "symptoms.md"
@@ -54,9 +56,19 @@ def judged_by(door, folder):
         "model": ["model", "tiny:llama", "--quant", "nf4,skip=lm_head", "--checkpointing", "reentrant"],
         "impl": ["impl", "reference", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "reentrant"],
     }
-    saved = folder / f"{door}.json"
-    assert app.run([*options[door], "--format", "json", "--output", str(saved)]) == 0
-    return judged(read_report(saved))
+    codes = set()
+    for arguments in (options[door], *packed(door, folder)):
+        saved = folder / f"{door}.json"
+        assert app.run([*arguments, "--format", "json", "--output", str(saved)]) == 0
+        codes |= judged(read_report(saved))
+    return codes
+
+
+def packed(door, folder):
+    """A static audit of a checkpoint that is quantized already."""
+    if door == "static":
+        shallow("tiny:gpt2").load(Quantization.parse("nf4")).save_pretrained(folder / "packed")
+        yield ["model", str(folder / "packed"), "--static", "--memory", "24GiB"]
 
 
 def door_of(command):

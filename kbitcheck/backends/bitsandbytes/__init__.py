@@ -34,6 +34,9 @@ class BitsAndBytes(Backend):
     method = "bitsandbytes"
     libraries = ("bitsandbytes",)
     replaces = ("Linear", "Conv1D")
+    stored_state = (
+        r"(?P<weight>.+)\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__\w+|SCB|weight_format)"
+    )
     schemes = (Scheme("nf4", 4, OPTIONS), Scheme("fp4", 4, OPTIONS), Scheme("int8", 8))
 
     @cached_property

@@ -20,6 +20,7 @@ from kbitcheck.core.facts.model import (
     ModuleFacts,
     QuantizerFacts,
     RefusedCall,
+    StoredFacts,
     TensorFacts,
 )
 from kbitcheck.core.facts.step import (
@@ -61,6 +62,6 @@ __all__ = [
     "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
     "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
     "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "QuantizerFacts", "RefusedCall", "RouterFacts", "RunFacts",
-    "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts",
+    "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts", "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts",
     "UnwatchedFacts", "Update", "UseFacts", "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

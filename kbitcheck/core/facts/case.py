@@ -24,6 +24,7 @@ from kbitcheck.core.facts.model import (
     ModelFacts,
     QuantizerFacts,
     RefusedCall,
+    StoredFacts,
 )
 from kbitcheck.core.facts.recipe import Recipe
 from kbitcheck.core.facts.unwatched import UnwatchedFacts
@@ -278,6 +279,8 @@ class Facts:
     """Whether the model needs code from its repository."""
     quantizer: QuantizerFacts
     """What was requested of the model's quantization, and what transformers says of its method."""
+    stored: StoredFacts
+    """The packed weights of the model's checkpoint, and what became of them."""
     unfit_targets: Mapping[str, str]
     """By adapter target, why it cannot take an adapter."""
     forecast: ForecastFacts

@@ -194,6 +194,19 @@ class CallForm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFacts:
+    """The packed weights of a checkpoint beside the model that they were loaded into, by the model's names of them.
+
+    ``states`` is how many there are, ``lost`` says why some are not unpacked there, and ``differing`` which of their tensors
+    are not the checkpoint's. Where no weights were read, nothing differs.
+    """
+
+    states: int
+    lost: Mapping[str, str]
+    differing: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizerFacts:
     """What is requested of a model's quantization, and what transformers and the preparation do with its method.
 

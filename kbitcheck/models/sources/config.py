@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends import registry
@@ -20,11 +21,12 @@ class Config(Source):
     """A model of this configuration, with random weights; a static audit alone examines one that is not ``loadable``.
 
     ``foreign`` names the quantizer, without a backend here, that the weights were saved with; ``described`` is what the
-    configuration says of their quantization.
+    configuration says of their quantization, ``folder`` is where weights lie that are not read.
     """
 
     foreign: str = ""
     described: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def meta(self, quant: Quantization | None) -> PreTrainedModel:
         """The model on the meta device: with the packed tensors of its checkpoint, or as ``quant`` would quantize the original."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,11 @@ def read(name: str, *, random_weights: bool, static: bool = False, predicted: bo
 
     ``predicted`` says that sizes will do where the weights were quantized by something other than bitsandbytes.
     """
-    fields = _config(_fetch(name, ("*.json",), options["revision"]), name)
+    folder = _fetch(name, ("*.json",), options["revision"])
+    fields = _config(folder, name)
     if random_weights or static or (predicted and config.unloadable(fields)):
-        return config.read(fields, name=name, random_weights=random_weights, static=True, **options)
+        source = config.read(fields, name=name, random_weights=random_weights, static=True, **options)
+        return replace(source, folder=folder)
     return Hub(name=name, config=fields, **options)
 
 

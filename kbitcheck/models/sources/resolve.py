@@ -1,5 +1,6 @@
 """Where models come from: recipes, local directories, the hub, and configurations without weights. No torch here."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _at(path: Path, *, name: str, random_weights: bool, static: Static, **option
         raise UsageError(f"{name} {_what_it_is(path)}")
     fields = checkpoint.read_config(path / checkpoint.CONFIG, name)
     if random_weights or static == "always" or (static != "never" and config.unloadable(fields)):
-        return config.read(fields, **made)
+        return replace(config.read(fields, **made), folder=path)
     files = checkpoint.weight_files(path, name, allow_pickle=options["allow_pickle"])
     return local.read(path, files, fields, name=name, **options) if files else config.read(fields, **made)
 
