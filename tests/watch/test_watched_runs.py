@@ -12,7 +12,7 @@ import transformers
 
 import kbitcheck
 from kbitcheck.core.result import Level, Status
-from kbitcheck.observe.watch import batches, blocks, observer, reach
+from kbitcheck.observe.watch import batches, blocks, comparisons, reach
 from kbitcheck.observe.watch.enabling import arguments
 from tests.watch import runs
 
@@ -93,7 +93,7 @@ def test_the_watcher_takes_itself_off():
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(observer, "compared"), (blocks.Recorder, "_left"), (batches.Batches, "_weighed"), (reach.Reach, "_runs")],
+    [(comparisons, "compared"), (blocks.Recorder, "_left"), (batches.Batches, "_weighed"), (reach.Reach, "_runs")],
 )
 def test_a_watcher_that_fails_lets_the_run_go_on(monkeypatch, owner, name):
     def refuse(*args):

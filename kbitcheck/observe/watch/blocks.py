@@ -35,6 +35,7 @@ class Recorded:
     """The first call of a block that a gradient came back through. ``gradients`` are its trained parameters', by name in the block.
 
     ``added`` is what the block itself added to the gradients of what it was passed, by index: less than all where others read it.
+    ``bare`` are the tensors that the block returned, before other hooks saw them, each with the hook that catches its gradient, or None.
     ``why`` says what keeps the call from being compared; "" where nothing does.
     """
 
@@ -43,6 +44,7 @@ class Recorded:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     edges: dict[int, readers.Edge] = field(default_factory=dict)
     added: dict[int, torch.Tensor] = field(default_factory=dict)
+    bare: list[tuple[torch.Tensor, Any]] = field(default_factory=list)
     why: str = ""
 
     @property
@@ -54,7 +56,7 @@ class Recorded:
     def own(self) -> tuple[int, ...]:
         """The arguments whose gradient comes from the block alone."""
         leaving, added = self.call.leaving, self.added
-        shared = {i for i, gradient in leaving.items() if i not in added or not torch.equal(gradient, added[i])}
+        shared = {i for i, g in leaving.items() if i not in added or not readers.alone(g, added[i])}
         return tuple(i for i in self.call.differentiable if i not in shared)
 
 
@@ -68,7 +70,10 @@ class Recorder:
         self._open: list[Recorded | None] = []
         self._handles: list[Any] = []
         self._closed = False
+        self._passed: list[Any] = []  # what the block was passed, before other hooks saw it
+        self._hold(block.register_forward_pre_hook(guard(self._takes), with_kwargs=True, prepend=True))
         self._hold(block.register_forward_pre_hook(guard(self._entered), with_kwargs=True))
+        self._hold(block.register_forward_hook(guard(self._returned), prepend=True))
         self._hold(block.register_forward_hook(guard(self._left)))
         for each, parameter in block.named_parameters():
             if parameter.requires_grad:
@@ -91,6 +96,12 @@ class Recorder:
         return self.recorded.why
 
     @property
+    def passed_on(self) -> bool:
+        """Whether the block was passed something that has a gradient, and a gradient came back to what it returned."""
+        recorded = self.recorded
+        return recorded is not None and recorded.complete and bool(recorded.call.differentiable)
+
+    @property
     def is_recast(self) -> bool:
         """Whether autocast computed a quantized layer in fewer bits than the layer's own compute dtype has."""
         cast = None if self.recorded is None else self.recorded.call.autocast
@@ -110,6 +121,15 @@ class Recorder:
         """Take everything off."""
         for handle in self._handles:
             handle.remove()
+
+    def _takes(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._passed = internals.tree_flatten((args, kwargs))[0] if module is self.block else []
+
+    def _bare(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
+        """What the block was passed in the place of a tensor with the same numbers: a hook that hands it on may change its gradient."""
+        passed = self._passed[index] if index < len(self._passed) else None
+        same = isinstance(passed, torch.Tensor) and passed.requires_grad and passed.device == leaf.device
+        return passed if same and torch.equal(passed, leaf) else leaf
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not self.block:
@@ -134,9 +154,24 @@ class Recorder:
         call = BlockCall(self.name, kept, names, structure, differentiable, device.type, autocast)
         recorded = Recorded(call, _random_state(device))
         for index in differentiable:
-            self._hold(leaves[index].register_hook(self._catcher(recorded, call.leaving, index)))
-            recorded.edges[index] = readers.edge(leaves[index])
+            leaf = self._bare(index, leaves[index])
+            self._hold(leaf.register_hook(self._catcher(recorded, call.leaving, index)))
+            recorded.edges[index] = readers.edge(leaf)
+        self._passed = []
         self._open[-1] = recorded
+
+    def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Catch gradients before other hooks can change them, so that a change is one of the block's."""
+        recorded = self._open[-1] if self._open and module is self.block else None
+        if recorded is not None:
+            leaves = filter(floating, internals.tree_flatten(output)[0])
+            recorded.bare = [(leaf, self._catching(recorded, i, leaf)) for i, leaf in enumerate(leaves)]
+
+    def _catching(self, recorded: Recorded, index: int, leaf: torch.Tensor) -> Any:
+        """A hook that catches the gradient of a returned tensor; None where it has none."""
+        return (
+            leaf.register_hook(self._catcher(recorded, recorded.call.entering, index)) if leaf.requires_grad else None
+        )
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         recorded = self._open.pop() if self._open and module is self.block else None
@@ -146,15 +181,24 @@ class Recorder:
         for leaf in leaves:
             recorded.call.returned.append(TENSOR if floating(leaf) else leaf)
             if floating(leaf):
-                if leaf.requires_grad:
-                    catch = self._catcher(recorded, recorded.call.entering, len(recorded.call.outputs))
-                    self._hold(leaf.register_hook(catch))
+                self._catch(recorded, len(recorded.call.outputs), leaf)
                 recorded.call.outputs.append(leaf.detach().clone())
                 recorded.call.tracked.append(leaf.requires_grad)
         for handle in readers.sums([leaf for leaf in leaves if floating(leaf)], recorded.edges, recorded.added):
             self._hold(handle)
         recorded.edges.clear()
+        recorded.bare.clear()
         self.recorded = recorded
+
+    def _catch(self, recorded: Recorded, index: int, leaf: torch.Tensor) -> None:
+        """Keep the hook that catches a returned tensor's gradient; another where a hook of the block returned something else."""
+        bare, handle = recorded.bare[index] if index < len(recorded.bare) else (None, None)
+        if bare is not leaf:
+            if handle is not None:
+                handle.remove()
+            handle = self._catching(recorded, index, leaf)
+        if handle is not None:
+            self._hold(handle)
 
     def _catcher(self, recorded: Recorded, store: dict[int, torch.Tensor], key: int) -> Any:
         def catch(gradient: torch.Tensor | None) -> None:

@@ -80,7 +80,7 @@ class WatchedCase(OpenCase):
     def summary(self) -> dict[str, Any]:
         """Figures of a report, as ``Case.summary``, and what was watched."""
         shown = figures.summary(self, {"prepared"}, batch=None)
-        blocks = sorted({part.block for part in self._observer.blockwise.parts.values()})
+        blocks = sorted({part.block for part in self._observer.comparisons.parts.values()})
         run = watched_figures(self.watched, self.prepared, self._observer.step)
         return {**shown, "watched": {**run, "blocks": blocks}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, Self
@@ -13,16 +12,15 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kbitcheck import backends
-from kbitcheck.core.facts import BlockwiseFacts, Gap, ModelFacts, Part, RunFacts, SwitchedOn, WatchedRun
+from kbitcheck.core.facts import BlockwiseFacts, ModelFacts, RunFacts, SwitchedOn, WatchedRun
 from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
-from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.in_place import random_states_restored
 from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot, tensors_again
 from kbitcheck.observe.watch.batches import Batches
-from kbitcheck.observe.watch.blocks import Recorder, Twins, compared
+from kbitcheck.observe.watch.comparisons import Comparisons
 from kbitcheck.observe.watch.guard import Guard, take_off, unharmed
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.observe.watch.scaling import Scaling, listening
@@ -54,24 +52,18 @@ class Observer:
         self.before: ModelFacts | None = None
         self.after: ModelFacts | None = None
         self.biases: dict[str, str] = {}
-        self.parts: dict[str, Part] = {}
-        self.gaps: dict[str, Gap] = {}
         self._when_over = when_over
         self._training = training
         self._base_grads: tuple[str, ...] = ()
-        self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
-        self._unseen = ""
         self._train: set[str] = set()
         self._adapters: set[str] = set()  # names of adapters that took part in a watched forward
-        self.by_check, self._sharded, self._recast = by_check, False, False
-        self._recorders: list[Recorder] = []
-        self._twins = Twins()
-        self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
+        self.by_check, self._sharded = by_check, False
         self._hooks = ExitStack()
         self.steps = Steps(model, optimizers_of(training.optimizer), when_strange)
         self._heard = heard or Heard()
         self._guard = Guard(self)
         self.batches = Batches(model, enabled, self._guard)
+        self.comparisons = Comparisons(model, self._guard, seed)
         self._scaling = Scaling(self._trained, lambda: self.batches.limit, self._guard)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -81,10 +73,10 @@ class Observer:
     def start(self) -> None:
         """Put the hooks on. No block of a sharded model is compared: its weights are whole for a moment alone, in all processes."""
         self._sharded = internals.is_sharded(self.model)
-        self._unseen = "FSDP shards the model, and no process has a whole block" if self._sharded else ""
+        self.comparisons.unseen = "FSDP shards the model, and no process has a whole block" * self._sharded
         self.steps.name_parameters()
         called = self._hooks.callback
-        called(self._remove_recorders)
+        called(self.comparisons.remove)
         called(self._scaling.remove)
         self._hooks.enter_context(listening(self))
         self._hooks.enter_context(self._heard)
@@ -107,7 +99,7 @@ class Observer:
         self.steps.close(self.batches.taken())
         self._hooks.close()
         self.steps.stop()
-        self._twins = Twins()
+        self.comparisons.stop()
         if self.steps.taken and not self.failed:
             with random_states_restored():
                 assert self.before is not None
@@ -139,7 +131,7 @@ class Observer:
             cached=self.batches.cached,
             entering=self.batches.entering,
             attention=internals.attention(getattr(self.model, "config", None)) or "",
-            unseen="" if self.parts else self._unseen,
+            unseen="" if self.comparisons.parts else self.comparisons.unseen,
             scaler=self._scaling.facts,
             warnings=tuple(self._heard.warnings),
             optimizers=tuple(self.steps.kinds),
@@ -163,8 +155,7 @@ class Observer:
     def blockwise(self) -> BlockwiseFacts:
         """The blocks that were looked at, beside their twins."""
         on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
-        same_kernels = on_cpu and not self.batches.compiled and not self._recast
-        return BlockwiseFacts(parts=self.parts, adapters=self.gaps, same_kernels=same_kernels)
+        return self.comparisons.facts(same_kernels=on_cpu and not self.batches.compiled)
 
     @property
     def meant(self) -> dict[str, nn.Parameter]:
@@ -194,11 +185,10 @@ class Observer:
             self._look_first()
         if not self.steps.inside:
             self.steps.look()
-        if not (self.by_check or self._recorders or self.steps.inside or self._sharded):
-            self._draw()
+        if not (self.by_check or self.steps.inside or self._sharded):
+            self.comparisons.draw()
         self._wake()
-        for recorder in self._recorders:
-            recorder.next_batch()
+        self.comparisons.next_batch()
         self.batches.begin(args, kwargs)
 
     def _wake(self) -> None:
@@ -213,8 +203,7 @@ class Observer:
         """Before the first forward that takes gradients: what the model is, and which blocks it has."""
         self.steps.name_parameters()
         self.before = snapshot(self.model, self.meant)
-        for name in outermost_blocks(self.model):
-            self._kinds.setdefault(type(self.model.get_submodule(name)).__name__, []).append(name)
+        self.comparisons.look()
         for name, layer in backends.quantized_layers(self.model):
             if getattr(layer, "bias", None) is not None:
                 self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
@@ -224,14 +213,6 @@ class Observer:
         if module is self.model and torch.is_grad_enabled() and self.batches.any and not internals.backward_runs():
             self.batches.end(output)
 
-    def _draw(self) -> None:
-        """Look at one block of every class, drawn anew."""
-        if not self._kinds:
-            self._unseen = "the model has no blocks"
-        for names in self._kinds.values():
-            name = self._random.choice(names)
-            self._recorders.append(Recorder(name, self.model.get_submodule(name), self._guard))
-
     @unharmed
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         closure = len(args) > 1 or bool(kwargs)
@@ -239,12 +220,13 @@ class Observer:
             return
         self._settle()
         if internals.backward_runs():
-            self._skip_blocks("an optimizer steps in the backward")
+            self.comparisons.skip("an optimizer steps in the backward")
         elif not self.batches.any and not self.steps.open:
-            self._skip_blocks("the optimizer runs the model itself, in a closure")
+            self.comparisons.skip("the optimizer runs the model itself, in a closure")
         elif not self.steps.open:
             self.batches.finish()
-            self._compare()
+            assert self.before is not None
+            self.comparisons.compare(len(self.steps.taken) + 1, self.before)
 
     def _settle(self) -> None:
         """Before the first step: what is meant to train, now that an optimizer is there, and which others have a gradient."""
@@ -268,7 +250,7 @@ class Observer:
             self._close_complete_step()
         elif self.steps.register(optimizer, ran=False):  # watching began in the closure of this step
             self.batches.taken()
-            self._remove_recorders()
+            self.comparisons.remove()
 
     def _close_complete_step(self) -> None:
         if self.steps.complete:
@@ -278,7 +260,7 @@ class Observer:
         self.batches.finish()
         self.steps.close(self.batches.taken())
         self.batches.stepped(self.steps.stepped)
-        self._remove_recorders()
+        self.comparisons.remove()
         if len(self.steps.taken) == self._training.steps:
             self.stop()
 
@@ -299,45 +281,12 @@ class Observer:
         self._scaling.stepped(float(scaler.get_scale()), taken=taken)
         if not taken and self.steps.register(optimizer, ran=self.batches.any):
             self._settle()
-            self._unseen = self._unseen or "a gradient scaler skipped every step"
+            self.comparisons.unseen = self.comparisons.unseen or "a gradient scaler skipped every step"
             self.steps.skip(optimizer)
             self._close_complete_step()
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _compare(self) -> None:
-        """The recorded blocks beside their twins."""
-        number = len(self.steps.taken) + 1
-        for recorder in self._recorders:
-            recorder.remove()
-            self._recast = self._recast or recorder.is_recast
-            seen = (
-                "what is frozen in it changed: KB104" if self._rewritten(recorder) else compared(recorder, self._twins)
-            )
-            if isinstance(seen, str):
-                self._unseen = seen
-                continue
-            part, gaps = seen
-            self.parts[f"{recorder.name} (step {number})"] = part
-            self.gaps.update((f"{recorder.name}.{name} (step {number})", gap) for name, gap in gaps.items())
-
-    def _rewritten(self, recorder: Recorder) -> bool:
-        """Whether a frozen parameter of the block has other bits than before the first forward: nothing is right beside it then."""
-        assert self.before is not None
-        now = {f"{recorder.name}.{name}": p for name, p in recorder.block.named_parameters()}
-        frozen = {n: t for n, t in self.before.parameters.items() if n in now and not (t.adapter or t.quantized_bias)}
-        return any(digest.bits(now[name]) != tensor.bits for name, tensor in frozen.items())
-
-    def _skip_blocks(self, why: str) -> None:
-        self._unseen = why
-        for recorder in self._recorders:
-            recorder.remove()
-
-    def _remove_recorders(self) -> None:
-        for recorder in self._recorders:
-            recorder.remove()
-        self._recorders = []
 
 
 def _thawed(before: ModelFacts, names: Set[str], *, adapter: bool = False) -> ModelFacts:

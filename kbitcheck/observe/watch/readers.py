@@ -46,3 +46,20 @@ def _add(store: dict[int, torch.Tensor], reads: list[int], gradients: Any, _: An
         if index >= 0 and gradient is not None:
             before = store.get(index)
             store[index] = gradient.detach().clone() if before is None else before + gradient.detach()
+
+
+# Of what is left over, beside the gradient: a product rounded to bfloat16 is off by less.
+ALIKE = 2.0**-7
+
+
+def alone(gradient: torch.Tensor, added: torch.Tensor) -> bool:
+    """Whether nothing but the block reads a tensor: its gradient is what the block ``added``, or that times a number.
+
+    No second reader adds a multiple of what the first adds; what multiplies a gradient is a hook.
+    """
+    if torch.equal(gradient, added):
+        return True
+    whole, own = gradient.double().flatten(), added.double().flatten()
+    square = float(own @ own)
+    factor = float(whole @ own) / square if square else 1.0
+    return abs(factor - 1) > ALIKE and float((whole - factor * own).norm()) <= ALIKE * float(whole.norm())
