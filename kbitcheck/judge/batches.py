@@ -18,22 +18,27 @@ def accumulates(facts: Facts) -> Iterable[Observation]:
     """The losses of accumulated batches are divided once: by their number, or by the number of tokens in all of them; and no
     gradient is cleared between them.
 
-    If the loss is computed outside the model, and the weights of its tokens add up to more than one, that is a note.
+    Two losses that are added up, each with its own backward, may be those of two tasks: a note. So is a loss that is
+    computed outside the model, if the weights of its tokens add up to more than one. A step of fewer batches than others, as at the
+    end of an epoch, may be divided by the number of the others.
 
-    Why: divided twice, every gradient is too small by the number of batches, and a gradient norm that is clipped to one hides it.
-    Cleared before each backward, the gradient is that of the last batch, divided by the number of all.
-    Symptom: a run with accumulation that learns as at a learning rate several times smaller.
-    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both; clear gradients after the optimizer's step alone.
+    Why: divided twice, every gradient is too small by the number of batches, and a gradient norm that is clipped to one hides it; not
+    divided, it is too large, and what clips it takes the same part of each step. Cleared before each backward, the gradient is that of
+    the last batch, divided by the number of all.
+    Symptom: a run with accumulation that learns as at a learning rate several times smaller, or larger.
+    Fix: pass ``num_items_in_batch`` to the model or divide its loss, and never both; a Trainer does not divide what a ``compute_loss``
+    of your own returns if that takes ``num_items_in_batch``. Clear gradients after the optimizer's step alone.
     Sources: transformers#34191, transformers#34198, trl#2175.
     """
     judged = False
     steps = run_of(facts).steps
+    most = max((len(step.batches) for step in steps), default=0)
     for number, step in enumerate(steps, start=1):
         weights = [batch.weight for batch in step.batches if batch.weight is not None]
         if len(weights) < 2 or len(weights) < len(step.batches):
             continue
         judged = True
-        yield _divided(number, step.batches, weights)
+        yield _divided(number, step.batches, weights, most)
         if shared := _shared(step, weights):
             yield Observation(f"step {number}", "the sum of all batches' gradients", shared, ok=False)
     if (note := _summed(steps)) and not judged:
@@ -45,32 +50,61 @@ def accumulates(facts: Facts) -> Iterable[Observation]:
 
 def _summed(steps: Iterable[WatchedStep]) -> str:
     """What is said of a loss outside the model that is no mean; empty where it is one."""
-    weights = [b.teaching.weight for s in steps for b in s.batches if b.teaching is not None and b.weight is None]
-    least = min((weight for weight in weights if weight is not None), default=0.0)
-    summed = "the weights of the tokens of a batch add up to at least {:.3g}, those of a mean to 1: is the loss a sum over tokens?"
-    return summed.format(least) if least > 1 + SAME else ""
+    several = [_outside(step) for step in steps]
+    weights = [weight for each in several for weight in each if weight is not None]
+    least = min(weights, default=0.0)
+    if least > 1 + SAME:
+        return f"the weights of the tokens of a batch add up to at least {least:.3g}, those of a mean to 1: is the loss a sum over tokens?"
+    whole = [sum(w for w in each if w is not None) for each in several if len(each) > 1 and None not in each]
+    if whole and min(whole) > 1 + SAME:
+        return (
+            f"the weights of the tokens of accumulated batches add up to at least {min(whole):.3g}, those of a mean to 1: are their "
+            "losses divided by their number?"
+        )
+    return ""
+
+
+def _outside(step: WatchedStep) -> list[float | None]:
+    """The weights of the tokens of batches whose loss is computed outside the model, each with a backward of its own."""
+    seen = [b for b in step.batches if b.teaching is not None and b.weight is None]
+    return [b.teaching and b.teaching.weight for n, b in enumerate(seen) if b.follows or not n]
 
 
 def _shared(step: WatchedStep, weights: list[float]) -> str:
     """Which batches of a step had their gradients cleared, though each loss is a share of the step's; empty where none had."""
-    share = [
-        b.counted or math.isclose(w, 1 / len(weights), rel_tol=SAME) for b, w in zip(step.batches, weights, strict=True)
-    ]
+    share = [b.counted or _is(w, 1 / len(weights)) for b, w in zip(step.batches, weights, strict=True)]
     lost = [n for n, (one, other) in enumerate(pairwise(step.batches), 1) if other.cleared and one.labels != 0]
     used = any(update.gradient == "ok" for update in step.updates.values())
     return f"cleared after batch {', '.join(map(str, lost))} of {len(weights)}" if lost and used and all(share) else ""
 
 
-def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float]) -> Observation:
+TASKS = 2  # losses, which may be those of two tasks
+
+
+def _divided(number: int, batches: tuple[MicroBatch, ...], weights: list[float], most: int) -> Observation:
+    """``most``: the batches of the step that has most; fewer are left over at the end of an epoch, and may have the weight of the others."""
     count, weight = len(weights), sum(weights) / len(weights)
     once = 1.0 if batches[0].counted else 1 / count
+    where, whole = (
+        f"step {number}: losses of {count} batches",
+        not batches[0].counted and all(_is(w, 1) for w in weights),
+    )
+    if whole and all(batch.follows for batch in batches[1:]):
+        note = f"the losses of {count} batches are added up in each step; of one batch in {count} parts, they would be divided by {count}"
+        ok, expected = count <= TASKS, f"divided by {count}"
+        return Observation(where, expected, "not divided", ok=ok, note=note if ok else "")
     shares = (
         min(weights) * max(weights) > 0
     )  # losses of both signs, as where some texts are unlearned, are no shares of one
-    twice = shares and math.isclose(abs(weight), once / count, rel_tol=SAME)
+    left_over = count < most and _is(abs(weight), 1 / most)
+    twice = shares and not left_over and _is(abs(weight), once / count)
     expected = "divided by the tokens of all" if batches[0].counted else f"divided by {count}"
     times = "divided by their number once more" if twice else f"weighted by {weight:.3g}"
-    return Observation(f"step {number}: losses of {count} batches", expected, times, ok=not twice)
+    return Observation(where, expected, times, ok=not twice)
+
+
+def _is(weight: float, expected: float) -> bool:
+    return math.isclose(weight, expected, rel_tol=SAME)
 
 
 @rule("KB713", "loss-finite", Level.MUST)
@@ -124,6 +158,10 @@ ODD = {
     "padding": ("labels of padding are ignored", "labels count where attention_mask is 0"),
     "ignored": ("tokens whose label is -100 teach nothing", "the loss is computed of them as of the others"),
     "ends": ("the end of a text is learned", "the token before an end counts, and no end-of-text token does"),
+    "unmasked": (
+        "padding that nothing attends to",
+        "rows begin with padding, and attention_mask has no 0 there: every token attends to it",
+    ),
     "positions": ("positions that differ", "position_ids has one position for all tokens of a row"),
     "others": ("labels of their own row", "most labels are neither the token in their place nor the next one"),
 }
@@ -132,17 +170,19 @@ REPEATED = 3  # batches
 
 @rule("KB721", "batch-is-meant", Level.SHOULD)
 def batch_is_meant(facts: Facts) -> Iterable[Observation]:
-    """The tokens of a batch are what they seem: padding and ignored labels teach nothing, the end of a text does, tokens have
-    positions of their own, labels are tokens of their row, and dropout draws anew in each batch. Along an optimizer's steps, from its first
-    on, the loss of the labels falls in the first order: the gradient times the change of the weights is below zero.
+    """The tokens of a batch are what they seem: padding and ignored labels teach nothing, no token attends to padding on its left, the
+    end of a text is learned, tokens have positions of their own, labels are tokens of their row, and dropout draws anew in each batch.
+    Along an optimizer's steps, from its first on, the loss of the labels falls in the first order: the gradient times the change of the
+    weights is below zero.
 
     If every batch has the same tokens, a note says so.
 
     Why: all of it trains, and the loss falls. A model whose padding token is its end-of-text token, and whose labels ignore
     padding, never learns to stop.
     Symptom: answers that do not end; answers of padding; a loss far lower than that of an evaluation.
-    Fix: set labels to -100 where ``attention_mask`` is 0, and not where a token equals the padding token; leave ``position_ids`` to
-    the model, or count them from each text's start. Leave labels of -100 out of a loss of your own. Seed once, before the loop.
+    Fix: set labels to -100 where ``attention_mask`` is 0, and not where a token equals the padding token; pass ``attention_mask``;
+    leave ``position_ids`` to the model, or count them from each text's start. Leave labels of -100 out of a loss of your own. Seed
+    once, before the loop.
     Sources: transformers ``DataCollatorForLanguageModeling``, which ignores each label that is the padding token.
     """
     batches = [(n, b) for n, step in enumerate(run_of(facts).steps, 1) for b in step.batches if b.odd is not None]

@@ -1,4 +1,4 @@
-"""KB711, KB712 and KB724: what an optimizer does stays, at a rate that counts, with what it remembers."""
+"""KB711, KB712, KB724 and KB727: what an optimizer does stays, at a rate that counts, with what it remembers."""
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -133,6 +133,27 @@ def _slow_groups(run: WatchedRun) -> str:
         if slow
         else ""
     )
+
+
+@rule("KB727", "rate-per-step", Level.SHOULD)
+def rate_per_step(facts: Facts) -> Iterable[Observation]:
+    """The learning rate changes between the steps of an optimizer, and not between the batches that one step accumulates.
+
+    Why: a schedule that is stepped with every batch runs as many times too fast as batches are accumulated, and is at its end, often at
+    zero, when a fraction of the steps is taken.
+    Symptom: a loss that stands still early; a learning rate in the log that is at zero long before the end.
+    Fix: call ``scheduler.step()`` once behind each ``optimizer.step()``; accelerate's prepared schedulers do so by themselves.
+    Sources: torch documentation "How to adjust learning rate"; accelerate documentation of gradient accumulation.
+    """
+    steps = [(n, [b.rates for b in s.batches if b.rates]) for n, s in enumerate(run_of(facts).steps, start=1)]
+    several = [(number, rates) for number, rates in steps if len(rates) > 1]
+    if not several:
+        raise NotApplicable("no step accumulates batches after the optimizer's first one")
+    for number, rates in several:
+        largest = [max(each) for each in rates]
+        same = all(each == rates[0] for each in rates)
+        actual = f"{min(largest):.3g} to {max(largest):.3g} in {len(rates)} batches"
+        yield Observation(f"step {number}", "one learning rate", actual, ok=same)
 
 
 @rule("KB724", "state-kept", Level.MUST)

@@ -149,6 +149,9 @@ def optimizer_holds_them(facts: Facts) -> Iterable[Observation]:
     if run.held and run.foreign:
         note = f"the optimizer also holds {run.foreign:,} tensors of no module of the model that was watched: nothing is said of them"
         yield Observation("optimizer", "holds parameters of the model", "and others", ok=True, note=note)
+    if run.taken_in_turns:
+        note = f"several optimizers, which step in turns, hold {run.taken_in_turns:,} tensors: each remembers its own steps alone"
+        yield Observation("optimizers", "tensors of their own", "the same tensors", ok=True, note=note)
     if not run.held:
         actual = f"{run.foreign:,} tensors that are not the model's"
         yield Observation("optimizer", "holds parameters of the model", actual, ok=False)
@@ -161,10 +164,12 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     What no batch reached is a note: an expert without tokens, where another one beside it has a gradient; a whole vision or audio
     tower. What ran and has no gradient is a fault.
     Tokens that are trained alone (``trainable_token_indices``) need not be in the first batches.
+    If adapters in blocks had gradients, some have one in the last steps, too.
 
     Why: a tensor without a gradient is not trained, and no message says so.
     Symptom: adapters that keep their first values; "None of the inputs have requires_grad=True".
-    Fix: see KB301 and KB303; under reentrant checkpointing inputs must require grad.
+    Fix: see KB301 and KB303; under reentrant checkpointing inputs must require grad, also after a save or an evaluation that took
+    hooks off.
     Sources: peft#2880, trl#835, transformers#41993.
     """
     run = run_of(facts)
@@ -193,6 +198,23 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
             ok = "ok" in words
         actual = ", ".join(_once(words))
         yield Observation(name, "finite and not zero", actual, ok=ok, note=note if waits and ok else "")
+    yield from _lost(steps, [block.name for block in facts.wrapped.blocks])
+
+
+def _lost(steps: Iterable[WatchedStep], blocks: Iterable[str]) -> Iterator[Observation]:
+    """Steps, up to the last, in which nothing inside a block has a gradient any more, though the loss has one."""
+    inside = tuple(f"{block}." for block in blocks)
+    words = [[(n.startswith(inside), u.gradient != "none") for n, u in step.updates.items()] for step in steps]
+    judged = [
+        (n, [got for block, got in each if block], any(got for _, got in each)) for n, each in enumerate(words, 1)
+    ]
+    had = [n for n, of_blocks, _ in judged if any(of_blocks)]
+    for number, of_blocks, others in judged:
+        if had and number > had[-1] and of_blocks and others:
+            actual = (
+                f"none of {len(of_blocks):,} tensors has one; in step {had[-1]} {'all' if len(had) > 1 else 'some'} had"
+            )
+            yield Observation(f"step {number}", "gradients in blocks", actual, ok=False)
 
 
 def _waits(name: str, words_of: Mapping[str, list[str]], idle: frozenset[str]) -> str:

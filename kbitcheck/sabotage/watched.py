@@ -1,6 +1,7 @@
 """Faults of training scripts: KB313 and KB7xx."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -219,6 +220,21 @@ def state_thrown_away_after_each_step(script: Script) -> None:
     optimizer = script.adamw()
     vars(optimizer)["zero_grad"] = lambda: (optimizer.state.clear(), script.model.zero_grad())
     script.train(optimizer)
+
+
+@trains("KB727")
+def a_schedule_stepped_with_every_batch(script: Script) -> None:
+    script.prepare()
+    optimizer = script.adamw()
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8)
+
+    def behind(*_: object) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer's first step comes later
+            schedule.step()
+
+    script.model.register_forward_hook(behind)
+    script.train(optimizer, accumulate=2, divide=2)
 
 
 @trains("KB725")

@@ -13,7 +13,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.run import watched_process
-from tests.watch import broken_runs, loops, own_loops, runs, sound_runs
+from tests.watch import broken_runs, loops, own_loops, runs, sound_runs, unusual_loops
 
 # What the watcher alone sees; the others take the paths of these.
 FAST = {
@@ -25,6 +25,8 @@ FAST = {
     "gradients_never_cleared", "encoder_and_decoder", "gradients_cleared_between_batches", "left_in_eval_mode",
     "labels_of_other_rows", "seeded_before_each_step",
     "a_loss_negated", "a_loss_maximized", "weights_that_decay_at_once", "decays_much",
+    "an_epoch_that_ends_within_a_step", "accumulated_losses_undivided", "a_schedule_stepped_with_every_batch",
+    "padding_on_the_left_without_a_mask", "halved_behind_the_last_norm", "halved_between_blocks", "a_hook_lost_after_a_save",
 }  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def broken(report):
     return {r.rule for r in report if r.status is Status.FAIL and r.level is not Level.INFO}
 
 
-@pytest.mark.parametrize("run", [*each((*sound_runs.SOUND, *own_loops.SOUND))])
+@pytest.mark.parametrize("run", [*each((*sound_runs.SOUND, *own_loops.SOUND, *unusual_loops.SOUND))])
 def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     (model, losses), report = watched(run, tmp_path)
     assert broken(report) <= {"KB907"}
@@ -68,14 +70,16 @@ def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
 
 
-@pytest.mark.parametrize(("run", "code"), [*each((broken_runs.BROKEN | own_loops.BROKEN).items())])
+@pytest.mark.parametrize(
+    ("run", "code"), [*each((broken_runs.BROKEN | own_loops.BROKEN | unusual_loops.BROKEN).items())]
+)
 def test_a_broken_run_is_named(run, code, tmp_path):
     _, report = watched(run, tmp_path)
     assert code in broken(report)
     assert report.exit_code == (0 if rules()[code].level is Level.SHOULD else 1)
 
 
-@pytest.mark.parametrize(("run", "note"), [*each(own_loops.NOTED.items())])
+@pytest.mark.parametrize(("run", "note"), [*each((own_loops.NOTED | unusual_loops.NOTED).items())])
 def test_what_may_be_meant_so_is_a_note(run, note, tmp_path):
     code, text = note
     with warnings.catch_warnings():
@@ -87,7 +91,8 @@ def test_what_may_be_meant_so_is_a_note(run, note, tmp_path):
 
 def test_every_rule_of_loops_has_a_broken_run():
     own = {code for code, rule in rules().items() if rule.family in ("loop", "watched", "batches", "optimizer")}
-    assert own <= {*runs.BROKEN.values(), *broken_runs.BROKEN.values(), *own_loops.BROKEN.values(), "KB706", "KB719"}
+    several = runs.BROKEN | broken_runs.BROKEN | own_loops.BROKEN | unusual_loops.BROKEN
+    assert own <= {*several.values(), "KB706", "KB719"}
 
 
 def test_a_users_own_hooks_on_optimizers_are_called_while_the_watcher_takes_its_own_off(tmp_path):

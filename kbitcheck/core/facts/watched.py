@@ -68,7 +68,8 @@ class MicroBatch:
     had gone backward before. ``resting`` is what eval mode switched off: blocks that checkpoint and dropouts, in words.
     ``teaching`` is None where no gradient of logits was seen. ``beside`` counts forwards before this one that were passed labels in
     train mode, with adapters, and took no gradients. ``scale`` is the gradient scaler's when the gradient entered the loss.
-    ``redrawn``: dropout is on, and the random state was that before the batch before.
+    ``redrawn``: dropout is on, and the random state was that before the batch before. ``follows``: a backward of the same step had run
+    when its forward began. ``rates`` are the learning rates of the optimizers that had stepped before, when its forward began.
     """
 
     loss: float | None = None
@@ -85,6 +86,8 @@ class MicroBatch:
     beside: int = 0
     scale: float = 1.0
     redrawn: bool = False
+    follows: bool = False
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +96,7 @@ class WatchedStep:
 
     ``rate`` is the largest learning rate of their groups, ``peak`` that of their schedules. ``skipped``: a gradient scaler left
     it out, and nothing was updated. ``undone`` are the shares of the step before that were taken back before this one's first forward,
-    by tensor. The optimizers had a state of ``remembered`` tensors when they stepped, and none any more of those that are ``forgotten``.
+    by tensor. The optimizers had a state of ``remembered`` tensors when they stepped, and nobody any more of those that are ``forgotten``.
     """
 
     rate: float
@@ -155,7 +158,7 @@ class WatchedRun:
     ``optimizers`` are the classes of those that stepped. ``idle`` are the modules that no input reached: experts without tokens, and
     the blocks of a tower none of which ran. ``repeated`` says of a parameter that is stepped twice how. ``scalings`` are the numbers by
     which active adapters multiply what they add, by module. ``outliving``: how many blocks' outputs were held two steps
-    later, and of how many.
+    later, and of how many. ``taken_in_turns`` counts the tensors that several optimizers hold which step in turns.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -176,3 +179,4 @@ class WatchedRun:
     repeated: Mapping[str, str] = field(default_factory=dict)
     scalings: Mapping[str, float] = field(default_factory=dict)
     outliving: tuple[int, int] = (0, 0)
+    taken_in_turns: int = 0

@@ -101,8 +101,8 @@ class Batches:
                 self._computes |= _computed(module, args[0])
             self._entering[name] = args[0].dtype
 
-    def begin(self, args: Any, kwargs: Any) -> None:
-        """A forward begins."""
+    def begin(self, args: Any, kwargs: Any, rates: tuple[float, ...] = ()) -> None:
+        """A forward begins; ``rates`` are the learning rates of optimizers."""
         self.scale = 1.0
         self.reach.forward = True
         if self.first is None and self._blocks is not None and self._blocks.reached:
@@ -118,10 +118,11 @@ class Batches:
             "shifted": _shifts(self._model) and _shifted(kwargs.get("input_ids"), labels),
             **self._contents(kwargs),
             "resting": "" if self._model.training else _resting(self._model),
-            "follows": any("weight" in each for each in self._batches),
+            "follows": any("weight" in each or each["passage"].size is not None for each in self._batches),
             "passage": self.flow.begin(kwargs),
             "beside": self._beside,
             "redrawn": self._draws_again(),
+            "rates": rates,
         }
         self._beside = 0
         self._batches.append(batch)
@@ -146,7 +147,8 @@ class Batches:
         """What is odd about the tokens of a batch with labels, and whether they are those of the batch before."""
         tokens = inputs.get("input_ids")
         if not isinstance(tokens, torch.Tensor) or not isinstance(inputs.get("labels"), torch.Tensor):
-            return {}
+            odd = tuple(kind for kind in contents.oddities(self._model, inputs) if kind == contents.UNMASKED)
+            return {"odd": odd} if odd else {}
         before, self._tokens = self._tokens, digest.bits(tokens)
         odd = contents.oddities(self._model, inputs)
         if _shifts(self._model) and contents.labels_of_others(inputs):

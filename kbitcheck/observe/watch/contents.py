@@ -1,5 +1,5 @@
-"""What is odd about a batch, though a loss comes of it: padding that counts, ends that never count, one position, labels of other
-rows, dropout that drops the same again.
+"""What is odd about a batch, though a loss comes of it: padding that counts or is attended to, ends that never count, one position,
+labels of other rows, dropout that drops the same again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from kbitcheck.models.inputs.text import IGNORED
 
-PADDING, ENDS, POSITIONS, OTHERS = "padding", "ends", "positions", "others"
+PADDING, ENDS, POSITIONS, OTHERS, UNMASKED = "padding", "ends", "positions", "others", "unmasked"
 ENOUGH = 8  # labels, to say what most of them are
 
 
 def oddities(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of what is odd about a model's inputs, of ``PADDING``, ``ENDS`` and ``POSITIONS``."""
+    """The kinds of what is odd about a model's inputs, of ``PADDING``, ``ENDS``, ``POSITIONS`` and ``UNMASKED``."""
     return tuple(_kinds(getattr(model, "config", None), inputs))
 
 
@@ -46,12 +46,31 @@ def _kinds(config: Any, inputs: Mapping[str, Any]) -> Iterator[str]:
             yield PADDING
         if _ends_never_count(tokens, counts, mask, _end_tokens(config)):
             yield ENDS
+    if _begins_with_padding(tokens, labels, inputs.get("attention_mask"), _padding_tokens(config)):
+        yield UNMASKED
     positions = _rows(inputs.get("position_ids"))
     if positions is not None and positions.shape == tokens.shape and tokens.shape[1] > 1:
         seen = torch.ones_like(tokens) if mask is None or mask.shape != tokens.shape else mask
         first = positions[:, :1].expand_as(positions)
         if bool((((positions == first) | (seen == 0)).all(dim=1) & (seen.sum(dim=1) > 1)).any()):
             yield POSITIONS
+
+
+def _begins_with_padding(tokens: Tensor, labels: Tensor | None, mask: Any, padding: set[int]) -> bool:
+    """Whether a row begins with padding, two tokens of it at least, that the other tokens attend to, and that teaches nothing."""
+    if not padding or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens.shape)):
+        return False
+    leading = torch.isin(tokens, torch.tensor(sorted(padding), device=tokens.device)).cumprod(dim=1).bool()
+    seen = leading if mask is None else leading & (mask != 0)
+    if labels is not None and labels.shape == tokens.shape:
+        seen &= (labels == IGNORED) | (labels == tokens)
+    return bool(((seen.sum(dim=1) > 1) & ~leading.all(dim=1)).any())
+
+
+def _padding_tokens(config: Any) -> set[int]:
+    """The padding token; where a model has none, texts are padded with what ends them."""
+    padding = getattr(config, "pad_token_id", None)
+    return {padding} if isinstance(padding, int) else _end_tokens(config)
 
 
 def _ends_never_count(tokens: Tensor, counts: Tensor, mask: Tensor | None, ends: set[int]) -> bool:

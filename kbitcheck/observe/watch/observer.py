@@ -139,6 +139,7 @@ class Observer:
             repeated=self.steps.repeated,
             scalings=scalings(self.model),
             outliving=self.batches.flow.outliving,
+            taken_in_turns=self.steps.taken_in_turns,
         )
 
     @property
@@ -189,7 +190,7 @@ class Observer:
             self.comparisons.draw()
         self._wake()
         self.comparisons.next_batch()
-        self.batches.begin(args, kwargs)
+        self.batches.begin(args, kwargs, self.steps.rates)
 
     def _wake(self) -> None:
         """Adapters that train from now on, as of several that take turns, are meant to, even if they rest at the end."""

@@ -49,7 +49,7 @@ def _add(store: dict[int, torch.Tensor], reads: list[int], gradients: Any, _: An
 
 
 # Of what is left over, beside the gradient: a product rounded to bfloat16 is off by less.
-ALIKE = 2.0**-7
+ROUNDED = 2.0**-7
 
 
 def alone(gradient: torch.Tensor, added: torch.Tensor) -> bool:
@@ -62,4 +62,4 @@ def alone(gradient: torch.Tensor, added: torch.Tensor) -> bool:
     whole, own = gradient.double().flatten(), added.double().flatten()
     square = float(own @ own)
     factor = float(whole @ own) / square if square else 1.0
-    return abs(factor - 1) > ALIKE and float((whole - factor * own).norm()) <= ALIKE * float(whole.norm())
+    return abs(factor - 1) > ROUNDED and float((whole - factor * own).norm()) <= ROUNDED * float(whole.norm())

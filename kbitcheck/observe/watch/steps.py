@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,12 +62,21 @@ class Steps:
             str, tuple[torch.Tensor, float]
         ] = {}  # what the last step moved: its values before, and how far
         self._undone: dict[str, float] = {}
+        self._several = [weakref.ref(each) for each in optimizers]  # those that step, or may
+        self._last: Any = None  # the one that stepped last
+        self.taken_in_turns = 0
 
     def name_parameters(self) -> None:
         """Take the model's parameters as they are now for its own."""
         named = dict(self._model.named_parameters())
         self.names = {id(parameter): name for name, parameter in named.items()}
         self._parameters = list(named.values())
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the optimizers, the largest of each one's groups."""
+        there = filter(None, (each() for each in self._several))
+        return tuple(max((float(group["lr"]) for group in each.param_groups), default=0.0) for each in there)
 
     @property
     def open(self) -> bool:
@@ -97,6 +107,7 @@ class Steps:
         states = getattr(optimizer, "state", {})
         self._remembered = {self.names[id(p)] for p in mine if states.get(p)}
         self._forgotten = {self.names[id(p)] for p in mine} & self._with_state - self._remembered
+        self._take_turn(optimizer, mine)
         try:
             self._wide = updates.in_float32(optimizer, mine)
         except (
@@ -155,6 +166,18 @@ class Steps:
                 continue
             if internals.version(gradient) == version:
                 self.repeated.setdefault(name, "stepped twice along one gradient, as by two optimizers")
+
+    def _take_turn(self, optimizer: Any, mine: Sequence[torch.Tensor]) -> None:
+        """Count the parameters that an optimizer has in common with the one before it, if it comes back after that: none forgot a state."""
+        last = self._last and self._last()
+        comes_back = last is not None and last is not optimizer and any(each() is optimizer for each in self._several)
+        both = {id(p) for p in mine} & {id(p) for p in _parameters(last)} if comes_back else set()
+        if both:
+            self.taken_in_turns = max(self.taken_in_turns, len(both))
+            self.taken = [dataclasses.replace(step, forgotten=()) for step in self.taken]
+        self._last = weakref.ref(optimizer)
+        if not any(each() is optimizer for each in self._several):
+            self._several.append(weakref.ref(optimizer))
 
     def _note_states(self, optimizer: Any) -> None:
         """Which parameters an optimizer keeps a state of, such as averages of gradients."""
