@@ -66,8 +66,9 @@ def _summed(steps: Iterable[WatchedStep]) -> str:
 
 def _outside(step: WatchedStep) -> list[float | None]:
     """The weights of the tokens of batches whose loss is computed outside the model, each with a backward of its own."""
-    seen = [b for b in step.batches if b.teaching is not None and b.weight is None]
-    return [b.teaching and b.teaching.weight for n, b in enumerate(seen) if b.follows or not n]
+    taught = [(b.follows, b.teaching) for b in step.batches if b.weight is None]
+    seen = [(follows, teaching.weight) for follows, teaching in taught if teaching is not None]
+    return [weight for n, (follows, weight) in enumerate(seen) if follows or not n]
 
 
 def _shared(step: WatchedStep, weights: list[float]) -> str:

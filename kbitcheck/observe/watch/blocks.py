@@ -128,8 +128,9 @@ class Recorder:
     def _bare(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
         """What the block was passed in the place of a tensor with the same numbers: a hook that hands it on may change its gradient."""
         passed = self._passed[index] if index < len(self._passed) else None
-        same = isinstance(passed, torch.Tensor) and passed.requires_grad and passed.device == leaf.device
-        return passed if same and torch.equal(passed, leaf) else leaf
+        if not isinstance(passed, torch.Tensor) or not passed.requires_grad or passed.device != leaf.device:
+            return leaf
+        return passed if torch.equal(passed, leaf) else leaf
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not self.block:
