@@ -110,7 +110,7 @@ def check_implementation(
     from kbitcheck.pytest_plugin.specs import importable_name
     from kbitcheck.run import subject as implementations
     from kbitcheck.run.runner import run
-    from kbitcheck.run.suites import cases, suite_cells, workers
+    from kbitcheck.run.suites import suite_cases, workers
 
     if isinstance(prepare, str):
         implementations.validate(prepare)
@@ -121,8 +121,8 @@ def check_implementation(
         with contextlib.suppress(UsageError, TypeError):
             live = dataclasses.replace(live, name=importable_name(prepare))
         name = live.name
-    specs = cases(
-        suite_cells(suite),
+    specs = suite_cases(
+        suite,
         models=models,
         quants=quants,
         checkpointing=checkpointing,
@@ -131,7 +131,7 @@ def check_implementation(
     )
     return run(
         specs,
-        selected(select, ignore),
+        selected(select, ignore, about={spec.about for spec in specs}),
         timeout=timeout,
         jobs=jobs or workers(specs),
         implementation=live,

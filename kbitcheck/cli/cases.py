@@ -15,11 +15,11 @@ from kbitcheck.core.report import Blame, Report
 from kbitcheck.core.rule import select
 from kbitcheck.models.sources import resolve as models
 from kbitcheck.report.output_file import OutputFile
-from kbitcheck.run import requirements, virtualenvs
+from kbitcheck.run import requirements, suites, virtualenvs
 from kbitcheck.run.configuration import OWN_FILE, read, subject_of
 from kbitcheck.run.runner import run
 from kbitcheck.run.subject import validate
-from kbitcheck.run.suites import cases, suite_cells, workers
+from kbitcheck.run.suites import workers
 from kbitcheck.run.worker import debug_to_stderr
 
 
@@ -29,8 +29,9 @@ def suite_cases(impl: str, options: SuiteOptions) -> list[CaseSpec]:
         raise UsageError("--fuzz and --hours belong to `kbitcheck impl`: random cases are no fixed set to compare")
     for name in options.model:
         models.resolve(name)
-    return cases(
-        suite_cells(options.suite),
+    return suites.suite_cases(
+        options.suite,
+        compositions=options.composition,
         models=options.model,
         quants=options.quant,
         checkpointing=options.checkpointing,
@@ -71,12 +72,13 @@ def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, bla
     validate_device(options.device)
     if specs[0].static != "always":
         install(specs[0].implementation, in_process=options.in_process)
-    rules = select(split_codes(options.select), options.ignored)
+    rules = select(split_codes(options.select), options.ignored, about={spec.about for spec in specs})
+    results = sum(rule.about == spec.about for spec in specs for rule in rules)
     # In process, what the implementation prints must not get into the report.
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
     if options.in_process and options.debug:
         debug_to_stderr()
-    with signals_as_interrupts(), quiet, progress_bar(len(specs) * len(rules), quiet=options.quiet) as advance:
+    with signals_as_interrupts(), quiet, progress_bar(results, quiet=options.quiet) as advance:
         return run(
             specs,
             rules,

@@ -7,7 +7,7 @@ FIRST = "Used first"
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "What is judged": (
         ("model", "quant", "checkpointing", "profile", "select", "ignore", "strict", "suite"),
-        ("adapters", "targets", "rank", "freezes", "batch", "seq_len", "seed", "cut", "conditions"),
+        ("adapters", "targets", "rank", "freezes", "batch", "seq_len", "seed", "cut", "conditions", "composition"),
     ),
     "What is forecast": ((), ("autocast", "attention", "packed", "loss", "optimizer", "accumulate", "gpus")),
     "How it runs": (("device", "timeout", "jobs", "plan"), ("fuzz", "hours", "in_process")),

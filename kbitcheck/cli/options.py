@@ -12,6 +12,7 @@ from kbitcheck.cli.help import examples, grouped
 from kbitcheck.core.adapters import FORMS, NAMED
 from kbitcheck.core.adapters import as_text as adapters_as_text
 from kbitcheck.core.cases import ALL_LINEAR, Checkpointing, Freezes, Profile, UseCut
+from kbitcheck.core.compositions import COMPOSITIONS, Composition
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.report import FORMATS
@@ -285,7 +286,12 @@ class SuiteOptions(RunOptions):
     model: Sequence[str] = option(
         "Use these models instead of the suite's; repeatable.", (), metavar="MODEL", key="models"
     )
-    suite: str = choice("Suite of recipes.", "quick", ("quick", "full"))
+    suite: str = choice("Suite of recipes.", "quick", ("quick", "full", "composition"))
+    composition: Sequence[Composition] = choice(
+        "Judge the prepared model in one of these alone: several processes, a trainer, ...; repeatable.",
+        (),
+        COMPOSITIONS,
+    )
     conditions: str = option(CONDITIONS_HELP, "", metavar="all|processes|USE")
     jobs: int = option(
         "Workers at a time; 0: one for each core where all models are recipes.",

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from kbitcheck.core.adapters import as_text
+from kbitcheck.core.compositions import Composition
 
 Checkpointing = Literal["reentrant", "non-reentrant", "default", "off"]
 Profile = Literal["auto", "peft", "qlora", "frozen-half"]
@@ -32,6 +33,7 @@ class CaseSpec:
     ``autocast``, with ``attention``, ``packed`` sequences and ``loss``: no rule reads them.
     ``cut`` says when facts about code paths run on a cut of the model. ``conditions`` are those that are looked at of many: ``all``,
     a ``few``, one by its name, a share such as ``2/9`` that the seed draws, or none (empty).
+    ``composition`` is what the prepared model is put into; where there is one, rules about compositions judge the case, and no others.
     """
 
     model: str
@@ -66,6 +68,7 @@ class CaseSpec:
     packed: bool = False
     loss: Loss = "full"
     conditions: str = ""
+    composition: Composition = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", as_text(self.adapters))
@@ -73,7 +76,12 @@ class CaseSpec:
     @property
     def id(self) -> str:
         """Readable and unique within a run: ``tiny:llama-nf4-reentrant``."""
-        return f"{self.model}-{self.quant}-{self.checkpointing}"
+        return "-".join(filter(None, (self.model, self.quant, self.checkpointing, self.composition)))
+
+    @property
+    def about(self) -> Literal["model", "composition"]:
+        """What the rules that judge the case are about."""
+        return "composition" if self.composition else "model"
 
     @property
     def entropy(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import getdoc
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kbitcheck")
 CODE = re.compile(r"KB\d{3}")
 Check = Callable[["Facts"], Iterable[Observation]]
-About = Literal["model", "adapter"]
+About = Literal["model", "adapter", "composition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class Rule:
     """A requirement of the specification and the pure function that judges facts by it.
 
     The first paragraph of the function's docstring is the requirement; the sections headed ``Why``, ``Symptom``, ``Fix``
-    and ``Sources`` are the rest of its page. ``about`` is what the rule judges: a model that trains, or an adapter that was saved.
+    and ``Sources`` are the rest of its page. ``about`` is what the rule judges: a model that trains, an
+    adapter that was saved, or a model in several processes, in a trainer, compiled, copied or resumed.
     """
 
     code: str
@@ -89,18 +90,23 @@ class Registry(Mapping[str, Rule]):
         self._rules[new.code] = new
 
     def select(
-        self, codes: Sequence[str] = (), ignore: Mapping[str, str] | None = None, *, about: About | None = "model"
+        self,
+        codes: Sequence[str] = (),
+        ignore: Mapping[str, str] | None = None,
+        *,
+        about: About | Collection[About] | None = "model",
     ) -> list[Rule]:
         """The rules whose codes start with any of ``codes`` (all by default), less the ignored prefixes.
 
         ``about`` None means rules about anything.
         """
         ignored = ignore or {}
-        ours = [code for code, rule in self.items() if about in (None, rule.about)]
+        topics = (about,) if isinstance(about, str) else about
+        ours = [code for code, rule in self.items() if topics is None or rule.about in topics]
         for prefix in (*codes, *ignored):
             if not any(code.startswith(prefix.upper()) for code in ours):
-                if about is not None and any(code.startswith(prefix.upper()) for code in self):
-                    raise UsageError(f"{prefix} is not about {_a(about)}; see `kbitcheck rules`")
+                if topics is not None and any(code.startswith(prefix.upper()) for code in self):
+                    raise UsageError(f"{prefix} is not about {' or '.join(map(_a, topics))}; see `kbitcheck rules`")
                 family = [code for code in ours if code.startswith(prefix.upper()[:3])]
                 hint = did_you_mean(prefix.upper(), family or ours)
                 hint = hint or did_you_mean(prefix.lower(), map(self.title, ours))

@@ -20,6 +20,7 @@ from kbitcheck.core.training import Training
 from kbitcheck.models.sources.live import LiveModel
 from kbitcheck.models.sources.resolve import source_of
 from kbitcheck.observe.case import STAGES, Case, attribute_of, facts_of
+from kbitcheck.observe.composition.case import CompositionCase
 from kbitcheck.observe.device import free_bytes
 from kbitcheck.observe.forecast import fitting
 from kbitcheck.observe.lent import Lent
@@ -64,6 +65,9 @@ def open_case(
     Facts that ``rules`` need and for which there is no room or not enough ``seconds`` are left out. The case reads no
     weights where the spec says so, or where not even one prepared model fits.
     """
+    if spec.composition:  # whose processes are on a CPU
+        spec = dataclasses.replace(spec, device="cpu")
+        return CompositionCase(spec, implementation.function, loaded_model(spec))
     if spec.static == "never":
         return _within(_opened(spec, implementation, loaded_model(spec)), rules)
     assumed = _assumed(spec)

@@ -37,6 +37,7 @@ COMMANDS_ABOUT: Mapping[str, Callable[[str], tuple[str, ...]]] = {
         f"kbitcheck impl mypkg:prepare --select {code}",
         f"pytest --kbit-impl mypkg:prepare --kbit-select {code}",
     ),
+    "composition": lambda code: (f"kbitcheck impl mypkg:prepare --suite composition --select {code}",),
     "adapter": lambda code: (f"kbitcheck adapter DIR --select {code}",),
 }
 FAILS, SOURCES, COMMANDS = "What fails", "Sources", "Run it"

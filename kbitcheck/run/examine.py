@@ -49,6 +49,11 @@ def _watch(case: Any, tell: Callable[[Event], object]) -> None:
         computed.watch = watch
 
 
+def judging(spec: CaseSpec, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules that are about what the case is of."""
+    return [rule for rule in rules if rule.about == spec.about]
+
+
 def not_reached(
     spec: CaseSpec, rules: Sequence[Rule], reached: Container[str], reason: str, short_of: Short = ""
 ) -> Iterator[Judged]:

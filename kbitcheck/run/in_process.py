@@ -19,7 +19,7 @@ from kbitcheck.core.rule import Rule, select
 from kbitcheck.core.training import Training
 from kbitcheck.run import subject as implementations
 from kbitcheck.run.beside_reference import settled
-from kbitcheck.run.examine import examine, not_reached
+from kbitcheck.run.examine import examine, judging, not_reached
 from kbitcheck.run.findings import settler
 from kbitcheck.run.pool import Worker
 from kbitcheck.run.worker_process import scratch_directory
@@ -83,20 +83,22 @@ def examine_all(
     loaded = implementation or (implementations.unused if static else implementations.load)(specs[0].implementation)
     yield Loaded(implementation=loaded.as_json(), environment=devices.describe(device, specs[0].seed))
     for spec in specs:
+        if not (judged := judging(spec, rules)):
+            continue
         yield Started(case=spec.id)
         events: list[Event] = []
         try:
             placed = spec if spec.static == "always" else dataclasses.replace(spec, device=device)
             with like_a_worker() as size_threads:
-                case = open_case(placed, loaded, rules=rules)
+                case = open_case(placed, loaded, rules=judged)
                 size_threads(case.base.nbytes)
-                events.extend(examine(case, rules, tell=tell))
+                events.extend(examine(case, judged, tell=tell))
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
             reached = {event.result.rule for event in events if isinstance(event, Judged)}
-            events += not_reached(spec, rules, reached, cause(error), short_of(error))
-        yield from events if not beside_reference else _beside_reference(spec, rules, events)
+            events += not_reached(spec, judged, reached, cause(error), short_of(error))
+        yield from events if not beside_reference else _beside_reference(spec, judged, events)
 
 
 def _beside_reference(spec: CaseSpec, rules: Sequence[Rule], events: Sequence[Event]) -> Iterator[Event]:

@@ -12,6 +12,7 @@ from kbitcheck.core.plan import Plan
 from kbitcheck.core.report import Blame, Report, assemble
 from kbitcheck.core.rule import Rule
 from kbitcheck.run import virtualenvs
+from kbitcheck.run.examine import judging
 from kbitcheck.run.findings import settler
 from kbitcheck.run.in_process import examine_all
 from kbitcheck.run.pool import Worker, spread
@@ -102,8 +103,9 @@ def _isolated(
 
     def serve(worker: Worker, group: Sequence[CaseSpec]) -> Iterator[Event]:
         for spec in group:
-            yield Started(case=spec.id)
-            yield from worker.examine(spec, rules)
+            if judged := judging(spec, rules):
+                yield Started(case=spec.id)
+                yield from worker.examine(spec, judged)
 
     with scratch_directory() as scratch:
         called = bool(specs) and specs[0].static != "always"

@@ -16,6 +16,7 @@ from kbitcheck.core.training import Training
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.adapter.case import AdapterCase
 from kbitcheck.observe.case import Case
+from kbitcheck.observe.composition.case import CompositionCase
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import files_written
 from kbitcheck.observe.watch.case import WatchedCase
@@ -50,6 +51,9 @@ def case_of(fault: Fault, bases: dict[tuple[str, str, str], Loaded]) -> OpenCase
     source = replace(source, config={**source.config, **fault.config})
     if fault.spoil is not None:
         return Case(spec, fault.prepare, Loaded.from_source(source, spec, spoil=fault.spoil))
+    if fault.compose is not None:
+        spec = replace(spec, composition=fault.composition, conditions="")
+        return CompositionCase(spec, fault.prepare, Loaded.from_source(source, spec), fault.compose)
     if fault.save is not None or fault.merge is not None:
         return _saved(fault)
     key = (fault.model + str(fault.config or ""), fault.quant, spec.device)

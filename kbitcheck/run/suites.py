@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import DEFAULT, Quantization
 from kbitcheck.core.cases import CaseSpec, Checkpointing
+from kbitcheck.core.compositions import COMPOSITIONS, Composition
 from kbitcheck.core.conditions import ALL, FEW
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.profile import with_kept
@@ -31,6 +32,10 @@ QUICK: Sequence[Cell] = (
 RECIPES = (
     "bert", "gemma", "gpt-oss", "gpt2", "llama", "llava", "mixtral", "opt", "qwen3", "qwen3-moe", "t5", "whisper",
 )  # fmt: skip
+# What is put into several processes, trainers and the like: a small model of text alone.
+COMPOSED: Sequence[Cell] = tuple(
+    ("tiny:llama", quant, ("reentrant", "non-reentrant", "off")) for quant in ("nf4", "int8")
+)
 # The layers of recipes that have no Linear; a backend that replaces none of them leaves nothing quantized.
 LAYERS = {"tiny:gpt2": "Conv1D"}
 # Deeper than any threshold that somebody would write, in one case: it is dear, and its architecture is Llama's.
@@ -51,6 +56,23 @@ def suite_cells(suite: str) -> Sequence[Cell]:
             grid.append((scheme, MODES))
     cells = ((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid)
     return [*(cell for cell in cells if fits(*cell[:2])), *DEEP]
+
+
+def suite_cases(
+    suite: str, *, compositions: Sequence[Composition] = (), models: Sequence[str] = (), **how: Any
+) -> list[CaseSpec]:
+    """The cases of a suite by its name, narrowed as by ``cases``; with ``compositions`` these alone.
+
+    The suite ``composition`` has all of them, and ``full`` has them for its own models.
+    """
+    if compositions or suite == "composition":
+        return [
+            replace(spec, composition=composition, adapters=spec.adapters.replace("reference", "peft"), conditions="")
+            for spec in cases(COMPOSED, models=models, **how)
+            for composition in compositions or COMPOSITIONS
+        ]
+    specs = cases(suite_cells(suite), models=models, **how)
+    return specs if suite != "full" or models else [*specs, *suite_cases("composition", **how)]
 
 
 def fits(model: str, quant: str) -> bool:

@@ -2,7 +2,7 @@
 
 A fault of a *model* damages a prepared model (``breaks``) or the loaded one (``spoils``); a fault of an *implementation*
 calls a good one (``wraps``) or is one of its own (``implements``, ``adds``); a fault of a *run* is a training script
-(``trains``); a fault of what was *saved* damages an adapter's files
+(``trains``), or one process of several (``composes``); a fault of what was *saved* damages an adapter's files
 (``saves``). Every rule has all of them, or a reason in ``WITHOUT``. Some faults hide: they show in one quantization, tower,
 shape, mode or step alone, or in no output at all.
 """
@@ -11,6 +11,7 @@ from kbitcheck.sabotage import (
     adapter,
     audit,
     checkpointing,
+    composition,
     contract,
     cost,
     drawn,
@@ -27,6 +28,6 @@ from kbitcheck.sabotage import (
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
-    "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "contract", "cost", "drawn", "experts", "faults", "freezing", "gradients",
-    "precision", "small_gradients", "start", "use", "use_beside", "watched",
+    "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults", "freezing",
+    "gradients", "precision", "small_gradients", "start", "use", "use_beside", "watched",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kbitcheck_reference import prepare_model_for_kbit_training
 
+from kbitcheck.core.compositions import Composition
 from kbitcheck.sabotage.helpers import cast, prepare_well, switch_on
 
 Prepare = Callable[..., Any]
@@ -41,7 +42,7 @@ class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
     ``train`` is a training script instead, which prepares and trains the model; ``save`` damages an adapter
-    that was saved, ``merge`` merges a layer of it badly.
+    that was saved, ``merge`` merges a layer of it badly. ``compose`` spoils the processes of a ``composition``.
     ``config`` has the fields of the model's
     configuration that differ. The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may
     fail. ``conditions`` are those that the case looks at (``CaseSpec``): the one
@@ -63,6 +64,8 @@ class Fault:
     train: Callable[[Any], None] | None = None
     save: Callable[[Any], None] | None = None
     merge: Callable[[Any], None] | None = None
+    compose: Callable[[Any], None] | None = None
+    composition: Composition = ""
     conditions: str = ""
     accelerator: bool = False
     alone: bool = False
@@ -106,6 +109,24 @@ def trains(code: str, **case: Any) -> Register:
             Fault(code=code, name=train.__name__, level="run", train=train, **{"model": "tiny:llama", **case})
         )
         return train
+
+    return register
+
+
+def composes(code: str, composition: Composition, **case: Any) -> Register:
+    """Register ``f(run)``, which spoils one process of a composition (``observe.composition.steps.Run``)."""
+
+    def register(compose: Callable[[Any], None]) -> Callable[[Any], None]:
+        fields = {
+            "model": "tiny:llama",
+            "adapters": "peft",
+            "checkpointing": "non-reentrant",
+            "conditions": "processes",
+            **case,
+        }
+        name, fault = compose.__name__, {"compose": compose, "composition": composition}
+        _faults.append(Fault(code=code, name=name, level="run", **fault, **fields))  # type: ignore[arg-type]
+        return compose
 
     return register
 

@@ -31,10 +31,12 @@ SETTINGS = {
     "checkpointing",
     "recipe",
     "conditions",
+    "put_into",
     "seed",
     "by_hand",
     "adapter",
     "merge",
+    "composition",
 }
 PATHS = {"_paths"}  # read first, where a fact may be a cut's
 WITH_A_CUT = {"evaluation", "_paths", "_trained", "_usual"}

@@ -29,7 +29,9 @@ ATTRIBUTES = {
     "recipe",
     "by_hand",
     "conditions",
+    "put_into",
     "seed",
+    "composition",
     "adapter",
     "merge",
 }  # set when a case is opened

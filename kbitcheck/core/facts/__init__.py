@@ -5,6 +5,7 @@ A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equa
 
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part, median_yardstick
 from kbitcheck.core.facts.case import Computed, Fact, Facts, fact
+from kbitcheck.core.facts.composition import CompositionFacts, ProcessFacts
 from kbitcheck.core.facts.cost import Cost, Passes
 from kbitcheck.core.facts.cut import CutFacts, Tower
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, GroupFacts, HeldFacts, MemoryFacts
@@ -58,10 +59,11 @@ from kbitcheck.core.facts.watched import (
 )
 
 __all__ = [
-    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm", "Changes",
-    "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts", "ForecastFacts", "ForwardFacts",
-    "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts",
-    "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "QuantizerFacts", "RefusedCall", "RouterFacts", "RunFacts",
-    "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts", "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts",
-    "UnwatchedFacts", "Update", "UseFacts", "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound",
+    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm",
+    "Changes", "CompositionFacts", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts",
+    "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts",
+    "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "ProcessFacts",
+    "QuantizerFacts", "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts", "StoredFacts",
+    "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun", "WatchedStep",
+    "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import step
 from kbitcheck.core.facts.adapter import MergeFacts, SavedAdapter
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
+from kbitcheck.core.facts.composition import CompositionFacts
 from kbitcheck.core.facts.cost import Cost
 from kbitcheck.core.facts.cut import CutFacts
 from kbitcheck.core.facts.memory import CostFacts, ForecastFacts, MemoryFacts
@@ -155,6 +156,8 @@ class Facts:
     """Whether blocks that recompute without a flag do so because the caller's own code asks for it."""
     conditions: str
     """Which conditions of many the case looks at; empty: none."""
+    put_into: str
+    """The composition that the case puts the prepared model into; empty: none."""
     seed: int
     """The seed that all that is drawn hangs on."""
     recipe: Recipe | None
@@ -291,6 +294,8 @@ class Facts:
     """Optimizer steps of a script that is watched."""
     adapter: SavedAdapter
     """An adapter that was saved."""
+    composition: CompositionFacts
+    """The prepared model in several processes, in a trainer, compiled, copied or resumed."""
     merge: MergeFacts
     """An adapter that was saved, merged into its base."""
 
@@ -319,6 +324,7 @@ class OpenCase(Facts):
         self.case = spec.id
         self.profile, self.freezes, self.checkpointing = spec.profile, spec.freezes, spec.checkpointing
         self.recipe, self.conditions, self.seed = recipe, spec.conditions, spec.seed
+        self.put_into = spec.composition
         self.by_hand = False
         self.budget: Any = None  # a ``core.plan.Budget``, where the case is planned
 

@@ -91,6 +91,18 @@ def first_rows(batch: Mapping[str, Tensor], rows: int) -> Batch:
     return {key: cut(value) for key, value in batch.items()}
 
 
+def one_row(batch: Mapping[str, Tensor], number: int) -> Batch:
+    """A batch of one row of another, counted from zero, with its images."""
+    total = row_count(batch)
+
+    def cut(tensor: Tensor) -> Tensor:
+        dim = _dimension_of_rows(tensor, total)
+        size = tensor.shape[dim] // total
+        return tensor.narrow(dim, number * size, size)
+
+    return {key: cut(value) for key, value in batch.items()}
+
+
 def widened(batch: Mapping[str, Tensor], rows: int) -> Batch:
     """Tensors without numbers, on the meta device, of the shapes that a batch of ``rows`` rows would have."""
     total = row_count(batch)

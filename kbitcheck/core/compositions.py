@@ -1,0 +1,6 @@
+"""What a prepared model is put into: several processes, trainers, a compiler, a copy, a run that is resumed."""
+
+from typing import Literal, get_args
+
+Composition = Literal["", "ddp", "fsdp2", "trainer", "sft", "compile", "copy", "resume", "accumulate"]
+COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)[1:]
