@@ -23,6 +23,7 @@ PREPARE_HELP = (
     "trl, llamafactory, axolotl, swift, or any that `impl` takes; default: peft if installed, else reference."
 )
 
+SUITES = ("quick", "full", "composition")
 COLOR = ("auto", "always", "never")
 
 Read = Callable[[str, str], Any]  # the option as the user writes it, and its value
@@ -286,7 +287,7 @@ class SuiteOptions(RunOptions):
     model: Sequence[str] = option(
         "Use these models instead of the suite's; repeatable.", (), metavar="MODEL", key="models"
     )
-    suite: str = choice("Suite of recipes.", "quick", ("quick", "full", "composition"))
+    suite: str = option("quick, full or composition.", "quick", metavar="SUITE", read=one_of(*SUITES))
     composition: Sequence[Composition] = choice(
         "Judge the prepared model in one of these alone: several processes, a trainer, ...; repeatable.",
         (),

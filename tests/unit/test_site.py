@@ -47,7 +47,7 @@ def test_every_rule_has_a_page_with_all_its_parts(rule_pages: dict[str, str]) ->
         assert f"[{code}]({code}.md)" in rule_pages["rules/index.md"]
         headings = re.findall(r"^## (.*)", page, re.MULTILINE)
         assert headings == ["Why", "You will see", "What to do", "What fails", "Sources", "Run it"], code
-        assert re.search(rf'^@(breaks|wraps|spoils|trains|saves|merges)\("{code}"', page, re.MULTILINE)
+        assert re.search(rf'^@(breaks|wraps|spoils|trains|composes|saves|merges)\("{code}"', page, re.MULTILINE)
         assert page.count("```") % 2 == 0
         assert "``" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
 

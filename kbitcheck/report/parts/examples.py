@@ -16,10 +16,12 @@ KINDS = {
     "casts": "The cast of an implementation of its own, which freezes and enables checkpointing well",
     "adds": "Done by an implementation of its own, besides freezing, casting and enabling checkpointing",
     "trains": "A training script",
+    "composes": "A script around a prepared model",
     "saves": "Done to the files of a saved adapter",
     "merges": "A merge of each layer of a saved adapter",
     "spoils": "Done to the model before it is prepared",
 }
+OF_KIND = {"composes": {"model": "tiny:llama", "checkpointing": "non-reentrant"}}
 Definition = ast.FunctionDef | ast.ClassDef
 
 
@@ -70,10 +72,13 @@ def _add(
     lines: list[str],
 ) -> None:
     arguments = {k.arg: k.value.value for k in registration.keywords if isinstance(k.value, ast.Constant)}
+    kind = registration.func.id  # type: ignore[attr-defined]
+    where = {**CASE, **OF_KIND.get(kind, {}), **arguments}
+    composition = [str(ast.literal_eval(each)) for each in registration.args[1:]]
     example = Example(
         name=definition.name,
-        title=KINDS[registration.func.id],  # type: ignore[attr-defined]
-        case=", ".join(str(arguments.get(name, default)) for name, default in CASE.items()),
+        title=KINDS[kind],
+        case=", ".join([*(str(where[name]) for name in CASE), *composition]),
         source=_source(definition, definitions, lines),
     )
     of_code.setdefault(ast.literal_eval(registration.args[0]), []).append(example)
