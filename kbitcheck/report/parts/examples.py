@@ -73,7 +73,7 @@ def _add(
 ) -> None:
     arguments = {k.arg: k.value.value for k in registration.keywords if isinstance(k.value, ast.Constant)}
     kind = registration.func.id  # type: ignore[attr-defined]
-    where = {**CASE, **OF_KIND.get(kind, {}), **arguments}
+    where: dict[str | None, object] = {**CASE, **OF_KIND.get(kind, {}), **arguments}
     composition = [str(ast.literal_eval(each)) for each in registration.args[1:]]
     example = Example(
         name=definition.name,
