@@ -71,9 +71,9 @@ def _add(
     definitions: dict[str, Definition],
     lines: list[str],
 ) -> None:
-    arguments = {k.arg: k.value.value for k in registration.keywords if isinstance(k.value, ast.Constant)}
+    arguments = {str(k.arg): k.value.value for k in registration.keywords if isinstance(k.value, ast.Constant)}
     kind = registration.func.id  # type: ignore[attr-defined]
-    where: dict[str | None, object] = {**CASE, **OF_KIND.get(kind, {}), **arguments}
+    where: dict[str, object] = {**CASE, **OF_KIND.get(kind, {}), **arguments}
     composition = [str(ast.literal_eval(each)) for each in registration.args[1:]]
     example = Example(
         name=definition.name,
