@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.observe.composition.internals import end
+
 ENDED = 5.0  # seconds that a process has to end by itself once another of the same composition is lost
 
 
@@ -80,12 +82,12 @@ def _forked(job: Mapping[str, Any], rank: int, alive: tuple[int, int]) -> int:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        end(code)
 
 
 def _end_with(parent: int) -> None:
     os.read(parent, 1)
-    os._exit(1)
+    end(1)
 
 
 def _waited(running: dict[int, int], deadline: float, requests: int) -> list[dict[str, Any]]:
@@ -111,7 +113,7 @@ def _waited(running: dict[int, int], deadline: float, requests: int) -> list[dic
             return ended
         if select.select([requests], [], [], 0.01)[0] and not os.read(requests, 1):
             _kill(running)
-            os._exit(1)
+            end(1)
     return ended
 
 
