@@ -36,17 +36,22 @@ def framed(
     folder: Path,
     script: str,
     *,
+    library: str = "",
     widths: Sequence[int] = (390,),
     schemes: Sequence[str] = ("light",),
 ) -> list[Any]:
-    """What the script returns in each page, for each width and colour scheme; a promise is waited for."""
+    """What the script returns in each page, for each width and colour scheme; a promise is waited for.
+
+    ``library`` is a script that runs before.
+    """
     # A browser without a screen has no window as narrow as a telephone, but a frame, whose scheme is that of its element.
+    before = f"<script>{library}</script>" if library else ""
     frames = ""
     number = 0
     for page in pages:
         for width in widths:
             for scheme in schemes:
-                text = page.replace("</body>", RETURNS.format(script=script, number=number))
+                text = page.replace("</body>", before + RETURNS.format(script=script, number=number))
                 style = f"width: {width}px; height: 800px; border: 0; color-scheme: {scheme}"
                 frames += f'<iframe style="{style}" srcdoc="{escape(text, quote=True)}"></iframe>'
                 number += 1

@@ -7,6 +7,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.rule import rules
 from kbitcheck.report.parts.basis import basis
 from kbitcheck.report.parts.broken_rules import BrokenRule, broken_rules
+from kbitcheck.report.parts.changes import changes
 from kbitcheck.report.parts.charts import charts
 from kbitcheck.report.parts.cuts import cuts
 from kbitcheck.report.parts.decisive import numbers
@@ -39,7 +40,7 @@ def render(report: Report) -> str:
         basis=basis(report),
         numbers=numbers(report),
         cuts=list(cuts(report)),
-        breaches=breaches(report),
+        changes=changes(breaches(report)),
         severities=_by_severity(report),
         families=defaultdict(str, FAMILIES),
         fit_maps=fit_maps,

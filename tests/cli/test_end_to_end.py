@@ -40,9 +40,9 @@ def test_the_command_audits_a_real_quantized_model(tmp_path: Path) -> None:
     assert report.environment["cpu_capability"]
     assert report.facts["cases"]["tiny:llama-nf4-default"]["model_class"] == "LlamaForCausalLM"
     assert [c.title for c in charts(report)] == [
+        "Gradient error by block",
         "Where the bytes are",
         "Activation bytes by block",
-        "Gradient error by block",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())

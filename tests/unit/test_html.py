@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kbitcheck.compare import gate
+from kbitcheck.compare import diff, gate
 from kbitcheck.compare.accept import accept
 from kbitcheck.compare.ledger import Ledger
 from kbitcheck.core.report import Report
@@ -121,8 +121,27 @@ def test_the_page_tells_of_the_gate_and_hides_what_is_accepted() -> None:
     ledger = Ledger.parse(accept(report(result("KB505", NF4, Status.FAIL))).replace('reason = ""', 'reason = "so"'))
     text = html.render(gate.judge(failing, ledger))
     assert 'id="changes"' in text
-    assert '<strong class="bad">regressed</strong> KB201 norms-fp32' in text
+    assert '<tr><th scope="row">KB201 norms-fp32</th><td class="bad" data-key="1">worse</td><td>regressed</td>' in text
+    assert text.index('<h2 id="changes"') < text.index('<h2 id="broken-rules"')
     assert "KB505 one-hook-and-removable</strong>" not in text
+
+
+def test_a_comparison_shows_what_got_worse_first_and_what_got_better_last() -> None:
+    before = report(result("KB101", NF4, Status.FAIL), result("KB505", INT8, Status.FAIL))
+    after = report(result("KB505", NF4, Status.FAIL), result("KB201", NF4, Status.SKIP))
+    page = html.render(gate.settle(after, "a.json", diff.compare(before, after, names=("a.json", "b.json"))))
+    rows = re.findall(r'<tr><th scope="row">(KB\d+) .*?</th><td class="\w+" data-key="\d">(\w+)</td><td>(\w+)', page)
+    assert rows == [
+        ("KB505", "worse", "regressed"), ("KB201", "worse", "lost"), ("KB101", "better", "fixed"), ("KB505", "better", "fixed"),
+    ]  # fmt: skip
+    values = re.findall(r'<h2>(\w+)</h2><p class="number">(.*?)</p><p>(.*?)</p>', page)
+    assert values == [
+        ("Worse", "✗ 2 changes", "1 regressed, 1 lost"),
+        ("Better", "✓ 2 changes", "2 fixed"),
+        ("Other", "0 changes", "none"),
+    ]
+    same = html.render(gate.settle(after, "a.json", diff.compare(after, after)))
+    assert "<p>Nothing changed.</p>" in same
 
 
 def test_charts_follow_the_page_and_have_their_numbers_beside_them() -> None:

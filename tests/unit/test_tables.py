@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 
 from markdown_it import MarkdownIt
 
+from kbitcheck.compare import releases
 from kbitcheck.compare.matrix import Mark, Matrix, Row, Subject
 from kbitcheck.compare.sweep import Finding, Table
 from kbitcheck.compare.sweep import Row as Architecture
 from kbitcheck.core.result import Level, Party
+from kbitcheck.core.rule import select
 from kbitcheck.report.tables import matrix, sweep
 
 STACK = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"}
@@ -31,6 +34,22 @@ LEFT_OUT = Row(Subject("gone", ""), {}, {}, {}, error="left out: it is not a fun
 MATRIX = Matrix(
     tool="kbitcheck 0", command="kbitcheck matrix x", cases=["tiny:llama-nf4-off"], rows=[GOOD, BAD, LEFT_OUT]
 )
+
+
+def of_releases(count: int) -> Matrix:
+    """Releases of one library in which marks come and go, with long evidence in four cases."""
+    codes = [rule.code for rule in select()]
+    cases = [f"tiny:llama-{quant}-{mode}" for quant in ("nf4", "int8") for mode in ("default", "reentrant")]
+    marks = (Mark.KEPT, Mark.KEPT, Mark.SKIPPED, Mark.SHOULD, Mark.KEPT, Mark.MUST, Mark.ERROR)
+    rows = []
+    for n in range(count):
+        of_row = {code: marks[(i + n // (1 + i % 5)) % len(marks)] for i, code in enumerate(codes)}
+        evidence = dict.fromkeys(
+            cases, f"model.layers.{n}.self_attn.q_proj.weight: expected float32; found float16 " * 3
+        )
+        broken = {code: evidence for code, mark in of_row.items() if mark in matrix.BAD}
+        rows.append(Row(Subject(f"PEFT 0.{n}.0", f"peft==0.{n}.0"), of_row, broken, STACK))
+    return Matrix(tool="kbitcheck 0", command="kbitcheck matrix x", cases=cases, rows=rows[::-1])
 
 
 def cells(text: str) -> list[list[str]]:
@@ -84,9 +103,44 @@ def test_a_matrix_as_markdown() -> None:
 
 def test_a_matrix_as_html_and_json() -> None:
     text = matrix.render(MATRIX, "html")
-    assert '<tr><th scope="row">b|&lt;d&gt;</th><td>5.23.0</td><td class="MUST">MUST</td>' in text
+    assert '<tr><th scope="row">b|&lt;d&gt;</th><td>5.23.0</td><td class="must" data-key="1">MUST</td>' in text
     assert "<strong>gone</strong>: left out: it is not a function" in text
+    assert 'id="worse"' not in text  # no two rows are releases of one library
     assert json.loads(matrix.render(MATRIX, "json"))["rules"] == sorted(GOOD.marks)
+
+
+def test_what_got_worse_stands_first() -> None:
+    """From release to release, in the order of versions, whatever the order of the rows."""
+
+    def release(version: str, **marks: Mark) -> Row:
+        broken = {code: {"case": "why"} for code, mark in marks.items() if mark in matrix.BAD}
+        return Row(Subject(f"P {version}", f"peft=={version}"), marks, broken, STACK)
+
+    rows = [
+        release("0.9.0", KB101=Mark.KEPT, KB102=Mark.SHOULD, KB103=Mark.ERROR),
+        release("0.10.0", KB101=Mark.MUST, KB102=Mark.MUST, KB103=Mark.SKIPPED, KB201=Mark.MUST),
+        release("0.10.0rc1", KB101=Mark.SHOULD, KB102=Mark.KEPT, KB103=Mark.SKIPPED),
+        Row(Subject("other", "trl==0.10.0"), {"KB101": Mark.MUST}, {}, STACK),
+        Row(Subject("own", "own.py:prepare"), {"KB101": Mark.MUST}, {}, STACK),
+    ]
+    changed = [(step.after, step.rule, step.was, step.now, step.worse, step.better) for step in releases.steps(rows)]
+    assert changed == [
+        ("P 0.10.0", "KB101", Mark.SHOULD, Mark.MUST, True, False),
+        ("P 0.10.0", "KB102", Mark.KEPT, Mark.MUST, True, False),
+        ("P 0.10.0rc1", "KB101", Mark.KEPT, Mark.SHOULD, True, False),
+        ("P 0.10.0rc1", "KB102", Mark.SHOULD, Mark.KEPT, False, True),
+        ("P 0.10.0rc1", "KB103", Mark.ERROR, Mark.SKIPPED, False, False),
+    ]
+    text = matrix.render(replace(MATRIX, rows=rows), "html")
+    assert re.findall('<h2 id="([a-z]+)"', text)[:2] == ["worse", "rows"]
+    assert text.index(">MUST</td><td") < text.index(">SHOULD</td><td")
+    same = matrix.render(replace(MATRIX, rows=[rows[0], release("0.9.1", **rows[0].marks)]), "html")
+    assert same.count("Nothing, from any release to the next.") == 2
+
+
+def test_large_tables_are_small_files() -> None:
+    for text in (matrix.render(of_releases(30), "html"), sweep.render(of_architectures(189), "html")):
+        assert 50_000 < len(text.encode()) < 1_000_000
 
 
 SHARED = Finding(rule="KB505", level=Level.SHOULD, party=Party.IMPLEMENTATION, where="x", actual="two", failures=1)
@@ -101,6 +155,19 @@ NONE = Architecture(architecture="N|one", cls="", model="", loads=False, reason=
 SWEEP = Table(
     task="causal-lm", selected=3, options={"command": "kbitcheck sweep"}, environment=STACK, rows=[LLAMA, GPT2, NONE]
 )
+
+
+def of_architectures(count: int) -> Table:
+    """A sweep of so many; every tenth breaks a MUST, every twentieth does not load."""
+    rows = [
+        replace(
+            LLAMA if n % 10 else replace(LLAMA, findings=(SHARED, replace(STACKS, party=Party.IMPLEMENTATION))),
+            architecture=f"arch{n}", loads=bool(n % 20 - 7), trains=bool(n % 3), quantized=n / count, growth=1 + n / 7,
+            reason="" if n % 20 - 7 else "OSError: a long reason " * 9,
+        )
+        for n in range(count)
+    ]  # fmt: skip
+    return replace(SWEEP, selected=count, rows=rows)
 
 
 def test_a_finding_of_every_row_stands_once() -> None:
@@ -126,3 +193,13 @@ def test_a_sweep_in_each_format() -> None:
     assert "In every row: implementation: KB505." in markdown
     assert "* `N|one`: OSError: &lt;gone&gt;" in markdown
     assert len(json.loads(sweep.render(SWEEP, "json"))["rows"]) == 3
+
+
+def test_a_sweep_as_html_begins_with_what_counts() -> None:
+    own = replace(LLAMA, architecture="Own", findings=(replace(STACKS, party=Party.IMPLEMENTATION),))
+    text = sweep.render(replace(SWEEP, rows=[GPT2, NONE, own, LLAMA]), "html")
+    assert re.findall('<tr><th scope="row">(.*?)</th>', text) == ["Own", "N|one", "GPT2", "Llama"]
+    assert '<td class="must">implementation: KB405!</td>' in text
+    assert '<td class="bad">no</td>' in text
+    assert "OSError: &lt;gone&gt;" in text
+    assert '<h1 class="bad">✗ Sweep of causal-lm architectures<span class="counts">3 of 3 causal-lm' in text

@@ -1,12 +1,15 @@
 """The three numbers that decide: whether training fits, what it costs, whether it trains. Each is the worst of all cases."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kbitcheck.compare.gate import breaches
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
+from kbitcheck.report.parts.changes import BETTER, OTHER, WORSE, direction
 from kbitcheck.report.parts.fit import changed, with_checkpointing
 from kbitcheck.report.parts.units import size
 
@@ -43,13 +46,32 @@ class Number:
 
 
 def numbers(report: Report) -> list[Number]:
-    """The three numbers; nothing for a command that looks at no step."""
+    """The three numbers, of a comparison how many changes; nothing for a command that looks at no step."""
     command = report.subject.get("command", "")
     if command in NO_STEPS:
         return []
+    if report.gate is not None:
+        return _changed(report)
     cases: Mapping[str, Facts] = report.facts.get("cases", {})
     forecasts = {case: facts["forecast"] for case, facts in cases.items() if facts.get("forecast")}
     return [_fits(forecasts, command), _costs(report, cases, forecasts), _trains(report, cases)]
+
+
+def _changed(report: Report) -> list[Number]:
+    """How many changes there are for the worse, for the better, and of other kinds."""
+    of_way: dict[str, Counter[str]] = {way: Counter() for way in (WORSE, BETTER, OTHER)}
+    for breach in breaches(report):
+        of_way[direction(breach)][breach.kind] += 1
+    states: Mapping[str, State] = {WORSE: "bad", BETTER: "good", OTHER: "warn"}
+    return [
+        Number(
+            way.capitalize(),
+            states[way] if kinds else "good" if way == WORSE else "plain",
+            f"{kinds.total()} change{'s' * (kinds.total() != 1)}",
+            (", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none",),
+        )
+        for way, kinds in of_way.items()
+    ]
 
 
 def _of(case: str, cases: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,7 @@ class Limits:
         return text if len(text) <= self.characters else f"{text[:rest]} … {text[-ENDING:]}"
 
 
+SHORT = Limits(variants=1, cases=2, deviations=1, places=2, characters=200)  # of a table's cell
 BRIEF = Limits(variants=3, cases=4, deviations=3, places=8, characters=400)
 NONE = Limits(**dict.fromkeys(Limits.__slots__, sys.maxsize))
 

@@ -4,8 +4,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from kbitcheck.compare.matrix import Mark, Matrix, Row
+from kbitcheck.compare.releases import Step, releases, steps
 from kbitcheck.core.rule import rules
+from kbitcheck.report.parts.limits import SHORT
 from kbitcheck.report.parts.markup import html, table
+from kbitcheck.report.parts.sortable import Cell, Sortable
 from kbitcheck.report.tables import aligned
 from kbitcheck.report.templates import template
 
@@ -13,6 +16,7 @@ HEAD = ("implementation", "transformers")
 STACK = ("python", "torch", "bitsandbytes", "accelerate")
 BAD = (Mark.MUST, Mark.ERROR, Mark.SHOULD)
 SIGNS = {Mark.SKIPPED: "-", Mark.KEPT: ".", Mark.SHOULD: "should", Mark.MUST: "MUST", Mark.ERROR: "error"}
+HTML_WORDS = {Mark.SKIPPED: "n/a", Mark.KEPT: "kept", Mark.SHOULD: "SHOULD", Mark.MUST: "MUST", Mark.ERROR: "error"}
 WORDS = {
     Mark.SKIPPED: "n/a",
     Mark.KEPT: "kept",
@@ -106,12 +110,79 @@ def _markdown(matrix: Matrix) -> str:
 
 def _html(matrix: Matrix) -> str:
     codes, uniform = columns(matrix)
+    changed = steps(matrix.rows)
     return template("matrix.html").render(
+        tool=matrix.tool,
+        skip_to="rows",
+        wide=True,
         matrix=matrix,
+        stack=_stack(matrix),
+        rows=_rows(matrix, codes),
+        compared=any(True for _ in releases(matrix.rows)),
+        worse=_steps("What got worse", [step for step in changed if step.worse]),
+        better=_steps("What got better", [step for step in changed if step.better]),
+        broken=_broken(matrix),
         codes=codes,
-        rows=[_cells(row, codes, SIGNS) for row in matrix.rows],
         uniform=uniform,
         requirements={code: rule.requirement for code, rule in rules().items()},
-        stack=_stack(matrix),
         not_judged=list(_not_judged(matrix)),
     )
+
+
+def _mark(mark: Mark) -> Cell:
+    """A mark as a cell, of which the worst sorts first."""
+    return Cell(HTML_WORDS[mark], mark.name.lower(), key=str(len(Mark) - list(Mark).index(mark)))
+
+
+def _rows(matrix: Matrix, codes: Sequence[str]) -> Sortable:
+    registered = rules()
+    return Sortable(
+        caption="Every row and every rule",
+        columns=(*HEAD, *codes),
+        rows=[
+            [
+                Cell(row.subject.name),
+                Cell(row.versions.get("transformers", "")),
+                *(_mark(row.marks[code]) if code in row.marks else Cell("") for code in codes),
+            ]
+            for row in matrix.rows
+        ],
+        chosen=("transformers",),
+        titles={code: registered[code].requirement for code in codes if code in registered},
+    )
+
+
+def _steps(caption: str, changed: Sequence[Step]) -> Sortable:
+    """Rules whose mark changed from a release to the next."""
+    return Sortable(
+        caption=caption,
+        columns=("release", "rule", "now", "before", "the release before", "evidence"),
+        rows=[
+            [
+                Cell(step.after), Cell(rules().title(step.rule)), _mark(step.now), _mark(step.was), Cell(step.before),
+                Cell(SHORT.text(step.evidence)),
+            ]
+            for step in changed
+        ],
+        chosen=("release", "now"),
+    )  # fmt: skip
+
+
+def _broken(matrix: Matrix) -> Sortable:
+    """What each row breaks, and the evidence of its first case; the worst first."""
+    broken = [
+        (row, code, row.marks[code], by_case) for row in matrix.rows for code, by_case in row.broken.items() if by_case
+    ]
+    broken.sort(key=lambda entry: BAD.index(entry[2]))
+    return Sortable(
+        caption="What is broken, and how",
+        columns=(HEAD[0], "rule", "mark", "cases", "evidence"),
+        rows=[
+            [
+                Cell(row.subject.name), Cell(rules().title(code)), _mark(mark), Cell(str(len(by_case))),
+                Cell(SHORT.text(next(iter(by_case.values())))),
+            ]
+            for row, code, mark, by_case in broken
+        ],
+        chosen=(HEAD[0], "mark"),
+    )  # fmt: skip

@@ -1,26 +1,31 @@
-"""The table of a sweep as text, Markdown or JSON."""
+"""The table of a sweep as text, Markdown, HTML or JSON."""
 
 import json
 from collections.abc import Sequence
 
 from kbitcheck.compare.sweep import Finding, Row, Table
+from kbitcheck.core.report import EXIT_CONFORMS
 from kbitcheck.core.result import Level, Party
+from kbitcheck.core.version import TOOL
+from kbitcheck.report.parts.limits import SHORT
 from kbitcheck.report.parts.markup import html, table
+from kbitcheck.report.parts.sortable import Cell, Sortable
 from kbitcheck.report.tables import aligned
+from kbitcheck.report.templates import template
 
 COLUMNS = (
     "architecture", "inputs", "loads", "prepares", "trains", "quantized", "after/bf16", "checkpointing", "dead adapters", "findings",
 )  # fmt: skip
 YES_OR_NO = {True: "yes", False: "no", None: ""}
 VERSIONS = ("python", "torch", "transformers", "bitsandbytes", "peft")
-FORMATS = ("text", "json", "markdown")
+FORMATS = ("text", "json", "markdown", "html")
 
 
 def render(sweep: Table, form: str) -> str:
     """The table in one of ``FORMATS``."""
     if form == "json":
         return json.dumps(sweep.as_json(), indent=1) + "\n"
-    return {"text": _text, "markdown": _markdown}[form](sweep)
+    return {"text": _text, "markdown": _markdown, "html": _html}[form](sweep)
 
 
 def verdict(sweep: Table) -> str:
@@ -83,10 +88,48 @@ def _text(sweep: Table) -> str:
 
 def _markdown(sweep: Table) -> str:
     shared = common(sweep.rows)
-    environment = ", ".join(f"{name} {sweep.environment[name]}" for name in VERSIONS if sweep.environment.get(name))
-    lines = [f"`{sweep.options.get('command', '')}`", "", f"{verdict(sweep)}. {environment}."]
+    lines = [f"`{sweep.options.get('command', '')}`", "", f"{verdict(sweep)}. {_environment(sweep)}."]
     lines += ["", f"In every row: {codes(shared)}."] if shared else []
     lines += ["", *table(COLUMNS, [[html(cell) for cell in cells(row, shared)] for row in sweep.rows])]
     if notes := [f"* `{row.architecture}`: {html(row.reason)}" for row in sweep.rows if row.reason]:
         lines += ["", "Why a row is not whole:", "", *notes]
     return "\n".join(lines) + "\n"
+
+
+def _environment(sweep: Table) -> str:
+    return ", ".join(f"{name} {sweep.environment[name]}" for name in VERSIONS if sweep.environment.get(name))
+
+
+def _html(sweep: Table) -> str:
+    shared = common(sweep.rows)
+    worst_first = sorted(sweep.rows, key=lambda row: (not row.nonconforming, not row.broken, row.trains is not False))
+    table = Sortable(
+        caption="Every architecture",
+        columns=(*COLUMNS, "why not whole"),
+        rows=[_html_row(row, shared) for row in worst_first],
+        chosen=("inputs", "loads", "prepares", "trains", "checkpointing"),
+    )
+    return template("sweep.html").render(
+        tool=TOOL,
+        skip_to="rows",
+        wide=True,
+        title=f"{sweep.task} architectures",
+        verdict=verdict(sweep),
+        sound=sweep.exit_code == EXIT_CONFORMS,
+        environment=_environment(sweep),
+        command=sweep.options.get("command", ""),
+        shared=codes(shared),
+        table=table,
+    )
+
+
+def _html_row(row: Row, shared: Sequence[Finding]) -> list[Cell]:
+    """The cells, a "no" and what counts against the implementation marked; shares sort as numbers."""
+    texts = dict(zip(COLUMNS, cells(row, shared), strict=True))
+    states = dict.fromkeys([name for name in ("loads", "prepares", "trains") if texts[name] == "no"], "bad")
+    states |= {
+        "findings": "must" if row.nonconforming else "",
+        "checkpointing": "bad" * (row.checkpointing == "broken"),
+    }
+    states["dead adapters"] = "warn" * bool(row.dead_adapters)
+    return [*(Cell(text, states.get(name, "")) for name, text in texts.items()), Cell(SHORT.text(row.reason))]
