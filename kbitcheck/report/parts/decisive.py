@@ -11,6 +11,7 @@ from kbitcheck.core.result import Status
 from kbitcheck.core.rule import rules
 from kbitcheck.report.parts.changes import BETTER, OTHER, WORSE, direction
 from kbitcheck.report.parts.fit import changed, with_checkpointing
+from kbitcheck.report.parts.limits import BRIEF, listed
 from kbitcheck.report.parts.units import size
 
 State = Literal["good", "bad", "warn", "unknown", "plain"]
@@ -159,7 +160,7 @@ def _trains(report: Report, cases: Mapping[str, Facts]) -> Number:
 def _broken(report: Report, families: Sequence[str]) -> tuple[str, ...]:
     """Which rules of these families are broken and count, in a phrase, if any."""
     codes = {r.rule for r in report.results if report.counts(r) and _family(r.rule) in families}
-    return (f"broken: {', '.join(sorted(codes))}",) if codes else ()
+    return (f"broken: {listed(sorted(codes), BRIEF.cases)}",) if codes else ()
 
 
 def _without_errors(report: Report, state: State, breaks: tuple[str, ...]) -> Number:
