@@ -191,3 +191,15 @@ def test_no_step_is_predicted_that_is_not_printed(opened):
     case = opened(memory=OVERHEAD + 300 * MIB)
     assert case.forecast.longest
     assert 3 < case.steps <= fitting.cost(case.spec).passes.predicted
+
+
+@pytest.mark.parametrize(
+    ("quant", "refused"),
+    [("nf4", "float32 and uint8"), ("nf4,storage=bf16", "bfloat16 and float32"), ("nf4,storage=fp32", "")],
+)
+def test_what_fsdp_says_to_the_dtypes_of_a_unit(opened, quant, refused):
+    said = {share.strategy: share.dtypes for share in opened(gpus=2, quant=quant).forecast.shares}
+    assert "one dtype trains in each unit, float32" in said["FSDP2"]
+    assert ("FSDP of the first version refuses" in said["FSDP2"]) == bool(refused)
+    assert refused in said["FSDP2"]
+    assert said["DDP"] == ""

@@ -83,7 +83,8 @@ class AnswerFacts:
 class ShareFacts:
     """Bytes on each of several GPUs under one ``strategy``; ``extra`` is what it needs beside its share.
 
-    ``note`` says what is not divided; ``loads_whole`` that each GPU first holds the whole model, as it was loaded.
+    ``note`` says what is not divided; ``loads_whole`` that each GPU first holds the whole model, as it was loaded. ``dtypes`` is
+    what the strategy says to the dtypes in one of its units.
     """
 
     strategy: str
@@ -95,6 +96,7 @@ class ShareFacts:
     extra: int
     loads_whole: bool
     note: str = ""
+    dtypes: str = ""
 
     @property
     def total(self) -> int:

@@ -10,6 +10,9 @@
   (100,000), as adapters mostly are, stay whole on every GPU (DeepSpeed's docs, "ZeRO-3 options").
 * A k-bit model is quantized before DDP and ZeRO-3 get it, on each GPU as a whole (DeepSpeed#5637, peft#2016). FSDP can
   start from one copy in the host's memory (accelerate's ``fsdp_cpu_ram_efficient_loading``).
+* FSDP2 wants one dtype of what trains in a unit (``fully_shard``: "FSDP expects uniform original parameter dtype"); adapters are float32.
+  accelerate casts what trains to float32, unless the model holds Params4bit (accelerate#3987), so that a head that is trained beside
+  the adapters keeps its dtype. FSDP of the first version joins all of a unit, frozen ones too, into one tensor of one floating dtype.
 * Activations, logits and workspaces belong to each GPU's own batch.
 """
 
@@ -20,6 +23,7 @@ from kbitcheck.core.facts.fit import ShareFacts
 from kbitcheck.core.profile import PROMISES
 
 GATHERED_BLOCKS = 2
+ADAPTERS = "float32"  # as PEFT makes them
 
 
 def of_gpus(
@@ -47,12 +51,28 @@ def of_gpus(
         ShareFacts(
             strategy="FSDP2", weights=weights, adapters=share(adapters), gradients=share(adapters),
             optimizer=share(optimizer), activations=activations, extra=gathered, loads_whole=False, note=undivided,
+            dtypes=_dtypes(forecast, facts),
         ),
         ShareFacts(
             strategy="ZeRO-3", weights=weights, adapters=adapters, gradients=share(adapters),
             optimizer=share(optimizer), activations=activations, extra=gathered, loads_whole=True, note=undivided,
         ),
     )  # fmt: skip
+
+
+def _dtypes(forecast: ForecastFacts, facts: ModelFacts) -> str:
+    """What FSDP says to the dtypes of a unit: the first block that has more than one, or else the rest of the model."""
+    units: dict[str, set[str]] = {}
+    names, norms, promise = [block.name for block in facts.blocks], norm_parameters(facts), PROMISES[forecast.profile]
+    for name, tensor in facts.parameters.items():
+        unit = next((block for block in names if name.startswith(block + ".")), "the rest of the model")
+        wide = not tensor.packed and tensor.dtype in HALF and promise.casts(norm=name in norms)
+        units.setdefault(unit, {ADAPTERS}).add(ADAPTERS if wide else tensor.dtype)
+    mixed = next((unit for unit in [*names, *units] if len(units.get(unit, ())) > 1), "")
+    trained = f"one dtype trains in each unit, {ADAPTERS}, unless a module in half precision is trained beside the adapters (accelerate#3987)"
+    if not mixed:
+        return trained
+    return f"{trained}; FSDP of the first version refuses units of {' and '.join(sorted(units[mixed]))} ({mixed})"
 
 
 def _units(forecast: ForecastFacts, facts: ModelFacts, *, packed: bool) -> dict[str, int]:

@@ -121,6 +121,7 @@ def gpus(forecast: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", f"{share['strategy']:13}{''.join(f'{size(share[name]):>12}' for name in columns)}{size(total):>11}"
     notes: dict[str, list[str]] = {}
     for share in shares:
-        for note in (share["note"], "each GPU holds the whole model while it is loaded" * share["loads_whole"]):
+        loads = "each GPU holds the whole model while it is loaded" * share["loads_whole"]
+        for note in (share["note"], loads, share.get("dtypes", "")):
             notes.setdefault(note, []).append(share["strategy"])
     yield from (("", f"{' and '.join(of)}: {note}") for note, of in notes.items() if note)
