@@ -109,6 +109,8 @@ def check_implementation(
     from kbitcheck.core.rule import select as selected
     from kbitcheck.pytest_plugin.specs import importable_name
     from kbitcheck.run import subject as implementations
+    from kbitcheck.run.examine import judging
+    from kbitcheck.run.notebook_progress import notebook_progress
     from kbitcheck.run.runner import run
     from kbitcheck.run.suites import suite_cases, workers
 
@@ -129,15 +131,12 @@ def check_implementation(
         implementation=name,
         **{"device": "auto", **options},
     )
-    return run(
-        specs,
-        selected(select, ignore, about={spec.about for spec in specs}),
-        timeout=timeout,
-        jobs=jobs or workers(specs),
-        implementation=live,
-        strict=strict,
-        subject={"command": "impl", "ignored": dict(ignore or {})},
-    )
+    rules = selected(select, ignore, about={spec.about for spec in specs})
+    with notebook_progress(sum(len(judging(spec, rules)) for spec in specs)) as advance:
+        return run(
+            specs, rules, timeout=timeout, jobs=jobs or workers(specs), implementation=live, strict=strict,
+            subject={"command": "impl", "ignored": dict(ignore or {})}, on_event=advance,
+        )  # fmt: skip
 
 
 def assert_prepared(

@@ -21,6 +21,7 @@ from kbitcheck.run import subject as implementations
 from kbitcheck.run.beside_reference import settled
 from kbitcheck.run.examine import examine, judging, not_reached
 from kbitcheck.run.findings import settler
+from kbitcheck.run.notebook_progress import notebook_progress
 from kbitcheck.run.pool import Worker
 from kbitcheck.run.worker_process import scratch_directory
 
@@ -207,7 +208,8 @@ def assert_prepared(
 
 
 def _report(collector: Collector, case: Any, rules: Sequence[Rule], start: float, **options: Any) -> Report:
-    for event in examine(case, rules):
-        collector.add(event)
+    with notebook_progress(len(rules)) as advance:
+        for event in examine(case, rules, tell=advance):
+            advance(collector.add(event))
     seconds = time.perf_counter() - start
     return assemble(collector, {case.case: case.spec.as_json()}, in_process=True, seconds=seconds, **options)
