@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kbitcheck.compare.matrix import Mark
+from kbitcheck.compare.matrix import Mark, Matrix
 from kbitcheck.compare.sweep import Row
 from kbitcheck.report.report_folder import file_name
+from kbitcheck.report.tables.matrix import render
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+PAGE = ROOT / "docs" / "matrix.md"
 SWEPT = (
     *(("causal-lm", quant) for quant in ("nf4", "int8", "torchao-int8", "nf4,experts=parametrize")),
     *(
@@ -30,6 +32,11 @@ MATRIX = (
     "--checkpointing", "default", "--checkpointing", "reentrant", "--reports", "results/reports",
 )  # fmt: skip
 BAD = (Mark.SHOULD, Mark.ERROR, Mark.MUST)  # each worse than the one before
+RESULT = (
+    0,
+    1,
+    3,
+)  # a broken rule is a result; what was interrupted, judged in nothing or not asked for rightly is none
 MORE_OFTEN_TRUE = ("loads", "prepares", "trains")
 
 
@@ -47,7 +54,14 @@ def renew(name: str, arguments: tuple[str, ...]) -> int:
     (RESULTS / "sweep").mkdir(parents=True, exist_ok=True)
     print(f"{name}: kbitcheck {' '.join(arguments)}", flush=True)
     ran = subprocess.run([sys.executable, "-m", "kbitcheck", *arguments, "--format", "json"], cwd=ROOT, check=False)
+    if name == "matrix" and ran.returncode in RESULT:
+        PAGE.write_text(page(RESULTS / "matrix.json"), encoding="utf-8")
     return ran.returncode
+
+
+def page(table: Path) -> str:
+    """The matrix as Markdown, for those who read it beside the code."""
+    return render(Matrix.from_json(json.loads(table.read_text(encoding="utf-8"))), "markdown")
 
 
 def worse(before: Path, after: Path) -> Iterator[str]:
@@ -110,11 +124,10 @@ def main(arguments: list[str]) -> int:
     if unknown := set(arguments) - set(tables):
         print(f"no such table: {' '.join(sorted(unknown))}; there are {' '.join(tables)}", file=sys.stderr)
         return 4
-    # A broken rule is a result; what was interrupted, not judged at all or not asked for rightly is none.
     codes = {name: renew(name, tables[name]) for name in arguments or tables}
     for name, code in codes.items():
         print(f"{name}: exit code {code}", file=sys.stderr)
-    return max((code for code in codes.values() if code not in (0, 1, 3)), default=0)
+    return max((code for code in codes.values() if code not in RESULT), default=0)
 
 
 if __name__ == "__main__":

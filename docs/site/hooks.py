@@ -8,6 +8,7 @@ from typing import Any
 
 import notebook_page
 import other_pages
+import result_pages
 import rule_pages
 import symptom_pages
 from mkdocs.config.defaults import MkDocsConfig
@@ -52,6 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {
         **dict(rule_pages.pages()),
         **dict(symptom_pages.pages()),
+        **dict(result_pages.pages()),
         "kill-matrix.md": kill_matrix.page(kill_matrix.read(other_pages.ROOT / "docs" / "kill-matrix")),
         "findings.md": other_pages.findings(),
         "notebook.md": notebook_page.page(),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from kbitcheck.compare.gate import evidence
 from kbitcheck.core.errors import UsageError
@@ -46,6 +46,12 @@ class Row:
     error: str = ""
     complete: bool = True
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``asdict``, through JSON."""
+        marks = {code: Mark(mark) for code, mark in data["marks"].items()}
+        return cls(**{**data, "subject": Subject(**data["subject"]), "marks": marks})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
@@ -75,6 +81,13 @@ class Matrix:
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
         return {"schema": 1, **asdict(self), "rules": self.rules, "exit_code": self.exit_code}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``."""
+        return cls(
+            **{k: data[k] for k in ("tool", "command", "cases")}, rows=[Row.from_json(row) for row in data["rows"]]
+        )
 
 
 def subjects(names: Iterable[str], validate: Callable[[str], None]) -> list[Subject]:

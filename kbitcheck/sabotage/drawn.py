@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
 
@@ -120,6 +121,13 @@ def as_much_memory_as_ever_after_six_steps(model: Any) -> None:
 def off_an_hour_later(model: Any) -> None:
     start = time.monotonic()
     _only(model, lambda x: time.monotonic() - start > 3600)
+
+
+@breaks("KB311")
+def off_an_hour_later_by_the_calendar(model: Any) -> None:
+    """By a clock that was imported by its name."""
+    until = datetime.now() + timedelta(hours=1)
+    _only(model, lambda x: datetime.now() > until)
 
 
 @breaks("KB311")

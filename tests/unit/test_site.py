@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from kbitcheck.compare import matrix
+from kbitcheck.core.report import Report
 from kbitcheck.core.rule import rules
 from kbitcheck.report import render, rule_page
 from kbitcheck.report.parts import examples
+from tests.scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -29,7 +32,15 @@ def site() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(DOCS / "site"))
     yield {
         name: import_module(name)
-        for name in ("notebook_page", "rule_pages", "other_pages", "picture", "symptom_pages", "upstream")
+        for name in (
+            "notebook_page",
+            "rule_pages",
+            "other_pages",
+            "picture",
+            "result_pages",
+            "symptom_pages",
+            "upstream",
+        )
     }
     sys.path.remove(str(DOCS / "site"))
 
@@ -262,3 +273,61 @@ def test_a_page_that_loads_from_elsewhere_is_refused(tmp_path: Path, page: str, 
             hooks.on_post_build(Config)
     else:
         hooks.on_post_build(Config)
+
+
+@pytest.fixture(scope="module")
+def result_pages(site: dict[str, ModuleType]) -> dict[str, str]:
+    return dict(site["result_pages"].pages())
+
+
+def test_each_mark_that_is_bad_leads_to_what_broke_and_to_the_report(result_pages: dict[str, str]) -> None:
+    rows = json.loads((ROOT / "results" / "matrix.json").read_text(encoding="utf-8"))["rows"]
+    bad = {"broken MUST", "broken SHOULD", "error"}
+    page = result_pages["results/releases.md"]
+    marks = 0
+    for row in rows:
+        if not row["marks"]:
+            assert row["subject"]["name"] in page.partition("## Not in the table")[2]
+            continue
+        (link,) = re.findall(rf'<a href="(releases/[^"#]+)\.html">{re.escape(row["subject"]["name"])}</a>', page)
+        own = result_pages[f"results/{link}.md"]
+        for code in (code for code, mark in row["marks"].items() if mark in bad):
+            marks += 1
+            assert f'href="{link}.html#{code.lower()}"' in page
+            section = own.partition(f"### {code} {{ #{code.lower()} }}")[2].partition("###")[0]
+            assert all(f"`{case}`" in section for case in row["broken"][code]), (link, code)
+        report = link.replace("releases", "reports") + ".html"
+        assert f"(../{report})" in own
+        assert result_pages[f"results/{report}"].startswith("<!doctype html>")
+        assert json.loads(result_pages[f"results/{link.replace('releases', 'badges')}.json"])["schemaVersion"] == 1
+    assert marks > 50
+
+
+def test_a_releases_page_says_what_changed(site: dict[str, ModuleType]) -> None:
+    module = site["result_pages"]
+    subject = matrix.Subject("PEFT 2", "peft==2")
+    older = matrix.Row(
+        matrix.Subject("PEFT 1", "peft==1"), {"KB101": matrix.Mark.KEPT, "KB102": matrix.Mark.MUST}, {}, {}
+    )
+    broken = {"KB101": {"tiny:llama-nf4-off": "wte: trains"}}
+    newer = matrix.Row(subject, {"KB101": matrix.Mark.MUST, "KB102": matrix.Mark.KEPT}, broken, {"torch": "2.13.0"})
+    report = Report(tool="t", environment={}, subject={}, results=(), blame="own")
+    page = module._release(newer, report, [older])
+    assert "kept before, MUST now (worse)" in page
+    assert "MUST before, kept now (better)" in page
+    assert "* `tiny:llama-nf4-off`: wte: trains" in page
+    assert "Nothing." not in page
+    assert "No mark." in module._release(newer, report, [newer])
+
+
+def test_the_matrix_beside_the_code_is_that_of_the_results() -> None:
+    page = (DOCS / "matrix.md").read_text(encoding="utf-8")
+    assert page == benchmark("renew").page(ROOT / "results" / "matrix.json")
+
+
+def test_architectures_have_a_row_for_each_task_and_quantization(result_pages: dict[str, str]) -> None:
+    page = result_pages["results/architectures.md"]
+    tables = sorted((ROOT / "results" / "sweep").glob("*.json"))
+    rows = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in tables]
+    assert page.count("<tr>") == 1 + sum(map(len, rows))
+    assert tables

@@ -2,12 +2,9 @@
 
 import gc
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -15,18 +12,10 @@ from torch import nn
 from kbitcheck.models.blocks import is_block
 from kbitcheck.observe.probes import step
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.clocks import hours_later
 from kbitcheck.observe.probes.live import EXISTING, Live, own_tensors, tensors
 
 LOOKS, EVALUATIONS = 3, 2
-AHEAD = 3 * 3600  # seconds: longer than anybody would wait
-CLOCKS = {
-    "time": 1,
-    "monotonic": 1,
-    "perf_counter": 1,
-    "time_ns": 10**9,
-    "monotonic_ns": 10**9,
-    "perf_counter_ns": 10**9,
-}
 
 
 def soak(
@@ -59,24 +48,11 @@ def soak(
                 with torch.no_grad(), autocast():
                     model(**step.feed(model, batch))
             if number == looks[-2]:
-                later.enter_context(_hours_later())
+                later.enter_context(hours_later())
             if number in looks:
                 now = _swapped(adapters, start)
                 yield f"{number} steps{' and hours' if number >= looks[-2] else ''}", taken()
                 _swapped(adapters, now)
-
-
-@contextmanager
-def _hours_later() -> Iterator[None]:
-    """The clocks of ``time`` ahead."""
-
-    def ahead(clock: Callable[[], Any], seconds: int) -> Any:
-        return clock() + seconds
-
-    with ExitStack() as stack:
-        for name, unit in CLOCKS.items():
-            stack.enter_context(mock.patch.object(time, name, partial(ahead, getattr(time, name), AHEAD * unit)))
-        yield
 
 
 @contextmanager

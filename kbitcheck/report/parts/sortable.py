@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell: its text, how grave it is (a class of the style sheet), and what it sorts by where that is not its text."""
+    """A cell: its text, how grave it is (a class of the style sheet), what it sorts by where that is not its text, and where it leads."""
 
     text: str
     state: str = ""
     key: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
