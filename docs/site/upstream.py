@@ -25,6 +25,7 @@ NEW = {
     "transformers": "https://github.com/huggingface/transformers/issues/new?template=bug-report.yml",
     "bitsandbytes": "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/new?template=bug-report.yml",
     "pytorch": "https://github.com/pytorch/pytorch/issues/new?template=bug-report.yml",
+    "torchao": "https://github.com/pytorch/ao/issues/new",
     "optimum-quanto": "https://github.com/huggingface/optimum-quanto/issues/new",
 }
 
@@ -57,6 +58,7 @@ def report(finding: Finding) -> str:
         },
         "bitsandbytes": plain,
         "optimum-quanto": plain,
+        "torchao": plain,
         "pytorch": {
             "🐛 Describe the bug": f"{reproduction}\n\n**Expected.** {expected}",
             "Versions": VERSION,

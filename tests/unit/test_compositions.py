@@ -149,3 +149,15 @@ def test_blocks_that_run_less_often_and_another_mode_are_reported() -> None:
         ("the Trainer: use_reentrant", "True"),
         ("the Trainer: block", "1"),
     ]
+
+
+def test_a_gradient_in_the_dtype_that_a_trainer_cast_to_is_rounded_to_it() -> None:
+    torch = pytest.importorskip("torch")
+    from kbitcheck.observe.composition.launch import facts_of
+
+    expected = {"a (step 1)": torch.linspace(1, 2, 64)}
+    alone = {"name": "alone", "gradients": expected, "rounded": expected, "changed": ()}
+    cast = {"a (step 1)": expected["a (step 1)"].bfloat16()}
+    for gradients, sound in ((cast, True), ({"a (step 1)": 1.1 * expected["a (step 1)"]}, False)):
+        case = Composed("sft", facts_of({"name": "the SFTTrainer", "gradients": gradients}, alone))
+        assert (failures("KB742", case) == []) == sound

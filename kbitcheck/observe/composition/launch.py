@@ -197,7 +197,7 @@ def facts_of(record: Mapping[str, Any], alone: Mapping[str, Any]) -> ProcessFact
     gradients, resembles = {}, {}
     for name, gradient in record.get("gradients", {}).items():
         expected = alone["gradients"].get(name)
-        yardstick = distance(alone["rounded"].get(name), expected)
+        yardstick = max(distance(alone["rounded"].get(name), expected), _ulp_of_cast(gradient, expected))
         gradients[name] = Distance(
             equal=_equal(gradient, expected), relative=distance(gradient, expected), yardstick=yardstick
         )
@@ -218,6 +218,13 @@ def facts_of(record: Mapping[str, Any], alone: Mapping[str, Any]) -> ProcessFact
         rates=tuple(record.get("rates", ())),
         losses=tuple(record.get("losses", ())),
     )
+
+
+def _ulp_of_cast(gradient: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    """The ulp of the dtype to which a trainer cast an adapter, as TRL does: its numbers and gradients are rounded to it."""
+    if gradient is None or expected is None or gradient.dtype == expected.dtype:
+        return 0.0
+    return float(torch.finfo(gradient.dtype).eps)
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
