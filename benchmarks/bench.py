@@ -26,7 +26,7 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "cost.md"
-RESULTS = HERE / "results.json"
+RESULTS = HERE.parent / "results" / "bench.json"
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 KBITCHECK = str(Path(sys.executable).with_name("kbitcheck"))
 PACKAGES = ("kbitcheck", "torch", "transformers", "bitsandbytes", "peft")
@@ -220,7 +220,7 @@ def publish(start: str, text: str, end: str) -> None:
 
 
 def main() -> None:
-    """Measure, and write ``results.json`` and the table of ``docs/cost.md``."""
+    """Measure, and write ``results/bench.json`` and the table of ``docs/cost.md``."""
     results = run()
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     publish(START, table(results), END)

@@ -1,4 +1,4 @@
-"""Predicted against allocated, at full size with random weights: writes ``benchmarks/gpu.json`` and a plot, ``gpu.svg``.
+"""Predicted against allocated, at full size with random weights: writes ``results/gpu.json`` and a plot, ``gpu.svg``.
 
 Run it by ``make gpu``. Nothing is downloaded. Without a CUDA device it tells the predictions, and writes nothing.
 """
@@ -34,7 +34,7 @@ from kbitcheck.observe.probes.snapshot import snapshot
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "fixtures" / "configs"
-RESULTS = HERE / "gpu.json"
+RESULTS = HERE.parent / "results" / "gpu.json"
 MODES = ("off", "reentrant", "non-reentrant")
 NOT_MEASURED = "not measured"
 TIMED_STEPS = 3

@@ -1,6 +1,6 @@
 """Counts the forwards, backwards, copies and calls of every fact on tiny:llama; run it by ``make bench``.
 
-Writes ``benchmarks/passes.json``, which a test holds against what the facts declare, and the table of ``docs/cost.md``.
+Writes ``results/passes.json``, which a test holds against what the facts declare, and the table of ``docs/cost.md``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     """Count, and write."""
     counts = count()
     data = {name: dataclasses.asdict(passes) for name, passes in sorted(counts.items())}
-    (HERE / "passes.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (HERE.parent / "results" / "passes.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(f"{before}{START}\n{table(counts)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     print(table(counts))

@@ -1,6 +1,6 @@
 """What the static audit costs, and how far its predictions are from real steps.
 
-Writes ``benchmarks/predicted.json``, and a plot of it, ``benchmarks/predicted.svg``.
+Writes ``results/predicted.json``, and a plot of it, ``benchmarks/predicted.svg``.
 
 Each configuration is audited in a process of its own, through the command line, imports included; its CPU seconds and
 peak memory are of all its processes. The grid compares predicted activations with the storages of real CPU steps.
@@ -191,7 +191,7 @@ def main() -> int:
     rows = grid()
     versions = {p: metadata.version(p) for p in ("torch", "transformers", "bitsandbytes", "peft")}
     results = {"versions": versions, "limits": LIMITS, "configs": configs, "cpu": rows, "cuda": "see gpu.json"}
-    (HERE / "predicted.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE.parent / "results" / "predicted.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(rows)
     fitted = LIMITS["times"] + CELLS * LIMITS["times_for_a_cell"]
     over = [

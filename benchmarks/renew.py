@@ -66,10 +66,10 @@ def page(table: Path) -> str:
 
 def worse(before: Path, after: Path) -> Iterator[str]:
     """A line of Markdown for each row of the tables in ``before`` that is worse in ``after``."""
-    for path in sorted(before.rglob("*.json")):
-        name = path.relative_to(before)
-        if name.parts[0] == "reports":
+    for path in (before / "matrix.json", *sorted((before / "sweep").glob("*.json"))):
+        if not path.exists():
             continue
+        name = path.relative_to(before)
         later = after / name
         if not later.exists():
             yield f"* {name}: the table is gone"

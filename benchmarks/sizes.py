@@ -1,6 +1,6 @@
 """What a full audit costs by the size of the model, and how fast rules and sweeps are.
 
-Writes ``benchmarks/sizes.json``, a plot, ``docs/images/sizes.svg``, and the table of ``docs/cost.md``.
+Writes ``results/sizes.json``, a plot, ``docs/images/sizes.svg``, and the table of ``docs/cost.md``.
 
 Full audits are compared with the bare script on the same drawn weights, both on one thread and without a compiler, the two
 taking turns. A model whose full audit the machine has no room for is audited from its configuration alone, and its row
@@ -134,7 +134,7 @@ def main(labels: Sequence[str]) -> int:
     """Measure the rows of these labels, all of them by default, and write."""
     if unknown := set(labels) - set(SUBJECTS):
         raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(SUBJECTS)}")
-    file = HERE / "sizes.json"
+    file = HERE.parent / "results" / "sizes.json"
     results = json.loads(file.read_text(encoding="utf-8"))
     results["environment"] = {
         "cpu": processor(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}

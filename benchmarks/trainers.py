@@ -1,6 +1,6 @@
 """What each trainer really does: its own command trains a tiny 4-bit model on a CPU, plainly and watched.
 
-Writes ``benchmarks/trainers.json`` and, from that alone, ``docs/trainers.md``. Names of trainers measure those anew and keep
+Writes ``results/trainers.json`` and, from that alone, ``docs/trainers.md``. Names of trainers measure those anew and keep
 the other rows; ``--page`` only writes the page. Environments are built once, in ``$KBITCHECK_TRAINERS`` or the user's cache.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROWS = HERE / "trainers.json"
+ROWS = HERE.parent / "results" / "trainers.json"
 PAGE = HERE.parent / "docs" / "trainers.md"
 SECONDS = 600
 STEPS = 3
@@ -379,7 +379,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 HEAD = """\
-<!-- Made by `python benchmarks/trainers.py` from benchmarks/trainers.json. -->
+<!-- Made by `python benchmarks/trainers.py` from results/trainers.json. -->
 # What your trainer really does
 
 Each trainer's own command trained a tiny Llama with random weights in 4 bits for {steps} steps on a CPU, offline, once watched by

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import measured_pages
 import rule_pages
+from result_tables import RESULTS, read, sortable
 
 from kbitcheck.compare.matrix import Mark, Matrix, Row
 from kbitcheck.compare.releases import Step, releases, steps
@@ -23,9 +23,6 @@ from kbitcheck.report.tables.matrix import HTML_WORDS, columns
 from kbitcheck.report.tables.sweep import COLUMNS, cells
 from kbitcheck.report.templates import template
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "results"
-REPORTS = RESULTS / "reports"
 SCRIPT = "site/tables.js"
 BAD = (Mark.MUST, Mark.ERROR, Mark.SHOULD)
 UP, UP_TWICE = "](../", "](../../"  # from the folder of rules, and from that of releases
@@ -34,32 +31,20 @@ NAMED = {Mark.MUST: "MUST", Mark.ERROR: "Not judged", Mark.SHOULD: "SHOULD"}
 
 def pages() -> Iterator[tuple[str, str]]:
     """Path and text of each page, of the reports behind them, and of their badges."""
-    matrix = Matrix.from_json(_read(RESULTS / "matrix.json"))
+    matrix = Matrix.from_json(read("matrix.json"))
     before = {newer.subject.name: (older, newer) for older, newer in releases(matrix.rows)}
     judged = [row for row in matrix.rows if row.marks]
     yield "results/index.md", _index(matrix, judged)
     yield "results/releases.md", _releases(matrix)
     for row in judged:
         name = file_name(row.subject.name)
-        report = Report.from_json(_read(REPORTS / f"{name}.json"))
+        report = Report.from_json(read(f"reports/{name}.json"))
         yield f"results/releases/{name}.md", _release(row, report, before.get(row.subject.name, ())[:1])
         yield f"results/reports/{name}.html", render(report, "html")
         yield f"results/badges/{name}.json", badge.render(report)
     yield "results/architectures.md", _architectures()
+    yield from measured_pages.pages()
     yield SCRIPT, template("page.js").render()
-
-
-@cache
-def _read(path: Path) -> Mapping[str, object]:
-    read: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    return read
-
-
-def _sortable(contents: Sortable, name: str) -> str:
-    """The table as HTML that Markdown leaves as it is."""
-    drawn = template("macros.html").module.sortable(contents, name)  # type: ignore[attr-defined]
-    lines = [line for line in str(drawn).splitlines() if line.strip()]
-    return "\n".join(['<section class="results">', *lines, "</section>"])
 
 
 def _index(matrix: Matrix, judged: Sequence[Row]) -> str:
@@ -74,9 +59,10 @@ def _index(matrix: Matrix, judged: Sequence[Row]) -> str:
         f"  [{newest.subject.name}](releases/{file_name(newest.subject.name)}.md), {_summary(newest)}.",
         f"  {len(worse)} rules got worse from one release to the next.",
         f"* [Architectures](architectures.md): {sum(map(len, (rows for _, rows in swept)))} audits of architectures, by task and quantization.",
-        "* [Trainers](../trainers.md): real runs of each trainer's own command, watched.",
+        "* [Trainers](trainers.md): real runs of each trainer's own command, watched.",
         "* [Adapter types](../adapter-types.md): every type of PEFT's on each quantization that trains here.",
-        "* [Memory and time](../cost.md): what audits cost, and [forecasts beside a GPU](../static.md#how-accurate-it-is).\n",
+        "* [Several processes, trainers, compilers](../composition.md): what works together, and with whose fault what does not.",
+        "* [Memory and time](memory-and-time.md): forecasts beside a GPU, and what audits cost.\n",
         "## Badges\n",
         "`results/badges/NAME.json` beside these pages is what a badge service reads, for each row of the matrix; of a report of your own,",
         "`kbitcheck badge REPORT.json` writes it.\n",
@@ -127,7 +113,7 @@ def _releases(matrix: Matrix) -> str:
         "# Releases and rules\n",
         f"Each implementation on the same cases ({', '.join(map(code, matrix.cases))}), in an environment of its own. A rule with the same mark",
         "in every row has no column. Click a heading to sort; a mark leads to what broke, and from there to the whole report.\n",
-        _sortable(contents, "table-releases"),
+        sortable(contents, "table-releases"),
         "",
         *(f"{line[0].upper()}{line[1:]}.\n" for line in uniform),
         "## What changed from release to release\n",
@@ -212,14 +198,14 @@ def _sweeps() -> list[Path]:
 
 
 def _swept(path: Path) -> list[Architecture]:
-    return [Architecture.from_json(row) for row in _read(path)["rows"]]  # type: ignore[attr-defined]
+    return [Architecture.from_json(row) for row in read(f"sweep/{path.name}")["rows"]]
 
 
 def _architectures() -> str:
     rows: list[list[Cell]] = []
     for path in _sweeps():
-        data = _read(path)
-        task, quant = str(data["task"]), str(data["options"]["quant"])  # type: ignore[index]
+        data = read(f"sweep/{path.name}")
+        task, quant = str(data["task"]), str(data["options"]["quant"])
         for row in _swept(path):
             texts = dict(zip(COLUMNS, cells(row), strict=True))
             states = {name: "bad" for name in ("loads", "prepares", "trains") if texts[name] == "no"}
@@ -236,7 +222,7 @@ def _architectures() -> str:
         "# Architectures\n",
         "Each architecture that transformers lists for a task, shrunk, with random weights, quantized and prepared by PEFT. A code with an",
         "exclamation mark is a MUST; what it is counted against stands before it. [How it is made](../sweep.md).\n",
-        _sortable(contents, "table-architectures"),
+        sortable(contents, "table-architectures"),
         "",
     ]
     return "\n".join(out)

@@ -28,7 +28,7 @@ GPUS: Mapping[int, str] = {
 
 # Beside what torch's allocator gives out for tensors. Both are estimates:
 # the context with torch's kernels takes 0.3 to 0.8 GB by device and versions (discuss.pytorch.org/t/81330), and
-# cuBLAS takes up to 32 MiB for the thread of the forward and as much for that of the backward (benchmarks/gpu.json).
+# cuBLAS takes up to 32 MiB for the thread of the forward and as much for that of the backward (results/gpu.json).
 CUDA_CONTEXT = GIB // 2
 CUBLAS_WORKSPACE = 64 << 20
 

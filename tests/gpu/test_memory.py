@@ -10,7 +10,7 @@ from kbitcheck.models.sources.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "fixtures" / "configs"
-MEASURED = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())["rows"]
+MEASURED = json.loads((ROOT / "results" / "gpu.json").read_text())["rows"]
 
 
 def of_row(row, *marks):

@@ -136,7 +136,7 @@ def test_what_a_fact_needs_is_a_fact() -> None:
 
 @pytest.mark.transformers5("before it, loading copies the model once more")
 def test_the_published_counts_are_those_that_facts_declare() -> None:
-    published = json.loads((Path(__file__).parents[2] / "benchmarks" / "passes.json").read_text(encoding="utf-8"))
+    published = json.loads((Path(__file__).parents[2] / "results" / "passes.json").read_text(encoding="utf-8"))
     declared = {
         n: c.passes
         for n, c in costs().items()

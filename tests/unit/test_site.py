@@ -230,11 +230,14 @@ def targets(nav: Any) -> Iterator[str]:
             yield entry
 
 
-def test_every_page_is_in_the_menu_and_every_entry_is_a_page() -> None:
+def test_every_page_is_in_the_menu_and_every_entry_is_a_page(result_pages: dict[str, str]) -> None:
     listed = set(targets(CONFIG["nav"]))
     pages = [*DOCS.glob("*.md"), *DOCS.glob("sweep/*.md")]
     written = {page.relative_to(DOCS).as_posix() for page in pages} | {"examples/fork/README.md"}
-    assert listed - {"rules/index.md", "findings.md", "kill-matrix.md", "notebook.md"} == written
+    made = {"rules/index.md", "findings.md", "kill-matrix.md", "notebook.md"}
+    made |= {path for path in result_pages if re.fullmatch(r"results/[^/]+\.md", path)}
+    assert listed - made == written - {"matrix.md"}  # which is the first page of results for those who read the code
+    assert made <= listed
 
 
 def test_the_site_is_strict_and_fetches_no_font() -> None:
@@ -331,3 +334,19 @@ def test_architectures_have_a_row_for_each_task_and_quantization(result_pages: d
     rows = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in tables]
     assert page.count("<tr>") == 1 + sum(map(len, rows))
     assert tables
+
+
+def test_trainers_and_steps_have_a_row_each(result_pages: dict[str, str]) -> None:
+    rows = json.loads((ROOT / "results" / "trainers.json").read_text(encoding="utf-8"))
+    own = (DOCS / "trainers.md").read_text(encoding="utf-8")
+    page = result_pages["results/trainers.md"]
+    assert page.count("<tr>") == 1 + len(rows)
+    for name, anchor in ((row["trainer"], row["trainer"].lower().replace(" ", "-")) for row in rows.values()):
+        assert f'<a href="../trainers.html#{anchor}">{name}</a>' in page
+        assert f"### {name}\n" in own
+    steps = [
+        step
+        for row in json.loads((ROOT / "results" / "gpu.json").read_text())["rows"]
+        for step in row["measured"]["steps"]
+    ]
+    assert result_pages["results/memory-and-time.md"].partition("## Audits")[0].count("<tr>") == 1 + len(steps)
