@@ -8,8 +8,10 @@ import tempfile
 import warnings
 
 import torch
+import transformers
 from peft import get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from tests.watch.loops import STEPS, each_step, plain_step, trained, with_batches
 from tests.watch.own_loops import stepping
@@ -252,11 +254,52 @@ def a_teacher():
     return stepping(distilled, model)
 
 
+def with_alibi(kind, *, between=lambda model: None, attention=False):
+    """A model whose blocks also return their probabilities of attention, which they use themselves; under autocast, unprepared."""
+    fields = {
+        "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 64},
+        "mpt": {"n_layers": 2, "n_heads": 4, "d_model": 64, "max_seq_len": 64},
+    }
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=256, pad_token_id=0, **fields[kind])
+    plain = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        model = type(plain).from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16)
+    model = get_peft_model(model, lora())
+    between(model)
+    optimizer, losses = adamw(model), []
+    model.train()
+    for batch in batches(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**batch, output_attentions=attention)
+            loss = out.loss + (sum(a.float().square().mean() for a in out.attentions) if attention else 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return model, losses
+
+
+def blocks_that_return_their_attention():
+    return with_alibi("bloom")
+
+
+def blocks_that_return_their_attention_under_another_bias():
+    return with_alibi("mpt")
+
+
+def a_loss_of_attention():
+    return with_alibi("bloom", attention=True)
+
+
 SOUND = (
     an_epoch_that_ends_within_a_step, an_epoch_whose_last_step_is_divided_by_its_own_number, trainer_whose_epochs_end_within_a_step,
     optimizers_in_turn, a_critic_of_hidden_states, lora_plus, schedule_free, packed_texts, padding_on_the_left_that_is_masked,
     padding_on_the_right_without_a_mask, texts_that_begin_with_the_padding_token, evaluates_between_accumulated_batches,
-    noise_on_embeddings, a_teacher,
+    noise_on_embeddings, a_teacher, blocks_that_return_their_attention, blocks_that_return_their_attention_under_another_bias,
+    a_loss_of_attention,
 )  # fmt: skip
 
 
@@ -381,10 +424,23 @@ def replaced_by_copies_in_bfloat16():
     return model, each_step(model, optimizer)
 
 
+def attention_that_gets_half_a_gradient():
+    def halve(module, args, output):
+        output.register_hook(lambda gradient: gradient / 2)
+
+    def hooked(model):
+        for name, module in model.named_modules():
+            if name.endswith("attention_dropout"):
+                module.register_forward_hook(halve)
+
+    return with_alibi("bloom", between=hooked)
+
+
 BROKEN = {
     accumulated_losses_undivided: "KB707",
     undivided_in_a_trainer: "KB707",
     a_schedule_stepped_with_every_batch: "KB727",
+    attention_that_gets_half_a_gradient: "KB304",
     padding_on_the_left_without_a_mask: "KB721",
     padding_on_the_left_that_no_mask_leaves_out: "KB721",
     padding_on_the_left_of_a_loss_of_ones_own: "KB721",

@@ -35,6 +35,7 @@ class Recorded:
     """The first call of a block that a gradient came back through. ``gradients`` are its trained parameters', by name in the block.
 
     ``added`` is what the block itself added to the gradients of what it was passed, by index: less than all where others read it.
+    ``inside`` is what the block itself added to the gradients of what it returned, by output.
     ``bare`` are the tensors that the block returned, before other hooks saw them, each with the hook that catches its gradient, or None.
     ``why`` says what keeps the call from being compared; "" where nothing does.
     """
@@ -44,6 +45,7 @@ class Recorded:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     edges: dict[int, readers.Edge] = field(default_factory=dict)
     added: dict[int, torch.Tensor] = field(default_factory=dict)
+    inside: dict[int, torch.Tensor] = field(default_factory=dict)
     bare: list[tuple[torch.Tensor, Any]] = field(default_factory=list)
     why: str = ""
 
@@ -58,6 +60,13 @@ class Recorded:
         leaving, added = self.call.leaving, self.added
         shared = {i for i, g in leaving.items() if i not in added or not readers.alone(g, added[i])}
         return tuple(i for i in self.call.differentiable if i not in shared)
+
+    @property
+    def entering(self) -> dict[int, torch.Tensor]:
+        """The gradients that entered from outside the block: a returned tensor that the block reads as well has others, too."""
+        whole, inside = self.call.entering, self.inside
+        alone = {i for i, added in inside.items() if i in whole and readers.alone(whole[i], added)}
+        return {i: g - inside[i] if i in inside else g for i, g in whole.items() if i not in alone}
 
 
 class Recorder:
@@ -185,7 +194,8 @@ class Recorder:
                 self._catch(recorded, len(recorded.call.outputs), leaf)
                 recorded.call.outputs.append(leaf.detach().clone())
                 recorded.call.tracked.append(leaf.requires_grad)
-        for handle in readers.sums([leaf for leaf in leaves if floating(leaf)], recorded.edges, recorded.added):
+        floats = [leaf for leaf in leaves if floating(leaf)]
+        for handle in readers.sums(floats, recorded.edges, recorded.added, recorded.inside):
             self._hold(handle)
         recorded.edges.clear()
         recorded.bare.clear()
@@ -252,7 +262,7 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
     recorded, block = recorder.recorded, recorder.block
     if recorder.why or recorded is None:
         return recorder.why
-    recorded.call.differentiable = recorded.own
+    recorded.call.differentiable, recorded.call.entering = recorded.own, recorded.entering
     if recorded.call.device != "cpu" and _drops(block):
         return "masks of dropout cannot be drawn again in float64 on a GPU"
 

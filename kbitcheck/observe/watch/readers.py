@@ -1,4 +1,4 @@
-"""What a block itself adds to the gradient of a tensor that it is passed, which others may read, too."""
+"""What a block itself adds to the gradient of a tensor that it is passed or returns, which others may read, too."""
 
 from __future__ import annotations
 
@@ -18,32 +18,38 @@ def edge(tensor: torch.Tensor) -> Edge:
     return place.node, place.output_nr
 
 
-def sums(outputs: list[torch.Tensor], edges: Mapping[int, Edge], store: dict[int, torch.Tensor]) -> Iterator[Any]:
+Store = dict[int, torch.Tensor]
+
+
+def sums(outputs: list[torch.Tensor], edges: Mapping[int, Edge], store: Store, inside: Store) -> Iterator[Any]:
     """Hooks on what computes ``outputs`` and reads the tensors of ``edges``, which add the gradients of each in ``store``, by index.
 
     They are added as autograd adds them, so that the sum has the bits of the tensor's gradient if nothing else reads it.
+    ``inside`` gets those of outputs that another output is computed from, as of probabilities of attention.
     """
-    places = {place: index for index, place in edges.items()}
+    returned = {edge(output): (inside, index) for index, output in enumerate(outputs) if output.grad_fn is not None}
+    places = returned | {place: (store, index) for index, place in edges.items()}
     before = {
-        node for node, _ in places
+        node for node, _ in edges.values()
     }  # what made the tensors, or returned them as they are, is no part of the block
     visited: set[Any] = {output.grad_fn for output in outputs} - {None} - before
     todo = list(visited)
     visited |= before
     while todo:
         node: Any = todo.pop()
-        reads = [places.get(source, -1) for source in node.next_functions]
-        if max(reads, default=-1) >= 0:
-            yield node.register_hook(partial(_add, store, reads))
+        reads = [places.get(source) for source in node.next_functions]
+        if any(reads):
+            yield node.register_hook(partial(_add, reads))
         for source, _ in node.next_functions:
             if source is not None and source not in visited:
                 visited.add(source)
                 todo.append(source)
 
 
-def _add(store: dict[int, torch.Tensor], reads: list[int], gradients: Any, _: Any) -> None:
-    for index, gradient in zip(reads, gradients, strict=False):
-        if index >= 0 and gradient is not None:
+def _add(reads: list[tuple[Store, int] | None], gradients: Any, _: Any) -> None:
+    for read, gradient in zip(reads, gradients, strict=False):
+        if read is not None and gradient is not None:
+            store, index = read
             before = store.get(index)
             store[index] = gradient.detach().clone() if before is None else before + gradient.detach()
 
