@@ -367,7 +367,9 @@ def test_every_rule_has_a_page_under_the_headings_of_the_site() -> None:
         assert rule.requirement.split()[0] in text
         headings = re.findall(r"^([A-Z][a-z]+(?: [a-z]+)*)\n  ", text, re.MULTILINE)
         assert headings == ["Why", "You will see", "What to do", "What fails", "Sources", "Run it"], code
-        assert re.search(rf'^      @(breaks|wraps|spoils|trains|saves|merges)\("{code}"', text, re.MULTILINE), code
+        assert re.search(
+            rf'^      @(breaks|wraps|spoils|trains|saves|merges|composes)\("{code}"', text, re.MULTILINE
+        ), code
         assert "``" not in text.partition("What fails")[0]
 
 
