@@ -107,9 +107,9 @@ def check_implementation(
         UsageError: an option, rule, model or implementation is wrong.
     """
     from kbitcheck.core.rule import select as selected
-    from kbitcheck.pytest_plugin.specs import importable_name
     from kbitcheck.run import subject as implementations
     from kbitcheck.run.examine import judging
+    from kbitcheck.run.importable import importable_name
     from kbitcheck.run.notebook_progress import notebook_progress
     from kbitcheck.run.runner import run
     from kbitcheck.run.suites import suite_cases, workers

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kbitcheck import assert_prepared
 from kbitcheck.core.cases import CaseSpec, Checkpointing
 from kbitcheck.core.rule import select as selected
-from kbitcheck.pytest_plugin.specs import as_spec, importable_name, item_name
+from kbitcheck.pytest_plugin.specs import as_spec, item_name
+from kbitcheck.run.importable import importable_name
 from kbitcheck.run.suites import cases, suite_cells
 
 if TYPE_CHECKING:

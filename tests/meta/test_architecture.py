@@ -38,3 +38,14 @@ def test_every_finding_has_its_script():
 
     for finding in findings():
         assert (PACKAGE.parent / finding.script).is_file(), finding.script
+
+
+def test_pytest_is_imported_by_its_plugin_alone():
+    """An installation without pytest has the command and the functions."""
+    doors = {"testing.py"}  # for test modules
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name.startswith("pytest_plugin/") or name in doors:
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (kbitcheck\.pytest_plugin|pytest)\b", text, re.MULTILINE), name

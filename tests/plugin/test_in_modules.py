@@ -8,6 +8,7 @@ import pytest
 
 from kbitcheck import UsageError, testing
 from kbitcheck.pytest_plugin import specs
+from kbitcheck.run.importable import importable_name
 from tests.plugin.conftest import ALONE_OR_SPREAD, ONE, Run, builds, untimed
 
 pytest_plugins = ["pytester"]
@@ -108,13 +109,13 @@ def module_level() -> None:
 def test_a_function_has_a_name_by_which_another_process_imports_it() -> None:
     import kbitcheck_reference
 
-    named = specs.importable_name(kbitcheck_reference.prepare_model_for_kbit_training)
+    named = importable_name(kbitcheck_reference.prepare_model_for_kbit_training)
     assert named == "kbitcheck_reference.prepare:prepare_model_for_kbit_training"
-    assert specs.importable_name("peft") == "peft"
-    assert specs.importable_name(module_level).endswith(":module_level")
+    assert importable_name("peft") == "peft"
+    assert importable_name(module_level).endswith(":module_level")
     for unnamed in (lambda model: model, object()):
         with pytest.raises(UsageError, match="has no name"):
-            specs.importable_name(unnamed)  # type: ignore[arg-type]
+            importable_name(unnamed)  # type: ignore[arg-type]
 
 
 def test_a_case_is_checked() -> None:
