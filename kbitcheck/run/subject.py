@@ -53,7 +53,8 @@ def validate(text: str) -> None:
     requirement = requirements.parse(text)
     where, attribute = _split(text)
     if not where or not DOTTED.fullmatch(attribute):
-        raise UsageError(f"implementation {text!r} names no function: write {FORMS}")
+        hint = did_you_mean(text, [*ALIASES, *requirements.TRAINERS])
+        raise UsageError(f"implementation {text!r} names no function{hint}: write {FORMS}")
     if requirement is not None:
         requirement.validate()
     if _is_file(where):

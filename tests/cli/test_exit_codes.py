@@ -124,6 +124,7 @@ WRONG = [
     (("impl", "absent_module:prepare", *ONE), "no module named 'absent_module'"),
     (("impl", "good.py", *ONE), "names no function"),
     (("impl", "good.py:1x", *ONE), "names no function"),
+    (("impl", "pet", *ONE), "names no function (did you mean peft?)"),
     (("impl", "!:f", *ONE), "is not one of"),
     (("impl", "good.py:prepare", "--model", "tiny:nope"), "no such model"),
     (("impl", "good.py:prepare", "--model", "late"), "the weights are truncated"),

@@ -106,5 +106,5 @@ def accept(implementation: str, ledger: str, *, debug: bool) -> int:
     if not Path(ledger).exists():
         return code
     if 'reason = ""' in Path(ledger).read_text(encoding="utf-8"):
-        say(f"write a reason for each entry of {ledger}, or mend what it says; then: kbitcheck gate")
+        say(f"write a reason for each entry of {ledger}, or mend what it says: until then `kbitcheck gate` fails")
     return EXIT_CONFORMS
