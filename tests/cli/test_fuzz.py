@@ -40,7 +40,7 @@ def kbitcheck(*arguments, cwd):
         env={name: value for name, value in os.environ.items() if name not in CI},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1500,  # of twelve cases on a slow machine
     )
 
 
