@@ -6,6 +6,7 @@ prints each row that got worse as Markdown, and exits with 1 where one did.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,10 @@ from kbitcheck.report.tables.matrix import render
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "matrix.md"
+# Where a machine keeps the checkout, the environments of subjects, and what is temporary.
+ELSEWHERE = re.compile(
+    rf"{re.escape(str(ROOT))}/|(?:/[\w.-]+)+/environments/[^/\"]+/(?:lib/python[\d.]+/site-packages/)?|/tmp/kbitcheck-\w+/"
+)
 SWEPT = (
     *(("causal-lm", quant) for quant in ("nf4", "int8", "torchao-int8", "nf4,experts=parametrize")),
     *(
@@ -54,6 +59,8 @@ def renew(name: str, arguments: tuple[str, ...]) -> int:
     (RESULTS / "sweep").mkdir(parents=True, exist_ok=True)
     print(f"{name}: kbitcheck {' '.join(arguments)}", flush=True)
     ran = subprocess.run([sys.executable, "-m", "kbitcheck", *arguments, "--format", "json"], cwd=ROOT, check=False)
+    for path in RESULTS.rglob("*.json"):
+        path.write_text(ELSEWHERE.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
     if name == "matrix" and ran.returncode in RESULT:
         PAGE.write_text(page(RESULTS / "matrix.json"), encoding="utf-8")
     return ran.returncode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,10 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert renew.main(["matrix", "causal-lm-nf4"]) == 0
     monkeypatch.setattr(renew, "renew", lambda name, arguments: 2)
     assert renew.main(["matrix"]) == 2
+
+
+def test_published_results_name_no_folder_of_a_machine() -> None:
+    elsewhere = f"/home/me/.cache/kbitcheck/environments/peft-1/lib/python3.11/site-packages/peft/other.py {renew.ROOT}/kbitcheck/x.py"
+    assert renew.ELSEWHERE.sub("", elsewhere) == "peft/other.py kbitcheck/x.py"
+    for path in renew.RESULTS.rglob("*.json"):
+        assert not re.search(r"(?<![\w./-])/(root|home|tmp|work|Users)/", path.read_text(encoding="utf-8")), path
