@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kbitcheck.compare.matrix import Mark, Matrix
+from kbitcheck.compare.releases import Step
 from kbitcheck.compare.sweep import Row
 from kbitcheck.report.report_folder import file_name
 from kbitcheck.report.tables.matrix import render
@@ -36,12 +37,7 @@ MATRIX = (
     "matrix", "docs/matrix.toml", "--model", "tiny:llama", "--quant", "nf4,storage=bf16", "--quant", "int8",
     "--checkpointing", "default", "--checkpointing", "reentrant", "--reports", "results/reports",
 )  # fmt: skip
-BAD = (Mark.SHOULD, Mark.ERROR, Mark.MUST)  # each worse than the one before
-RESULT = (
-    0,
-    1,
-    3,
-)  # a broken rule is a result; what was interrupted, judged in nothing or not asked for rightly is none
+# A broken rule is a result. What was interrupted, judged in nothing or not asked for rightly is none.
 MORE_OFTEN_TRUE = ("loads", "prepares", "trains")
 
 
@@ -73,9 +69,7 @@ def page(table: Path) -> str:
 
 def worse(before: Path, after: Path) -> Iterator[str]:
     """A line of Markdown for each row of the tables in ``before`` that is worse in ``after``."""
-    for path in (before / "matrix.json", *sorted((before / "sweep").glob("*.json"))):
-        if not path.exists():
-            continue
+    for path in _tables(before):
         name = path.relative_to(before)
         later = after / name
         if not later.exists():
@@ -83,6 +77,11 @@ def worse(before: Path, after: Path) -> Iterator[str]:
             continue
         compare = _matrix if name.stem == "matrix" else _sweep
         yield from compare(name.stem, _rows(path), _rows(later))
+
+
+def _tables(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("matrix.json")
+    yield from sorted((folder / "sweep").glob("*.json"))
 
 
 def _rows(path: Path) -> dict[str, Mapping[str, Any]]:
@@ -97,10 +96,10 @@ def _matrix(table: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> 
             yield f"* {name}: {now['error'] if now else 'the row is gone'}"
             continue
         for code, mark in then["marks"].items():
-            new = now["marks"].get(code, Mark.SKIPPED)
-            if new in BAD[BAD.index(mark) + 1 if mark in BAD else 0 :] or (mark == Mark.KEPT and new == Mark.SKIPPED):
-                evidence = next(iter(now["broken"].get(code, {}).values()), "")
-                yield f"* {name}: {code} was {mark}, is {new}" + (f" ({evidence})" if evidence else "")
+            evidence = next(iter(now["broken"].get(code, {}).values()), "")
+            step = Step(name, name, code, Mark(mark), Mark(now["marks"].get(code, Mark.SKIPPED)), evidence)
+            if step.worse or (step.was, step.now) == (Mark.KEPT, Mark.SKIPPED):
+                yield f"* {name}: {code} was {step.was}, is {step.now}" + (f" ({evidence})" if evidence else "")
 
 
 def _sweep(table: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
@@ -124,7 +123,11 @@ def _sweep(table: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> I
 def main(arguments: list[str]) -> int:
     """Run what is named, or everything; or compare with an older folder."""
     if arguments[:1] == ["--worse"]:
-        lines = list(worse(Path(arguments[1]), RESULTS))
+        before = Path(arguments[1])
+        if not list(_tables(before)):
+            print(f"{before} holds no table to compare with", file=sys.stderr)
+            return 4
+        lines = list(worse(before, RESULTS))
         print("\n".join(lines) or "No row got worse.")
         return 1 if lines else 0
     tables = dict(commands())
@@ -139,3 +142,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+RESULT = (0, 1, 3)

@@ -13,14 +13,14 @@ from kbitcheck.compare.matrix import Mark, Matrix, Row
 from kbitcheck.compare.releases import Step, releases, steps
 from kbitcheck.compare.sweep import Row as Architecture
 from kbitcheck.core.report import Report
-from kbitcheck.core.result import Level, Result, Status
+from kbitcheck.core.result import Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.report import badge, render
 from kbitcheck.report.parts.markup import code, table
 from kbitcheck.report.parts.sortable import Cell, Sortable
 from kbitcheck.report.report_folder import file_name
-from kbitcheck.report.tables.matrix import HTML_WORDS, columns
-from kbitcheck.report.tables.sweep import COLUMNS, cells
+from kbitcheck.report.tables.matrix import HTML_WORDS, columns, mark_cell
+from kbitcheck.report.tables.sweep import COLUMNS, html_row
 from kbitcheck.report.templates import template
 
 SCRIPT = "site/tables.js"
@@ -92,7 +92,7 @@ def _releases(matrix: Matrix) -> str:
             return Cell("")
         mark = row.marks[rule]
         link = f"releases/{file_name(row.subject.name)}.html#{rule.lower()}" if mark in BAD else ""
-        return Cell(HTML_WORDS[mark], mark.name.lower(), key=str(len(Mark) - list(Mark).index(mark)), link=link)
+        return mark_cell(mark, link)
 
     contents = Sortable(
         caption="Implementations and rules",
@@ -207,14 +207,11 @@ def _architectures() -> str:
         data = read(f"sweep/{path.name}")
         task, quant = str(data["task"]), str(data["options"]["quant"])
         for row in _swept(path):
-            texts = dict(zip(COLUMNS, cells(row), strict=True))
-            states = {name: "bad" for name in ("loads", "prepares", "trains") if texts[name] == "no"}
-            states["findings"] = "must" if any(f.level is Level.MUST for f in row.findings) else ""
-            own = [Cell(text, states.get(name, "")) for name, text in texts.items()]
+            own = html_row(row)
             rows.append([own[0], Cell(task), Cell(quant), *own[1:]])
     contents = Sortable(
         caption="Architectures",
-        columns=(COLUMNS[0], "task", "quantization", *COLUMNS[1:]),
+        columns=(COLUMNS[0], "task", "quantization", *COLUMNS[1:], "why not whole"),
         rows=rows,
         chosen=("task", "quantization", "loads", "prepares", "trains", "checkpointing"),
     )

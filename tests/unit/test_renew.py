@@ -105,6 +105,7 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert renew.main(["--worse", str(table(tmp_path / "before", "matrix.json", MATRIX_ROW))]) == 1
     assert capsys.readouterr().out == "No row got worse.\n* PEFT 1: gone\n"
     assert renew.main(["matrices"]) == 4
+    assert renew.main(["--worse", str(tmp_path / "nowhere")]) == 4
     ended = iter([1, 3])
     monkeypatch.setattr(renew, "renew", lambda name, arguments: next(ended))
     assert renew.main(["matrix", "causal-lm-nf4"]) == 0

@@ -129,9 +129,9 @@ def _html(matrix: Matrix) -> str:
     )
 
 
-def _mark(mark: Mark) -> Cell:
+def mark_cell(mark: Mark, link: str = "") -> Cell:
     """A mark as a cell, of which the worst sorts first."""
-    return Cell(HTML_WORDS[mark], mark.name.lower(), key=str(len(Mark) - list(Mark).index(mark)))
+    return Cell(HTML_WORDS[mark], mark.name.lower(), key=str(len(Mark) - list(Mark).index(mark)), link=link)
 
 
 def _rows(matrix: Matrix, codes: Sequence[str]) -> Sortable:
@@ -143,7 +143,7 @@ def _rows(matrix: Matrix, codes: Sequence[str]) -> Sortable:
             [
                 Cell(row.subject.name),
                 Cell(row.versions.get("transformers", "")),
-                *(_mark(row.marks[code]) if code in row.marks else Cell("") for code in codes),
+                *(mark_cell(row.marks[code]) if code in row.marks else Cell("") for code in codes),
             ]
             for row in matrix.rows
         ],
@@ -159,7 +159,7 @@ def _steps(caption: str, changed: Sequence[Step]) -> Sortable:
         columns=("release", "rule", "now", "before", "the release before", "evidence"),
         rows=[
             [
-                Cell(step.after), Cell(rules().title(step.rule)), _mark(step.now), _mark(step.was), Cell(step.before),
+                Cell(step.after), Cell(rules().title(step.rule)), mark_cell(step.now), mark_cell(step.was), Cell(step.before),
                 Cell(SHORT.text(step.evidence)),
             ]
             for step in changed
@@ -179,7 +179,7 @@ def _broken(matrix: Matrix) -> Sortable:
         columns=(HEAD[0], "rule", "mark", "cases", "evidence"),
         rows=[
             [
-                Cell(row.subject.name), Cell(rules().title(code)), _mark(mark), Cell(str(len(by_case))),
+                Cell(row.subject.name), Cell(rules().title(code)), mark_cell(mark), Cell(str(len(by_case))),
                 Cell(SHORT.text(next(iter(by_case.values())))),
             ]
             for row, code, mark, by_case in broken

@@ -106,7 +106,7 @@ def _html(sweep: Table) -> str:
     table = Sortable(
         caption="Every architecture",
         columns=(*COLUMNS, "why not whole"),
-        rows=[_html_row(row, shared) for row in worst_first],
+        rows=[html_row(row, shared) for row in worst_first],
         chosen=("inputs", "loads", "prepares", "trains", "checkpointing"),
     )
     return template("sweep.html").render(
@@ -123,7 +123,7 @@ def _html(sweep: Table) -> str:
     )
 
 
-def _html_row(row: Row, shared: Sequence[Finding]) -> list[Cell]:
+def html_row(row: Row, shared: Sequence[Finding] = ()) -> list[Cell]:
     """The cells, a "no" and what counts against the implementation marked; shares sort as numbers."""
     texts = dict(zip(COLUMNS, cells(row, shared), strict=True))
     states = dict.fromkeys([name for name in ("loads", "prepares", "trains") if texts[name] == "no"], "bad")
