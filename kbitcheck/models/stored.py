@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -114,7 +115,7 @@ def _states(names: Mapping[str, Path]) -> dict[str, list[str]]:
 
 def _differing(model: PreTrainedModel, names: Mapping[str, Path]) -> dict[str, str]:
     """By the model's name of a packed weight: the tensors of it that are not the checkpoint's."""
-    rename, own = _renaming(model), model.state_dict()
+    rename, own, read = _renaming(model), model.state_dict(), _reader()
     differ: dict[str, str] = {}
     for weight, state in _states(names).items():
         name, joined = rename(weight)
@@ -123,16 +124,21 @@ def _differing(model: PreTrainedModel, names: Mapping[str, Path]) -> dict[str, s
         stem, renamed = weight.removesuffix(".weight"), name.removesuffix(".weight")
         for key in (weight, *state):
             there = own.get(renamed + key.removeprefix(stem))
-            if there is None or not _same(there, _read(names[key], key)):
+            if there is None or not _same(there, read(names[key], key)):
                 part = key.removeprefix(stem).lstrip(".")
                 differ[name] = f"{differ[name]}, {part}" if name in differ else part
     return differ
 
 
-def _read(file: Path, key: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(key)
-    return tensor
+def _reader() -> Callable[[Path, str], torch.Tensor]:
+    """Reads tensors one by one; each file's header once, as that of a large file names thousands."""
+    opened = cache(partial(safe_open, framework="pt"))
+
+    def read(file: Path, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = opened(file).get_tensor(key)
+        return tensor
+
+    return read
 
 
 def _same(there: Any, file: torch.Tensor) -> bool:
