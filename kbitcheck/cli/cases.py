@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
-from kbitcheck.cli.console import echo, progress_bar, say
+from kbitcheck.cli.console import echo, progress, say
 from kbitcheck.cli.options import RunOptions, SuiteOptions, split_codes
 from kbitcheck.cli.show_report import show_report
 from kbitcheck.cli.signals import signals_as_interrupts
@@ -68,7 +68,7 @@ def audit(
 
 
 def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, blame: Blame) -> Report:
-    """The report of these cases, with a progress bar on a terminal while they run."""
+    """The report of these cases, with their progress on stderr while they run."""
     validate_device(options.device)
     if specs[0].static != "always":
         install(specs[0].implementation, in_process=options.in_process)
@@ -78,7 +78,7 @@ def examine(command: str, specs: Sequence[CaseSpec], options: RunOptions, *, bla
     quiet = contextlib.redirect_stdout(sys.stderr) if options.in_process else contextlib.nullcontext()
     if options.in_process and options.debug:
         debug_to_stderr()
-    with signals_as_interrupts(), quiet, progress_bar(results, quiet=options.quiet) as advance:
+    with signals_as_interrupts(), quiet, progress(results, len(specs), quiet=options.quiet) as advance:
         return run(
             specs,
             rules,

@@ -1,4 +1,4 @@
-"""What the command writes to stderr: lines, and a progress bar on a terminal."""
+"""What the command writes to stderr: lines, and how far a run is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from kbitcheck.core.pace import Pace, duration
 
 if TYPE_CHECKING:
     from kbitcheck.core.events import Event  # takes longer to import than all else of `--help`
@@ -29,29 +31,44 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
 def _escaped(text: str) -> str:
     return text.replace("[", "\\[")
 
 
 @contextlib.contextmanager
-def progress_bar(total: int | None, *, quiet: bool = False) -> Iterator[Callable[[Event], None]]:
-    """A bar over ``total`` results (None: nobody knows how many), erased at the end; yields the function that takes the events of a run.
+def progress(results: int | None, cases: int | None, *, quiet: bool = False) -> Iterator[Callable[[Event], None]]:
+    """What shows how far a run is, of so many results and cases (None: nobody knows how many); yields the function that takes its events.
 
-    Nothing is shown where stderr is no terminal, and if ``quiet``.
+    On a terminal it is a bar, erased at the end; elsewhere a line now and then; if ``quiet``, nothing. Without ``results``, cases are counted.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         yield lambda event: None
+        return
+    from kbitcheck.core.events import Computing, Judged, Started
+
+    place = _Place(results, cases)
+
+    def take(event: Event) -> None:
+        if isinstance(event, Started):
+            place.begin(event.case)
+        elif isinstance(event, Computing):
+            place.compute(event.fact, event.left)
+        elif isinstance(event, Judged):
+            place.judged += 1
+
+    if not sys.stderr.isatty():
+        pace = Pace(place.total)
+
+        def line(event: Event) -> None:
+            take(event)
+            if pace.due():
+                say(f"{place.line}: {', '.join(filter(None, (pace.so_far, place.predicted or pace.left(place.done))))}")
+
+        yield line
         return
     # rich takes long to import and is needed on a terminal alone.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from kbitcheck.core.events import Computing, Judged, Started
 
     columns = (
         BarColumn(),
@@ -59,16 +76,52 @@ def progress_bar(total: int | None, *, quiet: bool = False) -> Iterator[Callable
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=total, left="")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=place.total, left="")
 
-        def advance(event: Event) -> None:
-            if isinstance(event, Started):
-                progress.update(task, description=_escaped(event.case), left="")
-            elif isinstance(event, Computing):
-                left = "" if event.left is None else f"about {duration(event.left)} left in this case"
-                progress.update(task, description=_escaped(f"{event.case}: {event.fact}"), left=left)
-            elif isinstance(event, Judged):
-                progress.update(task, advance=1)
+        def draw(event: Event) -> None:
+            take(event)
+            left = place.left and f"{place.left} in this case"
+            bar.update(task, completed=place.done, description=_escaped(place.doing), left=left)
 
-        yield advance
+        yield draw
+
+
+class _Place:
+    """Where a run is: how many of ``total`` steps are done, its case, what that computes, and the time that is predicted for the rest of it."""
+
+    def __init__(self, results: int | None, cases: int | None) -> None:
+        self._results, self._cases, self._begun, self._case = results, cases, 0, ""
+        self.judged, self.doing, self.left = 0, "starting", ""
+
+    def begin(self, case: str) -> None:
+        """A case begins."""
+        self._begun += 1
+        self._case = self.doing = case
+        self.left = ""
+
+    def compute(self, fact: str, left: float | None) -> None:
+        """A fact of the case is computed; the case takes so many more seconds, if anything is predicted."""
+        self.doing = f"{self._case}: {fact}"
+        self.left = "" if left is None else f"about {duration(left)} left"
+
+    @property
+    def total(self) -> int | None:
+        """The number of steps."""
+        return self._cases if self._results is None else self._results
+
+    @property
+    def done(self) -> int:
+        """The number of steps that are done."""
+        return max(self._begun - 1, 0) if self._results is None else self.judged
+
+    @property
+    def predicted(self) -> str:
+        """The time that is left, where the prediction of one case is that of the run."""
+        return self.left if self._cases == 1 else ""
+
+    @property
+    def line(self) -> str:
+        """The case, by its number."""
+        of = f" of {self._cases}" if self._cases else ""
+        return f"case {self._begun}{of}, {self._case}" if self._case else "starting"

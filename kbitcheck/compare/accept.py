@@ -8,7 +8,7 @@ from typing import Any
 import tomlkit
 from tomlkit.items import Array, Table
 
-from kbitcheck.compare.ledger import ENVIRONMENT, SCHEMA, Cell, Entry, Ledger, options_of
+from kbitcheck.compare.ledger import ENVIRONMENT, SCHEMA, Cell, Entry, Ledger, judges, options_of
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_NOTHING, Report
 from kbitcheck.core.result import Result, Status
@@ -35,7 +35,8 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     cases = sorted({r.case for r in report.results})
     rules = sorted({r.rule for r in report.results})
     results = {(r.rule, r.case): r for r in report.results}
-    if not report.complete or len(results) != len(cases) * len(rules):
+    cells = {(rule, case) for rule in rules for case in cases if judges(rule, case)}
+    if not report.complete or results.keys() != cells:
         raise UsageError(f"{name} is not written: the run is not complete")
     if report.exit_code == EXIT_NOTHING:
         raise UsageError(f"{name} is not written: nothing was checked")
@@ -48,8 +49,10 @@ def accept(report: Report, before: str = "", *, name: str = "ledger") -> str:
     _fill(document, "environment", {k: str(report.environment.get(k, "")) for k in ENVIRONMENT})
     spec: Mapping[str, Any] = next(iter(report.subject.get("cases", {}).values()), {})
     _fill(document, "options", options_of(spec))
-    _fill(document, "judged", {"rules": rules, "cases": cases})
-    skips = [(r.case, r.rule) for r in report.results if r.status is Status.SKIP]
+    # A rule that no case of the run could judge, as one on a training script's own steps, says nothing here.
+    judged = {r.rule for r in report.results if r.status is not Status.SKIP}
+    _fill(document, "judged", {"rules": sorted(judged), "cases": cases})
+    skips = [(r.case, r.rule) for r in report.results if r.status is Status.SKIP and r.rule in judged]
     by_case = groupby(sorted(skips), key=lambda cell: cell[0])
     _fill(document, "skipped", {case: [rule for _, rule in cells] for case, cells in by_case})
     blocks = [*_kept(before, starts, old, results), *_added(old, results)]

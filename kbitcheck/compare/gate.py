@@ -23,6 +23,7 @@ class Kind(StrEnum):
     REGRESSED = "regressed"
     NEW = "new"
     LOST = "lost"
+    UNSELECTED = "unselected"
     CHANGED = "changed"
     UNEXPLAINED = "unexplained"
     EXPIRED = "expired"
@@ -35,6 +36,7 @@ REMEDIES = {
     Kind.REGRESSED: "fix it, or accept it with --accept and a reason",
     Kind.NEW: "fix it, or accept it with --accept and a reason",
     Kind.LOST: "run it again, or drop it with --accept",
+    Kind.UNSELECTED: "select it again, or drop it with --accept",
     Kind.STALE: "remove the entry, or let --accept do it",
     Kind.UNEXPLAINED: "write a reason",
     Kind.EXPIRED: "fix it, or set a later date",
@@ -84,6 +86,21 @@ class Breach:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """The rules and cases that a run was asked for, and by what: options, or keys of a configuration."""
+
+    rules: Collection[str]
+    cases: Collection[str]
+    rules_by: str
+    cases_by: str
+
+    def without(self, cell: Cell) -> str:
+        """What leaves a cell out of the run; empty for one that belongs to it."""
+        rule, case = cell
+        return self.cases_by if case not in self.cases else self.rules_by if rule not in self.rules else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """A change of one cell; equal changes are merged to one ``Breach``."""
 
@@ -98,7 +115,12 @@ def breaches(report: Report) -> list[Breach]:
 
 
 def _changes(
-    report: Report, ledger: Ledger, today: date, recipes: Collection[str], left_out: Iterable[Cell]
+    report: Report,
+    ledger: Ledger,
+    today: date,
+    recipes: Collection[str],
+    left_out: Iterable[Cell],
+    selection: Selection | None,
 ) -> Iterator[tuple[Cell, Change]]:
     ignored = tuple(code.upper() for code in report.subject.get("ignored", {}))
     results = {(r.rule, r.case): r for r in report.results}
@@ -109,23 +131,23 @@ def _changes(
     entries = {(e.rule, case): e for e in ledger.accepted for case in e.cases}
     for cell in dict.fromkeys([*expected, *results]):
         entry, result = entries.get(cell), results.get(cell)
-        if change := _change(cell, expected.get(cell), entry, result, report, recipes):
+        if result is None:
+            yield cell, _missing(cell, expected.get(cell), recipes, selection)
+        elif change := _change(expected.get(cell), entry, result, report):
             yield cell, change
         if entry and result and result.status is entry.status:
             yield from ((cell, complaint) for complaint in _complaints(entry, ledger, today))
 
 
-def _change(
-    cell: Cell,
-    expected: Status | None,
-    entry: Entry | None,
-    result: Result | None,
-    report: Report,
-    recipes: Collection[str],
-) -> Change | None:
-    if result is None:
-        gone = _gone(cell, recipes)
-        return Change(Kind.GONE, gone) if gone else Change(Kind.LOST, f"{_was(expected)}, did not run")
+def _missing(cell: Cell, expected: Status | None, recipes: Collection[str], selection: Selection | None) -> Change:
+    if gone := _gone(cell, recipes):
+        return Change(Kind.GONE, gone)
+    if selection and (by := selection.without(cell)):
+        return Change(Kind.UNSELECTED, f"{_was(expected)}, left out by {by}")
+    return Change(Kind.LOST, f"{_was(expected)}, did not run")
+
+
+def _change(expected: Status | None, entry: Entry | None, result: Result, report: Report) -> Change | None:
     now = result.status
     if now in (Status.FAIL, Status.ERROR):
         others = entry is not None and entry.attributed_to not in (None, Party.IMPLEMENTATION)
@@ -212,14 +234,16 @@ def judge(
     today: date | None = None,
     recipes: Collection[str] = (),
     left_out: Iterable[Cell] = (),
+    selection: Selection | None = None,
 ) -> Report:
     """The report with its comparison against a ledger, which then decides its verdict and exit code.
 
     ``accepted`` says that the ledger was just written from the report: entries without a reason are then reported, not
     counted. ``today`` decides which entries have expired (default: the date in UTC). ``recipes`` are the names of the
-    tiny models that exist (default: not checked). Neither ignored rules nor cells in ``left_out`` are missed.
+    tiny models that exist (default: not checked). Neither ignored rules nor cells in ``left_out`` are missed. Cells outside the
+    ``selection`` (default: not checked) are named so.
     """
-    changes = merged(_changes(report, ledger, today or datetime.now(UTC).date(), recipes, left_out))
+    changes = merged(_changes(report, ledger, today or datetime.now(UTC).date(), recipes, left_out, selection))
     if accepted:
         changes = [replace(change, counted=False) for change in changes]
     expected = ledger.expected
@@ -228,7 +252,8 @@ def judge(
         for name in ENVIRONMENT
         if name in ledger.environment and report.environment.get(name, "") != ledger.environment[name]
     ]
-    if uncovered := sum((r.rule, r.case) not in expected for r in report.results):
+    judged = [r for r in report.results if r.status is not Status.SKIP]
+    if uncovered := sum((r.rule, r.case) not in expected for r in judged):
         notes.append(f"{uncovered} results are not in {ledger.name} yet; --accept adds them")
     entries = [{"rule": e.rule, "cases": list(e.cases), "reason": e.reason, "issue": e.issue} for e in ledger.accepted]
     return settle(report, ledger.name, changes, notes=notes, accepted=entries)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.compositions import COMPOSITIONS
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.result import Party, Status
-from kbitcheck.core.rule import CODE
+from kbitcheck.core.rule import CODE, rules
 
 SCHEMA = 1
 ENVIRONMENT = ("python", "torch", "transformers", "bitsandbytes", "peft", "device")
@@ -28,6 +29,12 @@ OLD_NAMES = {"whose": "attributed_to"}  # of 0.1.0
 HEAD = re.compile(r"^[ \t]*\[\[ *accepted *\]\]", re.MULTILINE)
 
 Cell = tuple[str, str]  # rule and case
+
+
+def judges(rule: str, case: str) -> bool:
+    """Whether a rule is about what a case is of: a composition, which ends the case's id, or the model alone."""
+    about = "composition" if case.rpartition("-")[2] in COMPOSITIONS else "model"
+    return rule not in rules() or rules()[rule].about == about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +101,7 @@ class Ledger:
     @cached_property
     def expected(self) -> dict[Cell, Status]:
         """The accepted status of each cell."""
-        cells = {(rule, case): Status.PASS for case in self.cases for rule in self.rules}
+        cells = {(rule, case): Status.PASS for case in self.cases for rule in self.rules if judges(rule, case)}
         cells |= {(rule, case): Status.SKIP for case, rules in self.skipped.items() for rule in rules}
         return cells | {(e.rule, case): e.status for e in self.accepted for case in e.cases}
 

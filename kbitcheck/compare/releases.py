@@ -1,14 +1,15 @@
 """What changed from release to release: rows of a matrix that are the same library's, in the order of its versions."""
 
-import re
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from packaging.version import InvalidVersion, Version
+
 from kbitcheck.compare.matrix import Mark, Row
 
 ORDER = tuple(Mark)
-VERSION = re.compile(r"(\d+(?:\.\d+)*)(.*)")  # a release, and what makes it a candidate of one, which comes before
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +44,15 @@ def steps(rows: Sequence[Row]) -> list[Step]:
 
 def releases(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     """Each release that was judged, with the one before it; the newest first."""
-    of_library: dict[tuple[str, str], list[tuple[tuple[int, ...], bool, str, Row]]] = {}
+    of_library: dict[tuple[str, str], list[tuple[Version, Row]]] = {}
     for row in rows:
         library, _, rest = row.subject.implementation.partition("==")
         version, _, function = rest.partition("::")
-        match = VERSION.fullmatch(version)
-        if match and row.marks:
-            number = tuple(map(int, match[1].split(".")))
-            of_library.setdefault((library, function), []).append((number, not match[2], match[2], row))
+        with contextlib.suppress(InvalidVersion):  # of a requirement without one, too
+            if row.marks:
+                of_library.setdefault((library, function), []).append((Version(version), row))
     for members in of_library.values():
-        newest_first = [row for *_, row in sorted(members, key=lambda member: member[:3], reverse=True)]
+        newest_first = [row for _, row in sorted(members, key=lambda member: member[0], reverse=True)]
         yield from ((older, newer) for newer, older in pairwise(newest_first))
 
 

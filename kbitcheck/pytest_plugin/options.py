@@ -105,6 +105,14 @@ class Settings:
             return tuple(self._values[name])
         return () if self._values["suite"] and name != "select" else tuple(self.configuration.get(key, ()))
 
+    def origins(self, *keys: str) -> str:
+        """Which options, or keys of the configuration, have the values of these keys, in words; empty if none does."""
+        from kbitcheck.run.configuration import origins
+
+        names = {key: key.removesuffix("s") for key in keys}
+        values = {key: (f"--kbit-{name}", self._several(name, key)) for key, name in names.items()}
+        return origins(self.configuration, values)
+
     @property
     def strict(self) -> bool:
         """Whether a broken SHOULD counts."""

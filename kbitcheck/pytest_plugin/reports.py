@@ -52,7 +52,17 @@ def compared(report: Report, settings: Settings, *, left_out: Iterable[Cell] = (
     if settings.ledger is None or implementations != {settings.implementation}:
         return report
     ledger = settings.ledger if cell is None else settings.ledger.part(cell)
-    return gate.judge(report, ledger, recipes=recipe.names(), left_out=left_out)
+    return gate.judge(report, ledger, recipes=recipe.names(), left_out=left_out, selection=_selection(settings))
+
+
+def _selection(settings: Settings) -> gate.Selection:
+    """The cells of ``--kbit-impl``. Where no option narrows them, what is missing is lost: its test may be gone."""
+    return gate.Selection(
+        rules={rule.code for rule in settings.rules},
+        cases={spec.id for spec in settings.specs},
+        rules_by=settings.origins("select"),
+        cases_by=settings.origins("models", "quants", "checkpointing"),
+    )
 
 
 def _report(

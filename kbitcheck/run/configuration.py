@@ -52,6 +52,19 @@ KEYS = {
 }  # fmt: skip
 
 
+def origins(configuration: "Configuration", values: Mapping[str, tuple[str, Any]]) -> str:
+    """Where values come from, in words: by key of the configuration, the option beside it and the value; empty values are left out."""
+    by_origin: dict[str, list[str]] = {}
+    for key, (option, value) in values.items():
+        setting = configuration.settings.get(key)
+        configured = setting is not None and [*value] == setting.value
+        if value:
+            by_origin.setdefault(f" of {setting.origin}" if setting and configured else "", []).append(
+                key if configured else option
+            )
+    return " and ".join(", ".join(names) + origin for origin, names in by_origin.items())
+
+
 def schema() -> dict[str, Any]:
     """The JSON Schema of ``kbitcheck.toml``, and of the table in ``pyproject.toml``."""
     return {

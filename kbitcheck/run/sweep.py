@@ -15,6 +15,7 @@ from kbitcheck.core import machine
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Lost, UsageError, cause
 from kbitcheck.core.events import Architectures, Collector
+from kbitcheck.core.pace import Pace
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import select
 from kbitcheck.core.suggest import did_you_mean
@@ -67,10 +68,13 @@ def swept(
         todo = {name: cls for name, cls in chosen.items() if name not in journal.rows}
         if len(todo) < len(chosen):
             say(f"{len(chosen) - len(todo)} of {len(chosen)} rows are there already")
+        pace = Pace(len(todo))
         with contextlib.closing(_rows(todo, task, template, jobs, timeout, environment, echo)) as rows:
-            for number, finished in enumerate(rows, len(chosen) - len(todo) + 1):
+            for done, finished in enumerate(rows, 1):
                 journal.add(finished)
-                say(f"{number}/{len(chosen)} {finished.architecture}: {finished.reason or 'audited'}")
+                left = f"; {pace.left(done)}" if pace.due() else ""
+                number = len(chosen) - len(todo) + done
+                say(f"{number}/{len(chosen)} {finished.architecture}: {finished.reason or 'audited'}{left}")
     except KeyboardInterrupt:
         complete = False
     return Table(

@@ -44,8 +44,11 @@ def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
     assert "✗ stale KB201" in better.stdout
     narrower = door("gate", "rude.py:prepare", "--ledger", "ledger.toml", "--select", "KB1", *HERE)
     assert narrower.returncode == 1
-    assert "✗ lost KB201 says-please [tiny:llama-nf4-off]: was accepted as FAIL, did not run" in narrower.stdout
-    assert "✗ lost KB901" in narrower.stdout
+    assert (
+        "✗ unselected KB201 says-please [tiny:llama-nf4-off]: was accepted as FAIL, left out by --select"
+        in narrower.stdout
+    )
+    assert "✗ unselected KB901" in narrower.stdout
     assert door("gate", "rude.py:prepare", "--ledger", "ledger.toml", *HERE, "--ignore", "KB201=later").returncode == 0
     broken = door("gate", "raises.py:prepare", "--ledger", "ledger.toml", *HERE)
     assert broken.returncode == 1
@@ -54,10 +57,11 @@ def test_a_ledger_is_made_explained_held_and_broken(door: Door) -> None:
 
 
 RULE = '"KB901"]'
-CASE = '"tiny:llama-nf4-off",\n]\n\n[skipped]'
+CASE = '"tiny:llama-nf4-off",\n]\n\n[[accepted]]'
 BREACHES = [
     # What is done to a ledger that rude.py keeps; who is run; what comes of it.
-    ("new", '["KB102"]', '["KB102", "KB103"]', "nothing", "KB103 returns [tiny:llama-nf4-off]: was SKIP in the ledger"),
+    ("new", "[judged]", '[skipped]\n"tiny:llama-nf4-off" = ["KB103"]\n\n[judged]', "nothing", "was SKIP in the ledger"),
+    ("new", '"KB103", ', "", "nothing", "KB103 returns [tiny:llama-nf4-off]: not in the ledger"),
     ("expired", 'reason = "known"', 'reason = "known"\nexpires = 2020-01-31', "rude", "accepted until 2020-01-31"),
     ("unknown", RULE, f'"KB899", {RULE}', "rude", "there is no rule KB899"),
     ("unknown", CASE, f'"tiny:lama-nf4-off", {CASE}', "rude", "there is no recipe tiny:lama"),
@@ -82,6 +86,25 @@ def test_each_breach_is_named(door: Door, kind: str, old: str, new: str, subject
     if kind == "unknown":
         assert door("gate", f"{subject}.py:prepare", "--accept", *command).returncode == 0
         assert ledger.read_text() == text
+
+
+def test_what_a_configuration_leaves_out_is_not_lost_and_says_who_left_it_out(door: Door) -> None:
+    (door.cwd / "kbitcheck.toml").write_text(
+        'quants = ["nf4", "int8"]\nmodels = ["tiny:llama"]\ncheckpointing = ["off"]\n'
+    )
+    assert door("gate", "good.py:prepare", "--ledger", "l.toml", "--accept", "--in-process").returncode == 0
+    (door.cwd / "kbitcheck.toml").write_text('quants = ["nf4"]\nmodels = ["tiny:llama"]\n')
+    ran = door("gate", "good.py:prepare", "--ledger", "l.toml", "--checkpointing", "off", "--in-process")
+    assert ran.returncode == 1
+    lines = [line for line in ran.stdout.splitlines() if "tiny:llama-int8-off" in line]
+    left_out = "left out by models, quants of kbitcheck.toml and --checkpointing; select it again"
+    assert [(line.startswith("✗ unselected "), left_out in line) for line in lines] == [(True, True)] * 2
+    assert "was PASS in the ledger" in lines[0]
+    assert "lost" not in ran.stdout + ran.stderr
+    again = ("gate", "good.py:prepare", "--ledger", "l.toml", "--checkpointing", "off", "--in-process")
+    assert door(*again, "--accept").returncode == 0
+    assert "int8" not in (door.cwd / "l.toml").read_text()
+    assert door(*again).returncode == 0
 
 
 WRONG = [

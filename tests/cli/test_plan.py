@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kbitcheck.cli.app import run
-from kbitcheck.cli.console import duration
 from kbitcheck.core.events import Collector, Computing, Figures, Judged, Planned, from_json
 from kbitcheck.core.facts import Passes
+from kbitcheck.core.pace import duration
 from kbitcheck.core.plan import Item, Plan
 from kbitcheck.core.report import Report, assemble
 from kbitcheck.core.result import Level, Result, Status

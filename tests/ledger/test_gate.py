@@ -77,6 +77,19 @@ def test_what_did_not_run_is_lost_and_told_once_for_all_its_rules() -> None:
     assert kinds(report(drop=(("KB505", INT8),)), ledger) == [("lost", "KB505", True)]
 
 
+def test_what_a_run_was_not_asked_for_names_who_left_it_out() -> None:
+    """A case is left out by one thing, a rule by another, and a cell that was asked for and did not run is lost."""
+    missing = report(drop=(("KB101", INT8), ("KB201", INT8), ("KB505", INT8), ("KB505", NF4), ("KB201", NF4)))
+    asked = gate.Selection(rules={"KB101", "KB201"}, cases={NF4}, rules_by="select in a file", cases_by="--quant")
+    found = [(b.kind, b.rules, b.cases, b.difference) for b in changes(missing, accepted(), selection=asked)]
+    assert found == [
+        (Kind.LOST, ("KB201",), (NF4,), "was PASS in the ledger, did not run"),
+        (Kind.UNSELECTED, ("KB101", "KB201", "KB505"), (INT8,), "was PASS in the ledger, left out by --quant"),
+        (Kind.UNSELECTED, ("KB505",), (NF4,), "was PASS in the ledger, left out by select in a file"),
+    ]
+    assert gate.judge(missing, accepted(), selection=asked).exit_code == 1
+
+
 def test_an_ignored_rule_is_not_missed() -> None:
     missing = report(drop=(("KB505", INT8), ("KB505", NF4)), subject={"ignored": {"kb5": "slow"}})
     assert kinds(missing, accepted()) == []

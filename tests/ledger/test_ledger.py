@@ -8,10 +8,11 @@ from datetime import date
 import pytest
 
 from kbitcheck.compare.accept import accept
+from kbitcheck.compare.gate import judge
 from kbitcheck.compare.ledger import Ledger
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.result import Party, Status
-from tests.ledger.reports import CODES, INT8, NF4, STACK, report, result
+from tests.ledger.reports import CODES, INT8, NF4, SPECS, STACK, report, result
 
 FAIL, SKIP = Status.FAIL, Status.SKIP
 SOME = report(
@@ -37,6 +38,30 @@ def test_a_ledger_says_what_was_judged_skipped_and_accepted() -> None:
     assert text.endswith("]\n")
     assert "\n\n\n" not in text
     assert "]\n[" not in text
+
+
+def test_a_rule_that_no_case_could_judge_is_not_listed() -> None:
+    """As one on a training script's own steps. It is new when it fails."""
+    nowhere = [result("KB711", case, SKIP) for case in (INT8, NF4)]
+    text = accept(report(*nowhere, result("KB101", NF4, SKIP)))
+    ledger = Ledger.parse(text)
+    assert (ledger.rules, ledger.skipped) == (CODES, {NF4: ("KB101",)})
+    judged = judge(report(*nowhere), ledger)
+    assert judged.gate is not None
+    assert (judged.gate["notes"], judged.gate["breaches"]) == ([], [])
+    assert judge(report(result("KB711", NF4, FAIL)), ledger).exit_code == 1
+
+
+def test_rules_about_compositions_are_judged_on_these_alone() -> None:
+    """As the full suite does, whose models are no compositions."""
+    specs = [*SPECS, dataclasses.replace(SPECS[0], composition="copy")]
+    whole = report(result("KB705", specs[2].id), subject={"cases": {spec.id: spec.as_json() for spec in specs}})
+    ledger = Ledger.parse(accept(whole))
+    assert ledger.expected.keys() == {(r.rule, r.case) for r in whole.results}
+    gated = judge(whole, ledger)
+    assert (gated.exit_code, gated.gate and gated.gate["breaches"]) == (0, [])
+    with pytest.raises(UsageError, match="the run is not complete"):
+        accept(dataclasses.replace(whole, results=whole.results[1:]))
 
 
 def test_accepting_the_same_again_changes_nothing() -> None:

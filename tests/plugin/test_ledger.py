@@ -63,11 +63,19 @@ def test_an_entry_that_is_fixed_is_stale(gated: Run) -> None:
     result.stdout.fnmatch_lines([f"stale KB201 says-please [[]{CASE}[]]*"])
 
 
-def test_what_is_lost_fails_the_session_though_no_test_does(gated: Run) -> None:
+def test_what_the_options_leave_out_fails_the_session_though_no_test_does(gated: Run) -> None:
     result = gated("rude", LEDGER.replace(f'cases = ["{CASE}"]', f'cases = ["{CASE}", "tiny:gpt2-nf4-off"]') + ACCEPTED)
     result.assert_outcomes(passed=3, skipped=1, xfailed=1)
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["*lost 5 rules*tiny:gpt2-nf4-off*"])
+    result.stdout.fnmatch_lines(
+        ["*unselected 5 rules*tiny:gpt2-nf4-off*left out by --kbit-model, --kbit-quant, --kbit-checkpointing*"]
+    )
+
+
+def test_a_case_that_no_option_leaves_out_is_lost(run: Run, subjects: Path) -> None:
+    (subjects / "kbit.toml").write_text(LEDGER.replace(CASE, "tiny:opt-nf4-off"))
+    result = run("--kbit-impl=rude.py:prepare", "--kbit-ledger=kbit.toml", "--kbit-select=KB101", "-k", "gpt2")
+    result.stdout.fnmatch_lines(["*lost*KB101*tiny:opt-nf4-off*did not run*"])
 
 
 @ALONE_OR_SPREAD

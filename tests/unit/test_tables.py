@@ -138,6 +138,26 @@ def test_what_got_worse_stands_first() -> None:
     assert same.count("Nothing, from any release to the next.") == 2
 
 
+def test_releases_are_in_the_order_that_installers_have() -> None:
+    ordered = [
+        "0.9.dev1",
+        "0.9a2",
+        "0.9rc1",
+        "0.9",
+        "0.9+cu128",
+        "0.9.post1",
+        "0.9.post10",
+        "0.9.1.dev0",
+        "0.9.1",
+        "0.10.0",
+        "1!0.1",
+    ]
+    rows = [Row(Subject(v, f"peft=={v}::a:b"), {"KB101": Mark.KEPT}, {}, STACK) for v in sorted(ordered)]
+    rows.append(replace(rows[0], subject=Subject("branch", "peft @ git+https://example.org/peft::a:b")))
+    pairs = [(older.subject.name, newer.subject.name) for older, newer in releases.releases(rows)]
+    assert pairs == list(pairwise(ordered))[::-1]
+
+
 def test_large_tables_are_small_files() -> None:
     for text in (matrix.render(of_releases(30), "html"), sweep.render(of_architectures(189), "html")):
         assert 50_000 < len(text.encode()) < 1_000_000

@@ -7,16 +7,19 @@ from pathlib import Path
 
 from kbitcheck.cli.cases import audit, examine, require_implementation, suite_cases
 from kbitcheck.cli.console import say
-from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, option
+from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, option, split_codes
 from kbitcheck.compare import accept, diff, gate
 from kbitcheck.compare.ledger import Ledger, options_of
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_NOTHING, Report
+from kbitcheck.core.rule import select
 from kbitcheck.models.sources import recipe
 from kbitcheck.report.output_file import OutputFile
+from kbitcheck.run.configuration import origins, read
 from kbitcheck.run.subject import validate
 
+LINES = 5  # of what is accepted; more would hide what is said after it
 Compare = Callable[[Report], Report]
 
 
@@ -35,7 +38,7 @@ def run(options: Options) -> int:
         raise UsageError("say what to compare with: --ledger FILE, or --against IMPL")
     specs = suite_cases(options.impl, options)
     if options.ledger:
-        compare = accepting(options.ledger, specs) if options.accept else comparing(options.ledger, specs)
+        compare = accepting(options.ledger, specs) if options.accept else comparing(options, specs)
         return audit("gate", specs, options, blame="own", compare=compare)
     if options.accept:
         raise UsageError("--accept writes a ledger, and --against has none")
@@ -45,11 +48,26 @@ def run(options: Options) -> int:
     return audit("gate", specs, options, blame="own", compare=against(options))
 
 
-def comparing(name: str, specs: Sequence[CaseSpec]) -> Compare:
-    """Compares a report with a ledger, which is read before anything is run."""
-    accepted = Ledger.read(name)
+def comparing(options: Options, specs: Sequence[CaseSpec]) -> Compare:
+    """Compares a report with the ledger, which is read before anything is run."""
+    accepted = Ledger.read(options.ledger)
     gate.check_options(accepted, options_of(specs[0].as_json()))
-    return lambda report: gate.judge(report, accepted, recipes=recipe.names())
+    selection = selected(options, specs)
+    return lambda report: gate.judge(report, accepted, recipes=recipe.names(), selection=selection)
+
+
+def selected(options: Options, specs: Sequence[CaseSpec]) -> gate.Selection:
+    """What the run was asked for, and which options or keys of the configuration say so."""
+    configuration = read()
+    names = {"models": "model", "quants": "quant", "checkpointing": "checkpointing", "compositions": "composition"}
+    values = {key: (f"--{name}", getattr(options, name)) for key, name in names.items()}
+    rules = select(split_codes(options.select), about={spec.about for spec in specs})
+    return gate.Selection(
+        rules={rule.code for rule in rules},
+        cases={spec.id for spec in specs},
+        rules_by=origins(configuration, {"select": ("--select", options.select)}) or f"--suite {options.suite}",
+        cases_by=origins(configuration, values) or f"--suite {options.suite}",
+    )
 
 
 def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
@@ -64,13 +82,26 @@ def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
             return report
         text = accept.accept(report, before, name=name)
         if text != before:
-            for breach in gate.breaches(gate.judge(report, old, recipes=recipe.names())):
-                say(f"accepted: {breach.line}")
+            for line in _accepted(
+                gate.breaches(gate.judge(report, old, recipes=recipe.names())), specs[0].implementation
+            ):
+                say(line)
             output.write(text)
         say(f"{name} is {'as it was' if text == before else 'written'}")
         return gate.judge(report, Ledger.parse(text, name=name), accepted=True, recipes=recipe.names())
 
     return compare
+
+
+def _accepted(breaches: Sequence[gate.Breach], implementation: str) -> list[str]:
+    """What is accepted, a line each; of many their number."""
+    if len(breaches) <= LINES:
+        return [f"accepted: {breach.line}" for breach in breaches]
+    codes = sorted({code for breach in breaches for code in breach.rules})
+    rules = f"{len(codes)} rules ({codes[0]} to {codes[-1]})" if len(codes) > 1 else codes[0]
+    return [
+        f"accepted: {len(breaches)} changes of {rules}; `kbitcheck impl {implementation}` shows what each rule found"
+    ]
 
 
 def against(options: Options) -> Compare:

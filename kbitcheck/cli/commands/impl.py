@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.cases import audit, install, require_implementation, suite_cases
-from kbitcheck.cli.console import echo, progress_bar
+from kbitcheck.cli.console import echo, progress
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, split_codes
 from kbitcheck.cli.show_report import show_report
 from kbitcheck.cli.signals import signals_as_interrupts
@@ -62,7 +62,7 @@ def run_fuzz(options: Options) -> int:
         options={name: value for name, value in with_kept(options.case, options.impl).items() if name != "seed"}
         | {"conditions": options.conditions or FEW},
     )
-    with signals_as_interrupts(), progress_bar(options.fuzz or None, quiet=options.quiet) as advance:
+    with signals_as_interrupts(), progress(None, options.fuzz or None, quiet=options.quiet) as advance:
         report = fuzz.fuzz(plan, timeout=options.timeout, on_event=advance, echo=echo if options.debug else None)
     show_report(report, options, output, epilogue=f"\n{fuzz.epilogue(report)}" if options.format == "text" else "")
     return report.exit_code

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from kbitcheck.cli.cases import examine, suite_cases
+from kbitcheck.cli.commands import gate
+from kbitcheck.cli.configured import configured
 from kbitcheck.cli.console import say
 from kbitcheck.cli.options import argument, option
+from kbitcheck.compare.ledger import Ledger
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS
 from kbitcheck.report.output_file import OutputFile
@@ -99,12 +103,15 @@ def create(path: Path, text: str) -> None:
 
 def accept(implementation: str, ledger: str, *, debug: bool) -> int:
     """Run the gate and accept what it yields; a conforming exit code where the ledger is written."""
-    from kbitcheck.cli.app import run_command  # which imports the commands
-
     say("the first ledger is a run of the quick suite: a minute or two on a CPU")
-    code = run_command("gate", [implementation, "--ledger", ledger, "--accept", *["--debug"] * debug])
+    options = configured(gate.Options, {"impl": implementation, "ledger": ledger, "accept": True, "debug": debug})
+    specs = suite_cases(implementation, options)
+    report = gate.accepting(ledger, specs)(examine("gate", specs, options, blame="own"))
     if not Path(ledger).exists():
-        return code
-    if 'reason = ""' in Path(ledger).read_text(encoding="utf-8"):
-        say(f"write a reason for each entry of {ledger}, or mend what it says: until then `kbitcheck gate` fails")
+        return report.exit_code
+    if missing := sum(not entry.reason for entry in Ledger.read(ledger).accepted):
+        entries = "1 entry" if missing == 1 else f"{missing} entries"
+        say(
+            f"{entries} of {ledger} without a reason: write it, or mend what the entry says; until then `kbitcheck gate` fails"
+        )
     return EXIT_CONFORMS

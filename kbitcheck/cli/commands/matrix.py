@@ -10,6 +10,7 @@ from kbitcheck.cli.console import say
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, option
 from kbitcheck.compare.matrix import Matrix, Row, Subject, row, subjects
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.pace import Pace
 from kbitcheck.core.report import Report
 from kbitcheck.core.version import TOOL
 from kbitcheck.report.output_file import OutputFile
@@ -40,9 +41,11 @@ def run(options: Options) -> int:
         return report
 
     rows: list[Row] = []
+    pace = Pace(len(chosen))
     for number, subject in enumerate(chosen, 1):
         rows.append(row(subject, judge))
-        say(f"{number}/{len(chosen)} {verdict(rows[-1])}")
+        if not options.quiet:
+            say(f"{number}/{len(chosen)} {verdict(rows[-1])}" + (f"; {pace.left(number)}" if pace.due() else ""))
         if not rows[-1].complete:
             break
     command = shlex.join(["kbitcheck", *sys.argv[1:]])
