@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.compare.matrix import Mark, Matrix
 from kbitcheck.compare.releases import Step
 from kbitcheck.compare.sweep import Row
@@ -38,6 +39,7 @@ MATRIX = (
     "--checkpointing", "default", "--checkpointing", "reentrant", "--reports", "results/reports",
 )  # fmt: skip
 # A broken rule is a result. What was interrupted, judged in nothing or not asked for rightly is none.
+RESULT = (0, 1, 3)
 MORE_OFTEN_TRUE = ("loads", "prepares", "trains")
 
 
@@ -50,6 +52,12 @@ def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
         yield name, ("sweep", "--task", task, *options, "--jobs", "2", "--output", f"results/sweep/{name}.json")
 
 
+def lacking() -> dict[str, str]:
+    """Why a table cannot be made here, by its name: its quantizer is not installed."""
+    reasons = {file_name(f"{task}-{quant}"): Quantization.parse(quant).backend.unavailable() for task, quant in SWEPT}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
 def renew(name: str, arguments: tuple[str, ...]) -> int:
     """Run a command; its exit code."""
     (RESULTS / "sweep").mkdir(parents=True, exist_ok=True)
@@ -57,8 +65,12 @@ def renew(name: str, arguments: tuple[str, ...]) -> int:
     ran = subprocess.run([sys.executable, "-m", "kbitcheck", *arguments, "--format", "json"], cwd=ROOT, check=False)
     for path in RESULTS.rglob("*.json"):
         path.write_text(ELSEWHERE.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
-    if name == "matrix" and ran.returncode in RESULT:
-        PAGE.write_text(page(RESULTS / "matrix.json"), encoding="utf-8")
+    if ran.returncode in RESULT:
+        (RESULTS / "sweep" / f"{name}.json.jsonl").unlink(
+            missing_ok=True
+        )  # rows to go on with: the next run starts anew
+        if name == "matrix":
+            PAGE.write_text(page(RESULTS / "matrix.json"), encoding="utf-8")
     return ran.returncode
 
 
@@ -134,6 +146,9 @@ def main(arguments: list[str]) -> int:
     if unknown := set(arguments) - set(tables):
         print(f"no such table: {' '.join(sorted(unknown))}; there are {' '.join(tables)}", file=sys.stderr)
         return 4
+    for name, reason in ({} if arguments else lacking()).items():
+        print(f"{name} stays as it is: {reason}", file=sys.stderr)
+        del tables[name]
     codes = {name: renew(name, tables[name]) for name in arguments or tables}
     for name, code in codes.items():
         print(f"{name}: exit code {code}", file=sys.stderr)
@@ -142,4 +157,3 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-RESULT = (0, 1, 3)

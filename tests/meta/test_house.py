@@ -70,6 +70,14 @@ def test_no_file_and_no_function_is_long_without_a_reason() -> None:
     assert {name: parts for name, parts in long.items() if parts} == {}
 
 
+def test_a_script_is_run_when_all_of_it_is_defined() -> None:
+    """What stands behind the line that runs a script exists for those who import it alone."""
+    folders = ("benchmarks", "docs", "kbitcheck", "reference")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        before = ast.parse(path.read_text(encoding="utf-8")).body[:-1]
+        assert not [node for node in before if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)], path
+
+
 def test_no_files_import_each_other() -> None:
     assert cycles() == []
 

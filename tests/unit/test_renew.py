@@ -6,10 +6,12 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.options import Parser, add_options
 from tests.scripts import benchmark
 
@@ -111,6 +113,33 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert renew.main(["matrix", "causal-lm-nf4"]) == 0
     monkeypatch.setattr(renew, "renew", lambda name, arguments: 2)
     assert renew.main(["matrix"]) == 2
+
+
+def test_a_table_that_is_whole_starts_anew_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are kept for a run that was interrupted alone."""
+    monkeypatch.setattr(renew, "RESULTS", tmp_path)
+    for code, kept in ((2, True), (1, False)):
+        rows = tmp_path / "sweep" / "causal-lm-nf4.json.jsonl"
+        rows.parent.mkdir(exist_ok=True)
+        rows.write_text("{}")
+        monkeypatch.setattr(renew.subprocess, "run", lambda *_, code=code, **__: SimpleNamespace(returncode=code))
+        assert renew.renew("causal-lm-nf4", ()) == code
+        assert rows.exists() is kept
+
+
+def test_a_quantizer_that_is_not_installed_leaves_its_table_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(renew, "renew", lambda name, arguments: run.append(name) or 0)
+    monkeypatch.setattr(
+        type(Quantization.parse("torchao-int8").backend), "unavailable", lambda _: "torchao is not installed"
+    )
+    assert renew.main([]) == 0
+    assert run == [name for name in dict(renew.commands()) if name != "causal-lm-torchao-int8"]
+    assert "causal-lm-torchao-int8 stays as it is: torchao is not installed" in capsys.readouterr().err
+    assert renew.main(["causal-lm-torchao-int8"]) == 0  # which says itself why it cannot run
+    assert run[-1] == "causal-lm-torchao-int8"
 
 
 def test_published_results_name_no_folder_of_a_machine() -> None:
