@@ -102,6 +102,20 @@ def test_nothing_runs_out_of_a_narrow_screen(tmp_path: Path) -> None:
     assert chromium.framed([*found.values()], tmp_path, script, widths=(390, 1600)) == [0] * 8
 
 
+def test_sentences_in_tables_are_read_whole_on_a_telephone(tmp_path: Path) -> None:
+    """What changed and what broke: a row is a card there, whose lines name their columns, and a row that is filtered out is gone."""
+    script = """
+      return [...document.querySelectorAll(".of-cards")].map((box) => {
+        const rows = [...box.querySelectorAll("tbody tr")], cell = rows[0].cells[1];
+        rows[1].hidden = true;
+        return [box.scrollWidth - box.clientWidth, getComputedStyle(cell, "::before").content !== "none", rows[1].offsetHeight];
+      });"""
+    shown = pages()
+    narrow, wide = [[0, True, 0]], [[0, False, 0]]
+    assert chromium.framed([shown["diff"]], tmp_path, script, widths=(390, 1600)) == [narrow, wide]
+    assert chromium.framed([shown["matrix"]], tmp_path, script) == [narrow * 3]
+
+
 def test_the_first_screen_of_a_telephone_has_the_three_numbers(tmp_path: Path) -> None:
     script = (
         """return [...document.querySelectorAll(".deciding li")].map((e) => e.getBoundingClientRect().bottom <= 844);"""

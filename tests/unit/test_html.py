@@ -121,7 +121,10 @@ def test_the_page_tells_of_the_gate_and_hides_what_is_accepted() -> None:
     ledger = Ledger.parse(accept(report(result("KB505", NF4, Status.FAIL))).replace('reason = ""', 'reason = "so"'))
     text = html.render(gate.judge(failing, ledger))
     assert 'id="changes"' in text
-    assert '<tr><th scope="row">KB201 norms-fp32</th><td class="bad" data-key="1">worse</td><td>regressed</td>' in text
+    assert (
+        '<tr><th scope="row">KB201 norms-fp32</th><td class="bad" data-key="1" data-label="direction">worse</td><td data-label="change">regressed</td>'
+        in text
+    )
     assert text.index('<h2 id="changes"') < text.index('<h2 id="broken-rules"')
     assert "KB505 one-hook-and-removable</strong>" not in text
 
@@ -130,7 +133,10 @@ def test_a_comparison_shows_what_got_worse_first_and_what_got_better_last() -> N
     before = report(result("KB101", NF4, Status.FAIL), result("KB505", INT8, Status.FAIL))
     after = report(result("KB505", NF4, Status.FAIL), result("KB201", NF4, Status.SKIP))
     page = html.render(gate.settle(after, "a.json", diff.compare(before, after, names=("a.json", "b.json"))))
-    rows = re.findall(r'<tr><th scope="row">(KB\d+) .*?</th><td class="\w+" data-key="\d">(\w+)</td><td>(\w+)', page)
+    rows = re.findall(
+        r'<tr><th scope="row">(KB\d+) .*?</th><td class="\w+" data-key="\d" data-label="direction">(\w+)</td><td data-label="change">(\w+)',
+        page,
+    )
     assert rows == [
         ("KB505", "worse", "regressed"), ("KB201", "worse", "lost"), ("KB101", "better", "fixed"), ("KB505", "better", "fixed"),
     ]  # fmt: skip

@@ -17,6 +17,7 @@ def changes(breaches: Sequence[Breach]) -> Sortable:
         columns=("rule", "direction", "change", "difference", "cases", "do"),
         rows=[_row(breach) for breach in ordered],
         chosen=("direction", "change"),
+        cards=True,
     )
 
 

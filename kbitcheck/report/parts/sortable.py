@@ -18,7 +18,8 @@ class Cell:
 class Sortable:
     """Rows as they stand before anyone sorts them; the first cell names its row.
 
-    ``chosen`` are the columns that one can choose a value of; ``titles`` say more of a column.
+    ``chosen`` are the columns that one can choose a value of; ``titles`` say more of a column. With ``cards`` a narrow screen shows
+    each row as a card, a line a cell: what has sentences in its cells cannot be read column by column there.
     """
 
     caption: str
@@ -26,6 +27,7 @@ class Sortable:
     rows: Sequence[Sequence[Cell]]
     chosen: Sequence[str] = ()
     titles: Mapping[str, str] = field(default_factory=dict)
+    cards: bool = False
 
     @property
     def choices(self) -> dict[int, list[str]]:

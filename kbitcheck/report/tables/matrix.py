@@ -165,6 +165,7 @@ def _steps(caption: str, changed: Sequence[Step]) -> Sortable:
             for step in changed
         ],
         chosen=("release", "now"),
+        cards=True,
     )  # fmt: skip
 
 
@@ -185,4 +186,5 @@ def _broken(matrix: Matrix) -> Sortable:
             for row, code, mark, by_case in broken
         ],
         chosen=(HEAD[0], "mark"),
+        cards=True,
     )  # fmt: skip
