@@ -121,10 +121,8 @@ def test_the_page_tells_of_the_gate_and_hides_what_is_accepted() -> None:
     ledger = Ledger.parse(accept(report(result("KB505", NF4, Status.FAIL))).replace('reason = ""', 'reason = "so"'))
     text = html.render(gate.judge(failing, ledger))
     assert 'id="changes"' in text
-    assert (
-        '<tr><th scope="row">KB201 norms-fp32</th><td class="bad" data-key="1" data-label="direction">worse</td><td data-label="change">regressed</td>'
-        in text
-    )
+    cells = '<td class="bad" data-key="1" data-label="direction">worse</td><td data-label="change">regressed</td>'
+    assert f'<tr><th scope="row">KB201 norms-fp32</th>{cells}' in text
     assert text.index('<h2 id="changes"') < text.index('<h2 id="broken-rules"')
     assert "KB505 one-hook-and-removable</strong>" not in text
 
