@@ -131,7 +131,12 @@ def test_a_quantizer_that_is_not_installed_leaves_its_table_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     run: list[str] = []
-    monkeypatch.setattr(renew, "renew", lambda name, arguments: run.append(name) or 0)
+
+    def once(name: str, arguments: object) -> int:
+        run.append(name)
+        return 0
+
+    monkeypatch.setattr(renew, "renew", once)
     monkeypatch.setattr(
         type(Quantization.parse("torchao-int8").backend), "unavailable", lambda _: "torchao is not installed"
     )
