@@ -1,4 +1,4 @@
-"""Scripts beside the package, imported as modules."""
+"""Files beside the package; scripts are imported as modules."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
 
 def benchmark(name: str) -> Any:
     """The script ``benchmarks/NAME.py``."""
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    path = ROOT / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"kbitcheck_benchmarks_{name}", path)
     assert spec is not None
     assert spec.loader is not None
