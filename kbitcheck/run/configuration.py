@@ -14,6 +14,7 @@ from kbitcheck.core.errors import UsageError
 from kbitcheck.core.rule import select
 from kbitcheck.core.suggest import did_you_mean
 
+BYTE_ORDER_MARK = "\ufeff"
 OWN_FILE, SHARED_FILE, TABLE = "kbitcheck.toml", "pyproject.toml", "[tool.kbitcheck]"
 
 Schema = Mapping[str, Any]
@@ -139,13 +140,15 @@ def _tables(folder: Path) -> Iterator[tuple[Path, Any]]:
     shared, own = folder / SHARED_FILE, folder / OWN_FILE
     if shared.is_file() and "kbitcheck" in (text := _text(shared)):
         tool = _toml(shared, text).get("tool", {})
-        if "kbitcheck" in tool:
+        if isinstance(tool, dict) and "kbitcheck" in tool:
             yield shared, tool["kbitcheck"]
     if own.exists() or own.is_symlink():
         yield own, _toml(own, _text(own))
 
 
 def _text(path: Path) -> str:
+    if path.is_fifo() or path.is_socket() or path.is_char_device():  # which would be waited for
+        raise UsageError(f"cannot read {os.path.relpath(path)}: it is no file")
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -155,6 +158,10 @@ def _text(path: Path) -> str:
 
 
 def _toml(path: Path, text: str) -> dict[str, Any]:
+    if text.startswith(BYTE_ORDER_MARK):
+        raise UsageError(
+            f"{os.path.relpath(path)} begins with a byte order mark, which TOML has not: save it as UTF-8 without one"
+        )
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -169,6 +176,8 @@ def _checked(path: Path, table: Any) -> Mapping[str, Any]:
     for name, value in table.items():
         if name not in KEYS:
             hint = did_you_mean(name, KEYS) or f"; use {', '.join(KEYS)}"
+            if name in ("tool", "kbitcheck") and isinstance(value, dict):
+                hint = f": here keys stand without a table; {TABLE} is that of {SHARED_FILE}"
             raise UsageError(f"{where}: no such key: {name}{hint}")
         for problem in _problems(KEYS[name].values, value, name):
             raise UsageError(f"{where}: {problem}")

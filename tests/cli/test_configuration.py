@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ WRONG = [
     ("kbitcheck.toml", b'ignore = ["KB101"]', "ignore is a table of codes to reasons, not a list"),
     ("kbitcheck.toml", b"models = [", "kbitcheck.toml is not TOML: "),
     ("kbitcheck.toml", b'ledger = "\xe9"', "cannot read kbitcheck.toml: byte 10 is not UTF-8"),
+    ("kbitcheck.toml", b"\xef\xbb\xbfjobs = 1", "kbitcheck.toml begins with a byte order mark"),
+    ("kbitcheck.toml", b"[tool.kbitcheck]\njobs = 1", "no such key: tool: here keys stand without a table"),
+    ("kbitcheck.toml", b"[kbitcheck]\njobs = 1", "no such key: kbitcheck: here keys stand without a table"),
     ("kbitcheck.toml", None, "cannot read kbitcheck.toml: Is a directory"),
     ("pyproject.toml", b"[tool]\nkbitcheck = 1", "pyproject.toml [tool.kbitcheck] is no table, but 1"),
     ("pyproject.toml", b'[tool.kbitcheck]\nadapters = "lora"', "no such --adapters: 'lora' (did you mean peft:LoRA?)"),
@@ -62,6 +66,18 @@ def test_a_wrong_file_is_one_line(door: Door, name: str, content: bytes | None, 
         ran = door(*command)
         assert (ran.returncode, ran.stderr.count("\n"), ran.stdout) == (4, 1, "")
         assert line in ran.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "kbitcheck.toml")
+    with pytest.raises(UsageError, match=r"kbitcheck\.toml: it is no file"):
+        read(tmp_path)
+
+
+def test_a_project_whose_tool_is_no_table_has_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('tool = "kbitcheck"')
+    assert not read(tmp_path)
 
 
 def test_each_key_holds_where_the_command_line_has_nothing(door: Door) -> None:
