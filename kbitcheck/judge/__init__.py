@@ -2,6 +2,7 @@
 
 from kbitcheck.judge import (
     adapter,
+    adapter_base,
     audit,
     batches,
     checkpointing,
@@ -23,6 +24,7 @@ from kbitcheck.judge import (
 
 __all__ = [
     "adapter",
+    "adapter_base",
     "audit",
     "batches",
     "checkpointing",

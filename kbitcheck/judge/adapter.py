@@ -7,7 +7,7 @@ from math import prod
 from kbitcheck.core.anatomy import group_of, norm_parameters
 from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.facts import Facts, ModelFacts
-from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
+from kbitcheck.core.facts.adapter import Replacement, SavedAdapter, SavedLayer
 from kbitcheck.core.result import Level, Observation
 from kbitcheck.core.rule import rule
 
@@ -28,7 +28,8 @@ def targets_match(facts: Facts) -> Iterable[Observation]:
     adapter = facts.adapter
     if not (adapter.asked or adapter.pattern):
         raise NotApplicable("its configuration names no targets")
-    modules = [layer.of_base for layer in adapter.layers.values() if not layer.whole]
+    layers = [layer for layer in adapter.layers.values() if not layer.whole or any(t.trains for t in layer.replacing)]
+    modules = [layer.of_base for layer in layers]
     if adapter.pattern:
         some = any(re.fullmatch(adapter.pattern, module) for module in modules)
         yield Observation.either(adapter.pattern, "a layer of the adapter", "none", ok=some)
@@ -39,7 +40,7 @@ def targets_match(facts: Facts) -> Iterable[Observation]:
         base = facts.base
     except Unavailable:
         return
-    yield Observation("reach", "told", "told", ok=True, note=f"it reaches {_reach(modules, base)}")
+    yield Observation("reach", "told", "told", ok=True, note=f"it reaches {_reach(layers, base)}")
 
 
 def _names(target: str, module: str) -> bool:
@@ -47,15 +48,19 @@ def _names(target: str, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in (target, target.rpartition(".")[0]) if name)
 
 
-def _reach(modules: Iterable[str], base: ModelFacts) -> str:
-    """The share of the base's weights in these modules, and of each group that has any weight to speak of."""
-    reached, norms = set(modules), norm_parameters(base)
+def _reach(layers: Iterable[SavedLayer], base: ModelFacts) -> str:
+    """The share of the base's weights that these layers reach, and of each group that has any weight to speak of."""
+    norms = norm_parameters(base)
+    reached = {layer.of_base for layer in layers if not layer.replaced}
+    own = {f"{layer.of_base}.{t.of_base}": t for layer in layers for t in layer.replacing if t.trains}
     every: dict[str, list[int]] = {}
     for parameter in {p.storage: p for p in reversed(list(base.parameters.values()))}.values():
         count = every.setdefault(group_of(parameter, base, norms), [0, 0])
         size = prod(parameter.shape)
         count[1] += size
-        count[0] += size if parameter.name.rpartition(".")[0] in reached else 0
+        tensor = own.get(parameter.name)
+        if parameter.name.rpartition(".")[0] in reached or tensor is not None:
+            count[0] += size if tensor is None or tensor.rows is None else min(size, prod(tensor.shape))
     total = [sum(column) for column in zip(*every.values(), strict=True)]
     shares = {"of the weights": total, **{name: c for name, c in every.items() if c[1] > 0.01 * total[1]}}
     texts = [f"{c[0] / c[1]:.0%} {name}" for name, c in shares.items()]
@@ -64,32 +69,52 @@ def _reach(modules: Iterable[str], base: ModelFacts) -> str:
 
 @rule("KB806", "adapter-moved", Level.MUST, about="adapter")
 def adapter_moved(facts: Facts) -> Iterable[Observation]:
-    """The adapter is not what it was at its start: of the tensors that start at zero, some are not zero.
+    """The adapter is not what it was at its start: of the tensors that start at zero, some are not zero. Where all that it stores are
+    tensors in the place of the base's, some are not the base's; these are compared with ``--base``.
 
     Why: an adapter at its start changes nothing, and a run that never moved it looks alive: losses are logged, files are written.
     Symptom: the model answers as its base does.
     Fix: look at the run with ``kbitcheck watch``: its optimizer held other parameters, or its learning rate was zero.
     Sources: trl#6701, peft#3415, LoRA#156.
     """
-    seen = _that_tell(facts.adapter)
+    adapter = facts.adapter
+    if adapter.layers and all(layer.replaced for layer in adapter.layers.values()):
+        _ = facts.replaced  # why there is none
+        whole = _trained_whole(facts)
+        if not whole:
+            raise NotApplicable("the base has no tensor beside which it could be seen")
+        where = f"{len(whole)} tensor{'s' * (len(whole) > 1)} stored whole"
+        moved = any(each.rows for each in whole.values())
+        yield Observation.either(where, "not the base's, in some", "the base's, in all", ok=moved)
+        return
+    seen = _that_tell(adapter)
+    if not seen:
+        raise NotApplicable(_untold(adapter))
     alive = sum(bool(layer.moved) for layer in seen)
-    parts = sorted({part for layer in seen for part in layer.tensors if part in facts.adapter.starts})
+    parts = sorted({part for layer in seen for part in layer.tensors if part in adapter.starts})
     where = f"{', '.join(parts)} of {len(seen)} layer{'s' * (len(seen) > 1)}"
     yield Observation.either(where, "moved away from zero in some layer", "zero in all of them", ok=alive > 0)
 
 
 @rule("KB807", "every-layer-moved", Level.SHOULD, about="adapter")
 def every_layer_moved(facts: Facts) -> Iterable[Observation]:
-    """Each layer of the adapter moved, and of a stack of experts each expert.
+    """Each layer of the adapter moved, of a stack of experts each expert, and, with ``--base``, each tensor that trains whole.
 
     Why: layers that no gradient reached, or that the optimizer did not hold, are stored like the others.
     Symptom: an adapter that does less than its size says.
     Fix: ``kbitcheck watch`` names layers without gradients or updates; experts that no token reached need more data.
     Sources: open-unlearning#178.
     """
-    seen = _that_tell(facts.adapter)
-    if not any(layer.moved for layer in seen):
+    adapter = facts.adapter
+    seen = _that_tell(adapter)
+    replaced = _trained_whole(facts) if any(layer.replacing for layer in adapter.layers.values()) else {}
+    if not seen and not replaced:
+        raise NotApplicable(_untold(adapter))
+    alive = [bool(layer.moved) for layer in seen] or [each.rows > 0 for each in replaced.values()]
+    if not any(alive) and (seen or all(layer.replaced for layer in adapter.layers.values())):
         raise NotApplicable("none moved: KB806 says so")
+    for key, each in replaced.items():
+        yield Observation.either(key, "moved away from the base's", "the base's", ok=each.rows > 0)
     for layer in seen:
         still = f"zero in experts {', '.join(map(str, layer.still))}" if layer.still else "zero"
         ok = bool(layer.moved) and not layer.still
@@ -98,12 +123,20 @@ def every_layer_moved(facts: Facts) -> Iterable[Observation]:
 
 def _that_tell(adapter: SavedAdapter) -> list[SavedLayer]:
     """The layers of which the file says whether they moved."""
-    if not adapter.starts:
-        raise NotApplicable(f"cannot be told: {adapter.cannot_tell}")
-    seen = [layer for layer in adapter.layers.values() if layer.moved is not None]
-    if not seen:
-        raise NotApplicable(NO_LAYERS)
-    return seen
+    return [layer for layer in adapter.layers.values() if layer.moved is not None]
+
+
+def _untold(adapter: SavedAdapter) -> str:
+    return NO_LAYERS if adapter.starts else f"cannot be told: {adapter.cannot_tell}"
+
+
+def _trained_whole(facts: Facts) -> Mapping[str, Replacement]:
+    """The tensors that trained in the place of the base's, beside these; none where the base's weights are not at hand."""
+    trained = {t.key for layer in facts.adapter.layers.values() for t in layer.replacing if t.trains}
+    try:
+        return {key: each for key, each in facts.replaced.items() if key in trained}
+    except Unavailable:
+        return {}
 
 
 @rule("KB808", "adapter-finite", Level.MUST, about="adapter")
@@ -142,52 +175,11 @@ def adapter_whole(facts: Facts) -> Iterable[Observation]:
         if layer.rank is not None and layer.asked is not None:
             actual = f"rank {layer.rank}"
             yield Observation(layer.module, f"rank {layer.asked}", actual, ok=layer.rank == layer.asked)
+        for tensor in layer.replacing:
+            if tensor.rows is not None:
+                expected, actual = f"{len(tensor.rows):,} rows, as tokens that train", f"{tensor.shape[0]:,} rows"
+                yield Observation.either(tensor.key, expected, actual, ok=len(tensor.rows) == tensor.shape[0])
         yield Observation(layer.module or "shared", "tensors", "tensors", ok=True)
-
-
-@rule("KB810", "adapter-fits-base", Level.MUST, about="adapter")
-def adapter_fits_base(facts: Facts) -> Iterable[Observation]:
-    """The base has every module that the adapter stores something for, with weights of the size that the adapter needs.
-
-    Why: what the base lacks is left out when the adapter is loaded, with a warning at most.
-    Symptom: "unexpected keys"; the model answers as its base does.
-    Fix: load the adapter on the base, and with the release of transformers, that it was trained with.
-    Sources: gpt-oss-recipes#21, qlora#278.
-    """
-    base, weights = facts.base, _weights(facts.base)
-    layers = [layer for layer in facts.adapter.layers.values() if layer.module]
-    if not layers:
-        raise NotApplicable(NO_LAYERS)
-    for layer in layers:
-        if layer.of_base not in base.modules:
-            yield Observation(layer.module, f"a module of {base.cls}", "no such module", ok=False)
-            continue
-        for part, sizes in _sizes(layer).items():
-            possible = weights.get(layer.of_base, set())
-            actual = f"{part} for a weight of {' by '.join(map(str, sorted(sizes)))}"
-            expected = f"a weight of {' or '.join(sorted(' by '.join(map(str, sorted(p))) for p in possible))}"
-            yield Observation(layer.module, expected, actual, ok=not possible or sizes in possible)
-        yield Observation(layer.module, "a module", "a module", ok=True)
-
-
-def _weights(base: ModelFacts) -> Mapping[str, set[frozenset[int]]]:
-    """By module, the numbers of rows and columns of its matrices, whichever way they lie; those of a stack are its experts'."""
-    sizes: dict[str, set[frozenset[int]]] = {}
-    for parameter in base.parameters.values():
-        if len(parameter.shape) >= 2:
-            owner = parameter.name.rpartition(".")[0]
-            sizes.setdefault(owner, set()).add(frozenset(parameter.shape[-2:]))
-    return sizes
-
-
-def _sizes(layer: SavedLayer) -> Mapping[str, frozenset[int]]:
-    """The rows and columns that low-rank factors add to."""
-    if layer.rank is None:
-        return {}
-    for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        if first in layer.tensors and len(layer.tensors[first].shape) == 2:
-            return {first: frozenset((layer.tensors[first].shape[1], layer.tensors[second].shape[0]))}
-    return {}
 
 
 @rule("KB804", "merge-complete", Level.MUST, about="adapter")
@@ -211,6 +203,18 @@ def merge_complete(facts: Facts) -> Iterable[Observation]:
             )
         actual = f"off by {layer.restored:.2g} of the weights"
         yield Observation(layer.module, "restored by unmerging", actual, ok=layer.restored <= RESTORED)
+    for one, other in _half_of_a_tie(facts.adapter, facts.base):
+        note = f"the base ties {other} to {one}, and the adapter trains one: transformers 4 ties a merged model again when it loads it"
+        yield Observation(one, "merged alone", "merged alone", ok=True, note=note)
+
+
+def _half_of_a_tie(adapter: SavedAdapter, base: ModelFacts) -> Iterable[tuple[str, str]]:
+    """The parameters that train whole, each with one that the base ties to it and that does not."""
+    whole = {f"{layer.of_base}.{t.of_base}" for layer in adapter.layers.values() for t in layer.replacing if t.trains}
+    by_storage = {p.storage: name for name, p in base.parameters.items() if name in whole}
+    for name, parameter in base.parameters.items():
+        if name not in whole and parameter.storage in by_storage:
+            yield by_storage[parameter.storage], name
 
 
 @rule("KB805", "merge-error", Level.INFO, about="adapter")
@@ -225,6 +229,8 @@ def merge_error(facts: Facts) -> Iterable[Observation]:
     Sources: specification KB805; axolotl#3771, unsloth-zoo#810.
     """
     merge = facts.merge
+    if not merge.effect:
+        raise NotApplicable("it does nothing to the logits of the text that is tried")
     for name, error in merge.errors.items():
         expected = f"less than the {merge.effect:.2%} that the adapter does"
         yield Observation(name, expected, f"logits off by {error:.2%}", ok=error < merge.effect)

@@ -69,9 +69,9 @@ def _saved(fault: Fault) -> AdapterCase:
     with TemporaryDirectory() as name:
         folder = Path(name)
         files.save(folder)
-        case = AdapterCase(folder, base=fault.model if fault.code in ("KB804", "KB805") else "", merging=fault.merge)
-        if fault.code in ("KB804", "KB805"):
-            _ = case.merge  # reads the files, which are gone afterwards
+        case = AdapterCase(folder, base=fault.model if fault.beside else "", merging=fault.merge)
+        if fault.beside:
+            _ = case.merge, case.replaced  # read the files, which are gone afterwards
         return case
 
 

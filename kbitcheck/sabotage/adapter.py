@@ -14,6 +14,7 @@ from kbitcheck.sabotage.fault import merges, saves
 RANK = 4
 TARGETS = ("q_proj", "v_proj")
 PREFIX = "base_model.model."
+HEAD = f"{PREFIX}lm_head.weight"
 
 
 RATIO = 0.02  # of the weights' spread: what a fine-tune adds, which a 4-bit grid has no place for
@@ -45,6 +46,12 @@ class Files:
         self.config["target_parameters"] = [f"mlp.experts.{parameter}"]
         self.tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(experts * RANK, inner)
         self.tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(outer, experts * RANK)
+
+    def add_head(self) -> None:
+        """Add a head that trained whole, as the base has it."""
+        self.config["modules_to_save"] = ["lm_head"]
+        head = resolve(self.config["base_model_name_or_path"]).load_unquantized().get_output_embeddings()
+        self.tensors[HEAD] = head.weight.detach().float()
 
     def of(self, part: str) -> Mapping[str, torch.Tensor]:
         """The tensors whose names contain ``part``."""
@@ -89,6 +96,12 @@ def one_expert_never_trained(files: Files) -> None:
     stack[:, 1 :: stack.shape[1] // RANK] = 0
 
 
+@saves("KB807", beside=True)
+def a_head_that_never_trained(files: Files) -> None:
+    """It is stored whole, and is the base's."""
+    files.add_head()
+
+
 @saves("KB808")
 def one_number_overflowed(files: Files) -> None:
     next(iter(files.of("lora_A").values()))[1, 2] = float("inf")
@@ -116,6 +129,12 @@ def the_base_is_wider(files: Files) -> None:
         files.tensors[key] = torch.cat([tensor, tensor], dim=1)
 
 
+@saves("KB810")
+def a_head_of_another_width(files: Files) -> None:
+    files.add_head()
+    files.tensors[HEAD] = files.tensors[HEAD][:, 1:]
+
+
 @merges("KB804")
 def values_are_never_merged(layer: Any) -> None:
     if layer.out_features > layer.in_features // 2:  # the queries', here
@@ -139,7 +158,7 @@ def a_merge_scales_by_the_rank_alone(layer: Any) -> None:
     layer.scaling["default"] = own
 
 
-@saves("KB805")
+@saves("KB805", beside=True)
 def what_it_adds_is_finer_than_the_grid(files: Files) -> None:
     for tensor in files.of("lora_").values():
         tensor.mul_(RATIO)

@@ -42,7 +42,8 @@ class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
     ``train`` is a training script instead, which prepares and trains the model; ``save`` damages an adapter
-    that was saved, ``merge`` merges a layer of it badly. ``compose`` spoils the processes of a ``composition``.
+    that was saved, ``merge`` merges a layer of it badly; with ``beside`` it is judged beside its base's weights.
+    ``compose`` spoils the processes of a ``composition``.
     ``config`` has the fields of the model's
     configuration that differ. The rule ``code`` must catch the fault on the fault's case; with ``alone`` no other rule may
     fail. ``conditions`` are those that the case looks at (``CaseSpec``): the one
@@ -54,6 +55,7 @@ class Fault:
     name: str
     level: FaultLevel = "implementation"
     model: str = "tiny:gpt2"
+    beside: bool = False
     adapters: str = "reference"
     quant: str = "nf4"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -147,7 +149,7 @@ def merges(code: str, **case: Any) -> Register:
 
     def register(merge: Callable[[Any], None]) -> Callable[[Any], None]:
         fields = {"model": "tiny:llama", **case}
-        _faults.append(Fault(code=code, name=merge.__name__, level="saved", merge=merge, **fields))
+        _faults.append(Fault(code=code, name=merge.__name__, level="saved", merge=merge, beside=True, **fields))
         return merge
 
     return register

@@ -40,7 +40,6 @@ CANNOT_BE_TOLD = {
     "random": peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False),
     "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "vera": peft.VeraConfig(r=4, target_modules=["q_proj"]),
-    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
 }
 
@@ -222,6 +221,99 @@ def test_rules_about_models_are_not_about_adapters(saved):
     assert main.run(["model", "tiny:llama", "--static", "--select", "KB806"]) == 4
 
 
+LORA: dict[str, Any] = {"r": 4, "target_modules": TARGETS}
+WHOLE = {
+    "a head": (peft.LoraConfig(**LORA, modules_to_save=["lm_head"]), "KB807"),
+    "tokens": (peft.LoraConfig(**LORA, trainable_token_indices=[7, 3]), "KB807"),
+    "a start that no file keeps": (
+        peft.LoraConfig(**LORA, init_lora_weights="pissa", modules_to_save=["lm_head"]),
+        "KB807",
+    ),
+    "norms": (peft.LNTuningConfig(target_modules=["input_layernorm"]), "KB806"),
+    "tokens alone": (peft.TrainableTokensConfig(token_indices=[5, 1], target_modules=["embed_tokens"]), "KB806"),
+}
+
+
+def move(model: Any, which: str = "") -> Any:
+    """A model of PEFT's whose trainable parameters with ``which`` in their names moved."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and which in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_trains_whole_is_told_from_the_bases_own(name, tmp_path):
+    config, code = WHOLE[name]
+    model: Any = move(peft.get_peft_model(resolve("tiny:llama").load_unquantized().float(), config), "lora_")
+    model.save_pretrained(tmp_path / "still")
+    move(model).save_pretrained(tmp_path / "moved")
+    codes = ["KB801", "KB806", "KB807", "KB809", "KB810"]
+    still, moved = (judge(tmp_path / which, base="tiny:llama", select_codes=codes) for which in ("still", "moved"))
+    assert [result.rule for result in still if result.failures] == [code]
+    assert "as in the base" in str(still)
+    assert [result.rule for result in moved if result.failures] == []
+    assert statuses(moved)[code] is Status.PASS
+    assert "off the base's" in str(moved)
+    assert statuses(judge(tmp_path / "still", select_codes=["KB806"]))["KB806"] is not Status.FAIL
+
+
+def test_the_reach_of_what_trains_whole_is_what_is_stored(tmp_path):
+    config = peft.LoraConfig(**LORA, modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+    peft.get_peft_model(base(), config).save_pretrained(tmp_path)
+    (note,) = next(r.notes for r in judge(tmp_path, base="tiny:llama", select_codes=["KB801"]))
+    assert "100% head" in note
+    assert "1% embeddings" in note  # two of 261 rows
+
+
+@pytest.fixture
+def with_head(saved, tmp_path):
+    """Files of an adapter with a head that trains whole, whose tensors and configuration a test changes."""
+    config = peft.LoraConfig(**LORA, modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+    folder = shutil.copytree(saved("head and tokens", config), tmp_path / "adapter")
+
+    def change(key="", tensor=lambda t: t, **fields):
+        tensors = load_file(folder / WEIGHTS)
+        save_file({k: tensor(t).contiguous() if key and key in k else t for k, t in tensors.items()}, folder / WEIGHTS)
+        stated = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**stated, **fields}))
+        return judge(folder, base="tiny:llama", select_codes=["KB809", "KB810"])
+
+    return change
+
+
+def test_a_tensor_stored_whole_has_the_shape_of_the_bases(with_head):
+    assert set(statuses(with_head()).values()) == {Status.PASS}
+    narrow = with_head("lm_head", lambda head: head[:, 1:])
+    assert statuses(narrow)["KB810"] is Status.FAIL
+    assert "261 by 107" in str(narrow)
+
+
+def test_a_head_with_more_tokens_needs_a_base_that_is_resized(with_head):
+    report = with_head("lm_head", lambda head: torch.cat([head, head[:3]]))
+    assert statuses(report)["KB810"] is Status.PASS
+    assert "resize_token_embeddings(264)" in str(report)
+
+
+def test_a_head_of_a_task_is_no_module_of_the_base(with_head, saved, tmp_path):
+    assert statuses(with_head(task_type="SEQ_CLS"))["KB810"] is Status.PASS
+    folder = shutil.copytree(saved("lora", STARTS_AT_ZERO["lora"]), tmp_path / "scores")
+    score = {"base_model.model.score.weight": torch.ones(2, 108)}
+    save_file(load_file(folder / WEIGHTS) | score, folder / WEIGHTS)
+    stated = json.loads((folder / CONFIG).read_text()) | {"modules_to_save": ["score"]}
+    for task, status in (("SEQ_CLS", Status.PASS), ("CAUSAL_LM", Status.FAIL)):
+        (folder / CONFIG).write_text(json.dumps({**stated, "task_type": task}))
+        assert statuses(judge(folder, base="tiny:llama", select_codes=["KB810"]))["KB810"] is status
+
+
+def test_tokens_that_train_have_a_row_each_in_file_and_base(with_head):
+    assert statuses(with_head(trainable_token_indices=[1, 2, 3]))["KB809"] is Status.FAIL
+    assert statuses(with_head(trainable_token_indices={"embed_tokens": [1, 260]}))["KB810"] is Status.PASS
+    beyond = with_head(trainable_token_indices=[1, 261])
+    assert (statuses(beyond)["KB809"], statuses(beyond)["KB810"]) == (Status.PASS, Status.FAIL)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """An adapter of ``tiny:llama`` whose deltas are a tenth of the weights', and its report beside the base."""
@@ -270,6 +362,26 @@ def test_an_expert_that_a_merge_leaves_out_is_named(tmp_path):
     places = {f.where: f.actual for f in core_judge(rules()["KB804"], case).failures if "times" in f.actual}
     assert set(places.values()) == {"0 times that"}
     assert {place.partition(", ")[2] for place in places} == {"expert 0"}
+
+
+def test_what_trains_whole_is_followed_through_a_merge(tmp_path):
+    config = peft.LoraConfig(**LORA, modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+    move(peft.get_peft_model(resolve("tiny:llama").load_unquantized().float(), config)).save_pretrained(tmp_path)
+    whole = {"lm_head.weight", "model.embed_tokens.weight"}
+    case = AdapterCase(tmp_path, base="tiny:llama", merging=lambda module: None)
+    left_out = {f.where: f.actual for f in core_judge(rules()["KB804"], case).failures}
+    assert {left_out[name] for name in whole} == {"0 times that"}
+    sound = AdapterCase(tmp_path, base="tiny:llama")
+    assert core_judge(rules()["KB804"], sound).status is Status.PASS
+    assert whole < {layer.module for layer in sound.merge.layers}
+
+
+def test_half_of_a_tie_that_trains_is_noted(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["wte"], fan_in_fan_out=True)
+    move(peft.get_peft_model(resolve("tiny:gpt2").load_unquantized().float(), config)).save_pretrained(tmp_path)
+    result = core_judge(rules()["KB804"], AdapterCase(tmp_path, base="tiny:gpt2"))
+    assert result.status is Status.PASS
+    assert any("ties lm_head.weight to transformer.wte.weight" in note for note in result.notes)
 
 
 def test_a_base_without_weights_is_compared_and_not_merged(saved, tmp_path):

@@ -36,6 +36,7 @@ SETTINGS = {
     "by_hand",
     "adapter",
     "merge",
+    "replaced",
     "composition",
 }
 PATHS = {"_paths"}  # read first, where a fact may be a cut's

@@ -34,6 +34,7 @@ ATTRIBUTES = {
     "composition",
     "adapter",
     "merge",
+    "replaced",
 }  # set when a case is opened
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 class SavedTensor:
     """One stored tensor; ``key`` is its name in the file, ``part`` what it is to its layer: ``lora_A``, or ``weight`` of a module.
 
-    ``not_finite`` counts the numbers that are infinite or not a number. ``at_zero``: every number is zero.
+    ``not_finite`` counts the numbers that are infinite or not a number. ``at_zero``: every number is zero. ``own``: it takes the place of
+    the base's own tensor of this name; ``trains``: because the configuration says so, and not only to go with the adapter. ``rows`` are those
+    of the base's weight that it takes the place of; None where the tensor is no list of rows.
     """
 
     key: str
@@ -17,6 +19,14 @@ class SavedTensor:
     shape: tuple[int, ...]
     not_finite: int
     at_zero: bool
+    own: bool = False
+    trains: bool = False
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def of_base(self) -> str:
+        """The name that the base's tensor has in its module."""
+        return self.part if self.rows is None else "weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,16 @@ class SavedLayer:
         """The path of the base's module: that of a nested adapter is its outermost one's."""
         return ".".join(part for part in self.module.split(".") if part != BASE_LAYER)
 
+    @property
+    def replaced(self) -> bool:
+        """Whether all that is stored takes the place of tensors of the base."""
+        return len(self.replacing) == len(self.tensors)
+
+    @property
+    def replacing(self) -> tuple[SavedTensor, ...]:
+        """The tensors that take the place of the base's own ones, or of rows of these."""
+        return tuple(tensor for tensor in self.tensors.values() if tensor.own or tensor.rows is not None)
+
 
 BASE_LAYER = "base_layer"
 
@@ -61,7 +81,7 @@ class SavedAdapter:
 
     ``method`` is its type (``LORA``). ``starts`` names the tensors that are zero where a layer never moved; where there are none,
     ``cannot_tell`` says why. ``required`` are the sets of parts of which a layer has one. ``asked`` are the targets that the configuration
-    names, by path, by the end of one or by a ``pattern``; ``base`` is the model that it names.
+    names, by path, by the end of one or by a ``pattern``; ``base`` is the model that it names, ``task`` what it is used for.
     """
 
     method: str
@@ -72,6 +92,20 @@ class SavedAdapter:
     asked: tuple[str, ...] = ()
     pattern: str = ""
     base: str = ""
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """A tensor that is stored whole, beside the base's: ``change`` is the norm of their difference beside that of the base's tensor.
+
+    ``rows`` of the base's ``count`` rows differ; rows that the file has beyond these are left out. Where the file has another dtype than the
+    base, the base's numbers are first rounded to it.
+    """
+
+    change: float
+    rows: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

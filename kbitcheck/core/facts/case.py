@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import step
-from kbitcheck.core.facts.adapter import MergeFacts, SavedAdapter
+from kbitcheck.core.facts.adapter import MergeFacts, Replacement, SavedAdapter
 from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap
 from kbitcheck.core.facts.composition import CompositionFacts
 from kbitcheck.core.facts.cost import Cost
@@ -298,6 +298,8 @@ class Facts:
     """The prepared model in several processes, in a trainer, compiled, copied or resumed."""
     merge: MergeFacts
     """An adapter that was saved, merged into its base."""
+    replaced: Mapping[str, Replacement]
+    """The tensors that a saved adapter stores in the place of the base's, beside these; by their names in the file."""
 
     def __init__(self) -> None:
         self.computed = Computed()

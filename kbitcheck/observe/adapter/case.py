@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable, UsageError
 from kbitcheck.core.facts import Fact, ModelFacts
-from kbitcheck.core.facts.adapter import MergeFacts, SavedAdapter, SavedLayer
+from kbitcheck.core.facts.adapter import MergeFacts, Replacement, SavedAdapter, SavedLayer
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.models.sources import hub
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.adapter import folder
 
 if TYPE_CHECKING:
+    from kbitcheck.models.sources.source import Source
     from kbitcheck.observe.adapter.merge import Merge
 
 DEFAULT = "nf4"
@@ -72,23 +74,38 @@ class AdapterCase(OpenCase):
             raise UsageError(f"the base: {error}") from None
 
     @Fact
+    def replaced(self) -> Mapping[str, Replacement]:
+        """The tensors that are stored whole, beside the base's, which is loaded for it."""
+        from kbitcheck.observe.adapter import replaced
+
+        source = self._source("a comparison with the base's weights")
+        return replaced.replacements(source, self._path, self._read)
+
+    @Fact
     def merge(self) -> MergeFacts:
         """The adapter merged into its base, which is loaded for it."""
-        if not self._merges:
-            raise Unavailable("a merge needs the base itself: --base MODEL names it")
         from kbitcheck.observe.adapter import merge
 
-        try:
-            source = resolve(self._name, trust_remote_code=self._code)
-        except UsageError as error:  # a configuration alone will do for all else
-            raise Unavailable(f"nothing to merge into: {error}") from None
+        source = self._source("a merge")
         quant = Quantization.parse(self._quant or source.quant or DEFAULT)
         return merge.facts(source, quant, self._path, self._read, self._merging or merge.merge)
+
+    def _source(self, what: str) -> Source:
+        """Where the base's weights come from."""
+        if not self._merges:
+            raise Unavailable(f"{what} needs the base itself: --base MODEL names it")
+        try:
+            source = resolve(self._name, trust_remote_code=self._code)
+            _ = source.checkpoint
+        except UsageError as error:  # a configuration alone will do for all else
+            raise Unavailable(f"{what} needs the base's weights: {error}") from None
+        return source
 
     def summary(self) -> dict[str, Any]:
         """Figures for a report: the layers by target."""
         layers = [layer for layer in self._read.layers.values() if layer.module]
         groups: dict[str, list[SavedLayer]] = {}
+        replaced = self.replaced if "replaced" in self.computed else {}
         for layer in layers:
             groups.setdefault(layer.target, []).append(layer)
         return {
@@ -97,9 +114,9 @@ class AdapterCase(OpenCase):
                 "base": self._name,
                 "compared": "" if self._missing else self._name,
                 "missing": self._missing,
-                "cannot_tell": self._read.cannot_tell,
+                "cannot_tell": "" if replaced and all(layer.replaced for layer in layers) else self._read.cannot_tell,
                 **({"merge": _merge_figures(self.merge)} if "merge" in self.computed else {}),
-                "targets": {target: _figures(group) for target, group in groups.items()},
+                "targets": {target: _figures(group, replaced) for target, group in groups.items()},
             }
         }
 
@@ -114,9 +131,10 @@ def _merge_figures(merge: MergeFacts) -> dict[str, Any]:
     }
 
 
-def _figures(layers: list[SavedLayer]) -> dict[str, Any]:
+def _figures(layers: list[SavedLayer], replaced: Mapping[str, Replacement]) -> dict[str, Any]:
     norms = [layer.norm for layer in layers if layer.norm is not None]
     seen = [layer for layer in layers if layer.moved is not None]
+    beside = [replaced[t.key] for layer in layers for t in layer.replacing if t.key in replaced]
     return {
         "layers": len(layers),
         "whole": all(layer.whole for layer in layers),
@@ -126,6 +144,13 @@ def _figures(layers: list[SavedLayer]) -> dict[str, Any]:
         "dtypes": dict(Counter(tensor.dtype for layer in layers for tensor in layer.tensors.values())),
         "moved": sum(bool(layer.moved) for layer in seen) if seen else None,
         "norms": [min(norms), max(norms)] if norms else [],
+        "beside": any(layer.replacing and not layer.replaced for layer in layers),
+        "rows": sum(len(t.rows) for layer in layers for t in layer.replacing if t.rows is not None),
+        "replaced": {
+            "changes": sorted(each.change for each in beside),
+            "rows": sum(each.rows for each in beside),
+            "count": sum(each.count for each in beside),
+        },
         "not_finite": sum(tensor.not_finite for layer in layers for tensor in layer.tensors.values()),
     }
 

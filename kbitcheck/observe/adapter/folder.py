@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from kbitcheck.core.cases import ALL_LINEAR
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer
+from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer, SavedTensor
 from kbitcheck.models.checkpoint import read_json
 from kbitcheck.observe.adapter import layers, layout
 
@@ -41,6 +41,7 @@ def read(folder: Path) -> SavedAdapter:
             asked=() if isinstance(wanted, str) else (*sorted(wanted), *(config.get("target_parameters") or ())),
             pattern=wanted if isinstance(wanted, str) else "",
             base=config.get("base_model_name_or_path") or "",
+            task=config.get("task_type") or "",
         )
 
 
@@ -80,6 +81,10 @@ def _are_patterns(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_pattern, value))
 
 
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, int) and row >= 0 for row in value)
+
+
 FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "r": _is_number,
     "lora_alpha": _is_number,
@@ -87,6 +92,13 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "alpha_pattern": _are_patterns,
     "target_modules": lambda value: _is_pattern(value) or _are_names(value),
     "target_parameters": _are_names,
+    "modules_to_save": _are_names,
+    "trainable_token_indices": lambda value: all(
+        _are_rows(rows) for rows in (value.values() if isinstance(value, dict) else [value])
+    ),
+    "token_indices": _are_rows,
+    "bias": lambda value: isinstance(value, str),
+    "task_type": lambda value: isinstance(value, str),
     "base_model_name_or_path": lambda value: isinstance(value, str),
 }
 
@@ -118,8 +130,13 @@ def _layers(
         yield module, layers.saved(module, by_part, tensors, config, starts, whole=own[module])
 
 
+def tensor(folder: Path, saved: SavedTensor) -> Tensor:
+    """The numbers of a stored tensor."""
+    with _opened(folder) as file:
+        return file.get_tensor(saved.key)  # type: ignore[no-any-return]
+
+
 def delta(folder: Path, layer: SavedLayer) -> Tensor:
     """What a low-rank layer adds to its weight: (experts, out, in), in float32."""
-    with _opened(folder) as file:
-        tensors = {part: file.get_tensor(tensor.key) for part, tensor in layer.tensors.items()}
+    tensors = {part: tensor(folder, saved) for part, saved in layer.tensors.items()}
     return layers.product(tensors, layer.experts, layer.scaling or 1.0)

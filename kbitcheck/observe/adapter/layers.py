@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kbitcheck.core.facts.adapter import SavedLayer, SavedTensor
+from kbitcheck.core.facts.adapter import BASE_LAYER, SavedLayer, SavedTensor
 from kbitcheck.observe.adapter import layout
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def saved(
     whole: bool,
 ) -> SavedLayer:
     """The facts of one layer. ``starts`` are the parts that are zero until a step moves them."""
-    facts = {part: _tensor(keys[part], part, tensor) for part, tensor in tensors.items()}
+    facts = {part: _tensor(module, keys[part], part, tensor, config) for part, tensor in tensors.items()}
     here = [facts[part] for part in starts if part in facts]
     moved = None if not here else any(not tensor.at_zero for tensor in here)
     pair = _product(tensors)
@@ -55,7 +55,12 @@ def saved(
     )
 
 
-def _tensor(key: str, part: str, tensor: Tensor) -> SavedTensor:
+def _tensor(module: str, key: str, part: str, tensor: Tensor, config: Mapping[str, Any]) -> SavedTensor:
+    path = module.replace(f".{BASE_LAYER}", "")
+    trains = part.startswith(layout.TOKENS)
+    rows = layout.token_rows(path, config) if trains else None
+    own = bool(module) and layout.place_of(key, config["peft_type"]).own
+    trains = trains or (own and layout.trains_whole(path, part, config["peft_type"], config))
     numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
     return SavedTensor(
         key=key,
@@ -64,6 +69,9 @@ def _tensor(key: str, part: str, tensor: Tensor) -> SavedTensor:
         shape=tuple(tensor.shape),
         not_finite=int(numbers.numel() - numbers.isfinite().sum()),
         at_zero=not bool(numbers.count_nonzero()),
+        own=own and (trains or part in ("weight", "bias")),
+        trains=trains,
+        rows=rows,
     )
 
 

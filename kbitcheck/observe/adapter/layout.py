@@ -1,4 +1,4 @@
-"""Which tensor of an adapter's file belongs to which module of the base, and which of them start at zero."""
+"""Which tensor of an adapter's file belongs to which module of the base, which start at zero, and which replace the base's."""
 
 import re
 from collections.abc import Mapping
@@ -67,6 +67,21 @@ def zero_at_start(method: str, config: Mapping[str, Any]) -> tuple[tuple[str, ..
         name = "at random" if start is False else f"by {start!r}"
         return (), f"it was begun {name}, and that start is not stored"
     return parts, ""
+
+
+def trains_whole(module: str, part: str, method: str, config: Mapping[str, Any]) -> bool:
+    """Whether the configuration has a tensor of the base's own train, which is then stored whole."""
+    if method == "LN_TUNING" or (part == "bias" and config.get("bias", "none") != "none"):
+        return True
+    return any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or ())
+
+
+def token_rows(module: str, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rows of an embedding that the configuration has train: those that the file stores."""
+    stated = config.get("trainable_token_indices") or config.get("token_indices") or ()
+    if isinstance(stated, dict):
+        stated = next((rows for name, rows in stated.items() if f".{module}".endswith(f".{name}")), ())
+    return tuple(stated)
 
 
 def stated_for(module: str, patterns: Mapping[str, Any], default: Any) -> Any:

@@ -21,18 +21,21 @@ from kbitcheck.models import load as loading
 from kbitcheck.models.sources.source import Source
 from kbitcheck.observe import device
 from kbitcheck.observe.adapter import folder
+from kbitcheck.observe.adapter.replaced import put_in
 
 PREFIX = "base_model.model."
 ULP = torch.finfo(torch.float32).eps
 BYTES = 13  # for each weight: packed, in float32, and in float64
 HALVES = (torch.bfloat16, torch.float16)
 ROWS, TOKENS = 2, 16
-Merge = Callable[[Any], None]
+Merge = Callable[[Any], Any]
 
 
-def merge(layer: Any) -> None:
-    """Merge one layer's adapter as PEFT does."""
-    layer.merge()
+def merge(layer: Any) -> Any:
+    """Merge one layer's adapter as PEFT does; of a module that trains whole, the one that takes its place."""
+    if hasattr(layer, "merge"):
+        return layer.merge()
+    return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
 
 
 def facts(source: Source, quant: Quantization, path: Path, adapter: SavedAdapter, merging: Merge = merge) -> MergeFacts:
@@ -47,12 +50,10 @@ def facts(source: Source, quant: Quantization, path: Path, adapter: SavedAdapter
         raise Unavailable(f"merging takes about {needed / GIB:.0f} GiB, and {free / GIB:.0f} are free")
     packed = source.load(quant)
     batch = {k: v for k, v in source.batch(packed, batch=ROWS, seq_len=TOKENS).items() if k != "labels"}
+    _put_trained_tokens(batch, adapter)
     unpacked = _unpacked(source, packed)
-    twin = _attached(copy.deepcopy(unpacked), path).double()
-    exact = _logits(twin, batch)
-    with twin.disable_adapter():
-        without = _logits(twin, batch)
-    del twin
+    without = _logits(copy.deepcopy(unpacked).double(), batch)
+    exact = _logits(_attached(copy.deepcopy(unpacked), path).double(), batch)
     norm = float(exact.norm())
     errors: dict[str, float] = {}
     refused: list[str] = []
@@ -72,14 +73,24 @@ def facts(source: Source, quant: Quantization, path: Path, adapter: SavedAdapter
     del on, packed
     single = _attached(copy.deepcopy(unpacked), path)
     seen, unread = _merged_layers(single, path, adapter, merging)
+    seen += _replaced_modules(single, path, adapter, merging)
     del single
     dtype = getattr(torch, source.unquantized_dtype)
     name = source.unquantized_dtype
     off_merged(f"the unpacked weights in {name}", _attached(unpacked.to(dtype), path))
     if source.quant is None:
         off_merged(f"the original weights in {name}", _attached(source.load_unquantized(), path))
-    effect = float((exact - without).norm()) / norm
+    effect = float((exact[..., : without.shape[-1]] - without).norm()) / norm  # without the tokens that it adds
     return MergeFacts(layers=tuple(seen), errors=errors, effect=effect, unread=tuple(unread), refused=tuple(refused))
+
+
+def _put_trained_tokens(batch: Mapping[str, Any], adapter: SavedAdapter) -> None:
+    """Put tokens whose rows the adapter stores at the beginning of each row of a batch: others do not show what these do."""
+    rows = [row for layer in adapter.layers.values() for tensor in layer.replacing for row in tensor.rows or ()]
+    ids = batch.get("input_ids")
+    if ids is not None and rows:
+        rows = rows[: ids.shape[1] // 2]
+        ids[:, : len(rows)] = torch.tensor(rows)
 
 
 def _unpacked(source: Source, packed: Any) -> Any:
@@ -107,12 +118,25 @@ def _attached(model: Any, path: Path) -> Any:
         from peft import PeftModel
     except ImportError:
         raise UsageError("merging needs PEFT: pip install peft") from None
-    with warnings.catch_warnings(), loading.quiet():
+    with warnings.catch_warnings(), loading.quiet(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)  # rows that no file has are the same in each form
         try:
+            rows = max(_token_rows(model, path), default=0)
+            if rows > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(rows, mean_resizing=False)
             return PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False).eval()
         except Exception as error:
             raise Unavailable(f"PEFT does not load it on this base: {cause(error)}") from error
+
+
+def _token_rows(model: Any, path: Path) -> Iterator[int]:
+    """The rows of each embedding and head that the adapter stores whole."""
+    ends = [id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    names = {name for name, module in model.named_modules() if id(module) in ends}
+    for layer in folder.read(path).layers.values():
+        if layer.of_base in names and "weight" in layer.tensors:
+            yield layer.tensors["weight"].shape[0]
 
 
 def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -153,7 +177,7 @@ def _merged_layers(
         warnings.simplefilter("ignore")
         for name, layer in _layers(model):
             saved = adapter.layers.get(name)
-            if saved is None:
+            if saved is None or saved.replaced:
                 continue
             plain = saved.norm is not None and set(saved.tensors) <= {
                 "lora_A",
@@ -173,6 +197,39 @@ def _merged_layers(
             unread += [name] if one is None else []
             seen += [] if one is None else [one]
     return seen, unread
+
+
+def _replaced_modules(model: Any, path: Path, adapter: SavedAdapter, merging: Merge) -> Iterator[MergedLayer]:
+    """Each tensor that takes the place of the base's, beside what is there once the module is merged; a copy is exact."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    def original(module: Any) -> Any:
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+
+    saved = {
+        f"{layer.of_base}.{tensor.of_base}": tensor for layer in adapter.layers.values() for tensor in layer.replacing
+    }
+    whole = {name for name, layer in adapter.layers.items() if layer.replaced}
+    for name, module in list(model.named_modules()):
+        tuner = isinstance(module, BaseTunerLayer) and name.removeprefix(PREFIX) in whole
+        if not tuner and not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        before = {n: p.detach().clone() for n, p in original(module).named_parameters()}
+        merged = merging(module) or original(module)
+        after = {n: p.detach().clone() for n, p in merged.named_parameters()}
+        unmerging = getattr(module, "token_adapter", module)
+        if getattr(unmerging, "merged", False):
+            unmerging.unmerge()
+        restored = dict(original(module).named_parameters())
+        for part, own in before.items():
+            place = f"{name.removeprefix(PREFIX)}.{part}"
+            meant = put_in(own, folder.tensor(path, saved[place]), saved[place]) if place in saved else None
+            if meant is None or torch.equal(meant, own):
+                continue
+            (share,) = _shares((after[part] - own)[None], (meant - own)[None])
+            off = _off(restored[part], own, after[part])
+            yield MergedLayer(module=place, landed=(share,), bound=0.0, restored=off)
 
 
 def _weight(layer: Any) -> Tensor:
@@ -217,9 +274,13 @@ def _by_output(name: str, layer: Any, merging: Merge) -> MergedLayer | None:
 
 
 def _restored(layer: Any, before: Tensor, after: Tensor) -> float:
-    """How far unmerging leaves the weight from where it was, beside all that was added up in it."""
     layer.unmerge()
-    return float((_weight(layer) - before).norm() / (before.norm() + (after - before).norm()))
+    return _off(_weight(layer), before, after)
+
+
+def _off(restored: Tensor, before: Tensor, after: Tensor) -> float:
+    """How far unmerging leaves a weight from where it was, beside all that was added up in it."""
+    return float((restored - before).norm() / (before.norm() + (after - before).norm()))
 
 
 def _shares(landed: Tensor, delta: Tensor) -> Iterator[float]:

@@ -40,6 +40,8 @@ def _layers(figures: Mapping[str, Any]) -> str:
     parts = [f"{number} layer{'s' * (number > 1)}"]
     if figures["whole"]:
         parts.append("stored whole")
+    if figures["rows"]:
+        parts.append(f"{figures['rows']:,} rows stored")
     if figures["experts"]:
         parts.append(f"{figures['experts']} experts")
     if figures["ranks"]:
@@ -49,6 +51,13 @@ def _layers(figures: Mapping[str, Any]) -> str:
     parts.append(" and ".join(figures["dtypes"]))
     if figures["norms"]:
         parts.append(f"norm of what it adds {_range(figures['norms'])}")
+    replaced = figures["replaced"]
+    if replaced["changes"]:
+        changed = sum(bool(change) for change in replaced["changes"])
+        norm = f"{_range([100 * change for change in replaced['changes']])} % off the base's"
+        rows = f"in {replaced['rows']:,} of {replaced['count']:,} rows"
+        stored = f"{norm}, {rows}" if changed else "as in the base"
+        parts.append(f"tensors of the base beside it, {stored}" if figures["beside"] else stored)
     if figures["not_finite"]:
         parts.append(f"{figures['not_finite']:,} numbers not finite")
     if figures["moved"] is not None:
