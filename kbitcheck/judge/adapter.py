@@ -89,7 +89,7 @@ def adapter_moved(facts: Facts) -> Iterable[Observation]:
         return
     seen = _that_tell(adapter)
     if not seen:
-        raise NotApplicable(_untold(adapter))
+        raise NotApplicable(_cannot_tell(adapter))
     alive = sum(bool(layer.moved) for layer in seen)
     parts = sorted({part for layer in seen for part in layer.tensors if part in adapter.starts})
     where = f"{', '.join(parts)} of {len(seen)} layer{'s' * (len(seen) > 1)}"
@@ -109,7 +109,7 @@ def every_layer_moved(facts: Facts) -> Iterable[Observation]:
     seen = _that_tell(adapter)
     replaced = _trained_whole(facts) if any(layer.replacing for layer in adapter.layers.values()) else {}
     if not seen and not replaced:
-        raise NotApplicable(_untold(adapter))
+        raise NotApplicable(_cannot_tell(adapter))
     alive = [bool(layer.moved) for layer in seen] or [each.rows > 0 for each in replaced.values()]
     if not any(alive) and (seen or all(layer.replaced for layer in adapter.layers.values())):
         raise NotApplicable("none moved: KB806 says so")
@@ -126,7 +126,7 @@ def _that_tell(adapter: SavedAdapter) -> list[SavedLayer]:
     return [layer for layer in adapter.layers.values() if layer.moved is not None]
 
 
-def _untold(adapter: SavedAdapter) -> str:
+def _cannot_tell(adapter: SavedAdapter) -> str:
     return NO_LAYERS if adapter.starts else f"cannot be told: {adapter.cannot_tell}"
 
 
