@@ -61,7 +61,7 @@ def progress(results: int | None, cases: int | None, *, quiet: bool = False) -> 
 
         def line(event: Event) -> None:
             take(event)
-            if pace.due():
+            if place.done != place.total and pace.due():
                 say(f"{place.line}: {', '.join(filter(None, (pace.so_far, place.predicted or pace.left(place.done))))}")
 
         yield line
