@@ -13,9 +13,10 @@ from kbitcheck.compare.matrix import Mark, Matrix, Row
 from kbitcheck.compare.releases import Step, releases, steps
 from kbitcheck.compare.sweep import Row as Architecture
 from kbitcheck.core.report import Report
-from kbitcheck.core.result import Result, Status
+from kbitcheck.core.result import Level, Party, Result, Status
 from kbitcheck.core.rule import rules
 from kbitcheck.report import badge, render
+from kbitcheck.report.parts.limits import SHORT
 from kbitcheck.report.parts.markup import code, table
 from kbitcheck.report.parts.sortable import Cell, Sortable
 from kbitcheck.report.report_folder import file_name
@@ -201,6 +202,13 @@ def _swept(path: Path) -> list[Architecture]:
     return [Architecture.from_json(row) for row in read(f"sweep/{path.name}")["rows"]]
 
 
+def _first_failure(row: Architecture) -> str:
+    """Where a row breaks its gravest rule, the implementation's before others'; empty for a table that kept none."""
+    shown = [finding for finding in row.findings if finding.where]
+    shown.sort(key=lambda finding: (finding.level is not Level.MUST, finding.party is not Party.IMPLEMENTATION))
+    return SHORT.text(f"{shown[0].rule}: {shown[0].where}: {shown[0].actual}") if shown else ""
+
+
 def _architectures() -> str:
     rows: list[list[Cell]] = []
     for path in _sweeps():
@@ -208,10 +216,11 @@ def _architectures() -> str:
         task, quant = str(data["task"]), str(data["options"]["quant"])
         for row in _swept(path):
             own = html_row(row)
-            rows.append([own[0], Cell(task), Cell(quant), *own[1:]])
+            rows.append([own[0], Cell(task), Cell(quant), *own[1:-1], Cell(_first_failure(row)), own[-1]])
+    rows.sort(key=lambda row: (row[0].text, row[1].text))  # quantizations of one architecture stand together
     contents = Sortable(
         caption="Architectures",
-        columns=(COLUMNS[0], "task", "quantization", *COLUMNS[1:], "why not whole"),
+        columns=(COLUMNS[0], "task", "quantization", *COLUMNS[1:], "a first failure", "why not whole"),
         rows=rows,
         chosen=("task", "quantization", "loads", "prepares", "trains", "checkpointing"),
     )

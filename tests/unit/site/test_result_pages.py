@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from types import ModuleType
+from typing import Any
 
-from kbitcheck.compare import matrix
+from kbitcheck.compare import matrix, sweep
+from kbitcheck.compare.sweep import Finding
 from kbitcheck.core.report import Report
+from kbitcheck.core.result import Level, Party
 from tests.scripts import DOCS, ROOT, benchmark
 
 
@@ -54,6 +58,26 @@ def test_a_releases_page_says_what_changed(site: dict[str, ModuleType]) -> None:
 def test_the_matrix_beside_the_code_is_that_of_the_results() -> None:
     page = (DOCS / "matrix.md").read_text(encoding="utf-8")
     assert page == benchmark("renew").page(ROOT / "results" / "matrix.json")
+
+
+def test_an_architectures_gravest_failure_is_shown(site: dict[str, ModuleType]) -> None:
+    """A MUST before others, the implementation's before others'; a table without places has none."""
+    kept: dict[str, Any] = {
+        "level": Level.SHOULD,
+        "party": Party.MODEL,
+        "where": "wte",
+        "actual": "2 hooks",
+        "failures": 1,
+    }
+    findings = [Finding(rule="KB505", **kept), Finding(rule="KB504", **{**kept, "party": Party.IMPLEMENTATION})]
+    row = sweep.Row(architecture="llama", cls="", model="arch:llama", loads=True)
+
+    def shown(*findings: Finding) -> str:
+        return str(site["result_pages"]._first_failure(dataclasses.replace(row, findings=findings)))
+
+    assert shown(*findings) == "KB504: wte: 2 hooks"
+    assert shown(*findings, Finding(rule="KB303", **{**kept, "level": Level.MUST})) == "KB303: wte: 2 hooks"
+    assert shown(Finding(rule="KB505", **{**kept, "where": ""})) == ""
 
 
 def test_architectures_have_a_row_for_each_task_and_quantization(result_pages: dict[str, str]) -> None:
