@@ -6,7 +6,7 @@ The model itself is cut, not its checkpoint, so that a live model can be cut as 
 import copy
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from textwrap import shorten
 from typing import Any
 
@@ -18,6 +18,7 @@ from kbitcheck import backends
 from kbitcheck.core.facts import Tower
 from kbitcheck.models import load as loading
 from kbitcheck.models.blocks import is_block, is_plain, signature
+from kbitcheck.models.vocabulary import Vocabulary, nested
 from kbitcheck.models.zoo.shrink import BLOCKS_OF_A_KIND, are_indices, is_depth
 
 Depths = Mapping[tuple[type, int], int]  # by configuration class and number of blocks, how many of them stay
@@ -29,10 +30,15 @@ class NoCut(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A model with fewer blocks. It shares parameters and buffers with the model that it was made from."""
+    """A model with fewer blocks. It shares parameters and buffers with the model that it was made from.
+
+    With fewer tokens it has copies of the first rows of those in ``rows``, by the id of the whole ones.
+    """
 
     model: Any
     towers: tuple[Tower, ...]
+    vocabulary: Vocabulary | None = None
+    rows: Mapping[int, nn.Parameter] = field(default_factory=dict)
 
     def dropped(self, whole: nn.Module) -> Iterator[tuple[Tower, nn.Module]]:
         """The blocks of the whole model that the cut does not have, each with its tower."""
@@ -45,10 +51,10 @@ def _blocks(model: nn.Module, name: str) -> list[nn.Module]:
     return list(model.get_submodule(name).children())
 
 
-def cut(model: nn.Module, *, uncut: Container[str] = ()) -> Cut:
+def cut(model: nn.Module, *, uncut: Container[str] = (), vocabulary: Vocabulary | None = None) -> Cut:
     """The cut of a model that has never run, or of one that wraps a model of transformers, as PEFT's do.
 
-    The towers named in ``uncut`` keep all their blocks.
+    The towers named in ``uncut`` keep all their blocks; of the tokens those of ``vocabulary`` stay.
 
     Raises:
         NoCut: the cut would be the whole model, or the model cannot be built with fewer blocks.
@@ -65,13 +71,17 @@ def cut(model: nn.Module, *, uncut: Container[str] = ()) -> Cut:
         raise NoCut("no tower has more blocks than a cut holds" if towers else "the model has no numbered blocks")
     memo = _shared(inner, shorter)
     root = copy.deepcopy(inner.config, memo)
-    _shorten(root, depths)
+    _shorten(root, depths, vocabulary)
     whole, built = _built(inner, inner.config), _built(inner, _read_back(root))
-    differences = _differences(whole, built, shorter)
+    differences, tables = _differences(whole, built, shorter, vocabulary)
+    rows = vocabulary.of(model, {prefix + name for name in tables}) if vocabulary else {}
+    if rows is None:
+        raise NoCut("more than embeddings and head hangs on the number of tokens")
+    memo.update(rows)
     for module in inner.modules():
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and id(config) not in memo:
-            _shorten(copy.deepcopy(config, memo), depths)
+            _shorten(copy.deepcopy(config, memo), depths, vocabulary)
     made = copy.deepcopy(model, memo)
     _, cut_inner = _transformers_model(made)
     for tower in shorter:
@@ -79,7 +89,7 @@ def cut(model: nn.Module, *, uncut: Container[str] = ()) -> Cut:
     for name, settings in differences.items():
         vars(cut_inner.get_submodule(name)).update(settings)
     named = (Tower(name=prefix + tower.name, kept=tower.kept, total=tower.total) for tower in towers)
-    return Cut(model=made, towers=tuple(named))
+    return Cut(model=made, towers=tuple(named), vocabulary=vocabulary, rows=rows)
 
 
 def _transformers_model(model: nn.Module) -> tuple[str, Any]:
@@ -132,20 +142,15 @@ def _field(model: nn.Module, tower: str, total: int) -> tuple[type, int]:
     path = tower.split(".")
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1)]
     configs = [config for owner in owners if isinstance(config := getattr(owner, "config", None), PretrainedConfig)]
-    saved = set(map(type, _nested(configs[-1])))
+    saved = set(map(type, nested(configs[-1])))
     return next(type(config) for config in configs if type(config) in saved), total
 
 
-def _nested(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    yield config
-    for value in list(vars(config).values()):
-        if isinstance(value, PretrainedConfig):
-            yield from _nested(value)
-
-
-def _shorten(config: PretrainedConfig, depths: Depths) -> None:
+def _shorten(config: PretrainedConfig, depths: Depths, vocabulary: Vocabulary | None) -> None:
     """Have a configuration, and those inside it, describe fewer blocks, in place: counts of layers and lists by layer."""
-    for each in _nested(config):
+    for each in nested(config):
+        if vocabulary:
+            vocabulary.shorten(each)
         for (cls, total), kept in depths.items():
             if type(each) is cls:
                 for name, value in list(vars(each).items()):
@@ -206,8 +211,10 @@ def _built(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module:
         raise NoCut(f"{type(model).__name__} cannot be built with fewer blocks ({_line(error)})") from error
 
 
-def _differences(whole: nn.Module, built: nn.Module, towers: Sequence[Tower]) -> dict[str, dict[str, Any]]:
-    """By module, the settings that depend on the number of blocks, as a model of fewer blocks has them.
+def _differences(
+    whole: nn.Module, built: nn.Module, towers: Sequence[Tower], vocabulary: Vocabulary | None
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """By module, the settings that depend on the number of blocks, as a model of fewer blocks has them; and the tables of tokens.
 
     ``whole`` and ``built`` are empty models of both lengths; all else about them has to be the same.
     """
@@ -221,16 +228,19 @@ def _differences(whole: nn.Module, built: nn.Module, towers: Sequence[Tower]) ->
     if odd := sorted(expected.keys() ^ modules.keys()):
         raise NoCut(f"a model of fewer blocks has other modules: {odd[0]}")
     differences: dict[str, dict[str, Any]] = {}
+    tables = set()
     for name, module in modules.items():
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             other = getattr(expected[name], key, None)
-            if other is None or other.shape != tensor.shape:
+            if other is not None and vocabulary and vocabulary.is_shorter(other, tensor):
+                tables.add(f"{name}.{key}")
+            elif other is None or other.shape != tensor.shape:
                 raise NoCut(f"{name}.{key} has another shape in a model of fewer blocks")
         ours = vars(expected[name])
         settings = {k: v for k, v in vars(module).items() if _is_setting(v) and repr(v) != repr(ours.get(k))}
         if settings:
             differences[name] = settings
-    return differences
+    return differences, tables
 
 
 def _is_setting(value: Any) -> bool:

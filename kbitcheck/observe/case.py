@@ -156,7 +156,8 @@ class Case(OpenCase):
             proof.require_alike(model, case._called.model)
         except (NoCut, Unavailable) as reason:
             return _Paths(self, CutFacts(reason=str(reason)))
-        return _Paths(case, CutFacts(towers=proof.cut.towers), state_keys(model))
+        made = proof.cut
+        return _Paths(case, CutFacts(towers=made.towers, tokens=str(made.vocabulary or "")), state_keys(model))
 
     cut = Fact[CutFacts](lambda self: self._paths.cut, cost=Cost(needs=("_paths",)))
 

@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from kbitcheck.core.facts import Tower
+from kbitcheck.models import vocabulary
 from kbitcheck.models.blocks import described
 from kbitcheck.models.cut import Cut, NoCut, cut
 from kbitcheck.observe.probes import digest, forwards, step, switches
@@ -31,7 +33,8 @@ class ProvenCut:
 
         A block that is not in the cut must be changed as one of the same kind that is.
         """
-        on_whole, on_cut = _changes(self.whole, _described(whole)), _changes(self.short, _described(short))
+        on_whole = _changes(self.whole, _described(whole, self.cut.vocabulary))
+        on_cut = _changes(self.short, _described(short))
         towers = self.cut.towers
         dropped = {f"{t.name}.{i}": t for t in towers for i in range(t.kept, t.total)}
         outside = {name for name in on_whole if not any(_within(name, block) for block in dropped)}
@@ -49,19 +52,26 @@ def proven_cut(whole: nn.Module, batch: step.Batch) -> ProvenCut:
     """The cut of a model that has never run; its parameters, its blocks' inputs and its logits are bitwise the whole's.
 
     In the whole model the blocks that are not in the cut hand on their inputs. A tower that another one reads otherwise
-    than at its end stays whole.
+    than at its end stays whole. Of a large vocabulary the cut has the first tokens, and its logits are the whole's of these.
 
     Raises:
         NoCut: there is no cut, or it is none.
     """
+    if tokens := vocabulary.fewer(whole, batch):
+        with suppress(NoCut):
+            return _proven(whole, batch, tokens)
+    return _proven(whole, batch, None)
+
+
+def _proven(whole: nn.Module, batch: step.Batch, tokens: vocabulary.Vocabulary | None) -> ProvenCut:
     uncut: set[str] = set()
     while True:
-        made = cut(whole, uncut=uncut)
-        _require_same_tensors(whole, made.model)
+        made = cut(whole, uncut=uncut, vocabulary=tokens)
+        _require_same_tensors(whole, made)
         expected = _run(_handing_on(whole, made), made, batch)
         actual = _run(copy.deepcopy(made.model), made, batch)
         if expected == actual:
-            return ProvenCut(made, _described(whole), _described(made.model))
+            return ProvenCut(made, _described(whole, tokens), _described(made.model))
         where = next((i for i, (one, other) in enumerate(zip(expected, actual, strict=False)) if one != other), 0)
         first = expected[where]
         # As a text model reads the last hidden state but one of an image tower, which is another in a shorter tower.
@@ -71,20 +81,31 @@ def proven_cut(whole: nn.Module, batch: step.Batch) -> ProvenCut:
         uncut |= before
 
 
-def _require_same_tensors(whole: nn.Module, cut: nn.Module) -> None:
+def _require_same_tensors(whole: nn.Module, made: Cut) -> None:
     for kind in ("named_parameters", "named_buffers"):
         own = dict(getattr(whole, kind)())
-        for name, tensor in getattr(cut, kind)():
-            if name not in own or not (tensor is own[name] or digest.bits(tensor) == digest.bits(own[name])):
+        for name, tensor in getattr(made.model, kind)():
+            if name not in own or not (tensor is own[name] or _same(tensor, own[name], made)):
                 raise NoCut(f"{name} is another in the cut")
 
 
+def _same(tensor: torch.Tensor, whole: torch.Tensor, made: Cut) -> bool:
+    """Whether a tensor of a cut has the bits of the whole model's, of a table of tokens those of its first rows."""
+    return digest.bits(tensor) == digest.bits(whole[: len(tensor)] if id(whole) in made.rows else whole)
+
+
 def _handing_on(whole: nn.Module, made: Cut) -> nn.Module:
-    """A copy of the whole model whose blocks that the cut lacks hand on their inputs; the weights of these are shared."""
+    """A copy of the whole model whose blocks that the cut lacks hand on their inputs; the weights of these are shared.
+
+    It has the cut's tokens: a product of fewer columns may round otherwise.
+    """
     memo: dict[int, Any] = {
         id(t): t for _, block in made.dropped(whole) for t in (*block.parameters(), *block.buffers())
     }
+    memo |= made.rows
     model = copy.deepcopy(whole, memo)
+    if made.vocabulary:
+        made.vocabulary.shorten_settings(model)
     returned: dict[str, Any] = {}
 
     def keep(tower: Tower, module: nn.Module, args: Any, output: Any) -> None:
@@ -132,8 +153,13 @@ def _run(model: nn.Module, made: Cut, batch: step.Batch) -> list[_Call]:
     return [*calls, _Call("", "", (digest.bits(logits),))]
 
 
-def _described(model: nn.Module) -> Descriptions:
-    return {name: described(module) for name, module in model.named_modules()}
+def _described(model: nn.Module, tokens: vocabulary.Vocabulary | None = None) -> Descriptions:
+    """Descriptions of all modules; tables of a whole model's tokens as if they had those of the cut."""
+    texts = {name: described(module) for name, module in model.named_modules()}
+    if tokens is None:
+        return texts
+    rows, fewer = f" ({tokens.total}, ", f" ({tokens.kept}, "
+    return {name: {key: text.replace(rows, fewer) for key, text in each.items()} for name, each in texts.items()}
 
 
 def _changes(before: Descriptions, after: Descriptions) -> Descriptions:

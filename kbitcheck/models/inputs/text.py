@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kbitcheck.core import machine
 from kbitcheck.core.errors import UsageError
+from kbitcheck.models.vocabulary import COMMON
 
 IGNORED = -100
 ROWS, LENGTH, SHORT = 2, 24, 8
@@ -139,7 +140,7 @@ class Tokens:
                     special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
         ends = (getattr(text, f"{end}_token_id", None) for end in ("pad", "eos"))
         self.pad = next((token for token in ends if isinstance(token, int)), 0)
-        self.plain = torch.tensor([token for token in range(min(self.vocab, 50_000)) if token not in special])
+        self.plain = torch.tensor([token for token in range(min(self.vocab, COMMON)) if token not in special])
 
     def ids(self, batch: int, seq_len: int) -> Tensor:
         return self.plain[torch.randint(len(self.plain), (batch, seq_len), generator=self.generator)]
