@@ -115,7 +115,7 @@ class Case(OpenCase):
     def in_a_row(self) -> Sequence[str]:
         if self.budget is None or not (self._loaded.large and self._loaded.copies):
             return ()
-        return [name for name in Stepped.IN_A_ROW if self.budget.planner.wants(name)]
+        return [name for name in ("training", *Stepped.IN_A_ROW, "trained") if self.budget.planner.wants(name)]
 
     def begin(self, called: Called, left: ModelFacts) -> None:
         """Begin with a call that was made for the recipe, and the facts of the model that it left."""
@@ -194,9 +194,8 @@ class Case(OpenCase):
             needs=("_paths", "_descended"),
             large=Cost(
                 "whole",
-                STEP + Passes(copies=1, calls=1, snapshots=1),
+                STEP + Passes(snapshots=1),
                 needs=("_paths", "_descended", "_checkpointed"),
-                models=1,
             ),
         )
     )
@@ -205,7 +204,10 @@ class Case(OpenCase):
         if self._paths.case is self:
             return descended.end
         gradients = self._stepped._checkpointed.gradients
-        return Trained.after(gradients, descended.way.rate, self._preparation, self._outputs)
+        made = Trained.after(self._wrapped.attached, gradients, descended.way.rate, self._preparation)
+        if made.moved_base(self.wrapped):
+            self.drop_evidence()
+        return made
 
     def session(self) -> Session:
         """A fresh prepared model with adapters, for steps in any order."""

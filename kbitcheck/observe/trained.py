@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import torch
+
 from kbitcheck.core.facts import Changes, Cost, Fact, ForwardFacts, ModelFacts, TrainingFacts
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
@@ -28,15 +30,32 @@ class Trained:
         return cls(snapshot(model, adapters), updated)
 
     @classmethod
-    def after(cls, first: step.Gradients, rate: float, preparation: Preparation, outputs: Outputs) -> Self:
-        """Of a fresh copy whose first step has the gradients of a step that another copy took."""
-        preparation.make_room()
-        attached = wrapped_copy(preparation, outputs)
+    def after(cls, attached: Attached, first: step.Gradients, rate: float, preparation: Preparation) -> Self:
+        """Of a model whose first step has the gradients of a step that was taken before; what trains is then as it was."""
         before = _bits(attached)
-        take_two_steps(
-            attached, preparation.loaded.single, first, rate, seed=preparation.spec.seed, autocast=preparation.autocast
+        start = [(p, p.detach().clone()) for p in attached.model.parameters() if p.requires_grad]
+        try:
+            take_two_steps(
+                attached,
+                preparation.loaded.single,
+                first,
+                rate,
+                seed=preparation.spec.seed,
+                autocast=preparation.autocast,
+            )
+            return cls.read(attached, before)
+        finally:
+            with torch.no_grad():
+                for parameter, numbers in start:
+                    parameter.copy_(numbers)
+
+    def moved_base(self, before: ModelFacts) -> bool:
+        """Whether anything but what trains has other bits than before, which nobody put back."""
+        after = {**self.trained.parameters, **self.trained.buffers}
+        frozen = [t for t in (*before.parameters.values(), *before.buffers.values()) if not t.requires_grad]
+        return self.trained.layers != before.layers or any(
+            t.name not in after or after[t.name].bits != t.bits for t in frozen
         )
-        return cls.read(attached, before)
 
 
 class Descended:
