@@ -84,7 +84,7 @@ def nested(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
             yield from nested(value)
 
 
-def _special(config: Mapping[str, Any]) -> Iterator[int]:
+def _special(config: Mapping[Any, Any]) -> Iterator[int]:
     """Tokens that a configuration names, and those inside it."""
     for key, value in config.items():
         if isinstance(value, Mapping):

@@ -192,11 +192,7 @@ class Case(OpenCase):
     @fact(
         Cost(
             needs=("_paths", "_descended"),
-            large=Cost(
-                "whole",
-                STEP + Passes(snapshots=1),
-                needs=("_paths", "_descended", "_checkpointed"),
-            ),
+            large=Cost("whole", STEP + Passes(snapshots=1), needs=("_paths", "_descended", "_checkpointed")),
         )
     )
     def _trained(self) -> Trained:

@@ -100,9 +100,7 @@ class Server:
 
         import kbitcheck.observe.open_case  # noqa: F401
 
-        # What was imported stays: among the oldest objects at once, it is not walked by the next collections of the young.
-        gc.freeze()
-        gc.unfreeze()
+        gc.freeze()  # what was imported stays, so that no collection need walk it
         gc.enable()
         # One thread until a model is worth more: on tiny ones threads only wait for each other.
         self._threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ CHUNK = 1 << 22
 def bits(tensor: torch.Tensor) -> str:
     """Digest of a tensor's bytes in logical order; of a sharded one, of this process's part."""
     if wraps(type(tensor)):
-        return xxh3_128("".join(map(bits, parts(tensor)))).hexdigest()[:24]
+        return xxh3_128("".join(map(bits, parts(tensor))).encode()).hexdigest()[:24]
     flat = internals.local(tensor.detach()).reshape(-1).contiguous()
     return _digest(flat.view(torch.uint8) if flat.numel() else flat, torch.uint8)
 
