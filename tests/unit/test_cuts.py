@@ -285,3 +285,27 @@ def test_a_prepared_model_with_adapters_is_cut(codes: tuple[str, ...], monkeypat
     assert {r.rule for r in large.results if r.cut} >= {"KB306", "KB307", "KB310", "KB311"} & {*codes}
     assert {r.cut for r in large.results} == {"", "3 of 6 blocks"}  # the reference hooks the first block
     assert {r.cut for r in small.results} == {""}
+
+
+def test_optimizer_steps_of_the_whole_model_leave_it_as_it_was() -> None:
+    opened = case("always")
+    before = bits(opened._wrapped.attached.model)
+    adapters = {name for name, t in opened.trained.parameters.items() if t.adapter}
+    assert opened.updated == adapters
+    assert bits(opened._wrapped.attached.model) == before
+    assert {name for name, t in opened.trained.parameters.items() if t.bits != before[name]} == adapters
+
+
+def test_a_base_that_optimizer_steps_change_takes_no_more_steps() -> None:
+    """The whole model is made again for the facts that follow."""
+
+    def drifting(model: Any) -> None:
+        def drift(module: Any, *_: Any) -> None:
+            module.weight.data.mul_(1.01)
+
+        model.model.norm.register_forward_hook(drift)
+
+    opened = case("always", damaged(drifting))
+    stepped = opened._wrapped.attached.model
+    assert opened.trained.parameters["model.norm.weight"].bits != opened.wrapped.parameters["model.norm.weight"].bits
+    assert opened._wrapped.attached.model is not stepped
