@@ -100,11 +100,11 @@ def layer_backward_exact(facts: Facts) -> Iterable[Observation]:
     """
     live_gradients(facts)
     backwards = {**facts.layer_backwards, **facts.mixed_backwards}
-    unjudged = {name: layer.unjudged for name, layer in backwards.items() if layer.unjudged}
-    if unjudged and len(unjudged) == len(backwards):
-        raise NotApplicable(" and ".join(f"{name} was not judged: {why}" for name, why in unjudged.items()))
+    unjudged = {n: f"{n} was not judged: {layer.unjudged}" for n, layer in backwards.items() if layer.unjudged}
+    if len(unjudged) == len(backwards):
+        raise NotApplicable(" and ".join(unjudged.values()) or "no quantized layer ran, only what reads its weight")
     for name, why in unjudged.items():
-        yield Observation(name, "dL/dy @ W", "not judged", ok=True, note=f"{name} was not judged: {why}")
+        yield Observation(name, "dL/dy @ W", "not judged", ok=True, note=why)
     for name, layer in backwards.items():
         within = name.partition(" (")[0].removesuffix(".base_layer") + "."
         adapters = [g.live for n, g in facts.gradients.items() if n.startswith(within)]

@@ -84,3 +84,10 @@ def test_experts_that_could_not_be_judged_are_named_and_are_no_verdict_by_themse
     else:
         with pytest.raises(NotApplicable, match="does not run in float64"):
             list(check(facts))
+
+
+def test_layers_none_of_which_ran_are_not_judged() -> None:
+    """As those of adapters that compute with a layer's weight themselves."""
+    facts: Any = SimpleNamespace(gradients={"layer 0.hra_u": LIVE}, layer_backwards={}, mixed_backwards={})
+    with pytest.raises(NotApplicable, match="no quantized layer ran"):
+        list(inspect.unwrap(layer_backward_exact)(facts))
