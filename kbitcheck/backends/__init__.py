@@ -80,6 +80,12 @@ def _holder(module: nn.Module) -> Backend:
     return backend
 
 
+def compute_dtypes(model: nn.Module) -> set[Any]:
+    """The dtypes in which a model's quantized layers compute, whatever their inputs; None stands for those that follow them."""
+    layers = [(arithmetic(m), m) for _, m in quantized_layers(model)]
+    return {own.compute_dtype(m) or own.fixed_dtype(m) for own, m in layers}
+
+
 def packing(module: nn.Module) -> Packing:
     """What its backend says of how a quantized layer is packed."""
     return _holder(module).packing

@@ -100,6 +100,10 @@ class Arithmetic:
         """The dtype that the backward unpacks the weight to; None where the weight is unpacked to float32."""
         return None
 
+    def fixed_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """The one dtype that the layer takes, of inputs or of a bias: nothing around it may be cast. None where it takes any."""
+        return None
+
     def unpacked(self, module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as the layer's own kernels unpack it, (out, in), in ``dtype`` (None: as the kernels choose)."""
         raise NotImplementedError
@@ -122,6 +126,10 @@ class Arithmetic:
     def round_input(self, module: nn.Module, x: Tensor) -> Tensor:
         """The input that the layer really computes with in training."""
         return x
+
+    def adds_bias_apart(self, module: nn.Module) -> bool:
+        """Whether the product is rounded before the bias is added to it."""
+        return False
 
     def bias_after_forward(self, module: Any) -> Tensor:
         """The bias as a forward leaves it."""

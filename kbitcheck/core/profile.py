@@ -33,6 +33,9 @@ PROMISES: Mapping[str, Promise] = MappingProxyType(
     }
 )
 
+# The one that casts nothing.
+AS_LOADED: Profile = "frozen-half"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:

@@ -176,7 +176,7 @@ def gradients_match_oracle(facts: Facts) -> Iterable[Observation]:
     }
     judged = 0
     for run, (blockwise, gradients) in runs.items():
-        whole = gradients_off(gradients)
+        whole = [] if blockwise.moved else gradients_off(gradients)
         tensors = list(tensors_off(blockwise))
         # Of a prompt or a prefix no parameter is inside a block: what leaves the blocks is judged.
         alone = not blockwise.adapters and not whole

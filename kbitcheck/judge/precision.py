@@ -51,6 +51,9 @@ def unquantized_fp32(facts: Facts) -> Iterable[Observation]:
     norms = norm_parameters(facts.prepared)
     for p in facts.prepared.parameters.values():
         read_off = facts.recipe is not None and is_low_rank(p)  # the recipe names the adapters' dtype, KB215 judges it
+        layer = facts.prepared.layers.get(p.name.removesuffix(".bias"))
+        if p.quantized_bias and layer is not None and layer.fixed:
+            continue  # it computes with a bias of one dtype alone
         if not p.packed and p.dtype in FLOATING and p.name not in norms and not read_off:
             half = Observation(p.name, "float32", p.dtype, ok=p.dtype not in HALF)
             yield half if half.ok or not p.quantized_bias else _recast(half, p, facts)

@@ -47,6 +47,7 @@ SOFTMAX_BACKWARD = aten._softmax_backward_data.default
 CONVERT = aten._to_copy.default
 TOPK = aten.topk.default
 ARGMAX = aten.argmax.default
+RELU = aten.relu.default
 FLASH_ATTENTION = aten._scaled_dot_product_flash_attention
 EFFICIENT_ATTENTION = aten._scaled_dot_product_efficient_attention
 MATH_ATTENTION = aten._scaled_dot_product_attention_math

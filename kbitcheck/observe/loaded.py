@@ -147,8 +147,7 @@ class Loaded:
     @cached_property
     def compute(self) -> torch.dtype:
         """The dtype quantized layers compute in: float32 where they follow prepared (float32) inputs, as int8 does."""
-        dtypes = {backends.arithmetic(m).compute_dtype(m) for _, m in backends.quantized_layers(self.pristine)}
-        return next((d for d in dtypes if d is not None), torch.float32)
+        return next((d for d in backends.compute_dtypes(self.pristine) if d is not None), torch.float32)
 
     def cut(self, spec: CaseSpec) -> "LoadedCut":
         """A cut of the model, proven to be one; raises ``NoCut`` if there is none, or none is worth its price."""

@@ -29,7 +29,7 @@ from kbitcheck.observe.meant_to_train import require_declared
 from kbitcheck.observe.planning import forecast_alone, planned
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.snapshot import snapshot
-from kbitcheck.observe.recipe import recipe_of_call, settled
+from kbitcheck.observe.recipe import recipe_of_call, settled, takes_one_dtype
 from kbitcheck.observe.stages import Called
 from kbitcheck.observe.static import StaticCase
 
@@ -162,11 +162,13 @@ def open_live(
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
     function, imported = implementation.function, implementation.imported
     _ = loaded.adapters.configured(spec)  # raises where PEFT has no such adapters
-    if spec.profile != "auto":
+    if spec.profile != "auto" and not takes_one_dtype(loaded.facts):
         return Case(spec, function, loaded, imported=imported)
     called = Called(Preparation(spec, function, loaded))
     prepared = snapshot(called.left)
     recipe = recipe_of_call(called.left, prepared, loaded.facts)
+    if spec.profile != "auto":
+        recipe = dataclasses.replace(recipe, freezes=spec.freezes)
     case = Case(settled(spec, recipe), function, loaded, imported=imported, recipe=recipe)
     case.begin(called, prepared)
     return case

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.facts import ModelFacts
+from kbitcheck.core.facts import HALF, ModelFacts
 from kbitcheck.core.facts.recipe import Recipe
+from kbitcheck.core.profile import AS_LOADED
 from kbitcheck.core.recipe import read
 from kbitcheck.observe import internals
 
@@ -18,6 +19,16 @@ def settled(spec: CaseSpec, recipe: Recipe | None) -> CaseSpec:
         return spec
     freezes = "at-attach" if spec.freezes == "at-attach" else recipe.freezes
     return dataclasses.replace(spec, profile=recipe.profile, freezes=freezes)
+
+
+def takes_one_dtype(base: ModelFacts) -> bool:
+    """Whether quantized layers of the base take one half dtype alone, so that a preparation need cast nothing."""
+    return any(layer.fixed in HALF for layer in base.layers.values())
+
+
+def as_loaded(spec: CaseSpec, base: ModelFacts) -> CaseSpec:
+    """The spec under the profile that casts nothing, where nothing need be cast."""
+    return dataclasses.replace(spec, profile=AS_LOADED) if takes_one_dtype(base) else spec
 
 
 def recipe_of_call(model: nn.Module, facts: ModelFacts, loaded: ModelFacts) -> Recipe:

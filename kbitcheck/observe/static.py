@@ -17,6 +17,7 @@ from kbitcheck.observe.forecast import fitting, predict
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import snapshot
 from kbitcheck.observe.probes.quantizer import of_checkpoint
+from kbitcheck.observe.recipe import as_loaded
 
 NEEDS_A_RUN = "needs a run: the audit is static"
 
@@ -73,10 +74,11 @@ class StaticCase(OpenCase):
     """Facts of a model on the meta device. What needs a run is not applicable; ``weights`` is the forecast without steps."""
 
     def __init__(self, spec: CaseSpec, source: Source) -> None:
-        super().__init__(spec)
         self._source = source
         self._model: Any = source.meta(Quantization.parse(spec.quant))
         self.base = snapshot.snapshot(self._model)
+        spec = as_loaded(spec, self.base)
+        super().__init__(spec)
         described = _described(source, spec)
         self.quantizer = of_checkpoint(described, spec, self.base)
         self.why = "; ".join(["no weights were read", *_of_method(source, spec, self.quantizer, described)])

@@ -99,11 +99,15 @@ def freeze_base(model: nn.Module) -> None:
 def upcast_unquantized(model: nn.Module) -> None:
     """Cast every unquantized float16 and bfloat16 parameter to float32, nothing else (KB201 to KB208, KB211, KB603).
 
+    Nothing is cast around layers that take their own dtype alone (KB210).
+
     Packed weights that a module reads unpacked, such as parametrized experts, are read in float32 too: it multiplies them with
     float32 activations now (KB210).
 
     One storage at a time (KB601); an accelerator's freed blocks are handed back (KB602).
     """
+    if any(getattr(formats.of(module), "FIXES_DTYPES", False) for module in model.modules()):
+        return
     parameters = castable_parameters(model)
     upcast(parameters)
     for state in formats.read_states(model):

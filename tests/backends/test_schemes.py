@@ -17,7 +17,7 @@ from kbitcheck.observe.probes.snapshot import snapshot
 from tests.few_steps import of_few_steps
 from tests.shallow import shallow
 
-SCHEMES = ("torchao-int8", "fp8,block=32")
+SCHEMES = ("torchao-int8", "fp8,block=32", "quanto-int8", "quanto-int4")
 
 
 def scheme(text: str) -> Any:

@@ -20,6 +20,7 @@ PRIVATE = {
         "MatmulLtState", "BitsAndBytesConfig", "quant_state", "SCB", "load_in_4bit", "load_in_8bit", "dequantize_4bit",
         "bnb_4bit_quant_type", "llm_int8_skip_modules", "support_avx512bf16_for_cpu",
     },
+    "quanto": {"quanto", "QuantoConfig", "QLinear", "QModuleMixin", "WeightQBytesTensor", "WeightQBitsTensor", "qint4", "qint8"},
     "torchao": {"torchao", "Int8Tensor", "act_quant_kwargs", "TorchAoConfig"},
     "gptq": {"gptq", "gptqmodel", "g_idx"},
     "awq": {"awq", "autoawq", "gptqmodel"},

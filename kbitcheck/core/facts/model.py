@@ -47,6 +47,7 @@ class LayerFacts:
     ``input_ulp`` is the relative distance of the numbers that its input is rounded to, 0 where ``compute`` is no finer.
     ``zero_rows`` counts the rows of the unpacked weight whose norm is zero or subnormal in its dtype; None without numbers.
 
+    ``fixed`` is the one dtype that it takes, of inputs or of a bias; "" where it takes any.
     ``laid_out_before`` digests the packed weight as it was before the library's own forward laid it out anew; "" where none did.
     """
 
@@ -65,6 +66,7 @@ class LayerFacts:
     experts: int = 1
     input_ulp: float = 0.0
     zero_rows: int | None = None
+    fixed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kbitcheck.core.facts import BlockwiseFacts, Gap, Part
+from kbitcheck.core.facts import HALF, BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
 from kbitcheck.observe.internals import tree_flatten, tree_unflatten
 from kbitcheck.observe.probes import step, switches
@@ -63,15 +63,17 @@ class _Replay:
     outputs: list[torch.Tensor] = field(default_factory=list)
     leaving: dict[int, torch.Tensor | None] = field(default_factory=dict)
     gradients: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    moved: bool = False
 
     def run(self, entering: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
         """The floating outputs of the twin's block on the recorded arguments, after a backward from ``entering``."""
         differentiable = sorted({*self.call.differentiable, *self.tracked})
         leaves, args, kwargs = self.call.arguments(self.inputs, differentiable)
-        choices = ImposeChoices(self.call.choices) if self.call.choices else nullcontext()
-        with torch.enable_grad(), choices, self.twin.around(self.call):
+        choices = ImposeChoices(self.call.choices)
+        with torch.enable_grad(), choices if self.call.choices else nullcontext(), self.twin.around(self.call):
             # In a context of its own: transformers collects hidden states through context variables.
             output = contextvars.Context().run(self.player.block, *args, **kwargs)
+        self.moved = choices.moved
         outputs = [leaf for leaf in tree_flatten(output)[0] if floating(leaf)]
         pairs = [(o, entering[i].to(o.dtype)) for i, o in enumerate(outputs) if i in entering and o.requires_grad]
         if pairs:
@@ -184,7 +186,9 @@ def compare(
             missing = {"output": gap(None, output, beside)}
             parts[f"{name} (a call that was left out)"] = Part(block=name, kind=kinds[name], gaps=missing)
     pair = Pair(exact.gradients, rounded.gradients)
-    return Comparison(BlockwiseFacts(parts=parts, adapters=pair.beside(run.gradients)), pair)
+    half = {id(c) for c in calls if any(str(o.dtype).removeprefix("torch.") in HALF for o in c.outputs)}
+    moved = any(replay.moved for replay in exact.replays if id(replay.call) in half)
+    return Comparison(BlockwiseFacts(parts=parts, adapters=pair.beside(run.gradients), moved=moved), pair)
 
 
 def compare_alone(

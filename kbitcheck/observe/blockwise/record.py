@@ -29,8 +29,8 @@ class BlockCall:
     required grad. ``outputs`` are the floating tensors that the block returned, ``tracked`` whether each required grad;
     ``returned`` is all that it returned, flattened, with ``TENSOR`` in their place. ``entering`` are the gradients that
     entered the outputs in backward, by position, and ``leaving`` those that left through the differentiable leaves, by
-    index; what no gradient reached is missing. ``choices`` are the indices of the block's ``topk``: the experts that it
-    routed to. ``autocast`` is the dtype of autocast in the block, None where it was off.
+    index; what no gradient reached is missing. ``choices`` are the indices of the block's ``topk``, the experts that it
+    routed to, and the gates of its ``relu``. ``autocast`` is the dtype of autocast in the block, None where it was off.
     """
 
     block: str
@@ -124,7 +124,7 @@ class _Recorder:
                 tapped = Tap.apply(leaves[index], partial(_add, call.leaving, index))
                 setattr(tapped, HANDED_IN, leaves[index])
                 leaves[index] = tapped
-            choices = RecordChoices()
+            choices = RecordChoices(gates=True)
             choices.__enter__()
             self._open.append((call, choices))
             return tree_unflatten(leaves, structure)

@@ -142,6 +142,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         experts=recognition.experts(module),
         rounds_input=arithmetic.rounds_input(module),
         input_ulp=arithmetic.input_ulp(module),
+        fixed=str(arithmetic.fixed_dtype(module) or "").removeprefix("torch."),
         state=state,
         dequantized=unpacked.digest,
         zero_rows=unpacked.zero_rows,

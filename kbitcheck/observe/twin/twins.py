@@ -47,19 +47,22 @@ class _Product(torch.autograd.Function):
         backward_weight: Read,
         bias: torch.Tensor | None,
         rounded: Round,
+        apart: bool,
     ) -> Any:
         ctx.weight, ctx.dtype, ctx.entered = backward_weight, backward_dtype, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return linear(
-            rounded(x.to(dtype)), weight().to(backward_dtype).to(dtype), None if bias is None else bias.to(dtype)
-        )
+        x, unpacked = rounded(x.to(dtype)), weight().to(backward_dtype).to(dtype)
+        if bias is None or apart:
+            product = linear(x, unpacked)
+            return product if bias is None else product + bias.to(dtype)
+        return linear(x, unpacked, bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         product = gradient.to(ctx.dtype) @ ctx.weight().to(ctx.dtype)
         # As bitsandbytes sums it: over the first dimension in the bias's dtype; autograd sums over the others.
         bias = gradient.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[5] else None
-        return product.to(ctx.entered), None, None, None, None, bias, None
+        return product.to(ctx.entered), None, None, None, None, bias, None, None
 
 
 class TwinLinear(nn.Linear):
@@ -90,6 +93,7 @@ class TwinLinear(nn.Linear):
         self.compute = compute
         self._read, self._backward_read = read, backward_read
         self._rounded, self._follows = rounded, follows
+        self._apart = backends.arithmetic(layer).adds_bias_apart(layer)
 
     def reset_parameters(self) -> None:
         """Draw nothing: the weight is the layer's."""
@@ -99,7 +103,7 @@ class TwinLinear(nn.Linear):
         own: torch.Tensor | None = self._parameters["bias"]
         with torch.autocast(x.device.type, enabled=False):
             product: torch.Tensor = _Product.apply(
-                x, dtype, self.compute or x.dtype, self._read, self._backward_read, own, self._rounded
+                x, dtype, self.compute or x.dtype, self._read, self._backward_read, own, self._rounded, self._apart
             )
         return product.to(x.dtype) if self.compute else product
 

@@ -15,7 +15,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.errors import cause
 from kbitcheck.core.facts import Gap, Part
-from kbitcheck.core.profile import PROMISES
+from kbitcheck.core.profile import AS_LOADED
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.oracle import Twin, compare_alone
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, parameter_names
@@ -27,7 +27,6 @@ from kbitcheck.observe.watch.guard import Guard
 
 SMALL = 64 << 20  # bytes of a block's weights in float64, up to which its twins are kept
 CACHES = ("past_key_value", "past_key_values", "layer_past")
-AS_IT_IS = next(name for name, promise in PROMISES.items() if not promise.casts(norm=True))
 
 
 @dataclass(slots=True)
@@ -244,7 +243,7 @@ class Twins:
         kept, pair = self._kept.get(name, (None, None))
         if pair is None or kept != state:
             weights = Weights(block)
-            exact, rounded = twins.float64(block, weights), twins.same_dtype(block, weights, AS_IT_IS)
+            exact, rounded = twins.float64(block, weights), twins.same_dtype(block, weights, AS_LOADED)
             exact, rounded = (patches.remove(twin, block) for twin in (exact, rounded))
             pair = (_twin(patches.keep_float64(exact), torch.float64), _twin(rounded, None))
             if 8 * sum(math.prod(backends.recognition(m).shape(m)) for m in weights.layers.values()) < SMALL:
