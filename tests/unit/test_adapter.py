@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import peft
@@ -213,6 +215,16 @@ def test_the_command_writes_one_report_and_its_exit_code(saved, capsys):
     assert "there is one in" in capsys.readouterr().err
     assert main.run(["adapter", str(folder), "--select", "KB801", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["pass"] == 1
+
+
+def test_files_alone_are_judged_without_transformers(saved):
+    """An import of it takes longer than all that is read."""
+    folder = saved("lora", STARTS_AT_ZERO["lora"])
+    code = (
+        f"import sys; from kbitcheck.run.saved_adapter import judge; judge(__import__('pathlib').Path({str(folder)!r}))"
+    )
+    code += "; sys.exit('transformers' in sys.modules or 'torch' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def test_rules_about_models_are_not_about_adapters(saved):

@@ -76,17 +76,17 @@ class AdapterCase(OpenCase):
     @Fact
     def replaced(self) -> Mapping[str, Replacement]:
         """The tensors that are stored whole, beside the base's, which is loaded for it."""
-        from kbitcheck.observe.adapter import replaced
-
         source = self._source("a comparison with the base's weights")
+        from kbitcheck.observe.adapter import replaced  # slow to import, and only needed beside a base
+
         return replaced.replacements(source, self._path, self._read)
 
     @Fact
     def merge(self) -> MergeFacts:
         """The adapter merged into its base, which is loaded for it."""
+        source = self._source("a merge")
         from kbitcheck.observe.adapter import merge
 
-        source = self._source("a merge")
         quant = Quantization.parse(self._quant or source.quant or DEFAULT)
         return merge.facts(source, quant, self._path, self._read, self._merging or merge.merge)
 
