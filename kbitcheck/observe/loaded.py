@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self, TypeVar, cast
@@ -38,6 +38,7 @@ from kbitcheck.observe.twin import twins as twin
 
 T = TypeVar("T")
 Attach = Callable[[nn.Module, CaseSpec], Attached]
+Numbers = Mapping[str, torch.Tensor] | None
 
 
 class Function(NamedTuple):
@@ -279,14 +280,14 @@ class Loaded:
         return partial(torch.autocast, step.device(self.batch).type, dtype=self.half, cache_enabled=caching)
 
     def block_by_block(
-        self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch
+        self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch, numbers: Numbers = None
     ) -> Comparison:
-        """A recorded plain step of the base, prepared and with the spec's adapters, beside its twins."""
+        """A recorded plain step of the base, prepared and with the spec's adapters (of other ``numbers``), beside its twins."""
         key = ("blocks", spec.profile, spec.adapters, spec.rank, spec.seed, *_bits(run, calls))
 
         def compared() -> Comparison:
             self._room()
-            comparison = compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed)
+            comparison = compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed, numbers)
             if self.patched:
                 twin.require_numbers(comparison.facts.parts[""].gaps["loss"].size)
             return comparison

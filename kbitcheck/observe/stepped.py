@@ -32,7 +32,7 @@ from kbitcheck.observe.blockwise.record import BlockCall, recorded
 from kbitcheck.observe.drawn_batch import drawn_batch
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, process_state, routers, step, switches
-from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.adapters import Attached, holding, moved
 from kbitcheck.observe.probes.soak import EVALUATIONS, LOOKS, kept, soak
 from kbitcheck.observe.stages import Wrapped
 from kbitcheck.observe.twin.twins import Twins
@@ -178,14 +178,17 @@ class Stepped:
         )
     )
     def drawn(self) -> DrawnFacts:
-        spec = self._spec
-        conditions, batch = drawn_batch(self._loaded, spec)
-        record = self._record(batch)
-        facts = self._beside_twins(record, batch).facts
-        if spec.checkpointing == "off":
-            return DrawnFacts(conditions=str(conditions), blockwise=facts)
-        with switches.dropout(self._wrapped.attached.model, 0.0):  # as in the recorded step
-            checkpointed = self._preparation.step(self._wrapped.attached, batch=batch)
+        conditions, batch = drawn_batch(self._loaded, self._spec)
+        usual = self._usual  # first: the adapters are elsewhere after it
+        spec, attached = self._spec, self._wrapped.attached
+        numbers = moved(attached.adapters, spec.seed)
+        with holding(attached.adapters, numbers):
+            record = self._record(batch)
+            facts = self._loaded.block_by_block(spec, *record, batch, numbers).facts
+            if spec.checkpointing == "off":
+                return DrawnFacts(conditions=str(conditions), blockwise=facts)
+            with switches.dropout(attached.model, 0.0):  # as in the recorded step
+                checkpointed = self._preparation.step(attached, batch=batch)
         least = median_yardstick(facts.adapters.values())
         yardsticks = {name: max(gap.yardstick, least) for name, gap in facts.adapters.items()}
         return DrawnFacts(
@@ -193,7 +196,7 @@ class Stepped:
             blockwise=facts,
             against_plain=step.distances(checkpointed.gradients, record[0].gradients, yardsticks),
             checkpoints=len(checkpointed.facts.checkpoints),
-            usual_checkpoints=len(self._usual.facts.checkpoints),
+            usual_checkpoints=len(usual.facts.checkpoints),
         )
 
     @fact(Cost("cut", SOAK, models=1))

@@ -32,6 +32,19 @@ def off_for_three_rows_or_more(model: Any) -> None:
     _only(model, lambda x: len(x) > 2)
 
 
+@adds("KB310", last=True)
+def off_once_adapters_have_moved(model: Any) -> None:
+    """Gradients are off while the adapters have other numbers than at first."""
+    first: list[float] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> Any:
+        total = float(sum(p.detach().double().sum() for p in model.parameters() if p.requires_grad))
+        first.append(total)
+        return scaled(output, 1.05) if total != first[0] else output
+
+    model.transformer.h[1].ln_2.register_forward_hook(look)
+
+
 def _from_the_eighth_update_on(model: Any) -> None:
     """Have gradients be off once an optimizer has changed the adapters eight times."""
     updates: list[float] = []

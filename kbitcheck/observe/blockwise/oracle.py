@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import nn
 from kbitcheck.core.facts import HALF, BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
 from kbitcheck.observe.internals import tree_flatten, tree_unflatten
-from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes import adapters, step, switches
 from kbitcheck.observe.probes.choices import ImposeChoices
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin.twins import Pair
@@ -169,10 +169,21 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    run: step.Step, calls: Sequence[BlockCall], twins: tuple[Twin, Twin], batch: step.Batch, seed: int
+    run: step.Step,
+    calls: Sequence[BlockCall],
+    twins: tuple[Twin, Twin],
+    batch: step.Batch,
+    seed: int,
+    numbers: Mapping[str, torch.Tensor] | None = None,
 ) -> Comparison:
-    """The recorded step beside its twins, the float64 one and the same-dtype one, whose blocks have the recorded names."""
-    exact, rounded = (_run(twin, calls, batch, seed) for twin in twins)
+    """The recorded step beside its twins, the float64 one and the same-dtype one, whose blocks have the recorded names.
+
+    ``numbers`` are those of the adapters in that step, where they are not the twins' own.
+    """
+    with ExitStack() as held:
+        for twin in twins:
+            held.enter_context(adapters.holding(twin.adapters, numbers or {}))
+        exact, rounded = (_run(twin, calls, batch, seed) for twin in twins)
     loss = torch.tensor(run.facts.loss, dtype=torch.float64)
     parts = {"": Part(block="", kind="", gaps={"loss": gap(loss, exact.loss.cpu(), rounded.loss.cpu().double())})}
     kinds = {name: type(twins[0].model.get_submodule(name)).__name__ for name in exact.uncalled}

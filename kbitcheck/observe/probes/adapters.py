@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -100,3 +101,26 @@ def noise(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
     """Normal numbers of this shape that depend on name and seed alone."""
     key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(key))
+
+
+def moved(parameters: Mapping[str, nn.Parameter], seed: int) -> dict[str, torch.Tensor]:
+    """The numbers of adapters as training might have moved them: each is about an eighth of their size from where it is."""
+    away = {name: noise(f"{name} moved", parameter, seed).to(parameter) for name, parameter in parameters.items()}
+    return {name: (p + p.abs().mean() / 8 * away[name]).detach() for name, p in parameters.items()}
+
+
+@contextmanager
+def holding(parameters: Mapping[str, nn.Parameter], numbers: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Parameters have these numbers, by name, while the context is open."""
+    own = {name: parameters[name].detach().clone() for name in numbers}
+    try:
+        _put(parameters, numbers)
+        yield
+    finally:
+        _put(parameters, own)
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, nn.Parameter], numbers: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in numbers.items():
+        parameters[name].copy_(tensor)
