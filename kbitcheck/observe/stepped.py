@@ -204,6 +204,7 @@ class Stepped:
         preparation, spec, batch = self._preparation, self._spec, self._loaded.single
         model, _ = attached = preparation.attach(preparation.prepared_copy())
         how: dict[str, Any] = {"seed": spec.seed, "autocast": preparation.autocast}
+        how["base_evaluates"] = lambda: not forwards.evaluate(self._loaded.copy(), batch, preparation.autocast).raised
         with process_state.effects(model) as effects, kept(model, batch) as bytes_kept:
             first, *looks = soak(attached, batch, steps=SOAKED, entropy=spec.entropy, **how)
         return LaterFacts(

@@ -2,7 +2,7 @@
 
 import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,11 +19,19 @@ LOOKS, EVALUATIONS = 3, 2
 
 
 def soak(
-    attached: Attached, batch: step.Batch, *, steps: int, entropy: str, seed: int, autocast: step.Autocast
+    attached: Attached,
+    batch: step.Batch,
+    *,
+    steps: int,
+    entropy: str,
+    seed: int,
+    autocast: step.Autocast,
+    base_evaluates: Callable[[], bool],
 ) -> Iterator[tuple[str, step.Step]]:
     """The first step, and at each look what a step gives with the adapters as they were before it; by its place.
 
-    In between ``steps`` steps of SGD are taken, and a few evaluations. From the last look but one on, clocks say that hours have gone by.
+    In between ``steps`` steps of SGD are taken, and a few evaluations, unless one raises and ``base_evaluates`` says that the
+    unprepared base's does, too. From the last look but one on, clocks say that hours have gone by.
     """
     model, adapters = attached
     drawn = random.Random(entropy)  # noqa: S311
@@ -45,8 +53,13 @@ def soak(
                         parameter.sub_(gradient.to(parameter.dtype), alpha=0.01)
             if number in evaluations:
                 model.eval()
-                with torch.no_grad(), autocast():
-                    model(**step.feed(model, batch))
+                try:
+                    with torch.no_grad(), autocast():
+                        model(**step.feed(model, batch))
+                except RuntimeError:
+                    if base_evaluates():
+                        raise
+                    evaluations.clear()
             if number == looks[-2]:
                 later.enter_context(hours_later())
             if number in looks:
