@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.errors import Unavailable, cause
 from kbitcheck.core.facts import (
     CANNOT_RUN,
     Cost,
@@ -159,8 +159,14 @@ class Outputs:
     @fact(Cost("cut", Passes(forwards=2, copies=1, calls=1), models=1))
     def left_by_evaluation(self) -> int:
         self._loaded.require_step()
-        model = self._preparation.prepared_copy()
-        return memory.left_by_evaluation(model, self._loaded.batch, self._preparation.autocast)
+        model, batch, autocast = self._preparation.prepared_copy(), self._loaded.batch, self._preparation.autocast
+        try:
+            return memory.left_by_evaluation(model, batch, autocast)
+        except Exception as error:  # the model's own code may raise anything
+            failed = forwards.evaluate(self._loaded.copy(), batch, autocast).raised
+            if isinstance(error, torch.OutOfMemoryError) or not failed:
+                raise
+            raise Unavailable(f"the unprepared base does not evaluate, either: {cause(error)}") from error
 
     @fact(Cost("cut", Passes(forwards=2, copies=1, calls=2), models=1))
     def round_trip(self) -> StoreFacts:

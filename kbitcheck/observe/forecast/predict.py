@@ -39,6 +39,8 @@ from kbitcheck.observe.probes.treatment import PEFT
 
 BATCH, SEQ_LEN, SHORT = 1, 2048, 16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Where configurations say how many tokens a model takes: most, Whisper's, MPT's.
+LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 NOTES = {
     "flash_attention_2": "flash_attention_2 is not run: it keeps queries, keys, values, results and a sum for each query",
     "chunked": "the loss is of chunks of 512 tokens from head to loss, each recomputed in the backward",
@@ -263,7 +265,13 @@ class Training:
 
 
 def token_limit(model: Any) -> int:
-    """The most tokens that the model's own configuration allows."""
+    """The most tokens that the model's own configuration allows.
+
+    A table of positions that has a row for padding, as RoBERTa's, numbers tokens from behind that row on.
+    """
     text = model.config.get_text_config()
-    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return min((n for n in stated if isinstance(n, int) and n > 0), default=1 << 20)
+    stated = (getattr(text, name, None) for name in LIMITS)
+    limits = [n for n in stated if isinstance(n, int) and n > 0]
+    tables = (m for name, m in model.named_modules() if "position" in name and isinstance(m, torch.nn.Embedding))
+    limits += [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
+    return min(limits, default=1 << 20)

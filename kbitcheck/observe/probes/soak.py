@@ -51,21 +51,29 @@ def soak(
                     gradient = gradients[name]
                     if gradient is not None:
                         parameter.sub_(gradient.to(parameter.dtype), alpha=0.01)
-            if number in evaluations:
-                model.eval()
-                try:
-                    with torch.no_grad(), autocast():
-                        model(**step.feed(model, batch))
-                except RuntimeError:
-                    if base_evaluates():
-                        raise
-                    evaluations.clear()
+            if number in evaluations and not _evaluates(model, batch, autocast, base_evaluates):
+                evaluations.clear()
             if number == looks[-2]:
                 later.enter_context(hours_later())
             if number in looks:
                 now = _swapped(adapters, start)
                 yield f"{number} steps{' and hours' if number >= looks[-2] else ''}", taken()
                 _swapped(adapters, now)
+
+
+def _evaluates(
+    model: torch.nn.Module, batch: step.Batch, autocast: step.Autocast, base_evaluates: Callable[[], bool]
+) -> bool:
+    """Whether an evaluation runs; what it raises is raised again where the base's runs."""
+    model.eval()
+    try:
+        with torch.no_grad(), autocast():
+            model(**step.feed(model, batch))
+    except Exception as error:  # the model's own code may raise anything
+        if isinstance(error, torch.OutOfMemoryError) or base_evaluates():
+            raise
+        return False
+    return True
 
 
 @contextmanager

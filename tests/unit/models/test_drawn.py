@@ -52,6 +52,19 @@ def test_a_batch_of_the_quick_suite_is_beyond_512_tokens(seed):
     assert max(lengths) > 512
 
 
+@pytest.mark.parametrize(("name", "limit"), [("llama", 128), ("roberta", 126), ("mpt", 128)])
+def test_the_most_tokens_that_a_model_takes_are_what_it_runs_on(name, limit):
+    """RoBERTa's table of positions has a row for padding; MPT names its limit otherwise."""
+    model = resolve(f"arch:{name}").load(Quantization.parse("nf4"), "cpu").eval()
+    assert token_limit(model) == limit
+    ids = torch.full((1, limit), 5)
+    with torch.no_grad():
+        model(input_ids=ids)
+    if name != "llama":  # which computes its positions
+        with pytest.raises((RuntimeError, IndexError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
 @pytest.fixture(scope="module")
 def model():
     return resolve("tiny:llama").meta(Quantization.parse("nf4")).to_empty(device="cpu")

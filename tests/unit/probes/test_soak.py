@@ -9,6 +9,7 @@ import pytest
 from kbitcheck_reference import prepare_model_for_kbit_training
 
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.errors import Unavailable
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.sabotage.helpers import blocks, subclass
@@ -34,6 +35,11 @@ def _case(prepare: Callable[..., Any], spoil: Callable[[Any], None] | None) -> C
 def test_a_base_that_does_not_evaluate_is_looked_at_without_evaluations() -> None:
     later = _case(prepare_model_for_kbit_training, _no_evaluation).later
     assert {distance.equal for look in later.looks.values() for distance in look.values()} == {True}
+
+
+def test_what_an_evaluation_leaves_is_unknown_of_such_a_base() -> None:
+    with pytest.raises(Unavailable, match="the unprepared base does not evaluate, either: RuntimeError: no evaluation"):
+        _ = _case(prepare_model_for_kbit_training, _no_evaluation).left_by_evaluation
 
 
 def test_a_prepared_model_alone_that_does_not_evaluate_raises() -> None:
