@@ -25,6 +25,7 @@ def rows():
 
 
 ROWS = list(rows())
+ONE_CASE = ("--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "reentrant")
 
 
 def judged(report):
@@ -54,7 +55,8 @@ def judged_by(door, folder):
     options = {
         "static": ["model", "tiny:llama", "--static", "--memory", "24GiB"],
         "model": ["model", "tiny:llama", "--quant", "nf4,skip=lm_head", "--checkpointing", "reentrant"],
-        "impl": ["impl", "reference", "--model", "tiny:llama", "--quant", "nf4", "--checkpointing", "reentrant"],
+        "impl": ["impl", "reference", *ONE_CASE],
+        "composition": ["impl", "reference", *ONE_CASE, "--composition", "compile"],
     }
     codes = set()
     for arguments in (options[door], *packed(door, folder)):
@@ -74,10 +76,11 @@ def packed(door, folder):
 def door_of(command):
     if "assert_prepared" in command:
         return "assert_prepared"
-    return "static" if "--static" in command else command.split()[1]
+    options = [option for option in ("static", "composition") if f"--{option}" in command]
+    return options[0] if options else command.split()[1]
 
 
-SLOW = [pytest.param(door, marks=pytest.mark.slow) for door in ("model", "impl")]
+SLOW = [pytest.param(door, marks=pytest.mark.slow) for door in ("model", "impl", "composition")]
 
 
 @pytest.mark.parametrize("door", ["watch", "assert_prepared", "static", *SLOW])
