@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from kbitcheck.core.facts import Changes, Cost, Fact, ForwardFacts, ModelFacts, TrainingFacts
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, forwards, process_state, step
-from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.adapters import Attached, holding
 from kbitcheck.observe.probes.descent import descend, take_two_steps
 from kbitcheck.observe.probes.snapshot import snapshot
 
@@ -33,8 +31,8 @@ class Trained:
     def after(cls, attached: Attached, first: step.Gradients, rate: float, preparation: Preparation) -> Self:
         """Of a model whose first step has the gradients of a step that was taken before; what trains is then as it was."""
         before = _bits(attached)
-        start = [(p, p.detach().clone()) for p in attached.model.parameters() if p.requires_grad]
-        try:
+        trained = {name: p for name, p in attached.model.named_parameters() if p.requires_grad}
+        with holding(trained, trained):
             take_two_steps(
                 attached,
                 preparation.loaded.single,
@@ -44,10 +42,6 @@ class Trained:
                 autocast=preparation.autocast,
             )
             return cls.read(attached, before)
-        finally:
-            with torch.no_grad():
-                for parameter, numbers in start:
-                    parameter.copy_(numbers)
 
     def moved_base(self, before: ModelFacts) -> bool:
         """Whether anything but what trains has other bits than before, which nobody put back."""

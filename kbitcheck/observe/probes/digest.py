@@ -3,9 +3,7 @@
 from typing import Any
 
 import torch
-from xxhash import (
-    xxh3_128,  # bound before any subject is imported; as sure against chance as any hash, and faster than memory
-)
+from xxhash import xxh3_128  # bound before any subject is imported, which may patch its module
 
 from kbitcheck.observe import internals
 from kbitcheck.observe.probes.parts import parts, wraps
