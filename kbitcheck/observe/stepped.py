@@ -184,11 +184,11 @@ class Stepped:
         numbers = moved(attached.adapters, spec.seed)
         with holding(attached.adapters, numbers):
             record = self._record(batch)
-            facts = self._loaded.block_by_block(spec, *record, batch, numbers).facts
-            if spec.checkpointing == "off":
-                return DrawnFacts(conditions=str(conditions), blockwise=facts)
             with switches.dropout(attached.model, 0.0):  # as in the recorded step
-                checkpointed = self._preparation.step(attached, batch=batch)
+                checkpointed = None if spec.checkpointing == "off" else self._preparation.step(attached, batch=batch)
+        facts = self._loaded.block_by_block(spec, *record, batch, numbers).facts
+        if checkpointed is None:
+            return DrawnFacts(conditions=str(conditions), blockwise=facts)
         least = median_yardstick(facts.adapters.values())
         yardsticks = {name: max(gap.yardstick, least) for name, gap in facts.adapters.items()}
         return DrawnFacts(

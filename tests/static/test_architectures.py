@@ -138,7 +138,6 @@ NOT_FORECAST = {
     "causal-lm/jetmoe": "split_with_sizes",
     "causal-lm/longcat_flash": "same reduction dim",
     "causal-lm/mamba": "torch.uint8",
-    "causal-lm/mpt": "broadcast a dimension",
     "causal-lm/xlstm": "is not divisible by chunk size",
     "causal-lm/xmod": "aten.nonzero",
     "seq2seq-lm/fsmt": "to match target batch_size",
