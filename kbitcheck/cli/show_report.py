@@ -1,12 +1,22 @@
-"""What the commands that yield a report share: where it goes, in which colours, and the verdict on a line of its own."""
+"""What the commands that yield a report or a table share: where it goes, in which colours, and the verdict on a line of its own."""
 
 import os
+from typing import Protocol
 
 from kbitcheck.cli.console import say
 from kbitcheck.cli.options import ReportOptions
 from kbitcheck.core.report import Report
 from kbitcheck.report import render, verdict
 from kbitcheck.report.output_file import OutputFile
+
+
+class TableOptions(Protocol):
+    """Options of a command that yields a table."""
+
+    @property
+    def quiet(self) -> bool: ...
+    @property
+    def output(self) -> str: ...
 
 
 def coloured(color: str, *, terminal: bool) -> bool:
@@ -34,3 +44,11 @@ def show_report(
         OutputFile("").write(f"{verdict(report)}\n")
     elif says_verdict and not (output.terminal and options.format == "text"):
         say(verdict(report))
+
+
+def show_table(text: str, summary: str, options: TableOptions, output: OutputFile) -> None:
+    """Write a table; under ``--quiet`` the line that sums it up alone, and the table to ``--output`` where that is given."""
+    if not options.quiet or options.output:
+        output.write(text)
+    if options.quiet:
+        OutputFile("").write(f"{summary}\n")

@@ -133,6 +133,31 @@ def test_quiet_is_one_line(door: Door) -> None:
     assert door("show", "report.json", "-q").stdout == ran.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("matrix", "good.py:prepare", "nothing.py:prepare", *ONE),
+            "1 of 2 implementations break a MUST (nothing.py:prepare), 0 not wholly judged",
+        ),
+        (
+            ("sweep", "--prepare", "good.py:prepare", "--select", "llama", "--select", "late"),
+            "1 of 2 causal-lm architectures audited, 0 with a broken MUST of the implementation, 1 not wholly judged",
+        ),
+        (("selftest", "--select", "KB1"), "2 of 2 faults caught"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, tuple) else "",
+)
+def test_a_quiet_table_is_the_line_that_sums_it_up(door: Door, arguments: tuple[str, ...], line: str) -> None:
+    ran = door(*arguments, "--quiet")
+    assert (ran.stdout, ran.stderr) == (f"{line}\n", "")
+    if arguments[0] == "selftest":  # which has no table
+        return
+    aside = door(*arguments, "-q", "--format", "json", "--output", "table.json")
+    assert (aside.stdout, aside.stderr) == (f"{line}\n", "")
+    assert json.loads((door.cwd / "table.json").read_text())["rows"]
+
+
 COLOUR = "\x1b["
 
 

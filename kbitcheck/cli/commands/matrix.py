@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kbitcheck.cli.cases import examine, suite_cases
 from kbitcheck.cli.console import say
 from kbitcheck.cli.options import IMPL_HELP, SuiteOptions, argument, choice, option
+from kbitcheck.cli.show_report import show_table
 from kbitcheck.compare.matrix import Matrix, Row, Subject, row, subjects
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.pace import Pace
@@ -15,7 +16,7 @@ from kbitcheck.core.report import Report
 from kbitcheck.core.version import TOOL
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.report.report_folder import ReportFolder
-from kbitcheck.report.tables.matrix import render, verdict
+from kbitcheck.report.tables.matrix import render, summary, verdict
 from kbitcheck.run.subject import validate
 
 
@@ -50,5 +51,5 @@ def run(options: Options) -> int:
             break
     command = shlex.join(["kbitcheck", *sys.argv[1:]])
     table = Matrix(tool=TOOL, command=command, cases=[spec.id for spec in specs], rows=rows)
-    output.write(render(table, options.format))
+    show_table(render(table, options.format), summary(table), options, output)
     return table.exit_code

@@ -28,6 +28,7 @@ class Options:
     timeout: float = option(
         "Time limit of one answer of the worker.", 3600, metavar="SECONDS", read=above_zero("seconds")
     )
+    quiet: bool = option("Print the verdict alone, on one line.", False, short=["-q"])
     debug: bool = option("Show tracebacks and what the worker prints.", False)
 
 
@@ -51,12 +52,14 @@ def run(options: Options) -> int:
                     continue
                 verdict = VERDICTS[event.caught]
                 line = f"{verdict}  {event.code}  {event.fault}  [{event.case}]  {event.reason}"
-                say(line) if options.matrix else output.write(line + "\n")
+                if not options.quiet:
+                    say(line) if options.matrix else output.write(line + "\n")
                 faults.append(event)
     except Lost as lost:
         return fail(f"the selftest broke: {lost}", EXIT_ERROR)
     if options.matrix:
         write(directory, faults)
     caught = [event.caught for event in faults if event.caught is not None]
-    say(f"{sum(caught)} of {len(caught)} faults caught")
+    summary = f"{sum(caught)} of {len(caught)} faults caught"
+    output.write(f"{summary}\n") if options.quiet else say(summary)
     return EXIT_NOTHING if not caught else EXIT_CONFORMS if all(caught) else EXIT_BROKEN_RULE

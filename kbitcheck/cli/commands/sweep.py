@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.cli.console import echo, fail, say
 from kbitcheck.cli.options import PREPARE_HELP, above_zero, at_least, choice, option
+from kbitcheck.cli.show_report import show_table
 from kbitcheck.cli.signals import signals_as_interrupts
 from kbitcheck.core.cases import CaseSpec, Checkpointing, Profile
 from kbitcheck.core.errors import Lost, UsageError
@@ -48,6 +49,7 @@ class Options:
     output: str = option(
         "Write the table to this file; FILE.jsonl beside it keeps each row as it comes.", "", metavar="FILE"
     )
+    quiet: bool = option("Print the verdict alone, on one line.", False, short=["-q"])
     debug: bool = option("Show tracebacks and what the workers print.", False)
 
     @property
@@ -80,10 +82,11 @@ def run(options: Options) -> int:
             table = swept(
                 options.task, template, select=options.select, shard=(part, parts), jobs=options.jobs,
                 timeout=options.timeout, output=options.output, command=options.command,
-                say=say, echo=echo if options.debug else None,
+                say=(lambda line: None) if options.quiet else say, echo=echo if options.debug else None,
             )  # fmt: skip
     except Lost as lost:
         return fail(f"the architectures cannot be listed: {lost}", EXIT_ERROR)
-    output.write(render(table, options.format))
-    say(verdict(table))
+    show_table(render(table, options.format), verdict(table), options, output)
+    if not options.quiet:
+        say(verdict(table))
     return table.exit_code

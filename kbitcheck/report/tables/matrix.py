@@ -14,6 +14,7 @@ from kbitcheck.report.templates import template
 
 HEAD = ("implementation", "transformers")
 STACK = ("python", "torch", "bitsandbytes", "accelerate")
+NAMED = 3  # implementations in the line that sums a table up
 BAD = (Mark.MUST, Mark.ERROR, Mark.SHOULD)
 SIGNS = {Mark.SKIPPED: "-", Mark.KEPT: ".", Mark.SHOULD: "should", Mark.MUST: "MUST", Mark.ERROR: "error"}
 HTML_WORDS = {Mark.SKIPPED: "n/a", Mark.KEPT: "kept", Mark.SHOULD: "SHOULD", Mark.MUST: "MUST", Mark.ERROR: "error"}
@@ -40,6 +41,15 @@ def verdict(row: Row) -> str:
     parts = [f"{mark.value}: {' '.join(codes)}" for mark in BAD if (codes := _codes(row, mark))]
     parts += [f"{len(_codes(row, Mark.KEPT))} kept", *([] if row.complete else ["interrupted"])]
     return f"{row.subject.name}: {', '.join(parts)}"
+
+
+def summary(matrix: Matrix) -> str:
+    """One line: which implementations break a MUST, and how many rows were not wholly judged."""
+    broken = [row.subject.name for row in matrix.rows if _codes(row, Mark.MUST)]
+    errors = sum(bool(row.error or _codes(row, Mark.ERROR)) for row in matrix.rows)
+    names = f" ({', '.join(broken[:NAMED])}{', …' if broken[NAMED:] else ''})" if broken else ""
+    line = f"{len(broken)} of {len(matrix.rows)} implementations break a MUST{names}, {errors} not wholly judged"
+    return line + ("" if all(row.complete for row in matrix.rows) else "; interrupted")
 
 
 def _codes(row: Row, mark: Mark) -> list[str]:
