@@ -233,6 +233,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def averaged(wrap: nn.parallel.DistributedDataParallel) -> set[int]:
+    """The ids of the parameters whose gradients the wrap averages over its processes."""
+    return {id(parameter) for parameter in wrap._module_parameters}
+
+
 def compiled_from(model: Any) -> Any:
     """The model that ``torch.compile`` wrapped; any other model itself."""
     return getattr(model, "_orig_mod", model)
@@ -245,8 +250,7 @@ def inputs_hooked(model: nn.Module) -> bool:
 
 def attention(config: Any) -> str | None:
     """The attention that a configuration chooses, which its ``to_dict`` leaves out."""
-    chosen: str | None = getattr(config, "_attn_implementation", None)
-    return chosen
+    return cast("str | None", getattr(config, "_attn_implementation", None))
 
 
 def choose_attention(config: Any, name: str) -> None:

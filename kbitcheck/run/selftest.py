@@ -21,6 +21,7 @@ from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import files_written
 from kbitcheck.observe.watch.case import WatchedCase
 from kbitcheck.observe.watch.observer import Observer
+from kbitcheck.observe.watch.replicas import Place
 from kbitcheck.sabotage.adapter import Files
 from kbitcheck.sabotage.fault import Fault, faults
 from kbitcheck.sabotage.watched import Script
@@ -76,11 +77,20 @@ def _saved(fault: Fault) -> AdapterCase:
 
 
 def _watched(fault: Fault, base: Loaded) -> WatchedCase:
-    observer = Observer(base.copy(), Training())
+    """The script's case; of several ranks, which run one after another, the last one's, with what all of them hold."""
+    peers = tuple(range(fault.ranks))
+    cases = [_on_rank(fault, base, (rank, peers) if fault.ranks > 1 else None) for rank in peers]
+    case = cases[-1]
+    case.watched = replace(case.watched, replicas=tuple(each for one in cases for each in one.watched.replicas))
+    return case
+
+
+def _on_rank(fault: Fault, base: Loaded, place: Place | None) -> WatchedCase:
+    observer = Observer(base.copy(), Training(), place=lambda wrap: place)
     observer.start()
     try:
         assert fault.train is not None
-        fault.train(Script(observer.model, base.batch))
+        fault.train(Script(observer.model, base.batch, 0 if place is None else place[0]))
     finally:
         observer.stop()
     if observer.failed:

@@ -30,6 +30,7 @@ class Watch:
         from kbitcheck.observe import internals, lent
         from kbitcheck.observe.meant_to_train import require_declared
         from kbitcheck.observe.watch.observer import Observer
+        from kbitcheck.observe.watch.replicas import wrap_of
 
         settings.validate()
         if not callable(getattr(model, "named_modules", None)):
@@ -43,7 +44,7 @@ class Watch:
         self._report: Report | None = None
         training = Training(trains=settings.trains, optimizer=optimizer, steps=settings.steps)
         require_declared(inner, training)
-        self._observer = Observer(inner, training, **options)
+        self._observer = Observer(inner, training, wrap=wrap_of(model), **options)
 
     def __enter__(self) -> Self:
         self._observer.start()
@@ -72,6 +73,11 @@ class Watch:
     def over(self) -> bool:
         """Whether nothing is watched any more."""
         return bool(self._observer.over)
+
+    @property
+    def replicas(self) -> list[dict[str, Any]]:
+        """What this process of several holds, as data: one (``Replica``), or none."""
+        return [replica.as_json() for replica in self._observer.run.replicas]
 
     @property
     def report(self) -> Report:

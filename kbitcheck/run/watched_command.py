@@ -12,11 +12,10 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
-from kbitcheck.core.version import TOOL
+from kbitcheck.run import ranks
 from kbitcheck.run.inject import __file__ as inject
 from kbitcheck.run.watch_settings import Settings
 
@@ -52,10 +51,10 @@ def run(command: Sequence[str], settings: Settings, *, on_report: Callable[[Repo
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(PAUSE)
-                if not shown and (reports := _reports(folder)) and len(reports) >= _ranks(folder):
+                if not shown and (each := ranks.read(folder)) and len(each) >= each[0].ranks:
                     shown = True
-                    on_report(_merged(reports, settings))
-        report = _merged(_reports(folder), settings)
+                    on_report(ranks.merged(each, settings))
+        report = ranks.merged(ranks.read(folder), settings)
         failed = "; ".join({path.read_text(encoding="utf-8"): None for path in sorted(folder.glob("failed-*"))})
     if not shown and report.results:
         on_report(report)
@@ -78,16 +77,6 @@ def _environment(folder: Path, settings: Settings) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, VARIABLE: json.dumps(options)}
 
 
-def _reports(folder: Path) -> list[Report]:
-    return [Report.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-
-
-def _ranks(folder: Path) -> int:
-    """The number of processes that train, as the first report says."""
-    first = next(iter(sorted(folder.glob("*.json"))))
-    return int(json.loads(first.read_text(encoding="utf-8"))["subject"].get("ranks", 1))
-
-
 @contextlib.contextmanager
 def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Pass signals on to the command. Ctrl-C on a terminal reaches the command by itself."""
@@ -103,31 +92,3 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def _merged(reports: Sequence[Report], settings: Settings) -> Report:
-    """One report of all ranks' reports, whose cases are named apart already; of none the report of a run without a quantized model."""
-    if not reports:
-        subject = {
-            "command": "watch",
-            "ignored": dict(settings.ignore),
-            "steps": 0,
-            "implementation": {"name": "your code"},
-        }
-        return Report(tool=TOOL, environment={}, subject=subject, results=(), blame="own")
-    first = reports[0]
-    cases: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    for report in reports:
-        cases |= report.subject.get("cases", {})
-        facts |= report.facts.get("cases", {})
-    return Report(
-        tool=first.tool,
-        environment=first.environment,
-        subject={**first.subject, "cases": cases},
-        results=tuple(result for report in reports for result in report.results),
-        blame=first.blame,
-        strict=settings.strict,
-        complete=all(report.complete for report in reports),
-        facts={"cases": facts, "seconds": max(report.facts.get("seconds", 0.0) for report in reports)},
-    )

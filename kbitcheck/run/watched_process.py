@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.guard import take_off
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.report.output_file import replace_file
+from kbitcheck.run import ranks
 from kbitcheck.run.watch_settings import CASE, Settings
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class _Waiting:
         try:
             rank = int(os.environ.get("RANK", "0"))
             path = Path(self._options["folder"]) / f"{rank:05}-{self._process}.json"
-            replace_file(path, json.dumps(watch.report.as_json()))
+            replace_file(path, ranks.as_text(watch.report, watch.replicas))
         except Exception as error:
             self._fail(error)
 

@@ -41,7 +41,7 @@ WITHOUT: Mapping[tuple[str, FaultLevel], str] = {
 class Fault:
     """One defect. ``prepare`` is the broken implementation; ``spoil`` damages the loaded model before it is prepared.
 
-    ``train`` is a training script instead, which prepares and trains the model; ``save`` damages an adapter
+    ``train`` is a training script instead, which prepares and trains the model, on each of several ``ranks``; ``save`` damages an adapter
     that was saved, ``merge`` merges a layer of it badly; with ``beside`` it is judged beside its base's weights.
     ``compose`` spoils the processes of a ``composition``.
     ``config`` has the fields of the model's
@@ -69,6 +69,7 @@ class Fault:
     compose: Callable[[Any], None] | None = None
     composition: Composition = ""
     conditions: str = ""
+    ranks: int = 1
     accelerator: bool = False
     alone: bool = False
     standalone: bool = False

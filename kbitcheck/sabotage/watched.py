@@ -15,10 +15,13 @@ from kbitcheck.sabotage.hooks import change_output
 
 
 class Script:
-    """A training script with a loaded quantized model and a batch; ``train`` takes the steps of a plain loop."""
+    """A training script with a loaded quantized model and a batch; ``train`` takes the steps of a plain loop.
 
-    def __init__(self, model: Any, batch: Mapping[str, torch.Tensor]) -> None:
-        self.model = model
+    ``rank`` is that of its process, of several.
+    """
+
+    def __init__(self, model: Any, batch: Mapping[str, torch.Tensor], rank: int = 0) -> None:
+        self.model, self.rank = model, rank
         self.batch = dict(batch)
 
     def prepare(self, **arguments: Any) -> None:
@@ -255,3 +258,18 @@ def outputs_kept_from_step_to_step(script: Script) -> None:
     optimizer = script.adamw()
     script.train(optimizer)
     script.train(optimizer)
+
+
+@trains("KB728", ranks=2)
+def a_rank_whose_gradients_nobody_averages(script: Script) -> None:
+    script.prepare()
+    script.batch = {name: value.roll(script.rank, 1) for name, value in script.batch.items()}
+    script.train(script.adamw())
+
+
+@trains("KB728", ranks=2)
+def a_rank_that_draws_its_own_adapters(script: Script) -> None:
+    script.prepare()
+    for parameter in script.trained[: script.rank]:
+        parameter.data = parameter.data.flip(0)
+    script.train(script.adamw())

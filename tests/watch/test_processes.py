@@ -10,6 +10,7 @@ import pytest
 
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Status
+from kbitcheck.run.ranks import TOGETHER
 from kbitcheck.run.watch import FLATTENED
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,8 @@ def test_two_processes_make_one_report(kind, tmp_path):
     for codes in judged(report, Status.PASS).values():
         assert codes >= {"KB104", "KB710", "KB711", "KB712", "KB713", "KB714", "KB715", "KB706"}
         assert ("KB304" in codes) == (kind == "ddp")
+    (compared,) = [r for r in report if r.rule == "KB728"]
+    assert (compared.case, compared.status) == (TOGETHER, Status.PASS if kind == "ddp" else Status.SKIP)
     said = ended.stderr.splitlines()[-1]
     if kind == "ddp":
         assert "✓ trains as it should" in said
@@ -50,12 +53,15 @@ def test_two_processes_make_one_report(kind, tmp_path):
         assert "gradients were not judged: no block was compared: FSDP shards the model" in said
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["added", "fsdp"])
 def test_a_fault_is_named_on_each_rank(kind, tmp_path):
     ended, _, report = watched(tmp_path, kind, "rate_zero")
     assert ended.returncode == 1
     broken = {r.case: r.rule for r in report if r.status is Status.FAIL and r.level is Level.MUST and r.rule == "KB712"}
     assert len(broken) == 2
+    apart = {(r.case, f.where) for r in report if r.rule == "KB728" for f in r.failures}
+    assert {case for case, _ in apart} == ({TOGETHER} if kind == "added" else set())
+    assert all(".second." in where for _, where in apart)
 
 
 def test_what_fsdp_flattens_is_said_not_to_be_judged(tmp_path):

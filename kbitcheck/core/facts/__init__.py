@@ -50,6 +50,7 @@ from kbitcheck.core.facts.watched import (
     Cut,
     HeardWarning,
     MicroBatch,
+    Replica,
     ScalerFacts,
     SwitchedOn,
     Teaching,
@@ -63,7 +64,7 @@ __all__ = [
     "Changes", "CompositionFacts", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts",
     "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts",
     "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "ProcessFacts",
-    "QuantizerFacts", "RefusedCall", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts", "StoredFacts",
-    "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun", "WatchedStep",
-    "fact", "median_yardstick", "slope_bound",
+    "QuantizerFacts", "RefusedCall", "Replica", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts",
+    "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun",
+    "WatchedStep", "fact", "median_yardstick", "slope_bound",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Real training steps of a user's own script, watched from inside."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,32 @@ class HeardWarning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """What one of several processes holds of what trains: by step, digests of the tensors that are whole there before its first forward.
+
+    ``rank`` is the process's own, ``peers`` are the ranks that it trains with. ``wrapped``: DistributedDataParallel averages gradients,
+    but for those of the tensors that it ``leaves_out``. Of ``sharded`` tensors this process has a part alone.
+    """
+
+    rank: int
+    peers: tuple[int, ...]
+    steps: tuple[Mapping[str, str], ...]
+    wrapped: bool = False
+    leaves_out: frozenset[str] = frozenset()
+    sharded: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; ``from_json`` reads it back."""
+        return {**asdict(self), "leaves_out": sorted(self.leaves_out)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``."""
+        lists = {"peers": tuple(data["peers"]), "steps": tuple(data["steps"])}
+        return cls(**{**data, **lists, "leaves_out": frozenset(data["leaves_out"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedRun:
     """Steps of a run, what its optimizer holds, and what reached the model.
 
@@ -158,7 +185,8 @@ class WatchedRun:
     ``optimizers`` are the classes of those that stepped. ``idle`` are the modules that no input reached: experts without tokens, and
     the blocks of a tower none of which ran. ``repeated`` says of a parameter that is stepped twice how. ``scalings`` are the numbers by
     which active adapters multiply what they add, by module. ``outliving``: how many blocks' outputs were held two steps
-    later, and of how many. ``taken_in_turns`` counts the tensors that several optimizers hold which step in turns.
+    later, and of how many. ``taken_in_turns`` counts the tensors that several optimizers hold which step in turns. ``replicas`` are
+    what each of several processes holds, as far as they were watched.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -180,3 +208,4 @@ class WatchedRun:
     scalings: Mapping[str, float] = field(default_factory=dict)
     outliving: tuple[int, int] = (0, 0)
     taken_in_turns: int = 0
+    replicas: tuple[Replica, ...] = ()

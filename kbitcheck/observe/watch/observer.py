@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kbitcheck import backends
@@ -23,6 +24,7 @@ from kbitcheck.observe.watch.batches import Batches
 from kbitcheck.observe.watch.comparisons import Comparisons
 from kbitcheck.observe.watch.guard import Guard, take_off, unharmed
 from kbitcheck.observe.watch.heard import Heard
+from kbitcheck.observe.watch.replicas import Place, Replicas, place_of
 from kbitcheck.observe.watch.scaling import Scaling, listening
 from kbitcheck.observe.watch.steps import Steps, optimizers_of
 from kbitcheck.observe.watch.strength import scalings
@@ -31,6 +33,7 @@ from kbitcheck.observe.watch.strength import scalings
 class Observer:
     """Hooks on a quantized model and on the steps of the caller's optimizer, or of any, until enough of them were taken.
 
+    ``wrap`` averages the gradients of several processes, ``place`` says of which (``replicas.place_of``).
     ``by_check``: the steps are those of a check on a model that it was lent, and no block is compared with a twin.
     ``when_over`` is called once, after everything is off; ``when_strange`` where another model's optimizer steps.
     """
@@ -44,6 +47,8 @@ class Observer:
         enabled: Sequence[SwitchedOn] = (),
         heard: Heard | None = None,
         by_check: bool = False,
+        wrap: DistributedDataParallel | None = None,
+        place: Callable[[Any], Place | None] = place_of,
         when_over: Callable[[], None] = lambda: None,
         when_strange: Callable[[], None] = lambda: None,
     ) -> None:
@@ -64,6 +69,7 @@ class Observer:
         self._guard = Guard(self)
         self.batches = Batches(model, enabled, self._guard)
         self.comparisons = Comparisons(model, self._guard, seed)
+        self._replicas = Replicas(self._trained, wrap, place)
         self._scaling = Scaling(self._trained, lambda: self.batches.limit, self._guard)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -140,6 +146,7 @@ class Observer:
             scalings=scalings(self.model),
             outliving=self.batches.flow.outliving,
             taken_in_turns=self.steps.taken_in_turns,
+            replicas=tuple(filter(None, [self._replicas.facts])),
         )
 
     @property
@@ -186,6 +193,7 @@ class Observer:
             self._look_first()
         if not self.steps.inside:
             self.steps.look()
+            self._replicas.look(self.steps.taken)
         if not (self.by_check or self.steps.inside or self._sharded):
             self.comparisons.draw()
         self._wake()
