@@ -261,7 +261,7 @@ def outputs_kept_from_step_to_step(script: Script) -> None:
 
 
 @trains("KB728", ranks=2)
-def a_rank_whose_gradients_nobody_averages(script: Script) -> None:
+def a_rank_that_averages_no_gradients(script: Script) -> None:
     script.prepare()
     script.batch = {name: value.roll(script.rank, 1) for name, value in script.batch.items()}
     script.train(script.adamw())
