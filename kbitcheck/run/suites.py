@@ -38,13 +38,13 @@ COMPOSED: Sequence[Cell] = tuple(
 )
 # The layers of recipes that have no Linear; a backend that replaces none of them leaves nothing quantized.
 LAYERS = {"tiny:gpt2": "Conv1D"}
-# Deeper than any threshold that somebody would write, in one case: it is dear, and its architecture is Llama's.
-DEEP: Sequence[Cell] = (("tiny:deep", DEFAULT, ("reentrant",)),)
+# Deeper and wider than any threshold that somebody would write, in one case each: they are dear, and their architecture is Llama's.
+LARGEST: Sequence[Cell] = (("tiny:deep", DEFAULT, ("reentrant",)), ("tiny:wide", DEFAULT, ("reentrant",)))
 MODES: tuple[Checkpointing, ...] = ("reentrant", "non-reentrant", "off")
 
 
 def suite_cells(suite: str) -> Sequence[Cell]:
-    """The suite ``quick``, or ``full``: every recipe in every scheme of every available backend, and a deep model."""
+    """The suite ``quick``, or ``full``: every recipe in every scheme of every available backend, and a deep and a wide model."""
     if suite != "full":
         return QUICK
     grid: list[tuple[str, Sequence[Checkpointing]]] = []
@@ -55,7 +55,7 @@ def suite_cells(suite: str) -> Sequence[Cell]:
         else:
             grid.append((scheme, MODES))
     cells = ((f"tiny:{recipe}", quant, modes) for recipe in RECIPES for quant, modes in grid)
-    return [*(cell for cell in cells if fits(*cell[:2])), *DEEP]
+    return [*(cell for cell in cells if fits(*cell[:2])), *LARGEST]
 
 
 def suite_cases(

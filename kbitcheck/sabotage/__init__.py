@@ -23,11 +23,12 @@ from kbitcheck.sabotage import (
     start,
     use,
     use_beside,
+    use_called,
     watched,
 )
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults", "freezing",
-    "gradients", "precision", "small_gradients", "start", "use", "use_beside", "watched",
+    "gradients", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
 ]  # fmt: skip

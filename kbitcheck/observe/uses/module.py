@@ -1,18 +1,15 @@
-"""What a module promises: its methods, its keywords, evaluation, generation, saving and loading."""
+"""What a module promises: its methods, evaluation, generation, saving and loading."""
 
 import copy
-import inspect
 import io
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
-from kbitcheck.core.errors import Raised
-from kbitcheck.observe.probes import forwards, step, switches
+from kbitcheck.observe.probes import forwards
 from kbitcheck.observe.uses.subject import Outcome, Subject, Value, attempt, floating, numbers, use
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,82 +50,6 @@ def evaluation_between_steps(subject: Subject) -> Outcome:
         **{f"{n}, again": v for n, v in again.items()},
         **first,
     }
-
-
-def _keywords(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Keywords beside those of the batch, by what they are."""
-    ids = next(iter(subject.batch.values()))
-    length = ids.shape[1] if ids.dim() > 1 else 1
-    candidates: dict[str, Any] = {
-        "logits_to_keep": 1,
-        "num_items_in_batch": 7,
-        "output_hidden_states": True,
-        "output_attentions": True,
-        "use_cache": False,
-        "position_ids": torch.arange(length, device=ids.device)[None].expand(len(ids), -1),
-        "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device),
-        "return_dict": True,
-    }
-    accepted = inspect.signature(type(subject.model).forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return {n: {n: v} for n, v in candidates.items() if n in accepted or (anything and n == "num_items_in_batch")}
-
-
-@use
-def keywords_of_the_forward(subject: Subject) -> Outcome:
-    """What the forward's other keywords give in train mode, without labels and with them."""
-    accepted = inspect.signature(type(subject.model).forward)
-    model, _ = subject.attached()
-    seen: dict[str, Value] = {"the signature": str([*accepted.parameters])}
-    batch = step.feed(model, subject.batch)
-    unlabelled = {n: v for n, v in batch.items() if n != "labels"}
-    calls: dict[str, dict[str, Any]] = {"no labels": unlabelled}
-    calls |= {
-        name: {**(unlabelled if name == "logits_to_keep" else batch), **keywords}
-        for name, keywords in _keywords(subject).items()
-    }
-    if "pixel_values" in batch:
-        calls["a text without images"] = {n: v for n, v in batch.items() if "pixel" not in n and "image" not in n}
-    for name, inputs in calls.items():
-        seen |= _outputs(name, partial(_forward, subject, model, inputs))
-    return seen
-
-
-def _forward(subject: Subject, model: Any, inputs: dict[str, Any]) -> Any:
-    model.train()
-    with torch.no_grad(), switches.seeded(subject.preparation.spec.seed, subject.batch), subject.preparation.autocast():
-        return model(**inputs)
-
-
-def _outputs(name: str, run: Callable[[], Any]) -> dict[str, Value]:
-    """Loss, logits, hidden states and attentions of a forward, by the name of its call."""
-    output: Any = attempt(run)
-    if isinstance(output, Raised):
-        return {name: output}
-    seen: dict[str, Value] = {}
-    for part in ("loss", "logits", "hidden_states", "attentions"):
-        value = output.get(part)
-        if isinstance(value, tuple):
-            seen[f"{name}: number of {part}"] = str(len(value))
-            value = value[-1]
-        if isinstance(value, torch.Tensor):
-            seen[f"{name}: {part}"] = value
-    return seen
-
-
-@use
-def embeddings_in_place_of_ids(subject: Subject) -> Outcome:
-    model: Any = subject.attached().model
-    inputs = step.feed(model, subject.batch)
-    if "input_ids" not in inputs:
-        return {}
-    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
-    model.train()
-    with switches.seeded(subject.preparation.spec.seed, subject.batch), subject.preparation.autocast():
-        loss = model(**inputs, inputs_embeds=embedded).loss
-    loss.backward()
-    gradient = embedded.grad
-    return {"the loss": loss.detach(), "gradient of the embeddings": "none" if gradient is None else gradient}
 
 
 @use

@@ -12,10 +12,10 @@ from kbitcheck.core.facts import Distance, Passes, UseFacts
 from kbitcheck.observe import internals
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.uses import module, optimizers, training
+from kbitcheck.observe.uses import between, calls, module, optimizers, training
 from kbitcheck.observe.uses.subject import USES, Outcome, Subject, Value, done
 
-MODULES = (module, optimizers, training)  # whose import registers the uses
+MODULES = (between, calls, module, optimizers, training)  # whose import registers the uses
 
 ONE_USE = Passes(forwards=2, backwards=2, copies=2, calls=1)  # a step of the prepared model and one of the base
 

@@ -40,17 +40,22 @@ class Subject:
         """The model with the case's adapters."""
         return self.preparation.attach(self.model)
 
-    def with_peft(self, **options: Any) -> Attached | None:
-        """The model under PEFT with a LoRA of these options, all of which it trains; None where PEFT is not installed."""
+    def with_peft(self, *, drawn: bool = True, **options: Any) -> Attached | None:
+        """The model under PEFT with a LoRA of these options, all of which it trains; None where PEFT is not installed.
+
+        Its numbers are drawn, or those that PEFT starts from.
+        """
         if find_spec("peft") is None:
             return None
         from peft import LoraConfig, get_peft_model
 
         loaded, spec = self.preparation.loaded, self.preparation.spec
         fit = [name for name in loaded.targets if name not in loaded.unfit_targets]
-        config = LoraConfig(r=spec.rank, lora_alpha=2 * spec.rank, target_modules=fit, **options)
-        wrapped: Any = get_peft_model(self.model, config)
-        adapter_probe.draw({n: p for n, p in wrapped.named_parameters() if ".lora_" in n}, spec.seed)
+        config = LoraConfig(**{"r": spec.rank, "lora_alpha": 2 * spec.rank, "target_modules": fit, **options})
+        with switches.seeded(spec.seed, self.batch):
+            wrapped: Any = get_peft_model(self.model, config)
+        if drawn:
+            adapter_probe.draw({n: p for n, p in wrapped.named_parameters() if ".lora_" in n}, spec.seed)
         return Attached(wrapped, {n: p for n, p in wrapped.named_parameters() if p.requires_grad})
 
     def step(self, model: nn.Module, parameters: Parameters, autocast: step.Autocast | None = None) -> Outcome:

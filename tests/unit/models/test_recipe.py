@@ -35,6 +35,7 @@ TOWERS = {
     "qwen3": ["model.layers"],
     "qwen3-moe": ["model.layers"],
     "deep": ["model.layers"],
+    "wide": ["model.layers"],
     "t5": ["encoder.block", "decoder.block"],
     "whisper": ["model.encoder.layers", "model.decoder.layers"],
 }
@@ -71,13 +72,22 @@ def test_recipes_run_plain_attention_and_experts() -> None:
 
 
 def test_suite_and_shelf_hold_the_same_recipes() -> None:
-    beside = {model.removeprefix("tiny:") for model, _, _ in suite.DEEP}
+    beside = {model.removeprefix("tiny:") for model, _, _ in suite.LARGEST}
     assert sorted({*suite.RECIPES, *beside}) == RECIPES
     assert {model.removeprefix("tiny:") for model, _, _ in suite.suite_cells("full")} == set(RECIPES)
 
 
 def test_the_deep_recipe_is_deep() -> None:
     assert len(load("deep").model.layers) == 32
+
+
+def test_the_wide_recipe_is_wide() -> None:
+    """In all, in one weight, and in a block's input on the longest batch that a case draws."""
+    model = resolve("tiny:wide").meta(None)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert sum(sizes) > 10_000_000
+    assert max(sizes) > 1_000_000
+    assert 512 * model.config.hidden_size * 2 > 1_000_000
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -1,0 +1,101 @@
+"""What is done between steps of training, and other circumstances of a step, which change nothing of what it gives."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+from kbitcheck.core.errors import Raised
+from kbitcheck.observe.probes import forwards
+from kbitcheck.observe.uses.subject import Outcome, Subject, Value, attempt, use
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # as torchrun sets them
+RANK, RATE, STEPS = 16, 0.5, 3
+
+
+@use
+def steps_with_something_between(subject: Subject) -> Outcome:
+    """A step after the model was printed, saved, generated from, and so on: each is to give what it gives with the base."""
+    model: Any
+    model, adapters = subject.attached()
+    own = subject.model
+    actions: dict[str, Callable[[], Any]] = {
+        "nothing": lambda: None,
+        "printing": lambda: repr(model),
+        "two calls of train": lambda: model.train().train(),
+        "an evaluation": lambda: subject.logits(model),
+        "a state dict": model.state_dict,
+        "a save": lambda: _saved(own),
+        "a copy": lambda: copy.deepcopy(model),
+        "a count of bytes": lambda: own.get_memory_footprint(),
+    }
+    if subject.preparation.loaded.generator:
+        actions["a generation"] = lambda: forwards.token_by_token(model, subject.batch)
+    seen: dict[str, Value] = {}
+    for name, action in actions.items():
+        came = attempt(partial(_done, action))
+        if isinstance(came, Raised):
+            seen[name] = came
+        seen |= {f"{what}, after {name}": value for what, value in subject.step(model, adapters).items()}
+    return seen
+
+
+def _done(action: Callable[[], Any]) -> str:
+    action()
+    return "done"
+
+
+def _saved(model: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+
+
+@use
+def a_step_in_another_thread(subject: Subject) -> Outcome:
+    """In which torch has two threads of its own."""
+    model, adapters = subject.attached()
+
+    def take() -> Outcome:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            return subject.step(model, adapters)
+        finally:
+            torch.set_num_threads(threads)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(take).result()
+
+
+@use
+def adapters_that_start_at_zero(subject: Subject) -> Outcome:
+    """As PEFT's do, and of a larger rank: the first factor moves from the second step on."""
+    attached = subject.with_peft(drawn=False, r=RANK)
+    if attached is None:
+        return {}
+    optimizer = torch.optim.SGD(attached.adapters.values(), lr=RATE)
+    seen: dict[str, Value] = {}
+    for number in range(1, STEPS + 1):
+        gathered = subject.step(*attached)
+        seen |= {f"{what}, in step {number}": value for what, value in gathered.items()}
+        for name, parameter in attached.adapters.items():
+            gradient = gathered[f"gradient of {name}"]
+            parameter.grad = gradient if isinstance(gradient, torch.Tensor) else None
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+@use
+def prepared_under_a_launcher(subject: Subject) -> Outcome:
+    """With the environment variables of a process that ``torchrun`` started."""
+    if not subject.preparation.loaded.copies:
+        return {}
+    with mock.patch.dict(os.environ, LAUNCHED):
+        return subject.step(*subject.preparation.attach(subject.another()))
