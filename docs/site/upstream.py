@@ -27,6 +27,7 @@ NEW = {
     "pytorch": "https://github.com/pytorch/pytorch/issues/new?template=bug-report.yml",
     "torchao": "https://github.com/pytorch/ao/issues/new",
     "optimum-quanto": "https://github.com/huggingface/optimum-quanto/issues/new",
+    "compressed-tensors": "https://github.com/vllm-project/compressed-tensors/issues/new",
 }
 
 
@@ -58,6 +59,7 @@ def report(finding: Finding) -> str:
         },
         "bitsandbytes": plain,
         "optimum-quanto": plain,
+        "compressed-tensors": plain,
         "torchao": plain,
         "pytorch": {
             "🐛 Describe the bug": f"{reproduction}\n\n**Expected.** {expected}",

@@ -135,6 +135,14 @@ def pack_all(model: nn.Module, scheme: str, layout: Layout, stays: Callable[[str
             pack_stack(model, module, wide, scheme, layout)
 
 
+def unpack_all(model: nn.Module, scale: str) -> None:
+    """Give packed linear layers as many plain numbers as they stand for, in the dtype of their buffer ``scale``."""
+    for module in model.modules():
+        if isinstance(module, PackedQuantLinear):
+            dtype = module.get_buffer(scale).dtype
+            module.weight = _codes((module.out_features, module.in_features), dtype)
+
+
 def skipped(skip: Sequence[str]) -> Callable[[str], bool]:
     """Whether a checkpoint whose list of unquantized modules is ``skip`` leaves out the one of this name.
 

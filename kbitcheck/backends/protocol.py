@@ -199,6 +199,8 @@ class Backend:
     stored_state: ClassVar[str] = ""
     # Why checkpoints of this backend get the static audit alone; empty where they are loaded and run.
     static_only: ClassVar[str] = ""
+    # What turns all of a model's packed weights into plain numbers for good, however it was loaded; empty where nothing does.
+    unpacked_by: ClassVar[str] = ""
 
     @property
     def recognition(self) -> Recognition:
@@ -264,6 +266,9 @@ class Backend:
         ``skip`` are the modules that transformers leaves out of its own accord. Called where the backend is ``static_only``.
         """
         raise NotImplementedError
+
+    def unpack(self, model: nn.Module) -> None:
+        """Turn a model that ``lay_out`` made, in place, into what trains; called where something unpacks it (``unpacked_by``)."""
 
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""

@@ -115,7 +115,8 @@ class Quantization:
 def usage() -> str:
     """What ``--quant`` takes, in one line: each scheme with its options."""
     names: dict[str, list[str]] = {}
-    for scheme in (s for b in registry.registered() if not b.not_on_load() for s in b.schemes):
+    on_load = (s for b in registry.registered() if not b.not_on_load() for s in b.schemes if not s.stored_alone)
+    for scheme in on_load:
         options = ", ".join(map(str, scheme.options))
         names.setdefault(f"any of {options}, " if options else "", []).append(scheme.name)
     return "; ".join(

@@ -72,7 +72,8 @@ def schemes() -> dict[str, Scheme]:
 
 def run_here() -> list[str]:
     """The schemes by which a model can be quantized on load and run, of the backends whose library is installed here."""
-    return [scheme.name for backend in available() if not backend.not_on_load() for scheme in backend.schemes]
+    running = (backend for backend in available() if not backend.not_on_load())
+    return [scheme.name for backend in running for scheme in backend.schemes if not scheme.stored_alone]
 
 
 def of_scheme(name: str) -> Backend:

@@ -43,11 +43,15 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One way a backend quantizes. ``bits`` is what a weight takes, without its state."""
+    """One way a backend quantizes. ``bits`` is what a weight takes, without its state.
+
+    ``stored_alone`` is why only checkpoints are quantized so, and no model on load; empty where its backend does that.
+    """
 
     name: str
     bits: int
     options: tuple[Option, ...] = ()
+    stored_alone: str = ""
 
     def option(self, name: str) -> Option | None:
         """The option of that name, if the scheme has one."""

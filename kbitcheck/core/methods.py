@@ -9,19 +9,20 @@ from typing import Any
 class Loading:
     """What transformers says of checkpoints of one quantization method on this machine.
 
-    ``refused`` is why it does not load them; ``unpacked`` says that loading turns packed weights into plain numbers.
+    ``refused`` is why it does not load them; ``unpacked`` is what turns packed weights into plain numbers ("loading", "the first
+    forward"), empty where nothing does.
     ``trainable`` is ``yes``, ``no``, ``depends on SETTING`` or ``needs PACKAGE``.
     """
 
     method: str
     refused: str = ""
-    unpacked: bool = False
+    unpacked: str = ""
     trainable: str = ""
 
     @property
     def summary(self) -> str:
         """Whether such a checkpoint is loaded, in a few words."""
-        return self.refused or ("weights are unpacked on load" if self.unpacked else "yes")
+        return self.refused or (f"yes; {self.unpacked} unpacks its weights" if self.unpacked else "yes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,11 +129,12 @@ def _of_stack(where: str, expected: str, actual: str, witness: str) -> Observati
 
 @rule("KB912", "is-what-it-says", Level.SHOULD)
 def is_what_it_says(facts: Facts) -> Iterable[Observation]:
-    """The loaded model is quantized as its checkpoint or ``--quant`` says, not unpacked on load.
+    """The loaded model is quantized as its checkpoint or ``--quant`` says, and stays so: neither loading nor a forward unpacks it.
 
     Why: some quantizers unpack a checkpoint where a kernel or device is missing, and say so in a log line alone: gpt-oss in MXFP4
-    becomes a model in bfloat16 of three to four times its size, and "4-bit training" of it is none.
-    Symptom: a model that takes far more memory than its files; out of memory while loading.
+    becomes a model in bfloat16 of three to four times its size, and "4-bit training" of it is none. compressed-tensors has no
+    kernels for training: the first forward unpacks all weights for good.
+    Symptom: a model that takes far more memory than its files; out of memory while loading, or in the first forward.
     Fix: train a checkpoint of a scheme that trains, such as an unquantized one with ``--quant nf4``; or use a machine with the
     kernels, or plan for the size of the unpacked model.
     Sources: transformers#39969, axolotl#3530, ``kbitcheck backends``.
@@ -143,8 +144,8 @@ def is_what_it_says(facts: Facts) -> Iterable[Observation]:
     for name, scheme in others.items():
         yield _of_model(name, quantizer.scheme, scheme, "its type and state", ok=False)
     if quantizer.loading is not None and quantizer.loading.unpacked:
-        actual = f"unpacked on load: {quantizer.unpacked:,} bytes"
-        expected = f"{quantizer.scheme}, {quantizer.packed:,} bytes"
+        actual = f"unpacked by {quantizer.loading.unpacked}: {quantizer.unpacked:,} bytes"
+        expected = f"{quantizer.scheme}, {quantizer.packed:,} bytes" if quantizer.packed else quantizer.scheme
         yield _of_model("weights", expected, actual, "transformers' own check of this machine", ok=False)
     else:
         actual = f"{len(layers) - len(others)} layers in {quantizer.scheme}"

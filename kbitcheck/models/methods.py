@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kbitcheck.backends import registry
 from kbitcheck.core.methods import Loading
 from kbitcheck.models import internals
 from kbitcheck.models.load import quiet
@@ -33,8 +34,16 @@ def loading(config: Mapping[str, Any]) -> Loading:
             quantizer = object.__new__(kind)
             vars(quantizer).update(quantization_config=settings, pre_quantized=True)
             refused = _sentence(error) if isinstance(error, ImportError) else _refusal(quantizer)
-        unpacked = not refused and getattr(settings, "dequantize", None) is True
+        unpacked = "" if refused else _unpacked(config, settings)
         return Loading(method=method, refused=refused, unpacked=unpacked, trainable=_trainable(quantizer, settings))
+
+
+def _unpacked(config: Mapping[str, Any], settings: Any) -> str:
+    """What turns the packed weights of a checkpoint that is loaded into plain numbers; empty where nothing does."""
+    if getattr(settings, "dequantize", None) is True:
+        return "loading"
+    backend = registry.of_method(config)
+    return backend.unpacked_by if backend is not None else ""
 
 
 class _Open:

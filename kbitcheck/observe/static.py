@@ -52,7 +52,7 @@ def _of_method(
         return
     method = quantizer.loading.method
     if quantizer.loading.unpacked:
-        yield f"the checkpoint is {method}, which loading turns into plain numbers on this machine"
+        yield f"the checkpoint is {method}, which {quantizer.loading.unpacked} turns into plain numbers on this machine"
     yield {
         "yes": f"transformers trains {method}",
         "no": f"transformers does not train {method}",
@@ -83,7 +83,8 @@ class StaticCase(OpenCase):
         self.quantizer = of_checkpoint(described, spec, self.base)
         self.why = "; ".join(["no weights were read", *_of_method(source, spec, self.quantizer, described)])
         self.remote_code = source.remote_code
-        self.weights = predict.of_weights(self._model, self.base, spec, source.notes)
+        self._trained = self._unpacked() if described else self.base
+        self.weights = predict.of_weights(self._model, self._trained, spec, source.notes)
         self._stored = _stored(source, spec, self._model)  # before a predicted step takes the model's layers away
         wanted = adapter_probe.target_layers(self._model, spec.targets) if self.base.takes_adapters else []
         self.unfit_targets = adapter_probe.unfit(self._model, wanted)
@@ -91,9 +92,17 @@ class StaticCase(OpenCase):
     def compute(self, name: str) -> Any:
         raise Unavailable(NEEDS_A_RUN)
 
+    def _unpacked(self) -> ModelFacts:
+        """The facts of what trains: another model than the checkpoint's where something unpacks it for good."""
+        backend = Quantization.parse(self.spec.quant).backend
+        if not backend.unpacked_by:
+            return self.base
+        backend.unpack(self._model)
+        return snapshot.snapshot(self._model)
+
     @Fact
     def forecast(self) -> ForecastFacts:
-        return fitting.with_steps(self.weights, self._source, self._model, self.base, self.spec)
+        return fitting.with_steps(self.weights, self._source, self._model, self._trained, self.spec)
 
     @Fact
     def stored(self) -> StoredFacts:

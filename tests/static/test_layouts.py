@@ -115,6 +115,65 @@ def test_stacked_experts_are_packed_each_by_itself(static: Any) -> None:
     assert result.status is Status.PASS  # experts are quantized
 
 
+def compressed(weights: Mapping[str, Any], layout: str, **group: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, **group}}
+    return {"quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"], "config_groups": groups}
+
+
+W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+FP8 = {**INT8, "type": "float"}
+ALL = ATTENTION + MLP
+COMPRESSED = {
+    "W4A16": (
+        compressed(W4, "pack-quantized"), sum(r * c // 2 + 2 * r * (c // 128) + 16 for r, c in ALL)
+    ),
+    "W4A16, asymmetric": (
+        compressed({**W4, "symmetric": False}, "pack-quantized"),
+        sum(r * c // 2 + (2 * r + r // 2) * (c // 128) + 16 for r, c in ALL),
+    ),
+    "W8A8": (compressed(INT8, "int-quantized", input_activations={"dynamic": True}), sum(r * c + 2 * r for r, c in ALL)),
+    "FP8, dynamic": (
+        compressed(FP8, "float-quantized", input_activations={"dynamic": True}), sum(r * c + 2 * r for r, c in ALL)
+    ),
+    "FP8, static": (
+        compressed({**FP8, "strategy": "tensor"}, "float-quantized", input_activations={"dynamic": False}),
+        sum(r * c + 4 for r, c in ALL),
+    ),
+    "FP8, blocks": (
+        compressed({**FP8, "strategy": "block", "block_structure": [128, 128]}, "float-quantized", format="float-quantized"),
+        sum(r * c + 2 * (-(-r // 128)) * (-(-c // 128)) for r, c in ALL),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_tensors_is_right_to_the_byte(static: Any, kind: str) -> None:
+    described, packed = COMPRESSED[kind]
+    assert stored(static(LLAMA, described)) == PLAIN + 2 * packed
+
+
+def test_the_groups_of_compressed_tensors_are_told_apart(static: Any) -> None:
+    described = compressed(W4, "pack-quantized")
+    described["config_groups"]["group_1"] = {"targets": ["re:.*self_attn.*"], "weights": INT8}
+    described["ignore"] = ["lm_head", "re:.*down_proj", "model.layers.1.mlp.up_proj"]
+    layers = static(LLAMA, described).base.layers
+    assert {layer.scheme for name, layer in layers.items() if "self_attn" in name} == {"compressed-tensors-int8"}
+    assert {name for name in layers if "mlp" in name} == {
+        "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate_proj"
+    }  # fmt: skip
+
+
+def test_what_a_forward_unpacks_is_forecast_unpacked(static: Any) -> None:
+    case = static(LLAMA, compressed(W4, "pack-quantized"))
+    numbers = 2 * sum(rows * columns for rows, columns in ALL)
+    assert sum(group.packed for group in case.forecast.groups.values()) == 2 * numbers
+    if case.quantizer.loading.refused:
+        pytest.skip(case.quantizer.loading.refused)
+    assert "which the first forward turns into plain numbers" in case.why
+    assert judged(case, "KB912").failures[0].actual.startswith("unpacked by the first forward: ")
+
+
 @pytest.mark.transformers5("gpt-oss stores experts otherwise before it")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is unpacked where kernels are installed")
 def test_gpt_oss_is_no_4_bit_training(static: Any) -> None:
@@ -131,7 +190,7 @@ def test_gpt_oss_is_no_4_bit_training(static: Any) -> None:
     assert "transformers does not train mxfp4" in case.why
     failure = judged(case, "KB912").failures[0]
     assert (failure.expected, failure.actual) == (
-        f"mxfp4, {expected:,} bytes", f"unpacked on load: {unpacked:,} bytes"
+        f"mxfp4, {expected:,} bytes", f"unpacked by loading: {unpacked:,} bytes"
     )  # fmt: skip
     assert [f.where for f in judged(case, "KB913").failures] == ["mxfp4", "the preparation"]
     assert case.forecast.missing == "no layer is quantized, so that there are no adapters to train"

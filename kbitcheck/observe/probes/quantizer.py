@@ -20,7 +20,8 @@ def of_model(model: Any, quant: str, facts: ModelFacts) -> QuantizerFacts:
     answer = None
     if quantizer is not None:
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "")
-        answer = Loading(method=_plain(method), trainable="yes" if quantizer.is_trainable else "no")
+        unpacked = Quantization.parse(quant).backend.unpacked_by
+        answer = Loading(method=_plain(method), unpacked=unpacked, trainable="yes" if quantizer.is_trainable else "no")
     return _facts(Quantization.parse(quant), facts, answer, None)
 
 
@@ -50,14 +51,16 @@ def _plain(method: Any) -> str:
 
 
 def _facts(quant: Quantization, facts: ModelFacts, answer: Loading | None, treated: Treatment | None) -> QuantizerFacts:
+    stays = bool(quant.backend.unpacked_by)  # what is unpacked is packed again when it is saved
     packed = {t.storage: t.nbytes for t in facts.parameters.values() if t.packed}
-    packed |= {t.storage: t.nbytes for t in facts.buffers.values() if _unpacks(t.name, facts)}
+    packed |= {t.storage: t.nbytes for t in facts.buffers.values() if _unpacks(t.name, facts) and not stays}
     numbers = sum(layer.in_features * layer.out_features for layer in facts.layers.values())
+    unpacked = facts.nbytes - sum(packed.values()) + HALF_BYTES * numbers
     return QuantizerFacts(
         scheme=quant.scheme,
         skip=quant.skip,
         loading=answer,
         treatment=treated,
         packed=facts.nbytes,
-        unpacked=facts.nbytes - sum(packed.values()) + HALF_BYTES * numbers,
+        unpacked=unpacked,
     )
