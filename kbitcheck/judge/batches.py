@@ -151,7 +151,7 @@ def labels_count(facts: Facts) -> Iterable[Observation]:
             actual = "each is the token after the one in its place, and the model shifts them once more"
             yield Observation(f"step {number}", "labels in the places of their tokens", actual, ok=False)
     for number, _ in copied:
-        actual = "the loss is not shifted: each token learns to repeat itself"
+        actual = "the loss is not shifted, or the wrong way: each token learns to repeat itself or the one before it"
         yield Observation(f"step {number}", "each token learns the next one", actual, ok=False)
 
 
@@ -164,6 +164,10 @@ ODD = {
         "rows begin with padding, and attention_mask has no 0 there: every token attends to it",
     ),
     "positions": ("positions that differ", "position_ids has one position for all tokens of a row"),
+    "read": (
+        "decoder_input_ids one token behind the labels",
+        "decoder_input_ids has each label in its own place: the decoder reads what it has to predict",
+    ),
     "others": ("labels of their own row", "most labels are neither the token in their place nor the next one"),
 }
 REPEATED = 3  # batches
@@ -172,9 +176,9 @@ REPEATED = 3  # batches
 @rule("KB721", "batch-is-meant", Level.SHOULD)
 def batch_is_meant(facts: Facts) -> Iterable[Observation]:
     """The tokens of a batch are what they seem: padding and ignored labels teach nothing, no token attends to padding on its left, the
-    end of a text is learned, tokens have positions of their own, labels are tokens of their row, and dropout draws anew in each batch.
-    Along an optimizer's steps, from its first on, the loss of the labels falls in the first order: the gradient times the change of the
-    weights is below zero.
+    end of a text is learned, tokens have positions of their own, labels are tokens of their row that a decoder has not read yet, and
+    dropout draws anew in each batch. Along an optimizer's steps, from its first on, the loss of the labels falls in the first order: the
+    gradient times the change of the weights is below zero.
 
     If every batch has the same tokens, a note says so.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from kbitcheck.core.facts import BlockwiseFacts, Gap, median_yardstick
@@ -51,8 +51,10 @@ class _Group:
 
 def tensors_off(facts: BlockwiseFacts) -> Iterable[Observation]:
     """One observation for each tensor of the step that the float64 twin has, and whose rounding is less than itself."""
-    for gaps in _by_kind(facts).values():
+    sampled = {part.kind for part in facts.parts.values() if part.sampled}
+    for kind, gaps in _by_kind(facts).items():
         group = _Group.of(gaps.values(), exact=facts.same_kernels)
+        group = replace(group, exact=False) if kind in sampled else group
         for where, gap in gaps.items():
             if measurable(gap):
                 yield _judged_by_siblings(where, gap, group)

@@ -90,8 +90,8 @@ DISTANT = 100_000  # steps to the peak, more than any warm-up takes
 
 @rule("KB712", "rate-not-zero", Level.MUST)
 def rate_not_zero(facts: Facts) -> Iterable[Observation]:
-    """The learning rate is not zero in every step, nor that of the optimizer multiplied by itself; zero in the first step of a
-    warm-up is no fault. A group whose rate is less than a thousandth of another's is a note.
+    """The learning rate is not zero in every step, nor in the last two, nor that of the optimizer multiplied by itself; zero in the
+    first step of a warm-up is no fault. A group whose rate is less than a thousandth of another's is a note.
 
     Why: a schedule that has ended, or was never stepped, trains nothing. What ``LambdaLR`` is passed returns a factor, and not a rate.
     Symptom: a loss that only changes with the batch.
@@ -101,7 +101,9 @@ def rate_not_zero(facts: Facts) -> Iterable[Observation]:
     rates = [step.rate for step in run_of(facts).steps]
     warming = len(rates) == 1 and facts.watched.steps[0].peak > 0
     actual, peak = ", ".join(f"{rate:.3g}" for rate in rates), max(step.peak for step in facts.watched.steps)
-    yield Observation("learning rate", "above zero", actual, ok=any(rates) or warming, note=_slow_groups(facts.watched))
+    ended = len(rates) > 2 and any(rates) and not any(rates[-2:])  # a schedule that begins anew is at zero for one step
+    ok = not ended and (any(rates) or warming)
+    yield Observation("learning rate", "above zero", actual, ok=ok, note=_slow_groups(facts.watched))
     if (
         len(rates) > 2
         and any(rates)

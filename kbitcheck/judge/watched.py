@@ -37,7 +37,8 @@ def updates_of(steps: Iterable[WatchedStep]) -> dict[str, list[Update]]:
 
 @rule("KB313", "updates-land", Level.SHOULD)
 def updates_land(facts: Facts) -> Iterable[Observation]:
-    """What the optimizer computes reaches the weights: of each tensor's updates, its dtype rounds away at most a tenth.
+    """What the optimizer computes reaches the weights: of each tensor's updates, its dtype rounds away at most a tenth, and nothing
+    is cast to half precision after the optimizer was built.
 
     Counted are elements whose update is not zero in the same step in float32. What stands still altogether is KB711.
     Without your optimizer the count is a forecast for AdamW, which is noted and never a failure.
@@ -49,9 +50,13 @@ def updates_land(facts: Facts) -> Iterable[Observation]:
     Sources: trl#7268, trl#1644, torchao#1124, torchtune#2254.
     """
     low = {n: u for n, u in updates_of(facts.watched.steps).items() if u[0].dtype in ("float16", "bfloat16")}
-    if not low:
+    if not low and not facts.watched.cast:
         raise NotApplicable("nothing that trains is in half precision")
-    if not any(u.wanted for updates in low.values() for u in updates):
+    for name, before in facts.watched.cast.items():
+        dtype = low[name][0].dtype if name in low else "half precision"
+        actual = f"{dtype}: it was cast after the optimizer was built"
+        yield Observation(name, f"{before}, as the optimizer was built with it", actual, ok=False)
+    if not facts.watched.cast and not any(u.wanted for updates in low.values() for u in updates):
         raise NotApplicable("the optimizer updates nothing that is in half precision")
     if facts.watched.assumed:
         yield _forecast(low, facts.watched.assumed)
@@ -180,7 +185,9 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     held = {name: updates for name, updates in updates_of(steps).items() if name not in frozen}
     if not held:
         raise NotApplicable("the optimizer holds nothing that trains: KB710")
-    words_of = {name: [u.gradient for u in updates] for name, updates in held.items()}
+    all_words = {name: [u.gradient for u in updates] for name, updates in held.items()}
+    # What trains in some steps alone, as layers that take turns do, is judged by these.
+    words_of = {name: [w for w in words if w != "frozen"] or ["none"] for name, words in all_words.items()}
     waiting = {name: _waits(name, words_of, run.idle) for name, words in words_of.items() if "ok" not in words}
     idle = sorted(set(waiting.values()) - {""})
     shown = ", ".join(idle[:2]) + f" and {len(idle) - 2:,} more" * (len(idle) > 2)
@@ -204,7 +211,10 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
 def _lost(steps: Iterable[WatchedStep], blocks: Iterable[str]) -> Iterator[Observation]:
     """Steps, up to the last, in which nothing inside a block has a gradient any more, though the loss has one."""
     inside = tuple(f"{block}." for block in blocks)
-    words = [[(n.startswith(inside), u.gradient != "none") for n, u in step.updates.items()] for step in steps]
+    words = [
+        [(n.startswith(inside), u.gradient not in ("none", "frozen")) for n, u in step.updates.items()]
+        for step in steps
+    ]
     judged = [
         (n, [got for block, got in each if block], any(got for _, got in each)) for n, each in enumerate(words, 1)
     ]

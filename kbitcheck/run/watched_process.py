@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe.watch import LENT
+from kbitcheck.observe.watch.built import Built
 from kbitcheck.observe.watch.guard import take_off
 from kbitcheck.observe.watch.heard import Heard
 from kbitcheck.report.output_file import replace_file
@@ -39,6 +40,7 @@ class _Waiting:
         self._switched_on: list[Any] = []
         self._enabling: Any = None
         self._heard = Heard()
+        self._built = Built()
         self._watch: Watch | None = None
         self._left: Watch | None = None  # of a model that the script trained before the one that it trains now
         self._written = False
@@ -52,6 +54,7 @@ class _Waiting:
         self._removals = [
             register_module_forward_pre_hook(self._runs).remove,
             partial(take_off, register_optimizer_step_post_hook(self._stepped)),
+            self._built.__enter__().__exit__,
         ]
         atexit.register(self._end)
 
@@ -128,6 +131,7 @@ class _Waiting:
         options = {
             "enabled": self._switched_on,
             "heard": self._heard,
+            "built": self._built,
             "when_over": self._write,
             "when_strange": self._look_again,
         }

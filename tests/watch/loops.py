@@ -154,6 +154,23 @@ def llava():
     return model, adamw(model)
 
 
+def t5(**adapters):
+    """An encoder with a decoder, in four bits, prepared, with adapters."""
+    config = transformers.T5Config(
+        vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, pad_token_id=0
+    )
+    config.decoder_start_token_id = 0
+    torch.manual_seed(0)
+    stored = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.T5ForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+        base = transformers.T5ForConditionalGeneration.from_pretrained(
+            folder, quantization_config=stored, dtype=torch.bfloat16
+        )
+    fields = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v"], **adapters}
+    return get_peft_model(prepare_model_for_kbit_training(base), lora(**fields))
+
+
 def with_pictures(model, optimizer):
     """The losses of steps on batches with a picture in each row."""
     model.train()
@@ -166,9 +183,9 @@ def with_pictures(model, optimizer):
     return losses
 
 
-def with_batches(change):
+def with_batches(change, model=None):
     """A loop whose batches ``change`` changes in place."""
-    model = prepared()
+    model = model or prepared()
     optimizer, losses = adamw(model), []
     model.train()
     for batch in batches(STEPS):

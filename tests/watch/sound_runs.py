@@ -4,7 +4,6 @@ They call nothing of kbitcheck.
 """
 
 import functools
-import tempfile
 
 import peft
 import torch
@@ -20,6 +19,7 @@ from tests.watch.loops import (
     of_experts,
     plain_step,
     scaled,
+    t5,
     trained,
     with_batches,
     with_pictures,
@@ -314,25 +314,7 @@ def no_picture_in_the_first_batches():
 
 def encoder_and_decoder():
     """Every block of the decoder reads the encoder's states."""
-    config = transformers.T5Config(
-        vocab_size=256,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        pad_token_id=0,
-    )
-    config.decoder_start_token_id = 0
-    torch.manual_seed(0)
-    stored = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.T5ForConditionalGeneration(config).bfloat16().save_pretrained(folder)
-        base = transformers.T5ForConditionalGeneration.from_pretrained(
-            folder, quantization_config=stored, dtype=torch.bfloat16
-        )
-    adapters = lora(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])
-    model = get_peft_model(prepare_model_for_kbit_training(base), adapters)
+    model = t5()
     return model, each_step(model, adamw(model))
 
 

@@ -12,8 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Level, Party, Status
 from kbitcheck.core.rule import rules
+from kbitcheck.observe.watch import comparisons, head
 from kbitcheck.run import watched_process
-from tests.watch import broken_runs, loops, own_loops, runs, sound_runs, unusual_loops
+from tests.watch import broken_runs, late_loops, loops, own_loops, runs, sound_runs, unusual_loops
 
 # What the watcher alone sees; the others take the paths of these.
 FAST = {
@@ -26,6 +27,7 @@ FAST = {
     "labels_of_other_rows", "seeded_before_each_step",
     "a_loss_negated", "a_loss_maximized", "weights_that_decay_at_once", "decays_much",
     "an_epoch_that_ends_within_a_step", "accumulated_losses_undivided", "a_schedule_stepped_with_every_batch",
+    "a_decoder_that_reads_its_labels",
     "padding_on_the_left_without_a_mask", "halved_behind_the_last_norm", "halved_between_blocks", "a_hook_lost_after_a_save",
 }  # fmt: skip
 
@@ -56,7 +58,7 @@ def broken(report):
     return {r.rule for r in report if r.status is Status.FAIL and r.level is not Level.INFO}
 
 
-@pytest.mark.parametrize("run", [*each((*sound_runs.SOUND, *own_loops.SOUND, *unusual_loops.SOUND))])
+@pytest.mark.parametrize("run", [*each((*sound_runs.SOUND, *own_loops.SOUND, *unusual_loops.SOUND, *late_loops.SOUND))])
 def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
     (model, losses), report = watched(run, tmp_path)
     assert broken(report) <= {"KB907"}
@@ -71,7 +73,8 @@ def test_a_sound_run_is_not_named_and_no_bit_of_it_changes(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "code"), [*each((broken_runs.BROKEN | own_loops.BROKEN | unusual_loops.BROKEN).items())]
+    ("run", "code"),
+    [*each((broken_runs.BROKEN | own_loops.BROKEN | unusual_loops.BROKEN | late_loops.BROKEN).items())],
 )
 def test_a_broken_run_is_named(run, code, tmp_path):
     _, report = watched(run, tmp_path)
@@ -87,6 +90,60 @@ def test_what_may_be_meant_so_is_a_note(run, note, tmp_path):
         _, report = watched(run, tmp_path)
     assert (broken(report), report.exit_code) == (set(), 0)
     assert any(text in said for r in report if r.rule == code for said in r.notes)
+
+
+def test_experts_are_compared(tmp_path):
+    _, report = watched(late_loops.mixture, tmp_path)
+    assert broken(report) <= {"KB901"}  # transformers 5 leaves fused experts unquantized
+    assert {r.status for r in report if r.rule == "KB304"} == {Status.PASS}
+
+
+def test_a_cast_in_mid_run_is_named(tmp_path):
+    _, report = watched(late_loops.cast_in_mid_run, tmp_path)
+    (result,) = (r for r in report if r.rule == "KB313")
+    assert {f.actual for f in result.failures} == {"half precision: it was cast after the optimizer was built"}
+    assert len(result.failures) == 28
+
+
+def test_gates_that_rounding_moves_are_no_fault(tmp_path):
+    _, report = watched(late_loops.relus_under_autocast, tmp_path)
+    assert broken(report) == {"KB313"}
+    assert {r.status for r in report if r.rule == "KB304"} == {Status.PASS}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        runs.plain,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (runs.head_saved, runs.autocast_over_float32)),
+    ],
+    ids=lambda run: run.__name__,
+)
+def test_some_tokens_of_a_large_head_are_compared(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "SMALL", 1)
+    monkeypatch.setattr(comparisons, "SMALL", 1)
+
+    def train():
+        model, optimizer, _ = run()
+        return model, loops.each_step(model, optimizer)
+
+    (_, losses), report = watched(train, tmp_path)
+    assert (broken(report), report.exit_code) == (set(), 0)
+    torch.manual_seed(3)
+    assert [a.equal(b) for a, b in zip(losses, train()[1], strict=True)] == [True] * len(losses)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [unusual_loops.halved_before_the_head, pytest.param(late_loops.scaled_behind_the_head, marks=pytest.mark.slow)],
+    ids=lambda run: run.__name__,
+)
+def test_a_fault_beside_a_large_head_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "SMALL", 1)
+    monkeypatch.setattr(comparisons, "SMALL", 1)
+    _, report = watched(run, tmp_path)
+    places = {f.where.partition(" ")[0] for r in report if r.rule == "KB304" for f in r.failures}
+    assert places == {"base_model.model.lm_head"}
 
 
 def test_every_rule_of_loops_has_a_broken_run():

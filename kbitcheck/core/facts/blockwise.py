@@ -43,12 +43,14 @@ def median_yardstick(gaps: Iterable[Gap]) -> float:
 class Part:
     """One call of a block, or what lies outside the blocks (``block`` is ""). ``kind`` is the block's class.
 
-    ``gaps`` are those of outputs, of the gradients that leave, and of the joints: inputs and gradients that enter.
+    ``gaps`` are those of outputs, of the gradients that leave, and of the joints: inputs and gradients that enter. ``sampled``: of some
+    tokens alone, whose kernels are not those of all.
     """
 
     block: str
     kind: str
     gaps: Mapping[str, Gap]
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

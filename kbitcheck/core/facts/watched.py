@@ -11,9 +11,9 @@ class Update:
 
     ``wanted`` of its ``elements`` have a gradient and a non-zero update in float32, of which its ``dtype`` rounds ``lost`` away;
     ``moved`` have another value after the step at a learning ``rate``. ``lands_at`` is the learning rate at which nine of ten lost
-    updates would land. ``gradient`` is ``ok``, ``zero``, ``none`` or ``not finite``. ``climb`` is the gradient times the change, without
-    weight decay's part (0 where the step made or changed the gradient). The step's learning rate times its weight decay is ``decay``,
-    and ``shrunk`` the share of the tensor that the step took away.
+    updates would land. ``gradient`` is ``ok``, ``zero``, ``none``, ``frozen`` or ``not finite``. ``climb`` is the gradient times the
+    change, without weight decay's part (0 where the step made or changed the gradient). The step's learning rate times its weight decay
+    is ``decay``, and ``shrunk`` the share of the tensor that the step took away.
     """
 
     dtype: str
@@ -44,7 +44,7 @@ class Teaching:
     """What a batch teaches, as the gradient of its logits says.
 
     ``silent`` of its ``rows`` have none, though their labels count or no labels were passed. ``copied``: nearly every token is pulled
-    to itself, and not to the next one. ``odd`` are kinds of tokens that are learned and should not be: padding, ignored
+    to itself or the one before it, and not to the next one. ``odd`` are kinds of tokens that are learned and should not be: padding, ignored
     labels. ``weight`` is a lower bound of the sum of the tokens' weights in the loss (None: they are not pulled to the next tokens).
     """
 
@@ -187,6 +187,7 @@ class WatchedRun:
     which active adapters multiply what they add, by module. ``outliving``: how many blocks' outputs were held two steps
     later, and of how many. ``taken_in_turns`` counts the tensors that several optimizers hold which step in turns. ``replicas`` are
     what each of several processes holds, as far as they were watched.
+    ``cast`` has the dtype in which an optimizer took a parameter that was cast to half precision after that, by its name.
     """
 
     steps: tuple[WatchedStep, ...]
@@ -209,3 +210,4 @@ class WatchedRun:
     outliving: tuple[int, int] = (0, 0)
     taken_in_turns: int = 0
     replicas: tuple[Replica, ...] = ()
+    cast: Mapping[str, str] = field(default_factory=dict)

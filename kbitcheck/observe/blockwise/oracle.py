@@ -19,7 +19,7 @@ from kbitcheck.core.facts import HALF, BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
 from kbitcheck.observe.internals import tree_flatten, tree_unflatten
 from kbitcheck.observe.probes import adapters, step, switches
-from kbitcheck.observe.probes.choices import ImposeChoices
+from kbitcheck.observe.probes.choices import ImposeChoices, RecordChoices
 from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin.twins import Pair
 
@@ -210,19 +210,23 @@ def compare_alone(
     ``gradients`` are those that the call gave the block's own adapters, by name. ``around`` makes the context that a twin runs in.
     """
     replays, adapters = [], []
-    for twin in twins:
+    chosen = call.choices
+    for twin in reversed(
+        twins
+    ):  # the float64 one takes the experts that the other, which rounds as the model does, picked
         tensors = {i: leaf for i, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor)}
         like = {i: t.to(twin.dtype) if twin.dtype and floating(t) else t for i, t in tensors.items()}
         replay = _Replay(twin, call, _Player(twin.model), inputs=like)
-        with around(twin):
+        with around(twin), RecordChoices() as choices:
             replay.run(call.entering)
+        call.choices = [*chosen, *choices.indices]
         of = {id(parameter): gradient for parameter, gradient in replay.gradients}
         adapters.append({name: of.get(id(parameter)) for name, parameter in twin.adapters.items()})
         replays.append(replay)
-    exact, rounded = replays
+    rounded, exact = replays
     own = {n: g for n, g in _gaps(call, exact, rounded).items() if n.startswith(("output", "gradient that leaves"))}
     part = Part(block=call.block, kind=type(twins[0].model).__name__, gaps=own)
-    return part, Pair(*adapters).beside(gradients)
+    return part, Pair(*reversed(adapters)).beside(gradients)
 
 
 class _Pass(NamedTuple):

@@ -42,10 +42,9 @@ class ImposeChoices(TorchDispatchMode):
         self.moved = False  # whether a gate would have been another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ARGMAX:
-            return next(self._indices)
-        if func is TOPK:
-            indices = next(self._indices)
+        if func is ARGMAX and (picked := next(self._indices, None)) is not None:
+            return picked
+        if func is TOPK and (indices := next(self._indices, None)) is not None:
             return args[0].gather(args[2] if len(args) > 2 else -1, indices), indices
         if func is RELU and (gate := next(self._gates, None)) is not None:
             return self._gated(args[0], gate)

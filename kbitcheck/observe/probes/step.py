@@ -102,7 +102,7 @@ def cached_tensors(cache: Any) -> Iterator[torch.Tensor]:
     """Tensors that a key/value cache holds, in either of its forms."""
     if isinstance(cache, (tuple, list)):
         yield from tensors(cache)
-    for part in (cache, getattr(cache, "self_attention_cache", None)):
+    for part in (cache, *(getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross"))):
         for layer in getattr(part, "layers", None) or ():
             yield from (t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers.activations import ReLUSquaredActivation
 
 from kbitcheck import backends
 from kbitcheck.core.errors import cause
@@ -26,6 +27,7 @@ from kbitcheck.observe.watch import readers
 from kbitcheck.observe.watch.guard import Guard
 
 SMALL = 64 << 20  # bytes of a block's weights in float64, up to which its twins are kept
+GATES = (nn.ReLU, ReLUSquaredActivation)  # each calls one ``relu``
 CACHES = ("past_key_value", "past_key_values", "layer_past")
 
 
@@ -69,10 +71,15 @@ class Recorded:
 
 
 class Recorder:
-    """Hooks on one block, on what enters and leaves it, and on its parameters; all of them only look."""
+    """Hooks on one block, on what enters and leaves it, and on its parameters; all of them only look.
 
-    def __init__(self, name: str, block: nn.Module, guard: Guard) -> None:
-        self.name, self.block, self._guard = name, block, guard
+    ``part`` says what is kept of outputs and their gradients.
+    """
+
+    def __init__(
+        self, name: str, block: nn.Module, guard: Guard, part: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    ) -> None:
+        self.name, self.block, self._guard, self.part = name, block, guard, part
         self.recorded: Recorded | None = None
         self._earlier: list[Recorded] = []  # of forwards whose backward had not come when the next batch did
         self._open: list[Recorded | None] = []
@@ -86,6 +93,9 @@ class Recorder:
         for each, parameter in block.named_parameters():
             if parameter.requires_grad:
                 self._hold(parameter.register_hook(self._keeper(each)))
+        for module in block.modules():
+            if isinstance(module, GATES):
+                self._hold(module.register_forward_hook(guard(self._gated)))
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of the model, hooks among it, is not looked at."""
@@ -169,6 +179,11 @@ class Recorder:
         self._passed = []
         self._open[-1] = recorded
 
+    def _gated(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        """Keep which gates of a ReLU are open: rounding moves those beside zero, and twins must not have others."""
+        if self._open and self._open[-1] is not None:
+            self._open[-1].call.choices.append(output.detach() > 0)
+
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         """Catch gradients before other hooks can change them, so that a change is one of the block's."""
         recorded = self._open[-1] if self._open and module is self.block else None
@@ -191,7 +206,7 @@ class Recorder:
             recorded.call.returned.append(TENSOR if floating(leaf) else leaf)
             if floating(leaf):
                 self._catch(recorded, len(recorded.call.outputs), leaf)
-                recorded.call.outputs.append(leaf.detach().clone())
+                recorded.call.outputs.append(self.part(leaf.detach()))
                 recorded.call.tracked.append(leaf.requires_grad)
         floats = [leaf for leaf in leaves if floating(leaf)]
         for handle in readers.sums(floats, recorded.edges, recorded.added, recorded.inside):
@@ -216,7 +231,8 @@ class Recorder:
                 return
             if key in store:
                 recorded.why = "a backward ran through a block twice"
-            store[key] = gradient.detach().clone()
+            whole = store is recorded.call.leaving
+            store[key] = gradient.detach().clone() if whole else self.part(gradient.detach())
 
         return self._guard(catch)
 
@@ -269,7 +285,8 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
     def around(twin: Twin) -> Iterator[None]:
         call = recorded.call
         caches = {i: leaf for i, leaf in enumerate(call.leaves) if leaf is not None and call.names[i] in CACHES}
-        with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, call.device):
+        experts = internals.without_grouped_kernel() if twin.dtype else nullcontext()  # it knows no float64
+        with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, call.device), experts:
             for index, cache in caches.items():  # each twin adds its keys and values to a copy
                 call.leaves[index] = _copied(cache)
             yield

@@ -1,4 +1,4 @@
-"""What is compared with twins in each watched step: one block of every class, and small modules outside the blocks."""
+"""What is compared with twins in each watched step: one block of every class, and what is outside the blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.watch.blocks import SMALL, Recorder, Twins, compared
 from kbitcheck.observe.watch.guard import Guard
+from kbitcheck.observe.watch.head import compared as head_compared
+from kbitcheck.observe.watch.head import large_heads, recorder_of
 
 
 class Comparisons:
@@ -32,6 +34,7 @@ class Comparisons:
         self._twins = Twins()
         self._kinds: dict[str, list[str]] = {}  # names of blocks, by class
         self._outside: dict[str, nn.Module] = {}
+        self._heads: dict[str, nn.Linear] = {}  # larger ones outside the blocks
 
     def facts(self, *, same_kernels: bool) -> BlockwiseFacts:
         """What was compared; nothing where no block was. ``same_kernels``: the model's are those of a twin, where nothing is recast."""
@@ -43,6 +46,7 @@ class Comparisons:
         for name in outermost_blocks(self._model):
             self._kinds.setdefault(type(self._model.get_submodule(name)).__name__, []).append(name)
         self._outside = _small_ones_outside(self._model)
+        self._heads = large_heads(self._model)
 
     def draw(self) -> None:
         """Look at one block of every class, unless some are looked at already."""
@@ -52,6 +56,7 @@ class Comparisons:
             self.unseen = "the model has no blocks"
         drawn = {name: self._model.get_submodule(name) for name in map(self._random.choice, self._kinds.values())}
         self._recorders = [Recorder(name, block, self._guard) for name, block in {**drawn, **self._outside}.items()]
+        self._recorders += [recorder_of(name, head, self._guard, self._random) for name, head in self._heads.items()]
 
     def next_batch(self) -> None:
         """A forward begins."""
@@ -62,6 +67,9 @@ class Comparisons:
         """What was recorded in a step beside its twins. ``before`` is the model as it was before the first forward."""
         for recorder in self._recorders:
             recorder.remove()
+            if recorder.name in self._heads:
+                self._compare_head(recorder, step)
+                continue
             outside = recorder.name in self._outside
             if outside and not recorder.passed_on:
                 continue
@@ -78,6 +86,11 @@ class Comparisons:
             else:
                 self.parts[label] = part
                 self._gaps.update((f"{recorder.name}.{name} (step {step})", gap) for name, gap in gaps.items())
+
+    def _compare_head(self, recorder: Recorder, step: int) -> None:
+        part = head_compared(recorder) if recorder.passed_on else ""
+        if isinstance(part, Part):
+            self._beside[f"{recorder.name} (step {step})"] = part
 
     def skip(self, why: str) -> None:
         """Compare nothing in this step."""

@@ -1,5 +1,5 @@
 """What is odd about a batch, though a loss comes of it: padding that counts or is attended to, ends that never count, one position,
-labels of other rows, dropout that drops the same again.
+labels of other rows or that a decoder has read, dropout that drops the same again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from kbitcheck.models.inputs.text import IGNORED
 
 PADDING, ENDS, POSITIONS, OTHERS, UNMASKED = "padding", "ends", "positions", "others", "unmasked"
+READ = "read"
 ENOUGH = 8  # labels, to say what most of them are
 
 
 def oddities(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of what is odd about a model's inputs, of ``PADDING``, ``ENDS``, ``POSITIONS`` and ``UNMASKED``."""
+    """The kinds of what is odd about a model's inputs, of ``PADDING``, ``ENDS``, ``POSITIONS``, ``UNMASKED`` and ``READ``."""
     return tuple(_kinds(getattr(model, "config", None), inputs))
 
 
@@ -38,7 +39,11 @@ def drops(model: nn.Module) -> bool:
 
 def _kinds(config: Any, inputs: Mapping[str, Any]) -> Iterator[str]:
     tokens, labels, mask = (_rows(inputs.get(name)) for name in ("input_ids", "labels", "attention_mask"))
-    if tokens is None or getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
+        if labels is not None and _reads_labels(_rows(inputs.get("decoder_input_ids")), labels):
+            yield READ
+        return
+    if tokens is None:
         return
     if labels is not None and labels.shape == tokens.shape:
         counts = labels != IGNORED
@@ -54,6 +59,15 @@ def _kinds(config: Any, inputs: Mapping[str, Any]) -> Iterator[str]:
         first = positions[:, :1].expand_as(positions)
         if bool((((positions == first) | (seen == 0)).all(dim=1) & (seen.sum(dim=1) > 1)).any()):
             yield POSITIONS
+
+
+def _reads_labels(read: Tensor | None, labels: Tensor) -> bool:
+    """Whether a decoder is passed each label that counts in its own place, and not one token later."""
+    if read is None or read.shape != labels.shape:
+        return False
+    counts = labels != IGNORED
+    later = (read[:, 1:] == labels[:, :-1]) | ~counts[:, :-1]
+    return int(counts.sum()) >= ENOUGH and bool(((read == labels) | ~counts).all()) and not bool(later.all())
 
 
 def _begins_with_padding(tokens: Tensor, labels: Tensor | None, mask: Any, padding: set[int]) -> bool:

@@ -102,7 +102,7 @@ class Passage:
                     break
 
     def _targets(self, strong: Tensor, shifts: bool, scale: float) -> dict[str, Any]:
-        """What the tokens are pulled to: the next token, as is meant, or the one that the model just read."""
+        """What the tokens are pulled to: the next token, as is meant, or one that the model has read, the last or the one before it."""
         tokens, target, pull = self.tokens, self.target, self.pull
         assert target is not None
         assert pull is not None
@@ -110,7 +110,9 @@ class Passage:
             return {}
         learned = strong & (pull > 0)
         following = learned[:, :-1] & (target[:, :-1] == tokens[:, 1:])
-        count, ahead, own = int(learned.sum()), int(following.sum()), int((learned & (target == tokens)).sum())
+        preceding = learned[:, 1:] & (target[:, 1:] == tokens[:, :-1])
+        count, ahead = int(learned.sum()), int(following.sum())
+        own = max(int((learned & (target == tokens)).sum()), int(preceding.sum()))
         copied = count >= ENOUGH and own >= MOST * count and 2 * ahead < count
         odd = []
         if self.mask is not None and self.mask.shape == tokens.shape:

@@ -21,6 +21,7 @@ from kbitcheck.observe.meant_to_train import declared, owned
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import snapshot, tensors_again
 from kbitcheck.observe.watch.batches import Batches
+from kbitcheck.observe.watch.built import Built
 from kbitcheck.observe.watch.comparisons import Comparisons
 from kbitcheck.observe.watch.guard import Guard, take_off, unharmed
 from kbitcheck.observe.watch.heard import Heard
@@ -46,6 +47,7 @@ class Observer:
         seed: int = 0,
         enabled: Sequence[SwitchedOn] = (),
         heard: Heard | None = None,
+        built: Built | None = None,
         by_check: bool = False,
         wrap: DistributedDataParallel | None = None,
         place: Callable[[Any], Place | None] = place_of,
@@ -64,7 +66,7 @@ class Observer:
         self._adapters: set[str] = set()  # names of adapters that took part in a watched forward
         self.by_check, self._sharded = by_check, False
         self._hooks = ExitStack()
-        self.steps = Steps(model, optimizers_of(training.optimizer), when_strange)
+        self.steps = Steps(model, optimizers_of(training.optimizer), when_strange, built)
         self._heard = heard or Heard()
         self._guard = Guard(self)
         self.batches = Batches(model, enabled, self._guard)
@@ -143,6 +145,7 @@ class Observer:
             optimizers=tuple(self.steps.kinds),
             idle=self.batches.reach.idle,
             repeated=self.steps.repeated,
+            cast=self.steps.cast,
             scalings=scalings(self.model),
             outliving=self.batches.flow.outliving,
             taken_in_turns=self.steps.taken_in_turns,

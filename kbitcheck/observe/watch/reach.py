@@ -60,6 +60,8 @@ class Reach:
 
     def _runs(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not (self.forward or torch.is_grad_enabled()):
+            # In train mode, as where a script runs an encoder by itself: what its output teaches does not come back.
+            self._ran |= {name} if module.training and name not in self._experts else set()
             return
         if name not in self._experts:
             self._ran.add(name)

@@ -14,6 +14,7 @@ from torch import nn
 from kbitcheck.core.facts import MicroBatch, Update, WatchedStep
 from kbitcheck.observe import internals
 from kbitcheck.observe.watch import updates
+from kbitcheck.observe.watch.built import Built
 
 
 @dataclass(slots=True)
@@ -34,7 +35,11 @@ class Steps:
     """Steps of the optimizers that hold a model's parameters, or of ``optimizers`` alone where there are any."""
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Any], when_strange: Callable[[], None] = lambda: None
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        when_strange: Callable[[], None] = lambda: None,
+        built: Built | None = None,
     ) -> None:
         self.taken: list[WatchedStep] = []
         self.names: dict[int, str] = {}  # of the model's parameters
@@ -52,6 +57,10 @@ class Steps:
         self._values: dict[str, torch.Tensor] = {}
         self._wide: dict[int, torch.Tensor] = {}
         self.repeated: dict[str, str] = {}  # how a parameter is stepped twice, by its name
+        self.cast: dict[str, str] = {}  # the dtype in which an optimizer took a parameter that has been narrowed since
+        self._built = built or Built()
+        for optimizer in optimizers:
+            self._built.note(_parameters(optimizer))
         self._remembered: set[str] = set()  # by the optimizer that steps
         self._forgotten: set[str] = set()  # parameters of which it has no state any more
         self._with_state: set[str] = set()  # parameters of which an optimizer has a state
@@ -103,6 +112,7 @@ class Steps:
         self.inside = True
         self._written = {id(p): internals.version(p.grad) for p in mine if p.grad is not None and not closure}
         self._look_for_repeats(mine, closure=closure)
+        self._look_for_casts(mine)
         self._values = {self.names[id(p)]: p.detach().clone() for p in mine}
         states = getattr(optimizer, "state", {})
         self._remembered = {self.names[id(p)] for p in mine if states.get(p)}
@@ -139,6 +149,8 @@ class Steps:
             update = updates.beside_decay(update, before, parameter, parameter.grad, rate=rate, decay=decay)
         if isinstance(optimizer, updates.ALONG_GRADIENT):
             update = updates.along_gradient(update, before, parameter.grad, rate=rate)
+        if parameter.grad is None and not parameter.requires_grad:
+            update = dataclasses.replace(update, gradient="frozen")
         if update.moved:
             self._moved[name] = before, _distance(parameter, before)
         if parameter.grad is not None:
@@ -166,6 +178,13 @@ class Steps:
                 continue
             if internals.version(gradient) == version:
                 self.repeated.setdefault(name, "stepped twice along one gradient, as by two optimizers")
+
+    def _look_for_casts(self, mine: Sequence[torch.Tensor]) -> None:
+        """Parameters that something cast to half precision after an optimizer had taken them in float32."""
+        self._built.note(mine)
+        for parameter in mine:
+            if parameter.dtype in updates.LOW and self._built.dtype(parameter) is torch.float32:
+                self.cast[self.names[id(parameter)]] = "float32"
 
     def _take_turn(self, optimizer: Any, mine: Sequence[torch.Tensor]) -> None:
         """Count the parameters that an optimizer has in common with the one before it, if it comes back after that: none forgot a state."""
