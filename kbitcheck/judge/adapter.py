@@ -29,7 +29,7 @@ def targets_match(facts: Facts) -> Iterable[Observation]:
     if not (adapter.asked or adapter.pattern):
         raise NotApplicable("its configuration names no targets")
     layers = [layer for layer in adapter.layers.values() if not layer.whole or any(t.trains for t in layer.replacing)]
-    modules = [layer.of_base for layer in layers]
+    modules = [name for layer in layers for name in dict.fromkeys((layer.stated, layer.of_base))]
     if adapter.pattern:
         some = any(re.fullmatch(adapter.pattern, module) for module in modules)
         yield Observation.either(adapter.pattern, "a layer of the adapter", "none", ok=some)

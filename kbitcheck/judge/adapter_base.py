@@ -28,7 +28,7 @@ def adapter_fits_base(facts: Facts) -> Iterable[Observation]:
     for layer in layers:
         if layer.of_base not in base.modules:
             head = facts.adapter.task in HEADS and all(tensor.trains for tensor in layer.tensors.values())
-            actual = f"a head of {facts.adapter.task}" if head else "no such module"
+            actual = f"a head of {facts.adapter.task}" if head else f"no such module{_near(layer.of_base, base)}"
             yield Observation(layer.module, f"a module of {base.cls}", actual, ok=head)
             continue
         resized = _resized(layer, base)
@@ -37,12 +37,24 @@ def adapter_fits_base(facts: Facts) -> Iterable[Observation]:
             yield Observation(layer.module, "rows for every token", f"{resized:,} rows", ok=True, note=note)
             continue
         for part, sizes in _sizes(layer).items():
-            possible = weights.get(layer.of_base, set())
+            possible = set() if layer.gathered else weights.get(layer.of_base, set())
             actual = f"{part} for a weight of {_by(sorted(sizes))}"
             expected = f"a weight of {' or '.join(sorted(_by(sorted(p)) for p in possible))}"
             yield Observation(layer.module, expected, actual, ok=not possible or sizes in possible)
         yield from _replacing(layer, base)
-        yield Observation(layer.module, "a module", "a module", ok=True)
+        renamed = "the base has some of its modules under other names than the file, where transformers 5 and PEFT put its adapters"
+        yield Observation(layer.module, "a module", "a module", ok=True, note=renamed if layer.placed else "")
+
+
+def _near(path: str, base: ModelFacts) -> str:
+    """The base's module whose path differs in parts that one of both has in addition, as wrappers and renamed towers do."""
+    parts = path.split(".")
+
+    def near(other: str) -> bool:
+        own = other.split(".")
+        return own[-1] == parts[-1] and (set(own) <= set(parts) or set(own) >= set(parts))
+
+    return next((f"; the base has {name}" for name in base.modules if near(name)), "")
 
 
 def _replacing(layer: SavedLayer, base: ModelFacts) -> Iterator[Observation]:

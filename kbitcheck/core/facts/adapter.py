@@ -36,7 +36,8 @@ class SavedLayer:
     ``rank`` is that of the tensors, ``asked`` the one that the configuration states for the module, ``scaling`` what multiplies the
     product; None where the method has none. ``norm`` is the Frobenius norm of what is added to the weight, None where the file alone
     does not say it. ``moved`` is None where the start of training is not stored. ``whole``: the module's own tensors are stored, and no
-    adapter. Of a stack of ``experts``, ``still`` are those that did not move. ``module`` is empty for what all layers share.
+    adapter. Of a stack of ``experts``, ``still`` are those that did not move. ``module`` is empty for what all layers share. ``placed`` is
+    the base's module that gets it, if that has another name there.
     """
 
     module: str
@@ -49,6 +50,7 @@ class SavedLayer:
     whole: bool = False
     experts: int = 1
     still: tuple[int, ...] = ()
+    placed: str = ""
 
     @property
     def target(self) -> str:
@@ -59,7 +61,17 @@ class SavedLayer:
     @property
     def of_base(self) -> str:
         """The path of the base's module: that of a nested adapter is its outermost one's."""
+        return self.placed or self.stated
+
+    @property
+    def stated(self) -> str:
+        """The path of the module as the file has it, that of a nested adapter as its outermost one's."""
         return ".".join(part for part in self.module.split(".") if part != BASE_LAYER)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether it is a part of what the base's module gets: an expert's, of a stack of experts."""
+        return self.placed.rpartition(".")[2] not in ("", self.target)
 
     @property
     def replaced(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,14 @@ class AdapterCase(OpenCase):
         """No other fact is seen."""
         raise Unavailable(NOT_SAVED)
 
-    adapter = Fact[SavedAdapter](lambda self: self._read)
+    @Fact
+    def adapter(self) -> SavedAdapter:
+        """What the files hold; beside a base, with the base's names for its modules."""
+        if self._missing:
+            return self._read
+        from kbitcheck.observe.adapter import renamed
+
+        return renamed.beside(self._structure, self._read)
 
     @Fact
     def base(self) -> ModelFacts:
@@ -67,9 +75,13 @@ class AdapterCase(OpenCase):
             raise Unavailable(f"{self._missing}: --base MODEL names it")
         from kbitcheck.observe.probes import snapshot  # slow to import, and only needed beside a base
 
+        return snapshot.snapshot(self._structure)
+
+    @cached_property
+    def _structure(self) -> Any:
+        """The base without numbers."""
         try:
-            source = resolve(self._name, static="always", trust_remote_code=self._code)
-            return snapshot.snapshot(source.meta(None))
+            return resolve(self._name, static="always", trust_remote_code=self._code).meta(None)
         except UsageError as error:
             raise UsageError(f"the base: {error}") from None
 

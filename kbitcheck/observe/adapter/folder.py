@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "adapter_model.bin"
 
 
@@ -103,17 +104,45 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
+class _Shards:
+    """Several files of tensors, as one."""
+
+    def __init__(self, files: Sequence[Any]) -> None:
+        self._places = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+    def keys(self) -> list[str]:
+        return sorted(self._places)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self._places[key].get_tensor(key)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
-    if not (folder / WEIGHTS).exists():
-        pickled = (folder / PICKLE).exists()
-        why = f"; its {PICKLE} is a pickle, which can run code: save it as safetensors" if pickled else ""
-        raise UsageError(f"{folder} has no {WEIGHTS}{why}")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            yield file
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in _files(folder)]
+            yield files[0] if len(files) == 1 else _Shards(files)
     except SafetensorError as error:
         raise UsageError(f"{folder}: {WEIGHTS} is truncated or has a damaged header ({error}): save it again") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The file of an adapter's tensors, or those of its shards."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        names = read_json(folder / INDEX, str(folder)).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise UsageError(f"{folder}: {INDEX} has no weight_map")
+        files = [folder / Path(name).name for name in sorted(set(names.values()))]
+        lacking = [path.name for path in files if not path.exists()]
+        if lacking:
+            raise UsageError(f"{folder} has no {', '.join(lacking)}, which its {INDEX} names")
+        return files
+    pickled = (folder / PICKLE).exists()
+    why = f"; its {PICKLE} is a pickle, which can run code: save it as safetensors" if pickled else ""
+    raise UsageError(f"{folder} has no {WEIGHTS}{why}")
 
 
 def _layers(

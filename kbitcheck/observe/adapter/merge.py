@@ -19,8 +19,8 @@ from kbitcheck.core.facts.adapter import MergedLayer, MergeFacts, SavedAdapter
 from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.models import load as loading
 from kbitcheck.models.sources.source import Source
-from kbitcheck.observe import device
-from kbitcheck.observe.adapter import folder
+from kbitcheck.observe import device, internals
+from kbitcheck.observe.adapter import folder, renamed
 from kbitcheck.observe.adapter.replaced import put_in
 
 PREFIX = "base_model.model."
@@ -49,7 +49,10 @@ def facts(source: Source, quant: Quantization, path: Path, adapter: SavedAdapter
     if needed > free:
         raise Unavailable(f"merging takes about {needed / GIB:.0f} GiB, and {free / GIB:.0f} are free")
     packed = source.load(quant)
-    batch = {k: v for k, v in source.batch(packed, batch=ROWS, seq_len=TOKENS).items() if k != "labels"}
+    try:
+        batch = {k: v for k, v in source.batch(packed, batch=ROWS, seq_len=TOKENS).items() if k != "labels"}
+    except UsageError as error:
+        raise Unavailable(f"a merge is tried on inputs, and none can be made: {error}") from None
     _put_trained_tokens(batch, adapter)
     unpacked = _unpacked(source, packed)
     without = _logits(copy.deepcopy(unpacked).double(), batch)
@@ -72,6 +75,7 @@ def facts(source: Source, quant: Quantization, path: Path, adapter: SavedAdapter
     off_merged(str(quant), on)
     del on, packed
     single = _attached(copy.deepcopy(unpacked), path)
+    adapter = renamed.beside(source.meta(None), adapter)
     seen, unread = _merged_layers(single, path, adapter, merging)
     seen += _replaced_modules(single, path, adapter, merging)
     del single
@@ -114,6 +118,8 @@ def _unpacked(source: Source, packed: Any) -> Any:
 
 def _attached(model: Any, path: Path) -> Any:
     """The model with the saved adapter, for inference, in the adapter's own dtype."""
+    if not (path / folder.WEIGHTS).exists():
+        raise Unavailable(f"PEFT reads one file alone, {folder.WEIGHTS}, and this adapter is in shards")
     try:
         from peft import PeftModel
     except ImportError:
@@ -143,7 +149,8 @@ def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Logits in float64; those of a model in half precision under its autocast, as adapters may be in float32."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not backends.is_packed(p)}
     half = next((dtype for dtype in HALVES if dtype in dtypes), None)
-    with torch.no_grad(), torch.autocast("cpu", dtype=half, enabled=half is not None):
+    kernels = internals.without_grouped_kernel()  # which takes no float64
+    with torch.no_grad(), kernels, torch.autocast("cpu", dtype=half, enabled=half is not None):
         out = model(**batch)
     logits: Tensor | None = getattr(out, "logits", None)
     if logits is None:
@@ -175,8 +182,9 @@ def _merged_layers(
     seen, unread = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        by_place = {each.placed or each.module: each for each in adapter.layers.values() if not each.gathered}
         for name, layer in _layers(model):
-            saved = adapter.layers.get(name)
+            saved = by_place.get(name)
             if saved is None or saved.replaced:
                 continue
             plain = saved.norm is not None and set(saved.tensors) <= {
