@@ -51,7 +51,7 @@ def watched(run, folder):
         waiting._end()
         waiting._remove()
     (path,) = folder.glob("*.json")
-    return returned, Report.from_json(json.loads(path.read_text()))
+    return returned, Report.from_json(json.loads(path.read_text())["report"])
 
 
 def broken(report):
