@@ -57,8 +57,9 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def is_foreign_layer(module: nn.Module) -> bool:
-    """Whether a module is a packed layer of a backend without a format here (gptq, awq, hqq, ...), which fixes its dtypes."""
-    return formats.of(module) is None and any(_is_foreign_class(base) for base in type(module).__mro__)
+    """Whether a module is a packed layer of a backend without a format here that has its package (gptq, hqq, ...): it fixes its dtypes."""
+    form = formats.of(module)
+    return (form is None or not form.PACKAGE) and any(_is_foreign_class(base) for base in type(module).__mro__)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -92,6 +92,19 @@ def test_awq_is_right_to_the_byte(static: Any) -> None:
     assert all(".self_attn." in name for name in part.layers)
 
 
+@pytest.mark.parametrize(("books", "bits", "rows", "columns"), [(1, 16, 1, 8), (2, 8, 1, 8), (4, 12, 2, 16)])
+def test_aqlm_is_right_to_the_byte(static: Any, books: int, bits: int, rows: int, columns: int) -> None:
+    described = {
+        "quant_method": "aqlm", "num_codebooks": books, "nbits_per_codebook": bits, "out_group_size": rows,
+        "in_group_size": columns, "linear_weights_not_to_quantize": ["lm_head.weight", "model.norm.weight"],
+    }  # fmt: skip
+    case = static(LLAMA, described)
+    code, codebooks = (1 if bits <= 8 else 2), 2 * books * 2**bits * rows * columns
+    packed = sum(code * books * (r // rows) * (c // columns) + codebooks + 2 * (r // rows) for r, c in ATTENTION + MLP)
+    assert stored(case) == PLAIN + 2 * packed
+    assert {layer.scheme for layer in case.base.layers.values()} == {"aqlm"}
+
+
 def blocks(size: int) -> int:
     return -(-size // 128)
 

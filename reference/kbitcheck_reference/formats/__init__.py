@@ -1,6 +1,7 @@
 """Formats of packed weights: the modules beside this file, then those of the entry-point group.
 
-A format is a module or an object with ``PACKAGE`` (the library whose classes it knows), ``packs(parameter) -> bool``,
+A format is a module or an object with ``PACKAGE`` (the library whose classes it knows; "" where its layers keep all that they own, as
+those of a backend without a format do), ``packs(parameter) -> bool``,
 ``holds(module) -> bool``, ``unpack(layer)`` -> float64 ``(out, in)`` and ``pack(weight, scheme)`` -> tensors by name; and, where
 weights are unpacked for modules that multiply them themselves, ``read_state(module)`` -> the state whose ``dtype`` they are read in.
 ``FIXES_DTYPES = True`` says that its layers take inputs or a bias in one dtype alone.
