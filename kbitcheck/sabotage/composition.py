@@ -4,6 +4,7 @@ import copy
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -131,6 +132,18 @@ def resumed_without_random_states(run: Any) -> None:
         own(adapters, parts)
         random.setstate(states[0])
         torch.set_rng_state(states[1])
+
+    run.load = load
+
+
+@composes("KB708", "resume")
+def resumed_without_numpys_state(run: Any) -> None:
+    own = run.load
+
+    def load(adapters: Any, parts: Any) -> None:
+        state = np.random.get_state()
+        own(adapters, parts)
+        np.random.set_state(state)
 
     run.load = load
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -81,6 +82,7 @@ class Resumed(Run):
         optimizer = torch.optim.AdamW(trainable, lr=RATE)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
         random.seed(self.seed)
+        np.random.seed(self.seed)
         torch.manual_seed(self.seed)
         parts = {"optimizer": optimizer, "scheduler": scheduler}
         first = 1
@@ -100,7 +102,7 @@ class Resumed(Run):
     def saved(self, adapters: Mapping[str, nn.Parameter], parts: Mapping[str, Any]) -> dict[str, Any]:
         """What a script saves."""
         state = {name: part.state_dict() for name, part in parts.items()}
-        states = {"random": random.getstate(), "torch": torch.get_rng_state()}
+        states = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
         return {"adapters": {n: p.detach().clone() for n, p in adapters.items()}, **state, **states}
 
     def load(self, adapters: Mapping[str, nn.Parameter], parts: Mapping[str, Any]) -> None:
@@ -111,6 +113,7 @@ class Resumed(Run):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         random.setstate(saved["random"])
+        np.random.set_state(saved["numpy"])
         torch.set_rng_state(saved["torch"])
 
     def _step(
@@ -120,7 +123,7 @@ class Resumed(Run):
         self.record.setdefault("numbers", {})[moment] = numbers(adapters)
         self.record.setdefault("rates", []).append(parts["scheduler"].get_last_lr()[0])
         model.train()
-        batch = self.row(random.randrange(2))  # noqa: S311
+        batch = self.row(random.randrange(2) ^ int(np.random.randint(2)))  # noqa: S311
         with self.preparation.autocast():
             loss = model(**step.feed(model, batch)).loss
         loss.backward()
