@@ -20,12 +20,17 @@ TEXT = {"input_ids", "attention_mask", "labels"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What a batch is like. ``ignored``: of so many labels the first does not count; 0: all of them do."""
+    """What a batch is like. ``ignored``: of so many labels the first does not count; 0: all of them do.
+
+    ``repeated``: the second row has the tokens of the first. ``silent``: no label of the first row counts.
+    """
 
     rows: int
     length: int
     padding: Literal["right", "left", "none"]
     ignored: int
+    repeated: bool = False
+    silent: bool = False
 
     @classmethod
     def drawn(cls, entropy: str, *, limit: int, large: bool, turn: int | None = None, long: bool = False) -> Self:
@@ -40,11 +45,14 @@ class Conditions:
         low, high = LONG if long else LARGE if large else SHORT
         odd, whole = range(low, high + 1, 2), [n for n in WHOLE if low <= n <= high]
         length = generator.choice(whole if whole and generator.random() < 1 / 4 else odd)
+        rows = 1 if long else ROWS[0] if large else generator.choice(ROWS)
         return cls(
-            rows=1 if long else ROWS[0] if large else generator.choice(ROWS),
+            rows=rows,
             length=length if length <= limit else limit - 1 + limit % 2,
             padding=PADDINGS[turns[1]],
             ignored=(0, 2, 3)[turns[2]],
+            repeated=rows > 1 and generator.random() < 1 / 3,
+            silent=rows > 1 and generator.random() < 1 / 3,
         )
 
     @classmethod
@@ -60,7 +68,9 @@ class Conditions:
     def __str__(self) -> str:
         padding = "no padding" if self.padding == "none" else f"padded on the {self.padding}"
         labels = f", one label of {self.ignored} ignored" if self.ignored else ""
-        return f"{self.rows} rows of {self.length} tokens, {padding}{labels}"
+        rows = "one row" if self.rows == 1 else f"{self.rows} rows"
+        others = ", two rows alike" * self.repeated + ", no label of one row counts" * self.silent
+        return f"{rows} of {self.length} tokens, {padding}{labels}{others}"
 
     def batch(self, make: Callable[..., Mapping[str, Tensor]]) -> Batch:
         """A batch of ``make(batch=, seq_len=)`` under these conditions; padding and labels only of what reads text alone.
@@ -80,6 +90,11 @@ class Conditions:
                     tensor[-1, filled:] = 1 if tensor is made["attention_mask"] else tensor[0, filled:]
                 else:
                     tensor[-1] = tensor[-1].roll(tensor.shape[1] - filled, 0)
+        if self.repeated:
+            for tensor in made.values():
+                tensor[1] = tensor[0]
         if self.ignored:
             labels[:, :: self.ignored] = IGNORED
+        if self.silent:
+            labels[0] = IGNORED
         return made

@@ -22,6 +22,10 @@ def test_every_condition_is_drawn():
     assert all((c.rows == 1) is (c.length > 512) for c in MANY)
     assert {c.padding for c in MANY} == {"right", "left", "none"}
     assert {c.ignored for c in MANY} == {0, 2, 3}
+    assert {(c.repeated, c.silent) for c in MANY if c.rows > 1} == {
+        (a, b) for a in (True, False) for b in (True, False)
+    }
+    assert not any(c.repeated or c.silent for c in MANY if c.rows == 1)
     assert all(c.length % 2 or c.length % 64 == 0 for c in MANY)
     assert {c.length % 2 for c in MANY} == {0, 1}
     assert all(SHORT[0] <= c.length <= SHORT[1] or LONG[0] <= c.length <= LONG[1] for c in MANY)
@@ -94,3 +98,13 @@ def test_a_batch_of_one_row_is_padded_as_it_says(model, padding, first, last):
     mask = made["attention_mask"]
     assert mask.shape == (1, 67)
     assert (int(mask[0, 0]), int(mask[0, -1])) == (first, last)
+
+
+def test_rows_alike_and_a_row_without_labels(model):
+    conditions = Conditions(rows=3, length=65, padding="right", ignored=0, repeated=True, silent=True)
+    made = conditions.batch(partial(resolve("tiny:llama").batch, model, seed=0))
+    ids, labels = made["input_ids"], made["labels"]
+    assert (ids[0].equal(ids[1]), ids[1].equal(ids[2])) == (True, False)
+    assert [bool((row != IGNORED).any()) for row in labels] == [False, True, True]
+    assert str(conditions) == "3 rows of 65 tokens, padded on the right, two rows alike, no label of one row counts"
+    assert str(Conditions(rows=1, length=65, padding="none", ignored=0)).startswith("one row of 65 tokens")
