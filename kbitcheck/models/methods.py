@@ -34,13 +34,13 @@ def loading(config: Mapping[str, Any]) -> Loading:
             quantizer = object.__new__(kind)
             vars(quantizer).update(quantization_config=settings, pre_quantized=True)
             refused = _sentence(error) if isinstance(error, ImportError) else _refusal(quantizer)
-        unpacked = "" if refused else _unpacked(config, settings)
+        unpacked = _unpacked(config, settings, refused=bool(refused))
         return Loading(method=method, refused=refused, unpacked=unpacked, trainable=_trainable(quantizer, settings))
 
 
-def _unpacked(config: Mapping[str, Any], settings: Any) -> str:
-    """What turns the packed weights of a checkpoint that is loaded into plain numbers; empty where nothing does."""
-    if getattr(settings, "dequantize", None) is True:
+def _unpacked(config: Mapping[str, Any], settings: Any, *, refused: bool) -> str:
+    """What turns the packed weights of a checkpoint into plain numbers; empty where nothing does."""
+    if getattr(settings, "dequantize", None) is True and not refused:
         return "loading"
     backend = registry.of_method(config)
     return backend.unpacked_by if backend is not None else ""
