@@ -36,7 +36,8 @@ class Recorded:
     """The first call of a block that a gradient came back through. ``gradients`` are its trained parameters', by name in the block.
 
     ``added`` is what the block itself added to the gradients of what it was passed, by index: less than all where others read it.
-    ``inside`` is what the block itself added to the gradients of what it returned, by output.
+    ``inside`` is what the block itself added to the gradients of what it returned, by output. ``through`` are outputs that are
+    what it was passed, by output the argument's index.
     ``bare`` are the tensors that the block returned, before other hooks saw them, each with the hook that catches its gradient, or None.
     ``why`` says what keeps the call from being compared; "" where nothing does.
     """
@@ -47,6 +48,7 @@ class Recorded:
     edges: dict[int, readers.Edge] = field(default_factory=dict)
     added: dict[int, torch.Tensor] = field(default_factory=dict)
     inside: dict[int, torch.Tensor] = field(default_factory=dict)
+    through: dict[int, int] = field(default_factory=dict)
     bare: list[tuple[torch.Tensor, Any]] = field(default_factory=list)
     why: str = ""
 
@@ -65,7 +67,8 @@ class Recorded:
     @property
     def entering(self) -> dict[int, torch.Tensor]:
         """The gradients that entered from outside the block: a returned tensor that the block reads as well has others, too."""
-        whole, inside = self.call.entering, self.inside
+        whole = self.call.entering
+        inside = self.inside | {i: self.added[index] for i, index in self.through.items() if index in self.added}
         alone = {i for i, added in inside.items() if i in whole and readers.alone(whole[i], added)}
         return {i: g - inside[i] if i in inside else g for i, g in whole.items() if i not in alone}
 
@@ -211,6 +214,9 @@ class Recorder:
         floats = [leaf for leaf in leaves if floating(leaf)]
         for handle in readers.sums(floats, recorded.edges, recorded.added, recorded.inside):
             self._hold(handle)
+        passed = {place: index for index, place in recorded.edges.items()}
+        places = {i: readers.edge(leaf) for i, leaf in enumerate(floats) if leaf.requires_grad}
+        recorded.through = {i: passed[place] for i, place in places.items() if place in passed}
         recorded.edges.clear()
         recorded.bare.clear()
         self.recorded = recorded
