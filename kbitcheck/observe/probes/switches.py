@@ -128,9 +128,12 @@ def _dropouts(model: nn.Module, rate: float) -> list[tuple[nn.Module, str, float
 
 @contextmanager
 def seeded(seed: int, batch: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """A private random state on the batch's device, so that a probe draws nothing from the user's."""
+    """A private random state on the batch's device, so that a probe draws nothing from the user's.
+
+    A model that asks for a seed of the system's, as Reformer does for its hashes, gets this one: its twins are to hash alike.
+    """
     devices = {t.device for t in batch.values() if t.is_cuda}
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), attributes((torch, "seed", torch.initial_seed)):
         torch.manual_seed(seed)
         yield
 
