@@ -12,10 +12,9 @@ class CompressedArithmetic(Arithmetic):
     """A layer takes inputs in the dtype of its weight alone."""
 
     def product_dtype(self, module: Any, x: torch.Tensor) -> torch.dtype:
-        dtype: torch.dtype = module.weight_scale.dtype
-        return dtype
+        return self.unpacked_dtype(module)
 
-    def unpacked_dtype(self, module: Any) -> torch.dtype | None:
+    def unpacked_dtype(self, module: Any) -> torch.dtype:
         dtype: torch.dtype = module.weight_scale.dtype
         return dtype
 

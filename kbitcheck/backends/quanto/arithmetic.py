@@ -11,10 +11,9 @@ class QuantoArithmetic(Arithmetic):
     """The weight is unpacked to the dtype of its scales. An int8 layer casts its input to that; an int4 layer takes no other."""
 
     def product_dtype(self, module: Any, x: torch.Tensor) -> torch.dtype:
-        dtype: torch.dtype = module.weight.dtype
-        return dtype
+        return self.unpacked_dtype(module)
 
-    def unpacked_dtype(self, module: Any) -> torch.dtype | None:
+    def unpacked_dtype(self, module: Any) -> torch.dtype:
         dtype: torch.dtype = module.weight.dtype
         return dtype
 

@@ -211,9 +211,8 @@ def compare_alone(
     """
     replays, adapters = [], []
     chosen = call.choices
-    for twin in reversed(
-        twins
-    ):  # the float64 one takes the experts that the other, which rounds as the model does, picked
+    # The float64 twin runs last: it takes the experts that the other, which rounds as the model does, picked.
+    for twin in reversed(twins):
         tensors = {i: leaf for i, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor)}
         like = {i: t.to(twin.dtype) if twin.dtype and floating(t) else t for i, t in tensors.items()}
         replay = _Replay(twin, call, _Player(twin.model), inputs=like)
