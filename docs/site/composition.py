@@ -36,7 +36,8 @@ these beside one process alone:
 | `sft` | TRL's `SFTTrainer`, told to checkpoint as the preparation did; needs `pip install 'kbitcheck[trl]'` | KB742 |
 | `compile` | `torch.compile` of the step, on eager kernels (`aot_eager`): what it captures, and no code that it generates | KB704 |
 | `copy` | a deep copy and a pickle of the prepared model with adapters | KB705 |
-| `resume` | a run with dropout, drawn batches and a schedule, saved between two steps and continued in a fresh process | KB708 |
+| `resume` | a run with schedule, gradient scaler and data in a drawn order, saved within an accumulation, continued in a fresh process | KB708 |
+| `trainer-resume` | a real Trainer, resumed in a fresh process from the checkpoint that it saved | KB708 |
 
 In each, the base's bits are compared (KB744), and how often blocks run and how checkpoints are called (KB745). `--composition NAME` judges
 one alone. A gradient may differ by four times as much as one ulp in every module's output moves it; ranks are compared bit by bit, and so is a

@@ -2,5 +2,5 @@
 
 from typing import Literal, get_args
 
-Composition = Literal["", "ddp", "fsdp2", "trainer", "sft", "compile", "copy", "resume", "accumulate"]
+Composition = Literal["", "ddp", "fsdp2", "trainer", "sft", "compile", "copy", "resume", "trainer-resume", "accumulate"]
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)[1:]

@@ -22,6 +22,13 @@ MEANS = {
     "does not require grad": "no gradient reaches the loss: see KB301",
 }
 
+# What a pass leaves; where it began with the same, what differs first names the cause.
+LEFT = {
+    "loss": "the base, or its dropout, is another",
+    "gradients": "the base, or its checkpointing, is another",
+    "adapters behind it": "the optimizer is another",
+}
+
 
 def beside_unprepared(judge: Check) -> Check:
     """The rule, with a failure attributed to the stack if the unprepared base fails in the same place alike."""
@@ -208,48 +215,32 @@ def picklable(facts: Facts) -> Iterable[Observation]:
 @rule("KB708", "resumes", Level.MUST, about="composition")
 @beside_unprepared
 def resumes(facts: Facts) -> Iterable[Observation]:
-    """A run that is saved between two steps and resumed in a fresh process continues as if nobody had stopped it, bit by bit.
+    """A run that is saved and resumed in a fresh process continues as if nobody had stopped it, bit by bit.
 
-    Saved are adapters, optimizer, scheduler and random states; there is dropout, and batches are drawn.
+    Saved, within an accumulation, are adapters, optimizer, scheduler, gradient scaler, the order of the data and the place in it, the
+    accumulation's counter and gradients, and random states; there is dropout. A ``Trainer`` is resumed from the checkpoint that it saves.
 
-    Why: an optimizer without its state takes its next steps as its first, and without random states batches and dropout are others.
+    Why: an optimizer without its state takes its next steps as its first; without random states dropout is another, and without the
+    place in the data rows are read twice.
     Symptom: a loss that jumps where a run was resumed.
-    Fix: save and load the states of optimizer, scheduler, and of ``random``, numpy and torch; pass ``resume_from_checkpoint``.
+    Fix: save and load all of these, random states of ``random``, numpy and torch; pass ``resume_from_checkpoint``.
     Sources: qlora#278, transformers documentation "Trainer: checkpoints"; specification KB708.
     """
-    composition = _of(facts, "resume")
+    composition = _of(facts, "resume", "trainer-resume")
     for process in composition.processes:
         yield from _raised(process)
     whole, resumed = _took_steps(composition)
-    first = len(whole.losses) - len(resumed.losses)
-    for number in range(first + 1, len(whole.losses) + 1):
-        here = {
-            "adapters": _same_numbers(whole, resumed, f"before step {number}"),
-            "learning rate": whole.rates[number - 1] == resumed.rates[number - 1 - first],
-            "loss": whole.losses[number - 1] == resumed.losses[number - 1 - first],
-            "gradients": _same_numbers(whole, resumed, f"gradients of step {number}"),
-            "adapters that it leaves": _same_numbers(whole, resumed, f"after step {number}"),
-        }
-        wrong = [name for name, same in here.items() if not same]
-        actual = f"other {', '.join(wrong)}: {_left_out(wrong[0])}" if wrong else "the same"
-        yield Observation(f"step {number}", "as in a run that nobody stopped", actual, ok=not wrong)
+    left = whole.passes[whole.saved_behind :]
+    count = f"{len(resumed.passes)} passes"
+    yield Observation(resumed.name, f"{len(left)} passes", count, ok=len(left) == len(resumed.passes))
+    for number, (there, here) in enumerate(zip(left, resumed.passes, strict=False), start=whole.saved_behind + 1):
+        wrong = [name for name, state in there.items() if here.get(name) != state]
+        lost = [name for name in wrong if name not in LEFT]
+        other = f"other {', '.join(wrong)}: {LEFT[wrong[0]]}" if wrong and not lost else "the same"
+        actual = f"not continued: {', '.join(lost)}" if lost else other
+        yield Observation(f"pass {number}", "as in a run that nobody stopped", actual, ok=not wrong)
         if wrong:
             return
-
-
-def _same_numbers(one: ProcessFacts, other: ProcessFacts, moment: str) -> bool:
-    return one.numbers.get(moment) == other.numbers.get(moment)
-
-
-def _left_out(first: str) -> str:
-    """What was not saved or not loaded, by what differs first."""
-    return {
-        "adapters": "adapters were not loaded as they were saved",
-        "learning rate": "the scheduler's state is missing",
-        "loss": "random states are missing, or the base is another",
-        "gradients": "the base, or its checkpointing, is another",
-        "adapters that it leaves": "the optimizer's state is missing",
-    }[first]
 
 
 @rule("KB742", "trainer-step", Level.MUST, about="composition")
@@ -290,7 +281,7 @@ def composed_base_kept(facts: Facts) -> Iterable[Observation]:
     Fix: leave packed weights out of casts (``mp_policy``) and, where they are integers, out of the units.
     Sources: accelerate#3983, SkyRL#1968, axolotl#2992.
     """
-    if facts.put_into == "resume":
+    if facts.put_into in ("resume", "trainer-resume"):
         raise NotApplicable("its adapters are compared bit by bit: KB708")
     for process in _took_steps(facts.composition):
         for name in process.changed:

@@ -120,7 +120,7 @@ def resumed_without_the_optimizers_state(run: Any) -> None:
 @composes("KB708", "resume")
 def resumed_without_the_scheduler(run: Any) -> None:
     own = run.load
-    run.load = lambda adapters, parts: own(adapters, {"optimizer": parts["optimizer"]})
+    run.load = lambda adapters, parts: own(adapters, {n: p for n, p in parts.items() if n != "scheduler"})
 
 
 @composes("KB708", "resume")
@@ -146,6 +146,77 @@ def resumed_without_numpys_state(run: Any) -> None:
         np.random.set_state(state)
 
     run.load = load
+
+
+@composes("KB708", "resume")
+def resumed_without_the_gradient_scaler(run: Any) -> None:
+    own = run.load
+    run.load = lambda adapters, parts: own(adapters, {n: p for n, p in parts.items() if n != "scaler"})
+
+
+@composes("KB708", "resume")
+def resumed_at_the_beginning_of_the_data(run: Any) -> None:
+    own = run.load
+    run.load = lambda adapters, parts: own(adapters, {n: p for n, p in parts.items() if n != "order"})
+
+
+@composes("KB708", "resume")
+def resumed_without_the_accumulations_counter(run: Any) -> None:
+    own = run.load
+
+    def load(adapters: Any, parts: Any) -> None:
+        own(adapters, parts)
+        parts["accumulation"].passes = 0
+
+    run.load = load
+
+
+@composes("KB708", "resume")
+def resumed_without_accumulated_gradients(run: Any) -> None:
+    own = run.load
+
+    def load(adapters: Any, parts: Any) -> None:
+        own(adapters, parts)
+        for parameter in adapters.values():
+            parameter.grad = None
+
+    run.load = load
+
+
+@composes("KB708", "trainer-resume")
+def a_checkpoint_without_the_optimizer(run: Any) -> None:
+    own = run.resumed
+
+    def resumed() -> Any:
+        if run.rank:
+            (run.checkpoint / "optimizer.pt").unlink()
+        return own()
+
+    run.resumed = resumed
+
+
+@composes("KB708", "trainer-resume")
+def a_checkpoint_without_random_states(run: Any) -> None:
+    own = run.resumed
+
+    def resumed() -> Any:
+        if run.rank:
+            (run.checkpoint / "rng_state.pth").unlink()
+        return own()
+
+    run.resumed = resumed
+
+
+@composes("KB708", "trainer-resume")
+def data_that_a_trainer_begins_again(run: Any) -> None:
+    """``ignore_data_skip``."""
+    own = run.options
+    run.options = lambda: {**own(), "ignore_data_skip": True}
+
+
+@composes("KB708", "trainer-resume")
+def a_trainer_that_starts_again(run: Any) -> None:
+    run.resumed = dict
 
 
 @composes("KB742", "trainer")

@@ -44,6 +44,7 @@ def case_of(composition: Any, quant: str = "nf4", mode: Any = "non-reentrant", f
         ("copy", "nf4", "non-reentrant"),
         ("resume", "nf4", "reentrant"),
         ("resume", "int8", "non-reentrant"),
+        ("trainer-resume", "nf4", "reentrant"),
         ("compile", "nf4", "non-reentrant"),
     ],
 )

@@ -111,36 +111,35 @@ def test_what_the_unprepared_base_raises_in_the_same_process_is_the_stacks(same:
     assert [f.party for f in result.failures] == [party]
 
 
-def run_of(*steps: tuple[str, ...]) -> dict[str, Any]:
-    """The record of steps, each by the digests of adapters, loss, gradients and the adapters afterwards, and its rate."""
-    numbers, losses, rates = {}, [], []
-    for number, before, loss, gradients, after, rate in steps:
-        numbers[f"before step {number}"] = {"a": before}
-        numbers[f"gradients of step {number}"] = {"a": gradients}
-        numbers[f"after step {number}"] = {"a": after}
-        losses.append(loss)
-        rates.append(float(rate))
-    return {"numbers": numbers, "losses": tuple(losses), "rates": tuple(rates)}
+PASS = {"adapters": "x", "optimizer": "o", "scheduler": "s", "loss": "l", "gradients": "g", "adapters behind it": "y"}
 
 
 @pytest.mark.parametrize(
-    ("third", "missing"),
+    ("third", "said"),
     [
-        (("3", "x", "l", "g", "y", "0.1"), "the same"),
-        (("3", "z", "l", "g", "y", "0.1"), "adapters were not loaded"),
-        (("3", "x", "l", "g", "y", "0.2"), "scheduler"),
-        (("3", "x", "m", "g", "y", "0.1"), "random states"),
-        (("3", "x", "l", "h", "y", "0.1"), "the base, or its checkpointing"),
-        (("3", "x", "l", "g", "z", "0.1"), "optimizer"),
+        ({}, ""),
+        ({"adapters": "z", "loss": "m"}, "not continued: adapters"),
+        ({"scheduler": "r", "optimizer": "p"}, "not continued: optimizer, scheduler"),
+        ({"loss": "m"}, "other loss: the base, or its dropout, is another"),
+        (
+            {"gradients": "h", "adapters behind it": "z"},
+            "other gradients, adapters behind it: the base, or its checkpointing",
+        ),
+        ({"adapters behind it": "z"}, "other adapters behind it: the optimizer is another"),
     ],
 )
-def test_what_a_resumed_run_lacks_is_named_by_what_differs_first(third: tuple[str, ...], missing: str) -> None:
-    first = [("1", "u", "k", "g", "v", "0.3"), ("2", "v", "k", "g", "x", "0.2")]
-    whole = process("the whole run", **run_of(*first, ("3", "x", "l", "g", "y", "0.1")))
-    case = Composed("resume", whole, process("the resumed run", **run_of(third)))
-    seen = failures("KB708", case)
-    assert bool(seen) == (missing != "the same")
-    assert all(missing in actual for _, actual in seen)
+@pytest.mark.parametrize("kind", ["resume", "trainer-resume"])
+def test_what_a_resumed_run_lacks_is_named(kind: str, third: dict[str, str], said: str) -> None:
+    whole = process("the whole run", passes=({}, {"optimizer": "first"}, PASS, PASS), saved_behind=2)
+    seen = failures("KB708", Composed(kind, whole, process("the resumed run", passes=({**PASS, **third}, PASS))))
+    assert [where for where, _ in seen] == ["pass 3"] * bool(said)
+    assert all(said in actual for _, actual in seen)
+
+
+def test_a_run_that_starts_again_in_place_of_being_resumed_is_reported() -> None:
+    whole = process("the whole run", passes=(PASS, PASS), saved_behind=1)
+    case = Composed("trainer-resume", whole, process("the resumed run", passes=(PASS, PASS)))
+    assert failures("KB708", case) == [("the resumed run", "2 passes")]
 
 
 def test_blocks_that_run_less_often_and_another_mode_are_reported() -> None:

@@ -17,7 +17,9 @@ class ProcessFacts:
     what it is instead. ``numbers`` are digests of the adapters, by moment and name. ``changed`` are the base's tensors whose bits are
     others after the steps. ``runs`` is how often each block ran in a step, ``reentrant`` how checkpoints were called.
     ``units`` are the dtypes of the floating parameters that one unit of FSDP gathers, those that train first. ``outside``
-    are adapters that no unit holds, ``frozen`` those that do not train. ``rates`` and ``losses`` are those of each step.
+    are adapters that no unit holds, ``frozen`` those that do not train. ``passes``
+    are digests of what each forward and backward of a resumed run began with and left, by what it is, and
+    ``saved_behind`` how many of them came before the run was saved.
     ``raised`` is what ended the process, ``ended_by`` the process with which it was ended.
     """
 
@@ -33,8 +35,8 @@ class ProcessFacts:
     units: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     outside: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
-    rates: tuple[float, ...] = ()
-    losses: tuple[str, ...] = ()
+    passes: tuple[Mapping[str, str], ...] = ()
+    saved_behind: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from kbitcheck.observe.composition.parallel import InDDP, InFSDP2
-from kbitcheck.observe.composition.single import Compiled, Copies, Resumed
+from kbitcheck.observe.composition.resume import Resumed, ResumedTrainer
+from kbitcheck.observe.composition.single import Compiled, Copies
 from kbitcheck.observe.composition.steps import Alone, Run
 from kbitcheck.observe.composition.trainers import Accumulating, InSFTTrainer, InTrainer
 
@@ -17,5 +18,6 @@ KINDS: Mapping[str, type[Run]] = {
     "compile": Compiled,
     "copy": Copies,
     "resume": Resumed,
+    "trainer-resume": ResumedTrainer,
     "accumulate": Accumulating,
 }

@@ -215,8 +215,8 @@ def facts_of(record: Mapping[str, Any], alone: Mapping[str, Any]) -> ProcessFact
         units=record.get("units", {}),
         outside=tuple(record.get("outside", ())),
         frozen=tuple(record.get("frozen", ())),
-        rates=tuple(record.get("rates", ())),
-        losses=tuple(record.get("losses", ())),
+        passes=tuple(record.get("passes", ())),
+        saved_behind=record.get("saved_behind", 0),
     )
 
 

@@ -19,7 +19,7 @@ from kbitcheck.observe.probes import step
 class InTrainer(Run):
     """Steps of transformers' Trainer, whose own checkpointing is off: what preparation set has to stay."""
 
-    processes = ("the Trainer",)
+    processes: tuple[str, ...] = ("the Trainer",)
     accumulated = 1
 
     def rows(self) -> list[dict[str, torch.Tensor]]:
