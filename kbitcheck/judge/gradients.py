@@ -9,6 +9,7 @@ from typing import Any
 from kbitcheck.core.conditions import require_turn
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import WIDEST, Distance, Facts, Gap, LayerBackward, RunFacts, StepOutcome, slope_bound
+from kbitcheck.core.facts.blockwise import live_ones
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
@@ -30,10 +31,9 @@ def needs_checkpointing(facts: Facts) -> None:
 
 def live_gradients(facts: Facts) -> dict[str, Gap]:
     """Gradients of the adapters that get one in the float twin: none where dropout left nothing of the only block."""
-    live = {n: g for n, g in facts.gradients.items() if g.live}
-    if not live:
-        raise NotApplicable("no adapter is live even in the float twin")
-    return live
+    if live := live_ones(facts.gradients):
+        return live
+    raise NotApplicable("no adapter is live even in the float twin")
 
 
 @rule("KB301", "inputs-require-grad", Level.MUST)

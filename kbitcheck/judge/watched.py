@@ -167,7 +167,8 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     """What the optimizer holds gets a finite gradient that is not zero; what is zero by initialisation, from the second step on.
 
     What no batch reached is a note: an expert without tokens, where another one beside it has a gradient; a whole vision or audio
-    tower. What ran and has no gradient is a fault.
+    tower. What ran and has no gradient is a fault. A gradient that is zero in twins too, and would not be if each token had a part in
+    the loss, is a note: rows of two tokens have nothing to teach queries and keys.
     Tokens that are trained alone (``trainable_token_indices``) need not be in the first batches.
     If adapters in blocks had gradients, some have one in the last steps, too.
 
@@ -192,19 +193,23 @@ def held_get_gradients(facts: Facts) -> Iterable[Observation]:
     idle = sorted(set(waiting.values()) - {""})
     shown = ", ".join(idle[:2]) + f" and {len(idle) - 2:,} more" * (len(idle) > 2)
     note = f"no batch of {len(steps)} steps reached {shown}: nothing is said of their adapters; --steps looks at more"
+    untaught = "some gradients are zero in twins, too: these tokens and labels have nothing to teach, as a query that attends to one token"
     for name, words in words_of.items():
         unmet = TOKENS in name and "none" not in words  # tokens that train alone, none of which was in a batch
         waits = bool(waiting.get(name))
+        zero = name in run.untaught and set(words) == {"zero"}
         if "not finite" in words:
             ok = False
-        elif unmet or waits:
+        elif unmet or waits or zero:
             ok = True
         elif len(words) == 1:
             ok = words[0] != "none"
         else:
             ok = "ok" in words
         actual = ", ".join(_once(words))
-        yield Observation(name, "finite and not zero", actual, ok=ok, note=note if waits and ok else "")
+        yield Observation(
+            name, "finite and not zero", actual, ok=ok, note=note if waits and ok else untaught if zero else ""
+        )
     yield from _lost(steps, [block.name for block in facts.wrapped.blocks])
 
 

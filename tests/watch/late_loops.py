@@ -11,7 +11,7 @@ import transformers
 from peft import get_peft_model
 
 from tests.watch.loops import STEPS, each_step, plain_step, scaled, t5, with_batches
-from tests.watch.own_loops import cross_entropy, of_logits
+from tests.watch.own_loops import cross_entropy, of_logits, stepping
 from tests.watch.runs import adamw, batches, lora, prepared, trained_by
 
 
@@ -61,7 +61,41 @@ def layers_in_turn():
     return model, each_step(model, optimizer, between=lambda model, step: choose(model, step + 1))
 
 
-SOUND = (an_encoder_that_is_frozen, a_schedule_that_begins_anew, decoder_inputs_of_ones_own, layers_in_turn)
+def rows_of(length, **options):
+    model = prepared(**options)
+    optimizer = adamw(model)
+    model.train()
+    return model, [plain_step(model, optimizer, batch) for batch in batches(STEPS, length=length)]
+
+
+def rows_of_two_tokens():
+    """The only token with a label after it attends to itself alone: nothing teaches queries and keys."""
+    return rows_of(2)
+
+
+def rows_of_two_tokens_in_int8():
+    return rows_of(2, scheme="int8", adapters=lora(lora_dropout=0.1))
+
+
+def labels_of_the_second_token_alone():
+    def ignore(model, batch):
+        batch["labels"][:, 2:] = -100
+
+    return with_batches(ignore)
+
+
+def rows_of_one_token():
+    def loss(model, batch):
+        tokens = batch["input_ids"][:, :1]
+        return cross_entropy(model(input_ids=tokens).logits.float(), (tokens + 1) % 256)
+
+    return stepping(loss)
+
+
+SOUND = (
+    rows_of_two_tokens, rows_of_two_tokens_in_int8, labels_of_the_second_token_alone, rows_of_one_token,
+    an_encoder_that_is_frozen, a_schedule_that_begins_anew, decoder_inputs_of_ones_own, layers_in_turn,
+)  # fmt: skip
 
 
 # ---- broken
@@ -117,7 +151,16 @@ def an_encoder_and_decoder_in_eval_mode():
     return model, [plain_step(model, optimizer, batch) for batch in batches(STEPS)]
 
 
+def factors_that_are_both_zero():
+    model = prepared()
+    for name, parameter in model.named_parameters():
+        if "q_proj.lora_A" in name:
+            parameter.data.zero_()
+    return model, each_step(model, adamw(model))
+
+
 BROKEN = {
+    factors_that_are_both_zero: "KB715",
     cast_behind_the_optimizer: "KB313",
     shifted_back: "KB714",
     a_decoder_that_reads_its_labels: "KB721",

@@ -3,7 +3,7 @@
 A digest is a hexadecimal hash; equal digests mean equal bits (``bits``) or equal numbers (``value``).
 """
 
-from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part, median_yardstick
+from kbitcheck.core.facts.blockwise import BlockwiseFacts, Gap, Part, median_yardstick, vanishing
 from kbitcheck.core.facts.case import Computed, Fact, Facts, fact
 from kbitcheck.core.facts.composition import CompositionFacts, ProcessFacts
 from kbitcheck.core.facts.cost import Cost, Passes
@@ -66,5 +66,5 @@ __all__ = [
     "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "ProcessFacts",
     "QuantizerFacts", "RefusedCall", "Replica", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts",
     "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun",
-    "WatchedStep", "fact", "median_yardstick", "slope_bound",
+    "WatchedStep", "fact", "median_yardstick", "slope_bound", "vanishing",
 ]  # fmt: skip

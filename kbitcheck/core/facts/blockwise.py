@@ -33,6 +33,25 @@ class Gap:
         return self.size != 0
 
 
+# Of the largest gradient beside it: what rounding in float64 leaves of a sum of a million terms that cancel.
+CANCELLED = 2.0**-52 * 2**20
+
+
+def vanishing(gradients: Mapping[str, Gap]) -> frozenset[str]:
+    """Those that are there, and zero in both twins, too, but for the rounding in float64: no terms are added, or all cancel.
+
+    As of the queries and keys of a token that attends to itself alone: a softmax over one key is constant.
+    """
+    noise = CANCELLED * max((g.size for g in gradients.values() if math.isfinite(g.size)), default=0.0)
+    return frozenset(n for n, g in gradients.items() if g.norm == 0 and g.bitwise and g.size <= noise)
+
+
+def live_ones(gradients: Mapping[str, Gap]) -> dict[str, Gap]:
+    """Those that the float64 twin has, other than as its rounding."""
+    zero = vanishing(gradients)
+    return {n: g for n, g in gradients.items() if g.live and n not in zero}
+
+
 def median_yardstick(gaps: Iterable[Gap]) -> float:
     """The median over the live tensors that rounding moves; 0.0 where it moves none."""
     yardsticks = [gap.yardstick for gap in gaps if gap.live and 0 < gap.yardstick < math.inf]

@@ -187,6 +187,7 @@ class WatchedRun:
     which active adapters multiply what they add, by module. ``outliving``: how many blocks' outputs were held two steps
     later, and of how many. ``taken_in_turns`` counts the tensors that several optimizers hold which step in turns. ``replicas`` are
     what each of several processes holds, as far as they were watched.
+    ``untaught`` are tensors whose gradient is zero in twins, too: tokens and labels have nothing to teach them.
     ``cast`` has the dtype in which an optimizer took a parameter that was cast to half precision after that, by its name.
     """
 
@@ -211,3 +212,4 @@ class WatchedRun:
     taken_in_turns: int = 0
     replicas: tuple[Replica, ...] = ()
     cast: Mapping[str, str] = field(default_factory=dict)
+    untaught: frozenset[str] = frozenset()

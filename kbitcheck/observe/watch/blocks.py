@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -287,24 +288,26 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
     if recorded.call.device != "cpu" and _drops(block):
         return "masks of dropout cannot be drawn again in float64 on a GPU"
 
-    @contextmanager
-    def around(twin: Twin) -> Iterator[None]:
-        call = recorded.call
-        caches = {i: leaf for i, leaf in enumerate(call.leaves) if leaf is not None and call.names[i] in CACHES}
-        experts = internals.without_grouped_kernel() if twin.dtype else nullcontext()  # it knows no float64
-        with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, call.device), experts:
-            for index, cache in caches.items():  # each twin adds its keys and values to a copy
-                call.leaves[index] = _copied(cache)
-            yield
-        for index, cache in caches.items():
-            call.leaves[index] = cache
-
     names = {id(p): n for n, p in block.named_parameters() if p.requires_grad}
     gradients = {name: recorded.gradients.get(name) for name in names.values()}
     try:
-        return compare_alone(recorded.call, gradients, pairs.of(recorder.name, block), around)
+        return compare_alone(recorded.call, gradients, pairs.of(recorder.name, block), partial(around, recorded))
     except Exception as error:  # as of an adapter whose forward knows no float64
         return f"a twin of a block raised {cause(error)}"
+
+
+@contextmanager
+def around(recorded: Recorded, twin: Twin) -> Iterator[None]:
+    """The context in which a twin runs the recorded call: with its random numbers, and caches of its own."""
+    call = recorded.call
+    caches = {i: leaf for i, leaf in enumerate(call.leaves) if leaf is not None and call.names[i] in CACHES}
+    experts = internals.without_grouped_kernel() if twin.dtype else nullcontext()  # it knows no float64
+    with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, call.device), experts:
+        for index, cache in caches.items():  # each twin adds its keys and values to a copy
+            call.leaves[index] = _copied(cache)
+        yield
+    for index, cache in caches.items():
+        call.leaves[index] = cache
 
 
 def _twin(model: nn.Module, dtype: torch.dtype | None) -> Twin:

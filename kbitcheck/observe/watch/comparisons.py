@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from kbitcheck.observe.watch.blocks import SMALL, Recorder, Twins, compared
 from kbitcheck.observe.watch.guard import Guard
 from kbitcheck.observe.watch.head import compared as head_compared
 from kbitcheck.observe.watch.head import large_heads, recorder_of
+from kbitcheck.observe.watch.untaught import untaught
 
 
 class Comparisons:
@@ -29,6 +31,9 @@ class Comparisons:
         self._gaps: dict[str, Gap] = {}
         self._beside: dict[str, Part] = {}  # modules outside the blocks
         self._random = random.Random(seed)  # noqa: S311  (which block is looked at)
+        self._taught: dict[
+            tuple[str, str], bool
+        ] = {}  # by kind of block and name inside: whether a later step teaches it
         self._recast = False
         self._recorders: list[Recorder] = []
         self._twins = Twins()
@@ -86,6 +91,20 @@ class Comparisons:
             else:
                 self.parts[label] = part
                 self._gaps.update((f"{recorder.name}.{name} (step {step})", gap) for name, gap in gaps.items())
+                if step > 1:  # in the first, half of the adapters have nothing to learn yet
+                    self._note_taught(recorder, gaps)
+
+    def _note_taught(self, recorder: Recorder, gaps: Mapping[str, Gap]) -> None:
+        zero = untaught(recorder, self._twins, gaps)
+        for name in gaps:
+            key = type(recorder.block).__name__, name
+            self._taught[key] = self._taught.get(key, False) or name not in zero
+
+    @property
+    def untaught(self) -> frozenset[str]:
+        """Trained tensors of blocks that no compared step teaches, after the first; what is so in one block is in all of its class."""
+        several = ((kind, inside) for (kind, inside), taught in self._taught.items() if not taught)
+        return frozenset(f"{block}.{inside}" for kind, inside in several for block in self._kinds[kind])
 
     def _compare_head(self, recorder: Recorder, step: int) -> None:
         part = head_compared(recorder) if recorder.passed_on else ""

@@ -146,6 +146,7 @@ class Observer:
             idle=self.batches.reach.idle,
             repeated=self.steps.repeated,
             cast=self.steps.cast,
+            untaught=self.comparisons.untaught,
             scalings=scalings(self.model),
             outliving=self.batches.flow.outliving,
             taken_in_turns=self.steps.taken_in_turns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 
 from kbitcheck.core.errors import NotApplicable
-from kbitcheck.core.facts import Distance, LayerBackward, TrainingFacts
+from kbitcheck.core.facts import Distance, Gap, LayerBackward, TrainingFacts
 from kbitcheck.core.result import Party
-from kbitcheck.judge.gradients import layer_backward_exact, loss_falls, reentrant_agrees
+from kbitcheck.judge.gradients import layer_backward_exact, live_gradients, loss_falls, reentrant_agrees
 
 SAME = {"lora_A": Distance(equal=True, relative=0.0, yardstick=0.0)}
 CUT = {"lora_A": Distance(equal=False, relative=math.inf, yardstick=0.0)}
@@ -63,7 +64,18 @@ def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(predicted: float, s
             list(check(facts))
 
 
-LIVE = SimpleNamespace(live=True)
+LIVE = Gap(
+    norm=1.0, finite=True, size=1.0, error=0.0, yardstick=0.0, from_rounded=0.0, factor=0.0, factor_noise=0.0, bitwise=True
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "live"), [(1e-17, False), (1e-8, True)], ids=["rounding in float64", "underflow"])
+def test_a_gradient_that_is_zero_in_the_twin_in_the_same_dtypes_is_judged_by_its_size_in_float64(
+    size: float, live: bool
+) -> None:
+    zero = dataclasses.replace(LIVE, norm=0.0, size=size, error=1.0, yardstick=1.0)
+    facts: Any = SimpleNamespace(gradients={"mlp": LIVE, "q": zero})
+    assert ("q" in live_gradients(facts)) is live
 
 
 @pytest.mark.parametrize("others", [0, 1])
