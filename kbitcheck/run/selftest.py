@@ -19,6 +19,7 @@ from kbitcheck.observe.case import Case
 from kbitcheck.observe.composition.case import CompositionCase
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import files_written
+from kbitcheck.observe.watch.built import Built
 from kbitcheck.observe.watch.case import WatchedCase
 from kbitcheck.observe.watch.observer import Observer
 from kbitcheck.observe.watch.replicas import Place
@@ -86,11 +87,13 @@ def _watched(fault: Fault, base: Loaded) -> WatchedCase:
 
 
 def _on_rank(fault: Fault, base: Loaded, place: Place | None) -> WatchedCase:
-    observer = Observer(base.copy(), Training(), place=lambda wrap: place)
+    built = Built()  # as the command notes what a script builds
+    observer = Observer(base.copy(), Training(), built=built, place=lambda wrap: place)
     observer.start()
     try:
         assert fault.train is not None
-        fault.train(Script(observer.model, base.batch, 0 if place is None else place[0]))
+        with built:
+            fault.train(Script(observer.model, base.batch, 0 if place is None else place[0]))
     finally:
         observer.stop()
     if observer.failed:

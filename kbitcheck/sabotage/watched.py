@@ -62,6 +62,14 @@ def adapters_cast_to_bfloat16(script: Script) -> None:
     script.train(torch.optim.AdamW([*halved(script.trained)], lr=1e-5))
 
 
+@trains("KB313")
+def adapters_cast_behind_the_optimizer(script: Script) -> None:
+    script.prepare()
+    optimizer = script.adamw()
+    _ = [*halved(script.trained)]
+    script.train(optimizer)
+
+
 @trains("KB703")
 def checkpointing_switched_on_again(script: Script) -> None:
     script.prepare(use_reentrant=True, preserve_rng_state=False)
@@ -105,6 +113,15 @@ def a_learning_rate_of_zero(script: Script) -> None:
     script.train(script.adamw(0.0))
 
 
+@trains("KB712")
+def a_learning_rate_that_ends(script: Script) -> None:
+    script.prepare()
+    optimizer = script.adamw()
+    vars(optimizer)["zero_grad"] = lambda: (optimizer.param_groups[0].update(lr=0.0), script.model.zero_grad())
+    script.train(optimizer)
+    script.train(optimizer)
+
+
 @trains("KB713")
 def an_infinite_norm(script: Script) -> None:
     script.prepare()
@@ -118,6 +135,17 @@ def every_label_ignored(script: Script) -> None:
     script.prepare()
     script.batch["labels"] = torch.full_like(script.batch["labels"], -100)
     script.train(script.adamw())
+
+
+@trains("KB714")
+def a_loss_of_its_own_that_is_shifted_back(script: Script) -> None:
+    script.prepare()
+    optimizer, tokens = script.adamw(), script.batch.pop("labels").clamp(min=0)
+    for _ in range(2):
+        logits = script.model.train()(**script.batch).logits[:, 1:].float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, :-1].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @trains("KB715")
@@ -181,6 +209,12 @@ def padding_counts_in_the_loss(script: Script) -> None:
 def every_token_at_one_position(script: Script) -> None:
     script.prepare()
     script.train(script.adamw(), position_ids=torch.zeros_like(script.batch["input_ids"]))
+
+
+@trains("KB721", model="tiny:t5")
+def a_decoder_that_reads_its_labels(script: Script) -> None:
+    script.prepare()
+    script.train(script.adamw(), decoder_input_ids=script.batch["labels"].clamp(min=0))
 
 
 @trains("KB722")
