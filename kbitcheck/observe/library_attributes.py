@@ -12,6 +12,7 @@ from kbitcheck.backends import registry
 UNWATCHED = frozenset(
     {"__weakref__", "__dict__", "__abstractmethods__", "_abc_impl", "__annotations__", "__slotnames__"}
 )
+CACHED = "_cached_value"  # what transformers' classes have found out of themselves, such as whether they hold experts
 
 Attributes = Mapping[type | ModuleType, Mapping[str, Any]]
 ABSENT = object()
@@ -82,7 +83,7 @@ def _watched(owner: type | ModuleType, attributes: Mapping[str, Any]) -> dict[st
     return {
         n: a
         for n, a in attributes.items()
-        if (n not in UNWATCHED and not isinstance(a, (int, float))) or isinstance(a, bool)
+        if (n not in UNWATCHED and not isinstance(a, (int, float))) or (isinstance(a, bool) and not n.endswith(CACHED))
     }
 
 

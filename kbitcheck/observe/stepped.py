@@ -24,12 +24,11 @@ from kbitcheck.core.facts import (
     Passes,
     RunFacts,
     fact,
-    median_yardstick,
 )
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import BlockCall, recorded
-from kbitcheck.observe.drawn_batch import drawn_batch
+from kbitcheck.observe.drawn_batch import against_plain, drawn_batch, unless_base_raises
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, process_state, routers, step, switches
 from kbitcheck.observe.probes.adapters import Attached, holding, moved
@@ -182,19 +181,17 @@ class Stepped:
         usual = self._usual  # first: the adapters are elsewhere after it
         spec, attached = self._spec, self._wrapped.attached
         numbers = moved(attached.adapters, spec.seed)
-        with holding(attached.adapters, numbers):
+        with unless_base_raises(self._loaded, batch), holding(attached.adapters, numbers):
             record = self._record(batch)
             with switches.dropout(attached.model, 0.0):  # as in the recorded step
                 checkpointed = None if spec.checkpointing == "off" else self._preparation.step(attached, batch=batch)
         facts = self._loaded.block_by_block(spec, *record, batch, numbers).facts
         if checkpointed is None:
             return DrawnFacts(conditions=str(conditions), blockwise=facts)
-        least = median_yardstick(facts.adapters.values())
-        yardsticks = {name: max(gap.yardstick, least) for name, gap in facts.adapters.items()}
         return DrawnFacts(
             conditions=str(conditions),
             blockwise=facts,
-            against_plain=step.distances(checkpointed.gradients, record[0].gradients, yardsticks),
+            against_plain=against_plain(checkpointed.gradients, record[0].gradients, usual.gradients, facts),
             checkpoints=len(checkpointed.facts.checkpoints),
             usual_checkpoints=len(usual.facts.checkpoints),
         )
