@@ -159,7 +159,12 @@ def factors_that_are_both_zero():
     return model, each_step(model, adamw(model))
 
 
+def a_loss_times_zero():
+    return stepping(lambda model, batch: model(**batch).loss * 0)
+
+
 BROKEN = {
+    a_loss_times_zero: "KB715",
     factors_that_are_both_zero: "KB715",
     cast_behind_the_optimizer: "KB313",
     shifted_back: "KB714",

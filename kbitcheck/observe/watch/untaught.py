@@ -20,12 +20,12 @@ def untaught(recorder: Recorder, pairs: Twins, gaps: Mapping[str, Gap]) -> froze
     rows have one token: there is nothing to attend to.
     """
     zero, recorded = vanishing(gaps), recorder.recorded
-    if not zero or recorded is None:
+    if not zero or recorded is None or len(zero) == len(gaps):  # a batch that teaches a block nothing is no excuse
         return frozenset()
     call = recorded.call
     tokens = [leaf.shape[1] for leaf in call.leaves[:1] if floating(leaf) and leaf.dim() == 3]
     if tokens == [1]:
-        return zero if len(zero) < len(gaps) else frozenset()
+        return zero
     draws = torch.Generator().manual_seed(0)
     entering, choices = call.entering, call.choices
     like = {i: call.outputs[i] for i in entering}
