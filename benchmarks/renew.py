@@ -16,13 +16,16 @@ from typing import Any
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.compare.matrix import Mark, Matrix
 from kbitcheck.compare.releases import Step
-from kbitcheck.compare.sweep import Row
+from kbitcheck.compare.sweep import Row, Table
+from kbitcheck.models.sources.architecture import CAUSAL_LM
 from kbitcheck.report.report_folder import file_name
+from kbitcheck.report.tables import sweep
 from kbitcheck.report.tables.matrix import render
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-PAGE = ROOT / "docs" / "matrix.md"
+PAGE, SWEEP = ROOT / "docs" / "matrix.md", ROOT / "docs" / "sweep.md"
+START, END = "<!-- table:start -->", "<!-- table:end -->"
 # Where a machine keeps the checkout, the environments of subjects, and what is temporary.
 ELSEWHERE = re.compile(
     rf"{re.escape(str(ROOT))}/|(?:/[\w.-]+)+/environments/[^/\"]+/(?:lib/python[\d.]+/site-packages/)?|/tmp/kbitcheck-\w+/"
@@ -38,6 +41,7 @@ MATRIX = (
     "matrix", "docs/matrix.toml", "--model", "tiny:llama", "--quant", "nf4,storage=bf16", "--quant", "int8",
     "--checkpointing", "default", "--checkpointing", "reentrant", "--reports", "results/reports",
 )  # fmt: skip
+SWEPT_IN_PAGES = {file_name(f"{task}-{quant}"): task for task, quant in SWEPT if quant == "nf4"}
 # A broken rule is a result. What was interrupted, judged in nothing or not asked for rightly is none.
 RESULT = (0, 1, 3)
 MORE_OFTEN_TRUE = ("loads", "prepares", "trains")
@@ -69,9 +73,31 @@ def renew(name: str, arguments: tuple[str, ...]) -> int:
         (RESULTS / "sweep" / f"{name}.json.jsonl").unlink(
             missing_ok=True
         )  # rows to go on with: the next run starts anew
-        if name == "matrix":
-            PAGE.write_text(page(RESULTS / "matrix.json"), encoding="utf-8")
+        publish(name)
     return ran.returncode
+
+
+def publish(name: str) -> None:
+    """Write a table into its page of the docs, for those who read it beside the code; some tables have none."""
+    if name == "matrix":
+        PAGE.write_text(page(RESULTS / "matrix.json"), encoding="utf-8")
+        return
+    task = SWEPT_IN_PAGES.get(name)
+    if task is not None:
+        path = swept_page(task)
+        head, rest = path.read_text(encoding="utf-8").split(START, 1)
+        path.write_text(f"{head}{START}\n{swept(name)}{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+def swept_page(task: str) -> Path:
+    """The page of the docs that has the nf4 table of a task."""
+    return SWEEP if task == CAUSAL_LM else SWEEP.with_suffix("") / f"{task}.md"
+
+
+def swept(name: str) -> str:
+    """A table of architectures as Markdown."""
+    saved = json.loads((RESULTS / "sweep" / f"{name}.json").read_text(encoding="utf-8"))
+    return sweep.render(Table.from_json(saved), "markdown")
 
 
 def page(table: Path) -> str:

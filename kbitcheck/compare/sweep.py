@@ -97,6 +97,12 @@ class Table:
     rows: Sequence[Row]
     complete: bool = True
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of ``as_json``, through JSON."""
+        rows = tuple(Row.from_json(row) for row in data["rows"])
+        return cls(**{k: v for k, v in data.items() if k not in ("rows", "exit_code")}, rows=rows)
+
     @property
     def exit_code(self) -> int:
         """0 where every row was audited and the implementation broke no MUST; see ``kbitcheck.core.report.exit_code``."""

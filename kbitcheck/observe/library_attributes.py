@@ -34,7 +34,7 @@ def attributes(*, of: Iterable[type | ModuleType] = (), libraries: bool = True) 
             for item in list(vars(module).values()):
                 if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in watched:
                     owners[item] = None
-    return {owner: dict(vars(owner)) for owner in owners}
+    return {owner: vars(owner).copy() for owner in owners}
 
 
 def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
@@ -45,7 +45,7 @@ def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
     """
     changed: dict[str, tuple[str, str]] = {}
     for owner, old in before.items():
-        new = dict(vars(owner))
+        new = vars(owner)
         if len(old) == len(new) and all(map(operator.is_, old.values(), new.values())):
             continue
         then, now = (_watched(owner, attributes) for attributes in (old, new))

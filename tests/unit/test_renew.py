@@ -119,11 +119,11 @@ def test_a_table_that_is_whole_starts_anew_the_next_time(tmp_path: Path, monkeyp
     """Rows are kept for a run that was interrupted alone."""
     monkeypatch.setattr(renew, "RESULTS", tmp_path)
     for code, kept in ((2, True), (1, False)):
-        rows = tmp_path / "sweep" / "causal-lm-nf4.json.jsonl"
+        rows = tmp_path / "sweep" / "causal-lm-int8.json.jsonl"
         rows.parent.mkdir(exist_ok=True)
         rows.write_text("{}")
         monkeypatch.setattr(renew.subprocess, "run", lambda *_, code=code, **__: SimpleNamespace(returncode=code))
-        assert renew.renew("causal-lm-nf4", ()) == code
+        assert renew.renew("causal-lm-int8", ()) == code
         assert rows.exists() is kept
 
 
@@ -152,3 +152,18 @@ def test_published_results_name_no_folder_of_a_machine() -> None:
     assert renew.ELSEWHERE.sub("", elsewhere) == "peft/other.py kbitcheck/x.py"
     for path in renew.RESULTS.rglob("*.json"):
         assert not re.search(r"(?<![\w./-])/(root|home|tmp|work|Users)/", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize("name", renew.SWEPT_IN_PAGES)
+def test_the_table_of_a_page_is_that_of_its_results(name: str) -> None:
+    page = renew.swept_page(renew.SWEPT_IN_PAGES[name]).read_text(encoding="utf-8")
+    assert page.split(renew.START)[1].split(renew.END)[0].strip() == renew.swept(name).strip()
+
+
+def test_a_table_is_written_into_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "sweep" / "masked-lm.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{renew.START}\nold\n{renew.END}\nafter\n")
+    monkeypatch.setattr(renew, "SWEEP", tmp_path / "sweep.md")
+    renew.publish("masked-lm-nf4")
+    assert page.read_text() == f"before\n{renew.START}\n{renew.swept('masked-lm-nf4')}{renew.END}\nafter\n"
