@@ -1,6 +1,6 @@
 """A loss for a model whose output has none: steps need one number to go backward from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kbitcheck.core.errors import Unavailable, UsageError
+from kbitcheck.observe.probes import kv_cache
 from kbitcheck.observe.probes.float64 import KeepFloat64
 from kbitcheck.observe.probes.live import tensors
-
-CACHE = "past_key_values"
 
 LossOf = Callable[[Any], Any]
 
@@ -32,13 +31,13 @@ class GiveLoss:
         logits: torch.Tensor | None = getattr(output, "logits", None)
         if logits is not None and _own(output) is not None and self.loss_of is None:
             return output
-        floating = [t for t in tensors(_without_cache(output)) if t.is_floating_point()]
+        floating = [t for t in tensors(kv_cache.without_cache(output)) if t.is_floating_point()]
         if not floating:
             raise Unavailable(f"the model returns {type(output).__name__} without a floating tensor: give loss=")
         if logits is None:
             logits = next((t for t in floating if t.dim()), floating[0])
         return CausalLMOutputWithPast(
-            loss=self._loss(output, floating), logits=logits, past_key_values=getattr(output, CACHE, None)
+            loss=self._loss(output, floating), logits=logits, **{kv_cache.OUTPUT: kv_cache.cache_of(output)}
         )
 
     def _loss(self, output: Any, floating: list[torch.Tensor]) -> torch.Tensor:
@@ -74,7 +73,3 @@ def drawn_loss(outputs: list[torch.Tensor]) -> torch.Tensor:
         wide = output if output.dtype == torch.float64 else output.float()
         total = total + (wide * multiples.to(wide)).square().mean() / 2
     return total
-
-
-def _without_cache(output: Any) -> Any:
-    return {k: v for k, v in output.items() if k != CACHE} if isinstance(output, Mapping) else output

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from kbitcheck.core.facts import Distance, RunFacts
-from kbitcheck.observe.probes import blocks, digest, switches
-from kbitcheck.observe.probes.live import tensors
+from kbitcheck.observe.probes import blocks, digest, kv_cache, switches
 
 Batch = Mapping[str, torch.Tensor]
 Gradients = dict[str, torch.Tensor | None]
@@ -77,7 +76,6 @@ def train_step(
     base = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in owned]
     grads: Gradients = {n: None if p.grad is None else p.grad.detach().clone() for n, p in adapters.items()}
     clear_gradients(model)
-    cache = getattr(output, "past_key_values", None)
     facts = RunFacts(
         loss=float(loss.detach()),
         loss_bits=digest.bits(loss),
@@ -85,7 +83,7 @@ def train_step(
         order=tuple(watcher.order),
         checkpoints=tuple(calls),
         warnings=tuple(f"{w.category.__name__}: {w.message}".splitlines()[0] for w in heard),
-        cache_held=cache is not None and any(True for _ in cached_tensors(cache)),
+        cache_held=kv_cache.is_held(output),
         inexact=watcher.inexact,
         base_grads=tuple(base),
         buffers={n: bits for n, bits in buffers(model).items() if state.get(n) != bits} if watch else {},
@@ -96,15 +94,6 @@ def train_step(
 def buffers(model: nn.Module) -> dict[str, str]:
     """A digest of each buffer, by name."""
     return {name: digest.bits(buffer) for name, buffer in model.named_buffers()}
-
-
-def cached_tensors(cache: Any) -> Iterator[torch.Tensor]:
-    """Tensors that a key/value cache holds, in either of its forms."""
-    if isinstance(cache, (tuple, list)):
-        yield from tensors(cache)
-    for part in (cache, *(getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross"))):
-        for layer in getattr(part, "layers", None) or ():
-            yield from (t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
 
 
 def clear_gradients(model: nn.Module) -> None:

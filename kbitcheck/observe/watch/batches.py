@@ -18,7 +18,7 @@ from kbitcheck.core.facts import MicroBatch, RunFacts, SwitchedOn
 from kbitcheck.models.blocks import is_block
 from kbitcheck.models.inputs.text import IGNORED
 from kbitcheck.observe import internals
-from kbitcheck.observe.probes import blocks, digest, step, switches
+from kbitcheck.observe.probes import blocks, digest, kv_cache, switches
 from kbitcheck.observe.watch import contents
 from kbitcheck.observe.watch.enabling import Enabling, arguments
 from kbitcheck.observe.watch.flow import ENOUGH, Flow
@@ -182,8 +182,7 @@ class Batches:
                 batch["bits"] = digest.bits(loss.detach())
             if loss.requires_grad:
                 loss.register_hook(self._guard(partial(self._weighed, batch)))
-        cache = getattr(output, "past_key_values", None) if self._model.training else None
-        if cache is not None and any(True for _ in step.cached_tensors(cache)):
+        if self._model.training and kv_cache.is_held(output):
             batch["cache"] = True
             self.cached = self.cached or "one is held"
 

@@ -21,7 +21,7 @@ from kbitcheck.core.profile import AS_LOADED
 from kbitcheck.observe import internals
 from kbitcheck.observe.blockwise.oracle import Twin, compare_alone
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, parameter_names
-from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes import kv_cache, switches
 from kbitcheck.observe.probes.layers import Weights
 from kbitcheck.observe.twin import patches, twins
 from kbitcheck.observe.watch import readers
@@ -29,7 +29,6 @@ from kbitcheck.observe.watch.guard import Guard
 
 SMALL = 64 << 20  # bytes of a block's weights in float64, up to which its twins are kept
 GATES = (nn.ReLU, ReLUSquaredActivation)  # each calls one ``relu``
-CACHES = ("past_key_value", "past_key_values", "layer_past")
 
 
 @dataclass(slots=True)
@@ -168,7 +167,7 @@ class Recorder:
         names = parameter_names(module, args, kwargs)
         kept: list[Any] = []
         for name, leaf in zip(names, leaves, strict=True):
-            if name in CACHES and leaf is not None:
+            if name in kv_cache.ARGUMENTS and leaf is not None:
                 leaf = _copied(leaf) if _filled(leaf) else None
             kept.append(leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
         differentiable = tuple(i for i, leaf in enumerate(leaves) if floating(leaf) and leaf.requires_grad)
@@ -300,7 +299,7 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
 def around(recorded: Recorded, twin: Twin) -> Iterator[None]:
     """The context in which a twin runs the recorded call: with its random numbers, and caches of its own."""
     call = recorded.call
-    caches = {i: leaf for i, leaf in enumerate(call.leaves) if leaf is not None and call.names[i] in CACHES}
+    caches = {i: leaf for i, leaf in enumerate(call.leaves) if leaf is not None and call.names[i] in kv_cache.ARGUMENTS}
     experts = internals.without_grouped_kernel() if twin.dtype else nullcontext()  # it knows no float64
     with switches.checkpointing_off(twin.model), _replaying_random(recorded.random, call.device), experts:
         for index, cache in caches.items():  # each twin adds its keys and values to a copy
@@ -326,7 +325,7 @@ def _filled(cache: Any) -> bool:
 
 def _copied(cache: Any) -> Any:
     """A cache of its own tensors, in the same dtypes; what a prefix gets as a gradient does not come back through it."""
-    return copy.deepcopy(cache, {id(t): t.detach().clone() for t in step.cached_tensors(cache)})
+    return copy.deepcopy(cache, {id(t): t.detach().clone() for t in kv_cache.cached_tensors(cache)})
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
