@@ -143,7 +143,7 @@ def _missing(cell: Cell, expected: Status | None, recipes: Collection[str], sele
     if gone := _gone(cell, recipes):
         return Change(Kind.GONE, gone)
     if selection and (by := selection.without(cell)):
-        return Change(Kind.UNSELECTED, f"{_was(expected)}, left out by {by}")
+        return Change(Kind.UNSELECTED, f"left out by {by}")
     return Change(Kind.LOST, f"{_was(expected)}, did not run")
 
 

@@ -212,6 +212,14 @@ def test_output_is_written_whole_and_in_place(door: Door, tmp_path: Path) -> Non
     assert "KB102 not-applicable: there is nothing" in shown.stdout
 
 
+def test_text_in_a_file_whose_name_promises_html_is_told(door: Door) -> None:
+    for name, promise in (("r.html", "r.html holds text: for html pass --format html"), ("r.txt", "")):
+        ran = door("impl", "good.py:prepare", *ONE, "--output", name)
+        assert promise in ran.stderr
+        assert ("holds text" in ran.stderr) is bool(promise)
+    assert "holds text" not in door("impl", "good.py:prepare", *ONE, "--output", "r.html", "--format", "html").stderr
+
+
 def test_a_device_file_as_output_stays_a_device_file(door: Door) -> None:
     ran = door("impl", "good.py:prepare", *ONE, "--output", "/dev/null")
     assert ran.returncode == 0

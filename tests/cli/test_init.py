@@ -45,7 +45,8 @@ def test_reasons_that_are_missing_are_asked_for(door: Door) -> None:
     ran = door("init", "nothing.py:prepare")
     assert ran.returncode == 0, ran.stderr
     entries = (door.cwd / "kbitcheck-ledger.toml").read_text().count('reason = ""')
-    assert f"{entries} entries of kbitcheck-ledger.toml without a reason" in ran.stderr
+    assert f"kbitcheck-ledger.toml is written; {entries} entries have no reason yet" in ran.stderr
+    assert "broken MUSTs of nothing.py:prepare: KB103; mend these" in ran.stderr
     assert ran.stdout == ""
     assert len(ran.stderr.splitlines()) < 10  # what each rule found, `kbitcheck impl` shows
     assert door("gate").returncode == 1

@@ -87,10 +87,16 @@ def accepting(name: str, specs: Sequence[CaseSpec]) -> Compare:
             ):
                 say(line)
             output.write(text)
-        say(f"{name} is {'as it was' if text == before else 'written'}")
+        say(f"{name} is {'as it was' if text == before else 'written'}{_without_reason(text, name)}")
         return gate.judge(report, Ledger.parse(text, name=name), accepted=True, recipes=recipe.names())
 
     return compare
+
+
+def _without_reason(text: str, name: str) -> str:
+    missing = sum(not entry.reason for entry in Ledger.parse(text, name=name).accepted)
+    entries = "1 entry has" if missing == 1 else f"{missing} entries have"
+    return f"; {entries} no reason yet: until you write it, `kbitcheck gate` fails" if missing else ""
 
 
 def _accepted(breaches: Sequence[gate.Breach], implementation: str) -> list[str]:

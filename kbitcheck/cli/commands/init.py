@@ -8,9 +8,9 @@ from kbitcheck.cli.commands import gate
 from kbitcheck.cli.configured import configured
 from kbitcheck.cli.console import say
 from kbitcheck.cli.options import argument, option
-from kbitcheck.compare.ledger import Ledger
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import EXIT_CONFORMS
+from kbitcheck.core.result import Level, Status
 from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run.candidates import candidates
 from kbitcheck.run.configuration import OWN_FILE, read
@@ -43,6 +43,7 @@ jobs:
         with:
           python-version: "3.11"
           cache: pip
+      # Where no package index that you use has kbitcheck: its checkout or its address instead, as in '/path/to/kbitcheck[peft]'.
       - run: pip install --extra-index-url https://download.pytorch.org/whl/cpu {project}'kbitcheck[peft]'
       - run: kbitcheck gate
 """
@@ -109,9 +110,7 @@ def accept(implementation: str, ledger: str, *, debug: bool) -> int:
     report = gate.accepting(ledger, specs)(examine("gate", specs, options, blame="own"))
     if not Path(ledger).exists():
         return report.exit_code
-    if missing := sum(not entry.reason for entry in Ledger.read(ledger).accepted):
-        entries = "1 entry" if missing == 1 else f"{missing} entries"
-        say(
-            f"{entries} of {ledger} without a reason: write it, or mend what the entry says; until then `kbitcheck gate` fails"
-        )
+    broken = {r.rule for r in report.results if r.own and r.status is Status.FAIL and r.level is Level.MUST}
+    if broken:
+        say(f"broken MUSTs of {implementation}: {', '.join(sorted(broken))}; mend these before you write reasons")
     return EXIT_CONFORMS
