@@ -42,6 +42,8 @@ REMEDIES = {
     Kind.EXPIRED: "fix it, or set a later date",
     Kind.GONE: "correct the name, or drop it with --accept",
 }
+# Where something got worse, which --accept would accept, too, and which may be why an entry is stale.
+AFTER_WORSE = {Kind.STALE: "remove the entry, if it is stale once nothing is worse"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +215,9 @@ def _clipped(text: str) -> str:
 
 def merged(changes: Iterable[tuple[Cell, Change]], todo: Mapping[Kind, str] = REMEDIES) -> list[Breach]:
     """Equal changes of several cells in one breach, worst first: cases of one rule, then rules of the same cases."""
+    changes = list(changes)
+    if any(change.counted and change.kind in (Kind.REGRESSED, Kind.NEW) for _, change in changes):
+        todo = {kind: AFTER_WORSE.get(kind, words) for kind, words in todo.items()}
     by_rule: dict[tuple[str, Change], list[str]] = {}
     for (rule, case), change in changes:
         by_rule.setdefault((rule, change), []).append(case)

@@ -90,6 +90,20 @@ def test_what_a_run_was_not_asked_for_names_who_left_it_out() -> None:
     assert gate.judge(missing, accepted(), selection=asked).exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("worse", "todo"),
+    [
+        ((), "remove the entry, or let --accept do it"),
+        ((gate.Change(Kind.REGRESSED, "now FAIL"),), "remove the entry, if it is stale once nothing is worse"),
+        ((gate.Change(Kind.NEW, "of the stack", counted=False),), "remove the entry, or let --accept do it"),
+    ],
+)
+def test_nothing_advises_to_accept_what_got_worse_with_a_stale_entry(worse: tuple[gate.Change, ...], todo: str) -> None:
+    stale = (("KB505", NF4), gate.Change(Kind.STALE, "was accepted as FAIL, now PASS"))
+    merged = gate.merged([stale, *((("KB101", NF4), change) for change in worse)])
+    assert [b.todo for b in merged if b.kind is Kind.STALE] == [todo]
+
+
 def test_an_ignored_rule_is_not_missed() -> None:
     missing = report(drop=(("KB505", INT8), ("KB505", NF4)), subject={"ignored": {"kb5": "slow"}})
     assert kinds(missing, accepted()) == []
