@@ -183,28 +183,26 @@ def resumed_without_accumulated_gradients(run: Any) -> None:
     run.load = load
 
 
-@composes("KB708", "trainer-resume")
-def a_checkpoint_without_the_optimizer(run: Any) -> None:
+def _resumed_without(run: Any, part: str) -> None:
+    """A file of the checkpoint is gone before the second process resumes from it."""
     own = run.resumed
 
     def resumed() -> Any:
         if run.rank:
-            (run.checkpoint / "optimizer.pt").unlink()
+            (run.checkpoint / part).unlink()
         return own()
 
     run.resumed = resumed
+
+
+@composes("KB708", "trainer-resume")
+def a_checkpoint_without_the_optimizer(run: Any) -> None:
+    _resumed_without(run, "optimizer.pt")
 
 
 @composes("KB708", "trainer-resume")
 def a_checkpoint_without_random_states(run: Any) -> None:
-    own = run.resumed
-
-    def resumed() -> Any:
-        if run.rank:
-            (run.checkpoint / "rng_state.pth").unlink()
-        return own()
-
-    run.resumed = resumed
+    _resumed_without(run, "rng_state.pth")
 
 
 @composes("KB708", "trainer-resume")
