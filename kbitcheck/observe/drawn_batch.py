@@ -37,9 +37,7 @@ def drawn_batch(loaded: Loaded, spec: CaseSpec, *, shared: bool = False) -> tupl
             return conditions, conditions.batch(partial(loaded.source.batch, loaded.pristine, seed=spec.seed))
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # the model's own code, to which some layouts of images are given: it may raise anything
+        except Exception as error:  # the model's own code: it may raise anything
             failed = failed or error
         limit = conditions.length // 2
         if limit < usual_length(loaded.pristine):
@@ -64,9 +62,15 @@ def against_plain(
 ) -> Mapping[str, Distance]:
     """How far each adapter's gradient with checkpointing is from that without it.
 
-    Adapters that checkpointing leaves without a gradient on the case's ``usual`` batch are left out: their fault hangs on no batch.
+    Layers whose adapters have no gradient with checkpointing on the case's ``usual`` batch either are left out: their fault hangs on
+    no batch. Of a fresh adapter ``lora_A`` alone has none there.
     """
     least = median_yardstick(blockwise.adapters.values())
     yardsticks = {name: max(gap.yardstick, least) for name, gap in blockwise.adapters.items()}
-    judged = {name: gradient for name, gradient in checkpointed.items() if live(usual[name])}
+    reached = {_layer(name) for name, gradient in usual.items() if live(gradient)}
+    judged = {name: gradient for name, gradient in checkpointed.items() if _layer(name) in reached}
     return step.distances(judged, plain, yardsticks)
+
+
+def _layer(adapter: str) -> str:
+    return adapter.partition(".lora_")[0]

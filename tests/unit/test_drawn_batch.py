@@ -80,6 +80,15 @@ def test_an_adapter_without_a_gradient_on_any_batch_is_no_fault_of_the_drawn_one
     assert {name: distance.equal for name, distance in seen.items()} == {"cut": False, "live": True}
 
 
+def test_a_fresh_adapter_s_first_matrix_is_compared_where_its_second_has_a_gradient() -> None:
+    one, names = torch.ones(2), ("q_proj.lora_A.weight", "q_proj.lora_B.weight")
+    blockwise = BlockwiseFacts(parts={}, adapters={name: gap(one, one.double(), one) for name in names})
+    usual: dict[str, Tensor | None] = dict(zip(names, (torch.zeros(2), one), strict=True))
+    plain: dict[str, Tensor | None] = dict.fromkeys(names, one)
+    seen = against_plain({names[0]: None, names[1]: one}, plain, usual, blockwise)
+    assert {name: distance.equal for name, distance in seen.items()} == dict(zip(names, (False, True), strict=True))
+
+
 def test_what_a_class_has_found_out_of_itself_is_no_patch_of_it() -> None:
     class Model:
         shared: bool
