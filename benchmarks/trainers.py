@@ -451,9 +451,7 @@ PARTIES = {"implementation": "the trainer", "stack": "the stack", "model": "the 
 def _broken(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for r in rows.values():
-        each = [
-            f"[{b['rule']}](rules/{b['rule']}.md) ({b['level']}, by {PARTIES[b['attributed_to']]})" for b in r["broken"]
-        ]
+        each = [f"{b['rule']} ({b['level']}, by {PARTIES[b['attributed_to']]})" for b in r["broken"]]
         recipe = r["recipe"].partition(": ")[2]
         lines.append(f"* {r['trainer']}: {', '.join(each) or 'nothing'}; {r['passed']} rules kept. Dtypes: {recipe}.")
     return "\n".join(lines)

@@ -48,9 +48,9 @@ judges the start itself. Bytes are forecast as those of a plain LoRA.
 Each cell is one case: a Llama of two blocks, quantized, prepared by PEFT and checkpointed (reentrant), with adapters of this type on every
 quantized layer, judged by {rules}. *kept* means that no rule is broken: the adapters' gradients are those of the float64 twin, checkpointing
 and dropout change none, they train, and they are saved. A rule in a cell is broken, by whom stands in brackets; *refused* and *does not run*
-are what PEFT raised. Defects behind them, with scripts, are among the [findings](findings.md): [DoRA on int8](findings.md#peft_dora_int8_cpu),
-[HRA on int8](findings.md#peft_hra_int8), [OLoRA on nf4](findings.md#peft_olora_requantizes), and [AdaLoRA's count of
-ranks](findings.md#peft_adalora_ranknum), which is frozen here. FourierFT starts at random numbers by its own default.
+are what PEFT raised. Defects behind them, with scripts, are among the [findings](findings.toml): [DoRA on int8](findings/peft_dora_int8_cpu.py),
+[HRA on int8](findings/peft_hra_int8.py), [OLoRA on nf4](findings/peft_olora_requantizes.py), and [AdaLoRA's count of
+ranks](findings/peft_adalora_ranknum.py), which is frozen here. FourierFT starts at random numbers by its own default.
 
 Written with {versions} by `python docs/site/adapter_types.py`.
 """

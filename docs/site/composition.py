@@ -48,7 +48,7 @@ to the stack. Scripts of your own are judged under `torchrun` by [`kbitcheck wat
 ## What works
 
 PEFT's preparation of a tiny Llama, with LoRA on every linear layer. *works* means that no rule of the composition is broken.
-A rule in a cell is broken; by whom stands in brackets. That torchao's weights cannot be wrapped is a [finding](findings.md#torchao_ddp).
+A rule in a cell is broken; by whom stands in brackets. That torchao's weights cannot be wrapped is a [finding](findings/torchao_ddp.py).
 
 Measured with {versions} by `python docs/site/composition.py`.
 """

@@ -34,6 +34,13 @@ The report of a run names the other findings too, and attributes them to the sta
 """
 SHOWN = "<!-- the report of docs/site/sample.json -->"
 ASKED = re.compile(r"<!-- (source|sabotage) of rule (KB\d{3}) -->")
+# In a clone, pages link to the files that the site makes pages of.
+MADE = {
+    r"findings\.toml": "findings.md",
+    r"findings/(\w+)\.py": r"findings.md#\1",
+    "kill-matrix": "kill-matrix.md",
+    r"site/sample\.json": "sample-report.html",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,9 @@ def sample() -> Report:
 
 
 def filled(text: str) -> str:
-    """The page with what its comments ask for: the saved report as a terminal shows it, sources of rules and sabotage.
+    """The page with what its comments ask for, and with links to the pages that the site makes.
+
+    Comments ask for the saved report as a terminal shows it, and for sources of rules and sabotage.
 
     Raises:
         KeyError: there is no such rule.
@@ -119,4 +128,6 @@ def filled(text: str) -> str:
 
     if SHOWN in text:
         text = text.replace(SHOWN, f"```text\n{terminal.render(sample(), width=WIDTH).rstrip()}\n```")
+    for file, page in MADE.items():
+        text = re.sub(rf"\]\({file}\)", f"]({page})", text)
     return ASKED.sub(source, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,10 +79,13 @@ def test_events_cross_the_pipe(event: Planned | Computing) -> None:
     assert from_json(json.loads(json.dumps(event.as_json()))) == event
 
 
-def report(**facts: object) -> Report:
+def report(warns: Level | None = None, **facts: object) -> Report:
+    """The report of a model: a rule that is kept, facts, and one that is broken where ``warns`` says at which level."""
     collector = Collector()
     for status in (Status.PASS, Status.SKIP):
         collector.add(Judged(result=Result(rule="KB101", case="m", level=Level.MUST, status=status)))
+    if warns:
+        collector.add(Judged(result=Result(rule="KB106", case="m", level=warns, status=Status.FAIL)))
     collector.add(Figures(case="m", facts=facts))
     return assemble(
         collector, {"m": {"implementation": "peft", "model": "m", "quant": "nf4"}}, subject={"command": "model"}
@@ -96,11 +100,18 @@ def test_the_verdict_names_what_was_left_out() -> None:
     assert part.exit_code == whole.exit_code == 0
 
 
+def test_the_verdict_says_that_warnings_keep_no_model_from_training() -> None:
+    harmless = "no warning keeps this model from training"
+    assert verdict(report(Level.SHOULD)) == f"✓ ready: 1 warning, 1 kept; {harmless}"
+    assert verdict(report()) == "✓ ready: 1 kept"
+    assert harmless not in verdict(report(Level.MUST)) + verdict(report(Level.SHOULD, static={}))
+
+
 def test_durations_are_short() -> None:
     assert [duration(s) for s in (3.4, 99.4, 150.0)] == ["3 s", "99 s", "2 min"]
 
 
-MIXTURE = {"parameters": 46_700_000_000, "quantized": 700_000_000, "unquantized_bytes": 92 << 30}
+MIXTURE: dict[str, Any] = {"parameters": 46_700_000_000, "quantized": 700_000_000, "unquantized_bytes": 92 << 30}
 
 
 def test_what_is_hardly_quantized_is_said_in_the_first_line_and_in_the_verdict() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from kbitcheck.core.causes import causes
 from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import EXIT_BROKEN_RULE, EXIT_CONFORMS, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOTHING, Report
-from kbitcheck.core.result import Result, Status
+from kbitcheck.core.result import Level, Result, Status
 from kbitcheck.report.parts.units import MOST, quantized_share
 
 # Outcomes, worst first, with their words in the line.
@@ -19,6 +19,7 @@ OUTCOMES = {
     "not applicable": ("not applicable", "not applicable"),
 }
 WORST_FIRST = tuple(OUTCOMES)
+READY = "✓ ready"
 UNGROUNDED = "✓ nothing wrong in what could be looked at ({})"
 
 
@@ -51,7 +52,11 @@ def verdict(report: Report) -> str:
         counts[0] += f" ({follow} follow{'s' if follow == 1 else ''} from others)"
     if ignored := len(report.subject.get("ignored", {})):
         counts.append(f"{ignored} ignored")
-    return "; ".join([f"{answer(report)}: {', '.join(counts)}", *_not_covered(report), *_left_out(report)])
+    # Most warnings of a model's audit are about other uses of the preparation, and a reader cannot know which.
+    warned = [r for r in report.results if r.status is Status.FAIL and r.level is not Level.INFO]
+    harmless = bool(warned) and not any(r.level is Level.MUST and not r.finding for r in warned)
+    follow_up = ["no warning keeps this model from training"] if harmless and answer(report) == READY else []
+    return "; ".join([f"{answer(report)}: {', '.join(counts)}", *follow_up, *_not_covered(report), *_left_out(report)])
 
 
 def answer(report: Report) -> str:
@@ -61,7 +66,7 @@ def answer(report: Report) -> str:
     model, watch = (report.subject.get("command") in names for names in (("model", "audit"), ("watch",)))
     # An audit that did not compute everything rules nothing out; it proves less than a whole one.
     static = any(facts.keys() & {"static", "left_out"} for facts in report.facts.get("cases", {}).values())
-    sound = "✓ nothing rules it out" if static else "✓ ready" if model else "✓ conforms"
+    sound = "✓ nothing rules it out" if static else READY if model else "✓ conforms"
     if watch:
         sound = "✓ trains as it should"
     if any(facts.get("adapter", {}).get("cannot_tell") for facts in report.facts.get("cases", {}).values()):

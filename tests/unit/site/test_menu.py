@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +36,26 @@ def test_every_page_is_in_the_menu_and_every_entry_is_a_page(result_pages: dict[
     made |= {path for path in result_pages if re.fullmatch(r"results/[^/]+\.md", path)}
     assert listed - made == written - {"matrix.md"}  # which is the first page of results for those who read the code
     assert made <= listed
+
+
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)[^)]*\)")
+
+
+def test_every_link_of_a_page_leads_somewhere_in_a_clone() -> None:
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("*/*.md")]
+    links = {
+        (page.relative_to(ROOT).as_posix(), link) for page in pages for link in LINK.findall(page.read_text("utf-8"))
+    }
+    dead = {(page, link) for page, link in links if not (ROOT / page).parent.joinpath(link).exists()}
+    assert len(links) > 100
+    # The site's first page, in whose place a clone has the README.
+    assert dead == {("docs/index.md", "rules/index.md")}
+
+
+def test_a_link_to_a_file_leads_to_the_page_that_the_site_makes_of_it(site: dict[str, ModuleType]) -> None:
+    filled = site["other_pages"].filled
+    assert filled("[a](findings/torchao_ddp.py)") == "[a](findings.md#torchao_ddp)"
+    assert filled("[a](findings.toml), [b](kill-matrix)") == "[a](findings.md), [b](kill-matrix.md)"
 
 
 def test_the_site_is_strict_and_fetches_no_font() -> None:
