@@ -90,12 +90,15 @@ DISTANT = 100_000  # steps to the peak, more than any warm-up takes
 
 @rule("KB712", "rate-not-zero", Level.MUST)
 def rate_not_zero(facts: Facts) -> Iterable[Observation]:
-    """The learning rate is not zero in every step, nor in the last two, nor that of the optimizer multiplied by itself; zero in the
-    first step of a warm-up is no fault. A group whose rate is less than a thousandth of another's is a note.
+    """The learning rate is not zero in every step, nor in the last two, nor that of the optimizer multiplied by itself, nor made nothing
+    of by the optimizer's epsilon; zero in the first step of a warm-up is no fault. A group whose rate is less than a thousandth of
+    another's is a note.
 
     Why: a schedule that has ended, or was never stepped, trains nothing. What ``LambdaLR`` is passed returns a factor, and not a rate.
+    Adam divides by the gradient's size plus epsilon: where epsilon is a thousand times as large as any gradient, so are steps smaller
+    than the rate.
     Symptom: a loss that only changes with the batch.
-    Fix: look at the scheduler's number of steps, and at where its ``step`` is called.
+    Fix: look at the scheduler's number of steps, and at where its ``step`` is called; leave ``eps`` at the optimizer's default.
     Sources: transformers documentation of schedulers; specification KB712.
     """
     rates = [step.rate for step in run_of(facts).steps]
@@ -113,6 +116,26 @@ def rate_not_zero(facts: Facts) -> Iterable[Observation]:
     ):
         actual = f"{actual}: at most the optimizer's {peak:.3g} multiplied by itself"
         yield Observation("schedule", "a factor of the optimizer's rate", actual, ok=False)
+    yield from _damped(facts.watched)
+
+
+def _damped(run: WatchedRun) -> Iterator[Observation]:
+    """An epsilon beside which every gradient is nothing, in all steps.
+
+    The root of Adam's average of squares is at most as large as the largest gradient, so that no element moved by more than
+    a ``SLOW`` part of the rate. A rate that was raised to match is no fault: ``DISTANT`` steps of it lead as far as a weight is large.
+    """
+    steps = [(s, [u for u in s.updates.values() if u.gradient == "ok"]) for s in run.steps if s.rate and not s.skipped]
+    each = [(s, u) for s, updates in steps for u in updates]
+    if not each or not all(u.damping * SLOW > 1 and u.stride < SLOW * s.rate for s, u in each):
+        return
+    stride, size = max(u.stride * s.peak / s.rate for s, u in each), max(u.size for _, u in each)
+    if stride * DISTANT < size:
+        actual = (
+            f"the optimizer's epsilon is at least {min(u.damping for _, u in each):.2g} times any gradient:"
+            f" no element moved by more than {max(u.stride for _, u in each):.2g} at a rate of {max(s.rate for s, _ in each):.3g}"
+        )
+        yield Observation("epsilon", "small beside gradients", actual, ok=False)
 
 
 SQUARE = 1e-6  # relative: rounding of a product in float64 is far less

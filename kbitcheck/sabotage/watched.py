@@ -122,6 +122,12 @@ def a_learning_rate_that_ends(script: Script) -> None:
     script.train(optimizer)
 
 
+@trains("KB712")
+def an_epsilon_that_dwarfs_gradients(script: Script) -> None:
+    script.prepare()
+    script.train(torch.optim.AdamW(script.trained, lr=1e-3, eps=1e3))
+
+
 @trains("KB713")
 def an_infinite_norm(script: Script) -> None:
     script.prepare()

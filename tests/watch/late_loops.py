@@ -8,6 +8,7 @@ import tempfile
 
 import torch
 import transformers
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 from peft import get_peft_model
 
 from tests.watch.loops import STEPS, each_step, plain_step, scaled, t5, with_batches
@@ -92,7 +93,30 @@ def rows_of_one_token():
     return stepping(loss)
 
 
+def a_gradient_that_is_really_tiny():
+    """Of one pair of factors; Adam's epsilon is far larger, as it is meant to be."""
+    model = prepared()
+    trained_by(model)[0].data *= 1e-12
+    return model, each_step(model, adamw(model))
+
+
+def an_epsilon_that_a_rate_makes_up_for():
+    model = prepared()
+    return model, each_step(model, adamw(model, 1e2, eps=1e3, weight_decay=0.0))
+
+
+def fused_and_with_a_larger_epsilon():
+    model = prepared(adapters=lora(lora_dropout=0.1))
+    return model, each_step(model, adamw(model, eps=1e-6, fused=True))
+
+
+def averages_in_eight_bits():
+    model = prepared(scheme="int8")
+    return model, each_step(model, PagedAdamW8bit(trained_by(model), lr=1e-3))
+
+
 SOUND = (
+    a_gradient_that_is_really_tiny, an_epsilon_that_a_rate_makes_up_for, fused_and_with_a_larger_epsilon, averages_in_eight_bits,
     rows_of_two_tokens, rows_of_two_tokens_in_int8, labels_of_the_second_token_alone, rows_of_one_token,
     an_encoder_that_is_frozen, a_schedule_that_begins_anew, decoder_inputs_of_ones_own, layers_in_turn,
 )  # fmt: skip
@@ -163,7 +187,19 @@ def a_loss_times_zero():
     return stepping(lambda model, batch: model(**batch).loss * 0)
 
 
+def an_epsilon_that_dwarfs_gradients():
+    model = prepared()
+    return model, each_step(model, adamw(model, eps=1e3))
+
+
+def an_epsilon_that_dwarfs_gradients_in_eight_bits():
+    model = prepared()
+    return model, each_step(model, AdamW8bit(trained_by(model), lr=1e-3, eps=1e3))
+
+
 BROKEN = {
+    an_epsilon_that_dwarfs_gradients: "KB712",
+    an_epsilon_that_dwarfs_gradients_in_eight_bits: "KB712",
     a_loss_times_zero: "KB715",
     factors_that_are_both_zero: "KB715",
     cast_behind_the_optimizer: "KB313",

@@ -28,6 +28,7 @@ FAST = {
     "a_loss_negated", "a_loss_maximized", "weights_that_decay_at_once", "decays_much",
     "an_epoch_that_ends_within_a_step", "accumulated_losses_undivided", "a_schedule_stepped_with_every_batch",
     "a_decoder_that_reads_its_labels", "rows_of_two_tokens", "factors_that_are_both_zero", "a_loss_times_zero",
+    "an_epsilon_that_dwarfs_gradients",
     "padding_on_the_left_without_a_mask", "halved_behind_the_last_norm", "halved_between_blocks", "a_hook_lost_after_a_save",
 }  # fmt: skip
 

@@ -13,7 +13,9 @@ class Update:
     ``moved`` have another value after the step at a learning ``rate``. ``lands_at`` is the learning rate at which nine of ten lost
     updates would land. ``gradient`` is ``ok``, ``zero``, ``none``, ``frozen`` or ``not finite``. ``climb`` is the gradient times the
     change, without weight decay's part (0 where the step made or changed the gradient). The step's learning rate times its weight decay
-    is ``decay``, and ``shrunk`` the share of the tensor that the step took away.
+    is ``decay``, and ``shrunk`` the share of the tensor that the step took away. ``stride`` is the largest change of an element without
+    weight decay's part, ``size`` the root mean square of the tensor before the step. The optimizer's epsilon is ``damping`` times as
+    large as the gradient's largest element (0 where it has none).
     """
 
     dtype: str
@@ -27,6 +29,9 @@ class Update:
     climb: float = 0.0
     decay: float = 0.0
     shrunk: float = 0.0
+    stride: float = 0.0
+    size: float = 0.0
+    damping: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -145,8 +146,8 @@ class Steps:
         before, wide, rate = self._values[name], self._wide.get(id(parameter)), float(group["lr"])
         update = updates.update(before, parameter.detach(), wide, rate=rate, gradient=parameter.grad)
         if parameter.grad is not None and self._written.get(id(parameter)) == internals.version(parameter.grad):
-            decay = float(group.get("weight_decay") or 0.0)
-            update = updates.beside_decay(update, before, parameter, parameter.grad, rate=rate, decay=decay)
+            settings = {"rate": rate, "decay": float(group.get("weight_decay") or 0.0), "epsilon": _epsilon(group)}
+            update = updates.beside_decay(update, before, parameter, parameter.grad, **settings)
         if isinstance(optimizer, updates.ALONG_GRADIENT):
             update = updates.along_gradient(update, before, parameter.grad, rate=rate)
         if parameter.grad is None and not parameter.requires_grad:
@@ -269,6 +270,12 @@ class Steps:
             step.peak = max(step.peak, float(group.get("initial_lr", group["lr"])))
         step.stepped |= set(map(id, _parameters(optimizer)))
         return step
+
+
+def _epsilon(group: Mapping[str, Any]) -> float:
+    """What an optimizer such as Adam adds to its denominators; 0 where it has none, or several as Adafactor has."""
+    epsilon = group.get("eps")
+    return float(epsilon) if isinstance(epsilon, Real) else 0.0
 
 
 def _distance(parameter: torch.Tensor, before: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -81,29 +82,51 @@ def along_gradient(seen: Update, before: torch.Tensor, gradient: torch.Tensor | 
 
 
 def beside_decay(
-    seen: Update, before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor | None, *, rate: float, decay: float
+    seen: Update,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    gradient: torch.Tensor | None,
+    *,
+    rate: float,
+    decay: float,
+    epsilon: float,
 ) -> Update:
-    """The update with the parts that the gradient and weight decay have in it."""
+    """The update with the parts that the gradient, weight decay and the optimizer's epsilon have in it."""
     if seen.gradient not in ("ok", "zero") or gradient is None:
         return seen
-    climb, along, change, square = _products(*map(internals.local, (before, after.detach(), gradient.detach())))
+    tensors = map(internals.local, (before, after.detach(), gradient.detach()))
+    climb, along, change, square, largest, stride = _products(*tensors, decay=rate * decay)
     # Decay is taken off the weights, as AdamW does, or added to the gradient, as Adam does: what holds either way counts.
     climb = min(climb + rate * decay * along, climb + decay * change)
-    return dataclasses.replace(seen, climb=climb, decay=rate * decay, shrunk=-change / square if square else 0.0)
+    return dataclasses.replace(
+        seen,
+        climb=climb,
+        decay=rate * decay,
+        shrunk=-change / square if square else 0.0,
+        stride=stride,
+        size=math.sqrt(square / before.numel()),
+        damping=epsilon / largest if largest else 0.0,
+    )
 
 
 CHUNK = 2**24  # elements of which copies in float32 are made at once
 
 
-def _products(before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor) -> list[float]:
-    """The gradient times the change and times the tensor; the tensor times the change and times itself."""
+def _products(before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor, *, decay: float) -> list[float]:
+    """The gradient times the change and times the tensor; the tensor times the change and times itself; the largest element of the
+    gradient, and of the change or the change without decay, whichever is less.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=before.device)
+    largest = torch.zeros(3, dtype=torch.float32, device=before.device)
     for chunk in zip(*(each.reshape(-1).split(CHUNK) for each in (before, after, gradient)), strict=True):
         old, new, slope = (each.float() for each in chunk)
         change = new - old
         sums += torch.stack([slope @ change, slope @ old, old @ change, old @ old]).double()
+        tops = [slope.abs().max(), change.abs().max(), (change + decay * old).abs().max()]
+        largest = torch.maximum(largest, torch.stack(tops))
     numbers: list[float] = sums.tolist()
-    return numbers
+    steepest, farthest, undecayed = largest.tolist()
+    return [*numbers, steepest, min(farthest, undecayed)]
 
 
 def half_step(values: torch.Tensor) -> torch.Tensor:
