@@ -335,7 +335,7 @@ class Stepped:
             return False
         return True
 
-    @fact(Cost("whole", STEP + Passes(forwards=2), needs=("run",)))
+    @fact(Cost("whole", STEP + Passes(forwards=1), needs=("run",)))
     def memory(self) -> MemoryFacts:
         attached = self._attached_after(self.run)  # the first step of a model allocates what it keeps for good
         return memory.activations(

@@ -1,8 +1,8 @@
 """What a training step holds, and what preparing costs, in bytes of storages alive."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,6 +20,7 @@ from kbitcheck.observe.probes.live import EXISTING, Live, only_new_garbage, own_
 from kbitcheck.observe.probes.parts import parts
 
 OUTSIDE = ""  # the tag of what no block makes
+_Inputs = dict[str, tuple[nn.Module, torch.Size, torch.dtype]]
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ def activations(
 ) -> MemoryFacts:
     """Measure the forward of a plain step and all of a checkpointed one, of the same object. Leaves no gradient."""
     with only_new_garbage():
-        with switches.checkpointing_off(model):
+        with switches.checkpointing_off(model), _inputs(model) as inputs:
             plain = measure(model, batch, seed, autocast, forward_only=True)
         checkpointed = measure(model, batch, seed, autocast)
     blocks = [n for n, m in model.named_modules() if is_block(m)]
@@ -55,7 +56,7 @@ def activations(
     increments = _increments(checkpointed.entries)
     step_allowed = {n: b + random_state for n, b in plain.added.items()}
     over = checkpointed.held > allowed or any(increments[n] > step_allowed.get(n, 0) for n in increments)
-    kept = _kept_by_stack(model, batch, autocast) if over else {}
+    kept = _kept_by_stack(inputs) if over else {}
     return MemoryFacts(
         plain=plain.held,
         held=checkpointed.held,
@@ -198,22 +199,26 @@ def _scratch(model: nn.Module, live: Live) -> int:
     return sum(size for key, (size, tag) in live.holds().items() if key in kept and tag != EXISTING)
 
 
-def _kept_by_stack(model: nn.Module, batch: step.Batch, autocast: step.Autocast) -> dict[str, int]:
-    """Bytes that each quantized layer, bare, keeps inside a non-reentrant checkpoint, in this model's shapes."""
-    shapes: dict[str, tuple[nn.Module, torch.Size, torch.dtype]] = {}
+@contextmanager
+def _inputs(model: nn.Module) -> Iterator[_Inputs]:
+    """The first input of each quantized layer that runs inside: its shape and its dtype, with the layer, by name."""
+    inputs: _Inputs = {}
 
     def note(name: str, module: nn.Module, args: Any) -> None:
         if args and args[0].is_floating_point():
-            shapes.setdefault(name, (module, args[0].shape, args[0].dtype))
+            inputs.setdefault(name, (module, args[0].shape, args[0].dtype))
 
     with ExitStack() as hooks:
         for name, module in backends.quantized_layers(model):
             hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
-        with torch.no_grad(), switches.seeded(0, batch), autocast():
-            model(**step.feed(model, batch))
+        yield inputs
+
+
+def _kept_by_stack(inputs: _Inputs) -> dict[str, int]:
+    """Bytes that each quantized layer, bare, keeps inside a non-reentrant checkpoint of inputs like these."""
     by_shape: dict[object, int] = {}
     kept = {}
-    for name, (module, shape, dtype) in shapes.items():
+    for name, (module, shape, dtype) in inputs.items():
         recognition = backends.recognition(module)
         key = (type(module), recognition.shape(module), shape, dtype)
         if key not in by_shape:
