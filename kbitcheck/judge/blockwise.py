@@ -6,12 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
-from kbitcheck.core.facts import BlockwiseFacts, Gap, median_yardstick
+from kbitcheck.core.facts import FLOAT32_ULP, YARDSTICKS, BlockwiseFacts, Gap, median_yardstick
 from kbitcheck.core.result import Observation
 
-# Spec: within four times the yardstick. One ulp of float32, in which adapters live, is the floor.
-YARDSTICKS = 4
-FLOAT32_ULP = 2.0**-23
 # Where the stack computes the twin's bits in most tensors of a kind of block, the others differ by the order in which
 # sums are added: by a few hundredths of a yardstick (measured: 0.02 to 0.04). A quarter is no rounding.
 SIBLINGS_SHARE = 0.25

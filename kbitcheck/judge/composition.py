@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator
 from statistics import median
 
 from kbitcheck.core.errors import NotApplicable, Unavailable
-from kbitcheck.core.facts import CompositionFacts, Distance, Facts, ProcessFacts
+from kbitcheck.core.facts import YARDSTICKS, CompositionFacts, Distance, Facts, ProcessFacts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import Check, rule
 from kbitcheck.judge.attribution import UNPREPARED
 
-# Yardsticks: how far one ulp in the output of every module moves a gradient. Another order of additions is less, as each rounds once.
-BOUND = 4.0
 # What frameworks say, and what it means.
 MEANS = {
     "ready only once": "reentrant checkpointing under DDP: pass use_reentrant=False, or find_unused_parameters=False",
@@ -99,7 +97,7 @@ def _steps(composition: CompositionFacts, expected: str) -> Iterator[Observation
         yield from (Observation(f"{process.name}: {name}", "trains", "frozen", ok=False) for name in process.frozen)
         least = median([g.yardstick for g in process.gradients.values()] or [0.0])
         for name, gradient in process.gradients.items():
-            ok = gradient.equal or gradient.relative <= BOUND * max(gradient.yardstick, least)
+            ok = gradient.equal or gradient.relative <= YARDSTICKS * max(gradient.yardstick, least)
             instead = process.resembles.get(name) or _off(gradient)
             yield Observation(f"{process.name}: {name}", expected, expected if ok else instead, ok=ok)
 

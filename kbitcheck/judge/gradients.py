@@ -13,7 +13,7 @@ from kbitcheck.core.facts.blockwise import live_ones
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
-from kbitcheck.judge.blockwise import FLOAT32_ULP, gradients_off, measurable, tensors_off
+from kbitcheck.judge.blockwise import gradients_off, measurable, tensors_off
 
 
 def reentrant(facts: Facts) -> bool:
@@ -344,7 +344,6 @@ def exactly(facts: Facts) -> bool:
 def compared(distances: Mapping[str, Distance], *, exact: bool) -> Iterable[Observation]:
     """One observation for each gradient against its counterpart."""
     for name, d in distances.items():
-        bound = max(d.yardstick, FLOAT32_ULP)
-        ok = d.equal if exact else (d.equal or d.relative <= bound)
-        expected = "the same bits" if exact else f"within {bound:.2e}"
+        ok = d.equal if exact else (d.equal or d.relative <= d.bound)
+        expected = "the same bits" if exact else f"within {d.bound:.2e}"
         yield Observation(name, expected, "the same" if d.equal else f"off by {d.relative:.2e}", ok=ok)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import comb
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.compositions import COMPOSITIONS
 from kbitcheck.core.errors import Raised, UsageError
-from kbitcheck.core.facts import CompositionFacts, Distance, ProcessFacts
+from kbitcheck.core.facts import YARDSTICKS, CompositionFacts, Distance, ProcessFacts
 from kbitcheck.core.facts.case import OpenCase
 from kbitcheck.core.result import Party, Status
 from kbitcheck.core.rule import judge, rules, select
@@ -47,6 +48,16 @@ def failures(code: str, case: OpenCase) -> list[tuple[str, str]]:
     result = judge(rules()[code], case)
     assert result.status in (Status.PASS, Status.FAIL), result.reason
     return [(f.where, f.actual) for f in result.failures]
+
+
+def test_two_honest_roundings_are_four_yardsticks_apart_less_than_once_in_a_million() -> None:
+    """The F distribution of n and n degrees, n even, beyond 4 squared: an incomplete beta function, here a sum."""
+
+    def beyond(n: int) -> float:
+        p = 1 / (1 + YARDSTICKS**2)
+        return sum(comb(n - 1, j) * p**j * (1 - p) ** (n - 1 - j) for j in range(n // 2, n))
+
+    assert beyond(16) < 1e-6 < beyond(14)
 
 
 def test_the_suite_crosses_all_compositions_with_modes_and_quantizations() -> None:

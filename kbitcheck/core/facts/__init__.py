@@ -27,7 +27,9 @@ from kbitcheck.core.facts.model import (
 from kbitcheck.core.facts.step import (
     CANNOT_RUN,
     CERTAIN,
+    FLOAT32_ULP,
     WIDEST,
+    YARDSTICKS,
     BlockFacts,
     Distance,
     DrawnFacts,
@@ -60,11 +62,11 @@ from kbitcheck.core.facts.watched import (
 )
 
 __all__ = [
-    "CANNOT_RUN", "CERTAIN", "FLOATING", "HALF", "WIDEST", "AdaptersFirst", "BlockFacts", "BlockwiseFacts", "CallFacts", "CallForm",
-    "Changes", "CompositionFacts", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts", "Fact", "Facts",
-    "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts", "HonouredArguments", "LaterFacts",
-    "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part", "Passes", "ProcessFacts",
-    "QuantizerFacts", "RefusedCall", "Replica", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts", "StepOutcome", "StoreFacts",
-    "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts", "Update", "UseFacts", "WatchedRun",
-    "WatchedStep", "fact", "median_yardstick", "slope_bound", "vanishing",
+    "CANNOT_RUN", "CERTAIN", "FLOAT32_ULP", "FLOATING", "HALF", "WIDEST", "YARDSTICKS", "AdaptersFirst", "BlockFacts", "BlockwiseFacts",
+    "CallFacts", "CallForm", "Changes", "CompositionFacts", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts",
+    "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts",
+    "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "ModelFacts", "ModuleFacts", "Part",
+    "Passes", "ProcessFacts", "QuantizerFacts", "RefusedCall", "Replica", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts",
+    "StepOutcome", "StoreFacts", "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts",
+    "Update", "UseFacts", "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound", "vanishing",
 ]  # fmt: skip

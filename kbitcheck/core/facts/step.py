@@ -7,6 +7,11 @@ from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts.blockwise import BlockwiseFacts
 from kbitcheck.core.facts.model import CallFacts, Changes
 
+# How many yardsticks apart two honest computations of one tensor may be (spec). If both roundings are as long, each of sixteen
+# or more independent errors, one is over four times the other less than once in a million (the F distribution of squares).
+YARDSTICKS = 4
+FLOAT32_ULP = 2.0**-23
+
 CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
 
 
@@ -69,6 +74,11 @@ class Distance:
     equal: bool
     relative: float
     yardstick: float = 0.0
+
+    @property
+    def bound(self) -> float:
+        """The yardstick; at least one ulp of float32, in which adapters live."""
+        return max(self.yardstick, FLOAT32_ULP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ import torch
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised, Unavailable
-from kbitcheck.core.facts import CompositionFacts, Distance, ProcessFacts
+from kbitcheck.core.facts import FLOAT32_ULP, YARDSTICKS, CompositionFacts, Distance, ProcessFacts
 from kbitcheck.core.machine import WORKER
 from kbitcheck.observe.composition.kinds import ALONE, KINDS
 from kbitcheck.observe.probes.step import distance
@@ -238,7 +238,7 @@ def _resembles(name: str, gradient: torch.Tensor | None, alone: Mapping[str, Any
     expected = alone["gradients"].get(name)
     if gradient is None or expected is None or _equal(gradient, expected):
         return ""
-    bound = max(4 * distance(alone["rounded"].get(name), expected), 1e-6)
+    bound = YARDSTICKS * max(distance(alone["rounded"].get(name), expected), FLOAT32_ULP)
     adapter, _, number = name.rpartition(" (step ")
     each = alone.get("each", ())
     for rank, one in enumerate(each[int(number.rstrip(")")) - 1] if each else ()):

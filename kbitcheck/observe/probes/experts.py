@@ -17,14 +17,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from kbitcheck import backends
-from kbitcheck.core.facts import LayerBackward
+from kbitcheck.core.facts import YARDSTICKS, LayerBackward
 from kbitcheck.models.internals import choose_implementation
 from kbitcheck.observe.probes.tap import Tap
 
 Read = Callable[[], torch.Tensor]
 Reads = Callable[[str], Read]  # by the name of a parameter
 HOME = ".parametrizations."  # torch's, between a module's name and a parameter's
-YARDSTICKS = 4.0  # as in KB304
 
 
 class TwinStack(nn.Module):
