@@ -145,7 +145,7 @@ class Stepped:
         attached = self._wrapped.attached
         with layers.Probes(attached.model, self._loaded.weights, leave=True) as probes:
             record = self._record(self._loaded.batch, watch=True)
-        return record, probes.results(extremes=True) if probes.complete else None
+        return record, probes.results(seed=self._spec.seed) if probes.complete else None
 
     @fact(
         Cost("block", TWINS, needs=("_recorded",), large=Cost("block", TWINS + Passes(copies=2), needs=("_recorded",)))
@@ -282,7 +282,7 @@ class Stepped:
             self._loaded.batch,
             self._loaded.weights,
             self._preparation.autocast,
-            extremes=True,
+            seed=self._spec.seed,
         )
 
     @fact(

@@ -18,6 +18,7 @@ from kbitcheck.sabotage import (
     experts,
     freezing,
     gradients,
+    layouts,
     precision,
     small_gradients,
     start,
@@ -30,5 +31,5 @@ from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults", "freezing",
-    "gradients", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
+    "gradients", "layouts", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
 ]  # fmt: skip

@@ -82,6 +82,18 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MisreadLayout:
+    """An input and a gradient, ``what`` they are, that a layer reads as other numbers or raises on, and ``actual``, what it does.
+
+    ``bare`` says that the library's own layer on the same weight, without hooks or another forward, does so too.
+    """
+
+    what: str
+    actual: str
+    bare: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBackward:
     """A quantized layer's own backward.
 
@@ -90,7 +102,7 @@ class LayerBackward:
     is how far the backend's own kernel unpacks the weight from what its format says, relative, where that is more than
     rounding: the layer is then judged by the kernel's weight. ``bent`` is how far a gradient thousands of times as large
     comes out from as many times as large, relative, and ``overflows`` whether one that is not finite stays so. ``unjudged``
-    is why the layer could not be judged, empty where it was.
+    is why the layer could not be judged, empty where it was. ``layouts`` are those of inputs and gradients that it misreads.
     """
 
     reached: bool
@@ -103,6 +115,7 @@ class LayerBackward:
     bent_bound: float = 0.0
     overflows: bool = True
     unjudged: str = ""
+    layouts: tuple[MisreadLayout, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.facts import LayerBackward
 from kbitcheck.observe import internals
-from kbitcheck.observe.probes import experts, step, switches
+from kbitcheck.observe.probes import experts, layouts, step, switches
+from kbitcheck.observe.probes.products import Products
 from kbitcheck.observe.probes.tap import Tap
 
 # Up to here the unpacked weights of a whole model are kept; unpacking them anew each time costs a tiny model more
@@ -122,9 +123,8 @@ class _Probe:
     def __init__(self, module: nn.Module, weight: Read, half: torch.dtype | None, *, leave: bool = False) -> None:
         self.dtype: torch.dtype | None = None
         self.missed = False
-        self._module, self._weight, self._half, self._leave = module, weight, half, leave
+        self._module, self._leave, self._of = module, leave, Products(module, weight, half)
         self._hooked = False
-        self._arithmetic = backends.arithmetic(module)
         self._entered, self._left, self._carried, self._passed = 0, 0, True, False
         self._waiting: list[torch.Tensor] = []
         self._excess = self._products = self._squares = self._rounding = 0.0
@@ -175,42 +175,14 @@ class _Probe:
         if self._waiting:
             self._judge(self._waiting.pop(0), gradient)
 
-    @property
-    def _compute(self) -> torch.dtype:
-        return self._arithmetic.compute_dtype(self._module) or self.dtype or torch.float32
-
-    @property
-    def _ulp(self) -> float:
-        unpacked = self._arithmetic.unpacked_dtype(self._module) or self._compute
-        dtypes = {self._compute, unpacked, self.dtype or self._compute, self._half or self._compute}
-        return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-    @property
-    def _accumulation(self) -> float:
-        return float(backends.recognition(self._module).shape(self._module)[0] * 2.0**-24)
-
     def _judge(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
-        weight, compute = self._weight(), self._compute
-        # As the kernel rounds it: what is left is the rounding of the result and, under autocast, once more of an operand.
-        rounded = weight.to(self._arithmetic.unpacked_dtype(self._module) or compute).to(compute)
-        magnitudes = rounded.float().abs()
-        # Gradients that die out: an operand or a product below the smallest normal number may count as zero.
-        vanished = torch.finfo(compute).tiny * (weight.shape[0] + magnitudes.sum(0))
-        flat = dy.reshape(-1, dy.shape[-1]).to(compute).double()
+        product = self._of.gradient(dy, self.dtype)
         actual = dx.reshape(-1, dx.shape[-1]).double()
-        spread = self._spread(flat.abs(), magnitudes)
-        bound = (2 * self._ulp + self._accumulation) * spread + vanished
-        expected = flat @ rounded.double()
-        excess = ((actual - expected).abs() / bound).nan_to_num(nan=math.inf)
+        excess = ((actual - product.expected).abs() / product.bound).nan_to_num(nan=math.inf)
         self._excess = max(self._excess, float(excess.max()) if actual.numel() else 0.0)
-        self._products += float((actual * expected).sum())
-        self._squares += float(expected.square().sum())
-        self._rounding += float((spread * expected.abs()).sum())
-
-    def _spread(self, flat: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
-        """At most the product, as float32 sums it: of numbers that are not negative it loses less than their count in ulps."""
-        spread = (flat.float() @ magnitudes).double() * (1 - 2 * self._accumulation)
-        return spread if bool(torch.isfinite(spread).all()) else flat @ magnitudes.double()
+        self._products += float((actual * product.expected).sum())
+        self._squares += float(product.expected.square().sum())
+        self._rounding += float((product.spread * product.expected.abs()).sum())
 
     def result(self, misread: float) -> LayerBackward:
         """Facts of the layer's backward; ``misread`` is the relative error of its kernel."""
@@ -218,14 +190,14 @@ class _Probe:
             return LayerBackward(reached=False, carried=True)
         if not self._carried or self._left != self._entered or self._waiting:
             return LayerBackward(reached=True, carried=False)
-        squares = self._squares
+        squares, ulp = self._squares, self._of.ulp(self.dtype)
         return LayerBackward(
             reached=True,
             carried=True,
             excess=self._excess,
             gain=self._products / squares if squares else 1.0,
             misread=misread,
-            gain_bound=self._ulp + self._accumulation * self._rounding / squares if squares else 1.0,
+            gain_bound=ulp + self._of.accumulation * self._rounding / squares if squares else 1.0,
         )
 
 
@@ -262,17 +234,25 @@ class Probes:
         """Whether every layer that ran was judged."""
         return not any(probe.missed for probe in self._probes.values())
 
-    def results(self, *, extremes: bool) -> dict[str, LayerBackward]:
-        """The backward of every layer that took part, with ``extremes`` of other gradients than the step's too."""
+    def results(self, *, seed: int | None = None) -> dict[str, LayerBackward]:
+        """The backward of every layer that took part; with a seed, of other inputs and gradients than the step's too."""
         results = {}
         for name, probe in self._probes.items():
             if probe.dtype is not None:
                 judged = probe.result(self._weights.misread.get(base_name(name, self._weights.layers), 0.0))
-                if extremes:
-                    judged = replace(judged, **_extremes(self._modules[name], probe.dtype))
+                if seed is not None:
+                    judged = replace(judged, **self._alone(name, seed))
                 results[name] = judged
         of_experts = ((f"{name} (experts)", probe.result()) for name, probe in self._experts.items())
         return results | {name: result for name, result in of_experts if result is not None}
+
+    def _alone(self, name: str, seed: int) -> dict[str, Any]:
+        """What a layer's backward makes, outside the step, of gradients and layouts that no step hands it."""
+        module, dtype, base = self._modules[name], self._probes[name].dtype, base_name(name, self._weights.layers)
+        extremes = _extremes(module, dtype)
+        if not math.isfinite(extremes["bent"]):
+            return extremes
+        return {**extremes, "layouts": layouts.misread(module, partial(self._weights.exact, base), dtype, seed)}
 
 
 def backwards(
@@ -282,7 +262,7 @@ def backwards(
     autocast: step.Autocast = nullcontext,
     half: torch.dtype | None = None,
     *,
-    extremes: bool = False,
+    seed: int | None = None,
 ) -> dict[str, LayerBackward]:
     """The results of probes in a plain step of its own; ``half`` is the dtype to which ``autocast`` rounds."""
     with ExitStack() as after, Probes(model, weights, half) as probes:
@@ -294,7 +274,7 @@ def backwards(
         loss = output.logits.float().square().mean() / 2 if output.loss is None else output.loss
         if loss.requires_grad:
             loss.backward()
-    return probes.results(extremes=extremes)
+    return probes.results(seed=seed)
 
 
 def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_a_step_that_is_recorded_has_a_graph_of_its_own(reached: bool, monkeypat
         if reached:
             y.sum().backward()
     assert probes.complete is reached
-    assert [each.excess <= 1 for each in probes.results(extremes=False).values() if each.reached] == [True] * reached
+    assert [each.excess <= 1 for each in probes.results().values() if each.reached] == [True] * reached
 
 
 class Noisy(nn.Module):

@@ -13,7 +13,8 @@ import pytest
 from kbitcheck.core.errors import NotApplicable
 from kbitcheck.core.facts import Distance, Gap, LayerBackward, TrainingFacts
 from kbitcheck.core.result import Party
-from kbitcheck.judge.gradients import layer_backward_exact, live_gradients, loss_falls, reentrant_agrees
+from kbitcheck.judge.gradients import live_gradients, loss_falls, reentrant_agrees
+from kbitcheck.judge.layers import layer_backward_exact
 
 SAME = {"lora_A": Distance(equal=True, relative=0.0, yardstick=0.0)}
 CUT = {"lora_A": Distance(equal=False, relative=math.inf, yardstick=0.0)}
