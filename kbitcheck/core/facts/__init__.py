@@ -66,8 +66,8 @@ __all__ = [
     "CANNOT_RUN", "CERTAIN", "FLOAT32_ULP", "FLOATING", "HALF", "WIDEST", "YARDSTICKS", "AdaptersFirst", "BlockFacts", "BlockwiseFacts",
     "CallFacts", "CallForm", "Changes", "CompositionFacts", "Computed", "Cost", "CostFacts", "Cut", "CutFacts", "Distance", "DrawnFacts",
     "Fact", "Facts", "ForecastFacts", "ForwardFacts", "FunctionFacts", "Gap", "GroupFacts", "HeardWarning", "HeldFacts",
-    "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "MisreadLayout", "ModelFacts", "ModuleFacts", "Part",
-    "Passes", "ProcessFacts", "QuantizerFacts", "RefusedCall", "Replica", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts",
+    "HonouredArguments", "LaterFacts", "LayerBackward", "LayerFacts", "MemoryFacts", "MicroBatch", "MisreadLayout", "ModelFacts", "ModuleFacts",
+    "Part", "Passes", "ProcessFacts", "QuantizerFacts", "RefusedCall", "Replica", "RouterFacts", "RunFacts", "ScalerFacts", "StartFacts",
     "StepOutcome", "StoreFacts", "StoredFacts", "SwitchedOn", "Teaching", "TensorFacts", "Tower", "TrainingFacts", "UnwatchedFacts",
     "Update", "UseFacts", "WatchedRun", "WatchedStep", "fact", "median_yardstick", "slope_bound", "vanishing",
 ]  # fmt: skip
