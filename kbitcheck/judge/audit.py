@@ -30,6 +30,8 @@ def mostly_quantized(facts: Facts) -> Iterable[Observation]:
     (``--profile qlora``), or choose another model.
     Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
     """
+    if not facts.base.layers and any(tensor.packed for tensor in facts.base.parameters.values()):
+        raise NotApplicable("FSDP holds the packed weights in parts, which do not say how many weights they stand for")
     packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
     groups = {g: ts for g, ts in unquantized(facts.base).items() if g not in ("embeddings", "head")}
     sizes = {g: sum(prod(t.shape) for t in ts) for g, ts in groups.items()}

@@ -69,6 +69,8 @@ def _unlike(name: str, replicas: Sequence[Replica], steps: Sequence[Sequence[dic
 
 def _why(name: str, replicas: Sequence[Replica]) -> str:
     if not any(replica.wrapped for replica in replicas):
+        if any(replica.sharded for replica in replicas):
+            return ": FSDP holds others, and not it"
         return ": no DistributedDataParallel averages gradients"
     left_out = any(name in replica.leaves_out for replica in replicas)
     return ": DistributedDataParallel does not hold it" if left_out else ""

@@ -70,6 +70,13 @@ def sharded():
     return fully_shard(model)
 
 
+def ignored():
+    """One rank's gradients of the second block's adapters in its MLP reach no other rank."""
+    model = in_one_dtype()
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad and "layers.1.mlp" in name}
+    return fully_shard(model, ignored_params={*names.values()})
+
+
 def flattened():
     model = in_one_dtype()
 
@@ -80,7 +87,7 @@ def flattened():
 
 
 KINDS = {
-    "ddp": replicated, "fsdp": sharded, "fsdp1": flattened, "left_out": left_out, "added": added_afterwards,
+    "ddp": replicated, "fsdp": sharded, "fsdp1": flattened, "left_out": left_out, "ignored": ignored, "added": added_afterwards,
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def test_two_processes_make_one_report(kind, tmp_path):
     assert len(losses) == 8
     assert set(report.subject["cases"]) == {"watched run, rank 0", "watched run, rank 1"}
     assert judged(report, Status.ERROR) == {"0": set(), "1": set()}
+    assert kind == "ddp" or judged(report, Status.FAIL) == {"0": set(), "1": set()}
     for codes in judged(report, Status.PASS).values():
         assert codes >= {"KB104", "KB710", "KB711", "KB712", "KB713", "KB714", "KB715", "KB706"}
         assert ("KB304" in codes) == (kind == "ddp")
@@ -62,6 +63,14 @@ def test_a_fault_is_named_on_each_rank(kind, tmp_path):
     apart = {(r.case, f.where) for r in report if r.rule == "KB728" for f in r.failures}
     assert {case for case, _ in apart} == ({TOGETHER} if kind == "added" else set())
     assert all(".second." in where for _, where in apart)
+
+
+def test_adapters_that_fsdp_does_not_hold_drift_apart(tmp_path):
+    ended, _, report = watched(tmp_path, "ignored")
+    assert ended.returncode == 1
+    (apart,) = [r for r in report if r.status is Status.FAIL]
+    assert (apart.rule, apart.case, len(apart.failures)) == ("KB728", TOGETHER, 6)
+    assert all("layers.1.mlp" in f.where and f.actual.endswith("FSDP holds others, and not it") for f in apart.failures)
 
 
 def test_what_fsdp_flattens_is_said_not_to_be_judged(tmp_path):
