@@ -10,8 +10,8 @@ from kbitcheck.core.rule import Check
 
 RECAST = "bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward"
 REPACKED = (
-    "the same codes in the layout that bitsandbytes repacks to, with rounded scales, in a forward in eval mode on this processor "
-    "(docs/findings/cpu_eval_repacks.py)"
+    "the same codes as bitsandbytes repacks them in a forward in eval mode on this processor, with rounded scales, which a save after that"
+    " leaves in another order (docs/findings/cpu_eval_repacks.py)"
 )
 UNPREPARED = "the unprepared base, checkpointed by transformers itself, does the same"
 

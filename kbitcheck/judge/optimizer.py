@@ -98,7 +98,8 @@ def rate_not_zero(facts: Facts) -> Iterable[Observation]:
     Adam divides by the gradient's size plus epsilon: where epsilon is a thousand times as large as any gradient, so are steps smaller
     than the rate.
     Symptom: a loss that only changes with the batch.
-    Fix: look at the scheduler's number of steps, and at where its ``step`` is called; leave ``eps`` at the optimizer's default.
+    Fix: look at the scheduler's number of steps, and at where its ``step`` is called; leave ``eps`` at the
+    optimizer's default, and clip gradients to no norm that is far below theirs.
     Sources: transformers documentation of schedulers; specification KB712.
     """
     rates = [step.rate for step in run_of(facts).steps]

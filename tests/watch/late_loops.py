@@ -5,13 +5,16 @@ They call nothing of kbitcheck. ``SOUND`` has those in which nothing is wrong, `
 
 import contextlib
 import tempfile
+from typing import Any
 
 import torch
 import transformers
+from bitsandbytes import functional
+from bitsandbytes.nn.modules import Linear4bit
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 from peft import get_peft_model
 
-from tests.watch.loops import STEPS, each_step, plain_step, scaled, t5, with_batches
+from tests.watch.loops import STEPS, each_step, plain_step, scaled, t5, trained, with_batches
 from tests.watch.own_loops import cross_entropy, of_logits, stepping
 from tests.watch.runs import adamw, batches, lora, prepared, trained_by
 
@@ -197,7 +200,13 @@ def an_epsilon_that_dwarfs_gradients_in_eight_bits():
     return model, each_step(model, AdamW8bit(trained_by(model), lr=1e-3, eps=1e3))
 
 
+def weights_that_decay_at_once_in_a_trainer():
+    """Accelerate passes each step a closure that is None."""
+    return (model := prepared()), trained(model, weight_decay=500.0)
+
+
 BROKEN = {
+    weights_that_decay_at_once_in_a_trainer: "KB711",
     an_epsilon_that_dwarfs_gradients: "KB712",
     an_epsilon_that_dwarfs_gradients_in_eight_bits: "KB712",
     a_loss_times_zero: "KB715",
@@ -209,6 +218,22 @@ BROKEN = {
     a_schedule_of_one_step: "KB712",
     an_encoder_and_decoder_in_eval_mode: "KB718",
 }
+
+
+def repacked_and_saved():
+    """As an evaluation on a processor with AVX512-BF16 repacks weights, and a save lays them back, but for their scales."""
+
+    def repack(model, step):
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                weight: Any = module.weight
+                weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(
+                    weight.data, weight.quant_state
+                )
+        model.state_dict()
+
+    model = prepared()
+    return model, each_step(model, adamw(model), between=repack)
 
 
 # ---- a hook on the head, experts, and gates that rounding moves

@@ -191,6 +191,13 @@ def test_what_int8_layers_keep_is_the_stacks(tmp_path):
     assert report.exit_code == 0
 
 
+def test_what_an_evaluation_and_a_save_leave_of_scales_is_the_stacks(tmp_path):
+    """And no block is compared with what it was before."""
+    _, report = watched(late_loops.repacked_and_saved, tmp_path)
+    failed = {r.rule: {f.party for f in r.failures} for r in report if r.status is Status.FAIL}
+    assert (failed, report.exit_code) == ({"KB104": {Party.STACK}}, 0)
+
+
 def test_why_no_block_was_compared_is_said(tmp_path):
     _, report = watched(sound_runs.closures, tmp_path)
     reasons = {r.reason for r in report if r.rule == "KB304"}

@@ -68,10 +68,10 @@ class BitsAndBytesLayers(Recognition):
         return {**dict(_fields(weight.quant_state)), **settings}
 
     def laid_out_before(self, module: Any) -> torch.Tensor | None:
-        """In eval mode, on CPUs with AVX512-BF16."""
+        """In eval mode, on CPUs with AVX512-BF16; a save lays the codes back, and not the scales."""
         state: Any = copy.copy(state_4bit(module))
         if not getattr(state, "packing_format_for_cpu", False):
-            return None
+            return module.weight.data if hasattr(state, "original_qshape") else None
         state.original_nested = False  # of no use here: the scales were rounded, and stay so
         packed: torch.Tensor = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)[0]
         return packed

@@ -127,7 +127,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
     """One quantized layer, with a digest of each field of its state and of its unpacked weight."""
     recognition, arithmetic = backends.recognition(module), backends.arithmetic(module)
     rows, columns = recognition.shape(module)
-    state = {k: digest.of(v) for k, v in recognition.state(module).items()}
+    state = state_of(module)
     before = recognition.laid_out_before(module)
     unpacked = _unpacked(module, state)
     multiplies = recognition.multiplies(module)
@@ -149,6 +149,11 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         zero_rows=unpacked.zero_rows,
         laid_out_before="" if before is None else digest.bits(before),
     )
+
+
+def state_of(module: nn.Module) -> dict[str, str]:
+    """A digest of each field of a quantized layer's state."""
+    return {k: digest.of(v) for k, v in backends.recognition(module).state(module).items()}
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, LayerFacts]]:

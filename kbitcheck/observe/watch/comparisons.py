@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from kbitcheck import backends
 from kbitcheck.core.facts import BlockwiseFacts, Gap, ModelFacts, Part
 from kbitcheck.observe.blockwise.record import outermost_blocks
 from kbitcheck.observe.probes import digest
+from kbitcheck.observe.probes.snapshot import state_of
 from kbitcheck.observe.watch.blocks import SMALL, Recorder, Twins, compared
 from kbitcheck.observe.watch.guard import Guard
 from kbitcheck.observe.watch.head import compared as head_compared
@@ -143,7 +145,10 @@ def _small_ones_outside(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _rewritten(recorder: Recorder, before: ModelFacts) -> bool:
-    """Whether a frozen parameter of a block has other bits than before the first forward: nothing is right beside it then."""
+    """Whether a frozen parameter of a block, or a quantization state, is not as before the first forward: nothing is right beside it then."""
+    layers = {f"{recorder.name}.{name}": layer for name, layer in backends.quantized_layers(recorder.block)}
+    if any(state_of(layer) != before.layers[name].state for name, layer in layers.items() if name in before.layers):
+        return True
     now = {f"{recorder.name}.{name}": p for name, p in recorder.block.named_parameters()}
     frozen = {n: t for n, t in before.parameters.items() if n in now and not (t.adapter or t.quantized_bias)}
     return any(digest.bits(now[name]) != tensor.bits for name, tensor in frozen.items())

@@ -228,7 +228,7 @@ class Observer:
 
     @unharmed
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        closure = len(args) > 1 or bool(kwargs)
+        closure = any(each is not None for each in (*args[1:], *kwargs.values()))  # accelerate passes None for none
         if not self.steps.begin(optimizer, ran=self.batches.any, closure=closure):
             return
         self._settle()
