@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
 
@@ -20,22 +20,9 @@ def evaluate(columns: int, rows: int) -> tuple[bool, bool, str]:
     return changed, layer.weight.quant_state.absmax.dtype == torch.bfloat16, raised
 
 
-def save_after_evaluation() -> bool:
-    """Whether a layer's weight is another one after an evaluation and a save."""
-    layer = Linear4bit(128, 64, bias=False, compress_statistics=False, quant_type="nf4").to("cpu")
-    before = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    with torch.no_grad():
-        layer.eval()(torch.ones(1, 2, 128))
-    layer.state_dict()
-    after = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return float((after - before).abs().max()) > 2**-7 * float(before.abs().max())  # more than scales in bfloat16 round
-
-
 if not has_avx512bf16():
     print("not this processor: it has no AVX512-BF16")
     sys.exit(0)
 (repacked, rounded, _), (*_, rows), (*_, columns) = evaluate(64, 64), evaluate(64, 48), evaluate(96, 64)
-mixed_up = save_after_evaluation()
 print(f"64 x 64: bytes changed {repacked}, scales rounded {rounded}; 48 rows: {rows}; 96 columns: {columns}")
-print(f"64 x 128: weights mixed up by a save after that {mixed_up}")
-sys.exit(0 if repacked and rounded and mixed_up and rows and columns else 1)
+sys.exit(0 if repacked and rounded and rows and columns else 1)

@@ -11,7 +11,7 @@ from kbitcheck.core.rule import Check
 RECAST = "bitsandbytes recasts a quantized layer's bias to the compute dtype in its forward"
 REPACKED = (
     "the same codes as bitsandbytes repacks them in a forward in eval mode on this processor, with rounded scales, which a save after that"
-    " leaves in another order (docs/findings/cpu_eval_repacks.py)"
+    " leaves in another order (docs/findings/cpu_eval_repacks.py, cpu_eval_then_save.py)"
 )
 UNPREPARED = "the unprepared base, checkpointed by transformers itself, does the same"
 
