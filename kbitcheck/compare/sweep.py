@@ -48,7 +48,7 @@ class Row:
 
     ``quantized`` is the share of parameters (embeddings and head included) in quantized layers, ``growth`` bytes after
     preparing over bytes in half precision, ``inputs`` what it was fed. ``reason`` says why a row is not audited, or not
-    wholly; ``seconds`` is time inside rules.
+    wholly; ``seconds`` is time inside rules. ``applies`` is false where an option of the quantization has no object in the model.
     """
 
     architecture: str
@@ -68,6 +68,7 @@ class Row:
     errors: tuple[str, ...] = ()
     reason: str = ""
     seconds: float = 0.0
+    applies: bool = True
 
     @property
     def broken(self) -> bool:
@@ -88,7 +89,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """All rows of a sweep, sorted by architecture, with what was run and on what."""
+    """All rows of a sweep, sorted by architecture, with what was run and on what.
+
+    ``left_out`` is the number of those selected that an option of the quantization does not apply to.
+    """
 
     task: str
     selected: int
@@ -96,6 +100,7 @@ class Table:
     environment: Mapping[str, Any]
     rows: Sequence[Row]
     complete: bool = True
+    left_out: int = 0
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -77,13 +77,15 @@ def swept(
                 say(f"{number}/{len(chosen)} {finished.architecture}: {finished.reason or 'audited'}{left}")
     except KeyboardInterrupt:
         complete = False
+    finished_rows = [journal.rows[name] for name in chosen if name in journal.rows]
     return Table(
         task=task,
         selected=len(chosen),
         options={"command": command, **key},
         environment=environment or {"python": platform.python_version(), **machine.versions()},
-        rows=[journal.rows[name] for name in chosen if name in journal.rows],
+        rows=[each for each in finished_rows if each.applies],
         complete=complete,
+        left_out=sum(not each.applies for each in finished_rows),
     )
 
 
@@ -139,7 +141,15 @@ def _rows(
             reason = error.cause or str(error)
         except Exception as error:
             reason = cause(error)
-        yield Row(architecture=name, cls=classes[name], model=spec.model, loads=False, reason=" ".join(reason.split()))
+        options = tuple(f"{option}: " for option in template.quant.split(",")[1:])
+        yield Row(
+            architecture=name,
+            cls=classes[name],
+            model=spec.model,
+            loads=False,
+            reason=" ".join(reason.split()),
+            applies=not reason.startswith(options),
+        )
 
     with contextlib.ExitStack() as stack:
         scratch = [stack.enter_context(scratch_directory()) for _ in range(min(jobs, len(classes)))]

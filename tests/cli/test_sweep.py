@@ -54,6 +54,16 @@ def test_exit_codes(door: Door, arguments: tuple[str, ...], code: int) -> None:
     assert door.left() == []
 
 
+def test_what_an_option_does_not_apply_to_is_left_out(door: Door) -> None:
+    stacked = ("sweep", "--prepare", "good.py:prepare", "--quant", "nf4,experts=parametrize", "--format", "json")
+    ended = door(*stacked, *SOUND)
+    table = json.loads(ended.stdout)
+    assert ([r["architecture"] for r in table["rows"]], table["left_out"], ended.returncode) == (["opt"], 2, 0)
+    assert "1 of 3 causal-lm architectures audited" in ended.stderr
+    assert "2 left out, which have nothing that the quantization's options name" in ended.stderr
+    assert door(*stacked, "--select", "llama").returncode == 5
+
+
 def test_one_that_hangs_is_a_row_with_its_reason(door: Door) -> None:
     ended = door("sweep", "--prepare", "hangs.py:prepare", "--select", "llama", "--timeout", "1", "--format", "json")
     (found,) = json.loads(ended.stdout)["rows"]

@@ -35,6 +35,11 @@ def verdict(sweep: Table) -> str:
         f"{len(audited)} of {sweep.selected} {sweep.task} architectures audited, "
         f"{sum(row.nonconforming for row in audited)} with a broken MUST of the implementation, "
         f"{sum(row.broken for row in sweep.rows)} not wholly judged"
+        + (
+            f", {sweep.left_out} left out, which have nothing that the quantization's options name"
+            if sweep.left_out
+            else ""
+        )
     ) + ("" if sweep.complete else "; interrupted")
 
 

@@ -45,6 +45,8 @@ class Case:
 def open_case(spec: CaseSpec, implementation: Implementation, *, rules: object = (), seconds: float = 0) -> Case:
     if spec.model.rpartition("/")[2] == "late":
         raise UsageError("late: the weights are truncated")
+    if "experts=parametrize" in spec.quant and spec.model.rpartition("/")[2] != "opt":
+        raise UsageError("experts=parametrize: Stub has no stacked experts")
     return Case(spec, implementation)
 
 
