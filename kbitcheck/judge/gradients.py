@@ -195,22 +195,28 @@ def dropout_replayed(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB308", "survives-interleaving", Level.MUST)
 def survives_interleaving(facts: Facts) -> Iterable[Observation]:
-    """After any order of evaluation, generation, preparing again, copying, saving, switching modes and training,
+    """After any order of evaluation, generation, preparing again, copying, moving, saving, switching modes and training,
     the next training step's gradients are what a fresh model with the same adapters gives, and the packed
-    weights are the same.
+    weights and their quantization state are the same.
+
+    Moves are those to the CPU and back, through a state dict, and into accelerate's offload and out of it: each that
+    libraries let the base take. Adapters of PEFT are off in one evaluation.
 
     Why: training loops evaluate, generate and save between steps. If one of these damages the model, training goes
     on, wrongly.
     Symptom: a loss that jumps after the first evaluation; training that fails after ``generate``.
-    Fix: keep no state in hooks or forwards, and change no weight in a forward.
-    Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``.
+    Fix: keep no state in hooks or forwards, and change no weight in a forward; keep what unpacks a weight in parameters
+    and buffers, which moves take along.
+    Sources: specification KB308; bitsandbytes 0.50.2 ``_convert_weight_packed_for_cpu``; bitsandbytes#1775, bitsandbytes#1786,
+    bitsandbytes#1897.
     """
     require_turn(facts.conditions, facts.seed, 2, 3)
     for outcome in facts.interleaved:
         step = Observation(outcome.step, "runs", str(outcome.raised or "runs"), ok=not outcome.raised)
         yield unless_unprepared(step, facts, Party.MODEL, partial(_raises, outcome))
         where, changed = f"{outcome.step}: quantized weights", ", ".join(outcome.changed[:4])
-        yield Observation(where, "as before anything ran", changed or "the same", ok=not changed)
+        bits = Observation(where, "as before anything ran", changed or "the same", ok=not changed)
+        yield unless_unprepared(bits, facts, Party.MODEL, partial(_changes, outcome))
         if outcome.hooks_added:
             yield Observation(f"{outcome.step}: hooks", "none added", f"{outcome.hooks_added} added", ok=False)
         used, fresh = outcome.checkpoints
@@ -225,6 +231,10 @@ def _differs(step: str, name: str, facts: Facts) -> bool:
     gradients = next((o.gradients for o in facts.interleaved if o.step == step), {})
     own = {key: distance for key, distance in gradients.items() if key == name}
     return any(not gradient.ok for gradient in compared(own, exact=exactly(facts)))
+
+
+def _changes(outcome: StepOutcome, facts: Facts) -> bool:
+    return any(o.step == outcome.step and {*outcome.changed} <= {*o.changed} for o in facts.interleaved)
 
 
 def _raises(outcome: StepOutcome, facts: Facts) -> bool:

@@ -18,7 +18,7 @@ from kbitcheck.core import machine
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import StepOutcome
 from kbitcheck.models.inputs.text import first_rows
-from kbitcheck.observe import internals
+from kbitcheck.observe import internals, moves
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import digest, step, switches
 from kbitcheck.observe.probes.adapters import Attached
@@ -28,7 +28,7 @@ from kbitcheck.observe.probes.layers import base_name
 # What KB308 runs in each case.
 STANDARD_ORDER = (
     "train", "evaluate", "infer", "generate", "eval-mode", "copy", "train", "prepare", "save", "update", "accumulate",
-    "checkpointing-off", "evaluate", "move", "checkpointing-non-reentrant", "train",
+    "checkpointing-off", "evaluate", "move", "state-dict", "offload", "adapters-off", "checkpointing-non-reentrant", "train",
 )  # fmt: skip
 HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
 CHECKPOINTING = {"checkpointing-off": None, "checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
@@ -59,7 +59,8 @@ class Session:
     def __init__(self, preparation: Preparation, make: Callable[[], Attached]) -> None:
         self.preparation, self.make, self.settings = preparation, make, _Settings()
         self.model: Any
-        _ = preparation.loaded.generator  # which runs a base of its own
+        _ = preparation.loaded.generator  # which runs a base of its own, as moves do
+        self._moves = self._borne()
         self.model, self.adapters = make()
         self._lease = preparation.loaded.lease
         self._packed = self._fingerprints()
@@ -180,10 +181,21 @@ class Session:
         return partial(torch.autocast, step.device(self.preparation.batch).type, dtype=self.preparation.loaded.half)
 
     def look(self, name: str) -> None:
-        self.model.eval()
+        with torch.inference_mode() if name == "infer" else torch.no_grad():
+            self._evaluate(self.model)
+
+    @torch.no_grad()
+    def _evaluate(self, model: Any) -> None:
+        model.eval()
         batch = first_rows(self.preparation.batch, self.settings.rows)
-        with torch.inference_mode() if name == "infer" else torch.no_grad(), self._autocast(self.settings)():
-            self.model(**step.feed(self.model, batch))
+        with self._autocast(self.settings)():
+            model(**step.feed(model, batch))
+
+    def adapters_off(self, name: str) -> None:
+        """An evaluation of the base, as for a reference model, where the adapters' library has a switch."""
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                self.look(name)
 
     def generate(self, name: str) -> None:
         if not self.preparation.loaded.generator:
@@ -234,8 +246,19 @@ class Session:
         self.model = copy.deepcopy(self.model, memo)
         self.adapters = {n: memo[id(p)] for n, p in self.adapters.items()}
 
+    def _borne(self) -> frozenset[str]:
+        loaded = self.preparation.loaded
+        if not loaded.copies:
+            return frozenset()
+        return loaded.once("moves", moves.borne, lambda: moves.borne(loaded.copy(), self._evaluate))
+
     def move(self, name: str) -> None:
-        self.model.to(next(self.model.parameters()).device)
+        """Of a caller's own model, which is on as many devices as the caller says, the first alone is asked for again."""
+        if name == "move" and not self.preparation.loaded.copies:
+            self.model.to(next(self.model.parameters()).device)
+        if name in self._moves:
+            move = partial(moves.MOVES[name], self.model, self._evaluate)
+            self.adapters = moves.parameters_after(self.model, self.adapters, move)
 
 
 ACTIONS: Mapping[str, Callable[[Session, str], _Trained | None]] = {
@@ -256,7 +279,8 @@ ACTIONS: Mapping[str, Callable[[Session, str], _Trained | None]] = {
     "batch-one": Session.batch,
     "batch-whole": Session.batch,
     "copy": Session.copy,
-    "move": Session.move,
+    "adapters-off": Session.adapters_off,
+    **dict.fromkeys(moves.MOVES, Session.move),
 }
 STEPS = tuple(ACTIONS)
 

@@ -19,6 +19,7 @@ from kbitcheck.sabotage import (
     freezing,
     gradients,
     layouts,
+    moves,
     precision,
     small_gradients,
     start,
@@ -31,5 +32,5 @@ from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults", "freezing",
-    "gradients", "layouts", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
+    "gradients", "layouts", "moves", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
 ]  # fmt: skip
