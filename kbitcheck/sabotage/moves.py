@@ -34,7 +34,7 @@ def offloaded_weight_spoiled(model: Any) -> None:
 
     def forward(self: Any, x: torch.Tensor) -> Any:
         if hasattr(self, "_hf_hook"):  # accelerate's, which calls this while the weight is there
-            self.weight.data.view(torch.uint8).view(-1)[:1] ^= 1
+            self.weight.data.view(-1)[:8] = 0
         return run(self, x)
 
     subclass(layer, forward=forward)
