@@ -18,10 +18,11 @@ from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.report import FORMATS
 
 ADAPTERS_HELP = f"Adapters: a plain LoRA of the reference's or PEFT's, or a configuration of PEFT's: {', '.join(NAMED)}, or its JSON file."
-IMPL_HELP = "reference, peft, module:function, path/to/file.py:function or REQUIREMENT::module:function (peft==0.13.2)."
-PREPARE_HELP = (
-    "trl, llamafactory, axolotl, swift, or any that `impl` takes; default: peft if installed, else reference."
+IMPL_HELP = (
+    "reference, peft, trl, llamafactory, axolotl, swift, module:function, path/to/file.py:function or REQUIREMENT::module:function"
+    " (peft==0.13.2)."
 )
+PREPARE_HELP = "reference, peft, trl or any other that `impl` takes; default: peft if installed, else reference."
 
 SUITES = ("quick", "full", "composition")
 COLOR = ("auto", "always", "never")
@@ -148,10 +149,16 @@ class Parser(argparse.ArgumentParser):
         if rest:
             name = rest[0].partition("=")[0]
             if name.startswith("-"):
-                self.error(f"No such option: {name}{did_you_mean(name, self._option_string_actions)}")
+                self.error(f"No such option: {name}{self._instead(name)}")
             behind = f"; a command stands behind --: {self.prog} -- {' '.join(rest)}" if self.command_line else ""
             self.error(f"unexpected argument: {rest[0]}{behind}")
         return {n: tuple(v) if isinstance(v, list) else v for n, v in vars(values).items()} | others
+
+    def _instead(self, name: str) -> str:
+        """What may be meant by an option that is none, in parentheses."""
+        if name in ("--prepare", "--impl") and "IMPL" in str(self.usage):  # an option of other commands
+            return f" (write the implementation without an option, as in {self.prog} peft)"
+        return did_you_mean(name, self._option_string_actions)
 
 
 def add_options(parser: Parser, kind: type, command: str, *, full: bool = True) -> None:

@@ -163,6 +163,7 @@ WRONG = [
     (("impl", "good.py:prepare", "and.py:another"), "unexpected argument: and.py:another"),
     (("rules", "KB1O1"), "no rule matches 'KB1O1' (did you mean KB101?)"),
     (("rules", "alwys-kept"), "no rule matches 'alwys-kept' (did you mean KB101 always-kept?)"),
+    (("matrix", "--prepare", "trl"), "write the implementation without an option, as in kbitcheck matrix peft"),
     (("--hlep",), "No such option: --hlep (did you mean --help?)"),
     (("impl", "good.py:prepare", "--quant", "nf5"), "unknown quantization 'nf5' in 'nf5' (did you mean nf4?); known: "),
     (("impl", "good.py:prepar", *ONE), "good.py has no attribute 'prepar' (did you mean prepare?)"),
