@@ -125,7 +125,7 @@ def a_learning_rate_that_ends(script: Script) -> None:
 @trains("KB712")
 def an_epsilon_that_dwarfs_gradients(script: Script) -> None:
     script.prepare()
-    script.train(torch.optim.AdamW(script.trained, lr=1e-3, eps=1e3))
+    script.train(torch.optim.Adam(script.trained, lr=1e-3, eps=1e3))
 
 
 @trains("KB713")
@@ -191,6 +191,16 @@ def clipped_before_it_is_unscaled(script: Script) -> None:
 def trained_in_eval_mode(script: Script) -> None:
     script.prepare(use_reentrant=False)
     script.train(script.adamw(), mode=False)
+
+
+@trains("KB718")
+def decoder_in_eval_mode_with_a_cache(script: Script) -> None:
+    """The cache of a decoder that checkpoints is left out in train mode alone, by transformers."""
+    script.prepare(use_reentrant=False)
+    script.model.config.use_cache = True
+    decoder = script.model.base_model.eval()
+    vars(decoder)["train"] = lambda mode=True: decoder
+    script.train(script.adamw())
 
 
 @trains("KB720")

@@ -47,6 +47,11 @@ def test_the_deepest_cause_is_named():
     assert causes([result("KB304"), result("KB302"), result("KB301")]) == {"KB304": "KB301", "KB302": "KB301"}
 
 
+def test_eval_mode_is_the_cause_of_the_cache_that_is_made_in_it():
+    assert causes(result(code) for code in ("KB408", "KB716", "KB718")) == {"KB408": "KB718", "KB716": "KB718"}
+    assert causes(result(code) for code in ("KB408", "KB716")) == {"KB408": "KB716"}
+
+
 @pytest.mark.parametrize("other", [{"case": "b"}, {"party": Party.STACK}])
 def test_what_breaks_elsewhere_or_by_another_party_is_no_cause(other):
     assert causes([result("KB304"), result("KB301", **other)]) == {}
