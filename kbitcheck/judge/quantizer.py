@@ -18,6 +18,8 @@ FRONT = re.compile(
     re.IGNORECASE,
 )
 
+BY_TRANSFORMERS = "the installed transformers' own reading of the list"
+
 
 def _of_model(where: str, expected: str, actual: str, witness: str, *, ok: bool) -> Observation:
     return Observation(where, expected, actual, ok=ok, party=Party.MODEL, witness=witness)
@@ -44,15 +46,20 @@ def no_zero_rows(facts: Facts) -> Iterable[Observation]:
 def skip_list_honoured(facts: Facts) -> Iterable[Observation]:
     """What was requested to stay unquantized does, with all that is in it, and no other linear layer does for its name's sake.
 
-    A requested name stands for every module of this name. Names that are patterns are not judged.
+    A requested name stands for every module of this name. Names that are patterns are not judged. Of a checkpoint that is
+    quantized already the list is its own (``modules_to_not_convert``), and what is judged is how the installed transformers reads it.
 
     Why: transformers 5 reads such lists otherwise than 4 did: a name matches from the beginning of a module's path, or at its
     end. ``vision_tower`` no longer matches ``model.vision_tower.encoder``, and ``proj`` skips every ``o_proj``.
-    Symptom: a vision tower that is quantized although it was listed, or a "4-bit" model that is hardly smaller.
-    Fix: write the whole path, ``model.vision_tower``, or a pattern, ``.*vision_tower``.
+    Symptom: a vision tower that is quantized although it was listed, or a "4-bit" model that is hardly smaller; of a checkpoint,
+    weights that are reported missing, or a tower with random weights.
+    Fix: write the whole path, ``model.vision_tower``, or a pattern, ``.*vision_tower``; of a checkpoint into its ``config.json``.
     Sources: transformers#42455, transformers#42711, unsloth#4208.
     """
     base = facts.base
+    if facts.quantizer.left_out:
+        yield from _list_of_checkpoint(facts)
+        return
     named = [name for name in facts.quantizer.skip if not PATTERN.search(name)]
     if not named:
         raise NotApplicable("no module was requested by name to stay unquantized")
@@ -67,6 +74,20 @@ def skip_list_honoured(facts: Facts) -> Iterable[Observation]:
         if cause and not requested and module.cls in LINEAR and module.name not in base.heads:
             actual = f"left out: its name ends with {cause}"
             yield _of_model(module.name, "quantized", actual, "its type", ok=False)
+
+
+def _list_of_checkpoint(facts: Facts) -> Iterator[Observation]:
+    """How transformers reads a checkpoint's own list of what is not quantized."""
+    named = [name for name in facts.quantizer.listed if not PATTERN.search(name)]
+    yield Observation("the checkpoint's list", "read", f"{len(facts.quantizer.left_out)} layers looked at", ok=True)
+    for layer, entry in facts.quantizer.left_out.items():
+        requested = next((name for name in named if f".{name}." in f".{layer}."), "")
+        if requested and not entry:
+            expected = f"unquantized, as the checkpoint's list says ({requested})"
+            yield _of_model(layer, expected, "a packed weight is looked for", BY_TRANSFORMERS, ok=False)
+        elif entry and not requested and not PATTERN.search(entry) and layer not in facts.base.heads:
+            actual = f"left out: its name ends with {entry}"
+            yield _of_model(layer, "quantized", actual, BY_TRANSFORMERS, ok=False)
 
 
 @rule("KB910", "never-quantized", Level.SHOULD)

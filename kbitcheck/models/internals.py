@@ -7,6 +7,7 @@ when one moves.
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from transformers.quantizers import auto, base
 from transformers.utils.quantization_config import QuantizationMethod
 
 from kbitcheck.backends import registry
+
+# Where the methods that ask transformers' common function list the modules that they leave out.
+SKIP_KEYS = ("modules_to_not_convert", "llm_int8_skip_modules")
 
 
 def mapped_class(auto: str, config: PretrainedConfig) -> Any:
@@ -125,6 +129,20 @@ def method_fields(name: str) -> dict[str, Any]:
 def quantization_config(config: Mapping[str, Any]) -> Any:
     """The object that transformers makes of a ``quantization_config``."""
     return auto.AutoQuantizationConfig.from_dict(dict(config))
+
+
+def skip_list(model: nn.Module, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that a ``quantization_config`` leaves out, by the names under which transformers looks for them in a model."""
+    kind, settings = quantizer_of(config), SimpleNamespace(**config)
+    with suppress(Exception):  # a package is missing: the fields are those of the file
+        settings = quantization_config(config)
+    named = next((list(getattr(settings, key)) for key in SKIP_KEYS if getattr(settings, key, None)), [])
+    if named and hasattr(kind, "_normalize_modules_to_not_convert"):  # of FP8, 5.23
+        quantizer = object.__new__(kind)
+        quantizer.quantization_config = SimpleNamespace(modules_to_not_convert=named)
+        quantizer._normalize_modules_to_not_convert(model)
+        named = quantizer.quantization_config.modules_to_not_convert
+    return tuple(dict.fromkeys(map(str, named)))
 
 
 def mark_quantized(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What transformers says of its quantization methods on this machine: each quantizer is asked, nothing is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kbitcheck.backends import registry
@@ -44,6 +44,15 @@ def _unpacked(config: Mapping[str, Any], settings: Any, *, refused: bool) -> str
         return "loading"
     backend = registry.of_method(config)
     return backend.unpacked_by if backend is not None else ""
+
+
+def matching() -> Callable[[str, str], bool] | None:
+    """Whether transformers takes an entry of a skip list for a module's name; None before transformers 5, where each method has its own."""
+    try:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+    except ImportError:
+        return None
+    return lambda entry, name: not should_convert_module(name, [entry])
 
 
 class _Open:

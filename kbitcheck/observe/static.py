@@ -80,7 +80,7 @@ class StaticCase(OpenCase):
         spec = as_loaded(spec, self.base)
         super().__init__(spec)
         described = _described(source, spec)
-        self.quantizer = of_checkpoint(described, spec, self.base)
+        self.quantizer = of_checkpoint(described, spec, self.base, self._model)
         self.why = "; ".join(["no weights were read", *_of_method(source, spec, self.quantizer, described)])
         self.remote_code = source.remote_code
         self._trained = self._unpacked() if described else self.base

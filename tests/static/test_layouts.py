@@ -242,3 +242,54 @@ def test_a_skip_list_that_is_not_honoured_is_told_of(skip: str) -> None:
     assert all(skip in failure.where for failure in result.failures)
     path = CaseSpec(model="tiny:llava", quant=f"nf4,skip=model.{skip}", implementation="peft", static="always")
     assert judged(StaticCase(path, source_of(path, static="always")), "KB909").status is Status.PASS
+
+
+LISTED: list[tuple[dict[str, Any], str]] = [
+    ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, "modules_to_not_convert"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "modules_to_not_convert"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "llm_int8_skip_modules"),
+]
+
+
+@pytest.mark.transformers5("before it, a name matches in the middle of a path")
+@pytest.mark.parametrize(
+    ("described", "key"), LISTED, ids=lambda each: each["quant_method"] if isinstance(each, dict) else ""
+)
+@pytest.mark.parametrize(
+    ("listed", "failing"),
+    [
+        (["model.layers.0.mlp"], []),
+        ([r"model\.layers\.\d+\.mlp", "lm_head"], []),
+        (["q_proj"], []),
+        (["mlp"], ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),  # in the middle of a path
+        (["p_proj"], ["mlp.up_proj"]),  # at the end of names that it is not
+    ],
+)  # fmt: skip
+def test_a_checkpoints_own_list_is_judged_as_transformers_reads_it(
+    static: Any, described: Mapping[str, Any], key: str, listed: list[str], failing: list[str]
+) -> None:
+    result = judged(static(LLAMA, {**described, key: listed}), "KB909")
+    assert result.status is (Status.FAIL if failing else Status.PASS)
+    places = {failure.where for failure in result.failures}
+    assert all(f"model.layers.1.{name}" in places for name in failing)
+    assert len(places) == 2 * len(failing)  # of two blocks
+
+
+@pytest.mark.transformers5("before it, a name matches in the middle of a path")
+def test_a_list_in_the_checkpoints_names_is_judged_by_the_models(static: Any) -> None:
+    """transformers renames FP8's entries as it renames weights, and other methods' not."""
+    llava = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": "bfloat16",
+        "text_config": {**LLAMA, "hidden_size": 64, "intermediate_size": 64},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+    }  # fmt: skip
+    awq, fp8 = LISTED[0][0], LISTED[1][0]
+    listed = {"modules_to_not_convert": ["language_model.model.layers.1.mlp", "lm_head"]}
+    result = judged(static(llava, {**awq, **listed}), "KB909")
+    assert {failure.where for failure in result.failures} == {
+        f"model.language_model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    assert judged(static(llava, {**fp8, **listed}), "KB909").status is Status.PASS

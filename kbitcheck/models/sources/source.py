@@ -87,7 +87,7 @@ class Source:
 
         self._same_quantization(quant)
         model = loading.load(self.checkpoint, None if self.quant else self._complete(quant), self._options(device))
-        return self.finished(model, quant.skip)
+        return self.finished(model, () if self.quant else quant.skip)  # KB909 tells of a checkpoint's own list
 
     def load_unquantized(self) -> PreTrainedModel:
         """The model as its checkpoint has it, in its own dtype, on the CPU."""
@@ -104,7 +104,7 @@ class Source:
         self._same_quantization(quant)
         own = Quantization.parse(self.quant) if self.quant else self._complete(quant)
         model = meta.build(self.config, own, self._options("cpu"), quantized=self.quant is not None, drawn=self.drawn)
-        return self.finished(model, quant.skip)
+        return self.finished(model, () if self.quant else quant.skip)  # KB909 tells of a checkpoint's own list
 
     def reload(self, folder: Path | str, device: str = "cpu") -> PreTrainedModel:
         """A quantized model of this kind as ``save_pretrained`` left it in ``folder``."""

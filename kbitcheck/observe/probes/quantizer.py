@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import ModelFacts, QuantizerFacts
 from kbitcheck.core.methods import Loading, Treatment
-from kbitcheck.models.methods import loading
+from kbitcheck.models.internals import renaming, skip_list
+from kbitcheck.models.methods import loading, matching
 from kbitcheck.observe.probes.treatment import PEFT, peft_function, treatment
 
 HALF_BYTES = 2
+LINEAR = ("Linear", "Conv1D")
 
 
 def of_model(model: Any, quant: str, facts: ModelFacts) -> QuantizerFacts:
@@ -25,7 +28,7 @@ def of_model(model: Any, quant: str, facts: ModelFacts) -> QuantizerFacts:
     return _facts(Quantization.parse(quant), facts, answer, None)
 
 
-def of_checkpoint(described: Mapping[str, Any], spec: CaseSpec, facts: ModelFacts) -> QuantizerFacts:
+def of_checkpoint(described: Mapping[str, Any], spec: CaseSpec, facts: ModelFacts, model: Any) -> QuantizerFacts:
     """Of a model without weights: what transformers says of a ``quantization_config``; by default of the spec's own."""
     quant = Quantization.parse(spec.quant)
     config = dict(described)
@@ -36,7 +39,20 @@ def of_checkpoint(described: Mapping[str, Any], spec: CaseSpec, facts: ModelFact
     if not config:
         return _facts(quant, facts, None, None)
     peft = peft_function() if PEFT.match(spec.implementation) else None
-    return _facts(quant, facts, loading(config), treatment(peft, config) if peft else None)
+    seen = _facts(quant, facts, loading(config), treatment(peft, config) if peft else None)
+    return replace(seen, **_left_out(described, facts, model)) if described else seen
+
+
+def _left_out(described: Mapping[str, Any], facts: ModelFacts, model: Any) -> dict[str, Any]:
+    """What a checkpoint's own list leaves out, and what transformers makes of it."""
+    names, matches = skip_list(model, described), matching()
+    if not names or matches is None:
+        return {}
+    linear = [n for n, module in facts.modules.items() if module.cls in LINEAR or n in facts.layers]
+    rename = renaming(model)
+    renamed = [rename(f"{name}.weight")[0].removesuffix(".weight") for name in names] if rename else []
+    left_out = {name: next((each for each in names if matches(each, name)), "") for name in linear}
+    return {"listed": tuple(dict.fromkeys([*names, *renamed])), "left_out": left_out}
 
 
 def _unpacks(buffer: str, facts: ModelFacts) -> bool:
