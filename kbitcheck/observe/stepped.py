@@ -200,16 +200,20 @@ class Stepped:
     def later(self) -> LaterFacts:
         preparation, spec, batch = self._preparation, self._spec, self._loaded.single
         model, _ = attached = preparation.attach(preparation.prepared_copy())
-        how: dict[str, Any] = {"seed": spec.seed, "autocast": preparation.autocast}
-        how["base_evaluates"] = lambda: not forwards.evaluate(self._loaded.copy(), batch, preparation.autocast).raised
+        how: dict[str, Any] = {"autocast": preparation.autocast, "base_evaluates": self._base_evaluates}
         with process_state.effects(model) as effects, kept(model, batch) as bytes_kept:
-            first, *looks = soak(attached, batch, steps=SOAKED, entropy=spec.entropy, **how)
+            first, *looks = soak(attached, batch, steps=SOAKED, entropy=spec.entropy, seed=spec.seed, **how)
         return LaterFacts(
             looks={place: self._distances(look, first[1]) for place, look in looks},
             checkpoints={place: len(look.facts.checkpoints) for place, look in (first, *looks)},
             kept=bytes_kept[0],
             effects=effects,
         )
+
+    def _base_evaluates(self) -> bool:
+        """Whether the unprepared base does, with the same adapters: some models' own code sets a layer's weight where it evaluates."""
+        base, _ = self._preparation.attach(self._loaded.copy())
+        return not forwards.evaluate(base, self._loaded.single, self._preparation.autocast).raised
 
     blockwise = Fact[BlockwiseFacts](lambda self: self._whole_batch.facts, cost=Cost(needs=("_whole_batch",)))
     single_blockwise = Fact[BlockwiseFacts](

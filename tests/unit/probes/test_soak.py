@@ -37,6 +37,19 @@ def test_a_base_that_does_not_evaluate_is_looked_at_without_evaluations() -> Non
     assert {distance.equal for look in later.looks.values() for distance in look.values()} == {True}
 
 
+def _sets_a_weight(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not self.training:
+        self.mlp.down_proj.weight = self.mlp.down_proj.weight
+    return super(type(self), self).forward(*args, **kwargs)
+
+
+def test_a_base_whose_own_code_sets_a_weight_does_not_evaluate_with_adapters() -> None:
+    """As RWKV's, which rescales weights where it evaluates: no module with an adapter lets it."""
+    case = _case(prepare_model_for_kbit_training, lambda model: subclass(blocks(model)[0], forward=_sets_a_weight))
+    assert {distance.equal for look in case.later.looks.values() for distance in look.values()} == {True}
+    assert case.left_by_evaluation == 0
+
+
 def test_what_an_evaluation_leaves_is_unknown_of_such_a_base() -> None:
     with pytest.raises(Unavailable, match="the unprepared base does not evaluate, either: RuntimeError: no evaluation"):
         _ = _case(prepare_model_for_kbit_training, _no_evaluation).left_by_evaluation
