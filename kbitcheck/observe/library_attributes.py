@@ -3,6 +3,8 @@
 import operator
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -14,27 +16,70 @@ UNWATCHED = frozenset(
 )
 CACHED = "_cached_value"  # what transformers' classes have found out of themselves, such as whether they hold experts
 
-Attributes = Mapping[type | ModuleType, Mapping[str, Any]]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registry:
+    """A dictionary of functions or classes that a library looks up by name, such as its losses and kinds of attention."""
+
+    owner: type | ModuleType
+    name: str
+
+    @property
+    def entries(self) -> dict[Any, Any]:
+        """The dictionary that stands there now."""
+        return dict(dict.items(vars(self.owner)[self.name]))
+
+
+Owner = type | ModuleType | Registry
+Attributes = Mapping[Owner, Mapping[Any, Any]]
 ABSENT = object()
 
 
 def _libraries_watched() -> list[str]:
     """Top-level names of the packages that training rests on: the stack and every backend's library."""
-    return ["torch", "transformers", "accelerate", *(backend.name for backend in registry.registered())]
+    return ["torch", "transformers", "accelerate", "peft", *(backend.name for backend in registry.registered())]
 
 
 def attributes(*, of: Iterable[type | ModuleType] = (), libraries: bool = True) -> Attributes:
-    """The attributes of the classes and modules ``of`` and, with ``libraries``, of the libraries' modules and classes."""
+    """The attributes of classes and modules: ``of`` and, with ``libraries``, all of the libraries'; their registries in any case."""
     owners: dict[type | ModuleType, None] = dict.fromkeys(of)
+    watched = _libraries_watched()
+    modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
     if libraries:
-        watched = _libraries_watched()
-        modules = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in watched and isinstance(m, ModuleType)]
         for module in modules:
             owners[module] = None
             for item in list(vars(module).values()):
                 if issubclass(type(item), type) and item not in owners and item.__module__.split(".")[0] in watched:
                     owners[item] = None
-    return {owner: vars(owner).copy() for owner in owners}
+    registries: dict[int, Registry] = {}  # by identity: modules import each other's
+    for module in modules:
+        registries |= _registries(module)
+    held: dict[Owner, Mapping[Any, Any]] = {
+        registry: registry.entries for registry in registries.values() if registry.name in vars(registry.owner)
+    }
+    return held | {owner: vars(owner).copy() for owner in owners}
+
+
+@cache
+def _registries(module: ModuleType) -> Mapping[int, Registry]:
+    """Those of a module and its classes, by identity; none of torch, whose compiler fills its tables of operators as it runs.
+
+    They are read as plain dictionaries: those of transformers import a model for each value that they are asked for.
+    """
+    if module.__name__.split(".")[0] == "torch":
+        return {}
+    items = list(vars(module).values())
+    own = [item for item in items if issubclass(type(item), type) and item.__module__ == module.__name__]
+    return {
+        id(value): Registry(owner, name)
+        for owner in (module, *own)
+        for name, value in list(vars(owner).items())
+        if isinstance(value, dict) and not name.startswith("__") and any(map(callable, dict.values(value)))
+    }
+
+
+def _contents(owner: Owner) -> Mapping[Any, Any]:
+    return owner.entries if isinstance(owner, Registry) else vars(owner)
 
 
 def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
@@ -45,7 +90,7 @@ def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
     """
     changed: dict[str, tuple[str, str]] = {}
     for owner, old in before.items():
-        new = vars(owner)
+        new = _contents(owner)
         if len(old) == len(new) and all(map(operator.is_, old.values(), new.values())):
             continue
         then, now = (_watched(owner, attributes) for attributes in (old, new))
@@ -54,7 +99,8 @@ def replaced(before: Attributes) -> dict[str, tuple[str, str]]:
                 if isinstance(owner, type):
                     changed[f"{_name(owner)}.{name}"] = ("absent", "added")
             elif then[name] is not now.get(name, ABSENT):
-                changed[f"{_name(owner)}.{name}"] = ("original", _how(now[name]) if name in now else "removed")
+                entry = f"[{name!r}]" if isinstance(owner, Registry) else f".{name}"
+                changed[f"{_name(owner)}{entry}"] = ("original", _how(now[name]) if name in now else "removed")
     return dict(sorted(changed.items()))
 
 
@@ -76,9 +122,9 @@ def classes_of(model: Any) -> set[type]:
     return {c for t in types for c in t.__mro__ if c is not object} | ({type(config)} if config is not None else set())
 
 
-def _watched(owner: type | ModuleType, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a module what can be called, of a class all but plain numbers, which are counters; booleans are watched."""
-    if isinstance(owner, ModuleType):
+def _watched(owner: Owner, attributes: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Of a module or registry what can be called, of a class all but plain numbers, which are counters; booleans are watched."""
+    if isinstance(owner, ModuleType | Registry):
         return {n: a for n, a in attributes.items() if callable(a)}
     return {
         n: a
@@ -87,5 +133,7 @@ def _watched(owner: type | ModuleType, attributes: Mapping[str, Any]) -> dict[st
     }
 
 
-def _name(owner: type | ModuleType) -> str:
+def _name(owner: Owner) -> str:
+    if isinstance(owner, Registry):
+        return f"{_name(owner.owner)}.{owner.name}"
     return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"

@@ -12,7 +12,6 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import BlockwiseFacts
 from kbitcheck.observe.drawn_batch import against_plain, drawn_batch, unless_base_raises
-from kbitcheck.observe.library_attributes import attributes, replaced
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes.gap import gap
 
@@ -87,14 +86,3 @@ def test_a_fresh_adapter_s_first_matrix_is_compared_where_its_second_has_a_gradi
     plain: dict[str, Tensor | None] = dict.fromkeys(names, one)
     seen = against_plain({names[0]: None, names[1]: one}, plain, usual, blockwise)
     assert {name: distance.equal for name, distance in seen.items()} == dict(zip(names, (False, True), strict=True))
-
-
-def test_what_a_class_has_found_out_of_itself_is_no_patch_of_it() -> None:
-    class Model:
-        shared: bool
-
-    before = attributes(of=[Model], libraries=False)
-    Model._can_hold_experts_cached_value = False  # type: ignore[attr-defined]
-    assert replaced(before) == {}
-    Model.shared = False
-    assert list(replaced(before)) == [f"{Model.__module__}.{Model.__qualname__}.shared"]
