@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kbitcheck.core.report import Report
 from kbitcheck.core.version import TOOL
@@ -16,8 +15,7 @@ TOGETHER = f"{CASE}, all ranks"
 FAMILY = "ranks"  # of the rules that compare processes
 
 
-@dataclass(frozen=True, slots=True)
-class Rank:
+class Rank(NamedTuple):
     """The report of one process, and what it holds of what trains (``Replica``), as data."""
 
     report: Report

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
@@ -24,8 +25,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 PAUSE = 0.25  # seconds between looks for reports
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """How a command ended: its exit code as a shell has it, the report, and why there is none, on one line each."""
 
     code: int

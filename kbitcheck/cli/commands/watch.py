@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 from kbitcheck.cli.console import echo, say
 from kbitcheck.cli.options import JudgeOptions, at_least, choice, command_line, option, split_codes
-from kbitcheck.cli.show_report import text_of
 from kbitcheck.core.cases import Profile
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.report import Report
 from kbitcheck.core.training import STEPS
 from kbitcheck.report import verdict
-from kbitcheck.report.output_file import OutputFile
 from kbitcheck.run import watched_command
 from kbitcheck.run.watch_settings import Settings
 
@@ -31,7 +29,12 @@ def run(options: Options) -> int:
     """Run a command with the watcher inside; returns its exit code, or the report's where that is 0."""
     if not options.command:
         raise UsageError("write the command after --: kbitcheck watch -- python train.py")
-    output = OutputFile(options.output) if options.output else None
+    # What only a report needs is imported for one: a script without a quantized model pays for none of it.
+    output = None
+    if options.output:
+        from kbitcheck.report.output_file import OutputFile
+
+        output = OutputFile(options.output)
     settings = Settings(
         steps=options.steps,
         select=split_codes(options.select),
@@ -44,6 +47,8 @@ def run(options: Options) -> int:
     def show(report: Report) -> None:
         if output is None and options.quiet:
             return
+        from kbitcheck.cli.show_report import text_of
+
         text = text_of(report, options, terminal=False)
         echo(text) if output is None else output.write(text)
 
