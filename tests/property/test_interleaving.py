@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from bitsandbytes.functional import has_avx512bf16
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -49,16 +48,13 @@ def faulty(outcome):
 
 
 def machine(case):
-    # transformers 4 moves no 8-bit model, prepared or not.
-    refused = ("move",) if case.spec.quant == "int8" and transformers.__version__.startswith("4.") else ()
-
     class Interleaving(RuleBasedStateMachine):
         @initialize()
         def load(self):
             self.session = case.session()
             self.program = []
 
-        @rule(name=st.sampled_from([s for s in STEPS if s != "train" and s not in refused]))
+        @rule(name=st.sampled_from([s for s in STEPS if s != "train"]))
         def step(self, name):
             self.do(name)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kbitcheck.backends.quantization import Quantization
@@ -33,6 +34,8 @@ def evaluate(model: Any, *, batch: Any) -> None:
 )  # fmt: skip
 def test_what_libraries_do_not_let_the_base_do_is_not_asked_of_a_prepared_model(quant: str, moves: set[str]) -> None:
     """As docs/findings/accelerate_offload_4bit.py and int8_state_dict.py show."""
+    if quant == "int8" and transformers.__version__.startswith("4."):  # which moves no 8-bit model
+        moves = moves - {"move"}
     source = shallow("tiny:gpt2")
     base = source.load(Quantization.parse(quant))
     assert borne(base, partial(evaluate, batch=source.batch(base))) == moves
