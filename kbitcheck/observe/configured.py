@@ -15,15 +15,13 @@ from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable, UsageError, cause
 from kbitcheck.core.suggest import did_you_mean
 from kbitcheck.core.training import Training
-from kbitcheck.observe.meant_to_train import owned, thaw, with_own_numbers
+from kbitcheck.observe.meant_to_train import CONSTANTS, owned, thaw, with_own_numbers
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.adapters import SPREAD, Attached, attach, linear_layers, noise
 
 ROTATIONS = ("OFT", "BOFT")  # whose size is that of blocks; a rank is another way to name it
 # Of what starts at other numbers than zero and is not drawn, each is multiplied by one and this much noise.
 STIR = 0.1
-# AdaLoRA's count of ranks: a frozen parameter, which PEFT makes anew, and trainable, where it casts it. It is frozen again.
-CONSTANTS = ("ranknum",)
 
 
 def configuration(fields: Mapping[str, Any], layers: Sequence[str], rank: int) -> Any:
@@ -66,7 +64,7 @@ def put_on(model: nn.Module, config: Any, seed: int) -> Attached:
 
     with switches.seeded(seed, {}):
         wrapped: Any = get_peft_model(model, config)
-    constants = {n: p for n, p in wrapped.named_parameters() if set(CONSTANTS) & set(n.split("."))}
+    constants = {n: p for n, p in wrapped.named_parameters() if CONSTANTS & set(n.split("."))}
     for constant in constants.values():
         constant.requires_grad_(False)
     return Attached(wrapped, {n: p for n, p in owned(wrapped).items() if n not in constants})

@@ -13,14 +13,17 @@ from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
 from kbitcheck.observe.twin.wide_parameter import Widened
 
+# AdaLoRA's count of ranks: a frozen parameter, which PEFT makes anew, and trainable, where it casts it.
+CONSTANTS = frozenset({"ranknum"})
+
 
 def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name: adapters' and ``declared`` ones; a second adapter that rests is no part of it."""
+    """The parameters that train, by name: adapters' and ``declared`` ones; a second adapter that rests is no part of it, nor is a constant."""
     adapters = adapter_parameters(model)
     ids = {**adapters, **{id(p): p for p in (declared or {}).values()}}
     if adapters:
         ids |= enabled_biases(model, ids)
-    resting = _resting(model)
+    resting = _resting(model) | CONSTANTS
     return {
         name: parameter
         for name, parameter in model.named_parameters()
