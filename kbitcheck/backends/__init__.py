@@ -63,6 +63,11 @@ def emptied_schemes(model: nn.Module) -> set[str]:
     return {scheme for _, _, scheme in emptied_layers(model)}
 
 
+def promises_upcast(module: nn.Module) -> bool:
+    """Whether preparations promise float32 around a quantized layer, by its backend."""
+    return _holder(module).promises_upcast
+
+
 def recognition(module: nn.Module) -> Recognition:
     """What its backend says of a quantized layer."""
     return _holder(module).recognition

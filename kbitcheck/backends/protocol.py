@@ -199,6 +199,8 @@ class Backend:
     stored_state: ClassVar[str] = ""
     # Why checkpoints of this backend get the static audit alone; empty where they are loaded and run.
     static_only: ClassVar[str] = ""
+    # Whether preparations promise float32 around its layers: if not, casting what is there and leaving it are both right.
+    promises_upcast: ClassVar[bool] = False
     # What turns all of a model's packed weights into plain numbers for good, however it was loaded; empty where nothing does.
     unpacked_by: ClassVar[str] = ""
 

@@ -29,7 +29,7 @@ from kbitcheck.observe.meant_to_train import require_declared
 from kbitcheck.observe.planning import forecast_alone, planned
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes.snapshot import snapshot
-from kbitcheck.observe.recipe import recipe_of_call, settled, takes_one_dtype
+from kbitcheck.observe.recipe import promises_upcast, recipe_of_call, settled, takes_one_dtype
 from kbitcheck.observe.stages import Called
 from kbitcheck.observe.static import StaticCase
 
@@ -162,7 +162,7 @@ def open_live(
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
     function, imported = implementation.function, implementation.imported
     _ = loaded.adapters.configured(spec)  # raises where PEFT has no such adapters
-    if spec.profile != "auto" and not takes_one_dtype(loaded.facts):
+    if spec.profile != "auto" and not takes_one_dtype(loaded.facts) and promises_upcast(loaded.facts):
         return Case(spec, function, loaded, imported=imported)
     called = Called(Preparation(spec, function, loaded))
     prepared = snapshot(called.left)

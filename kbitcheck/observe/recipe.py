@@ -26,6 +26,11 @@ def takes_one_dtype(base: ModelFacts) -> bool:
     return any(layer.fixed in HALF for layer in base.layers.values())
 
 
+def promises_upcast(base: ModelFacts) -> bool:
+    """Whether preparations promise float32 around the base's quantized layers; elsewhere each has a recipe of its own."""
+    return all(layer.promises_upcast for layer in base.layers.values())
+
+
 def as_loaded(spec: CaseSpec, base: ModelFacts) -> CaseSpec:
     """The spec under the profile that casts nothing, where nothing need be cast."""
     return dataclasses.replace(spec, profile=AS_LOADED) if takes_one_dtype(base) else spec

@@ -33,6 +33,7 @@ class BitsAndBytes(Backend):
     name = "bitsandbytes"
     method = "bitsandbytes"
     libraries = ("bitsandbytes",)
+    promises_upcast = True
     replaces = ("Linear", "Conv1D")
     stored_state = (
         r"(?P<weight>.+)\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__\w+|SCB|weight_format)"

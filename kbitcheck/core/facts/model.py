@@ -47,7 +47,8 @@ class LayerFacts:
     ``input_ulp`` is the relative distance of the numbers that its input is rounded to, 0 where ``compute`` is no finer.
     ``zero_rows`` counts the rows of the unpacked weight whose norm is zero or subnormal in its dtype; None without numbers.
 
-    ``fixed`` is the one dtype that it takes, of inputs or of a bias; "" where it takes any.
+    ``fixed`` is the one dtype that it takes, of inputs or of a bias; "" where it takes any. ``promises_upcast`` says that
+    preparations promise float32 around such layers.
     ``laid_out_before`` digests the packed weight as it was before the library's own forward laid it out anew; "" where none did.
     """
 
@@ -67,6 +68,7 @@ class LayerFacts:
     input_ulp: float = 0.0
     zero_rows: int | None = None
     fixed: str = ""
+    promises_upcast: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,6 +144,7 @@ def layer(name: str, module: nn.Module) -> LayerFacts:
         rounds_input=arithmetic.rounds_input(module),
         input_ulp=arithmetic.input_ulp(module),
         fixed=str(arithmetic.fixed_dtype(module) or "").removeprefix("torch."),
+        promises_upcast=backends.promises_upcast(module),
         state=state,
         dequantized=unpacked.digest,
         zero_rows=unpacked.zero_rows,
