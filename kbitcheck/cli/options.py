@@ -255,7 +255,7 @@ class RunOptions(JudgeOptions):
         "Gradient checkpointing; repeatable.", (), Checkpointing, key="checkpointing"
     )
     profile: Profile = choice(
-        "The dtypes that the preparation promises; by default PEFT's, or a trainer's own.", None, Profile, key="profile"
+        "The dtypes it promises; by default PEFT's, or a trainer's own.", None, Profile, key="profile"
     )
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto", metavar="DEVICE")
     adapters: str = option(

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -47,10 +48,12 @@ def run(command: Sequence[str], settings: Settings, *, on_report: Callable[[Repo
         except OSError as error:
             raise UsageError(f"cannot run {command[0]}: {error.strerror}") from None
         shown = False
+        # A wait with a timeout would sleep for up to 50 ms after the command has ended.
+        ending = threading.Thread(target=process.wait, daemon=True)
+        ending.start()
         with _forwarding(process):
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(PAUSE)
+            while ending.is_alive():
+                ending.join(PAUSE)
                 if not shown and (each := ranks.read(folder)) and len(each) >= each[0].ranks:
                     shown = True
                     on_report(ranks.merged(each, settings))
