@@ -97,6 +97,21 @@ def test_a_cut_layer_is_caught() -> None:
     assert failing(damaged(cut), ["KB303"]) == {"KB303"}
 
 
+@pytest.mark.parametrize(
+    ("widened", "broken"), [((), set()), (("layers.0.input_layernorm",), {"KB215"})], ids=["none", "one-of-many"]
+)
+def test_no_upcast_is_promised_around_it_but_one_recipe_is(widened: tuple[str, ...], broken: set[str]) -> None:
+    def prepare(model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None) -> Any:
+        model.requires_grad_(False)
+        for name in widened:
+            model.model.get_submodule(name).float()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": True})
+        model.enable_input_require_grads()
+        return model
+
+    assert failing(prepare, ["KB201", "KB202", "KB209", "KB215", "KB304"]) == broken
+
+
 def test_help_and_errors_name_its_scheme() -> None:
     assert "rowwise-int8, then skip=MODULE" in usage()
     assert BACKEND in registry.registered()
