@@ -99,6 +99,24 @@ class CaseSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WitnessSpec(CaseSpec):
+    """The case of a witness, which draws what the case draws that it is a witness of."""
+
+    draws: str
+
+    @property
+    def entropy(self) -> str:
+        """That of the other case."""
+        return self.draws
+
+    @classmethod
+    def of(cls, spec: CaseSpec, *, implementation: str, checkpointing: str) -> Self:
+        """The same case with another preparation, in a mode of its own."""
+        same = {**spec.as_json(), "implementation": implementation, "checkpointing": checkpointing}
+        return cls(**{**same, "draws": spec.entropy})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
     """A preparation function and where it comes from. ``line`` is 0 where the source is not known.
 

@@ -9,12 +9,12 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from kbitcheck import backends
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, WitnessSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import (
     HALF,
@@ -317,7 +317,7 @@ class Case(OpenCase):
 
     def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:
         """The same case with another preparation, which the cases of a base share: it hangs on none of theirs."""
-        spec = dataclasses.replace(self.spec, implementation=function.__name__, checkpointing=cast(Any, checkpointing))
+        spec = WitnessSpec.of(self.spec, implementation=function.__name__, checkpointing=checkpointing)
         return self._loaded.witness(spec, lambda: Case(spec, function, self._loaded))
 
     def cut_behind(self, reads: Set[str]) -> str:

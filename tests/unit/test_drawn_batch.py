@@ -1,5 +1,6 @@
 """A batch is drawn that the base runs on, and only what hangs on it is said of it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.cases import CaseSpec, WitnessSpec
 from kbitcheck.core.errors import Unavailable
 from kbitcheck.core.facts import BlockwiseFacts
+from kbitcheck.models.inputs.drawn import Conditions
 from kbitcheck.observe.drawn_batch import against_plain, drawn_batch, unless_base_raises
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes.gap import gap
@@ -86,3 +88,13 @@ def test_a_fresh_adapter_s_first_matrix_is_compared_where_its_second_has_a_gradi
     plain: dict[str, Tensor | None] = dict.fromkeys(names, one)
     seen = against_plain({names[0]: None, names[1]: one}, plain, usual, blockwise)
     assert {name: distance.equal for name, distance in seen.items()} == dict(zip(names, (False, True), strict=True))
+
+
+def test_a_witness_draws_what_its_case_draws() -> None:
+    case = replace(SPEC, checkpointing="reentrant")
+    witness = WitnessSpec.of(case, implementation="cast_alone", checkpointing="off")
+    assert (witness.model, witness.checkpointing, witness.implementation) == (case.model, "off", "cast_alone")
+    like: dict[str, Any] = {"limit": 1024, "large": False}
+    assert Conditions.of_case(witness, **like) == Conditions.of_case(case, **like)
+    assert Conditions.of_case(replace(case, checkpointing="off"), **like) != Conditions.of_case(case, **like)
+    assert replace(witness, profile="qlora").entropy == case.entropy

@@ -110,12 +110,15 @@ def test_a_report_has_the_figures_of_a_fact_that_another_fact_needed() -> None:
     assert not case.computed
 
 
-def test_the_cases_of_a_base_share_its_witnesses_but_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bare(**options: Any) -> Facts:
-        spec = CaseSpec(model="tiny:gpt2", quant="nf4", implementation="reference", **options)
+def test_the_cases_of_a_base_that_draw_alike_share_its_witnesses_but_of_a_large_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def bare(implementation: str = "reference", **options: Any) -> Facts:
+        spec = CaseSpec(model="tiny:gpt2", quant="nf4", implementation=implementation, **options)
         return open_case(spec, load("reference")).bare
 
-    assert bare(checkpointing="reentrant") is bare(checkpointing="off")
+    assert bare() is bare("of somebody else")
+    assert bare(checkpointing="reentrant") is not bare(checkpointing="off")  # whose batches are others
     assert bare(profile="qlora") is not bare()
     monkeypatch.setattr(machine, "LARGE_BYTES", 0)
     assert bare(profile="frozen-half") is not bare(profile="frozen-half")
