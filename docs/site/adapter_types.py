@@ -19,12 +19,15 @@ from kbitcheck.backends import registry
 from kbitcheck.core.adapters import NAMED, PREFIX
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.profile import AS_LOADED
 from kbitcheck.core.result import Status
 from kbitcheck.core.rule import judge, select
 from kbitcheck.models.load import quiet
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
+from kbitcheck.observe.recipe import promises_upcast
+from kbitcheck.report.parts.limits import SHORT
 from kbitcheck.run.subject import load
 
 DATA = Path(__file__).parents[1] / "adapter-types"
@@ -65,8 +68,9 @@ def base(scheme: str) -> Loaded:
 def cell(loaded: Loaded, scheme: str, adapters: str) -> str:
     prepare = load("peft").function
     spec = CaseSpec(
-        model=MODEL, quant=scheme, implementation="peft", checkpointing="reentrant", adapters=adapters, cut="never"
-    )
+        model=MODEL, quant=scheme, implementation="peft", checkpointing="reentrant", adapters=adapters, cut="never",
+        profile="peft" if promises_upcast(loaded.facts) else AS_LOADED,  # PEFT casts nothing around torchao's layers
+    )  # fmt: skip
     case = Case(spec, prepare, loaded)
     try:
         results = [judge(rule, case) for rule in select(RULES)]
@@ -84,7 +88,8 @@ def cell(loaded: Loaded, scheme: str, adapters: str) -> str:
 
 def judge_all(scheme: str) -> None:
     """Judge every type on a scheme, and keep what was seen; a cell that these versions have is not judged again."""
-    versions = {name: version(name) for name in ("peft", "transformers", "bitsandbytes", "torch")}
+    packages = ("peft", "transformers", "bitsandbytes", "torch", registry.of_scheme(scheme).name)
+    versions = {name: version(name) for name in dict.fromkeys(packages)}
     file = DATA / f"{scheme}.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     cells: dict[str, str] = before.get("cells", {}) if before.get("versions") == versions else {}
@@ -107,7 +112,7 @@ def page() -> str:
     lines += [f"| adapters | {' | '.join(seen)} |", "|---" * (len(seen) + 1) + "|"]
     names = dict.fromkeys(name for each in seen.values() for name in each["cells"])
     for name in names:
-        cells = [each["cells"].get(name, "not tried").replace("|", "/") for each in seen.values()]
+        cells = [SHORT.text(each["cells"].get(name, "not tried")).replace("|", "/") for each in seen.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, caught: Callable[[torch.Tensor], None]) -> torch.Tensor:
         ctx.caught = caught
-        return x.view_as(x)
+        return x.detach()  # shares memory, and is no view: some adapters add to a layer's output in place
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -1,4 +1,4 @@
-"""What a call replaces in the libraries is seen in every case, not in the first of a process alone."""
+"""What is a patch of a library, and that it is seen in every case, not in the first of a process alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 import transformers
+from transformers.loss import loss_utils
 
+from kbitcheck.observe.library_attributes import attributes, replaced
 from kbitcheck.observe.probes.call import call
 
 
@@ -57,3 +59,25 @@ def test_an_attribute_that_is_added_to_a_class_is_named(monkeypatch: pytest.Monk
 
 def test_a_call_that_replaces_nothing_changes_nothing() -> None:
     assert call(lambda model: model, torch.nn.Linear(1, 1), libraries=True)[1].process == {}
+
+
+def test_what_a_class_has_found_out_of_itself_is_no_patch_of_it() -> None:
+    class Model:
+        shared: bool
+
+    before = attributes(of=[Model], libraries=False)
+    Model._can_hold_experts_cached_value = False  # type: ignore[attr-defined]
+    assert replaced(before) == {}
+    Model.shared = False
+    assert list(replaced(before)) == [f"{Model.__module__}.{Model.__qualname__}.shared"]
+
+
+def test_an_entry_of_a_registry_that_is_replaced_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = attributes(libraries=False)
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", attributes)
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForSomethingNew", attributes)
+    ((name, (was, how)),) = replaced(before).items()
+    assert name.endswith(".LOSS_MAPPING['ForCausalLM']")
+    assert (was, how) == ("original", "replaced by kbitcheck.observe.library_attributes.attributes")
+    monkeypatch.undo()
+    assert replaced(before) == {}
