@@ -31,7 +31,9 @@ def mostly_quantized(facts: Facts) -> Iterable[Observation]:
     Sources: bitsandbytes#1849, bitsandbytes#1965, axolotl#3395.
     """
     if not facts.base.layers and any(tensor.packed for tensor in facts.base.parameters.values()):
-        raise NotApplicable("FSDP holds the packed weights in parts, which do not say how many weights they stand for")
+        raise NotApplicable(
+            "no layer holds its packed weight whole, as under FSDP: how many weights it stands for is not known"
+        )
     packed = sum(layer.in_features * layer.out_features for layer in facts.base.layers.values())
     groups = {g: ts for g, ts in unquantized(facts.base).items() if g not in ("embeddings", "head")}
     sizes = {g: sum(prod(t.shape) for t in ts) for g, ts in groups.items()}

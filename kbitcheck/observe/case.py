@@ -316,7 +316,7 @@ class Case(OpenCase):
             raise Unavailable("the implementation patches the libraries, so that no base in this process is a witness")
 
     def _witness(self, function: Callable[..., Any], checkpointing: str) -> Facts:
-        """The same case with another preparation, which the cases of a base share: it hangs on none of theirs."""
+        """The same case with another preparation, which the cases of a base that draw alike share."""
         spec = WitnessSpec.of(self.spec, implementation=function.__name__, checkpointing=checkpointing)
         return self._loaded.witness(spec, lambda: Case(spec, function, self._loaded))
 

@@ -58,7 +58,8 @@ def _tensors(
     owned, named = {id(p) for p in adapters.values()}, {id(p) for p in declared.values()}
     layers = dict(backends.holders(model))
     packed = {id(backends.recognition(m).packed(m)) for m in layers.values()}
-    packed |= {id(m.weight) for _, m, _ in backends.emptied_layers(model)}  # of a class that FSDP gave it
+    # Of a class that FSDP gave it; where FSDP has flattened it, there is none.
+    packed |= {id(getattr(m, "weight", None)) for _, m, _ in backends.emptied_layers(model)}
     biases = {id(m.bias) for m in layers.values() if getattr(m, "bias", None) is not None}
     return {
         "parameters": {
