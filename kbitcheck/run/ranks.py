@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kbitcheck.core.report import Report
-from kbitcheck.core.version import TOOL
 from kbitcheck.run.watch_settings import CASE, Settings
 
 TOGETHER = f"{CASE}, all ranks"
@@ -39,15 +38,7 @@ def read(folder: Path) -> list[Rank]:
 
 
 def merged(ranks: Sequence[Rank], settings: Settings) -> Report:
-    """One report of all ranks' reports, whose cases are named apart already; of none the report of a run without a quantized model."""
-    if not ranks:
-        subject = {
-            "command": "watch",
-            "ignored": dict(settings.ignore),
-            "steps": 0,
-            "implementation": {"name": "your code"},
-        }
-        return Report(tool=TOOL, environment={}, subject=subject, results=(), blame="own")
+    """One report of all ranks' reports, whose cases are named apart already."""
     reports = [rank.report for rank in ranks]
     first = reports[0]
     cases: dict[str, Any] = {}

@@ -3,76 +3,111 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
 import signal
-import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import Report
-from kbitcheck.run import ranks
 from kbitcheck.run.inject import __file__ as inject
-from kbitcheck.run.watch_settings import Settings
+
+if TYPE_CHECKING:
+    from kbitcheck.core.report import Report
+    from kbitcheck.run.ranks import Rank
 
 VARIABLE = "KBITCHECK_WATCH"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+DEFAULT = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores these, and a command would inherit that
 PAUSE = 0.25  # seconds between looks for reports
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit code as a shell has it, the report, and why there is none, on one line each."""
+    """How a command ended: its exit code as a shell has it, the report, if any, and why there is none, on one line each."""
 
     code: int
-    report: Report
+    report: Report | None
     failed: str = ""
 
 
-def run(command: Sequence[str], settings: Settings, *, on_report: Callable[[Report], None]) -> Ended:
+def run(command: Sequence[str], settings: Mapping[str, Any], *, on_report: Callable[[Report], None]) -> Ended:
     """Run a command unchanged. ``on_report`` gets the report when every process has taken its steps, or at the end.
 
+    ``settings`` are the values of ``Settings``, which only a report needs.
+
     Raises:
-        UsageError: an option is wrong, or the command cannot be run.
+        UsageError: the command cannot be run.
     """
-    settings.validate()
     with tempfile.TemporaryDirectory(prefix="kbitcheck-watch-") as name:
         folder = Path(name)
+        process = _Process(command, _environment(folder, settings))
+        shown = False
+        with _forwarding(process.pid):
+            while not process.ends_within(PAUSE):
+                if not shown and (ranks := _written(folder)) and len(ranks) >= ranks[0].ranks:
+                    shown = True
+                    on_report(_merged(ranks, settings))
+        report = _merged(ranks, settings) if (ranks := _written(folder)) else None
+        failed = "; ".join({path.read_text(encoding="utf-8"): None for path in sorted(folder.glob("failed-*"))})
+    if report is not None and not report.results:
+        report = None
+    if report is not None and not shown:
+        on_report(report)
+    return Ended(process.code, report, failed)
+
+
+def _written(folder: Path) -> list[Rank]:
+    """The processes that have written a report."""
+    if not any(folder.glob("*.json")):  # a script without a quantized model pays for no import of reports
+        return []
+    from kbitcheck.run import ranks
+
+    return ranks.read(folder)
+
+
+def _merged(ranks: Sequence[Rank], settings: Mapping[str, Any]) -> Report:
+    from kbitcheck.run.ranks import merged
+    from kbitcheck.run.watch_settings import Settings
+
+    return merged(ranks, Settings(**settings))
+
+
+class _Process:
+    """A command that runs. ``subprocess`` does the same and takes longer to import than the command to start."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         try:
-            process = subprocess.Popen(list(command), env=_environment(folder, settings))
+            self.pid = os.posix_spawnp(command[0], list(command), environment, setsigdef=DEFAULT)
         except OSError as error:
             raise UsageError(f"cannot run {command[0]}: {error.strerror}") from None
-        shown = False
-        # A wait with a timeout would sleep for up to 50 ms after the command has ended.
-        ending = threading.Thread(target=process.wait, daemon=True)
-        ending.start()
-        with _forwarding(process):
-            while ending.is_alive():
-                ending.join(PAUSE)
-                if not shown and (each := ranks.read(folder)) and len(each) >= each[0].ranks:
-                    shown = True
-                    on_report(ranks.merged(each, settings))
-        report = ranks.merged(ranks.read(folder), settings)
-        failed = "; ".join({path.read_text(encoding="utf-8"): None for path in sorted(folder.glob("failed-*"))})
-    if not shown and report.results:
-        on_report(report)
-    code = process.returncode
-    return Ended(128 - code if code < 0 else code, report, failed)
+        self.code = 0
+        # A wait with a timeout would have to look again and again, and see the end late.
+        self._end = threading.Thread(target=self._wait, daemon=True)
+        self._end.start()
+
+    def _wait(self) -> None:
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self.code = 128 - code if code < 0 else code
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for the end so long; whether it has come."""
+        self._end.join(seconds)
+        return not self._end.is_alive()
 
 
-def _environment(folder: Path, settings: Settings) -> dict[str, str]:
+def _environment(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """The command's environment: as it is, with the watcher on Python's path."""
     # To import the second one would import torch.
     specs = (importlib.util.find_spec(name) for name in ("kbitcheck", "kbitcheck_reference"))
     paths = [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin]
     options = {
         "folder": str(folder),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings,
         "paths": list(dict.fromkeys(paths)),
     }
     own = str(Path(inject).parent)
@@ -81,13 +116,13 @@ def _environment(folder: Path, settings: Settings) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _forwarding(process: int) -> Iterator[None]:
     """Pass signals on to the command. Ctrl-C on a terminal reaches the command by itself."""
 
     def forward(number: int, frame: object) -> None:
         if number != signal.SIGINT or not os.isatty(0):
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+                os.kill(process, number)
 
     before = {each: signal.signal(each, forward) for each in FORWARDED if signal.getsignal(each) is not signal.SIG_IGN}
     try:

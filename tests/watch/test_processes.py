@@ -78,4 +78,4 @@ def test_what_fsdp_flattens_is_said_not_to_be_judged(tmp_path):
     assert (ended.returncode, len(losses)) == (5, 8), ended.stderr[-2000:]
     said, verdict = ended.stderr.splitlines()[-2:]
     assert said == f"kbitcheck: {FLATTENED}"
-    assert verdict == "kbitcheck: ✗ nothing was checked: 0 kept"
+    assert verdict == "kbitcheck: ✗ nothing was checked"

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kbitcheck.cli.console import echo, say
 from kbitcheck.cli.options import JudgeOptions, at_least, choice, command_line, option, split_codes
 from kbitcheck.core.cases import Profile
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.report import Report
+from kbitcheck.core.report import EXIT_NOTHING, Report
 from kbitcheck.core.training import STEPS
-from kbitcheck.report import verdict
+from kbitcheck.report.parts.verdict import NOTHING, verdict
 from kbitcheck.run import watched_command
-from kbitcheck.run.watch_settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,18 @@ def run(options: Options) -> int:
         from kbitcheck.report.output_file import OutputFile
 
         output = OutputFile(options.output)
-    settings = Settings(
-        steps=options.steps,
-        select=split_codes(options.select),
-        ignore=options.ignored,
-        strict=options.strict,
-        profile=options.profile,
-        trains=split_codes(options.trains),
-    )
+    settings: dict[str, Any] = {
+        "steps": options.steps,
+        "select": split_codes(options.select),
+        "ignore": options.ignored,
+        "strict": options.strict,
+        "profile": options.profile,
+        "trains": split_codes(options.trains),
+    }
+    if options.select or options.ignore:
+        from kbitcheck.run.watch_settings import Settings
+
+        Settings(**settings).validate()
 
     def show(report: Report) -> None:
         if output is None and options.quiet:
@@ -55,6 +59,8 @@ def run(options: Options) -> int:
     ended = watched_command.run(options.command, settings, on_report=show)
     if ended.failed:
         say(f"kbitcheck: {ended.failed}")
-    why = "" if ended.report.results or ended.failed else ": no quantized model took an optimizer step"
-    say(f"kbitcheck: {verdict(ended.report)}{why}")
+    if ended.report is None:
+        say(f"kbitcheck: {NOTHING}" + ("" if ended.failed else ": no quantized model took an optimizer step"))
+        return ended.code or EXIT_NOTHING
+    say(f"kbitcheck: {verdict(ended.report)}")
     return ended.code or ended.report.exit_code

@@ -20,6 +20,7 @@ OUTCOMES = {
 }
 WORST_FIRST = tuple(OUTCOMES)
 READY = "✓ ready"
+NOTHING = "✗ nothing was checked"
 UNGROUNDED = "✓ nothing wrong in what could be looked at ({})"
 
 
@@ -85,7 +86,7 @@ def answer(report: Report) -> str:
         else "✗ does not conform",
         EXIT_ERROR: "✗ could not be judged",
         EXIT_INTERRUPTED: "✗ interrupted",
-        EXIT_NOTHING: "✗ gradients were not judged" if some else "✗ nothing was checked",
+        EXIT_NOTHING: "✗ gradients were not judged" if some else NOTHING,
     }[report.exit_code]
 
 
