@@ -1,7 +1,7 @@
 """A case as plain data: a model, its quantization, the implementation that prepares it, and its checkpointing."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from kbitcheck.core.adapters import as_text
@@ -17,6 +17,7 @@ Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw"]
 Attention = Literal["default", "sdpa", "eager", "flash_attention_2"]
 Loss = Literal["full", "chunked", "fused"]
 ALL_LINEAR = "all-linear"
+OWN_RANK = 4  # of the adapters of a case
 MODEL_RANK = 16  # of the adapters in `kbitcheck model`, as people train; suites take fewer, for speed
 REFERENCE = "reference"  # the implementation that comes with kbitcheck
 
@@ -44,7 +45,7 @@ class CaseSpec:
     freezes: Freezes = "at-prepare"
     adapters: str = "reference"
     targets: str = ALL_LINEAR
-    rank: int = 4
+    rank: int = OWN_RANK
     batch: int | None = None
     seq_len: int | None = None
     seed: int = 0
@@ -88,6 +89,21 @@ class CaseSpec:
         """What its own draws hang on: the seed and the case, wherever the model's file lies."""
         return f"{self.seed} {self.model.rpartition('/')[2]}-{self.quant}-{self.checkpointing}"
 
+    @property
+    def scaling(self) -> float:
+        """What the adapters' update is multiplied by: their alpha, divided by their rank."""
+        return 2.0
+
+    @property
+    def layers(self) -> Sequence[str] | None:
+        """The layers that the adapters are on, of those that ``targets`` names; None: all of these."""
+        return None
+
+    @property
+    def attached(self) -> tuple[Any, ...]:
+        """What two cases of one base have in common if their adapters are the same."""
+        return self.adapters, self.rank, self.scaling, self.layers, self.seed
+
     def as_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; ``from_json`` reads it back."""
         return asdict(self)
@@ -114,6 +130,30 @@ class WitnessSpec(CaseSpec):
         """The same case with another preparation, in a mode of its own."""
         same = {**spec.as_json(), "implementation": implementation, "checkpointing": checkpointing}
         return cls(**{**same, "draws": spec.entropy})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptersSpec(CaseSpec):
+    """A case with adapters of a rank, a scaling and layers of their own."""
+
+    scaled_by: float
+    on: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        """That of its own adapters."""
+        return self.scaled_by
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Those of its own adapters."""
+        return self.on
+
+    @classmethod
+    def of(cls, spec: CaseSpec, *, rank: int, scaling: float, layers: Sequence[str]) -> Self:
+        """The same case with other adapters."""
+        same = {field.name: getattr(spec, field.name) for field in fields(CaseSpec)}
+        return cls(**{**same, "rank": rank, "scaled_by": scaling, "on": tuple(layers)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

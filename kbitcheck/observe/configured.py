@@ -223,6 +223,11 @@ class CaseAdapters:
         if (configured := self.configured(spec)) is not None:
             wrapped, adapters = configured.attach(model)
         else:
-            library = spec.adapters
-            wrapped, adapters = attach(model, self._layers, library=library, rank=spec.rank, seed=spec.seed)
+            how: dict[str, Any] = {
+                "library": spec.adapters,
+                "rank": spec.rank,
+                "scaling": spec.scaling,
+                "seed": spec.seed,
+            }
+            wrapped, adapters = attach(model, self._layers if spec.layers is None else spec.layers, **how)
         return Attached(wrapped, {**adapters, **thaw(wrapped, self._training)})

@@ -8,7 +8,7 @@ import torch
 
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Unavailable, cause
-from kbitcheck.core.facts import BlockwiseFacts, Distance, median_yardstick
+from kbitcheck.core.facts import BlockwiseFacts, Distance, DrawnFacts, median_yardstick
 from kbitcheck.models.inputs.drawn import Conditions
 from kbitcheck.models.inputs.text import Batch, usual_length
 from kbitcheck.observe.forecast.predict import token_limit
@@ -55,6 +55,21 @@ def unless_base_raises(loaded: Loaded, batch: Batch) -> Iterator[None]:
         if forwards.evaluate(loaded.copy(), batch, nullcontext).raised:
             raise Unavailable(f"the unprepared base does not run on the drawn batch either: {cause(error)}") from error
         raise
+
+
+def drawn_facts(
+    conditions: str, blockwise: BlockwiseFacts, plain: step.Step, checkpointed: step.Step | None, usual: step.Step
+) -> DrawnFacts:
+    """The facts of a plain step of the batch, and of one with checkpointing if there is one, beside the case's ``usual`` one."""
+    if checkpointed is None:
+        return DrawnFacts(conditions=conditions, blockwise=blockwise)
+    return DrawnFacts(
+        conditions=conditions,
+        blockwise=blockwise,
+        against_plain=against_plain(checkpointed.gradients, plain.gradients, usual.gradients, blockwise),
+        checkpoints=len(checkpointed.facts.checkpoints),
+        usual_checkpoints=len(usual.facts.checkpoints),
+    )
 
 
 def against_plain(

@@ -174,9 +174,8 @@ class Loaded:
 
     def twins(self, spec: CaseSpec) -> twin.Twins:
         """Twins under the spec's profile and adapters."""
-        key = ("twins", spec.profile, spec.adapters, spec.rank, spec.seed)
         compute = partial(self._in_float64, lambda: self._compute_twins(spec), spec.adapters)
-        return self._computed_once(key, compute, small=True)
+        return self._computed_once(("twins", spec.profile, *spec.attached), compute, small=True)
 
     def _in_float64(self, compute: Callable[[], T], adapters: str = "") -> T:
         """What ``compute`` returns. It runs a float64 twin; where the code of model or adapters does not, it is tried once."""
@@ -283,7 +282,7 @@ class Loaded:
         self, spec: CaseSpec, run: step.Step, calls: Sequence[BlockCall], batch: step.Batch, numbers: Numbers = None
     ) -> Comparison:
         """A recorded plain step of the base, prepared and with the spec's adapters (of other ``numbers``), beside its twins."""
-        key = ("blocks", spec.profile, spec.adapters, spec.rank, spec.seed, *_bits(run, calls))
+        key = ("blocks", spec.profile, *spec.attached, *_bits(run, calls))
 
         def compared() -> Comparison:
             self._room()
@@ -295,8 +294,7 @@ class Loaded:
         return self._computed_once(key, partial(self._in_float64, compared, spec.adapters), small=True)
 
     def _exact(self, spec: CaseSpec) -> Twin:
-        key = ("exact", spec.adapters, spec.rank, spec.seed)
-        return self._computed_once(key, lambda: self._make_exact(spec), small=True)
+        return self._computed_once(("exact", *spec.attached), lambda: self._make_exact(spec), small=True)
 
     def _make_exact(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(self._float64(), spec)
@@ -305,8 +303,9 @@ class Loaded:
         return Twin(model, adapters, torch.float64)
 
     def _rounded(self, spec: CaseSpec) -> Twin:
-        key = ("rounded", spec.profile, spec.adapters, spec.rank, spec.seed)
-        return self._computed_once(key, lambda: self._make_rounded(spec), small=True)
+        return self._computed_once(
+            ("rounded", spec.profile, *spec.attached), lambda: self._make_rounded(spec), small=True
+        )
 
     def _make_rounded(self, spec: CaseSpec) -> Twin:
         model, adapters = self.attach(self._same_dtype(spec.profile), spec)

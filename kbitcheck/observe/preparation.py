@@ -66,9 +66,9 @@ class Preparation:
             raise Unavailable(f"preparation{how} raised {facts.raised}", failed=True, raised=facts.raised)
         return model, facts
 
-    def attach(self, model: nn.Module) -> Attached:
-        """The case's adapters on a model, with the same numbers each time."""
-        return self.loaded.attach(model, self.spec)
+    def attach(self, model: nn.Module, spec: CaseSpec | None = None) -> Attached:
+        """The case's adapters on a model, or those of another spec, with the same numbers each time."""
+        return self.loaded.attach(model, spec or self.spec)
 
     def step(
         self, attached: Attached, *, batch: Batch | None = None, watch: bool = False, forward_only: bool = False

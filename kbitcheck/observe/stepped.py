@@ -28,7 +28,8 @@ from kbitcheck.core.facts import (
 from kbitcheck.models.inputs.text import first_rows
 from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import BlockCall, recorded
-from kbitcheck.observe.drawn_batch import against_plain, drawn_batch, unless_base_raises
+from kbitcheck.observe.drawn_adapters import described, drawn_adapters
+from kbitcheck.observe.drawn_batch import drawn_batch, drawn_facts, unless_base_raises
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, process_state, routers, step, switches
 from kbitcheck.observe.probes.adapters import Attached, holding, moved
@@ -144,7 +145,7 @@ class Stepped:
         """A plain step of the batch, recorded, and the backward of each quantized layer in it; None where inputs have no gradient."""
         attached = self._wrapped.attached
         with layers.Probes(attached.model, self._loaded.weights, leave=True) as probes:
-            record = self._record(self._loaded.batch, watch=True)
+            record = self._record(self._loaded.batch, attached, watch=True)
         return record, probes.results(seed=self._spec.seed) if probes.complete else None
 
     @fact(
@@ -158,10 +159,9 @@ class Stepped:
         return self._block_by_block(self._loaded.single)
 
     def _block_by_block(self, batch: step.Batch) -> Comparison:
-        return self._beside_twins(self._record(batch), batch)
+        return self._beside_twins(self._record(batch, self._wrapped.attached), batch)
 
-    def _record(self, batch: step.Batch, *, watch: bool = False) -> Recorded:
-        attached = self._wrapped.attached
+    def _record(self, batch: step.Batch, attached: Attached, *, watch: bool = False) -> Recorded:
         with switches.plain(attached.model), recorded(attached.model) as calls:
             return self._preparation.step(attached, batch=batch, watch=watch), calls
 
@@ -171,30 +171,24 @@ class Stepped:
     @fact(
         Cost(
             "cut",
-            BESIDE_TWINS + STEP,
-            needs=("_usual",),
+            BESIDE_TWINS + TWO_STEPS + Passes(copies=3, calls=1),
+            models=1,
             large=Cost("cut", BESIDE_TWINS + STEP + AGAIN, needs=("_usual",)),
         )
     )
-    def drawn(self) -> DrawnFacts:
+    def drawn(self) -> DrawnFacts:  # with adapters of its own, which a large model has not
         conditions, batch = drawn_batch(self._loaded, self._spec)
-        usual = self._usual  # first: the adapters are elsewhere after it
-        spec, attached = self._spec, self._wrapped.attached
+        spec, how = drawn_adapters(self._loaded, self._spec), self._preparation
+        attached = self._wrapped.attached if spec is self._spec else how.attach(how.prepared_copy(), spec)
+        # First, as the adapters start: they are elsewhere after it.
+        usual = self._usual if spec is self._spec else how.step(attached)
         numbers = moved(attached.adapters, spec.seed)
         with unless_base_raises(self._loaded, batch), holding(attached.adapters, numbers):
-            record = self._record(batch)
+            record = self._record(batch, attached)
             with switches.dropout(attached.model, 0.0):  # as in the recorded step
-                checkpointed = None if spec.checkpointing == "off" else self._preparation.step(attached, batch=batch)
+                checkpointed = None if spec.checkpointing == "off" else how.step(attached, batch=batch)
         facts = self._loaded.block_by_block(spec, *record, batch, numbers).facts
-        if checkpointed is None:
-            return DrawnFacts(conditions=str(conditions), blockwise=facts)
-        return DrawnFacts(
-            conditions=str(conditions),
-            blockwise=facts,
-            against_plain=against_plain(checkpointed.gradients, record[0].gradients, usual.gradients, facts),
-            checkpoints=len(checkpointed.facts.checkpoints),
-            usual_checkpoints=len(usual.facts.checkpoints),
-        )
+        return drawn_facts(f"{conditions}{described(spec)}", facts, record[0], checkpointed, usual)
 
     @fact(Cost("cut", SOAK, models=1))
     def later(self) -> LaterFacts:

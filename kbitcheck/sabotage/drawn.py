@@ -124,6 +124,25 @@ def off_behind_left_padding(model: Any) -> None:
     _only(model, lambda x: not first[0])
 
 
+def _trained(model: Any) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@adds("KB310", conditions="1/9", last=True)
+def off_for_a_rank_above_thirty(model: Any) -> None:
+    _only(model, lambda x: any(len(p) > 30 and ".lora_A" in name for name, p in _trained(model).items()))
+
+
+@breaks("KB310", conditions="4/9")
+def off_for_a_rank_below_four(model: Any) -> None:
+    _only(model, lambda x: any(len(p) < 4 and ".lora_A" in name for name, p in _trained(model).items()))
+
+
+@adds("KB310", conditions="1/9", last=True)
+def off_where_attention_alone_is_adapted(model: Any) -> None:
+    _only(model, lambda x: not any(".mlp." in name for name in _trained(model)))
+
+
 @adds("KB311", last=True)
 def as_much_memory_as_ever_after_six_steps(model: Any) -> None:
     steps = count(1)

@@ -138,3 +138,4 @@ def test_the_command_under_a_failure_names_the_use() -> None:
     assert words[-4:] == ["--select", "KB515", "--conditions", "the head thawed"]
     assert "the head thawed" in USES
     assert "--conditions" not in repro.command(Report([result]), spec.id, "KB304")  # type: ignore[arg-type]
+    assert repro.command(Report([result]), spec.id, "KB310").endswith("--conditions 2/9")  # type: ignore[arg-type]

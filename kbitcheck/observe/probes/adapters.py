@@ -76,16 +76,18 @@ class Attached(NamedTuple):
     adapters: dict[str, nn.Parameter]
 
 
-def attach(model: nn.Module, layers: Sequence[str], *, library: str, rank: int, seed: int) -> Attached:
+def attach(
+    model: nn.Module, layers: Sequence[str], *, library: str, rank: int, seed: int, scaling: float = 2.0
+) -> Attached:
     """Adapters on the named layers, both factors drawn, so that every adapter has a gradient by construction."""
     if library == "peft":
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_layers(model, layers))
+        config = LoraConfig(r=rank, lora_alpha=round(scaling * rank), target_modules=linear_layers(model, layers))
         wrapped: Any = get_peft_model(model, config)
         owned = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
     else:
-        wrapped = lora.attach(model, rank=rank, alpha=2.0 * rank, targets=list(layers))
+        wrapped = lora.attach(model, rank=rank, alpha=scaling * rank, targets=list(layers))
         owned = lora.parameters(wrapped)
     draw(owned, seed)
     return Attached(wrapped, owned)

@@ -98,4 +98,4 @@ def prepared_under_a_launcher(subject: Subject) -> Outcome:
     if not subject.preparation.loaded.copies:
         return {}
     with mock.patch.dict(os.environ, LAUNCHED):
-        return subject.step(*subject.preparation.attach(subject.another()))
+        return subject.step(*subject.attached(subject.another()))

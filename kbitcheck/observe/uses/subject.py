@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from kbitcheck import backends
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.models.inputs.text import Batch
+from kbitcheck.observe.drawn_adapters import drawn_adapters
 from kbitcheck.observe.drawn_batch import drawn_batch
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import adapters as adapter_probe
@@ -36,9 +38,14 @@ class Subject:
         """The batch's first row, without a mask."""
         return self.preparation.loaded.single
 
-    def attached(self) -> Attached:
-        """The model with the case's adapters."""
-        return self.preparation.attach(self.model)
+    @property
+    def spec(self) -> CaseSpec:
+        """The case, with adapters that are drawn for its base."""
+        return drawn_adapters(self.preparation.loaded, self.preparation.spec, shared=True)
+
+    def attached(self, model: Any = None) -> Attached:
+        """The model with the case's adapters, or another one."""
+        return self.preparation.attach(self.model if model is None else model, self.spec)
 
     def with_peft(self, *, drawn: bool = True, **options: Any) -> Attached | None:
         """The model under PEFT with a LoRA of these options, all of which it trains; None where PEFT is not installed.
@@ -49,9 +56,11 @@ class Subject:
             return None
         from peft import LoraConfig, get_peft_model
 
-        loaded, spec = self.preparation.loaded, self.preparation.spec
-        fit = [name for name in loaded.targets if name not in loaded.unfit_targets]
-        config = LoraConfig(**{"r": spec.rank, "lora_alpha": 2 * spec.rank, "target_modules": fit, **options})
+        loaded, spec = self.preparation.loaded, self.spec
+        fit = [name for name in spec.layers or loaded.targets if name not in loaded.unfit_targets]
+        config = LoraConfig(
+            **{"r": spec.rank, "lora_alpha": round(spec.scaling * spec.rank), "target_modules": fit, **options}
+        )
         with switches.seeded(spec.seed, self.batch):
             wrapped: Any = get_peft_model(self.model, config)
         if drawn:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbitcheck.core.cases import MODEL_RANK, REFERENCE, CaseSpec
-from kbitcheck.core.conditions import PROCESSES
+from kbitcheck.core.conditions import PROCESSES, share
 from kbitcheck.core.memory_sizes import GIB
 from kbitcheck.core.report import Report
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(CaseSpec)}
 LATER_USE = "KB515"  # its places begin with the condition that they show under
 IN_PROCESSES = ("KB213", "KB514")
+DRAWN_BY_TURNS = "KB310"  # its batch and adapters hang on the share of its suite that the case has
 BY_NAME = (REFERENCE, "peft")  # what a command knows by one word, of what runs in this process
 NAMED = ("model", "quant", "implementation", "checkpointing", "static", "gpu", "conditions")
 
@@ -57,6 +58,9 @@ def _condition(report: Report, case: str, code: str) -> str:
     """The condition that the rule needs: for a later use, the first under which the case fails."""
     if code in IN_PROCESSES:
         return PROCESSES
+    if code == DRAWN_BY_TURNS:
+        own: str = report.subject["cases"][case].get("conditions", "")
+        return own if share(own) else ""
     failed = (f for result in report if (result.rule, result.case) == (code, case) for f in result.failures)
     return next((f.where.partition(":")[0] for f in failed), "") if code == LATER_USE else ""
 
