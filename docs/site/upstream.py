@@ -28,6 +28,7 @@ NEW = {
     "torchao": "https://github.com/pytorch/ao/issues/new",
     "optimum-quanto": "https://github.com/huggingface/optimum-quanto/issues/new",
     "compressed-tensors": "https://github.com/vllm-project/compressed-tensors/issues/new",
+    "hqq": "https://github.com/mobiusml/hqq/issues/new",
 }
 
 
@@ -59,6 +60,7 @@ def report(finding: Finding) -> str:
         },
         "bitsandbytes": plain,
         "optimum-quanto": plain,
+        "hqq": plain,
         "compressed-tensors": plain,
         "torchao": plain,
         "pytorch": {

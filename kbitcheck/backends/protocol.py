@@ -153,9 +153,9 @@ class Packing:
 
     def while_quantizing(self, module: Any, dtype: torch.dtype) -> int:
         """The most bytes alive on an accelerator while transformers quantizes one layer's weight of this dtype."""
-        weight: Tensor = module.weight
+        packed: Tensor = next(module.parameters(recurse=False))
         rows, columns = int(module.out_features), int(module.in_features)
-        return rows * columns * dtype.itemsize + weight.nbytes
+        return rows * columns * dtype.itemsize + packed.nbytes
 
     def undivided(self, choice: Choice) -> str:
         """Why FSDP2 and ZeRO-3 do not divide packed weights among GPUs; empty where they do."""

@@ -26,6 +26,7 @@ PRIVATE = {
     "torchao": {"torchao", "Int8Tensor", "act_quant_kwargs", "TorchAoConfig"},
     "gptq": {"gptq", "gptqmodel", "g_idx"},
     "awq": {"awq", "autoawq", "gptqmodel"},
+    "hqq": {"hqq", "HQQLinear", "HqqConfig", "W_q"},
     "fp8": {"fp8", "weight_scale_inv", "FP8Linear", "FP8Experts", "FP8GroupedLinear", "finegrained_fp8", "FineGrainedFP8Config"},
     "mxfp4": {"mxfp4", "Mxfp4GptOssExperts", "Mxfp4GptOssMLP"},
 }  # fmt: skip

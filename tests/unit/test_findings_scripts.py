@@ -16,6 +16,7 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "docs" / "findings").glob("*.py"))
 # What earlier releases do not do: there the scripts must say that the finding is gone.
 SINCE = {
     "experts_unquantized": ("transformers", "5"),
+    "hqq_not_loaded": ("transformers", "5"),
     "peft_adalora_ranknum": ("peft", "0.21.1"),
     "peft_deprecated_call": ("transformers", "5"),
     "peft_two_hooks": ("transformers", "5"),
@@ -48,6 +49,6 @@ def test_the_finding_is_there(script: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_script_is_short_and_stands_alone(script: Path) -> None:
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 30
     assert packages(script) <= {
-        "accelerate", "bitsandbytes", "compressed_tensors", "copy", "optimum", "peft", "subprocess", "sys", "tempfile", "torch", "torchao",
-        "transformers", "warnings", "weakref",
+        "accelerate", "bitsandbytes", "compressed_tensors", "copy", "hqq", "optimum", "peft", "subprocess", "sys", "tempfile", "torch",
+        "torchao", "transformers", "warnings", "weakref",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The private names of compressed-tensors and transformers that this backend needs, each there in 0.20.1 and 5.23."""
+"""The private names of compressed-tensors that this backend needs, each there in 0.20.1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,21 +6,16 @@ from typing import Any
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from torch import Tensor, nn
-from transformers.quantizers.auto import AutoHfQuantizer
+
+from kbitcheck.backends.internals import mark as mark_quantized
 
 PACKED, UNPACKED = QuantizationStatus.COMPRESSED, QuantizationStatus.DECOMPRESSED
 
 
 def mark(model: nn.Module, described: Mapping[str, Any]) -> list[nn.Module]:
     """Leave on a model what loading a checkpoint with this ``quantization_config`` leaves; its layers that are to hold packed weights."""
-    quantizer: Any = AutoHfQuantizer.from_config(dict(described), pre_quantized=True)
-    quantizer.validate_environment()  # says, too, whether it trains
+    mark_quantized(model, dict(described), pre_quantized=True).validate_environment()  # says, too, whether it trains
     apply_quantization_config(model, QuantizationConfig.model_validate(dict(described)), show_progress=False)
-    marked: Any = model
-    marked.config.quantization_config = quantizer.quantization_config
-    vars(marked).update(
-        hf_quantizer=quantizer, is_quantized=True, quantization_method=quantizer.quantization_config.quant_method
-    )
     return [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
 
 

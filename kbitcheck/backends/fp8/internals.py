@@ -3,16 +3,13 @@
 Each is there in transformers 5.23; 4.56 has the layer without a backward.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-import transformers
-from torch import nn
 from transformers.integrations import finegrained_fp8
-from transformers.quantizers.auto import AutoHfQuantizer
 
 LAYER = finegrained_fp8.FP8Linear
 GROUPED: Any = getattr(finegrained_fp8, "FP8GroupedLinear", ())
@@ -39,18 +36,3 @@ def slot_of(product: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Every layer calls ``product`` while the context is open."""
     with mock.patch.object(finegrained_fp8, SLOT, _kernels(product)):
         yield
-
-
-def kept_wide(model: nn.Module) -> Sequence[str]:
-    """Modules that transformers never quantizes, because they compute in float32."""
-    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-
-
-def mark(model: nn.Module, block: int, skip: Sequence[str]) -> None:
-    """Leave on a model what transformers leaves on one that it quantized."""
-    make: Any = transformers.FineGrainedFP8Config
-    config = make(weight_block_size=(block, block), modules_to_not_convert=list(skip))
-    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    marked: Any = model
-    marked.config.quantization_config = config
-    vars(marked).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)

@@ -222,15 +222,17 @@ def _kept_by_stack(inputs: _Inputs) -> dict[str, int]:
         recognition = backends.recognition(module)
         key = (type(module), recognition.shape(module), shape, dtype)
         if key not in by_shape:
-            by_shape[key] = bare_layer_keeps(recognition.bare(module), shape, dtype)
+            device = recognition.packed(module).device
+            by_shape[key] = bare_layer_keeps(recognition.bare(module), shape, dtype, device)
         kept[name] = by_shape[key]
     return kept
 
 
-def bare_layer_keeps(layer: nn.Module, shape: torch.Size, dtype: torch.dtype) -> int:
+def bare_layer_keeps(
+    layer: nn.Module, shape: torch.Size, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> int:
     """Bytes beyond its input's and output's that one quantized layer holds inside a non-reentrant checkpoint."""
-    weight: Any = layer.weight
-    x = torch.zeros(shape, dtype=dtype, device=weight.device).requires_grad_(True)
+    x = torch.zeros(shape, dtype=dtype, device=device).requires_grad_(True)
     live = Live([x, *own_tensors(layer)])
     floor = live.now
     with live:

@@ -83,9 +83,11 @@ class TwinLinear(nn.Linear):
         rounded: Round,
         follows: Callable[[torch.Tensor], torch.dtype],
     ) -> None:
-        rows, columns = backends.recognition(layer).shape(layer)
+        recognition = backends.recognition(layer)
+        rows, columns = recognition.shape(layer)
         super().__init__(columns, rows, bias=False, device="meta")
-        like = torch.zeros((), dtype=compute or torch.float32, device=layer.weight.device).expand(rows, columns)
+        device = recognition.packed(layer).device
+        like = torch.zeros((), dtype=compute or torch.float32, device=device).expand(rows, columns)
         self.weight = nn.Parameter(Unpacked(like, backward_read), requires_grad=False)
         if layer.bias is not None:
             bias = layer.bias.detach().to(compute or layer.bias.dtype, copy=True)
