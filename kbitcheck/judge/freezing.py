@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from kbitcheck.core.facts import Facts
+from kbitcheck.core.facts import Facts, ModelFacts
+from kbitcheck.core.facts.model import BASES
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import RECAST, REPACKED, unless_bare
@@ -33,10 +34,14 @@ def base_frozen(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB102", "only-adapters-train", Level.MUST)
 def only_adapters_train(facts: Facts) -> Iterable[Observation]:
-    """After adapters are attached, exactly the adapters' parameters are trainable, and what the caller says trains.
+    """After adapters are attached, exactly the adapters' parameters are trainable, each layer's own, and what the caller says trains.
+
+    To the adapters belong the base's biases that their configuration trains (``bias="all"``). Two layers whose base is tied may
+    share an adapter, and all layers may, as vector banks are shared.
 
     Why: adapter libraries freeze the base a second time, which hides a preparation that did not freeze it. A
-    preparation that intervenes while adapters are attached can freeze the adapters, too.
+    preparation that intervenes while adapters are attached can freeze the adapters, too. What two layers share gets the sum of
+    both gradients, and fits neither.
     Symptom: "trainable params: 0"; or a checkpoint that is as large as the model.
     Fix: freeze the base once, in preparation, and leave adapters alone. Load an adapter with ``is_trainable=True`` to
     train it. If another part is meant to train, say so: ``assert_prepared(model, trains=["v_head"])``.
@@ -49,6 +54,28 @@ def only_adapters_train(facts: Facts) -> Iterable[Observation]:
     for p in facts.wrapped.parameters.values():
         expected, otherwise = ("trainable", "frozen") if p.adapter else ("frozen", "trainable")
         yield Observation.either(p.name, expected, otherwise, ok=p.requires_grad is p.adapter)
+    for names in _shared(facts.wrapped):
+        yield Observation(" = ".join(names), "one for each layer", "one tensor", ok=False)
+
+
+def _shared(model: ModelFacts) -> Iterable[list[str]]:
+    """The names of what adapters of several layers share, though neither their bases are tied nor all layers share it."""
+    layers = {name: model.adapted(name) for name in model.adapters}
+    for group in model.ties():
+        names = sorted(name for name in group if layers.get(name))
+        own = {layers[name] for name in names}
+        if len(own) < 2 or len({_tied_to(model, layer) for layer in own}) == 1:
+            continue
+        part = names[0].removeprefix(layers[names[0]])
+        having = {layer for name, layer in layers.items() if name == layer + part}
+        if len(own) < len(having) or len(own) == 2:
+            yield names
+
+
+def _tied_to(model: ModelFacts, layer: str) -> frozenset[int]:
+    """The storages of the base under an adapter."""
+    bases = tuple(f"{layer}.{base}." for base in BASES)
+    return frozenset(p.storage for name, p in model.parameters.items() if name.startswith(bases) and not p.adapter)
 
 
 @rule("KB103", "no-base-grad", Level.MUST)

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from kbitcheck.core.conditions import require_turn
-from kbitcheck.core.errors import NotApplicable
+from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.facts import WIDEST, Distance, Facts, Gap, RunFacts, StepOutcome, slope_bound
 from kbitcheck.core.facts.blockwise import live_ones
 from kbitcheck.core.result import Level, Observation, Party
@@ -67,7 +68,9 @@ def inputs_require_grad(facts: Facts) -> Iterable[Observation]:
 def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     """Every live adapter gets a finite, non-zero gradient.
 
-    An adapter is live if it gets a gradient in the float64 twin without checkpointing; KB904 reports the others.
+    An adapter is live if it gets a gradient in the float64 twin without checkpointing. A tensor that does not, although another
+    one of the same layer's adapter does, or, where it is the only one, the layer's output, is cut off by its own code; KB904
+    reports the others.
     Before the step, ``lora_B`` gets random values: if it were zero, half of all gradients would be zero by
     construction.
 
@@ -79,6 +82,27 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     for name, g in live_gradients(facts).items():
         actual = "no gradient" if g.norm is None else f"norm {g.norm:.3g}" if g.finite else "not finite"
         yield Observation(name, "finite and non-zero", actual, ok=g.norm is not None and g.finite and g.norm > 0)
+    for name, other in _cut_off(facts).items():
+        yield Observation(name, f"a gradient, as {other} has one", "none, in the float64 twin either", ok=False)
+
+
+def _cut_off(facts: Facts) -> dict[str, str]:
+    """Adapters' tensors without a gradient in the float64 twin, each with what has one beside it.
+
+    Biases are none: one that moves all scores of a softmax alike has no gradient. What is frozen is KB102's.
+    """
+    wrapped = facts.wrapped
+    frozen = {name for name, p in wrapped.parameters.items() if not p.requires_grad}
+    layers = {name: wrapped.adapted(name) for name in facts.gradients if not name.endswith("bias")}
+    dead = {name for name, layer in layers.items() if layer and not facts.gradients[name].live} - frozen
+    if not dead:
+        return {}
+    beside = {layers[name]: name for name in live_ones(facts.gradients) if name in layers}
+    with suppress(Unavailable):
+        reached = {name.removesuffix(".base_layer") for name, layer in facts.layer_backwards.items() if layer.reached}
+        alone = {layers[name] for name in dead if list(layers.values()).count(layers[name]) == 1}
+        beside |= {layer: f"the output of {layer}" for layer in reached & alone}
+    return {name: beside[layers[name]] for name in sorted(dead) if layers[name] in beside}
 
 
 @rule("KB304", "gradients-match-oracle", Level.MUST)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from kbitcheck_reference.adapters import adapter_parameters, enabled_biases, is_adapter_module
+from kbitcheck_reference.adapters import adapter_parameters, configured_biases, enabled_biases, is_adapter_module
 from torch import nn
 
 from kbitcheck import backends
@@ -22,7 +22,7 @@ def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) 
     adapters = adapter_parameters(model)
     ids = {**adapters, **{id(p): p for p in (declared or {}).values()}}
     if adapters:
-        ids |= enabled_biases(model, ids)
+        ids |= {**enabled_biases(model, ids), **configured_biases(model)}
     resting = _resting(model) | CONSTANTS
     return {
         name: parameter

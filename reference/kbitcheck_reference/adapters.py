@@ -48,6 +48,26 @@ def enabled_biases(model: nn.Module, adapters: dict[int, nn.Parameter]) -> dict[
     return {id(parameter): parameter for parameter in trainable.values()} if frozen else {}
 
 
+def configured_biases(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The base biases, by ``id``, that the configuration of an active adapter trains, whether or not they require grad.
+
+    PEFT's ``bias="all"`` are those of every module, ``bias="lora_only"`` and the like those of the adapted layers.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    if not isinstance(configs, dict):
+        return {}
+    active: Any = getattr(model, "active_adapters", ()) if configs else ()
+    if callable(active):  # as of a model to which transformers itself adds adapters
+        active = active()
+    wanted = {str(getattr(configs[name], "bias", "none")) for name in active if name in configs}
+    everywhere = "all" in wanted
+    if not everywhere and not any(each.endswith("_only") for each in wanted):
+        return {}
+    holders = [m for m in model.modules() if everywhere or hasattr(m, "base_layer")]
+    biases = [getattr(getattr(m, "base_layer", m), "bias", None) for m in holders]
+    return {id(bias): bias for bias in biases if isinstance(bias, nn.Parameter)}
+
+
 def _collect(module: nn.Module, *, owned: bool, adapters: dict[int, nn.Parameter]) -> None:
     adapter = is_adapter_module(module)
     if owned or adapter:

@@ -412,10 +412,17 @@ def test_float64_is_kept_where_code_asks_for_less() -> None:
             double.softmax(0, dtype=torch.float32),
         ]
         kept += [torch.softmax(double, 0, dtype=torch.float32), double.sum(dtype=torch.float32)]
-        kept += [double.int().float(), double.int().to(torch.float32)]
+        kept += [double.int().float(), double.int().to(torch.float32), torch.zeros(2), torch.eye(2, device="cpu")]
         others = [double.int(), double.to(torch.int64), single.bfloat16(), single.double()]
+        others += [torch.ones(2, dtype=torch.float32)]
     assert {tensor.dtype for tensor in kept} == {torch.float64}
-    assert [tensor.dtype for tensor in others] == [torch.int32, torch.int64, torch.bfloat16, torch.float64]
+    assert [tensor.dtype for tensor in others] == [
+        torch.int32,
+        torch.int64,
+        torch.bfloat16,
+        torch.float64,
+        torch.float32,
+    ]
 
 
 def in_bfloat16(model: Any) -> Any:

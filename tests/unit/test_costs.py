@@ -49,6 +49,7 @@ ELSEWHERE = {
     "KB101": {"wrapped"},
     "KB202": {"loaded"},
     "KB104": {"bias_after_forward"},
+    "KB302": {"layer_backwards"},
     "KB303": {"wrapped"},
     "KB305": {"compute_ulp"},
     "KB309": {"compute_ulp", "gradients"},

@@ -345,7 +345,15 @@ def outputs_kept_by_hooks():
     return model, each_step(model, adamw(model))
 
 
+def two_layers_share_a_factor():
+    model = prepared()
+    first, second = (m.lora_A for n, m in model.named_modules() if n.endswith("q_proj"))
+    second["default"].weight = first["default"].weight
+    return model, each_step(model, adamw(model))
+
+
 BROKEN = {
+    two_layers_share_a_factor: "KB102",
     outputs_kept_by_hooks: "KB722",
     padding_that_counts: "KB721",
     ends_that_never_count: "KB721",

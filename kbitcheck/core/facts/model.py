@@ -9,6 +9,7 @@ from kbitcheck.core.methods import Loading, Treatment
 
 HALF = frozenset({"float16", "bfloat16"})
 FLOATING = HALF | {"float32", "float64"}
+BASES = ("base_layer", "original_module")  # what an adapter's layer calls the base's
 # Before and after, by name of a process-wide setting or dotted name of what a library holds.
 Changes = Mapping[str, tuple[str, str]]
 
@@ -127,6 +128,13 @@ class ModelFacts:
     def adapters(self) -> frozenset[str]:
         """The names of the parameters that are meant to train."""
         return frozenset(name for name, parameter in self.parameters.items() if parameter.adapter)
+
+    def adapted(self, parameter: str) -> str:
+        """The layer under an adapter that a parameter belongs to, the innermost one; "" where there is none."""
+        layer = parameter.rpartition(".")[0]
+        while layer and not any(f"{layer}.{base}" in self.modules for base in BASES):
+            layer = layer.rpartition(".")[0]
+        return layer
 
     @property
     def nbytes(self) -> int:

@@ -7,16 +7,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+MAKES = frozenset({torch.zeros, torch.ones, torch.empty, torch.eye})
 
 
 class KeepFloat64(TorchFunctionMode):
     """While it is entered, casts of float64 tensors and of integers to a narrower floating dtype give float64.
 
-    Other tensors are cast as usual.
+    Other tensors are cast as usual. New tensors that are named no dtype are float64: a part of a float64 tensor may be put into them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in MAKES:
+            return func(*args, **{**kwargs, "dtype": kwargs.get("dtype") or torch.float64})
         first = args[0] if args else None
         if not isinstance(first, Tensor) or (first.is_floating_point() and first.dtype != torch.float64):
             return func(*args, **kwargs)

@@ -249,11 +249,11 @@ class Observer:
             self._base_grads = tuple(n for n in grads if not self.before.parameters[n].adapter)
 
     def _as_meant(self, facts: ModelFacts) -> ModelFacts:
-        """The snapshot with what is meant to train."""
-        meant = self.meant
+        """The snapshot with what is meant to train; a tied parameter has several names."""
+        own = {facts.parameters[name].storage for name in self.meant if name in facts.parameters}
         return dataclasses.replace(
             facts,
-            parameters={n: dataclasses.replace(p, adapter=n in meant) for n, p in facts.parameters.items()},
+            parameters={n: dataclasses.replace(p, adapter=p.storage in own) for n, p in facts.parameters.items()},
         )
 
     @unharmed
