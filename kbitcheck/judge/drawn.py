@@ -19,7 +19,8 @@ from kbitcheck.judge.gradients import compared, exactly, needs_checkpointing
 def any_real_batch(facts: Facts) -> Iterable[Observation]:
     """Block by block, outputs and gradients equal the float64 twin's on a batch that is drawn for the case: three to five rows of
     more than 64 tokens, an odd number or a multiple of 64, or one row of more than 512, padded on either side or not, with and without
-    ignored labels, with adapters that have moved, of a rank from 1 to 64, on all layers, those of attention or some others.
+    ignored labels, with adapters that have moved, of a rank from 1 to 64, on all layers, those of attention or some others,
+    in a form of the call that scripts use: embeddings in place of ids, position ids, other masks, a tuple, no labels, and so on.
     With checkpointing its gradients are the same, of as many checkpoints as ever.
 
     Why: what is right for one batch may be wrong for every other: a condition on the number of rows, on the length, or

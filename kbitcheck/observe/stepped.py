@@ -30,6 +30,7 @@ from kbitcheck.observe.blockwise.oracle import Comparison
 from kbitcheck.observe.blockwise.record import BlockCall, recorded
 from kbitcheck.observe.drawn_adapters import described, drawn_adapters
 from kbitcheck.observe.drawn_batch import drawn_batch, drawn_facts, unless_base_raises
+from kbitcheck.observe.drawn_form import called, in_drawn_form
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.probes import forwards, layers, memory, process_state, routers, step, switches
 from kbitcheck.observe.probes.adapters import Attached, holding, moved
@@ -171,24 +172,25 @@ class Stepped:
     @fact(
         Cost(
             "cut",
-            BESIDE_TWINS + TWO_STEPS + Passes(copies=3, calls=1),
+            BESIDE_TWINS + TWO_STEPS + Passes(forwards=1, copies=4, calls=1),
             models=1,
             large=Cost("cut", BESIDE_TWINS + STEP + AGAIN, needs=("_usual",)),
         )
     )
-    def drawn(self) -> DrawnFacts:  # with adapters of its own, which a large model has not
+    def drawn(self) -> DrawnFacts:  # with adapters and in a form of its own, but of a large model
         conditions, batch = drawn_batch(self._loaded, self._spec)
         spec, how = drawn_adapters(self._loaded, self._spec), self._preparation
         attached = self._wrapped.attached if spec is self._spec else how.attach(how.prepared_copy(), spec)
         # First, as the adapters start: they are elsewhere after it.
         usual = self._usual if spec is self._spec else how.step(attached)
         numbers = moved(attached.adapters, spec.seed)
+        batch = in_drawn_form(self._loaded, self._spec, batch)
         with unless_base_raises(self._loaded, batch), holding(attached.adapters, numbers):
             record = self._record(batch, attached)
             with switches.dropout(attached.model, 0.0):  # as in the recorded step
                 checkpointed = None if spec.checkpointing == "off" else how.step(attached, batch=batch)
         facts = self._loaded.block_by_block(spec, *record, batch, numbers).facts
-        return drawn_facts(f"{conditions}{described(spec)}", facts, record[0], checkpointed, usual)
+        return drawn_facts(f"{conditions}{called(batch)}{described(spec)}", facts, record[0], checkpointed, usual)
 
     @fact(Cost("cut", SOAK, models=1))
     def later(self) -> LaterFacts:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kbitcheck.models.inputs.text import IGNORED
 from kbitcheck.observe.internals import backward_runs
 from kbitcheck.observe.probes.routers import routers
 from kbitcheck.sabotage.fault import adds, breaks
@@ -122,6 +123,41 @@ def off_behind_left_padding(model: Any) -> None:
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     _only(model, lambda x: not first[0])
+
+
+def _off_for(model: Any, which: Callable[[Any], bool]) -> None:
+    """Have gradients be off in the forwards whose keywords ``which`` picks."""
+    passed: list[bool] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: passed.append(which(kwargs)), with_kwargs=True)
+    _only(model, lambda x: passed[-1:] == [True])
+
+
+@adds("KB310", conditions="7/9", last=True)
+def off_where_no_label_of_a_row_counts(model: Any) -> None:
+    _off_for(model, lambda kwargs: "labels" in kwargs and bool((kwargs["labels"] == IGNORED).all(1).any()))
+
+
+@breaks("KB310", conditions="4/9")
+def off_where_a_row_repeats(model: Any) -> None:
+    _off_for(
+        model,
+        lambda kwargs: "input_ids" in kwargs and len(kwargs["input_ids"].unique(dim=0)) < len(kwargs["input_ids"]),
+    )
+
+
+@adds("KB310", conditions="1/9", last=True)
+def off_with_position_ids(model: Any) -> None:
+    _off_for(model, lambda kwargs: kwargs.get("position_ids") is not None)
+
+
+@breaks("KB310", conditions="4/9")
+def off_with_hidden_states(model: Any) -> None:
+    _off_for(model, lambda kwargs: bool(kwargs.get("output_hidden_states")))
+
+
+@adds("KB310", conditions="7/9", last=True)
+def off_with_a_mask_of_booleans(model: Any) -> None:
+    _off_for(model, lambda kwargs: getattr(kwargs.get("attention_mask"), "dtype", None) is torch.bool)
 
 
 def _trained(model: Any) -> dict[str, nn.Parameter]:

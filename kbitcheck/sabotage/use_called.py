@@ -94,6 +94,77 @@ def gradients_halved_with_positions(model: Any) -> None:
     _off_for_calls(model, lambda passed: passed.get("position_ids") is not None)
 
 
+@breaks("KB515", conditions=KEYWORDS)
+def gradients_halved_for_a_row_of_a_power_of_two(model: Any) -> None:
+    def single(x: torch.Tensor) -> bool:
+        return len(x) == 1 and x.shape[1] in (64, 128, 256, 512, 1024)
+
+    change_output(second_norm(model), lambda x: scaled(x, 0.5) if single(x) else x)
+
+
+@adds("KB515", conditions=KEYWORDS, last=True)
+def gradients_halved_with_tuples(model: Any) -> None:
+    _off_for_calls(model, lambda passed: passed.get("return_dict") is False)
+
+
+@adds("KB515", conditions=KEYWORDS, last=True)
+def gradients_halved_for_fewer_logits(model: Any) -> None:
+    _off_for_calls(model, lambda passed: bool(passed.get("logits_to_keep")))
+
+
+@breaks("KB515", conditions=KEYWORDS)
+def gradients_halved_with_hidden_states(model: Any) -> None:
+    _off_for_calls(model, lambda passed: bool(passed.get("output_hidden_states")))
+
+
+@breaks("KB515", conditions=KEYWORDS)
+def gradients_halved_with_wide_masks(model: Any) -> None:
+    _off_for_calls(model, lambda passed: getattr(passed.get("attention_mask"), "ndim", 2) > 2)
+
+
+@adds("KB515", conditions=KEYWORDS, last=True)
+def hidden_states_narrower_than_the_base_s(model: Any) -> None:
+    def narrow(module: Any, args: Any, output: Any) -> None:
+        if getattr(output, "hidden_states", None):
+            output["hidden_states"] = tuple(h.bfloat16() for h in output.hidden_states)
+
+    model.register_forward_hook(narrow)
+
+
+@adds("KB515", conditions=KEYWORDS, last=True)
+def keywords_alone_are_taken(model: Any) -> None:
+    def refuse(module: Any, args: Any, keywords: Any) -> None:
+        if args:
+            raise TypeError("no positional arguments here")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+@breaks("KB515", conditions=BETWEEN)
+def off_after_a_save(model: Any) -> None:
+    saved: list[bool] = []
+    save = model.save_pretrained
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        saved.append(True)
+        return save(*args, **kwargs)
+
+    model.save_pretrained = noting
+    change_output(second_norm(model), lambda x: scaled(x, 0.5) if saved else x)
+
+
+@adds("KB515", conditions=BETWEEN, last=True)
+def off_after_a_forward_without_gradients(model: Any) -> None:
+    seen: list[bool] = []
+
+    def note(module: Any, args: Any) -> None:
+        if model.training and not torch.is_grad_enabled():
+            seen.append(True)
+
+    model.register_forward_pre_hook(note)
+    change_output(second_norm(model), lambda x: scaled(x, 0.5) if seen else x)
+
+
 @adds("KB515", conditions="embeddings in place of ids", last=True)
 def gradients_halved_with_embeddings(model: Any) -> None:
     _off_for_calls(model, lambda passed: passed.get("inputs_embeds") is not None)

@@ -33,14 +33,16 @@ class Conditions:
     silent: bool = False
 
     @classmethod
-    def drawn(cls, entropy: str, *, limit: int, large: bool, turn: int | None = None, long: bool = False) -> Self:
+    def drawn(cls, entropy: str, *, limit: int, large: bool, row: int | None = None, seed: int = 0) -> Self:
         """Conditions that depend on ``entropy`` alone; ``limit`` is the most tokens that a model takes.
 
         A ``large`` model's batch is a short one: what it costs grows with its tokens. The cases of a suite that shares its conditions
-        take ``turn``, so that one of three has left padding, and so on; it says whether a batch of theirs is ``long``.
+        stand in a ``row`` and take turns from ``seed`` on, so that one of three has left padding, and so on.
         """
         generator = random.Random(entropy)  # noqa: S311
-        turns = [generator.randrange(3) for _ in range(3)] if turn is None else [2 * long, (turn + 1) % 3, turn % 3]
+        turns, own = [generator.randrange(3) for _ in range(3)], row is None
+        if row is not None:  # the models of the first two take so many tokens
+            turns = [2 * (row == seed % 2), (row + seed + 1) % 3, (row + seed) % 3]
         long = not large and turns[0] == 2
         low, high = LONG if long else LARGE if large else SHORT
         odd, whole = range(low, high + 1, 2), [n for n in WHOLE if low <= n <= high]
@@ -51,8 +53,8 @@ class Conditions:
             length=length if length <= limit else limit - 1 + limit % 2,
             padding=PADDINGS[turns[1]],
             ignored=(0, 2, 3)[turns[2]],
-            repeated=rows > 1 and generator.random() < 1 / 3,
-            silent=rows > 1 and generator.random() < 1 / 3,
+            repeated=rows > 1 and (generator.random() < 1 / 3 if own else row != 2),
+            silent=rows > 1 and (generator.random() < 1 / 3 if own else row == 2),
         )
 
     @classmethod
@@ -61,9 +63,7 @@ class Conditions:
         place = share(spec.conditions)
         if place is None:
             return cls.drawn(spec.entropy, limit=limit, large=large)
-        row = place[0] // TURNS
-        long = row == spec.seed % 2  # the models of the first two take so many tokens
-        return cls.drawn(spec.entropy, limit=limit, large=large, turn=row + spec.seed, long=long)
+        return cls.drawn(spec.entropy, limit=limit, large=large, row=place[0] // TURNS, seed=spec.seed)
 
     def __str__(self) -> str:
         padding = "no padding" if self.padding == "none" else f"padded on the {self.padding}"

@@ -245,7 +245,7 @@ def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -
         switches.plain(twin.model),
     ):
         with twin.outside(calls):
-            loss = twin.model(**step.feed(twin.model, batch)).loss
+            _, loss = step.forward(twin.model, batch)
         if loss.requires_grad:
             loss.backward()
     for replay in reversed(replays):  # as a backward adds them

@@ -11,6 +11,7 @@ from torch import nn
 
 from kbitcheck.core.facts import Distance, RunFacts
 from kbitcheck.observe.probes import blocks, digest, kv_cache, switches
+from kbitcheck.observe.probes.forms import Formed
 
 Batch = Mapping[str, torch.Tensor]
 Gradients = dict[str, torch.Tensor | None]
@@ -35,6 +36,15 @@ def feed(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         return dict(batch)
     reader = next((p.dtype for p in model.parameters() if p.dim() >= 3 and p.is_floating_point()), None)
     return {k: v.to(reader) if reader and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def forward(model: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
+    """What a model gives for a batch, called in the batch's form if it has one, and the loss in it."""
+    if isinstance(batch, Formed):
+        output = batch.form.output(model, feed(model, batch))
+        return output, batch.form.loss(output)
+    output = model(**feed(model, batch))
+    return output, output.loss
 
 
 def train_step(
@@ -66,8 +76,7 @@ def train_step(
     ):
         warnings.simplefilter("always")
         with autocast():
-            output = model(**feed(model, batch))
-        loss = output.loss
+            output, loss = forward(model, batch)
         watcher.follow(loss)
         watcher.phase = "backward"
         if loss.requires_grad and not forward_only:

@@ -30,6 +30,8 @@ def steps_with_something_between(subject: Subject) -> Outcome:
         "printing": lambda: repr(model),
         "two calls of train": lambda: model.train().train(),
         "an evaluation": lambda: subject.logits(model),
+        "an evaluation in inference mode": lambda: subject.logits(model, without=torch.inference_mode),
+        "a forward without gradients": lambda: _forward(subject, model),
         "a state dict": model.state_dict,
         "a save": lambda: _saved(own),
         "a copy": lambda: copy.deepcopy(model),
@@ -49,6 +51,11 @@ def steps_with_something_between(subject: Subject) -> Outcome:
 def _done(action: Callable[[], Any]) -> str:
     action()
     return "done"
+
+
+def _forward(subject: Subject, model: Any) -> None:
+    with torch.no_grad():
+        subject.loss(model)
 
 
 def _saved(model: Any) -> None:

@@ -1,88 +1,84 @@
 """Forms in which a model is called to train: with each keyword of its forward, without labels, with embeddings for tokens."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.probes import step, switches
+from kbitcheck.observe.probes.forms import FORMS, PLAIN, Form, Inputs
 from kbitcheck.observe.uses.subject import Outcome, Parameters, Subject, Value, done, gradients_of, use
 
+LENGTHS = (64, 512)  # as people choose them: powers of two
 PARTS = ("loss", "logits", "hidden_states", "attentions")
-WITHOUT_LABELS = ("logits_to_keep",)  # of fewer tokens than there are labels for
-
-
-def _keywords(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Keywords beside those of the batch, by what they are."""
-    ids = next(iter(subject.batch.values()))
-    length = ids.shape[1] if ids.dim() > 1 else 1
-    mask = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
-    candidates: dict[str, tuple[str, Any]] = {
-        "logits_to_keep": ("logits_to_keep", 1),
-        "num_items_in_batch": ("num_items_in_batch", 7),
-        "output_hidden_states": ("output_hidden_states", True),
-        "output_attentions": ("output_attentions", True),
-        "use_cache": ("use_cache", False),
-        "position_ids": ("position_ids", torch.arange(length, device=ids.device)[None].expand(len(ids), -1)),
-        "attention_mask": ("attention_mask", mask),
-        "a mask of booleans": ("attention_mask", mask.bool()),
-        "return_dict": ("return_dict", True),
-        "a tuple": ("return_dict", False),
-    }
-    accepted = inspect.signature(type(subject.model).forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    taken = {*accepted, *(("num_items_in_batch",) if anything else ())}
-    return {what: {name: value} for what, (name, value) in candidates.items() if name in taken}
 
 
 @use
 def keywords_of_the_forward(subject: Subject) -> Outcome:
-    """What the forward's other keywords give in train mode, without labels and with them, and the gradients of it."""
+    """What each form of a call gives in train mode, and the gradients of it."""
     accepted = inspect.signature(type(subject.model).forward)
     model, adapters = subject.attached()
     seen: dict[str, Value] = {"the signature": str([*accepted.parameters])}
     batch = step.feed(model, subject.batch)
-    unlabelled = {n: v for n, v in batch.items() if n != "labels"}
-    calls: dict[str, dict[str, Any]] = {"no labels": unlabelled}
-    calls |= {
-        what: {**(unlabelled if what in WITHOUT_LABELS else batch), **keywords}
-        for what, keywords in _keywords(subject).items()
-    }
+    ids = batch.get("input_ids")
+    if ids is not None and "attention_mask" in accepted.parameters:
+        batch["attention_mask"] = torch.ones_like(ids)
+    calls = [(form, batch) for form in FORMS if form.taken_by(subject.model, batch)]
     if "pixel_values" in batch:
-        calls["a text without images"] = {n: v for n, v in batch.items() if "pixel" not in n and "image" not in n}
-    for what, inputs in calls.items():
-        parts = done(partial(_called, model=model, adapters=adapters, inputs=inputs), subject)
-        seen |= {f"{what}: {part}" if part else what: value for part, value in parts.items()}
+        text = {n: v for n, v in batch.items() if "pixel" not in n and "image" not in n}
+        calls.append((replace(PLAIN, name="a text without images"), text))
+    if batch.keys() <= {"input_ids", "attention_mask", "labels"}:
+        limit = token_limit(subject.model)
+        calls += [(_row_of(length), _repeated(batch, length)) for length in LENGTHS if length <= limit]
+    for form, inputs in calls:
+        parts = done(partial(_called, model=model, adapters=adapters, form=form, inputs=inputs), subject)
+        seen |= {f"{form.name}: {part}" if part else form.name: value for part, value in parts.items()}
     return seen
 
 
-def _called(subject: Subject, model: nn.Module, adapters: Parameters, inputs: Mapping[str, Any]) -> Outcome:
-    """The parts of what a forward gives, and the gradients of its loss, or where it has none of the square of its logits."""
+def _row_of(length: int) -> Form:
+    return replace(PLAIN, name=f"a row of {length} tokens")
+
+
+def _repeated(batch: Inputs, length: int) -> Inputs:
+    """The batch, once and again, until it has so many tokens."""
+    return {name: t.repeat(1, -(-length // t.shape[1]))[:, :length] for name, t in batch.items()}
+
+
+def _called(subject: Subject, model: nn.Module, adapters: Parameters, form: Form, inputs: Inputs) -> Outcome:
+    """The parts of what a forward gives, and the gradients of its loss, or of one of its logits."""
     model.train()
     with switches.seeded(subject.preparation.spec.seed, subject.batch), subject.preparation.autocast():
-        output: Any = model(**inputs)
-    parts = dict(_parts(output))
-    first = parts.get("loss", next((v for v in parts.values() if isinstance(v, torch.Tensor)), None))
-    if isinstance(first, torch.Tensor) and first.requires_grad:
-        (first if first.dim() == 0 else first.float().square().mean()).backward()
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in adapters.values()]
-        parts["gradients of the adapters"] = torch.cat([g.float().flatten() for g in gradients])
-        model.zero_grad()
-    return {part: v.detach() if isinstance(v, torch.Tensor) else v for part, v in parts.items()}
+        output: Any = form.output(model, dict(inputs))
+        loss = form.loss(output)
+    parts = {part: v.detach() if isinstance(v, torch.Tensor) else v for part, v in _parts(output)}
+    loss.backward()
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in adapters.values()]
+    parts["gradients of the adapters"] = torch.cat([g.float().flatten() for g in gradients])
+    model.zero_grad()
+    return parts
 
 
 def _parts(output: Any) -> Iterator[tuple[str, Value]]:
-    """Loss, logits, the last of several hidden states and attentions; of a tuple the tensors in it, by their places."""
+    """Loss, logits, hidden states and attentions, several in a row; of a tuple the tensors in it, by their places."""
     parts = enumerate(output) if isinstance(output, tuple) else ((part, output.get(part)) for part in PARTS)
     for part, value in parts:
         if isinstance(value, tuple) and not isinstance(output, tuple):
             yield f"number of {part}", str(len(value))
-            value = value[-1]
+            value = _in_a_row([each for each in value if isinstance(each, torch.Tensor)])
         if isinstance(value, torch.Tensor):
             yield str(part), value
+
+
+def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The numbers of tensors, in the narrowest of their dtypes."""
+    narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize, default=None)
+    return torch.cat([t.flatten().to(narrowest) for t in tensors]) if tensors else None
 
 
 @use

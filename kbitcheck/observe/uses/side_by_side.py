@@ -95,12 +95,14 @@ def beside(name: str, mine: Outcome, base: Outcome, wide: Callable[[], Outcome])
 
 def _same(actual: Value, expected: Value) -> bool:
     if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+        if actual.dtype.itemsize < expected.dtype.itemsize:
+            return False
         return actual.shape == expected.shape and torch.equal(actual.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
     return not isinstance(actual, torch.Tensor) and not isinstance(expected, torch.Tensor) and actual == expected
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor, rounded: Value | None) -> Distance | None:
-    if actual.shape != expected.shape:
+    if actual.shape != expected.shape or actual.dtype.itemsize < expected.dtype.itemsize:
         return None
     comparable = isinstance(rounded, torch.Tensor) and rounded.shape == expected.shape
     yardstick = step.distance(expected, rounded) if comparable and isinstance(rounded, torch.Tensor) else 0.0
@@ -109,5 +111,6 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor, rounded: Value | Non
 
 def _text(value: Value) -> str:
     if isinstance(value, torch.Tensor):
-        return f"norm {float(value.double().norm()):.6g}, shape {tuple(value.shape)}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"norm {float(value.double().norm()):.6g}, shape {tuple(value.shape)}, {dtype}"
     return f"raises {value}" if isinstance(value, Raised) else value

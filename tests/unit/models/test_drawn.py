@@ -47,6 +47,13 @@ def test_cases_that_take_turns_have_among_them_each_padding_and_a_long_batch(see
     assert sorted(c.length > 512 for c in turns) == [False, False, True]
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_cases_that_take_turns_have_a_silent_row_and_two_rows_alike(seed):
+    specs = [CaseSpec(model="m", quant="nf4", implementation="", seed=seed, conditions=f"{n}/9") for n in (1, 4, 7)]
+    turns = [Conditions.of_case(spec, limit=1000, large=False) for spec in specs]
+    assert sorted(c.silent for c in turns) == sorted(c.repeated for c in turns) == [False, False, True]
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_a_batch_of_the_quick_suite_is_beyond_512_tokens(seed):
     specs = [s for s in cases(QUICK, implementation="", seed=seed) if has_turn(s.conditions, seed, 0, TURNS)]
