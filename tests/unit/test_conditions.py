@@ -78,6 +78,8 @@ ONES = torch.ones(4)
         ({"x": ONES * 1.5}, {"x": ONES}, False),
         ({"x": ONES * 1.01}, {"x": ONES}, True),  # the base's own rounding is more
         ({"x": ONES[:2]}, {"x": ONES}, False),
+        ({"x": ONES.bfloat16()}, {"x": ONES}, False),
+        ({"x": ONES.double()}, {"x": ONES}, True),
         ({"x": ONES * math.inf}, {"x": ONES * math.inf}, True),
         ({"x": ONES}, {"x": ONES * math.inf}, False),
         ({"x": ONES * math.nan}, {"x": ONES}, False),
