@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -19,7 +20,7 @@ from kbitcheck.core.rule import judge as core_judge
 from kbitcheck.core.rule import rules
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.adapter.case import AdapterCase
-from kbitcheck.observe.adapter.folder import CONFIG, WEIGHTS, read
+from kbitcheck.observe.adapter.folder import CONFIG, PICKLE, WEIGHTS, read
 from kbitcheck.run.saved_adapter import judge
 
 OF_FILES = ["KB801", "KB806", "KB807", "KB808", "KB809", "KB810"]
@@ -157,6 +158,16 @@ def test_files_of_a_state_with_the_adapters_name_in_it_are_read_alike(saved, tmp
     }
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_that_torch_wrote_are_read_alike(zipped, saved, tmp_path):
+    """As PEFT did before safetensors, and torch before its zip files."""
+    folder = saved("lora", STARTS_AT_ZERO["lora"])
+    old = shutil.copytree(folder, tmp_path / "old")
+    (old / WEIGHTS).unlink()
+    torch.save(load_file(folder / WEIGHTS), old / PICKLE, _use_new_zipfile_serialization=zipped)
+    assert read(old).layers == read(folder).layers
+
+
 def test_the_reach_is_the_share_of_the_bases_weights(saved):
     report = judge(saved("lora", STARTS_AT_ZERO["lora"]), base="tiny:llama", select_codes=["KB801"])
     model = resolve("tiny:llama").meta(None)
@@ -175,6 +186,11 @@ def test_a_base_that_is_on_this_machine_is_compared_unasked(saved, tmp_path):
         assert statuses(judge(folder))["KB810"] is status, name
 
 
+def pickled(item, folder):
+    (folder / WEIGHTS).unlink()
+    torch.save(item, folder / PICKLE)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,7 +207,9 @@ def test_a_base_that_is_on_this_machine_is_compared_unasked(saved, tmp_path):
             "a wrong target_modules",
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
-        (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "pickle"),
+        (lambda folder: (folder / WEIGHTS).rename(folder / PICKLE), "no pickle of tensors alone"),
+        (lambda folder: pickled([1], folder), "other things than tensors"),
+        (lambda folder: pickled(Path("x"), folder), "no pickle of tensors"),
         (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100]), "truncated"),
     ],
 )

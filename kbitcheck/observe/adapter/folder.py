@@ -6,8 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from kbitcheck.core.cases import ALL_LINEAR
@@ -117,8 +120,31 @@ class _Shards:
         return self._places[key].get_tensor(key)  # type: ignore[no-any-return]
 
 
+class _Pickled:
+    """A file of tensors that ``torch.save`` wrote, as PEFT did before safetensors; none of its code runs."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            tensors: Any = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise UsageError(f"{path} is no pickle of tensors alone ({why}): save it as safetensors") from None
+        if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
+            raise UsageError(f"{path} holds other things than tensors: save it as safetensors")
+        self._tensors: dict[str, Tensor] = tensors
+
+    def keys(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
+    if (folder / PICKLE).exists() and not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        yield _Pickled(folder / PICKLE)
+        return
     try:
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in _files(folder)]
@@ -140,9 +166,7 @@ def _files(folder: Path) -> list[Path]:
         if lacking:
             raise UsageError(f"{folder} has no {', '.join(lacking)}, which its {INDEX} names")
         return files
-    pickled = (folder / PICKLE).exists()
-    why = f"; its {PICKLE} is a pickle, which can run code: save it as safetensors" if pickled else ""
-    raise UsageError(f"{folder} has no {WEIGHTS}{why}")
+    raise UsageError(f"{folder} has no {WEIGHTS}")
 
 
 def _layers(

@@ -118,7 +118,7 @@ def _unpacked(source: Source, packed: Any) -> Any:
 
 def _attached(model: Any, path: Path) -> Any:
     """The model with the saved adapter, for inference, in the adapter's own dtype."""
-    if not (path / folder.WEIGHTS).exists():
+    if not any((path / name).exists() for name in (folder.WEIGHTS, folder.PICKLE)):
         raise Unavailable(f"PEFT reads one file alone, {folder.WEIGHTS}, and this adapter is in shards")
     try:
         from peft import PeftModel
