@@ -8,13 +8,19 @@ from transformers.quantizers import auto
 
 
 def mark(model: nn.Module, config: Any, *, pre_quantized: bool) -> Any:
-    """Give a model the marks of one that transformers quantized by ``config``: its quantizer, which is returned, and its flags."""
-    quantizer: Any = auto.AutoHfQuantizer.from_config(config, pre_quantized=pre_quantized)
+    """Give a model the marks of one that transformers quantized by ``config``: its quantizer, which is returned, and its flags.
+
+    Where transformers lacks a package that it wants for the method, the model has no quantizer.
+    """
     marked: Any = model
+    marked.config.quantization_config = config
+    vars(marked).update(is_quantized=True, quantization_method=config.quant_method)
+    try:
+        quantizer: Any = auto.AutoHfQuantizer.from_config(config, pre_quantized=pre_quantized)
+    except ImportError:
+        return None
     marked.config.quantization_config = quantizer.quantization_config
-    vars(marked).update(
-        hf_quantizer=quantizer, is_quantized=True, quantization_method=quantizer.quantization_config.quant_method
-    )
+    vars(marked)["hf_quantizer"] = quantizer
     return quantizer
 
 

@@ -155,11 +155,11 @@ def packed_weights_intact(facts: Facts) -> Iterable[Observation]:
     Fix: skip packed parameters by ``isinstance`` or by their quantization state, never by class name.
     Sources: peft#1550, peft#1614.
     """
-    packed = [o for o in facts.loaded.parameters.values() if o.packed]
+    packed, after = facts.loaded.packed, {**facts.prepared.buffers, **facts.prepared.parameters}
     if not packed:
         raise NotApplicable("the model has no packed weight")
-    for old in packed:
-        new = facts.prepared.parameters.get(old.name)
+    for old in packed.values():
+        new = after.get(old.name)
         if new is None:
             yield Observation(old.name, f"{old.cls} {old.dtype}", "gone", ok=False)
             continue

@@ -66,10 +66,10 @@ def _drawn(facts: Facts, computed: Container[str]) -> dict[str, Any]:
 
 def by_group(model: ModelFacts) -> dict[str, int]:
     """Bytes of quantized weights, of the other parameters by group, and of buffers; each storage once."""
-    packed = {t.storage: t.nbytes for t in model.parameters.values() if t.packed}
+    packed = {t.storage: t.nbytes for t in model.packed.values()}
     groups = {"quantized": sum(packed.values())}
     groups |= {group: sum(t.nbytes for t in tensors) for group, tensors in sorted(unquantized(model).items())}
-    owned = {t.storage for t in model.parameters.values()}
+    owned = {t.storage for t in (*model.parameters.values(), *model.packed.values())}
     buffers = {t.storage: t.nbytes for t in model.buffers.values() if t.storage not in owned}
     return {**groups, **({"buffers": sum(buffers.values())} if buffers else {})}
 

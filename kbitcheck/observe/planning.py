@@ -76,7 +76,7 @@ class Sizes:
             for tensor in tensors
             if len(tensor.shape) > 1 and (group != "embeddings" or base.heads)  # heads may be tied to them
         )
-        packed = {t.storage: t.nbytes for t in base.parameters.values() if t.packed}
+        packed = {t.storage: t.nbytes for t in base.packed.values()}
         added = sum(promised_bytes(base, spec.profile).values())
         length = SHORT if base.nbytes > LARGE_BYTES and spec.device == "cpu" else LENGTH
         return cls(

@@ -1,5 +1,6 @@
 """One linear layer with LoRA (arXiv 2106.09685) beside it."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         size_in, size_out = _sizes(base_layer)
-        device = next(base_layer.parameters()).device
+        device = next(chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.in_features, self.out_features = size_in, size_out  # some models ask a layer how wide it is
         self.dropout = nn.Dropout(dropout)

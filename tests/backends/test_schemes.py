@@ -19,7 +19,7 @@ from tests.shallow import shallow
 
 SCHEMES = (
     "torchao-int8", "fp8,block=32", "quanto-int8", "quanto-int4", "compressed-tensors-int4", "compressed-tensors-int8",
-    "hqq-int4",
+    "hqq-int4", "gptq-int4",
 )  # fmt: skip
 # Those that are packed while they run.
 PACKED = [text for text in SCHEMES if not registry.of_scheme(text.partition(",")[0]).unpacked_by]
@@ -105,7 +105,8 @@ def test_a_weight_that_is_unpacked_without_a_word_is_caught(quant: str) -> None:
     def unpack(layers: list[Any]) -> None:
         weight = backends.arithmetic(layers[0]).unpacked(layers[0])
         packed = backends.recognition(layers[0]).packed(layers[0])
-        (name,) = (name for name, parameter in layers[0].named_parameters(recurse=False) if parameter is packed)
+        own = (*layers[0].named_parameters(recurse=False), *layers[0].named_buffers(recurse=False))
+        (name,) = (name for name, tensor in own if tensor is packed)
         setattr(layers[0], name, nn.Parameter(weight.detach().clone(), requires_grad=False))
 
     assert "KB207" in failing(damaged(unpack), quant, ["KB205", "KB207"])

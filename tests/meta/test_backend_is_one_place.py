@@ -24,7 +24,7 @@ PRIVATE = {
     "aqlm": {"aqlm", "nbits_per_codebook", "linear_weights_not_to_quantize"},
     "compressed_tensors": {"compressed_tensors", "quantization_scheme", "weight_packed", "CompressedTensorsConfig"},
     "torchao": {"torchao", "Int8Tensor", "act_quant_kwargs", "TorchAoConfig"},
-    "gptq": {"gptq", "gptqmodel", "g_idx"},
+    "gptq": {"gptq", "gptqmodel", "g_idx", "TorchLinear", "GPTQConfig"},
     "awq": {"awq", "autoawq", "gptqmodel"},
     "hqq": {"hqq", "HQQLinear", "HqqConfig", "W_q"},
     "fp8": {"fp8", "weight_scale_inv", "FP8Linear", "FP8Experts", "FP8GroupedLinear", "finegrained_fp8", "FineGrainedFP8Config"},

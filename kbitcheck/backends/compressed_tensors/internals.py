@@ -6,6 +6,7 @@ from typing import Any
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from torch import Tensor, nn
+from transformers.quantizers import auto
 
 from kbitcheck.backends.internals import mark as mark_quantized
 
@@ -14,7 +15,9 @@ PACKED, UNPACKED = QuantizationStatus.COMPRESSED, QuantizationStatus.DECOMPRESSE
 
 def mark(model: nn.Module, described: Mapping[str, Any]) -> list[nn.Module]:
     """Leave on a model what loading a checkpoint with this ``quantization_config`` leaves; its layers that are to hold packed weights."""
-    mark_quantized(model, dict(described), pre_quantized=True).validate_environment()  # says, too, whether it trains
+    mark_quantized(
+        model, auto.AutoQuantizationConfig.from_dict(dict(described)), pre_quantized=True
+    ).validate_environment()  # says, too, whether it trains
     apply_quantization_config(model, QuantizationConfig.model_validate(dict(described)), show_progress=False)
     return [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
 

@@ -1,13 +1,20 @@
-"""GPTQ: codes of 2, 3, 4 or 8 bits in groups of columns, as AutoGPTQ and GPTQModel save them. Static audit alone."""
+"""GPTQ: codes of 2, 3, 4 or 8 bits in groups of columns, as AutoGPTQ and GPTQModel save them. Importing this imports no torch.
+
+What runs is GPTQModel's layer of plain torch, with weights that are packed to the nearest codes: no data calibrates them.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.laid_out import LaidOut
-from kbitcheck.backends.schemes import Scheme
+from kbitcheck.backends.protocol import Arithmetic, Recognition
+from kbitcheck.backends.schemes import Choice, Option, Scheme
+from kbitcheck.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +22,9 @@ if TYPE_CHECKING:
     from kbitcheck.backends.packed import Layout
 
 BITS = (2, 3, 4, 8)
+LEFT = "models are packed by GPTQ to 4 bits alone here"
+# Columns that share a scale, and whether they are grouped by their size (act-order).
+OPTIONS = (Option("group", ("128", "64", "32", "all"), "128"), Option("act"))
 
 
 class Gptq(LaidOut):
@@ -22,7 +32,36 @@ class Gptq(LaidOut):
 
     name = "gptq"
     method = "gptq"
-    schemes = tuple(Scheme(f"gptq-int{bits}", bits) for bits in BITS)
+    schemes = tuple(
+        Scheme(f"gptq-int{bits}", bits, OPTIONS if bits == 4 else (), stored_alone="" if bits == 4 else LEFT)
+        for bits in BITS
+    )
+
+    @cached_property
+    def recognition(self) -> Recognition:
+        if self.not_on_load():
+            return super().recognition
+        from kbitcheck.backends.gptq.recognise import GptqLayers
+
+        return GptqLayers([scheme.name for scheme in self.schemes])
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        from kbitcheck.backends.gptq.arithmetic import GptqArithmetic
+
+        return GptqArithmetic()
+
+    def not_on_load(self) -> str:
+        return (
+            "" if importlib.util.find_spec("gptqmodel") else "gptqmodel is not installed: pip install 'kbitcheck[gptq]'"
+        )
+
+    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
+        if why := self.not_on_load() or self.scheme(choice.scheme).stored_alone:
+            raise UsageError(f"{choice} cannot be run: {why}")
+        from kbitcheck.backends.gptq.quantize import quantize
+
+        quantize(model, choice, skip)
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         return super().describes(config) and config.get("bits", 4) in BITS
@@ -62,8 +101,8 @@ def _layout(config: Mapping[str, Any]) -> Layout:
     def tensors(rows: int, columns: int) -> Any:
         scales = groups(columns, size)
         return {
-            "qweight": ((columns * bits // 32, rows), torch.int32),
-            "qzeros": ((scales, rows * bits // 32), torch.int32),
+            "qweight": ((-(-columns * bits // 32), rows), torch.int32),
+            "qzeros": ((scales, -(-rows * bits // 32)), torch.int32),
             "scales": ((scales, rows), torch.float16),
             "g_idx": ((columns,), torch.int32),
         }

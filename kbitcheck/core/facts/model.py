@@ -137,6 +137,11 @@ class ModelFacts:
         return layer
 
     @property
+    def packed(self) -> dict[str, TensorFacts]:
+        """The packed weights by name: parameters, and of some quantizers buffers."""
+        return {n: t for tensors in (self.parameters, self.buffers) for n, t in tensors.items() if t.packed}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of parameters and buffers, each storage once."""
         tensors = [*self.parameters.values(), *self.buffers.values()]

@@ -21,19 +21,20 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
     sizes: defaultdict[str, GroupFacts] = defaultdict(GroupFacts)
     seen: set[int] = set()
     shared: set[int] = set()
-    for name, tensor in facts.parameters.items():
+    states: set[str] = set()
+    for name, tensor in {**facts.parameters, **facts.packed}.items():
         if tensor.storage in seen:
             continue
         seen.add(tensor.storage)
         layer = facts.holder(name) if tensor.packed else None
         if layer is not None:
+            state = {} if layer.stack else state_tensors(model.get_submodule(layer.name))
+            states |= {f"{layer.name}.{part}" for part in state}  # some are buffers, too
             added = GroupFacts(
                 parameters=layer.in_features * layer.out_features,
                 quantized=layer.in_features * layer.out_features,
                 packed=tensor.nbytes,
-                state=0
-                if layer.stack
-                else sum(_once(t, shared) for t in state_tensors(model.get_submodule(layer.name)).values()),
+                state=sum(_once(t, shared) for t in state.values()),
             )
         else:
             numbers = torch.Size(tensor.shape).numel()
@@ -47,8 +48,8 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
                 },
             )
         sizes[group_of(tensor, facts, norms)] += added
-    for tensor in facts.buffers.values():
-        if tensor.storage not in seen:
+    for name, tensor in facts.buffers.items():
+        if tensor.storage not in seen and name not in states:
             seen.add(tensor.storage)
             sizes[group_of_buffer(tensor.name)] += GroupFacts(buffers=tensor.nbytes)
     return dict(sizes)

@@ -279,8 +279,8 @@ def backwards(
 
 def _extremes(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     """The layer's backward of gradients far larger than a step's, as gradient scalers make them, one of them infinite."""
-    rows, columns = backends.recognition(module).shape(module)
-    device = next(module.parameters()).device
+    recognition = backends.recognition(module)
+    (rows, columns), device = recognition.shape(module), recognition.packed(module).device
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(2, columns, generator=draw).to(device, dtype or torch.float32).requires_grad_(True)
     y = module(x)

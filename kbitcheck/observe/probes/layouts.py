@@ -102,10 +102,11 @@ def misread(
 
     ``weight`` gives the layer's, in float64; ``dtype`` is that of its inputs.
     """
-    rows, columns = backends.recognition(module).shape(module)
+    recognition = backends.recognition(module)
+    rows, columns = recognition.shape(module)
     if rows * columns > SMALL:
         return ()
-    draw, device = random.Random(seed), next(module.parameters()).device  # noqa: S311
+    draw, device = random.Random(seed), recognition.packed(module).device  # noqa: S311
     x = _drawn((*SHAPE, columns), draw).to(device, dtype or torch.float32)
     y, leaf = _forward(module, x)
     dy = (_drawn((*SHAPE, rows), draw) / 64).to(device, y.dtype)

@@ -68,7 +68,7 @@ def _plain(method: Any) -> str:
 
 def _facts(quant: Quantization, facts: ModelFacts, answer: Loading | None, treated: Treatment | None) -> QuantizerFacts:
     stays = bool(quant.backend.unpacked_by)  # what is unpacked is packed again when it is saved
-    packed = {t.storage: t.nbytes for t in facts.parameters.values() if t.packed}
+    packed = {t.storage: t.nbytes for t in facts.packed.values()}
     packed |= {t.storage: t.nbytes for t in facts.buffers.values() if _unpacks(t.name, facts) and not stays}
     numbers = sum(layer.in_features * layer.out_features for layer in facts.layers.values())
     unpacked = facts.nbytes - sum(packed.values()) + HALF_BYTES * numbers

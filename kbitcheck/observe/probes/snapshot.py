@@ -74,7 +74,9 @@ def _tensors(
             )
             for n, p in model.named_parameters(remove_duplicate=False)
         },
-        "buffers": {n: _tensor(n, b, met) for n, b in model.named_buffers(remove_duplicate=False)},
+        "buffers": {
+            n: _tensor(n, b, met, packed=id(b) in packed) for n, b in model.named_buffers(remove_duplicate=False)
+        },
         "layers": {**{n: layer(n, m) for n, m in layers.items()}, **dict(_stacks(model))},
     }
 
@@ -229,7 +231,9 @@ class _Met:
         """The number of a tensor's storage, so that snapshots of two copies compare."""
         tensor = next(parts(internals.local(tensor)))
         key: object = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        if tensor.device.type == "meta" or not tensor.numel():
+        if tensor.device.type == "meta":  # where no storage has an address
+            key = (internals.storage_id(tensor), tensor.storage_offset())
+        elif not tensor.numel():
             key = id(tensor)
         return self._storages.setdefault(key, len(self._storages))
 

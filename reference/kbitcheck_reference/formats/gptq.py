@@ -27,9 +27,13 @@ def holds(module: nn.Module) -> bool:
 
 
 def unpack(layer: nn.Module) -> torch.Tensor:
-    """The weight that a layer stands for, float64, ``(out, in)``, in the first version of the format; nothing of the layer changes."""
+    """The weight that a layer stands for, float64, ``(out, in)``; nothing of the layer changes.
+
+    A layer that knows the version of its zeros says so by ``qzero_format``; any other has the first.
+    """
     owner: Any = layer
-    weight: torch.Tensor = dequantize(*(getattr(owner, part).detach() for part in _PARTS))
+    version = owner.qzero_format() if hasattr(owner, "qzero_format") else 1
+    weight: torch.Tensor = dequantize(*(getattr(owner, part).detach() for part in _PARTS), version=version)
     return weight
 
 
@@ -58,14 +62,9 @@ def pack(
     """Quantize a weight to the nearest codes: ``qweight``, ``qzeros``, ``scales`` (float16) and ``g_idx``.
 
     ``group`` columns share a scale, all of them with None. ``order`` is the order in which columns were quantized (act-order): its first
-    ``group`` columns are the first group.
-
-    Raises:
-        ValueError: the codes of a row or a column fill no whole number of words.
+    ``group`` columns are the first group. The last word of a row or a column may have codes that stand for nothing.
     """
-    bits, (rows, columns) = BITS[scheme], weight.shape
-    if rows * bits % WORD or columns * bits % WORD:
-        raise ValueError(f"{rows} × {columns} codes of {bits} bits fill no whole words")
+    bits, columns = BITS[scheme], weight.shape[1]
     g_idx = torch.empty(columns, dtype=torch.int32)
     g_idx[torch.arange(columns) if order is None else order] = torch.arange(columns, dtype=torch.int32) // (
         group or columns
