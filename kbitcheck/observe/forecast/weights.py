@@ -21,7 +21,6 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
     sizes: defaultdict[str, GroupFacts] = defaultdict(GroupFacts)
     seen: set[int] = set()
     shared: set[int] = set()
-    states: set[str] = set()
     for name, tensor in {**facts.parameters, **facts.packed}.items():
         if tensor.storage in seen:
             continue
@@ -29,7 +28,7 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
         layer = facts.holder(name) if tensor.packed else None
         if layer is not None:
             state = {} if layer.stack else state_tensors(model.get_submodule(layer.name))
-            states |= {f"{layer.name}.{part}" for part in state}  # some are buffers, too
+            state = {part: t for part, t in state.items() if f"{layer.name}.{part}" not in facts.buffers}
             added = GroupFacts(
                 parameters=layer.in_features * layer.out_features,
                 quantized=layer.in_features * layer.out_features,
@@ -48,8 +47,8 @@ def groups(model: nn.Module, facts: ModelFacts) -> dict[str, GroupFacts]:
                 },
             )
         sizes[group_of(tensor, facts, norms)] += added
-    for name, tensor in facts.buffers.items():
-        if tensor.storage not in seen and name not in states:
+    for tensor in facts.buffers.values():
+        if tensor.storage not in seen:
             seen.add(tensor.storage)
             sizes[group_of_buffer(tensor.name)] += GroupFacts(buffers=tensor.nbytes)
     return dict(sizes)
