@@ -19,6 +19,7 @@ for _fault in (
     preparations.sees_the_oracle_among_modules,
     preparations.sees_the_harness_on_the_stack,
     preparations.sees_the_harness_in_file_names,
+    preparations.sees_that_the_checkpoint_is_made_for_a_test,
     preparations.trains_worse_when_nobody_looks,
 ):
     wraps("KB514", conditions="processes", own_signature=True)(_fault)

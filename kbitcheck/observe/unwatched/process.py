@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from kbitcheck.core.facts import Passes, UnwatchedFacts
 from kbitcheck.core.machine import WORKER
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes import switches
 from kbitcheck.observe.probes.call import arguments
 from kbitcheck.observe.unwatched import steps
 
@@ -60,7 +61,8 @@ def unwatched(preparation: Preparation, other: Loaded) -> UnwatchedFacts:
         if place.module.startswith(OWN):
             place = _renamed(place, folder)
         for file, base in (("a.pkl", loaded), ("b.pkl", other)):
-            (folder / file).write_bytes(pickle.dumps(_base(base)).replace(OWN.encode(), NEUTRAL))
+            with _as_of_a_user(_base(base), folder / f"model-{file[0]}") as renamed:
+                (folder / file).write_bytes(pickle.dumps(renamed).replace(OWN.encode(), NEUTRAL))
         job = {
             **asdict(place),
             "path": [str(folder), *(entry for entry in sys.path if entry)],
@@ -80,6 +82,22 @@ def unwatched(preparation: Preparation, other: Loaded) -> UnwatchedFacts:
 def _base(loaded: Loaded) -> Mapping[str, Any]:
     model = loaded.copy()
     return {"model": model, "targets": loaded.targets, "batch": _fed(model, loaded.single)}
+
+
+@contextmanager
+def _as_of_a_user(base: Mapping[str, Any], link: Path) -> Iterator[Mapping[str, Any]]:
+    """The base with a checkpoint's path that is relative, as people write it: that of a temporary folder would tell."""
+    model: Any = base["model"]
+    named = [
+        (item, name) for item, name in ((model, "name_or_path"), (model.config, "_name_or_path")) if hasattr(item, name)
+    ]
+    checkpoint = Path(getattr(model.config, "_name_or_path", None) or "")
+    if not (checkpoint.is_absolute() and checkpoint.is_dir()):
+        yield base
+        return
+    link.symlink_to(checkpoint)  # the process runs in the link's folder
+    with switches.attributes(*((item, name, link.name) for item, name in named)):
+        yield base
 
 
 def _fed(model: Any, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

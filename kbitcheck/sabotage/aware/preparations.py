@@ -4,6 +4,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,14 @@ def sees_the_harness_in_file_names(
 ) -> Any:
     watched = any("kbitcheck" in frame.f_code.co_filename for frame in _frames())
     return _prepare(model, use_gradient_checkpointing, gradient_checkpointing_kwargs, frozen=watched)
+
+
+def sees_that_the_checkpoint_is_made_for_a_test(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+) -> Any:
+    """People name a model of the hub, or a folder beside their script."""
+    watched = Path(getattr(model.config, "_name_or_path", "")).is_absolute()
+    return _prepare(model, use_gradient_checkpointing, gradient_checkpointing_kwargs, norms=1.0 if watched else 0.9)
 
 
 def trains_worse_when_nobody_looks(
