@@ -38,7 +38,7 @@ COMPOSED: Sequence[Cell] = tuple(
 )
 # The layers of recipes that have no Linear; a backend that replaces none of them leaves nothing quantized.
 LAYERS = {"tiny:gpt2": "Conv1D"}
-# Deeper and wider than any threshold that somebody would write, in one case each: they are dear, and their architecture is Llama's.
+# Deeper, wider and of more tokens than any threshold that somebody would write, in one case each: they are dear, and are Llamas.
 LARGEST: Sequence[Cell] = (("tiny:deep", DEFAULT, ("reentrant",)), ("tiny:wide", DEFAULT, ("reentrant",)))
 MODES: tuple[Checkpointing, ...] = ("reentrant", "non-reentrant", "off")
 

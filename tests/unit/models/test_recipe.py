@@ -77,8 +77,10 @@ def test_suite_and_shelf_hold_the_same_recipes() -> None:
     assert {model.removeprefix("tiny:") for model, _, _ in suite.suite_cells("full")} == set(RECIPES)
 
 
-def test_the_deep_recipe_is_deep() -> None:
-    assert len(load("deep").model.layers) == 32
+def test_the_deep_recipe_is_deep_and_has_a_large_vocabulary() -> None:
+    model = load("deep")
+    assert len(model.model.layers) == 32
+    assert model.config.vocab_size > 32_768
 
 
 def test_the_wide_recipe_is_wide() -> None:
