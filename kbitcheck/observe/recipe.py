@@ -8,6 +8,7 @@ from torch import nn
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.facts import HALF, ModelFacts
 from kbitcheck.core.facts.recipe import Recipe
+from kbitcheck.core.methods import Treatment
 from kbitcheck.core.profile import AS_LOADED
 from kbitcheck.core.recipe import read
 from kbitcheck.observe import internals
@@ -31,9 +32,13 @@ def promises_upcast(base: ModelFacts) -> bool:
     return all(layer.promises_upcast for layer in base.layers.values())
 
 
-def as_loaded(spec: CaseSpec, base: ModelFacts) -> CaseSpec:
-    """The spec under the profile that casts nothing, where nothing need be cast."""
-    return dataclasses.replace(spec, profile=AS_LOADED) if takes_one_dtype(base) else spec
+def as_loaded(spec: CaseSpec, base: ModelFacts, treatment: Treatment | None = None) -> CaseSpec:
+    """The spec under the profile that casts nothing, where nothing need be cast, or the preparation casts nothing that none promises.
+
+    ``treatment`` is what the preparation does with models of this quantization method, where that is known.
+    """
+    leaves = treatment is not None and not treatment.casts and not promises_upcast(base)
+    return dataclasses.replace(spec, profile=AS_LOADED) if leaves or takes_one_dtype(base) else spec
 
 
 def recipe_of_call(model: nn.Module, facts: ModelFacts, loaded: ModelFacts) -> Recipe:

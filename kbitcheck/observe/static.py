@@ -77,10 +77,10 @@ class StaticCase(OpenCase):
         self._source = source
         self._model: Any = source.meta(Quantization.parse(spec.quant))
         self.base = snapshot.snapshot(self._model)
-        spec = as_loaded(spec, self.base)
-        super().__init__(spec)
         described = _described(source, spec)
         self.quantizer = of_checkpoint(described, spec, self.base, self._model)
+        spec = as_loaded(spec, self.base, self.quantizer.treatment)
+        super().__init__(spec)
         self.why = "; ".join(["no weights were read", *_of_method(source, spec, self.quantizer, described)])
         self.remote_code = source.remote_code
         self._trained = self._unpacked() if described else self.base

@@ -92,6 +92,14 @@ def test_awq_is_right_to_the_byte(static: Any) -> None:
     assert all(".self_attn." in name for name in part.layers)
 
 
+@pytest.mark.parametrize(("method", "cast"), [("gptq", 0), ("awq", PLAIN)])
+def test_what_peft_leaves_as_it_is_takes_no_more(static: Any, method: str, cast: int) -> None:
+    """PEFT's function casts nothing of a GPTQ model, and all that is half of one whose method it does not know."""
+    described = {"quant_method": method, "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+    case = static(LLAMA, {n: v for n, v in described.items() if method == "awq" or n not in ("version", "zero_point")})
+    assert case.weights.upcast == cast
+
+
 @pytest.mark.parametrize(("books", "bits", "rows", "columns"), [(1, 16, 1, 8), (2, 8, 1, 8), (4, 12, 2, 16)])
 def test_aqlm_is_right_to_the_byte(static: Any, books: int, bits: int, rows: int, columns: int) -> None:
     described = {
