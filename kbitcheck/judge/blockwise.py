@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from statistics import median
 
 from kbitcheck.core.facts import FLOAT32_ULP, YARDSTICKS, BlockwiseFacts, Gap, median_yardstick
+from kbitcheck.core.facts.blockwise import deviation, factor_bound
 from kbitcheck.core.result import Observation
 
 # Where the stack computes the twin's bits in most tensors of a kind of block, the others differ by the order in which
 # sums are added: by a few hundredths of a yardstick (measured: 0.02 to 0.04). A quarter is no rounding.
 SIBLINGS_SHARE = 0.25
-# If the signs of the differences are independent, their sum is more than eight of its standard deviations from zero once
-# in 10^13 tensors, whatever the magnitudes (Hoeffding: 2 exp(-8^2 / 2)). Sums added in another order move all elements of
-# a row alike, by a few ulps of float32.
-DEVIATIONS = 8
-LEAST_FACTOR = 8 * FLOAT32_ULP
-# The median of the magnitude of a normal variable, in standard deviations.
-NORMAL_MEDIAN = 0.6745
 # Who computes with more bits than promised, as with a head in float32, is nearer to the float64 twin than the twin in the
 # preparation's own dtypes. A fault beside the same rounding is farther.
 MORE_EXACT = 0.9
@@ -28,8 +21,7 @@ MORE_EXACT = 0.9
 class _Group:
     """What tensors that belong together show: all of one kind of block, or the adapters' gradients of a whole model.
 
-    ``exact``: most of those that rounding moves have the twin's bits, or must have them. ``deviation``: how many of its own standard
-    deviations a factor is from zero where signs are not independent, as of sums that share a rounded term; at least 1.
+    ``exact``: most of those that rounding moves have the twin's bits, or must have them. ``deviation`` is that of their factors.
     """
 
     yardstick: float
@@ -41,9 +33,7 @@ class _Group:
         """Of the tensors of one kind of block; ``exact`` where more than these tensors show it."""
         rounded = [gap for gap in gaps if gap.live and gap.yardstick > 0]
         bitwise = sum(gap.bitwise for gap in rounded)
-        factors = [abs(gap.factor) / gap.factor_noise if gap.factor_noise else 0.0 for gap in rounded]
-        deviation = median(factors) / NORMAL_MEDIAN if factors else 0.0
-        return cls(median_yardstick(rounded), exact or 2 * bitwise > len(rounded), max(1.0, deviation))
+        return cls(median_yardstick(rounded), exact or 2 * bitwise > len(rounded), deviation(rounded))
 
 
 def tensors_off(facts: BlockwiseFacts) -> Iterable[Observation]:
@@ -96,7 +86,7 @@ def _judged_by_siblings(where: str, gap: Gap, group: _Group) -> Observation:
     more_exact = gap.error < MORE_EXACT * gap.yardstick
     if gap.bitwise or not judged.ok or more_exact:
         return judged
-    factor = max(DEVIATIONS * group.deviation * gap.factor_noise, LEAST_FACTOR)
+    factor = factor_bound(gap, group.deviation)
     if abs(gap.factor) > factor:
         expected = f"within {factor:.1e} of the twin in the same dtypes in scale"
         return Observation(where, expected, f"off by {abs(gap.factor):.1e} in scale", ok=False)

@@ -24,12 +24,11 @@ from kbitcheck.core.facts.model import (
     StoredFacts,
     TensorFacts,
 )
+from kbitcheck.core.facts.rounding import FLOAT32_ULP, YARDSTICKS
 from kbitcheck.core.facts.step import (
     CANNOT_RUN,
     CERTAIN,
-    FLOAT32_ULP,
     WIDEST,
-    YARDSTICKS,
     BlockFacts,
     Distance,
     DrawnFacts,

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from kbitcheck.core.facts.rounding import DEVIATIONS, LEAST_FACTOR, NORMAL_MEDIAN
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
@@ -50,6 +52,23 @@ def live_ones(gradients: Mapping[str, Gap]) -> dict[str, Gap]:
     """Those that the float64 twin has, other than as its rounding."""
     zero = vanishing(gradients)
     return {n: g for n, g in gradients.items() if g.live and n not in zero}
+
+
+def deviation(gaps: Iterable[Gap]) -> float:
+    """How many of its own standard deviations a factor is from zero where signs are not independent, as of sums that share a rounded
+    term; at least 1. ``gaps`` are those of tensors that belong together.
+    """
+    factors = [
+        abs(gap.factor) / gap.factor_noise if gap.factor_noise else 0.0
+        for gap in gaps
+        if gap.live and gap.yardstick > 0
+    ]
+    return max(1.0, median(factors) / NORMAL_MEDIAN) if factors else 1.0
+
+
+def factor_bound(gap: Gap, deviation: float) -> float:
+    """How far from zero a factor is by rounding, where it is ``deviation`` as far as by independent signs."""
+    return max(DEVIATIONS * deviation * gap.factor_noise, LEAST_FACTOR)
 
 
 def median_yardstick(gaps: Iterable[Gap]) -> float:

@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts.blockwise import BlockwiseFacts
 from kbitcheck.core.facts.model import CallFacts, Changes
-
-# How many yardsticks apart two honest computations of one tensor may be (spec). If both roundings are as long, each of sixteen
-# or more independent errors, one is over four times the other less than once in a million (the F distribution of squares).
-YARDSTICKS = 4
-FLOAT32_ULP = 2.0**-23
+from kbitcheck.core.facts.rounding import FLOAT32_ULP
 
 CANNOT_RUN = "the prepared model does not run (KB210): "  # before what it raises, where a rule would have to run it
 

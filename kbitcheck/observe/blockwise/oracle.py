@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from kbitcheck import backends
 from kbitcheck.core.facts import HALF, BlockwiseFacts, Gap, Part
+from kbitcheck.observe.blockwise import noise
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
 from kbitcheck.observe.internals import tree_flatten, tree_unflatten
 from kbitcheck.observe.probes import adapters, step, switches
@@ -24,6 +27,7 @@ from kbitcheck.observe.probes.gap import gap
 from kbitcheck.observe.twin.twins import Pair
 
 Autocast = Callable[[], AbstractContextManager[Any]] | None
+Within = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,22 +188,69 @@ def compare(
         for twin in twins:
             held.enter_context(adapters.holding(twin.adapters, numbers or {}))
         exact, rounded = (_run(twin, calls, batch, seed) for twin in twins)
+        return _compared(run, calls, twins, exact, rounded, partial(_within_pass, twins[1], calls, batch, seed))
+
+
+def _compared(
+    run: step.Step, calls: Sequence[BlockCall], twins: tuple[Twin, Twin], exact: _Pass, rounded: _Pass, within: Within
+) -> Comparison:
     loss = torch.tensor(run.facts.loss, dtype=torch.float64)
     parts = {"": Part(block="", kind="", gaps={"loss": gap(loss, exact.loss.cpu(), rounded.loss.cpu().double())})}
     kinds = {name: type(twins[0].model.get_submodule(name)).__name__ for name in exact.uncalled}
+    own = Pair(exact.gradients, rounded.gradients).beside(run.gradients)
     times: dict[str, int] = {}
     for call, *replays in zip(calls, exact.replays, rounded.replays, strict=True):
         times[call.block] = times.get(call.block, 0) + 1
         label = call.block if times[call.block] == 1 else f"{call.block} (call {times[call.block]})"
-        parts[label] = Part(block=call.block, kind=kinds[call.block], gaps=_gaps(call, *replays))
+        alone = sum(each.block == call.block for each in calls) == 1
+        of_block = {n: own[n] for n in own if alone and _within_block(n, call.block)}
+        gaps, changed = _drawn_again(call, (replays[0], replays[1]), of_block, twins[1], within)
+        parts[label] = Part(block=call.block, kind=kinds[call.block], gaps=gaps)
+        own |= changed
     for name, outputs in exact.uncalled.items():
         for output, beside in zip(outputs, rounded.uncalled[name], strict=True):
             missing = {"output": gap(None, output, beside)}
             parts[f"{name} (a call that was left out)"] = Part(block=name, kind=kinds[name], gaps=missing)
-    pair = Pair(exact.gradients, rounded.gradients)
     half = {id(c) for c in calls if any(str(o.dtype).removeprefix("torch.") in HALF for o in c.outputs)}
     moved = any(replay.moved for replay in exact.replays if id(replay.call) in half)
-    return Comparison(BlockwiseFacts(parts=parts, adapters=pair.beside(run.gradients), moved=moved), pair)
+    facts = BlockwiseFacts(parts=parts, adapters=own, moved=moved)
+    return Comparison(facts, Pair(exact.gradients, rounded.gradients))
+
+
+@contextmanager
+def _within_pass(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -> Iterator[None]:
+    """As a pass of the twin runs."""
+    with switches.seeded(seed, batch), switches.plain(twin.model), twin.outside(calls):
+        yield
+
+
+def _within_block(parameter: str, block: str) -> bool:
+    return f".{block}." in f".{parameter}"
+
+
+def _drawn_again(
+    call: BlockCall, replays: tuple[_Replay, _Replay], own: Mapping[str, Gap], rounded: Twin, within: Within
+) -> tuple[dict[str, Gap], dict[str, Gap]]:
+    """The gaps of one call and of the adapters in it; yardsticks of what is off by chance alone are drawn again."""
+    exact, beside = replays
+    gaps = _gaps(call, exact, beside)
+    names = {id(parameter): name for name, parameter in rounded.adapters.items()}
+    right = {id(parameter): gradient for parameter, gradient in exact.gradients}
+    place = {name: id(parameter) for name, parameter in exact.twin.adapters.items()}
+
+    def draw(number: int) -> dict[str, Gap]:
+        dtypes = [d for d in (*backends.compute_dtypes(rounded.model), call.autocast) if d is not None]
+        other = noise.moved(call, dtypes, number)
+        replay = _Replay(rounded, other, beside.player, inputs=beside.inputs, tracked=beside.tracked)
+        with within():
+            replay.run(other.entering)
+        leaving = {i: g for i, g in replay.leaving.items() if g is not None}
+        made = _gaps(replace(call, outputs=replay.outputs, leaving=leaving), exact, beside)
+        gradients, once = ({names[id(p)]: g for p, g in each.gradients if id(p) in names} for each in (replay, beside))
+        return made | {n: gap(g, right.get(place[n]), once.get(n)) for n, g in gradients.items()}
+
+    again = noise.drawn_again({**gaps, **own}, draw)
+    return {n: again[n] for n in gaps}, {n: again[n] for n in own}
 
 
 def compare_alone(
