@@ -260,7 +260,7 @@ def compare_alone(
 
     ``gradients`` are those that the call gave the block's own adapters, by name. ``around`` makes the context that a twin runs in.
     """
-    replays, adapters = [], []
+    replays, trained = [], []
     chosen = call.choices
     # The float64 twin runs last: it takes the experts that the other, which rounds as the model does, picked.
     for twin in reversed(twins):
@@ -271,12 +271,13 @@ def compare_alone(
             replay.run(call.entering)
         call.choices = [*chosen, *choices.indices]
         of = {id(parameter): gradient for parameter, gradient in replay.gradients}
-        adapters.append({name: of.get(id(parameter)) for name, parameter in twin.adapters.items()})
+        trained.append({name: of.get(id(parameter)) for name, parameter in twin.adapters.items()})
         replays.append(replay)
     rounded, exact = replays
-    own = {n: g for n, g in _gaps(call, exact, rounded).items() if n.startswith(("output", "gradient that leaves"))}
-    part = Part(block=call.block, kind=type(twins[0].model).__name__, gaps=own)
-    return part, Pair(*reversed(adapters)).beside(gradients)
+    adapters = Pair(*reversed(trained)).beside(gradients)
+    gaps, adapters = _drawn_again(call, (exact, rounded), adapters, twins[1], partial(around, twins[1]))
+    own = {n: g for n, g in gaps.items() if n.startswith(("output", "gradient that leaves"))}
+    return Part(block=call.block, kind=type(twins[0].model).__name__, gaps=own), adapters
 
 
 class _Pass(NamedTuple):
