@@ -91,6 +91,11 @@ def compute_dtypes(model: nn.Module) -> set[Any]:
     return {own.compute_dtype(m) or own.fixed_dtype(m) for own, m in layers}
 
 
+def multiply_unpacked(model: nn.Module) -> bool:
+    """Whether all quantized layers of a model give the bits of torch's own product with their unpacked weight, on a CPU."""
+    return all(arithmetic(module).multiplies_unpacked for _, module in quantized_layers(model))
+
+
 def packing(module: nn.Module) -> Packing:
     """What its backend says of how a quantized layer is packed."""
     return _holder(module).packing

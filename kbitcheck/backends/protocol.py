@@ -86,7 +86,12 @@ class Recognition:
 
 
 class Arithmetic:
-    """How a layer computes. The float twins and the bound of KB303 read this and nothing else."""
+    """How a layer computes. The float twins and the bound of KB303 read this and nothing else.
+
+    ``multiplies_unpacked``: on a CPU its product has the bits of torch's own with the unpacked weight.
+    """
+
+    multiplies_unpacked: ClassVar[bool] = False
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
         """The dtype of the layer's products; None where the products follow the layer's input."""
@@ -132,9 +137,13 @@ class Arithmetic:
         return False
 
     def bias_after_forward(self, module: Any) -> Tensor:
-        """The bias as a forward leaves it."""
+        """The bias as a forward leaves it, of a float32 input."""
         bias: Tensor = module.bias
         return bias
+
+    def biases_after_forward(self, module: Any) -> Sequence[Tensor]:
+        """The bias as a forward may leave it, by the dtype of its input."""
+        return [self.bias_after_forward(module)]
 
 
 class Packing:

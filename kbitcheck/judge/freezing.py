@@ -121,7 +121,8 @@ def base_unchanged_by_training(facts: Facts) -> Iterable[Observation]:
         if new is None:
             yield Observation(old.name, "still there", "gone", ok=False)
         elif old.quantized_bias and new.dtype != old.dtype:
-            same, actual = new.bits == facts.bias_after_forward.get(old.name), f"{new.dtype}, other numbers"
+            rounded = facts.bias_after_forward.get(old.name, {}).get(new.dtype)
+            same, actual = new.bits == rounded, f"{new.dtype}, other numbers"
             yield Observation(old.name, "the old value rounded once", actual, ok=same, note=RECAST)
         else:
             actual = f"{old.dtype} became {new.dtype}" if new.dtype != old.dtype else "other numbers"

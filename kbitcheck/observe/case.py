@@ -45,10 +45,10 @@ from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation, checkpointed_alone
-from kbitcheck.observe.probes import digest, layers
+from kbitcheck.observe.probes import layers
 from kbitcheck.observe.probes.process_state import Before
 from kbitcheck.observe.probes.quantizer import of_model
-from kbitcheck.observe.probes.snapshot import state_keys
+from kbitcheck.observe.probes.snapshot import biases_after_forward, state_keys
 from kbitcheck.observe.stages import Called, Wrapped
 from kbitcheck.observe.stepped import STEP, Stepped
 from kbitcheck.observe.store import differences
@@ -271,13 +271,13 @@ class Case(OpenCase):
         return optimizer_steps(model, self.batch, like, autocast=self._preparation.autocast)
 
     @fact(Cost(needs=("wrapped",)))
-    def bias_after_forward(self) -> Mapping[str, str]:
+    def bias_after_forward(self) -> Mapping[str, Mapping[str, str]]:
         rounded = {}
         for name, parameter in self.wrapped.parameters.items():
             if parameter.quantized_bias:
                 layer = layers.base_name(name.removesuffix(".bias"), self._loaded.weights.layers)
                 module = self._loaded.weights.layers[layer]
-                rounded[name] = digest.bits(backends.arithmetic(module).bias_after_forward(module))
+                rounded[name] = biases_after_forward(module)
         return rounded
 
     @fact(Cost(needs=("base", "prepared")))

@@ -31,6 +31,21 @@ def owned(model: nn.Module, declared: Mapping[str, nn.Parameter] | None = None) 
     }
 
 
+def regularized(model: nn.Module) -> frozenset[int]:
+    """The ids of adapters on which the loss depends outside their blocks, too: AdaLoRA adds to it how far its factors are from orthogonal."""
+    wrappers = [m for m in model.modules() if _orthogonality(m)]
+    return frozenset(
+        id(p) for m in wrappers for n, p in m.named_parameters() if {"lora_A", "lora_B"} & set(n.split("."))
+    )
+
+
+def _orthogonality(module: nn.Module) -> float:
+    """The weight of that term."""
+    configs = getattr(module, "peft_config", None)
+    weights = [getattr(each, "orth_reg_weight", 0.0) for each in configs.values()] if isinstance(configs, dict) else []
+    return max(weights, default=0.0)
+
+
 def declared(model: nn.Module, training: Training) -> dict[str, nn.Parameter]:
     """The parameters that the caller says train beside adapters, by name."""
     return {n: p for n, p in _trainable(model).items() if training.names(n)} if training.trains else {}

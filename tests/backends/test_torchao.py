@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from kbitcheck_reference.formats import torchao as oracle
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+import kbitcheck
 from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
@@ -59,3 +61,22 @@ def test_what_a_weight_wraps_decides_its_digest() -> None:
     before = digest.bits(layer.weight)
     backends.recognition(layer).corrupt(layer, "scale")
     assert digest.bits(layer.weight) != before
+
+
+@needs_torchao
+def test_a_sound_run_under_autocast_conforms() -> None:
+    """Its kernel scales each product, and not the weight: a twin's linear layer rounds otherwise."""
+    model = prepare_model_for_kbit_training(shallow("tiny:llama").load(Quantization.parse("torchao-int8")))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    with kbitcheck.watch(model, optimizer) as watched:
+        model.train()
+        for _ in range(3):
+            ids = torch.randint(1, 200, (2, 24), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watched.report.exit_code == 0, watched.report

@@ -194,6 +194,12 @@ def trainer_with_mixed_precision():
     return model, trained(model, bf16=True, gradient_checkpointing=True)
 
 
+def int8_with_biases():
+    """The layer behind attention gets half inputs, and keeps its bias in their dtype."""
+    model = prepared(scheme="int8", attention_bias=True)
+    return model, trained(model, bf16=True)
+
+
 def accelerated():
     """Accelerate's own loop: it wraps the optimizer, accumulates and clips."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -270,7 +276,9 @@ def ranks_that_change():
     adapters = peft.AdaLoraConfig(
         target_modules=["q_proj", "v_proj"], total_step=20, init_r=4, target_r=2, tinit=1, tfinal=5, task_type="CAUSAL_LM"
     )  # fmt: skip
-    model = prepared(adapters=adapters)
+    # Not reentrant: what AdaLoRA adds to the loss for its factors reaches them in the same backward as the loss's own gradient.
+    base = prepare_model_for_kbit_training(load(), gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(base, adapters)
     for name, parameter in model.named_parameters():  # as PEFT 0.18 leaves the count of ranks
         parameter.requires_grad_(parameter.requires_grad and "ranknum" not in name)
 
@@ -486,7 +494,7 @@ SOUND = (
     radam_in_its_first_steps,
     tied_head,
     evaluates_and_generates, prefix_tuning, prompt_tuning, ia3, head_and_embedding_saved, scaler, scaler_that_skips_the_first_steps,
-    scaler_and_clipping, trainer, trainer_with_mixed_precision, accelerated, compiled, preferences, a_loss_of_ones_own,
+    scaler_and_clipping, trainer, trainer_with_mixed_precision, int8_with_biases, accelerated, compiled, preferences, a_loss_of_ones_own,
     tokens_that_no_batch_has, one_cycle, ranks_that_change, norms_alone, experts_without_tokens, experts_that_are_masked, pictures,
     no_picture_in_the_first_batches, encoder_and_decoder, a_head_on_a_hidden_state, a_head_inside, an_adapter_that_knows_no_float64,
     thawed_one_after_another, two_models, the_gradient_of_a_point_nearby,

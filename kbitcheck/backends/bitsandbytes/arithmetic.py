@@ -1,6 +1,7 @@
 """How bitsandbytes' layers compute in training."""
 
 import copy
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,11 +15,14 @@ from kbitcheck.backends.protocol import Arithmetic
 
 # Devices whose int8 layers train on unpacked weights, and on inputs as they are (``bitsandbytes.matmul``, 0.50.2).
 UNROUNDED = ("cpu", "xpu")
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = 1 << 13  # that are looked up at once: their indices take four times as much, which fits a cache
 
 
 class BitsAndBytesArithmetic(Arithmetic):
     """4-bit layers unpack their weight to the compute dtype; int8 layers follow their input."""
+
+    multiplies_unpacked = True
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
         dtype = getattr(module, "compute_dtype", None)
@@ -94,6 +98,11 @@ class BitsAndBytesArithmetic(Arithmetic):
         """A forward casts the bias in place: to the compute dtype, for int8 to the input's (float32 once prepared)."""
         bias: torch.Tensor = module.bias.to(self.compute_dtype(module) or torch.float32)
         return bias
+
+    def biases_after_forward(self, module: Any) -> Sequence[torch.Tensor]:
+        """For int8 the input's may be a half one, under autocast or behind layers that nothing casts."""
+        dtypes = [dtype] if (dtype := self.compute_dtype(module)) else INPUTS
+        return [module.bias.to(each) for each in dtypes]
 
 
 @cache

@@ -182,7 +182,7 @@ class Facts:
     """The wrapped model after a few optimizer steps."""
     updated: frozenset[str]
     """Names of the adapters that these steps changed."""
-    bias_after_forward: Mapping[str, str]
+    bias_after_forward: Mapping[str, Mapping[str, str]]
     """Bits of each quantized layer's bias as a forward leaves it."""
     training_flags: Mapping[str, bool]
     """By module name, whether it was in train mode before preparation."""

@@ -182,6 +182,12 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, LayerFacts]]:
             )
 
 
+def biases_after_forward(module: nn.Module) -> dict[str, str]:
+    """The bits of a quantized layer's bias as a forward may leave it, by dtype."""
+    biases = backends.arithmetic(module).biases_after_forward(module)
+    return {str(bias.dtype).removeprefix("torch."): digest.bits(bias) for bias in biases}
+
+
 _digests: dict[object, str] = {}
 _weights: dict[object, "_Unpacked"] = {}
 

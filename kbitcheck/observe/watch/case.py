@@ -57,7 +57,7 @@ class WatchedCase(OpenCase):
 
     trained = Fact[ModelFacts](lambda self: _seen(self._observer.after))
     run = Fact[RunFacts](lambda self: _seen(self._observer.step))
-    bias_after_forward = Fact[Mapping[str, str]](lambda self: self._observer.biases)
+    bias_after_forward = Fact[Mapping[str, Mapping[str, str]]](lambda self: self._observer.biases)
     single_blockwise = Fact[BlockwiseFacts](lambda self: BlockwiseFacts(parts={}, adapters={}))
     single_gradients = Fact[Mapping[str, Gap]](lambda self: {})
 

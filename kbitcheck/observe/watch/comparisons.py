@@ -10,6 +10,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.facts import BlockwiseFacts, Gap, ModelFacts, Part
 from kbitcheck.observe.blockwise.record import outermost_blocks
+from kbitcheck.observe.meant_to_train import regularized
 from kbitcheck.observe.probes import digest
 from kbitcheck.observe.probes.snapshot import state_of
 from kbitcheck.observe.watch.blocks import SMALL, Recorder, Twins, compared
@@ -72,6 +73,7 @@ class Comparisons:
 
     def compare(self, step: int, before: ModelFacts) -> None:
         """What was recorded in a step beside its twins. ``before`` is the model as it was before the first forward."""
+        apart = regularized(self._model)
         for recorder in self._recorders:
             recorder.remove()
             if recorder.name in self._heads:
@@ -87,7 +89,8 @@ class Comparisons:
             if isinstance(seen, str):
                 self.unseen = self.unseen if outside else seen
                 continue
-            part, gaps = seen
+            part, every = seen
+            gaps = {n: g for n, g in every.items() if id(recorder.block.get_parameter(n)) not in apart}
             if outside:  # others may use its parameters, as an embedding that is tied to the head does
                 self._beside[label] = part
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -18,8 +18,7 @@ from kbitcheck.core.training import Training
 from kbitcheck.observe import internals
 from kbitcheck.observe.in_place import random_states_restored
 from kbitcheck.observe.meant_to_train import declared, owned
-from kbitcheck.observe.probes import digest
-from kbitcheck.observe.probes.snapshot import snapshot, tensors_again
+from kbitcheck.observe.probes.snapshot import biases_after_forward, snapshot, tensors_again
 from kbitcheck.observe.watch.batches import Batches
 from kbitcheck.observe.watch.built import Built
 from kbitcheck.observe.watch.comparisons import Comparisons
@@ -58,7 +57,7 @@ class Observer:
         self.failed, self.over, self.busy = "", False, False
         self.before: ModelFacts | None = None
         self.after: ModelFacts | None = None
-        self.biases: dict[str, str] = {}
+        self.biases: dict[str, Mapping[str, str]] = {}
         self._when_over = when_over
         self._training = training
         self._base_grads: tuple[str, ...] = ()
@@ -167,7 +166,8 @@ class Observer:
     def blockwise(self) -> BlockwiseFacts:
         """The blocks that were looked at, beside their twins."""
         on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
-        return self.comparisons.facts(same_kernels=on_cpu and not self.batches.compiled)
+        same_kernels = on_cpu and not self.batches.compiled and backends.multiply_unpacked(self.model)
+        return self.comparisons.facts(same_kernels=same_kernels)
 
     @property
     def meant(self) -> dict[str, nn.Parameter]:
@@ -219,7 +219,7 @@ class Observer:
         self.comparisons.look()
         for name, layer in backends.quantized_layers(self.model):
             if getattr(layer, "bias", None) is not None:
-                self.biases[f"{name}.bias"] = digest.bits(backends.arithmetic(layer).bias_after_forward(layer))
+                self.biases[f"{name}.bias"] = biases_after_forward(layer)
 
     @unharmed
     def _output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
