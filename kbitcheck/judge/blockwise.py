@@ -41,7 +41,7 @@ def tensors_off(facts: BlockwiseFacts) -> Iterable[Observation]:
     sampled = {part.kind for part in facts.parts.values() if part.sampled}
     for kind, gaps in _by_kind(facts).items():
         group = _Group.of(gaps.values(), exact=facts.same_kernels)
-        group = replace(group, exact=False) if kind in sampled else group
+        group = replace(group, exact=False) if kind in sampled or facts.other_kernels else group
         for where, gap in gaps.items():
             if measurable(gap):
                 yield _judged_by_siblings(where, gap, group)

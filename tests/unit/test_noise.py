@@ -63,6 +63,19 @@ def test_many_that_are_off_are_off_for_a_reason() -> None:
     assert noise.drawn_again(far, no_draw) == far
 
 
+def test_what_is_missing_is_missing_for_a_reason() -> None:
+    missing = gaps(x=dataclasses.replace(USUAL, norm=None, error=1.0))
+    assert noise.drawn_again(missing, no_draw) == missing
+
+
+def test_what_no_draw_makes_is_off_for_a_reason() -> None:
+    """As what enters a block, or a gradient that its twin does not have either."""
+    far = gaps(x=dataclasses.replace(USUAL, error=0.05))
+    assert noise.drawn_again(far, lambda number: {}) == far
+    none = {"x": dataclasses.replace(USUAL, norm=None, error=1.0)}
+    assert noise.drawn_again(far, lambda number: none) == far
+
+
 @pytest.mark.parametrize(("draws", "often"), [(1, 0.00997), (1 + noise.DRAWS, 1.3e-7)])
 def test_errors_of_four_numbers_are_beyond_so_often(draws: int, often: float) -> None:
     """Against a count of drawn errors; what is too rare to be counted is not seen once."""

@@ -97,10 +97,12 @@ class BlockwiseFacts:
 
     ``parts`` are by label, in the order in which they ran; ``adapters`` are the gradients of adapters by name. ``same_kernels``:
     each block ran the kernels that its twin in the same dtypes ran, as on a CPU without a compiler, whatever the other blocks
-    show. ``moved``: rounding in half precision moved the gate of a ReLU, which moves later gates of the whole twin's, too.
+    show; ``other_kernels``: layers of the model have kernels that no twin has. ``moved``: rounding in half precision moved the
+    gate of a ReLU, which moves later gates of the whole twin's, too.
     """
 
     parts: Mapping[str, Part]
     adapters: Mapping[str, Gap]
     same_kernels: bool = False
+    other_kernels: bool = False
     moved: bool = False

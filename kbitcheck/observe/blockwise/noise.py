@@ -31,12 +31,17 @@ def beyond(gaps: Mapping[str, Gap]) -> list[str]:
 
 
 def drawn_again(gaps: Mapping[str, Gap], draw: Callable[[int], Mapping[str, Gap]]) -> dict[str, Gap]:
-    """The gaps, those beyond their bounds with yardsticks of several draws: ``draw`` gives, by name, those of a twin that rounds otherwise."""
+    """The gaps, those beyond their bounds with yardsticks of several draws, if chance may explain all of them.
+
+    ``draw`` gives, by name, those of a twin that rounds otherwise: of what a block makes, and not of what enters it.
+    """
     names = beyond(gaps)
-    if not names or len(names) > BY_CHANCE:
+    if not names or len(names) > BY_CHANCE or any(gaps[name].norm is None for name in names):
         return dict(gaps)
     draws = [draw(number) for number in range(DRAWS)]
-    return {**gaps, **{name: _pooled(gaps[name], [each[name] for each in draws if name in each]) for name in names}}
+    if any(name not in each or each[name].norm is None for each in draws for name in names):
+        return dict(gaps)
+    return {**gaps, **{name: _pooled(gaps[name], [each[name] for each in draws]) for name in names}}
 
 
 def _pooled(gap: Gap, draws: Sequence[Gap]) -> Gap:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kbitcheck import backends
 from kbitcheck.core.facts import HALF, BlockwiseFacts, Gap, Part
 from kbitcheck.observe.blockwise import noise
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, outermost_blocks
@@ -24,7 +23,7 @@ from kbitcheck.observe.internals import tree_flatten, tree_unflatten
 from kbitcheck.observe.probes import adapters, step, switches
 from kbitcheck.observe.probes.choices import ImposeChoices, RecordChoices
 from kbitcheck.observe.probes.gap import gap
-from kbitcheck.observe.twin.twins import Pair
+from kbitcheck.observe.twin.twins import Pair, compute_dtypes, has_bits_of
 
 Autocast = Callable[[], AbstractContextManager[Any]] | None
 Within = Callable[[], AbstractContextManager[None]]
@@ -213,7 +212,7 @@ def _compared(
             parts[f"{name} (a call that was left out)"] = Part(block=name, kind=kinds[name], gaps=missing)
     half = {id(c) for c in calls if any(str(o.dtype).removeprefix("torch.") in HALF for o in c.outputs)}
     moved = any(replay.moved for replay in exact.replays if id(replay.call) in half)
-    facts = BlockwiseFacts(parts=parts, adapters=own, moved=moved)
+    facts = BlockwiseFacts(parts=parts, adapters=own, moved=moved, other_kernels=not has_bits_of(twins[1].model))
     return Comparison(facts, Pair(exact.gradients, rounded.gradients))
 
 
@@ -239,13 +238,13 @@ def _drawn_again(
     place = {name: id(parameter) for name, parameter in exact.twin.adapters.items()}
 
     def draw(number: int) -> dict[str, Gap]:
-        dtypes = [d for d in (*backends.compute_dtypes(rounded.model), call.autocast) if d is not None]
+        dtypes = [*compute_dtypes(rounded.model), *filter(None, [call.autocast])]
         other = noise.moved(call, dtypes, number)
         replay = _Replay(rounded, other, beside.player, inputs=beside.inputs, tracked=beside.tracked)
         with within():
             replay.run(other.entering)
         leaving = {i: g for i, g in replay.leaving.items() if g is not None}
-        made = _gaps(replace(call, outputs=replay.outputs, leaving=leaving), exact, beside)
+        made = _made(_gaps(replace(call, outputs=replay.outputs, leaving=leaving), exact, beside))
         gradients, once = ({names[id(p)]: g for p, g in each.gradients if id(p) in names} for each in (replay, beside))
         return made | {n: gap(g, right.get(place[n]), once.get(n)) for n, g in gradients.items()}
 
@@ -276,8 +275,7 @@ def compare_alone(
     rounded, exact = replays
     adapters = Pair(*reversed(trained)).beside(gradients)
     gaps, adapters = _drawn_again(call, (exact, rounded), adapters, twins[1], partial(around, twins[1]))
-    own = {n: g for n, g in gaps.items() if n.startswith(("output", "gradient that leaves"))}
-    return Part(block=call.block, kind=type(twins[0].model).__name__, gaps=own), adapters
+    return Part(block=call.block, kind=type(twins[0].model).__name__, gaps=_made(gaps)), adapters
 
 
 class _Pass(NamedTuple):
@@ -306,6 +304,11 @@ def _run(twin: Twin, calls: Sequence[BlockCall], batch: step.Batch, seed: int) -
     gradients = {n: p.grad for n, p in twin.adapters.items()}
     step.clear_gradients(twin.model)
     return _Pass(loss.detach(), replays, gradients, {name: player.uncalled for name, player in players.items()})
+
+
+def _made(gaps: Mapping[str, Gap]) -> dict[str, Gap]:
+    """Of those of a call: what the block makes, and not what enters it."""
+    return {name: each for name, each in gaps.items() if name.startswith(("output", "gradient that leaves"))}
 
 
 def _gaps(call: BlockCall, exact: _Replay, rounded: _Replay) -> dict[str, Gap]:

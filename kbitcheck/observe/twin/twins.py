@@ -96,6 +96,7 @@ class TwinLinear(nn.Linear):
         self._read, self._backward_read = read, backward_read
         self._rounded, self._follows = rounded, follows
         self._apart = backends.arithmetic(layer).adds_bias_apart(layer)
+        self.exact_kernel = backends.arithmetic(layer).multiplies_unpacked
 
     def reset_parameters(self) -> None:
         """Draw nothing: the weight is the layer's."""
@@ -108,6 +109,16 @@ class TwinLinear(nn.Linear):
                 x, dtype, self.compute or x.dtype, self._read, self._backward_read, own, self._rounded, self._apart
             )
         return product.to(x.dtype) if self.compute else product
+
+
+def has_bits_of(twin: nn.Module) -> bool:
+    """Whether the products of a same-dtype twin have the bits of its model's, on a CPU."""
+    return all(layer.exact_kernel for layer in twin.modules() if isinstance(layer, TwinLinear))
+
+
+def compute_dtypes(twin: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which quantized layers of its model compute, whatever their inputs."""
+    return {layer.compute for layer in twin.modules() if isinstance(layer, TwinLinear) and layer.compute is not None}
 
 
 def float64(base: nn.Module, weights: Weights) -> nn.Module:

@@ -47,7 +47,9 @@ class Comparisons:
     def facts(self, *, same_kernels: bool) -> BlockwiseFacts:
         """What was compared; nothing where no block was. ``same_kernels``: the model's are those of a twin, where nothing is recast."""
         parts = {**self.parts, **self._beside} if self.parts else {}
-        return BlockwiseFacts(parts=parts, adapters=self._gaps, same_kernels=same_kernels and not self._recast)
+        other = not backends.multiply_unpacked(self._model)
+        same = same_kernels and not (other or self._recast)
+        return BlockwiseFacts(parts=parts, adapters=self._gaps, same_kernels=same, other_kernels=other)
 
     def look(self) -> None:
         """Before the first forward: which blocks and other modules there are."""

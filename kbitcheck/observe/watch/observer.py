@@ -166,8 +166,7 @@ class Observer:
     def blockwise(self) -> BlockwiseFacts:
         """The blocks that were looked at, beside their twins."""
         on_cpu = all(p.device.type == "cpu" for p in self.model.parameters())
-        same_kernels = on_cpu and not self.batches.compiled and backends.multiply_unpacked(self.model)
-        return self.comparisons.facts(same_kernels=same_kernels)
+        return self.comparisons.facts(same_kernels=on_cpu and not self.batches.compiled)
 
     @property
     def meant(self) -> dict[str, nn.Parameter]:
