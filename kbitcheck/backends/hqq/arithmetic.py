@@ -4,26 +4,16 @@ from typing import Any
 
 import torch
 
-from kbitcheck.backends.protocol import Arithmetic
+from kbitcheck.backends.one_dtype import OneDtype
 
 
-class HqqArithmetic(Arithmetic):
+class HqqArithmetic(OneDtype):
     """A layer takes inputs in its compute dtype alone, and has its bias in that."""
-
-    def product_dtype(self, module: Any, x: torch.Tensor) -> torch.dtype:
-        return self.unpacked_dtype(module)
 
     def unpacked_dtype(self, module: Any) -> torch.dtype:
         dtype: torch.dtype = module.compute_dtype
         return dtype
 
-    def fixed_dtype(self, module: Any) -> torch.dtype | None:
-        return self.unpacked_dtype(module)
-
-    def adds_bias_apart(self, module: Any) -> bool:
-        return True
-
-    def unpacked(self, module: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        with torch.no_grad():
-            weight: torch.Tensor = module.dequantize()
-        return weight.to(dtype or weight.dtype)
+    def dequantized(self, module: Any) -> torch.Tensor:
+        weight: torch.Tensor = module.dequantize()
+        return weight

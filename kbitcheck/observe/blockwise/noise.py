@@ -15,7 +15,8 @@ from kbitcheck.observe.blockwise.record import BlockCall, floating
 # An error of four numbers is beyond four yardsticks of one draw once in 100 tensors (the F distribution of 4 and 4 degrees of
 # freedom, beyond 16), and beyond those of nine once in seven million (4 and 36).
 DRAWS = 8
-BY_CHANCE = 3  # tensors of a comparison; more of them are off for a reason
+# Of twenty tensors of a block, each beyond by chance once in 100, more than three are once in 20,000 blocks (binomial).
+BY_CHANCE = 3
 
 
 def beyond(gaps: Mapping[str, Gap]) -> list[str]:
