@@ -17,6 +17,7 @@ OWNERS = {
     "AutoAWQ": "casper-hansen",
     "axolotl": "axolotl-ai-cloud",
     "bitsandbytes": "bitsandbytes-foundation",
+    "compressed-tensors": "vllm-project",
     "diffusers": "huggingface",
     "GPTQModel": "ModelCloud",
     "LLaMA-Factory": "hiyouga",

@@ -60,6 +60,11 @@ def upcast_affordable(facts: Facts) -> Iterable[Observation]:
     Fix: use a preparation under ``--profile qlora``, or cast embeddings, head and experts back to half precision.
     Sources: bitsandbytes#1569, trl#4335, peft#816, peft#1149.
     """
+    loading = facts.quantizer.loading
+    if loading is not None and loading.unpacked:
+        raise NotApplicable(
+            f"{loading.unpacked} unpacks the weights, so that nothing is saved by quantizing them (KB912)"
+        )
     base, widened, groups = facts.base, facts.widened, unquantized(facts.base)
     half = 2 * sum(layer.in_features * layer.out_features for layer in base.layers.values())
     half += sum(t.nbytes for ts in groups.values() for t in ts)

@@ -46,7 +46,7 @@ MOVES: Mapping[str, Callable[[nn.Module, Forward], None]] = {
 
 
 def borne(base: nn.Module, forward: Forward) -> frozenset[str]:
-    """The moves that libraries let a base take after an evaluation, whoever prepared it. The base is used up."""
+    """The moves that libraries let a base take after an evaluation, whoever prepared it, and that leave it frozen. The base is used up."""
 
     def bears(name: str) -> bool:
         try:
@@ -55,8 +55,9 @@ def borne(base: nn.Module, forward: Forward) -> frozenset[str]:
             raise
         except Exception:  # a library's own code, which may raise anything
             return False
-        return True
+        return not any(parameter.requires_grad for parameter in base.parameters())
 
+    base.requires_grad_(False)
     try:
         forward(base)
     except Exception:  # KB210 and KB311 tell of a base that does not run

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kbitcheck_reference import bit_stream
+from kbitcheck_reference import bit_stream, prepare_model_for_kbit_training
 from kbitcheck_reference.formats import compressed_tensors as oracle
 from torch import nn
 
+import kbitcheck
 from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
+from kbitcheck.judge.conditions import settle
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("compressed-tensors-int4")
@@ -143,3 +147,20 @@ def test_a_checkpoint_is_unpacked_by_its_first_forward_as_here(tmp_path: Any) ->
     assert packed.weight.equal(before)
     assert backends.recognition(packed).state(packed).keys() == backends.recognition(layer).state(layer).keys()
     assert sum(p.nbytes for p in loaded.parameters()) > 2 * small
+
+
+@installed
+def test_what_a_forward_unpacks_is_told_and_no_fault_of_a_preparation() -> None:
+    judged = kbitcheck.check_implementation(
+        prepare_model_for_kbit_training, models=["tiny:llama"], quants=["compressed-tensors-int4"], checkpointing=["off"],
+        strict=True, select=["KB902", "KB912"],
+    )  # fmt: skip
+    cost, told = judged.results
+    assert (cost.status.value, told.status.value) == ("SKIP", "FAIL")
+    assert (told.failures[0].party.value, told.failures[0].expected) == ("model", "compressed-tensors-int4")
+    assert not judged.counts(told)
+    spec = CaseSpec(model="tiny:llama", quant="compressed-tensors-int4", implementation="reference")
+    assert settle(told, spec, {}, BACKEND.findings()).finding
+    assert not settle(
+        told, replace(spec, implementation="peft"), {}, BACKEND.findings()
+    ).finding  # as of `kbitcheck model`

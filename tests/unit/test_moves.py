@@ -48,6 +48,16 @@ def test_a_base_that_does_not_run_moves_nowhere() -> None:
     assert borne(nn.Linear(1, 1), forward) == frozenset()
 
 
+def test_a_move_that_thaws_the_base_is_not_asked_of_a_prepared_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/findings/quanto_state_dict.py shows."""
+
+    def thaws(model: nn.Module, forward: Any) -> None:
+        model[0].weight = nn.Parameter(model[0].weight.detach())  # type: ignore[index]
+
+    monkeypatch.setattr("kbitcheck.observe.moves.MOVES", {"move": MOVES["move"], "state-dict": thaws})
+    assert borne(nn.Sequential(nn.Linear(1, 1)), lambda model: None) == {"move"}
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_a_move_leaves_a_plain_model_as_it_was(name: str) -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.laid_out import LaidOut
 from kbitcheck.backends.protocol import Arithmetic, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +91,9 @@ class CompressedTensors(LaidOut):
         from kbitcheck.backends.packed import unpack_all
 
         unpack_all(model, "weight_scale")
+
+    def findings(self) -> Sequence[Finding]:
+        return read_findings(Path(__file__).with_name("findings.toml"))
 
 
 BACKEND = CompressedTensors()

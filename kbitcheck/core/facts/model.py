@@ -229,7 +229,8 @@ class QuantizerFacts:
 
     ``scheme`` and ``skip`` are what was requested: of a checkpoint that is quantized already, what it says of itself.
     ``loading`` is None where no method is known; ``treatment`` is of a preparation that is not run.
-    ``packed`` and ``unpacked`` are the model's bytes with its quantized weights as they are stored, and as plain numbers.
+    ``packed`` and ``unpacked`` are the model's bytes with its quantized weights as they are stored (0 where the model was unpacked
+    before it was looked at), and as plain numbers.
     ``listed`` are the modules that a checkpoint's own list leaves out, by the names that they have in the model; ``left_out``
     has for each linear layer the entry of that list for which transformers leaves it out, "" where it does not.
     """

@@ -25,7 +25,8 @@ def of_model(model: Any, quant: str, facts: ModelFacts) -> QuantizerFacts:
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "")
         unpacked = Quantization.parse(quant).backend.unpacked_by
         answer = Loading(method=_plain(method), unpacked=unpacked, trainable="yes" if quantizer.is_trainable else "no")
-    return _facts(Quantization.parse(quant), facts, answer, None)
+    seen = _facts(Quantization.parse(quant), facts, answer, None)
+    return replace(seen, packed=0, unpacked=facts.nbytes) if answer is not None and answer.unpacked else seen
 
 
 def of_checkpoint(described: Mapping[str, Any], spec: CaseSpec, facts: ModelFacts, model: Any) -> QuantizerFacts:
