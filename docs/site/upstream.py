@@ -29,6 +29,7 @@ NEW = {
     "optimum-quanto": "https://github.com/huggingface/optimum-quanto/issues/new",
     "compressed-tensors": "https://github.com/vllm-project/compressed-tensors/issues/new",
     "hqq": "https://github.com/mobiusml/hqq/issues/new",
+    "GPTQModel": "https://github.com/ModelCloud/GPTQModel/issues/new",
 }
 
 
@@ -61,6 +62,7 @@ def report(finding: Finding) -> str:
         "bitsandbytes": plain,
         "optimum-quanto": plain,
         "hqq": plain,
+        "GPTQModel": plain,
         "compressed-tensors": plain,
         "torchao": plain,
         "pytorch": {

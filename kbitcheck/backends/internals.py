@@ -1,10 +1,12 @@
 """The private names of transformers that more than one backend needs, to quantize in its place; ``tests/unit/test_internals.py``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from transformers.quantizers import auto
+
+from kbitcheck.backends.packed import skipped
 
 
 def mark(model: nn.Module, config: Any, *, pre_quantized: bool) -> Any:
@@ -27,3 +29,11 @@ def mark(model: nn.Module, config: Any, *, pre_quantized: bool) -> Any:
 def kept_wide(model: nn.Module) -> Sequence[str]:
     """Modules that transformers never quantizes, because they compute in float32, or its models read their weight."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def replace_linear(model: nn.Module, skip: Sequence[str], make: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Put what ``make`` makes of a name and a layer in the place of each of torch's own linear layers; what ``skip`` names stays."""
+    stays = skipped([*skip, *kept_wide(model)])
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not stays(name):
+            model.set_submodule(name, make(name, module))

@@ -202,6 +202,8 @@ class Backend:
     libraries: ClassVar[Sequence[str]] = ("torch",)
     # Classes of layers that are quantized on load.
     replaces: ClassVar[Sequence[str]] = ("Linear",)
+    # What the number of rows of a weight, the layer's outputs, must be a multiple of; other layers stay as they are.
+    rows: ClassVar[int] = 1
     # transformers' own word for the method in ``quantization_config``.
     method: ClassVar[str] = ""
     # The names of tensors in a checkpoint that unpack another one, whose name, with or without its last ".weight", is the group ``weight``.

@@ -35,10 +35,10 @@ def promises_upcast(base: ModelFacts) -> bool:
 def as_loaded(spec: CaseSpec, base: ModelFacts, treatment: Treatment | None = None) -> CaseSpec:
     """The spec under the profile that casts nothing, where nothing need be cast, or the preparation casts nothing that none promises.
 
-    ``treatment`` is what the preparation does with models of this quantization method, where that is known.
+    ``treatment`` is what the preparation does with models of this quantization method, where that is known; it decides then.
     """
-    leaves = treatment is not None and not treatment.casts and not promises_upcast(base)
-    return dataclasses.replace(spec, profile=AS_LOADED) if leaves or takes_one_dtype(base) else spec
+    unless = takes_one_dtype(base) if treatment is None else not treatment.casts and not promises_upcast(base)
+    return dataclasses.replace(spec, profile=AS_LOADED) if unless else spec
 
 
 def recipe_of_call(model: nn.Module, facts: ModelFacts, loaded: ModelFacts) -> Recipe:

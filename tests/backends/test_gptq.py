@@ -116,6 +116,8 @@ def test_what_is_loaded_unpacks_eagerly_and_is_copied_whole() -> None:
     model = shallow("tiny:llama").load(Quantization.parse("gptq-int4"))
     _, layer = next(backends.quantized_layers(model))
     assert "dequantize_weight" not in vars(layer)  # the library puts a compiled one there
+    # Once it is saved, transformers reads its zeros by this, as KB510 does.
+    assert model.config.quantization_config.format == f"gptq_v{backends.recognition(layer).state(layer)['version']}"
     copied: Any = copy.deepcopy(layer)
     before = dequantized_weight(layer)
     backends.recognition(copied).corrupt(copied, "scale")

@@ -14,12 +14,13 @@ from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.observe import loaded
 from kbitcheck.observe.probes.snapshot import snapshot
+from kbitcheck.run.suites import fits
 from tests.few_steps import of_few_steps
 from tests.shallow import shallow
 
 SCHEMES = (
     "torchao-int8", "fp8,block=32", "quanto-int8", "quanto-int4", "compressed-tensors-int4", "compressed-tensors-int8",
-    "hqq-int4", "gptq-int4",
+    "hqq-int4", "gptq-int4", "awq-int4",
 )  # fmt: skip
 # Those that are packed while they run.
 PACKED = [text for text in SCHEMES if not registry.of_scheme(text.partition(",")[0]).unpacked_by]
@@ -39,9 +40,14 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded, "source_of", lambda spec: shallow(spec.model))
 
 
+def model_of(quant: str) -> str:
+    """A recipe all of whose layers can be packed so."""
+    return "tiny:llama" if fits("tiny:llama", quant) else "tiny:opt"
+
+
 def report(prepare: Any, quant: str, codes: Any, mode: Any = "reentrant") -> Any:
     return kbitcheck.check_implementation(
-        prepare, models=["tiny:llama"], quants=[quant], checkpointing=[mode], strict=True, select=codes
+        prepare, models=[model_of(quant)], quants=[quant], checkpointing=[mode], strict=True, select=codes
     )
 
 
@@ -115,7 +121,7 @@ def test_a_weight_that_is_unpacked_without_a_word_is_caught(quant: str) -> None:
 @each_scheme
 def test_sizes_without_weights_are_right_to_the_byte(quant: str) -> None:
     how = Quantization.parse(quant)
-    real, empty = (snapshot(getattr(shallow("tiny:llama"), way)(how)) for way in ("load", "meta"))
+    real, empty = (snapshot(getattr(shallow(model_of(quant)), way)(how)) for way in ("load", "meta"))
     assert {n: t.nbytes for n, t in empty.parameters.items()} == {n: t.nbytes for n, t in real.parameters.items()}
     assert {n: layer.scheme for n, layer in empty.layers.items()} == {
         n: layer.scheme for n, layer in real.layers.items()

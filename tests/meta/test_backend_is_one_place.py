@@ -24,8 +24,9 @@ PRIVATE = {
     "aqlm": {"aqlm", "nbits_per_codebook", "linear_weights_not_to_quantize"},
     "compressed_tensors": {"compressed_tensors", "quantization_scheme", "weight_packed", "CompressedTensorsConfig"},
     "torchao": {"torchao", "Int8Tensor", "act_quant_kwargs", "TorchAoConfig"},
-    "gptq": {"gptq", "gptqmodel", "g_idx", "TorchLinear", "GPTQConfig"},
-    "awq": {"awq", "autoawq"},  # GPTQModel, which runs its layers, is another backend's
+    # GPTQModel runs the layers of two backends.
+    "gptq": {"gptq", "g_idx", "TorchLinear", "GPTQConfig"},
+    "awq": {"awq", "autoawq", "torch_awq", "AwqTorchLinear", "AwqConfig"},
     "hqq": {"hqq", "HQQLinear", "HqqConfig", "W_q"},
     "fp8": {"fp8", "weight_scale_inv", "FP8Linear", "FP8Experts", "FP8GroupedLinear", "finegrained_fp8", "FineGrainedFP8Config"},
     "mxfp4": {"mxfp4", "Mxfp4GptOssExperts", "Mxfp4GptOssMLP"},

@@ -1,25 +1,50 @@
-"""AWQ: codes of 4 bits in groups of columns, in AutoAWQ's layout for matrix products. Static audit alone."""
+"""AWQ: codes of 4 bits in groups of columns, in AutoAWQ's layout for matrix products. Importing this imports no torch.
+
+What runs is GPTQModel's layer of plain torch, with weights that are packed to the nearest codes: no data calibrates them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.laid_out import LaidOut
-from kbitcheck.backends.schemes import Scheme
+from kbitcheck.backends.laid_out import RunByPackage
+from kbitcheck.backends.protocol import Arithmetic, Recognition
+from kbitcheck.backends.schemes import Choice, Option, Scheme
 
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEME = Scheme("awq-int4", 4)
+# Columns that share a scale and a zero. A layer whose columns fill no whole groups gets a smaller one that they fill, or one group.
+GROUP = Option("group", ("128", "64", "32", "16", "all"), "128")
+SCHEME = Scheme("awq-int4", 4, (GROUP,))
 
 
-class Awq(LaidOut):
+class Awq(RunByPackage):
     """Every linear layer but the head and those that ``modules_to_not_convert`` names."""
 
     name = "awq"
     method = "awq"
+    package = "gptqmodel"
+    rows = 8
     schemes = (SCHEME,)
+
+    def layers(self) -> Recognition:
+        from kbitcheck.backends.awq.recognise import AwqLayers
+
+        return AwqLayers([SCHEME.name])
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        from kbitcheck.backends.awq.arithmetic import AwqArithmetic
+
+        return AwqArithmetic()
+
+    def put(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
+        from kbitcheck.backends.awq.quantize import quantize
+
+        quantize(model, choice, skip)
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         version = str(config.get("version") or config.get("format") or "gemm").lower()

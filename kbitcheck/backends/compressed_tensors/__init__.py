@@ -7,16 +7,14 @@ rounding has no backward, so that gradients end at each layer.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.laid_out import LaidOut
+from kbitcheck.backends.laid_out import RunByPackage
 from kbitcheck.backends.protocol import Arithmetic, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
-from kbitcheck.core.errors import UsageError
 from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
@@ -33,19 +31,17 @@ SCHEMES = (
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
-class CompressedTensors(LaidOut):
+class CompressedTensors(RunByPackage):
     """Every linear layer that ``targets`` of a group of the configuration match and ``ignore`` does not."""
 
     name = "compressed_tensors"
     method = "compressed-tensors"
+    package = "compressed_tensors"
     schemes = SCHEMES
     static_only = "its first forward unpacks every weight: sizes are those of its published layout"
     unpacked_by = "the first forward"
 
-    @cached_property
-    def recognition(self) -> Recognition:
-        if self.not_on_load():
-            return super().recognition
+    def layers(self) -> Recognition:
         from kbitcheck.backends.compressed_tensors.recognise import CompressedLayers
 
         return CompressedLayers([scheme.name for scheme in SCHEMES])
@@ -55,10 +51,6 @@ class CompressedTensors(LaidOut):
         from kbitcheck.backends.compressed_tensors.arithmetic import CompressedArithmetic
 
         return CompressedArithmetic()
-
-    def not_on_load(self) -> str:
-        installed = importlib.util.find_spec("compressed_tensors")
-        return "" if installed else "compressed-tensors is not installed: pip install 'kbitcheck[compressed-tensors]'"
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         if not super().describes(config) or config.get("kv_cache_scheme"):
@@ -75,9 +67,7 @@ class CompressedTensors(LaidOut):
         groups = list((config.get("config_groups") or {}).values())
         return (scheme_of(groups[0]) if groups else SCHEMES[0].name), {}, ()
 
-    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
-        if why := self.not_on_load() or self.scheme(choice.scheme).stored_alone:
-            raise UsageError(f"{choice} cannot be run: {why}")
+    def put(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
         from kbitcheck.backends.compressed_tensors.quantize import quantize
 
         quantize(model, choice, skip)

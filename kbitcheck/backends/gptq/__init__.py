@@ -5,16 +5,14 @@ What runs is GPTQModel's layer of plain torch, with weights that are packed to t
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.laid_out import LaidOut
+from kbitcheck.backends.laid_out import RunByPackage
 from kbitcheck.backends.protocol import Arithmetic, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
-from kbitcheck.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,20 +25,18 @@ LEFT = "models are packed by GPTQ to 4 bits alone here"
 OPTIONS = (Option("group", ("128", "64", "32", "all"), "128"), Option("act"))
 
 
-class Gptq(LaidOut):
+class Gptq(RunByPackage):
     """Every linear layer of the blocks; ``dynamic`` says which modules differ, as GPTQModel reads it."""
 
     name = "gptq"
     method = "gptq"
+    package = "gptqmodel"
     schemes = tuple(
         Scheme(f"gptq-int{bits}", bits, OPTIONS if bits == 4 else (), stored_alone="" if bits == 4 else LEFT)
         for bits in BITS
     )
 
-    @cached_property
-    def recognition(self) -> Recognition:
-        if self.not_on_load():
-            return super().recognition
+    def layers(self) -> Recognition:
         from kbitcheck.backends.gptq.recognise import GptqLayers
 
         return GptqLayers([scheme.name for scheme in self.schemes])
@@ -51,14 +47,7 @@ class Gptq(LaidOut):
 
         return GptqArithmetic()
 
-    def not_on_load(self) -> str:
-        return (
-            "" if importlib.util.find_spec("gptqmodel") else "gptqmodel is not installed: pip install 'kbitcheck[gptq]'"
-        )
-
-    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
-        if why := self.not_on_load() or self.scheme(choice.scheme).stored_alone:
-            raise UsageError(f"{choice} cannot be run: {why}")
+    def put(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
         from kbitcheck.backends.gptq.quantize import quantize
 
         quantize(model, choice, skip)

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 import transformers
+from gptqmodel.nn_modules.qlinear import torch as layers
 from kbitcheck_reference.formats import gptq as oracle
 from torch import nn
 
-from kbitcheck.backends.gptq.recognise import LAYER
-from kbitcheck.backends.internals import kept_wide, mark
-from kbitcheck.backends.packed import skipped
+from kbitcheck.backends.internals import mark, replace_linear
 from kbitcheck.backends.schemes import Choice
 
 VERSION = 2  # of the format: what the layer computes with, to which checkpoints of the first version are turned
@@ -18,13 +17,11 @@ VERSION = 2  # of the format: what the layer computes with, to which checkpoints
 
 def quantize(model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
     """Replace torch's own linear layers in place, also on the meta device; modules named in ``skip`` stay."""
-    stays = skipped([*skip, *kept_wide(model)])
     group = None if choice["group"] == "all" else int(choice["group"])
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not stays(name):
-            model.set_submodule(name, _layer(module, choice.scheme, group, act=bool(choice["act"])))
+    replace_linear(model, skip, lambda name, dense: _layer(dense, choice.scheme, group, act=bool(choice["act"])))
     make: Any = transformers.GPTQConfig
-    described = make(bits=oracle.BITS[choice.scheme], group_size=group or -1, sym=True, desc_act=bool(choice["act"]))
+    act, version = bool(choice["act"]), f"gptq_v{VERSION}"
+    described = make(bits=oracle.BITS[choice.scheme], group_size=group or -1, sym=True, desc_act=act, format=version)
     mark(model, described, pre_quantized=True)
 
 
@@ -32,7 +29,8 @@ def _layer(dense: nn.Linear, scheme: str, group: int | None, *, act: bool) -> nn
     rows, columns = dense.weight.shape
     settings = {"bits": oracle.BITS[scheme], "group_size": group or columns, "sym": True, "desc_act": act}
     with torch.device(dense.weight.device):
-        layer: Any = LAYER(in_features=columns, out_features=rows, bias=dense.bias is not None, **settings)
+        make: Any = layers.TorchLinear
+        layer: Any = make(in_features=columns, out_features=rows, bias=dense.bias is not None, **settings)
     if not dense.weight.is_meta:
         order = dense.weight.norm(dim=0).argsort(descending=True) if act else None
         for name, tensor in oracle.pack(dense.weight.cpu(), scheme, group, order=order, version=VERSION).items():

@@ -5,15 +5,13 @@ Its own package quantizes models and runs them. transformers 5 takes no part: it
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.laid_out import LaidOut
+from kbitcheck.backends.laid_out import RunByPackage
 from kbitcheck.backends.protocol import Arithmetic, Kernels, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
-from kbitcheck.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,18 +24,16 @@ BITS = (4, 8, 3, 2, 1)
 SCHEMES = (Scheme("hqq-int4", 4, (GROUP,)), *(Scheme(f"{PREFIX}{n}", n, stored_alone=LEFT) for n in BITS[1:]))
 
 
-class Hqq(LaidOut):
+class Hqq(RunByPackage):
     """Every linear layer but those that ``skip_modules`` names, or those that ``quant_config`` names one by one."""
 
     name = "hqq"
     method = "hqq"
+    package = "hqq"
     schemes = SCHEMES
     static_only = "transformers 5 does not load it: sizes are those of its published layout"
 
-    @cached_property
-    def recognition(self) -> Recognition:
-        if self.not_on_load():
-            return super().recognition
+    def layers(self) -> Recognition:
         from kbitcheck.backends.hqq.recognise import HqqLayers
 
         return HqqLayers([scheme.name for scheme in SCHEMES])
@@ -54,9 +50,6 @@ class Hqq(LaidOut):
 
         return HqqKernels()
 
-    def not_on_load(self) -> str:
-        return "" if importlib.util.find_spec("hqq") else "hqq is not installed: pip install 'kbitcheck[hqq]'"
-
     def describes(self, config: Mapping[str, Any]) -> bool:
         return super().describes(config) and all(
             each["nbits"] in BITS and each.get("channel_wise", True) for each in _settings(config)
@@ -66,9 +59,7 @@ class Hqq(LaidOut):
         first = next(iter(_settings(config)), {"nbits": 4})
         return f"{PREFIX}{first['nbits']}", {}, ()
 
-    def quantize(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
-        if why := self.not_on_load() or self.scheme(choice.scheme).stored_alone:
-            raise UsageError(f"{choice} cannot be run: {why}")
+    def put(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
         from kbitcheck.backends.hqq.quantize import quantize
 
         quantize(model, int(choice["group"]), skip)

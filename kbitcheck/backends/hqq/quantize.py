@@ -8,8 +8,7 @@ from hqq.core.quantize import BaseQuantizeConfig
 from torch import nn
 
 from kbitcheck.backends.hqq.recognise import LAYER
-from kbitcheck.backends.internals import kept_wide, mark
-from kbitcheck.backends.packed import skipped
+from kbitcheck.backends.internals import mark, replace_linear
 from kbitcheck.core.errors import UsageError
 
 SMALLER = (64, 32, 16, 8)
@@ -17,10 +16,7 @@ SMALLER = (64, 32, 16, 8)
 
 def quantize(model: nn.Module, group: int, skip: Sequence[str]) -> None:
     """Replace torch's own linear layers in place, also on the meta device; modules named in ``skip`` stay."""
-    stays = skipped([*skip, *kept_wide(model)])
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not stays(name):
-            model.set_submodule(name, _layer(name, module, group))
+    replace_linear(model, skip, lambda name, dense: _layer(name, dense, group))
     make: Any = transformers.HqqConfig
     mark(model, make(nbits=4, group_size=group, axis=1, skip_modules=list(skip)), pre_quantized=False)
 

@@ -12,6 +12,8 @@ from torch import nn
 from ..bit_stream import from_words, to_words
 
 PACKAGE = ""
+FIXES_DTYPES = True
+"""A layer casts its scales to the dtype of its input, for good, so that nothing around it may be cast."""
 BITS = 4
 ROWS = 8
 """Rows of the weight whose codes are one word."""
@@ -31,7 +33,8 @@ def holds(module: nn.Module) -> bool:
     words, zeros, scales = (getattr(owner, part, None) for part in _PARTS)
     if not all(isinstance(part, torch.Tensor) for part in (words, zeros, scales)):
         return False
-    return bool(owner.qweight.shape[-1] * ROWS == owner.scales.shape[-1])
+    whole = not owner.qweight.is_floating_point()
+    return whole and bool(owner.qweight.shape[-1] * ROWS == owner.scales.shape[-1])
 
 
 def unpack(layer: nn.Module) -> torch.Tensor:
