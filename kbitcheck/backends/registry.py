@@ -2,7 +2,7 @@
 
 import pkgutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -39,14 +39,16 @@ def _distinct(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
 
 
 @contextmanager
-def added(backend: Backend) -> Iterator[None]:
-    """Register one more backend for a while, without an entry point."""
+def added(backend: Backend, form: Any = None) -> Iterator[None]:
+    """Register one more backend for a while, and its format for the oracle, without entry points."""
     _distinct((*registered(), backend))
-    _added.append(backend)
-    try:
+    with ExitStack() as registrations:
+        if form is not None:
+            formats = import_module("kbitcheck_reference.formats")  # which imports torch
+            registrations.enter_context(formats.added(form))
+        _added.append(backend)
+        registrations.callback(_added.remove, backend)
         yield
-    finally:
-        _added.remove(backend)
 
 
 def available() -> tuple[Backend, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kbitcheck_reference import formats
 from kbitcheck_reference import prepare_model_for_kbit_training as reference
 from torch import nn
 
@@ -34,7 +38,7 @@ MODES: list[tuple[str, list[Checkpointing], tuple[str, ...]]] = [
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loaded, "source_of", lambda spec: shallow(spec.model))
-    with registry.added(BACKEND), formats.added(FORMAT):
+    with registry.added(BACKEND, FORMAT):
         yield
 
 
@@ -127,3 +131,15 @@ def test_two_backends_of_one_name_are_refused() -> None:
 def test_plain_numbers_are_no_packed_weight() -> None:
     assert backends.of(nn.Linear(2, 2)) is None
     assert not backends.is_packed(nn.Parameter(torch.zeros(2)))
+
+
+def test_what_the_guide_has_an_author_write_proves_that_faults_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "writing-a-backend.md").read_text(encoding="utf-8")
+    (example,) = (each for each in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "def test_" in each)
+    monkeypatch.setitem(sys.modules, "rowwise_kbitcheck", SimpleNamespace(BACKEND=BACKEND))
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(example), names)
+    names["test_a_broken_weight_is_caught"]()
+    names["damaged"] = lambda part: reference
+    with pytest.raises(AssertionError):
+        names["test_a_broken_weight_is_caught"]()
