@@ -26,7 +26,7 @@ NAMED: Mapping[str, Mapping[str, Any]] = {
     "DoRA": {"peft_type": "LORA", "use_dora": True},
     "PiSSA": {"peft_type": "LORA", "init_lora_weights": "pissa"},
     "OLoRA": {"peft_type": "LORA", "init_lora_weights": "olora"},
-    "LoftQ": {"peft_type": "LORA", "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "LoftQ": {"peft_type": "LORA", "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     "EVA": {"peft_type": "LORA", "init_lora_weights": "eva"},
     "AdaLoRA": {"peft_type": "ADALORA", "total_step": 100},
     "LoHa": {"peft_type": "LOHA"},

@@ -69,7 +69,7 @@ def adapters_get_gradients(facts: Facts) -> Iterable[Observation]:
     """Every live adapter gets a finite, non-zero gradient.
 
     An adapter is live if it gets a gradient in the float64 twin without checkpointing. A tensor that does not, although another
-    one of the same layer's adapter does, or, where it is the only one, the layer's output, is cut off by its own code; KB904
+    one of the same layer's adapter does, or, where none does, the layer's output, is cut off by its own code; KB904
     reports the others.
     Before the step, ``lora_B`` gets random values: if it were zero, half of all gradients would be zero by
     construction.
@@ -100,8 +100,8 @@ def _cut_off(facts: Facts) -> dict[str, str]:
     beside = {layers[name]: name for name in live_ones(facts.gradients) if name in layers}
     with suppress(Unavailable):
         reached = {name.removesuffix(".base_layer") for name, layer in facts.layer_backwards.items() if layer.reached}
-        alone = {layers[name] for name in dead if list(layers.values()).count(layers[name]) == 1}
-        beside |= {layer: f"the output of {layer}" for layer in reached & alone}
+        all_dead = {layers[name] for name in dead} - {layer for name, layer in layers.items() if name not in dead}
+        beside |= {layer: f"the output of {layer}" for layer in reached & all_dead}
     return {name: beside[layers[name]] for name in sorted(dead) if layers[name] in beside}
 
 

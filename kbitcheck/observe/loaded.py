@@ -35,6 +35,7 @@ from kbitcheck.observe.probes import digest, forwards, layers, routers, snapshot
 from kbitcheck.observe.probes.adapters import Attached
 from kbitcheck.observe.twin import patches
 from kbitcheck.observe.twin import twins as twin
+from kbitcheck.observe.twin.low_rank import by_definition
 
 T = TypeVar("T")
 Attach = Callable[[nn.Module, CaseSpec], Attached]
@@ -297,7 +298,7 @@ class Loaded:
         return self._computed_once(("exact", *spec.attached), lambda: self._make_exact(spec), small=True)
 
     def _make_exact(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(self._float64(), spec)
+        model, adapters = by_definition(self.attach(self._float64(), spec))
         for adapter in adapters.values():
             adapter.data = adapter.data.double()
         return Twin(model, adapters, torch.float64)
@@ -308,7 +309,7 @@ class Loaded:
         )
 
     def _make_rounded(self, spec: CaseSpec) -> Twin:
-        model, adapters = self.attach(self._same_dtype(spec.profile), spec)
+        model, adapters = by_definition(self.attach(self._same_dtype(spec.profile), spec))
         if not any(p.requires_grad for p in adapters.values()):
             raise Unavailable("no adapter is trainable (KB102)")
         return Twin(model, adapters, autocast=self.autocast(spec.profile))

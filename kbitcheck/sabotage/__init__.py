@@ -9,6 +9,7 @@ shape, mode or step alone, or in no output at all.
 
 from kbitcheck.sabotage import (
     adapter,
+    attached,
     audit,
     checkpointing,
     composition,
@@ -31,6 +32,6 @@ from kbitcheck.sabotage import (
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
-    "WITHOUT", "Fault", "adapter", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults", "freezing",
-    "gradients", "layouts", "moves", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
+    "WITHOUT", "Fault", "adapter", "attached", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults",
+    "freezing", "gradients", "layouts", "moves", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
 ]  # fmt: skip

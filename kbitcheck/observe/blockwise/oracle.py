@@ -258,11 +258,16 @@ def _drawn_again(
 
 
 def compare_alone(
-    call: BlockCall, gradients: step.Gradients, twins: tuple[Twin, Twin], around: Callable[[Twin], Any]
+    call: BlockCall,
+    gradients: step.Gradients,
+    twins: tuple[Twin, Twin],
+    around: Callable[[Twin], Any],
+    beyond: Callable[[step.Gradients, Pair], Pair] = lambda gradients, pair: pair,
 ) -> tuple[Part, dict[str, Gap]]:
     """One recorded call beside twins of its block alone, the float64 one and the same-dtype one: what leaves it.
 
-    ``gradients`` are those that the call gave the block's own adapters, by name. ``around`` makes the context that a twin runs in.
+    ``gradients`` are those that the call gave the block's own adapters, by name. ``around`` makes the context that a twin runs in;
+    ``beyond`` adds to the twins' gradients what reaches adapters past the block.
     """
     replays, trained = [], []
     chosen = call.choices
@@ -278,7 +283,7 @@ def compare_alone(
         trained.append({name: of.get(id(parameter)) for name, parameter in twin.adapters.items()})
         replays.append(replay)
     rounded, exact = replays
-    adapters = Pair(*reversed(trained)).beside(gradients)
+    adapters = beyond(gradients, Pair(*reversed(trained))).beside(gradients)
     gaps, adapters = _drawn_again(call, (exact, rounded), adapters, twins[1], partial(around, twins[1]))
     return Part(block=call.block, kind=type(twins[0].model).__name__, gaps=_made(gaps)), adapters
 

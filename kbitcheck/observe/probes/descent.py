@@ -56,7 +56,8 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
 
     The learning rate is the first that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
     uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding. Rates whose step ends far from
-    what the gradient predicts come last: one forward tells, and tells of all larger rates.
+    what the gradient predicts come last: one forward tells, and tells of all larger rates. A step along which it predicts that the
+    loss falls by more than all of it is too long, whatever the gradient: only the least rate may be so.
     """
     with switches.seeded(seed, batch), switches.dropout(model, 0.0):
         way = _Way(model, batch, seed, autocast)
@@ -173,9 +174,14 @@ class _Way:
         return loss.detach()
 
     def descent(self, rate: float, *, bent: bool) -> Descent | None:
-        """The descent by the update of a learning rate, after which the parameters are left; None where it must not be ``bent`` and is."""
+        """The descent by the update of a learning rate, after which the parameters are left.
+
+        None where it must not be ``bent`` and is, or where it is too long.
+        """
         self.go(rate)
         end = self._here()
+        if rate > min(LEARNING_RATES) and abs(end.predicted) > abs(float(self._before)):
+            return None
         if not bent and abs(end.change - end.predicted) > BENT * abs(end.predicted):
             return None
         return self._descent(rate, PLACES, end)

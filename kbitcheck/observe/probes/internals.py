@@ -19,3 +19,12 @@ def checkpoint_defaults() -> tuple[Any, ...]:
     """Settings of torch's checkpoint for the whole process."""
     checkpoint = torch.utils.checkpoint
     return checkpoint._enable_checkpoint_early_stop, checkpoint._checkpoint_debug_enabled
+
+
+def parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The plain tensors of one that is sparse and has no storage: indices and values, whether or not they are coalesced."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    rows, columns = ("crow_indices", "col_indices") if by_row else ("row_indices", "ccol_indices")
+    return getattr(tensor, rows)(), getattr(tensor, columns)(), tensor.values()

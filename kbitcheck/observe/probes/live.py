@@ -74,12 +74,19 @@ class Live(internals.TorchDispatchMode):
         out = self.call(func, args, kwargs or {})
         for tensor in tensors(out):
             for part in parts(tensor):
-                self.add(part)
+                if internals.storage_id(part) not in self._alive and not _is_in(part, args, kwargs):
+                    self.add(part)
         return out
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operator returns. For subclasses."""
         return func(*args, **kwargs)
+
+
+def _is_in(tensor: torch.Tensor, *items: Any) -> bool:
+    """Whether a tensor is a view of one inside nested containers: what a module keeps in a plain attribute was there before."""
+    storage = internals.storage_id(tensor)
+    return any(internals.storage_id(part) == storage for each in tensors(*items) for part in parts(each))
 
 
 def state_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:

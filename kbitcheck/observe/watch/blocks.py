@@ -23,9 +23,10 @@ from kbitcheck.observe.blockwise.oracle import Twin, compare_alone
 from kbitcheck.observe.blockwise.record import TENSOR, BlockCall, floating, parameter_names
 from kbitcheck.observe.probes import kv_cache, switches
 from kbitcheck.observe.probes.layers import Weights
-from kbitcheck.observe.twin import patches, twins
+from kbitcheck.observe.twin import low_rank, patches, twins
 from kbitcheck.observe.watch import readers
 from kbitcheck.observe.watch.guard import Guard
+from kbitcheck.observe.watch.orthogonal import with_term
 
 SMALL = 64 << 20  # bytes of a block's weights in float64, up to which its twins are kept
 GATES = (nn.ReLU, ReLUSquaredActivation)  # each calls one ``relu``
@@ -266,7 +267,7 @@ class Twins:
         if pair is None or kept != state:
             weights = Weights(block)
             exact, rounded = twins.float64(block, weights), twins.same_dtype(block, weights, AS_LOADED)
-            exact, rounded = (patches.remove(twin, block) for twin in (exact, rounded))
+            exact, rounded = (low_rank.define(patches.remove(twin, block)) for twin in (exact, rounded))
             pair = (_twin(patches.keep_float64(exact), torch.float64), _twin(rounded, None))
             if 8 * sum(math.prod(backends.recognition(m).shape(m)) for m in weights.layers.values()) < SMALL:
                 self._kept[name] = state, pair
@@ -278,8 +279,13 @@ class Twins:
         return pair
 
 
-def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | str:
-    """The recorded call beside twins of its block with the weights that it has now; or why it cannot be compared."""
+def compared(
+    recorder: Recorder, pairs: Twins, regularized: frozenset[int] = frozenset()
+) -> tuple[Part, dict[str, Gap]] | str:
+    """The recorded call beside twins of its block with the weights that it has now; or why it cannot be compared.
+
+    On ``regularized`` parameters, by id, the loss depends by a term of its own, too.
+    """
     recorded, block = recorder.recorded, recorder.block
     if recorder.why or recorded is None:
         return recorder.why
@@ -289,8 +295,11 @@ def compared(recorder: Recorder, pairs: Twins) -> tuple[Part, dict[str, Gap]] | 
 
     names = {id(p): n for n, p in block.named_parameters() if p.requires_grad}
     gradients = {name: recorded.gradients.get(name) for name in names.values()}
+    beyond = partial(with_term, {names[i]: block.get_parameter(names[i]) for i in names.keys() & regularized})
     try:
-        return compare_alone(recorded.call, gradients, pairs.of(recorder.name, block), partial(around, recorded))
+        return compare_alone(
+            recorded.call, gradients, pairs.of(recorder.name, block), partial(around, recorded), beyond
+        )
     except Exception as error:  # as of an adapter whose forward knows no float64
         return f"a twin of a block raised {cause(error)}"
 

@@ -86,13 +86,12 @@ class Comparisons:
                 continue
             self._recast = self._recast or recorder.is_recast
             rewritten = _rewritten(recorder, before)
-            seen = "what is frozen in it changed: KB104" if rewritten else compared(recorder, self._twins)
+            seen = "what is frozen in it changed: KB104" if rewritten else compared(recorder, self._twins, apart)
             label = f"{recorder.name} (step {step})"
             if isinstance(seen, str):
                 self.unseen = self.unseen if outside else seen
                 continue
-            part, every = seen
-            gaps = {n: g for n, g in every.items() if id(recorder.block.get_parameter(n)) not in apart}
+            part, gaps = seen
             if outside:  # others may use its parameters, as an embedding that is tied to the head does
                 self._beside[label] = part
             else:

@@ -43,6 +43,27 @@ def test_a_loss_that_follows_another_gradient_has_another_slope(scale):
     assert descend(Model(scale), BATCH, seed=0).slope == pytest.approx(scale, abs=1e-6)
 
 
+class Flattening(Model):
+    """A loss that is ``steep`` where training starts and flat where any step leads."""
+
+    def __init__(self, steep):
+        super().__init__()
+        self.steep, self.start = steep, None
+
+    def forward(self, input_ids):
+        square = ((input_ids.double() @ self.weight) ** 2).mean()
+        self.start = square.detach() if self.start is None else self.start
+        away = self.steep * (square - self.start)
+        return SimpleNamespace(loss=5 + away / (1 + away.abs()))
+
+
+@pytest.mark.parametrize("steep", [1e3, 1e5, 1e6])
+def test_a_loss_that_is_flat_behind_every_step_follows_no_other_gradient(steep):
+    way = descend(Flattening(steep), BATCH, seed=0)
+    assert way.agrees
+    assert way.is_certain == (steep < 1e5)
+
+
 def test_a_rounded_loss_is_uncertain():
     """Rounding that is larger than the change of the loss leaves nothing to conclude from."""
     fine, coarse = (descend(Model(dtype=dtype), BATCH, seed=0) for dtype in (torch.float32, torch.bfloat16))

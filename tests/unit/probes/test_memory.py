@@ -5,6 +5,7 @@ from peft import get_peft_model
 
 from kbitcheck.core.facts import MemoryFacts
 from kbitcheck.models.blocks import is_block
+from kbitcheck.observe.probes.live import Live
 from kbitcheck.observe.probes.memory import activations
 from tests.watch import runs
 
@@ -32,3 +33,21 @@ def test_copies_of_weights_that_autocast_keeps_are_no_activations_of_a_block() -
 
 def test_a_block_that_does_not_checkpoint_is_seen_under_autocast() -> None:
     assert over(measured(left_out=1)) == [False, True]
+
+
+def test_what_an_operator_reads_was_there_before() -> None:
+    """A module may keep a tensor in a plain attribute, and take views of it, as FourierFT does with its indices."""
+    held = torch.arange(64)
+    with Live() as live:
+        view = held[:32]
+        assert live.now == 0
+        copy = view + 1
+        assert live.now == copy.untyped_storage().nbytes()
+
+
+def test_a_sparse_tensor_has_the_bytes_of_its_indices_and_values() -> None:
+    dense = torch.eye(4)
+    with Live() as live:
+        sparse = dense.to_sparse()
+        assert live.now == 2 * 4 * 8 + 4 * 4
+    assert sparse.is_sparse
