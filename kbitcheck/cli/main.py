@@ -1,8 +1,11 @@
 """Entry point: every exception becomes one line on stderr and an exit code."""
 
+import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from kbitcheck.cli import app
 from kbitcheck.cli.console import fail
@@ -12,7 +15,20 @@ from kbitcheck.core.report import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if sys.argv[1:2] == ["watch"]:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: the watched script is over, and who waits for it need not wait while this process is taken apart, too."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(
+            AttributeError, OSError, ValueError
+        ):  # there is none, its reader is gone, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

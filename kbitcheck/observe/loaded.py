@@ -288,6 +288,7 @@ class Loaded:
         def compared() -> Comparison:
             self._room()
             comparison = compare(run, calls, (self._exact(spec), self._rounded(spec)), batch, spec.seed, numbers)
+            self._room()
             if self.patched:
                 twin.require_numbers(comparison.facts.parts[""].gaps["loss"].size)
             return comparison

@@ -99,8 +99,9 @@ class Server:
         import torch
 
         import kbitcheck.observe.open_case  # noqa: F401
+        from kbitcheck.observe.garbage import keep_imports
 
-        gc.freeze()  # what was imported stays, so that no collection need walk it
+        keep_imports()
         gc.enable()
         # One thread until a model is worth more: on tiny ones threads only wait for each other.
         self._threads = torch.get_num_threads()
@@ -109,6 +110,7 @@ class Server:
 
     def _load(self, request: requests.Load) -> Event:
         from kbitcheck.observe import device as devices
+        from kbitcheck.observe import garbage
         from kbitcheck.observe.probes import files_written
 
         files_written.watch()
@@ -117,6 +119,8 @@ class Server:
         # In front, in their order, and only now: nothing of the subject's may stand in for the stack.
         sys.path[:0] = [directory for directory in request.path if directory not in sys.path]
         self._implementation = (unused if request.static else load)(request.implementation)
+        rules()
+        garbage.keep_imports()
         return events.Loaded(implementation=self._implementation.as_json(), environment=environment)
 
     def _examine(self, request: requests.Examine) -> Iterator[Event]:

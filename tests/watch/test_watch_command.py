@@ -118,3 +118,23 @@ def test_wrong_usage(arguments):
     watched = watch(*arguments)
     assert watched.returncode == 4
     assert len(watched.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("named", ["there", "absent"])
+def test_a_folder_for_reports_is_made_and_removed(named, tmp_path):
+    (tmp_path / "there").mkdir()
+    script = tmp_path / "look.py"
+    script.write_text("import json, os\nprint(json.loads(os.environ['KBITCHECK_WATCH'])['folder'])")
+    watched = watch("--", sys.executable, script, env={**os.environ, "TMPDIR": str(tmp_path / named)})
+    folder = Path(watched.stdout.strip())
+    assert folder.is_absolute()
+    assert not folder.exists()
+    assert (folder.parent == tmp_path / "there") == (named == "there")
+
+
+def test_a_reader_that_has_gone_does_not_change_the_exit_code(tmp_path):
+    words = [sys.executable, "-m", "kbitcheck", "watch", "--", sys.executable, "-c", "raise SystemExit(7)"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert subprocess.run(words, stdout=writing, stderr=writing, check=False).returncode == 7
+    os.close(writing)

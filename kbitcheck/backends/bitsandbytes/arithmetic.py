@@ -46,10 +46,8 @@ class BitsAndBytesArithmetic(Arithmetic):
             state.dtype = dtype or state.dtype
             unpacked: torch.Tensor = dequantize_4bit(BitsAndBytesLayers().packed(module).data, state)
             return unpacked
-        weight = module.weight
-        rows: torch.Tensor = weight.data.to(torch.float32) * (
-            scales(module).to(torch.float32) * (1.0 / 127.0)
-        ).unsqueeze(1)
+        steps = scales(module).to(torch.float32) * (1.0 / 127.0)
+        rows: torch.Tensor = module.weight.data.to(torch.float32).mul_(steps.unsqueeze(1))
         return rows
 
     def exact(self, module: Any, out: torch.Tensor | None = None) -> torch.Tensor:

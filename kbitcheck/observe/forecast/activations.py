@@ -21,8 +21,9 @@ from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log, Trace, whole
 from kbitcheck.observe.forecast.thinning import Passed
+from kbitcheck.observe.garbage import collect_young, collecting_on_request, only_new_garbage
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.probes.live import hidden_states, only_new_garbage
+from kbitcheck.observe.probes.live import hidden_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def measure(
                     parameter.grad = torch.empty_like(parameter)
     with (
         only_new_garbage(),
-        _collecting_on_request(),
+        collecting_on_request(),
         _checkpointing(model, reentrant, watch),
         switches.cache_off(model),
         warnings.catch_warnings(),
@@ -251,7 +252,7 @@ class _Watch(Watcher):
 
     def _close(self) -> None:
         if self._live.trace:
-            gc.collect()  # what else were freed at some later place, another in each run
+            collect_young()  # what else were freed at some later place, another in each run
         alive, self._live.trace = self._live.trace, []
         self._forward += [now + self.missing for now in alive]
         if self._open is not None:
@@ -262,7 +263,7 @@ class _Watch(Watcher):
     def _mark(self, ran: _Ran | None, block: str = "") -> None:
         """The backward comes to a block: what was alive since the last mark belongs to what came before."""
         if len(self._live.trace) > 1:
-            gc.collect()
+            collect_young()
         alive = self._live.trace
         self._between.append((alive, len(self._back)))
         if self._now is not None:
@@ -293,18 +294,6 @@ def _arguments(args: Any, kwargs: Any) -> Signature:
         return value if is_plain(value) else type(value).__qualname__
 
     return described(args), described(kwargs)
-
-
-@contextmanager
-def _collecting_on_request() -> Iterator[None]:
-    """Python collects cycles where it is told to alone, so that each step frees them at the same places."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

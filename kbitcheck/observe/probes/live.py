@@ -4,10 +4,8 @@ Hooks on what autograd saves would miss attributes of nodes (the inputs of bitsa
 keyword arguments of reentrant checkpointing), and what a non-reentrant recompute brings back.
 """
 
-import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -101,19 +99,6 @@ def own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
         yield from parts(tensor)
     for _, layer in backends.holders(model):
         yield from state_tensors(layer).values()
-
-
-@contextmanager
-def only_new_garbage() -> Iterator[None]:
-    """Garbage collections skip older objects: walking those of torch and transformers takes longest."""
-    if gc.get_freeze_count():  # the caller's; unfreezing would undo it
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def tensors(*items: Any) -> Iterator[torch.Tensor]:

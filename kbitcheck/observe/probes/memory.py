@@ -15,8 +15,9 @@ from kbitcheck import backends
 from kbitcheck.core.facts import CostFacts, MemoryFacts
 from kbitcheck.models.blocks import is_block
 from kbitcheck.observe import internals
+from kbitcheck.observe.garbage import only_new_garbage
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.probes.live import EXISTING, Live, only_new_garbage, own_tensors, tensors
+from kbitcheck.observe.probes.live import EXISTING, Live, own_tensors, tensors
 from kbitcheck.observe.probes.parts import parts
 
 OUTSIDE = ""  # the tag of what no block makes

@@ -162,7 +162,9 @@ def same_dtype(base: nn.Module, weights: Weights, profile: str) -> nn.Module:
 def _unpacked(layer: Any, empty: Empty, dtype: torch.dtype) -> torch.Tensor:
     """As the kernel unpacks: scales that are themselves quantized round once more than the format says."""
     wide = backends.arithmetic(layer).unpacked(layer, torch.float32)
-    return wide if dtype == wide.dtype else empty(wide.shape, dtype=dtype, device=wide.device).copy_(wide)
+    # Used memory is copied to, too: fresh memory that lives as long as a product does leaves the heap in pieces.
+    fresh = empty is torch.empty
+    return wide if fresh and dtype == wide.dtype else empty(wide.shape, dtype=dtype, device=wide.device).copy_(wide)
 
 
 def promised(profile: str, name: str, module: nn.Module) -> torch.dtype | None:

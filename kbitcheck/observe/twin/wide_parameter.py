@@ -76,8 +76,12 @@ def _product(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     size = max(1, PIECE // min(rows, columns))
     # In float32 no sum is split: its rounding would be another than that of the model.
     if columns > rows or x.dtype is not torch.float64:
-        pieces = stored.split(size if columns > rows else max(1, PIECE // rows), dim=1)
-        return torch.cat([x @ piece.to(x.dtype) for piece in pieces], dim=1)
+        size = size if columns > rows else max(1, PIECE // rows)
+        # Made first: results that were made between the pieces, and stay, would leave the heap in pieces, too.
+        product = x.new_empty(x.shape[0], columns)
+        for place, piece in zip(product.split(size, dim=1), stored.split(size, dim=1), strict=True):
+            place.copy_(x @ piece.to(x.dtype))
+        return product
     total = x.new_zeros(x.shape[0], columns)
     for part, piece in zip(x.split(size, dim=1), stored.split(size), strict=True):
         total.addmm_(part, piece.double())
