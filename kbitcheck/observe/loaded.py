@@ -305,9 +305,8 @@ class Loaded:
         return Twin(model, adapters, torch.float64)
 
     def _rounded(self, spec: CaseSpec) -> Twin:
-        return self._computed_once(
-            ("rounded", spec.profile, *spec.attached), lambda: self._make_rounded(spec), small=True
-        )
+        key = ("rounded", spec.profile, *spec.attached)
+        return self._computed_once(key, lambda: self._make_rounded(spec), small=True)
 
     def _make_rounded(self, spec: CaseSpec) -> Twin:
         model, adapters = by_definition(self.attach(self._same_dtype(spec.profile), spec))

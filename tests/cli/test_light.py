@@ -65,7 +65,9 @@ def test_show_and_the_api_import_nothing_heavy(tmp_path: Path) -> None:
 def test_watch_imports_no_rule_no_fact_and_no_backend_for_a_script_without_a_quantized_model() -> None:
     own = tuple(f"kbitcheck.{name}" for name in ("backends", "core.events", "core.facts", "judge", "models", "observe"))
     line = ("watch", "--", sys.executable, "-c", "pass")
-    statement = "import sys; from kbitcheck.cli.main import run; sys.exit(run(sys.argv[1:]))"  # main leaves no process to ask
+    statement = (
+        "import sys; from kbitcheck.cli.main import run; sys.exit(run(sys.argv[1:]))"  # main leaves no process to ask
+    )
     assert imported(statement, line, heavy=(*HEAVY, "tempfile", *own), code=EXIT_NOTHING) == ""
 
 
