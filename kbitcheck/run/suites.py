@@ -38,8 +38,8 @@ COMPOSED: Sequence[Cell] = tuple(
 )
 # The layers of recipes that have no Linear; a backend that replaces none of them leaves nothing quantized.
 LAYERS = {"tiny:gpt2": "Conv1D"}
-# Recipes of which each layer has a multiple of 4 rows and none of 8.
-FOURS = ("tiny:bert", "tiny:gpt2", "tiny:llama", "tiny:t5", "tiny:whisper")
+# Recipes of which each layer has a multiple of 8 rows.
+EIGHTS = ("tiny:opt",)
 # Deeper, wider and of more tokens than any threshold that somebody would write, in one case each: they are dear, and are Llamas.
 LARGEST: Sequence[Cell] = (("tiny:deep", DEFAULT, ("reentrant",)), ("tiny:wide", DEFAULT, ("reentrant",)))
 MODES: tuple[Checkpointing, ...] = ("reentrant", "non-reentrant", "off")
@@ -80,7 +80,7 @@ def suite_cases(
 def fits(model: str, quant: str) -> bool:
     """Whether a recipe has layers that the quantization's backend replaces."""
     backend = Quantization.parse(quant).backend
-    return LAYERS.get(model, "Linear") in backend.replaces and not (model in FOURS and 4 % backend.rows)
+    return LAYERS.get(model, "Linear") in backend.replaces and (backend.rows == 1 or model in EIGHTS)
 
 
 def cases(
@@ -95,7 +95,8 @@ def cases(
     """The suite's cases, narrowed or replaced by what the user named.
 
     Naming models crosses them with the quantizations (nf4 and int8 by default) and modes named; naming only
-    quantizations or modes crosses the suite's models with them, without models that a quantization leaves as they are.
+    quantizations or modes crosses the suite's models with them, without models that a quantization leaves as they are;
+    where it leaves all of them, with the recipes that it does not.
     Profile and freezing that are not set are the implementation's own. Cases of the whole quick suite share the
     conditions, others look at a few, those of the full suite at all, and those of no suite at none.
     """
@@ -109,6 +110,9 @@ def cases(
             for quant in (quants or ("nf4", "int8"))
             if models or fits(model, quant)
         ]
+        left = [quant for quant in quants if not models and quant not in {q for _, q, _ in cells}]
+        others = [(f"tiny:{recipe}", quant) for recipe in RECIPES for quant in left if fits(f"tiny:{recipe}", quant)]
+        cells += [(model, quant, checkpointing or MODES) for model, quant in others]
     else:
         cells = [(model, quant, checkpointing or modes) for model, quant, modes in suite]
     options = with_kept(options, implementation)

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 from kbitcheck_reference import dequantized_weight
+from kbitcheck_reference import prepare_model_for_kbit_training as reference
 from kbitcheck_reference.formats import awq as oracle
 from torch import nn
 
+import kbitcheck
 from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources.resolve import resolve
-from kbitcheck.run.suites import FOURS, RECIPES, fits
+from kbitcheck.run.suites import EIGHTS, QUICK, RECIPES, cases
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("awq-int4")
@@ -41,7 +43,7 @@ def test_without_it_a_model_is_refused_in_one_line() -> None:
         shallow("tiny:opt").load(Quantization.parse("awq-int4"))
 
 
-def test_recipes_of_which_no_layer_fits_are_known() -> None:
+def test_recipes_of_which_each_layer_fits_are_known() -> None:
     rows = {
         f"tiny:{name}": [
             backends.recognition(layer).shape(layer)[0]
@@ -49,10 +51,10 @@ def test_recipes_of_which_no_layer_fits_are_known() -> None:
         ]
         for name in RECIPES
     }
-    assert {name for name, each in rows.items() if all(n % 8 for n in each)} == set(FOURS)
-    assert all(n % 4 == 0 for name in FOURS for n in rows[name])
-    assert not fits("tiny:llama", "awq-int4")
-    assert fits("tiny:opt", "awq-int4")
+    assert {name for name, each in rows.items() if all(n % 8 == 0 for n in each)} == set(EIGHTS)
+    specs = cases(QUICK, quants=["nf4", "awq-int4"], checkpointing=["off"], implementation="reference")
+    assert {spec.model for spec in specs if spec.quant == "awq-int4"} == set(EIGHTS)
+    assert {spec.model for spec in specs if spec.quant == "nf4"} == {model for model, _, _ in QUICK}
 
 
 @installed
@@ -102,10 +104,20 @@ def test_an_input_in_another_dtype_changes_the_scales_for_good() -> None:
 
 
 @installed
-def test_layers_that_fill_no_words_stay() -> None:
-    model = shallow("tiny:qwen3").load(Quantization.parse("awq-int4"))
+def test_layers_that_fill_no_words_or_groups_stay_and_a_checkpoint_says_so() -> None:
+    model: Any = shallow("tiny:opt").load(Quantization.parse("awq-int4"))
     packed = dict(backends.quantized_layers(model))
-    plain = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    assert packed
-    assert all(backends.recognition(layer).shape(layer)[0] % 8 == 0 for layer in packed.values())
-    assert {n for n, m in plain.items() if m.out_features % 8 == 0} <= {"lm_head"}
+    plain = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    described = model.config.quantization_config
+    assert described.group_size == 32  # of 128, 64 and 32 columns the first that 96 columns fill
+    assert {n.rpartition(".")[2] for n in packed} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1"}
+    assert {n.rpartition(".")[2] for n in plain} == {"fc2", "lm_head"}  # fc2 has 168 columns
+    assert plain <= set(described.modules_to_not_convert)
+
+
+@installed
+def test_what_is_saved_is_loaded_again() -> None:
+    report = kbitcheck.check_implementation(
+        reference, models=["tiny:opt"], quants=["awq-int4"], checkpointing=["off"], select=["KB510"]
+    )
+    assert [r.status.value for r in report.results] == ["PASS"]

@@ -16,7 +16,7 @@ from kbitcheck.backends.schemes import Choice, Option, Scheme
 if TYPE_CHECKING:
     from torch import nn
 
-# Columns that share a scale and a zero. A layer whose columns fill no whole groups gets a smaller one that they fill, or one group.
+# Columns that share a scale and a zero, of all layers; smaller where no layer's columns fill them. Other layers are left out.
 GROUP = Option("group", ("128", "64", "32", "16", "all"), "128")
 SCHEME = Scheme("awq-int4", 4, (GROUP,))
 

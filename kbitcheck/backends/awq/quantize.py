@@ -10,31 +10,41 @@ from kbitcheck_reference.formats import awq as oracle
 from torch import nn
 
 from kbitcheck.backends.awq.arithmetic import HALF
-from kbitcheck.backends.internals import mark, replace_linear
+from kbitcheck.backends.internals import kept_wide, mark, replace_linear
+from kbitcheck.backends.packed import skipped
 from kbitcheck.backends.schemes import Choice
 from kbitcheck.core.errors import UsageError
 
-SMALLER = (128, 64, 32, 16)
+KERNEL = "torch_awq"  # without it, transformers takes another where a checkpoint is loaded on a CPU
+SIZES = (128, 64, 32, 16)
 
 
 def quantize(model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
-    """Replace torch's own linear layers in place, also on the meta device; modules named in ``skip`` stay."""
-    group = None if choice["group"] == "all" else int(choice["group"])
-    unfit = [
-        name for name, each in model.named_modules() if type(each) is nn.Linear and each.out_features % oracle.ROWS
-    ]
-    stay = [*skip, *unfit]
+    """Replace torch's own linear layers in place, also on the meta device; modules named in ``skip`` stay, and what cannot be packed."""
+    stays = skipped([*skip, *kept_wide(model)])
+    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and not stays(n)}
+    whole = [each for each in linear.values() if each.out_features % oracle.ROWS == 0]
+    group = None if choice["group"] == "all" else _group([each.in_features for each in whole], int(choice["group"]))
+    fits = [name for name, each in linear.items() if each in whole and each.in_features % (group or 1) == 0]
+    if linear and not fits:
+        raise UsageError(f"no layer can be packed by AWQ: of none is the number of outputs a multiple of {oracle.ROWS}")
+    stay = [*skip, *(name for name in linear if name not in fits)]
     replace_linear(model, stay, lambda name, dense: _layer(dense, choice.scheme, group))
     make: Any = transformers.AwqConfig
-    described = make(bits=oracle.BITS, group_size=group or -1, zero_point=True, modules_to_not_convert=stay or None)
+    described = make(
+        bits=oracle.BITS, group_size=group or -1, zero_point=True, modules_to_not_convert=stay or None, backend=KERNEL
+    )
     mark(model, described, pre_quantized=True)
-    if unfit and not any(isinstance(each, layers.AwqTorchLinear) for each in model.modules()):
-        raise UsageError(f"no layer can be packed by AWQ: of none is the number of outputs a multiple of {oracle.ROWS}")
+
+
+def _group(columns: Sequence[int], largest: int) -> int | None:
+    """The largest published size of groups, no larger than ``largest``, that fills the columns of any layer; None where none does."""
+    return next((size for size in SIZES if size <= largest and any(n % size == 0 for n in columns)), None)
 
 
 def _layer(dense: nn.Linear, scheme: str, group: int | None) -> nn.Module:
     rows, columns = dense.weight.shape
-    size = _fitting(columns, group)
+    size = group or columns
     settings = {
         "bits": oracle.BITS,
         "group_size": size,
@@ -55,9 +65,3 @@ def _layer(dense: nn.Linear, scheme: str, group: int | None) -> nn.Module:
     layer.post_init()
     made: nn.Module = layer.train(dense.training)
     return made
-
-
-def _fitting(columns: int, group: int | None) -> int:
-    """The largest group of the published sizes, no larger than ``group``, that fills the columns; all of them where none does."""
-    sizes = [size for size in SMALLER if group and size <= group and columns % size == 0]
-    return sizes[0] if sizes else columns
