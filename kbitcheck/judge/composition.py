@@ -5,20 +5,12 @@ import re
 from collections.abc import Iterable, Iterator
 from statistics import median
 
+from kbitcheck.core.compositions import meaning_of
 from kbitcheck.core.errors import NotApplicable, Unavailable
 from kbitcheck.core.facts import YARDSTICKS, CompositionFacts, Distance, Facts, ProcessFacts
 from kbitcheck.core.result import Level, Observation, Party
 from kbitcheck.core.rule import Check, rule
 from kbitcheck.judge.attribution import UNPREPARED
-
-# What frameworks say, and what it means.
-MEANS = {
-    "ready only once": "reentrant checkpointing under DDP: pass use_reentrant=False, or find_unused_parameters=False",
-    "finished reduction": "parameters of the wrap got no gradient on this rank",
-    "uniform original parameter dtype": "a unit of FSDP2 trains in two dtypes: KB702",
-    "different metadata": "the recompute is not the forward: see KB403",
-    "does not require grad": "no gradient reaches the loss: see KB301",
-}
 
 # What a pass leaves; where it began with the same, what differs first names the cause.
 LEFT = {
@@ -81,7 +73,7 @@ def _raised(process: ProcessFacts) -> Iterator[Observation]:
     elif process.raised is not None:
         raised = process.raised
         said = raised.message.partition(". ")[0]
-        meaning = next((f": {means}" for words, means in MEANS.items() if words in raised.text), "")
+        meaning = f": {means}" if (means := meaning_of(raised.text)) else ""
         place = f" ({raised.place})" if raised.place else ""
         yield Observation(process.name, "takes its steps", f"raised {raised.type}: {said}{place}{meaning}", ok=False)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from kbitcheck.core.compositions import meaning_of
 from kbitcheck.core.errors import UsageError, cause
 from kbitcheck.observe.watch import LENT
 from kbitcheck.observe.watch.built import Built
@@ -150,6 +151,9 @@ class _Waiting:
     def _end(self) -> None:
         """The process ends: what was seen until now is the report."""
         if os.getpid() == self._process and self._watch is not None:
+            raised = getattr(sys, "last_value", None)
+            if isinstance(raised, Exception) and not self._written:
+                self._say(_raised(raised))
             self._watch.stop()
 
     def _write(self) -> None:
@@ -166,8 +170,18 @@ class _Waiting:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        why = str(error) if isinstance(error, UsageError) else f"the watcher failed: {cause(error)}"
+        self._say(str(error) if isinstance(error, UsageError) else f"the watcher failed: {cause(error)}")
+
+    def _say(self, why: str) -> None:
         (Path(self._options["folder"]) / f"failed-{os.getpid()}").write_text(why)
+
+
+def _raised(error: Exception) -> str:
+    """What ended the script before the steps were taken that were to be watched."""
+    process = f"rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "the run"
+    said = str(error).partition("\n")[0].partition(". ")[0]
+    meaning = f": {means}" if (means := meaning_of(str(error))) else ""
+    return f"{process} raised {type(error).__name__}: {said}{meaning}"
 
 
 def _keywords(module: Any) -> Mapping[str, Any]:

@@ -45,6 +45,14 @@ def left_out():
     return nn.parallel.DistributedDataParallel(model)
 
 
+def switched_on_again():
+    """One rank passes its own mode, in a wrap that looks for unused parameters."""
+    model = prepared()
+    if dist.get_rank() == 1:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
 def added_afterwards():
     model = prepared()
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -70,6 +78,17 @@ def sharded():
     return fully_shard(model)
 
 
+def two_dtypes():
+    """In each unit."""
+    model = in_one_dtype()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "q_proj" in name:
+            parameter.data = parameter.data.float()
+    for block in model.base_model.model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
 def ignored():
     """One rank's gradients of the second block's adapters in its MLP reach no other rank."""
     model = in_one_dtype()
@@ -88,6 +107,7 @@ def flattened():
 
 KINDS = {
     "ddp": replicated, "fsdp": sharded, "fsdp1": flattened, "left_out": left_out, "ignored": ignored, "added": added_afterwards,
+    "switched_on_again": switched_on_again, "two_dtypes": two_dtypes,
 }  # fmt: skip
 
 

@@ -73,6 +73,36 @@ def test_adapters_that_fsdp_does_not_hold_drift_apart(tmp_path):
     assert all("layers.1.mlp" in f.where and f.actual.endswith("FSDP holds others, and not it") for f in apart.failures)
 
 
+def said_by(kind):
+    """How a run ended that raises, and what is said of it."""
+    ended, _ = run(sys.executable, "-m", "kbitcheck", "watch", "--", *TORCHRUN, kind)
+    return ended.returncode, ended.stderr.partition("Root Cause")[2], ended.stderr
+
+
+def test_checkpointing_that_one_rank_switches_on_again_is_told_of_that_rank():
+    code, said, _ = said_by("switched_on_again")
+    assert code == 1
+    once = "rank 1 raised RuntimeError: Expected to mark a variable ready only once"
+    assert f"{once}: reentrant checkpointing under DDP: pass use_reentrant=False" in said
+    assert "rank 0 raised" not in said or "another process ended first; rank 1" in said
+
+
+def test_a_unit_of_two_dtypes_is_told_of_each_rank_and_named():
+    code, said, whole = said_by("two_dtypes")
+    assert code == 1
+    assert "rank 0 raised AssertionError: FSDP expects uniform original parameter dtype" in said
+    assert "a unit of FSDP2 trains in two dtypes: KB702" in said
+    assert "KB215 one-recipe" in whole
+
+
+def test_adapters_that_ddp_leaves_out_are_named_on_the_rank_where_they_differ(tmp_path):
+    ended, _, report = watched(tmp_path, "left_out")
+    assert ended.returncode == 1
+    (apart,) = [r for r in report if r.status is Status.FAIL and r.level is Level.MUST]
+    assert (apart.rule, apart.case, len(apart.failures)) == ("KB728", TOGETHER, 6)
+    assert all("layers.1.mlp" in f.where and "on rank 1" in f.actual for f in apart.failures)
+
+
 def test_what_fsdp_flattens_is_said_not_to_be_judged(tmp_path):
     ended, losses = run(sys.executable, "-m", "kbitcheck", "watch", "--", *TORCHRUN, "fsdp1")
     assert (ended.returncode, len(losses)) == (5, 8), ended.stderr[-2000:]
