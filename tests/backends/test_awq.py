@@ -121,3 +121,14 @@ def test_what_is_saved_is_loaded_again() -> None:
         reference, models=["tiny:opt"], quants=["awq-int4"], checkpointing=["off"], select=["KB510"]
     )
     assert [r.status.value for r in report.results] == ["PASS"]
+
+
+@installed
+def test_layers_between_float32_ones_are_judged() -> None:
+    """PEFT's function casts what stays unquantized; a layer returns float32 to it, whatever it multiplies in."""
+    peft = pytest.importorskip("peft")
+    report = kbitcheck.check_implementation(
+        peft.prepare_model_for_kbit_training, models=["tiny:opt"], quants=["awq-int4"], checkpointing=["off"],
+        select=["KB209", "KB303", "KB304"],
+    )  # fmt: skip
+    assert {r.rule: r.status.value for r in report.results} == {"KB209": "PASS", "KB303": "PASS", "KB304": "PASS"}

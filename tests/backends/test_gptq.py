@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -124,3 +126,20 @@ def test_what_is_loaded_unpacks_eagerly_and_is_copied_whole() -> None:
     assert dequantized_weight(layer).equal(before)
     assert not dequantized_weight(copied).equal(before)
     assert all({"scales", "qzeros", "g_idx"} <= each.state.keys() for each in snapshot(model).layers.values())
+
+
+@installed
+def test_the_library_is_imported_where_a_model_is_quantized_by_it() -> None:
+    """It starts threads and sets environment variables; the others' models are judged without it."""
+    lines = (
+        "import sys",
+        "from kbitcheck import backends",
+        "backends.load()",
+        "assert 'gptqmodel' not in sys.modules",
+        "from kbitcheck.backends.quantization import Quantization",
+        "from kbitcheck.models.sources.resolve import resolve",
+        "model = resolve('tiny:llama').meta(Quantization.parse('gptq-int4'))",
+        "assert 'gptqmodel' in sys.modules",
+        "assert any(backends.quantized_layers(model))",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True)

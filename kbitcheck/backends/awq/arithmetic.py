@@ -11,14 +11,17 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class AwqArithmetic(OneDtype):
-    """Inputs have the dtype of the scales, or the next forward changes these; float32 is cast to float16."""
+    """Inputs have the dtype of the scales, or the next forward changes these. What a layer returns has the dtype of its input.
+
+    float32 is multiplied in float16, which is no coarser than what is said here.
+    """
+
+    def compute_dtype(self, module: Any) -> torch.dtype:
+        return self.unpacked_dtype(module)
 
     def unpacked_dtype(self, module: Any) -> torch.dtype:
         dtype: torch.dtype = module.scales.dtype
         return dtype
-
-    def product_dtype(self, module: Any, x: torch.Tensor) -> torch.dtype:
-        return x.dtype if x.dtype in HALF else torch.float16
 
     def dequantized(self, module: Any) -> torch.Tensor:
         return oracle.unpack(module).to(module.scales.dtype)
