@@ -3,6 +3,8 @@
 import copy
 import logging
 import random
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -212,6 +214,20 @@ def a_file_written_in_a_step(model: Any) -> None:
     file = Path.cwd() / "steps-of-a-model.log"
     weakref.finalize(model, file.unlink, missing_ok=True)
     _in_the_second_step(model, file.touch)
+
+
+@breaks("KB513")
+def a_process_started_in_a_step(model: Any) -> None:
+    _in_the_second_step(model, lambda: subprocess.run([sys.executable, "--version"], capture_output=True, check=False))
+
+
+@adds("KB513", last=True)
+def a_message_sent_in_a_step(model: Any) -> None:
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"a step", ("127.0.0.1", 9))
+
+    _in_the_second_step(model, send)
 
 
 _old: list[torch.Tensor] = []

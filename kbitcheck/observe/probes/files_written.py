@@ -1,7 +1,10 @@
-"""Files and folders that Python code of this process has written, outside of temporary files and of caches."""
+"""What Python code of this process has done outside of it: files and folders written, but for temporary ones and caches; processes
+started, and connections opened.
+"""
 
 import os
 import sys
+from collections import Counter
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,12 +14,18 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # An event of the interpreter, and which of its arguments is the path that comes to be.
 MADE = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1}
 TEMPORARY = ("tempfile.mkstemp", "tempfile.mkdtemp")
-HEARD = frozenset({"open", *MADE, *TEMPORARY})
+# Events of what is started or reached, and what they are called here.
+REACHED = {
+    "subprocess.Popen": "a process", "os.system": "a process", "os.posix_spawn": "a process", "os.exec": "a process",
+    "os.fork": "a process", "socket.connect": "a connection", "socket.sendto": "a message", "socket.sendmsg": "a message",
+}  # fmt: skip
+HEARD = frozenset({"open", *MADE, *TEMPORARY, *REACHED})
 CACHES = {".cache", ".triton", "__pycache__"}
 SYSTEM = ("/dev/", "/proc/", "/sys/")
 
 _written: dict[str, None] = {}
 _temporary: set[str] = set()
+_reached: Counter[str] = Counter()
 
 
 def written() -> list[str]:
@@ -25,6 +34,11 @@ def written() -> list[str]:
         if not Path(path).exists():
             _written.pop(path, None)
     return sorted(_written)
+
+
+def reached() -> dict[str, int]:
+    """How many processes were started, and how often others were reached, since ``watch`` was called."""
+    return dict(sorted(_reached.items()))
 
 
 @cache
@@ -50,6 +64,8 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
             _note(path)
     elif event in MADE:
         _note(arguments[MADE[event]])
+    elif event in REACHED:
+        _reached[REACHED[event]] += 1
     elif event in TEMPORARY:
         _temporary.add(str(arguments[0]))
 

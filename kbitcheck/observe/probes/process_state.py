@@ -41,11 +41,14 @@ from kbitcheck.observe.probes.runtime_settings import loggers, loggers_changed, 
 DRAWN_FROM = frozenset({"torch RNG", "CUDA RNG"})
 # What importing any library may change.
 OF_IMPORTS = frozenset(
-    {"atexit callbacks", "warnings filters", "import path", "import hooks", "registries of transformers", "pickling"}
-)
+    {
+        "atexit callbacks", "warnings filters", "import path", "import hooks", "registries of transformers", "pickling",
+        "processes started and connections",
+    }
+)  # fmt: skip
 # What that of an implementation may change, too, and a step may not: to silence warnings is done by many a library.
 AT_IMPORT = OF_IMPORTS | {"warnings shown"}
-THREADS = "threads of torch"
+THREADS, REACHED = "threads of torch", "processes started and connections"
 # The modules whose functions a training step calls.
 STEPPED_THROUGH = (
     torch, torch.nn.functional, torch.utils.checkpoint, torch.autograd, torch.autograd.graph, torch.optim, torch.amp,
@@ -102,6 +105,7 @@ def state() -> dict[str, str]:
         "import hooks": (len(sys.meta_path), len(sys.path_hooks)),
         "tracing": (sys.gettrace(), sys.getprofile()),
         "garbage collection's callbacks": len(gc.callbacks),
+        REACHED: files_written.reached(),
         "files written": ", ".join(files_written.written()),
         "pickling": sorted(map(str, copyreg.dispatch_table)),
         **runtime_settings(),

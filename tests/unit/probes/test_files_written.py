@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,16 @@ def test_temporary_files_and_what_lies_in_temporary_folders_are_not(tmp_path: Pa
         (Path(folder) / "inside").write_text("x")
         with tempfile.NamedTemporaryFile(dir=tmp_path):
             assert written(tmp_path) == set()
+
+
+def test_processes_and_connections_are_counted() -> None:
+    files_written.watch()
+    before = files_written.reached()
+    subprocess.run([sys.executable, "--version"], capture_output=True, check=True)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"", ("127.0.0.1", 9))
+    after = files_written.reached()
+    assert [name for name in after if after[name] > before.get(name, 0)] == ["a message", "a process"]
 
 
 def test_a_callers_process_is_not_watched() -> None:
