@@ -1,12 +1,13 @@
 """An implementation applied to a loaded model: how it is called, and fresh copies of the model that it prepares."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.errors import Unavailable
+from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import CallFacts, Computed
 from kbitcheck.observe.loaded import Loaded
 from kbitcheck.observe.probes import switches
@@ -50,13 +51,19 @@ class Preparation:
         self.make_room()
         return self.loaded.copy()
 
-    def apply(self, model: Any) -> Any:
-        """The model, prepared by an unobserved call."""
-        return model_from(self.function(model, **arguments(self.function, self.keywords)), model)
+    def apply(self, model: Any, keywords: Mapping[str, Any] | None = None) -> Any:
+        """The model, prepared by an unobserved call, as the case asks or with other keyword arguments."""
+        return model_from(self.function(model, **arguments(self.function, keywords or self.keywords)), model)
 
     def prepared_copy(self) -> Any:
-        """A fresh base, prepared; raises ``Unavailable`` if the preparation raises."""
-        return self.observed_copy()[0]
+        """A fresh base, prepared by an unobserved call; raises ``Unavailable`` if the preparation raises."""
+        model = self.copy()
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                return self.apply(model)
+            except Exception as error:
+                raised = Raised.of(error)
+        raise Unavailable(f"preparation raised {raised}", failed=True, raised=raised)
 
     def observed_copy(self, **keywords: Any) -> tuple[Any, CallFacts]:
         """A fresh base, prepared with the keyword arguments of the case or with others, and the facts of the call."""

@@ -27,11 +27,13 @@ from kbitcheck.sabotage import (
     use,
     use_beside,
     use_called,
+    use_circumstances,
     watched,
 )
 from kbitcheck.sabotage.fault import WITHOUT, Fault, faults
 
 __all__ = [
     "WITHOUT", "Fault", "adapter", "attached", "audit", "checkpointing", "composition", "contract", "cost", "drawn", "experts", "faults",
-    "freezing", "gradients", "layouts", "moves", "precision", "small_gradients", "start", "use", "use_beside", "use_called", "watched",
+    "freezing", "gradients", "layouts", "moves", "precision", "small_gradients", "start", "use", "use_beside", "use_called",
+    "use_circumstances", "watched",
 ]  # fmt: skip

@@ -3,17 +3,19 @@
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
-from kbitcheck.core.errors import Raised
+from kbitcheck.observe import internals
 from kbitcheck.observe.probes import forwards
-from kbitcheck.observe.uses.subject import Outcome, Subject, Value, attempt, use
+from kbitcheck.observe.uses.subject import Outcome, Parameters, Subject, Value, attempt, done, use
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # as torchrun sets them
 RANK, RATE, STEPS = 16, 0.5, 3
@@ -41,11 +43,15 @@ def steps_with_something_between(subject: Subject) -> Outcome:
         actions["a generation"] = lambda: forwards.token_by_token(model, subject.batch)
     seen: dict[str, Value] = {}
     for name, action in actions.items():
-        came = attempt(partial(_done, action))
-        if isinstance(came, Raised):
-            seen[name] = came
+        hooks = _hooks(model)
+        seen[name] = attempt(partial(_done, action))
+        seen[f"hooks that {name} adds"] = str(_hooks(model) - hooks)
         seen |= {f"{what}, after {name}": value for what, value in subject.step(model, adapters).items()}
     return seen
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(map(internals.hook_count, model.modules()))
 
 
 def _done(action: Callable[[], Any]) -> str:
@@ -97,6 +103,39 @@ def adapters_that_start_at_zero(subject: Subject) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
     return seen
+
+
+@use
+def a_step_under_settings_of_the_user(subject: Subject) -> Outcome:
+    """As who looks for a fault, or saves memory, sets them: for the process, and for what autograd keeps."""
+    model, adapters = subject.attached()
+    settings: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "deterministic algorithms": _deterministic,
+        "detection of anomalies": torch.autograd.detect_anomaly,
+        "activations on the CPU": torch.autograd.graph.save_on_cpu,
+    }
+    seen: dict[str, Value] = {}
+    for name, under in settings.items():
+        parts = done(partial(_step_under, under=under, model=model, adapters=adapters), subject)
+        seen |= {f"{what}, with {name}" if what else f"a step with {name}": value for what, value in parts.items()}
+    return seen
+
+
+def _step_under(
+    subject: Subject, under: Callable[[], AbstractContextManager[Any]], model: nn.Module, adapters: Parameters
+) -> Outcome:
+    with under():
+        return subject.step(model, adapters)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @use

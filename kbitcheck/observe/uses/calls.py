@@ -12,9 +12,13 @@ from torch import nn
 from kbitcheck.observe.forecast.predict import token_limit
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.forms import FORMS, PLAIN, Form, Inputs
+from kbitcheck.observe.probes.loss import drawn_loss
 from kbitcheck.observe.uses.subject import Outcome, Parameters, Subject, Value, done, gradients_of, use
 
 LENGTHS = (64, 512)  # as people choose them: powers of two
+ROWS = 16  # as many as people train at once, and more than there were in the forwards before
+ENCODED = frozenset({"input_ids", "input_features"})  # what an encoder reads
+SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 PARTS = ("loss", "logits", "hidden_states", "attentions")
 
 
@@ -35,10 +39,31 @@ def keywords_of_the_forward(subject: Subject) -> Outcome:
     if batch.keys() <= {"input_ids", "attention_mask", "labels"}:
         limit = token_limit(subject.model)
         calls += [(_row_of(length), _repeated(batch, length)) for length in LENGTHS if length <= limit]
+        calls.append((replace(PLAIN, name=f"{ROWS} rows"), {n: t.repeat(ROWS, 1) for n, t in batch.items()}))
+        calls.append((replace(PLAIN, name="texts that end within a row"), _ending(subject.model, batch)))
+    if subject.model.config.is_encoder_decoder and batch.keys() & ENCODED:
+        calls.append((replace(PLAIN, name="encoder outputs", inputs=_encoded), batch))
     for form, inputs in calls:
         parts = done(partial(_called, model=model, adapters=adapters, form=form, inputs=inputs), subject)
         seen |= {f"{form.name}: {part}" if part else form.name: value for part, value in parts.items()}
     return seen
+
+
+def _encoded(model: Any, batch: Inputs) -> Inputs:
+    """What the encoder makes of its inputs in their place, as where it runs once for several decoders."""
+    own = {name: value for name, value in batch.items() if name in {*ENCODED, "attention_mask"}}
+    rest = {name: value for name, value in batch.items() if name not in ENCODED}
+    return {**rest, "encoder_outputs": model.get_encoder()(**own)}
+
+
+def _ending(model: Any, batch: Inputs) -> Inputs:
+    """The batch with the tokens that end and begin a text behind the first of each row, as where texts are packed."""
+    ids, config = batch["input_ids"].clone(), model.config.get_text_config()
+    for number, name in enumerate(SPECIAL, 1):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            ids[:, number] = token
+    return {**batch, "input_ids": ids}
 
 
 def _row_of(length: int) -> Form:
@@ -79,6 +104,22 @@ def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The numbers of tensors, in the narrowest of their dtypes."""
     narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize, default=None)
     return torch.cat([t.flatten().to(narrowest) for t in tensors]) if tensors else None
+
+
+@use
+def the_model_below_its_head(subject: Subject) -> Outcome:
+    """As scripts call it that make a loss of their own of hidden states, in pieces."""
+    model, adapters = subject.attached()
+    below = getattr(subject.model, "base_model", subject.model)
+    batch = {n: t for n, t in step.feed(model, subject.batch).items() if n != "labels"}
+    accepted = inspect.signature(type(below).forward).parameters
+    if below is subject.model or not batch.keys() <= accepted.keys():
+        return {}
+    model.train()
+    with switches.seeded(subject.preparation.spec.seed, subject.batch), subject.preparation.autocast():
+        hidden = below(**batch).last_hidden_state
+    drawn_loss([hidden]).backward()
+    return {"hidden states": hidden.detach(), **gradients_of({n: p.grad for n, p in adapters.items()})}
 
 
 @use

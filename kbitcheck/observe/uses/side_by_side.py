@@ -12,10 +12,19 @@ from kbitcheck.core.facts import Distance, Passes, UseFacts
 from kbitcheck.observe import internals
 from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import step, switches
-from kbitcheck.observe.uses import between, calls, module, optimizers, training
+from kbitcheck.observe.uses import beforehand, between, calls, module, numbers, optimizers, surface, training
 from kbitcheck.observe.uses.subject import USES, Outcome, Subject, Value, done
 
-MODULES = (between, calls, module, optimizers, training)  # whose import registers the uses
+MODULES = (
+    beforehand,
+    between,
+    calls,
+    module,
+    numbers,
+    optimizers,
+    surface,
+    training,
+)  # whose import registers the uses
 
 ONE_USE = Passes(forwards=2, backwards=2, copies=2, calls=1)  # a step of the prepared model and one of the base
 
@@ -36,11 +45,11 @@ def _one(preparation: Preparation, name: str) -> Iterator[UseFacts]:
     like = _Like(
         {n: p.dtype for n, p in model.named_parameters()}, switches.mode_of(model), internals.checkpoint_keywords(model)
     )
-    mine = _done(name, model, preparation, preparation.prepared_copy)
+    mine = _done(name, Subject(model, preparation, preparation.copy, preparation.apply))
     del model
 
     def of_base(make: Callable[[], Any]) -> Outcome:
-        return _done(name, like.base(make()), preparation, lambda: like.base(make()))
+        return _done(name, Subject(like.base(make()), preparation, make, like.base))
 
     base = preparation.loaded.once(f"{name}, {like}", _done, lambda: of_base(preparation.copy))
     yield from beside(name, mine, base, lambda: of_base(preparation.loaded.wide))
@@ -53,8 +62,8 @@ class _Like(NamedTuple):
     mode: str
     keywords: Mapping[str, Any] | None
 
-    def base(self, model: Any) -> Any:
-        """The base, frozen; what is narrower than in the prepared model is cast."""
+    def base(self, model: Any, keywords: Mapping[str, Any] | None = None) -> Any:
+        """The base, frozen; what is narrower than in the prepared model is cast. No preparation's ``keywords`` matter."""
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             dtype = self.dtypes.get(name, parameter.dtype)
@@ -67,9 +76,10 @@ class _Like(NamedTuple):
         return model
 
 
-def _done(name: str, model: Any, preparation: Preparation, another: Callable[[], Any]) -> Outcome:
-    with switches.cache_off(model), switches.seeded(preparation.spec.seed, preparation.batch):
-        return done(USES[name], Subject(model, preparation, another))
+def _done(name: str, subject: Subject) -> Outcome:
+    preparation = subject.preparation
+    with switches.cache_off(subject.model), switches.seeded(preparation.spec.seed, preparation.batch):
+        return done(USES[name], subject)
 
 
 def beside(name: str, mine: Outcome, base: Outcome, wide: Callable[[], Outcome]) -> Iterator[UseFacts]:

@@ -27,11 +27,15 @@ Parameters = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A fresh model without adapters, and how the case trains it. ``another`` makes one more such model."""
+    """A fresh model without adapters, and how the case trains it: a ``fresh`` base that was ``prepared`` is another one.
+
+    ``prepared`` takes keyword arguments of the preparation, too, where they are not the case's.
+    """
 
     model: Any
     preparation: Preparation
-    another: Callable[[], Any]
+    fresh: Callable[[], Any]
+    prepared: Callable[..., Any]
 
     @property
     def batch(self) -> step.Batch:
@@ -42,6 +46,10 @@ class Subject:
     def spec(self) -> CaseSpec:
         """The case, with adapters that are drawn for its base."""
         return drawn_adapters(self.preparation.loaded, self.preparation.spec, shared=True)
+
+    def another(self) -> Any:
+        """One more such model."""
+        return self.prepared(self.fresh())
 
     def attached(self, model: Any = None) -> Attached:
         """The model with the case's adapters, or another one."""
@@ -64,7 +72,9 @@ class Subject:
         with switches.seeded(spec.seed, self.batch):
             wrapped: Any = get_peft_model(self.model, config)
         if drawn:
-            adapter_probe.draw({n: p for n, p in wrapped.named_parameters() if ".lora_" in n}, spec.seed)
+            # Magnitudes start at the norms of the layers' rows, about which they stay.
+            factors = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n and "magnitude" not in n}
+            adapter_probe.draw(factors, spec.seed)
         return Attached(wrapped, {n: p for n, p in wrapped.named_parameters() if p.requires_grad})
 
     def step(self, model: nn.Module, parameters: Parameters, autocast: step.Autocast | None = None) -> Outcome:

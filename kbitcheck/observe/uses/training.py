@@ -11,10 +11,10 @@ import torch
 from kbitcheck.core.errors import Raised
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.snapshot import heads, norm_evidence
-from kbitcheck.observe.uses.subject import Outcome, Subject, gradients_of, numbers, thawed, use
+from kbitcheck.observe.uses.subject import Outcome, Subject, done, gradients_of, numbers, thawed, use
 
 ROWS = 8  # that are added to an embedding
-MICRO_BATCHES = 8
+MICRO_BATCHES, EVALUATIONS = 8, 3
 OVERFLOW, USUAL = 2.0**126, 2.0**16  # scales of a loss: that of torch's scaler, and one at which gradients overflow
 ABOVE = 2.0**20  # times this, the gradient of the loss itself overflows
 
@@ -172,7 +172,7 @@ def micro_batches_accumulated(subject: Subject) -> Outcome:
 
 @use
 def random_numbers_of_a_step(subject: Subject) -> Outcome:
-    """Those that come after it: a step draws what its dropout draws, and nothing else."""
+    """Those that come after it: a step draws what its dropout draws, and nothing else; an evaluation draws none."""
     model, _ = subject.attached()
     with switches.seeded(subject.preparation.spec.seed, subject.batch), switches.dropout(model):
         model.train()
@@ -180,7 +180,11 @@ def random_numbers_of_a_step(subject: Subject) -> Outcome:
             loss = model(**step.feed(model, subject.batch)).loss
         forward = torch.rand(4)
         loss.backward()
-        return {"after the forward": forward, "after the backward": torch.rand(4)}
+        seen: dict[str, Any] = {"after the forward": forward, "after the backward": torch.rand(4)}
+        for number in range(1, EVALUATIONS + 1):
+            subject.logits(model)
+            seen[f"after evaluation {number}"] = torch.rand(4)
+    return seen
 
 
 @use
@@ -205,3 +209,26 @@ def another_model_prepared_meanwhile(subject: Subject) -> Outcome:
     again = subject.step(model, adapters)
     del other  # which lived until here
     return {**first, **{f"{n}, again": v for n, v in again.items()}}
+
+
+@use
+def adapters_in_other_dtypes(subject: Subject) -> Outcome:
+    """As trainers cast them that train in half precision."""
+    attached = subject.with_peft()
+    if attached is None:
+        return {}
+    seen: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for parameter in attached.adapters.values():
+            parameter.data = parameter.data.to(dtype)
+        parts = done(partial(Subject.step, model=attached.model, parameters=attached.adapters), subject)
+        name = str(dtype).removeprefix("torch.")
+        seen |= {f"{what}, in {name}" if what else name: value for what, value in parts.items()}
+    return seen
+
+
+@use
+def adapters_with_magnitudes(subject: Subject) -> Outcome:
+    """DoRA, which reads the weights of the layers that it adapts."""
+    attached = subject.with_peft(use_dora=True)
+    return {} if attached is None else subject.step(*attached)
