@@ -73,3 +73,30 @@ def test_a_rank_that_dies_or_hangs_ends_both(fault: Any, said: str, monkeypatch:
     assert time.monotonic() - start < 120
     assert launch._server()._process.pid in {p.pid for p in psutil.Process().children()}
     assert psutil.Process(launch._server()._process.pid).children() == []
+
+
+def resumed(composition: str, fault: Any) -> Any:
+    case = case_of(composition, mode="non-reentrant", fault=fault)
+    return judge(next(rule for rule in select(about={"composition"}) if rule.code == "KB708"), case)
+
+
+@pytest.mark.parametrize("composition", ["resume", "trainer-resume"])
+def test_a_run_that_is_killed_between_two_passes_continues_bit_by_bit(composition: str) -> None:
+    result = resumed(composition, faults.killed)
+    assert (result.status, result.failures) == (Status.PASS, ())
+
+
+@pytest.mark.parametrize(
+    ("composition", "fault", "said"),
+    [
+        ("resume", faults.killed_without_the_optimizer, "optimizer"),
+        ("resume", faults.killed_without_the_scheduler, "scheduler"),
+        ("resume", faults.killed_without_random_states, "random state of torch"),
+        ("trainer-resume", faults.killed_trainer_without_the_optimizer, "optimizer"),
+        ("trainer-resume", faults.killed_trainer_without_random_states, "random state"),
+    ],
+)
+def test_what_a_killed_run_did_not_save_is_named(composition: str, fault: Any, said: str) -> None:
+    result = resumed(composition, fault)
+    assert result.status is Status.FAIL
+    assert said in result.failures[0].actual
