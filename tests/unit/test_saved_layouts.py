@@ -1,6 +1,7 @@
 """Saved adapters in layouts of real repositories: shards, wrappers' names, modules that transformers 5 renamed or gathered."""
 
 import json
+import shutil
 from itertools import product
 from typing import Any
 
@@ -167,3 +168,51 @@ def test_a_base_that_no_inputs_can_be_made_for_is_compared_and_not_merged(monkey
     report = judge(adapter, base=base)
     assert report.exit_code == 0
     assert "none can be made: its images" in result(report, "KB804").reason
+
+
+BESIDE = ("trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md")
+
+
+def output(folder, adapter, *checkpoints):
+    """An output folder as trainers leave it: an adapter in each checkpoint, and files of theirs everywhere."""
+    for place in (folder, *(folder / name for name in checkpoints)):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in BESIDE:
+            (place / name).write_text("{}")
+        if place != folder:
+            shutil.copytree(adapter, place, dirs_exist_ok=True)
+    return folder
+
+
+def test_an_adapter_is_read_among_a_trainers_files_and_checkpoints(tmp_path):
+    base, adapter = llama(tmp_path)
+    folder = output(tmp_path / "output", adapter, "checkpoint-5", "checkpoint-10")
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    assert judge(folder, base=base).exit_code == 0
+    assert read(folder) == read(adapter)
+
+
+def test_a_folder_of_several_checkpoints_names_the_last(tmp_path):
+    _, adapter = llama(tmp_path)
+    folder = output(tmp_path / "output", adapter, "checkpoint-5", "checkpoint-100", "checkpoint-20")
+    with pytest.raises(UsageError) as raised:
+        judge(folder)
+    last = folder / "checkpoint-100"
+    assert str(raised.value) == (
+        f"{folder} has no adapter_config.json; 3 directories in it have one: name one, as {last}"
+    )
+    assert judge(last, select_codes=["KB806"]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5", "run/checkpoint-5"])
+def test_a_folder_of_one_checkpoint_names_it(name, tmp_path):
+    _, adapter = llama(tmp_path)
+    folder = output(tmp_path / "output", adapter, name)
+    with pytest.raises(UsageError, match=f"there is one in {folder / name}$"):
+        judge(folder)
+
+
+def test_a_folder_of_a_merged_model_is_told(tmp_path):
+    llama(tmp_path)
+    with pytest.raises(UsageError, match=r"has no adapter_config.json; it holds a whole model$"):
+        judge(tmp_path / "base")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from kbitcheck.core.cases import ALL_LINEAR
 from kbitcheck.core.errors import UsageError
 from kbitcheck.core.facts.adapter import SavedAdapter, SavedLayer, SavedTensor
+from kbitcheck.models.checkpoint import CONFIG as MODEL
 from kbitcheck.models.checkpoint import read_json
 from kbitcheck.observe.adapter import layers, layout
 
@@ -54,9 +55,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no directory; an adapter is the directory that save_pretrained writes")
     if not (folder / CONFIG).exists():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; there is one in {', '.join(inside)}" if inside else ""
-        raise UsageError(f"{folder} has no {CONFIG}{hint}")
+        raise UsageError(f"{folder} has no {CONFIG}{_instead(folder)}")
     config = read_json(folder / CONFIG, str(folder))
     if not isinstance(config.get("peft_type"), str):
         raise UsageError(f"{folder}: {CONFIG} states no peft_type")
@@ -64,6 +63,24 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         if config.get(field) is not None and not is_right(config[field]):
             raise UsageError(f"{folder}: {CONFIG} has a wrong {field}: {config[field]!r}")
     return config
+
+
+def _instead(folder: Path) -> str:
+    """What a directory without an adapter holds: those of checkpoints, as trainers leave them, or a whole model."""
+    inside = sorted(
+        (path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}")), key=_by_number
+    )
+    if len(inside) == 1:
+        return f"; there is one in {inside[0]}"
+    if inside:
+        return f"; {len(inside)} directories in it have one: name one, as {inside[-1]}"
+    return "; it holds a whole model" if (folder / MODEL).exists() else ""
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    """A checkpoint's place among others: the step in its name."""
+    digits = re.findall(r"\d+", path.name)
+    return (int(digits[-1]) if digits else 0), str(path)
 
 
 def _is_number(value: Any) -> bool:
