@@ -230,7 +230,7 @@ def test_the_command_writes_one_report_and_its_exit_code(saved, capsys):
     assert "rank 4" in out
     assert main.run(["adapter", str(folder), "--base", "no:such"]) == 4
     assert main.run(["adapter", str(folder.parent)]) == 4
-    assert "there is one in" in capsys.readouterr().err
+    assert re.search("there is one in|directories in it have one", capsys.readouterr().err)
     assert main.run(["adapter", str(folder), "--select", "KB801", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["pass"] == 1
 
