@@ -24,9 +24,8 @@ def main() -> None:
 def _leave(code: int) -> NoReturn:
     """End at once: the watched script is over, and who waits for it need not wait while this process is taken apart, too."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            AttributeError, OSError, ValueError
-        ):  # there is none, its reader is gone, or it is closed
+        # There is no stream, its reader has gone, or it is closed.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     os._exit(code)
 

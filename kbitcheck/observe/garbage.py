@@ -4,20 +4,20 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_freezes: set[str] = set()
+_kept: list[str] = []  # what this process froze for good
 
 
 def keep_imports() -> None:
     """What was imported so far stays until the process ends: no collection walks it."""
     gc.freeze()
-    _freezes.add("imports")
+    _kept.append("imports")
 
 
 @contextmanager
 def only_new_garbage() -> Iterator[None]:
     """Garbage collections skip older objects: walking those of torch and transformers takes longest."""
     # Asked first, as to count the frozen walks them all. What others froze, too, would not be frozen any more.
-    if _freezes or gc.get_freeze_count():
+    if _kept or gc.get_freeze_count():
         yield
         return
     gc.freeze()

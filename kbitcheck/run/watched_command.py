@@ -63,12 +63,10 @@ def run(command: Sequence[str], settings: Mapping[str, Any], *, on_report: Calla
 def _scratch() -> Iterator[Path]:
     """A new directory that only this user reads. ``tempfile`` does the same and takes longer to import than the command to start."""
     named = filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP")))
-    above = next(
-        (Path(each) for each in (*named, os.sep + "tmp", os.curdir) if os.access(each, os.W_OK | os.X_OK)), None
-    )
-    if above is None:
+    usable = [each for each in (*named, os.sep + "tmp", os.curdir) if os.access(each, os.W_OK | os.X_OK)]
+    if not usable:
         raise UsageError("no directory for temporary files can be written to: set TMPDIR")
-    folder = above.absolute() / f"kbitcheck-watch-{os.urandom(8).hex()}"
+    folder = Path(usable[0]).absolute() / f"kbitcheck-watch-{os.urandom(8).hex()}"
     folder.mkdir(mode=0o700)
     try:
         yield folder
