@@ -1,6 +1,7 @@
 """Predicted steps against measured ones, on the CPU."""
 
 import dataclasses
+import gc
 import json
 import logging
 from functools import partial
@@ -19,7 +20,7 @@ from kbitcheck.models.sources import resolve as sources
 from kbitcheck.models.sources.recipe import Recipe
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import internals
-from kbitcheck.observe.forecast import fitting
+from kbitcheck.observe.forecast import activations, fitting
 from kbitcheck.observe.forecast import predict as forecast
 from kbitcheck.observe.forecast.fake_tensors import Counted, World
 from kbitcheck.observe.forecast.runtime import Runtime
@@ -66,6 +67,21 @@ def test_a_step_holds_what_was_predicted(recipe, quant, mode, batch, length, lib
     assert held.held == pytest.approx(measured.held, rel=CLOSE)
     assert held.peak == pytest.approx(measured.peak, rel=CLOSE)
     assert told.adapters == sum(p.nbytes for p in owned.values())
+
+
+@pytest.mark.parametrize("recipe", ["llama", "mixtral", pytest.param("t5", marks=EXACT)])
+@pytest.mark.parametrize("mode", ["off", "reentrant", "non-reentrant"])
+def test_collections_of_what_is_young_free_what_full_ones_do(mode, recipe, monkeypatch):
+    def places():
+        predicted, _ = training(resolve(f"tiny:{recipe}"), "int8", checkpointing="reentrant")
+        measured = predicted.step(2, 24, mode)
+        return measured.held, measured.places
+
+    young = places()
+    full = Mock(side_effect=gc.collect)
+    monkeypatch.setattr(activations, "collect_young", full)
+    assert places() == young
+    assert full.called
 
 
 def plain_llama(depth=4):
