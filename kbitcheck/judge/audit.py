@@ -74,7 +74,8 @@ def upcast_affordable(facts: Facts) -> Iterable[Observation]:
     actual = f"{prepared:,} bytes ({parts or 'nothing added'}); unquantized: {half:,}"
     expected = f"at most {half:,} bytes, the half-precision model's"
     witness = "bytes that the profile demands, counted on the base"
-    yield _of_model("prepared model", expected, actual, witness, ok=prepared <= half)
+    where = "prepared model, experts upcast" if "experts" in added else "prepared model"
+    yield _of_model(where, expected, actual, witness, ok=prepared <= half)
 
 
 @rule("KB903", "checkpointing-supported", Level.SHOULD)
