@@ -36,7 +36,8 @@ def keywords_of_the_forward(subject: Subject) -> Outcome:
     if "pixel_values" in batch:
         text = {n: v for n, v in batch.items() if "pixel" not in n and "image" not in n}
         calls.append((replace(PLAIN, name="a text without images"), text))
-    if batch.keys() <= {"input_ids", "attention_mask", "labels"}:
+    tokens = all(tensor.dim() == 2 for tensor in batch.values())  # a classifier has a label a row
+    if tokens and batch.keys() <= {"input_ids", "attention_mask", "labels"}:
         limit = token_limit(subject.model)
         calls += [(_row_of(length), _repeated(batch, length)) for length in LENGTHS if length <= limit]
         calls.append((replace(PLAIN, name=f"{ROWS} rows"), {n: t.repeat(ROWS, 1) for n, t in batch.items()}))
