@@ -39,6 +39,8 @@ def step(model: Any, around: Any) -> dict[str, Any]:
 def test_the_definition_has_pefts_bits(name: str, scheme: str, autocast: bool) -> None:
     if (name, scheme) == ("DoRA", "int8"):
         pytest.skip("PEFT does not run it")
+    if name == "LoRA, experts" and not hasattr(peft.tuners.lora.layer.ParamWrapper, "get_delta_factors"):
+        pytest.skip("before PEFT 0.21 the sum is rounded otherwise")
     model = drawn(name, scheme)
     defined = define(copy.deepcopy(model))
     around = [torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext() for _ in range(2)]
