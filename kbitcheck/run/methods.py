@@ -29,7 +29,10 @@ def _row(config: Mapping[str, Any]) -> Method:
     peft = peft_function()
     backend = registry.of_method(config)
     why = "kbitcheck has no backend for it" if backend is None else backend.unavailable() or backend.static_only
-    static = "static" if backend is None or backend.not_on_load() else ON_LOAD
+    missing = "" if backend is None else backend.not_on_load()
+    static = "static" if backend is None or missing else ON_LOAD
+    if backend is not None and why == backend.static_only and missing not in ("", why):
+        why += f"; full if quantized on load, but {missing}"
     return Method(
         loading=loading(config),
         treatment=None if peft is None else treatment(peft, config),
