@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping
 
-from kbitcheck.core.errors import NotApplicable, Unavailable
+from kbitcheck.core.errors import NotApplicable, Unavailable, is_own, short_of
 from kbitcheck.core.facts import Facts
 from kbitcheck.core.result import Observation, Party
 from kbitcheck.core.rule import Check
@@ -25,11 +25,22 @@ def unless_unprepared(
     """
     if observation.ok:
         return observation
+    same, witness = _shows(shows, lambda: facts.unprepared), UNPREPARED
+    if same is None:  # some adapters, as IA3's, run where the base is in float32 alone
+        same, witness = _shows(shows, lambda: facts.bare), BARE
+    return observation.attributed(party, witness) if same else observation
+
+
+def _shows(shows: Callable[[Facts], bool], base: Callable[[], Facts]) -> bool | None:
+    """Whether a base shows a failure; None where it does not run with these adapters."""
     try:
-        same = shows(facts.unprepared)
+        return shows(base())
     except (NotApplicable, Unavailable):
-        same = False
-    return observation.attributed(party, UNPREPARED) if same else observation
+        return False
+    except RuntimeError as error:
+        if short_of(error) or is_own(error):
+            raise
+        return None
 
 
 BARE = "the same base, cast as the profile promises and otherwise left alone, fails the same"
