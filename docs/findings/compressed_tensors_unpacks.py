@@ -8,15 +8,9 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-sizes = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 32,
-}
+config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=32)
 weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
-model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
+model = LlamaForCausalLM(config).bfloat16()
 groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
 apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
 for layer in model.modules():

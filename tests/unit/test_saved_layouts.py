@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -55,6 +56,10 @@ def llama(folder):
     return on(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), folder, lora())
 
 
+def without_norms(saved):
+    return replace(saved, layers={name: replace(layer, norm=None) for name, layer in saved.layers.items()})
+
+
 def sharded(folder):
     tensors = load_file(folder / WEIGHTS)
     names = {key: f"adapter_model-0000{1 + number % 2}-of-00002.safetensors" for number, key in enumerate(tensors)}
@@ -69,7 +74,11 @@ def test_shards_are_read_as_one_file(tmp_path):
     base, adapter = llama(tmp_path)
     whole = read(adapter)
     names = sharded(adapter)
-    assert read(adapter) == whole
+    of_shards = read(adapter)
+    assert without_norms(of_shards) == without_norms(whole)
+    # In float32 the order in which 64 squares are added depends on where they lie in memory.
+    close = pytest.approx([layer.norm for layer in whole.layers.values()], rel=64 * torch.finfo(torch.float32).eps)
+    assert [layer.norm for layer in of_shards.layers.values()] == close
     report = judge(adapter, base=base)
     assert report.exit_code == 0
     assert "PEFT reads one file alone" in result(report, "KB804").reason
