@@ -15,6 +15,8 @@ from kbitcheck.core.rule import rule
 from kbitcheck.judge.attribution import unless_bare, unless_unprepared
 from kbitcheck.judge.blockwise import gradients_off, measurable, tensors_off
 
+ULPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # from one to the next number
+
 
 def reentrant(facts: Facts) -> bool:
     """Whether any block was really run under reentrant checkpointing."""
@@ -274,7 +276,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     first-order term, where rounding is in the way or the step is too long. The first-order term is what the gradient
     says, within six times that difference, or within a quarter. The step is chosen so that the difference is small: where
     six times the difference are more than a half at every learning rate, nothing follows; nor from another slope along a step that
-    changes the loss by less than an ulp of the dtype that layers compute in or round their inputs to.
+    changes the loss by less than an ulp of the dtype that layers compute in or round their inputs to, or of half-precision weights.
 
     Why: this is the end-to-end check that the prepared model can learn.
     Symptom: a loss that stays, rises, or is NaN or 0.
@@ -285,6 +287,8 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     if not any(t.predicted) and all(map(math.isfinite, t.losses)):
         if not any(g.live for g in facts.gradients.values()):
             raise NotApplicable("no adapter of the float64 twin has a gradient on this batch either")
+        if all(p.dtype in ULPS for p in facts.wrapped.parameters.values() if p.adapter and p.requires_grad):
+            raise NotApplicable("what trains is in half precision, which rounds every update away (KB313)")
         yield Observation("gradient", "changes the adapters", "no adapter has one", ok=False)
         return
     bound = slope_bound(t.uncertainty)
@@ -293,7 +297,8 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     actual = f"by {t.slope:.2f} times that: from {t.losses[0]:.4f} to {t.losses[-1]:.4f}"
     finite = all(map(math.isfinite, t.losses))
     ok = finite and abs(t.slope - 1) <= bound
-    ulp = max([facts.compute_ulp, *(layer.input_ulp for layer in facts.base.layers.values())])
+    activations = [ULPS[p.dtype] for p in facts.wrapped.parameters.values() if p.dtype in ULPS and not p.adapter]
+    ulp = max([facts.compute_ulp, *(layer.input_ulp for layer in facts.base.layers.values()), *activations])
     if finite and not ok and abs(t.predicted[-1]) < ulp * abs(t.losses[0]):
         # Activations that move by less than half an ulp do not move: along such a step the loss is one flat of a staircase.
         raise NotApplicable(

@@ -21,14 +21,17 @@ pytestmark = pytest.mark.slow
 OF_THE_STACK = {"int8": {"KB405", "KB406", "KB722"}}
 OF_EXPERTS = {"KB901", "KB910"}  # transformers 5 leaves fused ones unquantized, 4 quantizes routers
 DEFECTS = {("HRA", "int8"): {"KB302", "KB304"}}  # it reads bytes of int8 for numbers (docs/findings/peft_hra_int8.py)
+HALVES = (torch.float16, torch.bfloat16)  # of what trains where PEFT casts nothing, as around torchao's layers
 STEPS = 2
 
 
-def wrong(report: Report, name: str, scheme: str) -> list[Any]:
-    """What a report says is wrong, but for what is known of the stack and of models of experts."""
-    stack, model = OF_THE_STACK.get(scheme, set()), OF_EXPERTS if "experts" in name else set()
+def wrong(report: Report, name: str, scheme: str, model: Any) -> list[Any]:
+    """What a report says is wrong, but for what is known of the stack, of models of experts, and of what trains in half precision."""
+    stack, known = OF_THE_STACK.get(scheme, set()), OF_EXPERTS if "experts" in name else set()
+    if any(p.dtype in HALVES for p in model.parameters() if p.requires_grad):
+        known = known | {"KB313"}
     failed = [r for r in report if r.status in (Status.FAIL, Status.ERROR)]
-    failed = [r for r in failed if not (r.rule in stack and r.attributed_to is Party.STACK) and r.rule not in model]
+    failed = [r for r in failed if not (r.rule in stack and r.attributed_to is Party.STACK) and r.rule not in known]
     return [(r.rule, r.reason, [(f.where, f.expected, f.actual) for f in r.failures[:2]]) for r in failed]
 
 
@@ -61,9 +64,9 @@ def test_no_door_names_a_fault_of_sound_adapters(name: str, scheme: str) -> None
                 model(**adapter_types.batch(number)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    seen = wrong(report, name, scheme), wrong(watched.report, name, scheme)
+    seen = [wrong(each, name, scheme, model) for each in (report, watched.report)]
     if defect := DEFECTS.get((name, scheme)):
         assert [defect - {code for code, *_ in each} for each in seen] == [set(), set()]
         return
-    assert seen == ([], [])
+    assert seen == [[], []]
     assert {"KB104", "KB710", "KB711", "KB715"} <= {r.rule for r in watched.report if r.status is Status.PASS}

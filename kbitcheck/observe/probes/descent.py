@@ -56,7 +56,8 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
 
     The learning rate is the first that leaves the slope no more uncertain than ``CERTAIN``, or that which leaves it least
     uncertain: at a larger one the loss is no parabola, at a smaller one its change is rounding. Rates whose step ends far from
-    what the gradient predicts come last: one forward tells, and tells of all larger rates. A step along which it predicts that the
+    what the gradient predicts come last: one forward tells, and tells of all larger rates, unless the loss stands still, as where half
+    activations round a short step away. A step along which it predicts that the
     loss falls by more than all of it is too long, whatever the gradient: only the least rate may be so.
     """
     with switches.seeded(seed, batch), switches.dropout(model, 0.0):
@@ -69,7 +70,7 @@ def descend(model: nn.Module, batch: step.Batch, *, seed: int, autocast: step.Au
                 continue
             measured = way.descent(rate, bent=bent)
             if measured is None:
-                straight = rate
+                straight = rate if way.moved else straight
             else:
                 descents[rate] = measured
                 if measured.uncertainty <= CERTAIN:
@@ -128,6 +129,7 @@ class _Way:
         self._model, self._batch, self._seed, self._autocast = model, batch, seed, autocast
         model.train()
         self._trained = [p for p in model.parameters() if p.requires_grad]
+        self.moved = True  # the loss, in the last step that was tried
 
     def begin(self) -> None:
         """Measure the loss and its gradients where the parameters are."""
@@ -176,13 +178,14 @@ class _Way:
     def descent(self, rate: float, *, bent: bool) -> Descent | None:
         """The descent by the update of a learning rate, after which the parameters are left.
 
-        None where it must not be ``bent`` and is, or where it is too long.
+        None where it must not be ``bent`` and is, where the update is rounded away, or where it is too long.
         """
         self.go(rate)
         end = self._here()
+        self.moved = end.change != 0
         if rate > min(LEARNING_RATES) and abs(end.predicted) > abs(float(self._before)):
             return None
-        if not bent and abs(end.change - end.predicted) > BENT * abs(end.predicted):
+        if not bent and (not end.predicted or abs(end.change - end.predicted) > BENT * abs(end.predicted)):
             return None
         return self._descent(rate, PLACES, end)
 
