@@ -276,7 +276,7 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     first-order term, where rounding is in the way or the step is too long. The first-order term is what the gradient
     says, within six times that difference, or within a quarter. The step is chosen so that the difference is small: where
     six times the difference are more than a half at every learning rate, nothing follows; nor from another slope along a step that
-    changes the loss by less than an ulp of the dtype that layers compute in or round their inputs to, or of half-precision weights.
+    changes the loss by less than an ulp of the dtype that layers compute in or round their inputs to.
 
     Why: this is the end-to-end check that the prepared model can learn.
     Symptom: a loss that stays, rises, or is NaN or 0.

@@ -32,9 +32,9 @@ PARTS = {
 }
 
 
-def layers(model: Any, name: str = "q_proj") -> list[Any]:
-    """The adapted layers of this name, one of each block: a watched step looks at one block."""
-    return [model.get_submodule(BLOCK.format(number) + f"self_attn.{name}") for number in range(2)]
+def layers(model: Any) -> list[Any]:
+    """A layer that each type adapts, in each block: a watched step looks at one block."""
+    return [model.get_submodule(BLOCK.format(number) + "self_attn.q_proj") for number in range(2)]
 
 
 def held(layer: Any, part: str) -> tuple[dict[str, Any], str]:
@@ -62,8 +62,8 @@ def not_finite(parameters: dict[str, Any], last: str) -> None:
 
 
 def shared(model: Any, part: str) -> None:
-    keys, values = (held(layers(model, name)[0], part) for name in ("k_proj", "v_proj"))
-    values[0][values[1]] = keys[0][keys[1]]
+    (first, last), (others, name) = (held(layer, part) for layer in layers(model))
+    others[name] = first[last]
 
 
 def detached(model: Any, part: str) -> None:
