@@ -287,7 +287,8 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     if not any(t.predicted) and all(map(math.isfinite, t.losses)):
         if not any(g.live for g in facts.gradients.values()):
             raise NotApplicable("no adapter of the float64 twin has a gradient on this batch either")
-        if all(p.dtype in ULPS for p in facts.wrapped.parameters.values() if p.adapter and p.requires_grad):
+        training = {p.dtype for p in facts.wrapped.parameters.values() if p.adapter and p.requires_grad}
+        if training and training <= ULPS.keys():
             raise NotApplicable("what trains is in half precision, which rounds every update away (KB313)")
         yield Observation("gradient", "changes the adapters", "no adapter has one", ok=False)
         return
@@ -297,14 +298,19 @@ def loss_falls(facts: Facts) -> Iterable[Observation]:
     actual = f"by {t.slope:.2f} times that: from {t.losses[0]:.4f} to {t.losses[-1]:.4f}"
     finite = all(map(math.isfinite, t.losses))
     ok = finite and abs(t.slope - 1) <= bound
-    activations = [ULPS[p.dtype] for p in facts.wrapped.parameters.values() if p.dtype in ULPS and not p.adapter]
-    ulp = max([facts.compute_ulp, *(layer.input_ulp for layer in facts.base.layers.values()), *activations])
-    if finite and not ok and abs(t.predicted[-1]) < ulp * abs(t.losses[0]):
+    if finite and not ok and abs(t.predicted[-1]) < _coarsest_ulp(facts) * abs(t.losses[0]):
         # Activations that move by less than half an ulp do not move: along such a step the loss is one flat of a staircase.
         raise NotApplicable(
             "the loss is straight along steps alone that are rounded away in the dtype that layers compute in or round inputs to"
         )
     yield Observation("loss", f"changes by {t.predicted[-1]:.2e} in the first order", actual, ok=ok)
+
+
+def _coarsest_ulp(facts: Facts) -> float:
+    """Of what layers compute in, round their inputs to, and get from weights that nothing cast."""
+    inputs = [layer.input_ulp for layer in facts.base.layers.values()]
+    weights = [ULPS[p.dtype] for p in facts.wrapped.parameters.values() if p.dtype in ULPS and not p.adapter]
+    return max([facts.compute_ulp, *inputs, *weights])
 
 
 def exactly(facts: Facts) -> bool:

@@ -52,7 +52,7 @@ ELSEWHERE = {
     "KB302": {"layer_backwards"},
     "KB303": {"wrapped"},
     "KB305": {"compute_ulp"},
-    "KB309": {"compute_ulp", "gradients"},
+    "KB309": {"compute_ulp", "gradients", "base", "wrapped"},
     "KB501": {"base"},
     "KB510": {"compute_ulp"},
     "KB515": {"compute_ulp"},

@@ -50,12 +50,27 @@ def test_the_other_mode_is_the_models_where_the_base_fails_too(
     assert told.party is party
 
 
-@pytest.mark.parametrize(("predicted", "slope", "judged"), [(-1e-3, 0.1, False), (-0.1, 0.1, True), (-1e-3, 1.0, True)])
-def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(predicted: float, slope: float, judged: bool) -> None:
-    """Of a loss of 2.5 half an ulp of bfloat16 is 0.005: what moves less stays on one flat of a staircase."""
+def along(predicted: float, slope: float, **weights: tuple[str, bool]) -> Any:
+    """Facts of a step that has a slope; by name, the dtype of a weight and whether it trains."""
     losses = (2.5, 2.5 + predicted * slope)
     training = TrainingFacts(losses=losses, predicted=(0.0, predicted), slope=slope, uncertainty=0.001)
-    facts: Any = SimpleNamespace(training=training, compute_ulp=2**-8, base=SimpleNamespace(layers={}))
+    held = {
+        name: SimpleNamespace(dtype=dtype, adapter=own, requires_grad=own) for name, (dtype, own) in weights.items()
+    }
+    return SimpleNamespace(
+        training=training, compute_ulp=2**-23, base=SimpleNamespace(layers={}), wrapped=SimpleNamespace(parameters=held),
+        gradients={"lora_A": LIVE},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("predicted", "slope", "judged"), [(-1e-3, 0.1, False), (-0.1, 0.1, True), (-1e-3, 1.0, True)])
+@pytest.mark.parametrize("half", ["kernel", "norm"])
+def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(
+    half: str, predicted: float, slope: float, judged: bool
+) -> None:
+    """Of a loss of 2.5 half an ulp of bfloat16 is 0.01: what moves less stays on one flat of a staircase."""
+    facts = along(predicted, slope, norm=("bfloat16" if half == "norm" else "float32", False))
+    facts.compute_ulp = 2**-7 if half == "kernel" else 2**-23
     check = inspect.unwrap(loss_falls)
     if judged:
         (observation,) = check(facts)
@@ -63,6 +78,18 @@ def test_a_step_that_is_rounded_away_says_nothing_of_a_slope(predicted: float, s
     else:
         with pytest.raises(NotApplicable, match="rounded away"):
             list(check(facts))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
+def test_updates_that_half_precision_rounds_away_are_no_missing_gradient(dtype: str | None) -> None:
+    facts = along(0.0, 0.0, **({} if dtype is None else {"lora_A": (dtype, True)}))
+    check = inspect.unwrap(loss_falls)
+    if dtype == "bfloat16":
+        with pytest.raises(NotApplicable, match="rounds every update away"):
+            list(check(facts))
+    else:
+        (observation,) = check(facts)
+        assert not observation.ok
 
 
 LIVE = Gap(
