@@ -9,7 +9,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from kbitcheck.run.subject import load
 
 DATA = Path(__file__).parents[1] / "adapter-types"
 PAGE = DATA.with_suffix(".md")
-SCHEMES = ("nf4", "int8", "torchao-int8")
+SCHEMES = ("nf4", "int8", "torchao-int8", "fp8", "hqq-int4", "gptq-int4")
 MODEL = "tiny:llama"
 RULES = ("KB102", "KB103", "KB104", "KB105", "KB302", "KB304", "KB305", "KB307", "KB510", "KB803")
 MORE: Mapping[str, Mapping[str, object]] = {
@@ -53,7 +53,10 @@ quantized layer, judged by {rules}. *kept* means that no rule is broken: the ada
 and dropout change none, they train, and they are saved. A rule in a cell is broken, by whom stands in brackets; *refused* and *does not run*
 are what PEFT raised. Defects behind them, with scripts, are among the [findings](findings.toml): [DoRA on int8](findings/peft_dora_int8_cpu.py),
 [HRA on int8](findings/peft_hra_int8.py), [OLoRA on nf4](findings/peft_olora_requantizes.py), and [AdaLoRA's count of
-ranks](findings/peft_adalora_ranknum.py), which is frozen here. FourierFT starts at random numbers by its own default.
+ranks](findings/peft_adalora_ranknum.py), which is frozen here. FourierFT starts at random numbers by its own default. KB510 on fp8 and hqq-int4
+is transformers', which does not save or load the base. There is no column of optimum-quanto's, as PEFT's function [raises on all of its
+models](findings/peft_casts_quanto.py), of `awq-int4`, whose layers have more rows than this model's, nor of compressed-tensors, whose layers
+are plain ones after their first forward.
 
 Written with {versions} by `python docs/site/adapter_types.py`.
 """
@@ -88,7 +91,11 @@ def cell(loaded: Loaded, scheme: str, adapters: str) -> str:
 
 def judge_all(scheme: str) -> None:
     """Judge every type on a scheme, and keep what was seen; a cell that these versions have is not judged again."""
-    packages = ("peft", "transformers", "bitsandbytes", "torch", registry.of_scheme(scheme).name)
+    distributions = packages_distributions()
+    own = [
+        d for library in registry.of_scheme(scheme).libraries for d in distributions.get(library.partition(".")[0], ())
+    ]
+    packages = ("peft", "transformers", "bitsandbytes", "torch", *own)
     versions = {name: version(name) for name in dict.fromkeys(packages)}
     file = DATA / f"{scheme}.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
