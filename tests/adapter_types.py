@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import kbitcheck
 from kbitcheck.core.adapters import NAMED
 from kbitcheck.core.cases import CaseSpec
+from kbitcheck.core.report import Report
 from kbitcheck.models.load import quiet
 from kbitcheck.observe.configured import configuration
 from kbitcheck.observe.loaded import Loaded
@@ -57,6 +59,18 @@ def batch(number: int) -> dict[str, torch.Tensor]:
     """Two rows without padding."""
     ids = torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(number))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def watched(model: Any, steps: int) -> Report:
+    """The report of ``watch`` on a training loop of so many steps."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with kbitcheck.watch(model, optimizer, steps=steps) as run:
+        for number in range(steps):
+            model(**batch(number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return run.report
 
 
 def refusal(model: Any) -> str:

@@ -146,17 +146,6 @@ def before_a_run(model: Any) -> Report:
         return error.report
 
 
-def in_a_run(model: Any) -> Report:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with kbitcheck.watch(model, optimizer, steps=STEPS) as watched:
-        for number in range(STEPS):
-            model(**adapter_types.batch(number)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return watched.report
-
-
 @pytest.mark.parametrize("scheme", adapter_types.SCHEMES)
 @pytest.mark.parametrize(("type_", "part", "fault", "before", "during"), [*cases()])
 def test_each_door_names_it(
@@ -169,7 +158,7 @@ def test_each_door_names_it(
         pytest.skip(f"peft does not run these adapters on this model: {refusal}")
     fault(model, part)
     with torch.compiler.set_stance("force_eager"), quiet():
-        reports = before_a_run(model), in_a_run(model)
+        reports = before_a_run(model), adapter_types.watched(model, STEPS)
     named = [{r.rule for r in report if r.status in (Status.FAIL, Status.ERROR)} for report in reports]
     assert named[0] & before
     assert named[1] & during
