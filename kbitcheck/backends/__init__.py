@@ -106,3 +106,14 @@ def steady(model: Any) -> Any:
     for backend in available():
         backend.steady(model)
     return model
+
+
+def unsteady(model: Any) -> str:
+    """What ``steady`` switched off that would change a user's training on this machine; "" if nothing."""
+    return "; ".join(filter(None, (backend.unsteady(model) for backend in available())))
+
+
+def release(model: Any) -> None:
+    """Undo ``steady`` in every backend."""
+    for backend in available():
+        backend.release(model)

@@ -286,6 +286,13 @@ class Backend:
     def steady(self, model: nn.Module) -> None:
         """Switch off, in place, what would make a layer's weight or arithmetic depend on the machine or on earlier calls."""
 
+    def unsteady(self, model: nn.Module) -> str:
+        """What ``steady`` switches off that would change a training with evaluations on this machine, with the way round it; "" if nothing."""
+        return ""
+
+    def release(self, model: nn.Module) -> None:
+        """Undo ``steady``, in place; called where the model is ``unsteady``."""
+
     def optimizers(self) -> Sequence[type]:
         """The optimizers that the library brings, each of which takes parameters and ``lr``."""
         return ()

@@ -16,9 +16,9 @@ class Condition:
     """When a finding shows; an empty field sets no condition.
 
     ``schemes`` are of quantization (``nf4``), ``devices`` kinds (``cpu``), ``where`` is a pattern that is searched in the
-    place of the observation, ``adapters`` one that is searched in the text of the case's adapters. ``dtypes`` and
-    ``columns_not_multiple_of`` (in a layer's weight) read the observation's traits: one without them does not meet the
-    condition.
+    place of the observation, ``adapters`` one that is searched in the text of the case's adapters. ``raised`` is a pattern of the
+    exception that is excused, by type, message and file; without it, none is. It, ``dtypes`` and ``columns_not_multiple_of`` (in a
+    layer's weight) read the observation's traits: one without them does not meet the condition.
     """
 
     schemes: tuple[str, ...] = ()
@@ -29,6 +29,7 @@ class Condition:
     columns_not_multiple_of: int = 0
     where: str = ""
     adapters: str = ""
+    raised: str = ""
 
     def holds(self, observation: Observation, spec: CaseSpec, environment: Mapping[str, Any]) -> bool:
         """Whether an observation of a case meets every condition."""
@@ -44,7 +45,9 @@ class Condition:
             return False
         if (block := self.columns_not_multiple_of) and not traits.get("columns", 0) % block:
             return False
-        places = ((self.where, observation.where), (self.adapters, spec.adapters))
+        if bool(raised := str(traits.get("raised", ""))) != bool(self.raised):
+            return False
+        places = ((self.raised, raised), (self.where, observation.where), (self.adapters, spec.adapters))
         return all(re.search(pattern, text) for pattern, text in places)
 
 

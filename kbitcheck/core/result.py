@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
+from kbitcheck.core.errors import Raised
+
 
 class Level(StrEnum):
     """How binding a requirement is: breaking a MUST is non-conformance, a SHOULD counts under ``--strict``, INFO is reported."""
@@ -39,7 +41,7 @@ class Observation:
 
     ``where`` names a parameter, layer or fact. A deviation is attributed to ``party``; for any party but the
     implementation ``witness`` says what shows it. ``note`` is a fact to report once, whatever ``ok`` is. ``traits``
-    describe what deviates (``columns``, ``dtype``), where the condition of a finding asks for them.
+    describe what deviates (``columns``, ``dtype``, ``raised``), where the condition of a finding asks for them.
     """
 
     where: str
@@ -60,6 +62,10 @@ class Observation:
     def either(cls, where: str, expected: str, otherwise: str, *, ok: bool) -> Self:
         """An observation whose actual is the expected where it is ok, and ``otherwise`` where it is not."""
         return cls(where, expected, expected if ok else otherwise, ok=ok)
+
+    def of(self, raised: Raised | None) -> Observation:
+        """The same observation, of an exception if there was one: no finding excuses it that does not name that."""
+        return replace(self, traits={**(self.traits or {}), "raised": str(raised)}) if raised else self
 
     def attributed(self, party: Party, witness: str) -> Observation:
         """The same observation, attributed to another party."""

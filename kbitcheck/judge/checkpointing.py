@@ -206,7 +206,7 @@ def cache_off_in_training(facts: Facts) -> Iterable[Observation]:
     if facts.generator:
         g = facts.generates
         ok = g.finite and not g.raised
-        generation = Observation("generate", "works after training", str(g.raised or "works"), ok=ok)
+        generation = Observation("generate", "works after training", str(g.raised or "works"), ok=ok).of(g.raised)
         yield unless_unprepared(generation, facts, Party.MODEL, lambda base: base.generates.raised == g.raised)
 
 

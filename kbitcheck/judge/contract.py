@@ -244,9 +244,9 @@ def saves_and_loads(facts: Facts) -> Iterable[Observation]:
     yield Observation.either("keys", "no others", f"new: {', '.join(s.unexpected[:5])}", ok=not s.unexpected)
     if s.base_raised:
         base = Observation("save and reload of the base", "no error", str(s.base_raised), ok=False)
-        yield base.attributed(Party.STACK, "the unprepared base cannot be saved and reloaded either")
+        yield base.of(s.base_raised).attributed(Party.STACK, "the unprepared base cannot be saved and reloaded either")
     unsaved = {f.base_raised for f in facts.forwards if f.base_raised}
-    saved = Observation("save and reload", "no error", str(s.raised or "none"), ok=not s.raised)
+    saved = Observation("save and reload", "no error", str(s.raised or "none"), ok=not s.raised).of(s.raised)
     if s.raised in unsaved:
         yield saved.attributed(Party.MODEL, f"the unprepared base, never saved, raises the same: {s.raised}")
     else:

@@ -183,7 +183,7 @@ def reentrant_agrees(facts: Facts) -> Iterable[Observation]:
         raise NotApplicable("no block was checkpointed, so there is no mode to switch")
     raised = facts.other_mode_raised
     if raised:
-        step = Observation("training step in the other mode", "no error", str(raised), ok=False)
+        step = Observation("training step in the other mode", "no error", str(raised), ok=False).of(raised)
         yield unless_unprepared(step, facts, Party.MODEL, lambda base: not _agrees(base))
         return
     mendable = reentrant(facts) and _is_cut(facts)
@@ -238,11 +238,16 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     """
     require_turn(facts.conditions, facts.seed, 2, 3)
     for outcome in facts.interleaved:
-        step = Observation(outcome.step, "runs", str(outcome.raised or "runs"), ok=not outcome.raised)
-        yield unless_unprepared(step, facts, Party.MODEL, partial(_raises, outcome))
+        party = Party.STACK if outcome.unsteady else Party.MODEL
+        step = Observation(
+            outcome.step, "runs", str(outcome.raised or "runs"), ok=not outcome.raised, note=outcome.unsteady
+        )
+        yield unless_unprepared(step.of(outcome.raised), facts, party, partial(_raises, outcome))
         where, changed = f"{outcome.step}: quantized weights", ", ".join(outcome.changed[:4])
-        bits = Observation(where, "as before anything ran", changed or "the same", ok=not changed)
-        yield unless_unprepared(bits, facts, Party.MODEL, partial(_changes, outcome))
+        bits = Observation(
+            where, "as before anything ran", changed or "the same", ok=not changed, note=outcome.unsteady
+        )
+        yield unless_unprepared(bits, facts, party, partial(_changes, outcome))
         if outcome.hooks_added:
             yield Observation(f"{outcome.step}: hooks", "none added", f"{outcome.hooks_added} added", ok=False)
         used, fresh = outcome.checkpoints
@@ -250,7 +255,7 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
             yield Observation(f"{outcome.step}: checkpoints", f"{fresh} as when fresh", str(used), ok=False)
         for gradient in compared(outcome.gradients, exact=exactly(facts)):
             placed = dataclasses.replace(gradient, where=f"{outcome.step}: {gradient.where}")
-            yield unless_unprepared(placed, facts, Party.MODEL, partial(_differs, outcome.step, gradient.where))
+            yield unless_unprepared(placed, facts, party, partial(_differs, outcome.step, gradient.where))
 
 
 def _differs(step: str, name: str, facts: Facts) -> bool:

@@ -286,7 +286,9 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
         if PROMISES[facts.profile].autocast and not f.autocast:
             continue
         ok = f.finite and not f.raised
-        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok)
+        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok).of(
+            f.raised
+        )
         if not ok and (f.base_raised or not f.base_finite):
             yield forward.attributed(Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}")
         elif f.raised and f.wide_raised == f.raised:
@@ -298,9 +300,11 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
     if facts.cut.towers and not raised:
         f = facts.evaluation
         ok = f.finite and not f.raised
-        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok)
+        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok).of(
+            f.raised
+        )
         yield unless_unprepared(forward, facts, Party.MODEL, lambda base: _same_failure(f, base.evaluation))
-    step = Observation("training step", "no error", str(raised or "none"), ok=not raised)
+    step = Observation("training step", "no error", str(raised or "none"), ok=not raised).of(raised)
     yield unless_unprepared(step, facts, Party.MODEL, lambda base: base.step_raised == raised)
 
 

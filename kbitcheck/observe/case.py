@@ -41,7 +41,7 @@ from kbitcheck.models.cut import NoCut
 from kbitcheck.models.stored import stored
 from kbitcheck.observe import figures
 from kbitcheck.observe.calls import Calls
-from kbitcheck.observe.interleaving import STANDARD_ORDER, Session
+from kbitcheck.observe.interleaving import Session
 from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.outputs import Outputs
 from kbitcheck.observe.preparation import Preparation, checkpointed_alone
@@ -219,7 +219,7 @@ class Case(OpenCase):
     )
     def interleaved(self) -> Sequence[StepOutcome]:
         _ = self.generator  # first, so that its copy of the base is gone
-        return self._paths.case.session().run(STANDARD_ORDER)
+        return self._paths.case.session().programs()
 
     @fact(Cost("cut", needs=("_paths", "_outputs", "round_trip")))
     def store(self) -> StoreFacts:

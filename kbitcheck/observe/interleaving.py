@@ -30,6 +30,8 @@ STANDARD_ORDER = (
     "train", "evaluate", "infer", "generate", "eval-mode", "copy", "train", "prepare", "save", "update", "accumulate",
     "checkpointing-off", "evaluate", "move", "state-dict", "offload", "adapters-off", "checkpointing-non-reentrant", "train",
 )  # fmt: skip
+# What it runs once more, as a user's own training does it, where a machine makes that another one.
+UNSTEADY_ORDER = ("evaluate", "train", "state-dict", "train")
 HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
 CHECKPOINTING = {"checkpointing-off": None, "checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
 
@@ -66,6 +68,19 @@ class Session:
         self._packed = self._fingerprints()
         self._fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = {}
         self._names: list[str] = []
+
+    def programs(self) -> list[StepOutcome]:
+        """Those of KB308."""
+        return [*self.run(STANDARD_ORDER), *self._as_users_run_it()]
+
+    def _as_users_run_it(self) -> list[StepOutcome]:
+        """Steps with all that ``backends.steady`` switches off, where it matters; not of a caller's own model, which would keep it."""
+        loaded = self.preparation.loaded
+        if not loaded.copies or not (unsteady := backends.unsteady(loaded.pristine)):
+            return []
+        with self.preparation.released():
+            taken = Session(self.preparation, self.make).run(UNSTEADY_ORDER)
+        return [replace(outcome, step=f"as users run it: {outcome.step}", unsteady=unsteady) for outcome in taken]
 
     def run(self, names: Sequence[str]) -> list[StepOutcome]:
         """Take the steps, drop the model, and only then make fresh ones: two would be twice the memory."""

@@ -1,11 +1,13 @@
 """An implementation applied to a loaded model: how it is called, and fresh copies of the model that it prepares."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from kbitcheck import backends
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import Raised, Unavailable
 from kbitcheck.core.facts import CallFacts, Computed
@@ -30,6 +32,7 @@ class Preparation:
         self.batch = loaded.batch
         self.make_room: Callable[[], None] = lambda: None
         self.computed = Computed()
+        self._released = False
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -49,7 +52,19 @@ class Preparation:
     def copy(self) -> Any:
         """A fresh base."""
         self.make_room()
-        return self.loaded.copy()
+        model = self.loaded.copy()
+        if self._released:
+            backends.release(model)
+        return model
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Meanwhile, bases are as a user loads them, with all that ``backends.steady`` switches off."""
+        self._released = True
+        try:
+            yield
+        finally:
+            self._released = False
 
     def apply(self, model: Any, keywords: Mapping[str, Any] | None = None) -> Any:
         """The model, prepared by an unobserved call, as the case asks or with other keyword arguments."""

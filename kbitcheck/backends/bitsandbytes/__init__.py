@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,11 @@ OPTIONS = (
     dtype_option("storage", "uint8", "bf16", "fp16", "fp32"),
     # Stacked ones, which are no linear layers.
     Option("experts", ("as-loaded", "parametrize"), "as-loaded", every_model=False),
+)
+
+REPACKS = (
+    "on this processor, which has AVX512-BF16, bitsandbytes repacks 4-bit weights in a forward in eval mode without gradients, and"
+    " training goes on without theirs; before an evaluation set `support_avx512bf16_for_cpu = False` on every Linear4bit"
 )
 
 
@@ -118,6 +123,16 @@ class BitsAndBytes(Backend):
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.__dict__["support_avx512bf16_for_cpu"] = False
 
+    def unsteady(self, model: nn.Module) -> str:
+        import bitsandbytes.nn
+
+        modules: Any = bitsandbytes.nn.modules
+        return REPACKS if any(_repacking(model)) and modules.has_avx512bf16() else ""
+
+    def release(self, model: nn.Module) -> None:
+        for module in _repacking(model):
+            module.support_avx512bf16_for_cpu = True
+
     def optimizers(self) -> Sequence[type]:
         import bitsandbytes.optim
         import torch
@@ -134,6 +149,14 @@ class BitsAndBytes(Backend):
 
     def findings(self) -> Sequence[Finding]:
         return read_findings(Path(__file__).with_name("findings.toml"))
+
+
+def _repacking(model: nn.Module) -> Iterator[Any]:
+    """The layers that repack their weight where the processor has the instructions."""
+    for module in model.modules():
+        layer: Any = module
+        if hasattr(layer, "support_avx512bf16_for_cpu") and layer.weight.device.type == "cpu":
+            yield layer
 
 
 BACKEND = BitsAndBytes()

@@ -165,7 +165,8 @@ class StepOutcome:
     """One step of a program: what it raised, and which quantized layers hold other bits than before the program.
 
     ``gradients`` are a training step's beside those of a fresh model with the same adapters; empty for other steps.
-    ``checkpoints`` counts the calls of torch's checkpoint in both.
+    ``checkpoints`` counts the calls of torch's checkpoint in both. ``unsteady`` is what a library does in it on this machine that is
+    switched off in other programs; "" in these.
     """
 
     step: str
@@ -174,6 +175,7 @@ class StepOutcome:
     hooks_added: int
     gradients: Mapping[str, Distance]
     checkpoints: tuple[int, int] = (0, 0)
+    unsteady: str = ""
 
 
 CERTAIN = 1 / 24  # the uncertainty that is wanted of a slope

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.finding import Condition, Finding
 from kbitcheck.core.result import Level, Observation, Party, Result, Status
+from kbitcheck.core.rule import rules
 from kbitcheck.judge.conditions import settle
 from kbitcheck.run.findings import findings, settler
 
@@ -107,3 +111,42 @@ def test_experts_are_the_reason_only_where_they_are_upcast(where: str, excused: 
     seen = Observation(where, "less", "more", ok=False, party=Party.MODEL, witness="counted")
     kb902 = [f for f in findings() if f.rule == "KB902"]
     assert any(f.explains("KB902", seen, spec(), ENVIRONMENT) for f in kb902) == excused
+
+
+INFERENCE = "RuntimeError: Cannot set version_counter for inference tensor (torch/_tensor.py:2)"
+SAVED = "NotImplementedError (transformers/core_model_loading.py:151)"
+
+
+@pytest.mark.parametrize(
+    ("rule", "quant", "where", "raised", "excused"),
+    [
+        ("KB510", "nf4", "save and reload of the base", SAVED, True),
+        ("KB510", "nf4", "save and reload of the base", "PermissionError: [Errno 13] (safetensors/torch.py:352)", False),
+        ("KB510", "nf4", "save and reload of the base", "NotImplementedError: mine (modeling_mine.py:3)", False),
+        ("KB510", "nf4", "save and reload of the base", "", False),
+        ("KB510", "fp8", "logits", "", True),
+        ("KB510", "fp8", "logits", "RuntimeError: shapes", False),
+        ("KB510", "fp8", "save and reload", "RuntimeError: shapes", False),
+        ("KB308", "quanto-int4", "5 infer", INFERENCE, True),
+        ("KB308", "quanto-int4", "5 infer", "RuntimeError: shapes", False),
+        ("KB308", "quanto-int4", "5 infer: quantized weights", "", False),
+        ("KB308", "nf4", "as users run it: 1 evaluate", "RuntimeError: shapes (mine.py:1)", False),
+    ],
+)  # fmt: skip
+def test_a_finding_excuses_the_exception_that_it_names_and_no_other(
+    rule: str, quant: str, where: str, raised: str, excused: bool
+) -> None:
+    party = Party.MODEL if rule == "KB308" else Party.STACK
+    seen = Observation(where, "no error", raised, ok=False, party=party, witness="the base")
+    case = spec(quant, implementation="somebody:prepare")
+    failure = dataclasses.replace(seen, traits={"raised": raised} if raised else None)
+    assert bool(settler([case])(failed(case, failure, rule=rule), {"device": "cpu"}).finding) is excused
+
+
+@pytest.mark.parametrize("code", ["KB210", "KB306", "KB308", "KB408", "KB510"])
+def test_what_a_rule_says_of_an_exception_has_it_as_a_trait(code: str) -> None:
+    """Else a finding without a pattern would excuse it."""
+    source = inspect.getsource(inspect.unwrap(rules()[code].check))
+    shown = re.findall(r"str\((?:\w+\.)?(?:base_)?raised\b", source)
+    assert shown
+    assert len(re.findall(r"\.of\(\s*(?:\w+\.)?(?:base_)?raised\s*\)", source)) == len(shown)
