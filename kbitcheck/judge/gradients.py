@@ -225,8 +225,10 @@ def survives_interleaving(facts: Facts) -> Iterable[Observation]:
     the next training step's gradients are what a fresh model with the same adapters gives, and the packed
     weights and their quantization state are the same.
 
-    Moves are those to the CPU and back, through a state dict, and into accelerate's offload and out of it: each that
-    libraries let the base take. Adapters of PEFT are off in one evaluation.
+    Moves are those to the CPU and back, through a state dict, under accelerate's hooks (in which a step is trained) and out of them, into its
+    offload to the CPU and to files, and of the base through a checkpoint, which is prepared again: each that libraries let the base
+    take. Adapters of PEFT are off in one evaluation. On a machine where a library would do something else in a user's own training, which
+    is switched off otherwise, an evaluation and training steps are taken with that on, too.
 
     Why: training loops evaluate, generate and save between steps. If one of these damages the model, training goes
     on, wrongly.

@@ -212,7 +212,7 @@ class Case(OpenCase):
     @fact(
         Cost(
             "cut",
-            Passes(forwards=17, backwards=10, copies=6, calls=5),
+            Passes(forwards=23, backwards=11, copies=8, calls=6),
             needs=("_paths", "_outputs", "_training_forwards", "generator"),
             models=2,
         )

@@ -28,11 +28,12 @@ from kbitcheck.observe.probes.layers import base_name
 # What KB308 runs in each case.
 STANDARD_ORDER = (
     "train", "evaluate", "infer", "generate", "eval-mode", "copy", "train", "prepare", "save", "update", "accumulate",
-    "checkpointing-off", "evaluate", "move", "state-dict", "offload", "adapters-off", "checkpointing-non-reentrant", "train",
+    "checkpointing-off", "evaluate", "move", "state-dict", "offload", "adapters-off", "checkpointing-non-reentrant",
+    "dispatch", "train", "undispatch", "offload-to-disk", "reload", "train",
 )  # fmt: skip
 # What it runs once more, as a user's own training does it, where a machine makes that another one.
 UNSTEADY_ORDER = ("evaluate", "train", "state-dict", "train")
-HOOKING = ("prepare", "reattach", "checkpointing")  # these put hooks on by design; KB505 counts them
+HOOKING = ("prepare", "reattach", "checkpointing", "reload")  # these put hooks on by design; KB505 counts them
 CHECKPOINTING = {"checkpointing-off": None, "checkpointing-reentrant": True, "checkpointing-non-reentrant": False}
 
 
@@ -126,9 +127,12 @@ class Session:
         return replace(outcome, gradients=gradients, checkpoints=(mine.checkpoints, calls))
 
     def _fingerprints(self) -> dict[str, str]:
+        return self._fingerprints_of(self.model)
+
+    def _fingerprints_of(self, model: nn.Module) -> dict[str, str]:
         """Digest of each quantized layer's packed weight and state, by the base's name."""
         prints = {}
-        for name, module in self._quantized(self.model):
+        for name, module in self._quantized(model):
             recognition = backends.recognition(module)
             state = recognition.state(module)
             prints[name] = digest.bits(recognition.packed(module)) + "".join(map(digest.of, state.values()))
@@ -265,7 +269,27 @@ class Session:
         loaded = self.preparation.loaded
         if not loaded.copies:
             return frozenset()
-        return loaded.once("moves", moves.borne, lambda: moves.borne(loaded.copy(), self._evaluate))
+        return loaded.once("moves", moves.borne, self._try_moves)
+
+    def _try_moves(self) -> frozenset[str]:
+        loaded = self.preparation.loaded
+        reloads = moves.reloads(loaded.copy(), self._reloaded, self._evaluate, self._fingerprints_of)
+        return moves.borne(loaded.copy(), self._evaluate) | ({"reload"} if reloads else frozenset())
+
+    def _reloaded(self, folder: str) -> Any:
+        return self.preparation.loaded.reload(folder, self.preparation.spec.device)
+
+    def reload(self, name: str) -> None:
+        """A base that was evaluated and saved is loaded from its checkpoint, prepared, and gets the adapters as they are."""
+        if name not in self._moves:
+            return
+        numbers = [p.detach().clone() for p in self.adapters.values()]
+        base = moves.through_a_checkpoint(self.preparation.copy(), self._reloaded, self._evaluate)
+        self.model, self.adapters = self.preparation.attach(self.preparation.apply(base))
+        for parameter, own in zip(self.adapters.values(), numbers, strict=True):
+            parameter.data.copy_(own)
+        if self.settings.checkpointing:
+            switch(self.model, self.settings.checkpointing)
 
     def move(self, name: str) -> None:
         """Of a caller's own model, which is on as many devices as the caller says, the first alone is asked for again."""
@@ -296,6 +320,7 @@ ACTIONS: Mapping[str, Callable[[Session, str], _Trained | None]] = {
     "copy": Session.copy,
     "adapters-off": Session.adapters_off,
     **dict.fromkeys(moves.MOVES, Session.move),
+    "reload": Session.reload,
 }
 STEPS = tuple(ACTIONS)
 

@@ -44,3 +44,21 @@ def offloaded_weight_spoiled(model: Any) -> None:
 def rescales_where_a_state_dict_is_loaded(model: Any) -> None:
     for layer in quantized(model)[1::4]:
         layer.register_load_state_dict_post_hook(lambda module, keys: corrupt(module, "scale"))
+
+
+@breaks("KB308")
+def hooked_layer_forgets_its_input(model: Any) -> None:
+    """As a forward that was made for a layer without accelerate's hooks."""
+    layer = quantized(model)[1]
+    run = type(layer).forward
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return run(self, x.detach() if hasattr(self, "_hf_hook") and self.training else x)
+
+    subclass(layer, forward=forward)
+
+
+@adds("KB308")
+def rescales_what_came_from_a_checkpoint(model: Any) -> None:
+    if model.hf_quantizer.pre_quantized:
+        corrupt(quantized(model)[2], "scale")

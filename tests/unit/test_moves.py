@@ -19,7 +19,7 @@ from kbitcheck.core.result import Party
 from kbitcheck.judge.gradients import survives_interleaving
 from kbitcheck.observe.case import Case
 from kbitcheck.observe.loaded import Loaded
-from kbitcheck.observe.moves import MOVES, borne, parameters_after
+from kbitcheck.observe.moves import MOVES, borne, parameters_after, reloads
 from kbitcheck.run.subject import load
 from tests.shallow import shallow
 
@@ -30,7 +30,8 @@ def evaluate(model: Any, *, batch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quant", "moves"), [("nf4", {"move", "state-dict"}), ("int8", {"move", "offload"}), ("nf4,double", {"move", "state-dict"})]
+    ("quant", "moves"),
+    [("nf4", {"move", "state-dict"}), ("int8", {"move", "offload", "offload-to-disk"}), ("nf4,double", {"move", "state-dict"})],
 )  # fmt: skip
 def test_what_libraries_do_not_let_the_base_do_is_not_asked_of_a_prepared_model(quant: str, moves: set[str]) -> None:
     """As docs/findings/accelerate_offload_4bit.py and int8_state_dict.py show."""
@@ -38,7 +39,7 @@ def test_what_libraries_do_not_let_the_base_do_is_not_asked_of_a_prepared_model(
         moves = moves - {"move"}
     source = shallow("tiny:gpt2")
     base = source.load(Quantization.parse(quant))
-    assert borne(base, partial(evaluate, batch=source.batch(base))) == moves
+    assert borne(base, partial(evaluate, batch=source.batch(base))) == moves | {"dispatch", "undispatch"}
 
 
 def test_a_base_that_does_not_run_moves_nowhere() -> None:
@@ -69,7 +70,10 @@ def test_a_move_leaves_a_plain_model_as_it_was(name: str) -> None:
     after = parameters_after(
         model, kept, lambda: MOVES[name](model, lambda m: seen.append(m(torch.ones(1, 3)).isfinite().all().item()))
     )
-    assert seen == [True] * (name == "offload")
+    assert seen == [True] * (name in ("dispatch", "offload", "offload-to-disk"))
+    assert hasattr(first, "_hf_hook") == (name == "dispatch")
+    MOVES["undispatch"](model, lambda m: None)
+    assert not hasattr(first, "_hf_hook")
     assert after["first"] is model.get_parameter("0.weight")
     assert after["bias"] is model.get_parameter("1.bias")
     assert {n: torch.equal(p, before[n]) for n, p in model.named_parameters(remove_duplicate=False)} == dict.fromkeys(
@@ -91,6 +95,41 @@ def test_bits_that_the_bases_move_changes_too_are_no_fault_of_the_preparation(ba
     ran, bits = inspect.unwrap(survives_interleaving)(facts)
     assert ran.ok
     assert (bits.ok, bits.party) == (False, party)
+
+
+@pytest.mark.parametrize(("damage", "kept"), [("", True), ("bits", False), ("unread", False), ("unrun", False)])
+def test_a_base_that_libraries_do_not_reload_as_it_was_is_not_asked_for(damage: str, kept: bool) -> None:
+    """As an FP8 checkpoint that is unpacked on load (docs/findings/fp8_unpacked_on_load.py)."""
+    base: Any = nn.Linear(2, 2)
+    base.save_pretrained = lambda folder: torch.save(base.state_dict(), f"{folder}/weights")
+
+    def reloaded(folder: str) -> nn.Module:
+        again = nn.Linear(2, 3 if damage == "unread" else 2)
+        again.load_state_dict(torch.load(f"{folder}/weights"))
+        if damage == "bits":
+            again.weight.data += 1
+        return nn.Identity(again) if damage == "unrun" else again
+
+    def forward(model: nn.Module) -> None:
+        model.weight.sum()  # type: ignore[operator]
+
+    def bits(model: Any) -> Any:
+        return [] if damage == "unrun" else model.weight.tolist()
+
+    assert reloads(base, reloaded, forward, bits) is kept
+
+
+@pytest.mark.parametrize("quant", ["nf4,double", "int8"])
+def test_a_base_that_was_saved_and_loaded_is_prepared_again_and_trains_on(quant: str) -> None:
+    taken = session("peft", quant)
+    before = taken.model
+    for name in ("train", "update", "reload", "train"):
+        outcome = taken.do(name)
+        assert (outcome.raised, outcome.changed, [n for n, d in outcome.gradients.items() if not d.equal]) == (
+            None, (), []
+        )  # fmt: skip
+    assert taken.model is not before
+    assert taken.model.get_base_model().hf_quantizer.pre_quantized
 
 
 def session(adapters: str, quant: str = "int8") -> Any:
