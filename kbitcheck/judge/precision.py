@@ -285,11 +285,8 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
     for f in facts.forwards:
         if PROMISES[facts.profile].autocast and not f.autocast:
             continue
-        ok = f.finite and not f.raised
-        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok).of(
-            f.raised
-        )
-        if not ok and (f.base_raised or not f.base_finite):
+        forward = _forward(f)
+        if not forward.ok and (f.base_raised or not f.base_finite):
             yield forward.attributed(Party.MODEL, f"the unprepared base: {f.base_raised or 'not finite either'}")
         elif f.raised and f.wide_raised == f.raised:
             yield forward.attributed(Party.MODEL, "the same model in float32, not quantized at all, does the same")
@@ -299,17 +296,18 @@ def runs_everywhere(facts: Facts) -> Iterable[Observation]:
     raised = facts.step_raised
     if facts.cut.towers and not raised:
         f = facts.evaluation
-        ok = f.finite and not f.raised
-        forward = Observation(f"forward ({f.condition})", "finite, no error", str(f.raised or "not finite"), ok=ok).of(
-            f.raised
-        )
-        yield unless_unprepared(forward, facts, Party.MODEL, lambda base: _same_failure(f, base.evaluation))
+        yield unless_unprepared(_forward(f), facts, Party.MODEL, lambda base: _same_failure(f, base.evaluation))
     step = Observation("training step", "no error", str(raised or "none"), ok=not raised).of(raised)
     yield unless_unprepared(step, facts, Party.MODEL, lambda base: base.step_raised == raised)
 
 
 def _fails_so(forward: ForwardFacts, facts: Facts) -> bool:
     return any(_same_failure(forward, f) for f in facts.forwards)
+
+
+def _forward(f: ForwardFacts) -> Observation:
+    actual, ok = str(f.raised or "not finite"), f.finite and not f.raised
+    return Observation(f"forward ({f.condition})", "finite, no error", actual, ok=ok).of(f.raised)
 
 
 def _same_failure(one: ForwardFacts, other: ForwardFacts) -> bool:
