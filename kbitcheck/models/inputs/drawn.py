@@ -13,7 +13,7 @@ from kbitcheck.models.inputs.text import IGNORED, Batch
 
 PADDINGS: Sequence[Literal["right", "left", "none"]] = ("right", "left", "none")
 ROWS = (3, 4, 5)  # the case's own batches have two rows and one
-SHORT, LONG, LARGE = (65, 193), (513, 577), (65, 73)  # all beyond 64 tokens, and one beyond 512
+SHORT, LONG, LARGE = (65, 193), (513, 577), (65, 67)  # all beyond 64 tokens, and one beyond 512
 WHOLE = (128, 192, 576)  # multiples of 64
 TEXT = {"input_ids", "attention_mask", "labels"}
 

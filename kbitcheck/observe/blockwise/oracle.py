@@ -197,13 +197,14 @@ def _compared(
     parts = {"": Part(block="", kind="", gaps={"loss": gap(loss, exact.loss.cpu(), rounded.loss.cpu().double())})}
     kinds = {name: type(twins[0].model.get_submodule(name)).__name__ for name in exact.uncalled}
     own = Pair(exact.gradients, rounded.gradients).beside(run.gradients)
+    same_bits = has_bits_of(twins[1].model)
     times: dict[str, int] = {}
     for call, *replays in zip(calls, exact.replays, rounded.replays, strict=True):
         times[call.block] = times.get(call.block, 0) + 1
         label = call.block if times[call.block] == 1 else f"{call.block} (call {times[call.block]})"
         alone = sum(each.block == call.block for each in calls) == 1
         of_block = {n: own[n] for n in own if alone and _within_block(n, call.block)}
-        gaps, changed = _drawn_again(call, (replays[0], replays[1]), of_block, twins[1], within)
+        gaps, changed = _drawn_again(call, (replays[0], replays[1]), of_block, None if same_bits else twins[1], within)
         parts[label] = Part(block=call.block, kind=kinds[call.block], gaps=gaps)
         own |= changed
     for name, outputs in exact.uncalled.items():
@@ -212,7 +213,7 @@ def _compared(
             parts[f"{name} (a call that was left out)"] = Part(block=name, kind=kinds[name], gaps=missing)
     half = {id(c) for c in calls if any(str(o.dtype).removeprefix("torch.") in HALF for o in c.outputs)}
     moved = any(replay.moved for replay in exact.replays if id(replay.call) in half)
-    facts = BlockwiseFacts(parts=parts, adapters=own, moved=moved, other_kernels=not has_bits_of(twins[1].model))
+    facts = BlockwiseFacts(parts=parts, adapters=own, moved=moved, other_kernels=not same_bits)
     return Comparison(facts, Pair(exact.gradients, rounded.gradients))
 
 
@@ -228,15 +229,15 @@ def _within_block(parameter: str, block: str) -> bool:
 
 
 def _drawn_again(
-    call: BlockCall, replays: tuple[_Replay, _Replay], own: Mapping[str, Gap], rounded: Twin, within: Within
+    call: BlockCall, replays: tuple[_Replay, _Replay], own: Mapping[str, Gap], rounded: Twin | None, within: Within
 ) -> tuple[dict[str, Gap], dict[str, Gap]]:
     """The gaps of one call and of the adapters in it; yardsticks of what is off by chance are drawn again.
 
-    A model whose kernels are the twin's rounds as the twin does: no chance there.
+    A model whose kernels are the twin's rounds as the twin does: no chance there, and no ``rounded`` twin to draw with.
     """
     exact, beside = replays
     gaps = _gaps(call, exact, beside)
-    if has_bits_of(rounded.model):
+    if rounded is None:
         return gaps, dict(own)
     names = {id(parameter): name for name, parameter in rounded.adapters.items()}
     right = {id(parameter): gradient for parameter, gradient in exact.gradients}
@@ -284,7 +285,8 @@ def compare_alone(
         replays.append(replay)
     rounded, exact = replays
     adapters = beyond(gradients, Pair(*reversed(trained))).beside(gradients)
-    gaps, adapters = _drawn_again(call, (exact, rounded), adapters, twins[1], partial(around, twins[1]))
+    again = None if has_bits_of(twins[1].model) else twins[1]
+    gaps, adapters = _drawn_again(call, (exact, rounded), adapters, again, partial(around, twins[1]))
     return Part(block=call.block, kind=type(twins[0].model).__name__, gaps=_made(gaps)), adapters
 
 

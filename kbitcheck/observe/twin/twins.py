@@ -27,6 +27,8 @@ from kbitcheck.observe.twin.wide_parameter import Unpacked, Widened
 # A parameter that would be larger than this is widened when it is used, which takes a small one longer than its arithmetic.
 LARGE_BYTES = 16 << 20
 HALVES = (torch.float16, torch.bfloat16)
+# Below these a product of halves takes milliseconds at most, and its bits are worth them.
+MANY_ROWS, MANY_WEIGHTS = 64, 1 << 16
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,10 +61,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        product = gradient.to(ctx.dtype) @ ctx.weight().to(ctx.dtype)
+        product = _product(gradient.to(ctx.dtype), ctx.weight().to(ctx.dtype))
         # As bitsandbytes sums it: over the first dimension in the bias's dtype; autograd sums over the others.
         bias = gradient.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[5] else None
         return product.to(ctx.entered), None, None, None, None, bias, None, None
+
+
+def sums_apart(rows: int, weights: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the twin sums a backward's product in float32 and rounds it once: one of many numbers of half precision on a CPU.
+
+    A CPU's own kernels sum so, too, but in another order; without units for halves they take up to fifty times as long.
+    """
+    return dtype in HALVES and device.type == "cpu" and rows >= MANY_ROWS and weights >= MANY_WEIGHTS
+
+
+def _product(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if sums_apart(gradient.shape[:-1].numel(), weight.numel(), gradient.dtype, gradient.device):
+        return (gradient.float() @ weight.float()).to(gradient.dtype)
+    return gradient @ weight
 
 
 class TwinLinear(nn.Linear):
@@ -104,6 +120,8 @@ class TwinLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.compute or self._follows(x)
         own: torch.Tensor | None = self._parameters["bias"]
+        if sums_apart(x.shape[:-1].numel(), self.weight.numel(), self.compute or x.dtype, x.device):
+            self.exact_kernel = False
         with torch.autocast(x.device.type, enabled=False):
             product: torch.Tensor = _Product.apply(
                 x, dtype, self.compute or x.dtype, self._read, self._backward_read, own, self._rounded, self._apart
