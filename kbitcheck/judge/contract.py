@@ -296,11 +296,11 @@ def deterministic(facts: Facts) -> Iterable[Observation]:
 
 @rule("KB513", "no-lasting-effect", Level.MUST)
 def no_lasting_effect(facts: Facts) -> Iterable[Observation]:
-    """Importing the implementation, and training, generating with and saving what it prepared, leave the process as it was, and no file.
+    """Importing the implementation, and training, generating with and saving what it prepared, leave no file, no print, the process as it was.
 
     Why: what a hook changes in a later step affects every other model in the process, and no look at the preparation sees it.
     Symptom: other models' results change once this one has trained; a program that does not end; a handler that never runs.
-    Fix: no threads, timers, signal handlers, seeds, environment variables or patches, neither at import nor in a hook.
+    Fix: no threads, timers, signal handlers, seeds, environment variables or patches, neither at import nor in a hook; logs, not prints.
     Sources: specification KB513.
     """
     for moment, changes in _effects(facts).items():

@@ -16,10 +16,10 @@ def still_a_module(facts: Facts) -> Iterable[Observation]:
     """What users do with the model later on gives what it gives with the unprepared base in the same dtypes: thawing a head, an
     embedding or norms; ``modules_to_save``; resized embeddings; autocast; a scaler that overflows; clearing, clipping and
     accumulating gradients; a second backward; every optimizer; evaluation and generation with adapters; merging, saving and
-    loading; every keyword of the forward and other forms of its call; a step in another thread, under a launcher's variables, after a save
-    or a copy, or of adapters that start at zero, that have magnitudes or another dtype; tiny losses and gradients, and NaN; a model that
-    was loaded in another dtype, or frozen, run or checkpointed before; and what libraries read of it. Each case of the quick suite tries
-    some of them, which ``--seed`` chooses, and each case of ``--suite full`` all.
+    loading; every keyword of the forward and other forms of its call; a step in another thread, in a forked process, under a launcher's
+    variables, after a save or a copy, or of adapters that start at zero, that have magnitudes or another dtype; tiny losses and gradients,
+    and NaN; a model that was loaded in another dtype, or frozen, run or checkpointed before; what libraries read of it; and which parameters
+    share a storage. Each case of the quick suite tries some of them, which ``--seed`` chooses, and each case of ``--suite full`` all.
 
     Why: a hook or a wrapper that is right for the one step that is looked at may be wrong for the next thing that is done.
     Symptom: a head that does not train; a loss scale that never falls; adapters without effect in evaluation.

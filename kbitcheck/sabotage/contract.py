@@ -230,6 +230,16 @@ def a_message_sent_in_a_step(model: Any) -> None:
     _in_the_second_step(model, send)
 
 
+@breaks("KB513")
+def a_line_printed_in_a_step(model: Any) -> None:
+    _in_the_second_step(model, lambda: print("a step"))
+
+
+@adds("KB513", last=True)
+def progress_on_standard_error(model: Any) -> None:
+    _in_the_second_step(model, lambda: sys.stderr.write("50 %\r"))
+
+
 _old: list[torch.Tensor] = []
 
 

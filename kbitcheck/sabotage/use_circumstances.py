@@ -1,6 +1,7 @@
 """Faults of KB515 that show in circumstances of preparing and of a step, in rare numbers, and in what libraries read of a model."""
 
 import copy
+import os
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -24,6 +25,8 @@ INFINITE = "numbers that are not finite"
 DTYPES, MAGNITUDES = "adapters in other dtypes", "adapters with magnitudes"
 BELOW = "the model below its head"
 SURFACE = "what libraries read"
+FORKED = "a step in a forked process"
+EMBEDDINGS = "embeddings in place of ids"
 
 
 def _off_if(model: Any, when: Callable[[torch.Tensor], bool]) -> None:
@@ -255,3 +258,85 @@ def a_state_narrower_than_the_model(model: Any) -> None:
         return {n: t.half() if t.dtype is torch.float32 and "ln_" in n else t for n, t in state.items()}
 
     model.state_dict = state_dict
+
+
+@breaks("KB515", conditions=SURFACE)
+def norms_in_one_storage(model: Any) -> None:
+    norms = [p for n, p in model.named_parameters() if "ln_" in n]
+    together = torch.cat([p.detach() for p in norms])
+    for parameter, own in zip(norms, together.split([p.numel() for p in norms]), strict=True):
+        parameter.data = own
+
+
+@adds("KB515", conditions=SURFACE, last=True)
+def biases_in_the_storage_of_their_weights(model: Any) -> None:
+    norm: Any = second_norm(model)
+    norm.weight.data, norm.bias.data = torch.stack([norm.weight.detach(), norm.bias.detach()]).unbind()
+
+
+@breaks("KB515", conditions=SURFACE)
+def a_model_that_says_it_is_parallel(model: Any) -> None:
+    """The Trainer then replicates it on no other device."""
+    model.is_parallelizable = model.model_parallel = True
+
+
+@adds("KB515", conditions=SURFACE, last=True)
+def a_map_of_devices_that_nobody_made(model: Any) -> None:
+    model.hf_device_map = {"transformer": 0, "lm_head": 1}
+
+
+@breaks("KB515", conditions=FORKED)
+def off_in_another_process(model: Any) -> None:
+    own = os.getpid()
+    _off_if(model, lambda x: os.getpid() != own)
+
+
+@adds("KB515", conditions=FORKED, last=True)
+def off_after_a_fork(model: Any) -> None:
+    forked: list[bool] = []
+    os.register_at_fork(after_in_child=lambda: forked.append(True))
+    _off_if(model, lambda x: bool(forked))
+
+
+@breaks("KB515", conditions=EMBEDDINGS, model="tiny:llama")
+def off_for_hidden_states_in_float16(model: Any) -> None:
+    norm: Any = blocks(model)[0].input_layernorm
+    norm.register_forward_hook(lambda module, args, x: scaled(x, 0.5) if args[0].dtype is torch.float16 else x)
+
+
+@adds("KB515", conditions="autocast in float16", last=True)
+def logits_cooled_under_autocast(model: Any) -> None:
+    change_output(model.lm_head, lambda x: x * 0.9 if torch.is_autocast_enabled("cpu") and not model.training else x)
+
+
+@wraps("KB515", conditions=LOADED)
+def off_for_one_dtype_under_autocast_in_another(prepare: Any, model: Any, checkpointing: Any, kwargs: Any) -> Any:
+    loaded = model.dtype
+    prepare(model, checkpointing, kwargs)
+    _off_if(model, lambda x: torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not loaded)
+    return model
+
+
+@breaks("KB515", conditions=BEFOREHAND)
+def attention_without_a_kernel(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
+@adds("KB515", conditions=EMBEDDINGS, model="tiny:llama", last=True)
+def embeddings_in_bfloat16_are_refused(model: Any) -> None:
+    def refuse(module: Any, args: Any, keywords: Any) -> None:
+        embedded = keywords.get("inputs_embeds")
+        if embedded is not None and embedded.dtype is torch.bfloat16:
+            raise TypeError("embeddings are to be float32")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+@breaks("KB515", conditions=SURFACE)
+def text_drawn_at_random(model: Any) -> None:
+    model.generation_config.do_sample = True
+
+
+@adds("KB515", conditions=SURFACE, last=True)
+def texts_cut_short(model: Any) -> None:
+    model.generation_config.max_new_tokens = 20

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -35,6 +36,7 @@ import torch.utils.data
 from kbitcheck.observe import internals
 from kbitcheck.observe.library_attributes import attributes, classes_of, replaced
 from kbitcheck.observe.probes import files_written
+from kbitcheck.observe.probes.prints import printed
 from kbitcheck.observe.probes.runtime_settings import loggers, loggers_changed, runtime_settings
 
 # Training draws from these; each probe has its own.
@@ -140,9 +142,12 @@ class Before:
 def effects(model: Any) -> Iterator[dict[str, tuple[str, str]]]:
     """Fill a dictionary, at the end of the context, with what of the process and the libraries changed meanwhile."""
     happened: dict[str, tuple[str, str]] = {}
-    before = Before(model)
-    yield happened
-    happened.update(before.changed())
+    with printed() as texts:
+        before = Before(model)
+        yield happened
+        happened.update(before.changed())
+    if text := textwrap.shorten("".join(texts), 60):
+        happened["printed"] = ("nothing", text)
 
 
 def _monitors(thread: threading.Thread) -> bool:

@@ -13,7 +13,8 @@ from kbitcheck.observe.probes.call import SECOND, THIRD
 from kbitcheck.observe.uses.subject import Outcome, Subject, Value, done, floating, use
 
 OTHER = {"use_reentrant": False, "preserve_rng_state": False}  # as no case asks
-LOADED = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
+LOADED = (*HALVES, torch.float32)
 Before = Callable[[Subject, Any], Any]
 
 
@@ -26,9 +27,15 @@ def _checkpointed(subject: Subject, model: Any) -> None:
     switches.quietly(lambda: model.gradient_checkpointing_enable(OTHER))
 
 
+def _attending_otherwise(model: Any) -> None:
+    own = internals.attention(model.config)
+    internals.choose_attention(model.config, "sdpa" if own == "eager" else "eager")
+
+
 # A forward must be the last that is tried: what it leaves in a model that is lent is there afterwards.
 CIRCUMSTANCES: Mapping[str, Before] = {
     "frozen before": lambda subject, model: model.requires_grad_(False),
+    "with another attention": lambda subject, model: _attending_otherwise(model),
     "in train mode": lambda subject, model: model.train(),
     "run before": _run,
 }
@@ -58,8 +65,9 @@ def loaded_in_other_dtypes(subject: Subject) -> Outcome:
     if not subject.preparation.loaded.copies or subject.preparation.spec.profile != "peft":
         return {}
     seen: dict[str, Value] = {}
-    for dtype in LOADED:
-        parts = done(partial(_prepared_after, before=partial(_cast, dtype)), subject)
+    under = subject.drawn_in_order((None, *HALVES))  # which dtype is run under which autocast depends on the seed
+    for dtype, autocast in zip(LOADED, under, strict=True):
+        parts = done(partial(_prepared_after, before=partial(_cast, dtype), autocast=autocast), subject)
         name = str(dtype).removeprefix("torch.")
         seen |= {f"{part}, in {name}" if part else name: value for part, value in parts.items()}
     return seen
@@ -71,16 +79,23 @@ def _cast(dtype: torch.dtype, subject: Subject, model: Any) -> None:
     model.config.dtype = dtype
 
 
-def _prepared_after(subject: Subject, before: Before) -> Outcome:
+def _prepared_after(subject: Subject, before: Before, autocast: torch.dtype | None = None) -> Outcome:
+    """What is prepared afterwards, and a step of it; another one under ``autocast``."""
     model = subject.fresh()
     before(subject, model)
     model = subject.prepared(model)
     usual, now = _state(subject.model), _state(model)
     others = [name for name in {**usual, **now} if usual.get(name) != now.get(name)]
-    return {"what is not as usual": ", ".join(others) or "nothing", **subject.step(*subject.attached(model))}
+    attached = subject.attached(model)
+    seen = {"what is not as usual": ", ".join(others) or "nothing", **subject.step(*attached)}
+    if autocast is None:
+        return seen
+    mixed = subject.step(*attached, subject.autocast(autocast))
+    return seen | {f"{part}, under autocast in {autocast}": value for part, value in mixed.items()}
 
 
 def _state(model: nn.Module) -> Mapping[str, str]:
-    """The dtype and the flag of each parameter, and how the model checkpoints."""
+    """The dtype and the flag of each parameter, and how the model checkpoints and attends."""
     held = {name: f"{p.dtype}, trains: {p.requires_grad}" for name, p in model.named_parameters()}
+    held["how it attends"] = str(internals.attention(getattr(model, "config", None)))
     return {**held, "how it checkpoints": f"{switches.mode_of(model)} {internals.checkpoint_keywords(model)}"}

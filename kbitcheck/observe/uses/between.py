@@ -1,6 +1,8 @@
 """What is done between steps of training, and other circumstances of a step, which change nothing of what it gives."""
 
 import copy
+import io
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from kbitcheck.observe.uses.subject import Outcome, Parameters, Subject, Value, 
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # as torchrun sets them
 RANK, RATE, STEPS = 16, 0.5, 3
+PATIENCE = 60.0  # seconds for a step that takes a part of one
 
 
 @use
@@ -145,3 +148,33 @@ def prepared_under_a_launcher(subject: Subject) -> Outcome:
         return {}
     with mock.patch.dict(os.environ, LAUNCHED):
         return subject.step(*subject.attached(subject.another()))
+
+
+@use
+def a_step_in_a_forked_process(subject: Subject) -> Outcome:
+    """As notebooks launch training, of a model that a cell before prepared; CUDA does not run in such a process."""
+    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():
+        return {}
+    model, adapters = subject.attached()
+    forked = multiprocessing.get_context("fork")
+    ours, theirs = forked.Pipe(duplex=False)
+
+    def take() -> None:
+        torch.set_num_threads(1)  # of the other threads none is in this process
+        seen = done(lambda subject: subject.step(model, adapters), subject)
+        saved = io.BytesIO()
+        torch.save(dict(seen), saved)
+        theirs.send_bytes(saved.getvalue())
+
+    process = forked.Process(target=take)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(PATIENCE):
+            return {"the process": "no answer"}
+        return {"the process": "answers", **torch.load(io.BytesIO(ours.recv_bytes()), weights_only=False)}
+    except EOFError:
+        return {"the process": "no answer"}
+    finally:
+        process.kill()
+        process.join()

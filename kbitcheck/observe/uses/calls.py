@@ -18,6 +18,7 @@ from kbitcheck.observe.uses.subject import Outcome, Parameters, Subject, Value, 
 LENGTHS = (64, 512)  # as people choose them: powers of two
 ROWS = 16  # as many as people train at once, and more than there were in the forwards before
 ENCODED = frozenset({"input_ids", "input_features"})  # what an encoder reads
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 PARTS = ("loss", "logits", "hidden_states", "attentions")
 
@@ -125,12 +126,25 @@ def the_model_below_its_head(subject: Subject) -> Outcome:
 
 @use
 def embeddings_in_place_of_ids(subject: Subject) -> Outcome:
+    """In each floating dtype, as scripts make them that mix texts with what is no text: hidden states have it, too."""
     model: Any
     model, adapters = subject.attached()
-    inputs = step.feed(model, subject.batch)
-    if "input_ids" not in inputs:
+    batch = step.feed(model, subject.batch)
+    if "input_ids" not in batch:
         return {}
-    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_(True)
+    own = model.get_input_embeddings()(batch["input_ids"]).dtype
+    seen: dict[str, Value] = {}
+    for dtype in dict.fromkeys((own, *DTYPES)):
+        parts = done(partial(_embedded, model=model, adapters=adapters, dtype=dtype), subject)
+        name = str(dtype).removeprefix("torch.")
+        seen |= {f"{part}, in {name}" if part else name: value for part, value in parts.items()}
+    return seen
+
+
+def _embedded(subject: Subject, model: Any, adapters: Parameters, dtype: torch.dtype) -> Outcome:
+    inputs = step.feed(model, subject.batch)
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().to(dtype).requires_grad_(True)
+    step.clear_gradients(model)
     model.train()
     with switches.seeded(subject.preparation.spec.seed, subject.batch), subject.preparation.autocast():
         loss = model(**inputs, inputs_embeds=embedded).loss

@@ -1,10 +1,12 @@
 """What a use is done to, and what came of it: tensors and texts by name."""
 
+import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +21,9 @@ from kbitcheck.observe.preparation import Preparation
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.adapters import Attached
+from kbitcheck.observe.probes.step import Autocast
 
+T = TypeVar("T")
 Value = torch.Tensor | str | Raised
 Outcome = Mapping[str, Value]
 Parameters = Mapping[str, nn.Parameter]
@@ -77,7 +81,7 @@ class Subject:
             adapter_probe.draw(factors, spec.seed)
         return Attached(wrapped, {n: p for n, p in wrapped.named_parameters() if p.requires_grad})
 
-    def step(self, model: nn.Module, parameters: Parameters, autocast: step.Autocast | None = None) -> Outcome:
+    def step(self, model: nn.Module, parameters: Parameters, autocast: Autocast | None = None) -> Outcome:
         """The loss of a training step, and the gradients of these parameters."""
         facts, gradients = step.train_step(
             model,
@@ -107,6 +111,15 @@ class Subject:
         with without(), self.preparation.autocast():
             logits: torch.Tensor = model(**step.feed(model, batch or self.batch)).logits
         return logits
+
+    def autocast(self, dtype: torch.dtype) -> Autocast:
+        """Makes a context of autocast in a dtype where the batch is."""
+        return partial(torch.autocast, step.device(self.batch).type, dtype=dtype)
+
+    def drawn_in_order(self, values: Sequence[T]) -> Sequence[T]:
+        """Values in an order that is the same for each case of a base."""
+        spec = self.preparation.spec
+        return random.Random(f"{spec.seed} {spec.model.rpartition('/')[2]}").sample(values, len(values))  # noqa: S311
 
     def drawn(self) -> Batch | None:
         """A batch of other rows and another length, the same for each case of a base; None where the caller named the batch."""

@@ -64,8 +64,11 @@ def the_embedding_resized(subject: Subject) -> Outcome:
 
 
 def _under_autocast(subject: Subject, dtype: torch.dtype) -> Outcome:
-    device = step.device(subject.batch).type
-    return subject.step(*subject.attached(), partial(torch.autocast, device, dtype=dtype))
+    """A step, and the logits of an evaluation."""
+    attached, autocast = subject.attached(), subject.autocast(dtype)
+    seen = subject.step(*attached, autocast)
+    with autocast():
+        return {**seen, "the logits": subject.logits(attached.model)}
 
 
 @use

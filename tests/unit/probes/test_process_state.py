@@ -314,3 +314,28 @@ def test_the_threads_that_kbitcheck_sets_itself_are_no_lasting_effect():
         assert THREADS not in before.lasting()
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_is_printed_meanwhile_is_an_effect_and_still_printed(stream, capsys):
+    with effects(torch.nn.Linear(1, 1)) as happened:
+        print("a step\n", file=getattr(sys, stream))
+    assert happened == {"printed": ("nothing", "a step")}
+    assert "a step" in getattr(capsys.readouterr(), stream[3:])
+
+
+def test_warnings_logs_and_progress_bars_are_no_prints(capsys):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    logger = logging.Logger("of this test alone")
+    before = sys.stdout, sys.stderr
+    with effects(torch.nn.Linear(1, 1)) as happened:
+        logger.addHandler(logging.StreamHandler())
+        logger.warning("a log")
+        exec(
+            "import sys\nprint('a warning', file=sys.stderr)", {"__name__": "warnings"}
+        )  # pytest has replaced its functions
+        [*tqdm(range(2), desc="a bar")]
+    assert happened == {}
+    assert (sys.stdout, sys.stderr) == before
+    told = capsys.readouterr().err
+    assert [text in told for text in ("a log", "a warning", "a bar")] == [True] * 3
