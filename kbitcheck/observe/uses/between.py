@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from kbitcheck.observe import internals
-from kbitcheck.observe.probes import forwards
+from kbitcheck.observe.probes import forwards, step
 from kbitcheck.observe.uses.subject import Outcome, Parameters, Subject, Value, attempt, done, use
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # as torchrun sets them
 RANK, RATE, STEPS = 16, 0.5, 3
-PATIENCE = 60.0  # seconds for a step that takes a part of one
+PATIENCE = 120.0  # seconds for a step that takes a part of one
 
 
 @use
@@ -152,8 +152,9 @@ def prepared_under_a_launcher(subject: Subject) -> Outcome:
 
 @use
 def a_step_in_a_forked_process(subject: Subject) -> Outcome:
-    """As notebooks launch training, of a model that a cell before prepared; CUDA does not run in such a process."""
-    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():
+    """As notebooks launch training, of a model that a cell before prepared; accelerators do not run in such a process."""
+    accelerated = torch.cuda.is_initialized() or step.device(subject.batch).type != "cpu"
+    if accelerated or subject.preparation.loaded.large or "fork" not in multiprocessing.get_all_start_methods():
         return {}
     model, adapters = subject.attached()
     forked = multiprocessing.get_context("fork")
