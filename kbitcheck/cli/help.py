@@ -9,7 +9,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("model", "quant", "checkpointing", "profile", "select", "ignore", "strict", "suite"),
         ("adapters", "targets", "rank", "freezes", "batch", "seq_len", "seed", "cut", "conditions", "composition"),
     ),
-    "What is forecast": ((), ("autocast", "attention", "packed", "loss", "optimizer", "accumulate", "gpus")),
+    "What is forecast": (
+        (),
+        ("autocast", "attention", "packed", "loss", "image_size", "optimizer", "accumulate", "gpus"),
+    ),
     "How it runs": (("device", "timeout", "jobs", "plan"), ("fuzz", "hours", "in_process")),
     "What comes out": (("format", "output", "quiet", "verbose", "color"), ("debug",)),
 }

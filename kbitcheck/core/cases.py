@@ -31,7 +31,8 @@ class CaseSpec:
     ``static`` says when the audit reads no weights. For the forecast: ``memory`` is what training has to fit into, in bytes, and ``gpu`` the GPU
     that has it, if one was named; ``cells`` requests steps of usual shapes beside it, ``fits`` the table of common GPUs;
     ``accumulate`` is the number of batches that an optimizer step adds up, ``gpus`` that of GPUs. Steps are forecast under
-    ``autocast``, with ``attention``, ``packed`` sequences and ``loss``: no rule reads them.
+    ``autocast``, with ``attention``, ``packed`` sequences and ``loss``, and with images of
+    ``image_size`` pixels a side where the model's configuration states none: no rule reads them.
     ``cut`` says when facts about code paths run on a cut of the model. ``conditions`` are those that are looked at of many: ``all``,
     a ``few``, one by its name, a share such as ``2/9`` that the seed draws, or none (empty).
     ``composition`` is what the prepared model is put into; where there is one, rules about compositions judge the case, and no others.
@@ -68,6 +69,7 @@ class CaseSpec:
     attention: Attention = "default"
     packed: bool = False
     loss: Loss = "full"
+    image_size: int | None = None
     conditions: str = ""
     composition: Composition = ""
 

@@ -125,9 +125,8 @@ def test_an_image_takes_the_tokens_that_the_model_computes(tmp_path):
     spec = CaseSpec(model=str(tmp_path), quant="nf4", implementation="none", device="cpu", static="always")
     source = sources.source_of(spec, static="always")
     predicted, _ = training(source, "nf4")
-    assert predicted.image_tokens == 16
     assert predicted.limit == 512 - 16
-    assert predicted.notes == ("each sequence has an image of 16 tokens beside its text",)
+    assert predicted.notes == ("each sequence has an image of 32 × 32 pixels, 16 tokens, beside its text",)
     assert predicted.step(2, 20, "off").logits == 4 * 2 * (20 + 16) * 300
 
 

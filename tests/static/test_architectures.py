@@ -11,6 +11,7 @@ from kbitcheck.models.sources import architecture
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import predict
+from kbitcheck.observe.forecast.feed import NO_STEP
 from kbitcheck.observe.forecast.results import Results
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.thinning import Passed
@@ -170,7 +171,7 @@ def test_what_fits_is_confirmed_for_every_architecture(name):
     if name == NO_QUANTIZED_LAYER:
         assert not snapshot(source_of(name).meta(NF4)).layers
     elif name in NOT_FORECAST:
-        with pytest.raises(predict.NO_STEP, match=NOT_FORECAST[name]):
+        with pytest.raises(NO_STEP, match=NOT_FORECAST[name]):
             answer(name)
     else:
         answer(name)

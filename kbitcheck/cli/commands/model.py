@@ -29,6 +29,7 @@ AUTOCAST_HELP = (
     "Autocast of the forecast steps; default: bf16, as of Trainer(bf16=True), or fp16 on a GPU without bf16."
 )
 ATTENTION_HELP = "Attention of the forecast steps; default: the model's own. flash_attention_2 needs no package here."
+IMAGE_HELP = "Width and height of the images of the forecast steps, where the configuration states no size (1024)."
 LOSS_HELP = "Loss of the forecast steps: of all logits, of chunks, or fused with the head as Liger's."
 
 DRAWN = ("html", "json")  # formats that have a map of what fits, or that one is made from
@@ -47,6 +48,7 @@ class Options(RunOptions):
     attention: Attention | None = choice(ATTENTION_HELP, None, ("sdpa", "eager", "flash_attention_2"))
     packed: bool = option("Forecast steps of sequences packed into one row, without padding.", False)
     loss: Loss = choice(LOSS_HELP, "full", Loss)
+    image_size: int | None = option(IMAGE_HELP, None, metavar="PIXELS", read=at_least(1))
     optimizer: Optimizer = choice("Optimizer of the forecast.", "adamw", Optimizer)
     accumulate: int = option("Batches that an optimizer step adds up.", 1, metavar="N", read=at_least(1))
     gpus: int = option(
@@ -101,6 +103,7 @@ def model_cases(model: str, options: Options) -> list[CaseSpec]:
         attention=options.attention or "default",
         packed=options.packed,
         loss=options.loss,
+        image_size=options.image_size,
         fits=options.fits,
         cells=bool(options.memory) and options.format in DRAWN,
         optimizer=options.optimizer,

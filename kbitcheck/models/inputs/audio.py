@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kbitcheck.models.inputs.media import Medium
 from kbitcheck.models.inputs.text import IGNORED, Batch, Shape, Tokens, draw, fit
 
 FRAMES, SAMPLES = 64, 1600
+MASKS = ("input_features_mask", "feature_attention_mask", "padding_mask")
+AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
 ENCODERS = ("encoder_config", "audio_config", "encoder", "asr_config")
 BINS = (
     "input_size", "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "feature_projection_input_dim",
@@ -21,14 +24,26 @@ Sides = Callable[[Any], tuple[int, ...]]
 
 def batches_with_audio(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
     """Functions that make a batch with audio for a copy of ``model``, to be tried in this order."""
-    accepted = inspect.signature(type(model).forward).parameters
-    tower = _tower(model)
-    in_text = inspect.signature(tower.get_audio_features).parameters if tower and "input_ids" in accepted else {}
-    for key, sides, time in LAYOUTS:
-        if key in in_text:
-            yield partial(_audio_in_text, key=key, sides=sides, time=time, **shape)
+    for medium in audio_in_text(model):
+        yield partial(medium.batch, **shape)
     for make in audio_beside_text(model):
         yield partial(make, **shape)
+
+
+def audio_in_text(model: PreTrainedModel) -> Iterator[Medium]:
+    """Layouts of audio that tokens of a text stand for."""
+    accepted = inspect.signature(type(model).forward).parameters
+    encode = _encoder(model) if "input_ids" in accepted else None
+    taken = inspect.signature(encode).parameters if encode else {}
+
+    def read(key: str, sides: Sides, time: int, read_by: Any, rows: int, seed: int) -> Batch:
+        numbers = Tokens(read_by, seed).features(rows, *sides(_config(read_by.config)))
+        whole = torch.ones(rows, numbers.shape[1 + time], dtype=torch.int64)
+        return {key: numbers, **{mask: whole for mask in MASKS if mask in taken}}
+
+    for key, sides, time in LAYOUTS:
+        if key in taken:
+            yield Medium(partial(read, key, sides, time), _encoder, _spelled_out)
 
 
 def audio_beside_text(model: PreTrainedModel) -> Iterator[Callable[..., Batch]]:
@@ -39,32 +54,31 @@ def audio_beside_text(model: PreTrainedModel) -> Iterator[Callable[..., Batch]]:
             yield partial(_audio_beside_text, key=key, sides=sides)
 
 
-def _tower(model: Any) -> Any:
-    """The part that computes features of audio to put into a text, or None."""
-    return next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_audio_features")), None)
+def _encoder(model: Any) -> Callable[..., Any] | None:
+    """The method that computes features of audio to put into a text, or None."""
+    parts = [part for part in (getattr(model, "model", None), model) if part is not None]
+    method = next((part.get_audio_features for part in parts if hasattr(part, "get_audio_features")), None)
+    tower = next((part.audio_tower for part in parts if hasattr(part, "audio_tower")), None)
+    if method is not None or tower is None:
+        return method
+
+    def encoded(input_features: Any, feature_attention_mask: Any) -> Any:
+        return tower(input_features)
+
+    return encoded
 
 
-def _audio_in_text(model: Any, *, key: str, sides: Sides, time: int, batch: int, seq_len: int, seed: int) -> Batch:
-    """Text with as many tokens for the audio as the model itself computes features of it.
+def _spelled_out(model: Any, count: int, batch: int, seq_len: int, seed: int) -> Batch:
+    """A text with ``count`` tokens for the audio in each row.
 
     A model without such a token adds features and embeddings up, so that its text is as long as its audio.
     """
-    tower = _tower(model)
-    accepted = inspect.signature(tower.get_audio_features).parameters
-    numbers = Tokens(model, seed).features(batch, *sides(_config(model.config)))
-    whole = torch.ones(batch, numbers.shape[1 + time], dtype=torch.int64)
-    masks = {mask: whole for mask in ("input_features_mask", "padding_mask") if mask in accepted}
-    audio = fit({key: numbers, **masks}, model)
-    with torch.no_grad():
-        features = tower.eval().get_audio_features(**audio)
-    features = getattr(features, "pooler_output", features)
-    count = features.numel() // features.shape[-1] // batch
-    token = getattr(model.config, "audio_token_id", None)
+    token = next((t for name in AUDIO_TOKENS if isinstance(t := getattr(model.config, name, None), int)), None)
     text = draw(model, batch=batch, seq_len=count + (seq_len if token is not None else 0), seed=seed, images=False)
     if token is not None:
         text["input_ids"][:, 1 : 1 + count] = token
         text["labels"][:, 1 : 1 + count] = IGNORED
-    return {**text, **audio}
+    return text
 
 
 def _audio_beside_text(model: Any, *, key: str, sides: Sides, batch: int, seq_len: int, seed: int) -> Batch:

@@ -1,22 +1,23 @@
 """Images that a model may read: the tokens that stand for them in a text, and the layout of their pixels."""
 
 import inspect
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kbitcheck.models.inputs.media import Medium
 from kbitcheck.models.inputs.text import IGNORED, Batch, Shape, Tokens, draw, fit
 
 PIXELS = ("pixel_values", "flattened_patches")
 ENCODERS = ("get_image_features", "get_video_features")
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
 MARKS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+SIDES = ("image_grid_thw", "image_grid_hw", "target_sizes")
 MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor", "pooling_kernel_size")
 
 Layout = Callable[[Any, Tokens, int], Batch]
@@ -24,65 +25,46 @@ Layout = Callable[[Any, Tokens, int], Batch]
 
 def batches_with_images(model: PreTrainedModel, shape: Shape) -> Iterator[Callable[[Any], Batch]]:
     """Functions that make a batch with images for a copy of ``model``, to be tried in this order."""
-    accepted = inspect.signature(type(model).forward).parameters
-    if "pixel_values" in accepted:
+    if "pixel_values" in inspect.signature(type(model).forward).parameters:
         yield lambda m: draw(m, **shape)
-    for layout in WITHIN_TEXT:
-        if _encoder(model) and "input_ids" in accepted:
-            yield partial(_images_in_text, layout=layout, **shape)
-    for layout in BESIDE_TEXT:
-        for labels in (None, shape["seq_len"]):
-            yield partial(_images_beside_text, layout=layout, length=labels, **shape)
+    for medium in images_in_text(model):
+        yield partial(medium.batch, **shape)
+    for make in images_beside_text(model):
+        yield partial(make, **shape)
 
 
-def _images_in_text(model: Any, *, layout: Layout, batch: int, seq_len: int, seed: int) -> Batch:
-    """Text with as many tokens for each image as the model itself computes features of it."""
-    tokens, accepted = Tokens(model, seed), inspect.signature(type(model).forward).parameters
-    pixels = _accepted(layout(model.config, tokens, batch), accepted)
-    with torch.no_grad():
-        features = _encoder(model.eval())(**fit(pixels, model))  # type: ignore[misc]
-    count = _count(features) // batch
+def images_in_text(model: PreTrainedModel, width: int | None = None) -> Iterator[Medium]:
+    """Layouts of images that tokens of a text stand for; ``width`` is in pixels, where the model's configuration states none."""
+    accepted = inspect.signature(type(model).forward).parameters
+    if _encoder(model) is None or "input_ids" not in accepted:
+        return
+
+    def read(layout: Layout, read_by: Any, rows: int, seed: int) -> Batch:
+        return _accepted(layout(read_by.config, Tokens(read_by, seed, width=width), rows), accepted)
+
+    for layout in WITHIN_TEXT if width is None else (WITHIN_TEXT[0], _whole, *WITHIN_TEXT[1:]):
+        yield Medium(partial(read, layout), _encoder, _spelled_out)
+
+
+def images_beside_text(model: PreTrainedModel, width: int | None = None) -> Iterator[Callable[..., Batch]]:
+    """Functions of the model, ``batch``, ``seq_len`` and ``seed`` that make an image and a text without tokens for it."""
+    if any(key in inspect.signature(type(model).forward).parameters for key in PIXELS):
+        for layout in BESIDE_TEXT:
+            for as_long in (False, True):
+                yield partial(_images_beside_text, layout=layout, as_long=as_long, width=width)
+
+
+def _spelled_out(model: Any, count: int, batch: int, seq_len: int, seed: int) -> Batch:
+    """A text with ``count`` tokens for an image in each row."""
+    accepted = inspect.signature(type(model).forward).parameters
     made = draw(model, batch=batch, seq_len=seq_len + count, seed=seed, images=False)
     made["input_ids"][:, 1 : 1 + count] = _image_token(model.config)
+    made["attention_mask"][:, : 1 + count] = 1  # padding is of the text
     if made["labels"].shape == made["input_ids"].shape:
         made["labels"][:, 1 : 1 + count] = IGNORED
     marks = torch.zeros_like(made["input_ids"])
     marks[:, 1 : 1 + count] = 1
-    made |= {key: marks for key in MARKS if key in accepted}
-    return fit({**made, **pixels}, model)
-
-
-@contextmanager
-def counted_features(model: Any) -> Iterator[list[int]]:
-    """A list that gets, for each call of the model's encoder of images while it is entered, the number of features."""
-    numbers: list[int] = []
-
-    def counted(encode: Callable[..., Any]) -> Callable[..., Any]:
-        def encoded(*args: Any, **kwargs: Any) -> Any:
-            features = encode(*args, **kwargs)
-            numbers.append(_count(features))
-            return features
-
-        return encoded
-
-    with ExitStack() as stack:
-        for part, name in _encoders(model):
-            stack.enter_context(mock.patch.object(part, name, counted(getattr(part, name))))
-        yield numbers
-
-
-def _count(features: Any) -> int:
-    return sum(part.numel() // part.shape[-1] for part in _parts(features))
-
-
-def _parts(features: Any) -> Sequence[Tensor]:
-    """The features of images, from any form of output: one tensor, or one for each image."""
-    states = getattr(features, "pooler_output", None)
-    if states is None and (layers := getattr(features, "deepstack_features", None)):
-        states = layers[0][1]  # as many in each layer that reads them
-    if states is None:
-        states = getattr(features, "last_hidden_state", features)
-    return states if isinstance(states, list | tuple) else [states]
+    return made | {key: marks for key in MARKS if key in accepted}
 
 
 def _encoder(model: Any) -> Callable[..., Any] | None:
@@ -104,10 +86,14 @@ def _image_token(config: Any) -> int:
 
 
 def _images_beside_text(
-    model: Any, *, layout: Layout, length: int | None, batch: int, seq_len: int, seed: int
+    model: Any, *, layout: Layout, as_long: bool, batch: int, seq_len: int, seed: int, width: int | None = None
 ) -> Batch:
-    """An image for each row, without tokens in its text: cross-attention reads it, or it precedes the text."""
-    accepted, tokens = inspect.signature(type(model).forward).parameters, Tokens(model, seed)
+    """An image for each row, without tokens in its text: cross-attention reads it, or it precedes the text.
+
+    The labels are ``as_long`` as the text, or as long as the model's kind takes them.
+    """
+    accepted, tokens = inspect.signature(type(model).forward).parameters, Tokens(model, seed, width=width)
+    length = seq_len if as_long else None
     read = _accepted(layout(getattr(model.config, "encoder", model.config), tokens, batch), accepted)
     if "input_ids" in accepted:
         made = draw(model, batch=batch, seq_len=seq_len, seed=seed, images=False, labels=length)
@@ -153,11 +139,11 @@ def _number(value: Any) -> int:
     return int(value[0] if isinstance(value, list | tuple) else value)
 
 
-def _size(config: Any) -> tuple[int, int]:
-    """Channels and width of an image of a few patches."""
+def _size(config: Any, tokens: Tokens) -> tuple[int, int]:
+    """Channels and width of an image: of the configuration's size, else of that asked for, else of a few patches."""
     vision = _vision(config)
     size, patch = getattr(vision, "image_size", None), _number(getattr(vision, "patch_size", 8))
-    return _channels(vision), _number(size or 4 * patch)
+    return _channels(vision), _number(size or (tokens.width or 4 * patch) // patch * patch)
 
 
 def _channels(vision: Any) -> int:
@@ -170,7 +156,7 @@ def _tiles_of(config: Any) -> int:
 
 def _plain(config: Any, tokens: Tokens, batch: int) -> Batch:
     """Whole images, with their sizes, and the further inputs that some models need."""
-    channels, size = _size(config)
+    channels, size = _size(config, tokens)
     made = {
         "pixel_values": tokens.features(batch, channels, size, size),
         "image_sizes": torch.tensor([[size, size]] * batch),
@@ -179,6 +165,24 @@ def _plain(config: Any, tokens: Tokens, batch: int) -> Batch:
     if (finer := getattr(config, "high_res_vision_config", None)) is not None:
         made["high_res_pixel_values"] = tokens.features(batch, channels, finer.image_size, finer.image_size)
     return made
+
+
+def _whole(config: Any, tokens: Tokens, batch: int) -> Batch:
+    """Whole images and nothing beside them."""
+    channels, size = _size(config, tokens)
+    return {"pixel_values": tokens.features(batch, channels, size, size)}
+
+
+def width_of(config: Any, made: Mapping[str, Tensor]) -> int:
+    """The width of the images of a batch, in pixels; they are square."""
+    vision = _vision(config)
+    sides = next((made[key] for key in SIDES if key in made), None)
+    if sides is not None:
+        return int(sides[0, -1]) * _number(vision.patch_size)
+    pixels = next(made[key] for key in PIXELS if key in made)
+    if pixels.dim() > 3 and pixels.shape[-1] == pixels.shape[-2]:
+        return pixels.shape[-1]
+    return math.isqrt(pixels.numel() // (len(pixels) * _channels(vision)))
 
 
 def _nested(config: Any, tokens: Tokens, batch: int) -> Batch:
@@ -201,7 +205,7 @@ def _tiled(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 def _tiles_in_one(config: Any, tokens: Tokens, batch: int) -> Batch:
     """For each row a list of one image of the largest number of tiles, all but one of them masked (Llama 3.2)."""
-    (channels, size), tiles = _size(config), _tiles_of(config)
+    (channels, size), tiles = _size(config, tokens), _tiles_of(config)
     seen = (torch.arange(tiles) == 0).long().expand(batch, 1, tiles)
     return {
         "pixel_values": tokens.features(batch, 1, tiles, channels, size, size),
@@ -210,14 +214,14 @@ def _tiles_in_one(config: Any, tokens: Tokens, batch: int) -> Batch:
     }
 
 
-def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
+def _grid(config: Any, tokens: Tokens, batch: int) -> tuple[int, int, Batch]:
     """Patches along a side, numbers in a patch, and the keyword arguments that tell a model so."""
     vision = _vision(config)
     merges = (getattr(part, name, None) for part in (vision, config) for name in MERGES)
     merge = _number(next((m for m in merges if m is not None), 1))
     frames = getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1))
-    side = 2 * merge
     patch = getattr(vision, "model_patch_size", _number(vision.patch_size))
+    side = merge * _squares_along(vision, tokens, merge * patch)
     return side, _channels(vision) * patch**2 * _number(frames), {
         "image_grid_thw": torch.tensor([[1, side, side]] * batch),
         "image_grid_hw": torch.tensor([[side, side]] * batch),
@@ -226,15 +230,23 @@ def _grid(config: Any, batch: int) -> tuple[int, int, Batch]:
     }  # fmt: skip
 
 
+def _squares_along(vision: Any, tokens: Tokens, square: int) -> int:
+    """How many squares of so many pixels, each of which becomes a token, are along a side: two, unless a width is asked for."""
+    if tokens.width is None:
+        return 2
+    most = getattr(vision, "default_output_length", None)  # Gemma 4's, of tokens for an image
+    return min(max(1, round(tokens.width / square)), math.isqrt(most) if most else tokens.width)
+
+
 def _patches(config: Any, tokens: Tokens, batch: int) -> Batch:
     """A sequence of patches, with the grid that they come from, as in Qwen-VL."""
-    side, width, sizes = _grid(config, batch)
+    side, width, sizes = _grid(config, tokens, batch)
     return {"pixel_values": tokens.features(batch * side * side, width), **sizes}
 
 
 def _squares(config: Any, tokens: Tokens, batch: int) -> Batch:
     """A sequence of patches, each still a small image."""
-    vision, (side, _, sizes) = _vision(config), _grid(config, batch)
+    vision, (side, _, sizes) = _vision(config), _grid(config, tokens, batch)
     patch = _number(vision.patch_size)
     return {"pixel_values": tokens.features(batch * side * side, _channels(vision), patch, patch), **sizes}
 
@@ -247,7 +259,7 @@ def _strip(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 def _blocks(config: Any, tokens: Tokens, batch: int) -> Batch:
     """Squares of patches that become one token, colours last, with the grid of these squares."""
-    vision, (side, _, _) = _vision(config), _grid(config, batch)
+    vision, (side, _, _) = _vision(config), _grid(config, tokens, batch)
     width = side // 2 * _number(vision.patch_size)
     pixels = tokens.features(batch * 4, width, width, _channels(vision))
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 2]] * batch)}
@@ -262,7 +274,7 @@ def _cubes(config: Any, tokens: Tokens, batch: int) -> Batch:
 
 def _rows(config: Any, tokens: Tokens, batch: int) -> Batch:
     """For each image a sequence of patches, with the position of each; padded to one length, but none needs it here."""
-    side, width, _ = _grid(config, batch)
+    side, width, _ = _grid(config, tokens, batch)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     return {
         "pixel_values": tokens.features(batch, side * side, width),
@@ -270,7 +282,7 @@ def _rows(config: Any, tokens: Tokens, batch: int) -> Batch:
         "spatial_shapes": torch.tensor([[side, side]] * batch),
         "pixel_attention_mask": torch.ones(batch, side * side, dtype=torch.int64),
         # Two neighbours become one token.
-        "image_token_pooling": torch.arange(batch * side * side).view(-1, 2),
+        "image_token_pooling": torch.arange(batch * side * side // 2 * 2).view(-1, 2),
         "image_grids": torch.tensor([[side, side // 2, 0, 0]] * batch),
     }
 

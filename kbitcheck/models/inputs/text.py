@@ -126,12 +126,14 @@ def _dimension_of_rows(tensor: Tensor, total: int) -> int:
 
 
 class Tokens:
-    """Draws tokens that are not special, and features, from a generator of its own."""
+    """Draws tokens that are not special, and features, from a generator of its own; ``width`` is that of an image, in pixels."""
 
-    def __init__(self, model: PreTrainedModel, seed: int, shares: Sequence[float] = ()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, seed: int, shares: Sequence[float] = (), *, width: int | None = None
+    ) -> None:
         text = model.config.get_text_config()
         self.generator = torch.Generator().manual_seed(seed)
-        self.shares = shares
+        self.shares, self.width = shares, width
         self.vocab = int(getattr(text, "vocab_size", UNICODE))  # some read code points
         special: set[int] = set()
         for config in (model.config, text):

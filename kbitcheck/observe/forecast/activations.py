@@ -5,7 +5,7 @@
 import gc
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -65,8 +65,7 @@ def measure(
 
     ``accumulated`` is the bytes of gradients that are there already and stay; 0 where there are none.
     """
-    fed = {name: world.tensor(t) for name, t in batch.items()}
-    live = Counted(world.tensors, runtime.device, world.results)
+    fed, live = _fed(batch, world, runtime)
     watch = _Watch(model, live)
     step.clear_gradients(model)
     floor = live.now
@@ -75,18 +74,7 @@ def measure(
             if parameter.requires_grad:
                 with world.mode:
                     parameter.grad = torch.empty_like(parameter)
-    with (
-        only_new_garbage(),
-        collecting_on_request(),
-        _checkpointing(model, reentrant, watch),
-        switches.cache_off(model),
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=[]),
-        world.entered(runtime, watch),
-        live,
-        watch,
-    ):
-        warnings.simplefilter("ignore")
+    with _running(model, watch, live, world, runtime, reentrant):
         with runtime.autocasting():
             output = model(**step.feed(model, fed))
         output = runtime.returned(output)
@@ -106,6 +94,42 @@ def measure(
     log.close()
     step.clear_gradients(model)
     return Measured(held, logits, places, log, gradients, attention, accumulated)
+
+
+def called(function: Callable[[], Any], model: nn.Module, world: World, runtime: Runtime) -> Any:
+    """What a function of the model returns that is called as in a forward of ``measure``."""
+    _, live = _fed({}, world, runtime, numbers=True)
+    with _running(model, _Watch(model, live), live, world, runtime, None), torch.no_grad(), runtime.autocasting():
+        return function()
+
+
+def _fed(
+    batch: Mapping[str, Tensor], world: World, runtime: Runtime, *, numbers: bool = False
+) -> tuple[dict[str, Tensor], Counted]:
+    """The batch of a step, and what counts it. Integers that have numbers keep them."""
+    kept = {name for name, t in batch.items() if t.device.type != "meta" and not t.is_floating_point()}
+    fed = {name: t if name in kept else world.tensor(t) for name, t in batch.items()}
+    existing = (*world.tensors, *(fed[name] for name in kept))
+    return fed, Counted(existing, runtime.device, world.results, numbers=numbers or bool(kept))
+
+
+@contextmanager
+def _running(
+    model: nn.Module, watch: "_Watch", live: Counted, world: World, runtime: Runtime, reentrant: bool | None
+) -> Iterator[None]:
+    with (
+        only_new_garbage(),
+        collecting_on_request(),
+        _checkpointing(model, reentrant, watch),
+        switches.cache_off(model),
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        world.entered(runtime, watch),
+        live,
+        watch,
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass(slots=True)
@@ -149,7 +173,7 @@ class _Watch(Watcher):
         self._entries: list[tuple[int, nn.Module]] = []  # what was alive when a block was passed on the way back
         self._hooks = ExitStack()
         self._names = {module: name for name, module in model.named_modules()}
-        self._attends: dict[nn.Module, list[str]] = defaultdict(list)
+        self._attends: dict[nn.Module | None, list[str]] = defaultdict(list)
         self.attention: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -179,8 +203,8 @@ class _Watch(Watcher):
         return places
 
     def attends(self, kernel: str) -> None:
-        """Attention takes a kernel, in the block that runs or outside of all."""
-        if not self._backward:
+        """Attention takes a kernel, in the block that runs or outside of all. A block counts once, however often it attends."""
+        if not self._backward and kernel not in self._attends[self.block]:
             if self.block is not None:
                 self._attends[self.block].append(kernel)
             self.attention[kernel] += 1

@@ -14,6 +14,7 @@ from kbitcheck.core.facts.fit import AnswerFacts, ChangeFacts
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe.forecast import parts, predict
 from kbitcheck.observe.forecast.candidate import Candidate
+from kbitcheck.observe.forecast.feed import NO_STEP
 
 SHORTEST = 256  # tokens: a shorter sequence is no advice
 RANKS = (8, 4)
@@ -155,7 +156,7 @@ class Answer:
                     return state
         try:
             return self._trial(dataclasses.replace(state.spec, **values), {**state.values, **values})
-        except predict.NO_STEP as error:  # this model cannot be trained so
+        except NO_STEP as error:  # this model cannot be trained so
             predict.raise_if_own(error)
             return state
 

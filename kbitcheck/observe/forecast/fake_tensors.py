@@ -19,6 +19,7 @@ from kbitcheck.backends import registry
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast.attention import workspace
 from kbitcheck.observe.forecast.cuda_autocast import Watcher
+from kbitcheck.observe.forecast.integers import by_numbers, has_numbers, with_numbers
 from kbitcheck.observe.forecast.results import Results, shared
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.storages import Log
@@ -92,11 +93,20 @@ class World:
 class Counted(Live):
     """Counts storages, and answers for numbers that are not there as if tokens were spread evenly over experts.
 
-    Reading one number gives zero (or False). ``trace`` is the bytes alive after each operator that makes a storage.
+    Reading one number gives zero (or False). With ``numbers``, integers have theirs: a model that reads images computes lengths
+    and positions from them. ``trace`` is the bytes alive after each operator that makes a storage.
     """
 
-    def __init__(self, existing: Iterable[Tensor] = (), device: str = "cpu", results: Results | None = None) -> None:
+    def __init__(
+        self,
+        existing: Iterable[Tensor] = (),
+        device: str = "cpu",
+        results: Results | None = None,
+        *,
+        numbers: bool = False,
+    ) -> None:
         self._results = results
+        self._numbers = numbers
         self.log = Log()
         super().__init__(existing)
         self.log = Log()  # what exists is not of the step
@@ -115,11 +125,13 @@ class Counted(Live):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls
             return args[0].fake_device
-        if func is internals.READ_NUMBER:
+        if func is internals.READ_NUMBER and not (self._numbers and has_numbers(args[0])):
             return 0.0 if args[0].dtype.is_floating_point else 0
         kwargs = kwargs or {}
-        if func is torch.ops.aten.nonzero.default:
+        if func is torch.ops.aten.nonzero.default and not (self._numbers and has_numbers(args[0])):
             func, args, kwargs = NEW, (args[0], (self._rows(args[0]), args[0].dim())), {"dtype": torch.int64}
+        if self._numbers and func is torch.ops.aten.index.Tensor:
+            args = (args[0], [number for index in args[1] for number in by_numbers(index)])
         before = self.now
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.now > before:
@@ -135,7 +147,9 @@ class Counted(Live):
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operator returns, as its backend computes it."""
         infer = partial(self._infer, func, args, kwargs)
-        return infer() if self._results is None else self._results.of(func, args, kwargs, infer)
+        if self._results is not None:
+            infer = partial(self._results.of, func, args, kwargs, infer)
+        return with_numbers(func, args, kwargs, infer) if self._numbers else infer()
 
     def _infer(self, func: Any, args: Any, kwargs: Any) -> Any:
         for backend in self._backends:

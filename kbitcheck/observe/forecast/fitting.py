@@ -14,6 +14,7 @@ from kbitcheck.observe.forecast import grid, parts, predict, shares
 from kbitcheck.observe.forecast.answer import Answer
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.candidate import Candidate, with_loading
+from kbitcheck.observe.forecast.feed import NO_STEP
 from kbitcheck.observe.forecast.predict import Training, autocast_name, runtime_of, usual_half
 from kbitcheck.observe.forecast.search import USUAL
 
@@ -80,7 +81,7 @@ def with_steps(forecast: ForecastFacts, source: Source, model: Any, facts: Model
         if any(search.ended_early for search in candidate.searches.values()):
             forecast = dataclasses.replace(forecast, notes=(*forecast.notes, ENDED_EARLY))
         return forecast
-    except predict.NO_STEP as error:
+    except NO_STEP as error:
         predict.raise_if_own(error)
         return dataclasses.replace(forecast, missing=cause(error))
 

@@ -1,9 +1,8 @@
 """What training a model will take, predicted from its configuration alone."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -20,16 +19,14 @@ from kbitcheck.core.errors import UsageError, is_own
 from kbitcheck.core.facts import ForecastFacts, ModelFacts
 from kbitcheck.core.profile import PROMISES
 from kbitcheck.models.blocks import is_block
-from kbitcheck.models.inputs.audio import audio_beside_text
-from kbitcheck.models.inputs.images import counted_features
-from kbitcheck.models.inputs.text import draw, widened
 from kbitcheck.models.sources.resolve import Source
 from kbitcheck.observe import device as devices
 from kbitcheck.observe import internals
 from kbitcheck.observe.forecast import weights
-from kbitcheck.observe.forecast.activations import Measured, measure
+from kbitcheck.observe.forecast.activations import Measured, called, measure
 from kbitcheck.observe.forecast.attention import AMPERE
 from kbitcheck.observe.forecast.fake_tensors import World
+from kbitcheck.observe.forecast.feed import SHORT, Feed, Runs
 from kbitcheck.observe.forecast.losses import LOSSES, Headless
 from kbitcheck.observe.forecast.runtime import Runtime
 from kbitcheck.observe.forecast.search import Search
@@ -37,7 +34,7 @@ from kbitcheck.observe.forecast.thinning import thin
 from kbitcheck.observe.probes import adapters as adapter_probe
 from kbitcheck.observe.probes.treatment import PEFT
 
-BATCH, SEQ_LEN, SHORT = 1, 2048, 16
+BATCH, SEQ_LEN = 1, 2048
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Where configurations say how many tokens a model takes: most, Whisper's, MPT's.
 LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -46,8 +43,6 @@ NOTES = {
     "chunked": "the loss is of chunks of 512 tokens from head to loss, each recomputed in the backward",
     "fused": "the loss is Liger's fused linear cross-entropy; its other kernels, which use_liger_kernel=True adds, hold less still",
 }
-# What a model's code raises without numbers; some assert what they read.
-NO_STEP = (UsageError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 MODES: Mapping[str, bool | None] = {"off": None, "reentrant": True, "non-reentrant": False}
 
 
@@ -137,8 +132,6 @@ class Training:
         )
         if adapter_fields(spec.adapters) is not None:
             self.notes += (f"adapters are forecast as a plain LoRA of rank {spec.rank}",)
-        self._drawn: dict[tuple[int, int], Mapping[str, Tensor]] = {}
-        self.image_tokens = 0
         _choose_attention(model, spec.attention, runtime)
         self._steps: dict[object, Measured] = {}
         targets = adapter_probe.target_layers(model, spec.targets)
@@ -146,7 +139,7 @@ class Training:
         kept = of_weights(model, facts, spec).adapters if spec.accumulate > 1 else 0
         self._biased = any(layer.bias is not None for _, layer in backends.quantized_layers(model))
         self._settled_for: object = self
-        self._blocks = sum(map(is_block, model.modules()))
+        self._eager = _eager(model)
         thin(model)
         self.checkpoints = self._prepare(model, facts, spec)
         names = dict(model.named_modules())
@@ -157,14 +150,14 @@ class Training:
         world.move(wrapped)
         wrapped.train()
         self._measure = partial(measure, wrapped, world=world, accumulated=kept)
-        self._audio: Callable[..., Mapping[str, Tensor]] | None = None
-        try:
-            self._count_image_tokens()
-        except (UsageError, AttributeError):  # no layout that every model of its kind reads
-            self._audio = next(self._fitting_audio(), None)
-            if self._audio is None:
-                raise
-        self.limit = max(token_limit(model) - self.image_tokens, 1)
+        plain = dataclasses.replace(runtime, packed=False)
+        runs = Runs(
+            step=lambda batch: self._measure(batch, runtime=plain, reentrant=None),
+            call=lambda function: called(function, wrapped, world, plain),
+        )
+        self._feed = Feed(model, runs, seed=spec.seed, width=spec.image_size)
+        self.notes += self._feed.notes
+        self.limit = max(token_limit(model) - self._feed.tokens, 1)
 
     def step(
         self, batch: int, length: int, mode: str, *, padded: bool = True, runtime: Runtime | None = None
@@ -177,7 +170,7 @@ class Training:
         return self._steps[shape]
 
     def _measured(self, batch: int, length: int, mode: str, runtime: Runtime, *, padded: bool) -> Measured:
-        tensors = self._packed(batch, length) if runtime.packed else self._batch(batch, length, padded)
+        tensors = self._packed(batch, length) if runtime.packed else self._feed.batch(batch, length, padded=padded)
         runtime = dataclasses.replace(runtime, packed=runtime.packed and batch > 1)
         if self._biased and runtime.autocast != self._settled_for:
             self._settled_for = runtime.autocast  # the first step casts biases for good
@@ -185,9 +178,8 @@ class Training:
         headless = Headless(self._model, runtime.loss) if runtime.loss in LOSSES else None
         with headless.installed() if headless else nullcontext():
             step = self._measure(tensors, runtime=runtime, reentrant=MODES[mode])
-        eager = {"eager": self._blocks} if internals.attention(self._model.config) == "eager" else {}
         logits = headless.logits if headless else step.logits
-        return dataclasses.replace(step, logits=logits, attention=step.attention or eager)
+        return dataclasses.replace(step, logits=logits, attention={**step.attention, **self._eager})
 
     def beyond(self, length: int) -> Iterator[str]:
         """A remark if so many tokens are more than the model takes."""
@@ -200,53 +192,11 @@ class Training:
 
     def _packed(self, batch: int, length: int) -> Mapping[str, Tensor]:
         """Sequences in one row, without a mask, whose positions begin anew with each."""
-        tensors = self._batch(1, length, padded=False)
+        tensors = self._feed.batch(1, length, padded=False)
         if {t.shape for t in tensors.values()} != {(1, length)}:
             raise UsageError(f"--packed: {type(self._model).__name__} reads more than one row of tokens")
         row = {name: torch.empty(1, batch * length, dtype=t.dtype, device="meta") for name, t in tensors.items()}
         return {**row, "position_ids": row["input_ids"]}
-
-    def _batch(self, batch: int, length: int, padded: bool) -> Mapping[str, Tensor]:
-        """Shapes of inputs: those of at most two sequences are drawn, and more are widened from them."""
-        rows = min(batch, 2)
-        if (rows, length) not in self._drawn:
-            self._drawn[rows, length] = self._draw(rows, length)
-        tensors = widened(self._drawn[rows, length], batch)
-        if not padded:  # a mask of ones, which models leave out when they see that it is one
-            tensors.pop("attention_mask", None)
-        return tensors
-
-    def _count_image_tokens(self) -> None:
-        """Draw as many tokens for an image from now on as the model computes features of it, in a step of no matter what."""
-        batch = self._batch(1, SHORT, padded=False)
-        if "pixel_values" in batch and "input_ids" in batch:
-            with counted_features(self._model) as numbers:
-                self._measure(batch, runtime=dataclasses.replace(self.runtime, packed=False), reentrant=None)
-            self.image_tokens = numbers[-1] if numbers else batch["input_ids"].shape[1] - SHORT
-            self._drawn.clear()
-            self.notes = (*self.notes, f"each sequence has an image of {self.image_tokens:,} tokens beside its text")
-
-    def _fitting_audio(self) -> Iterator[Callable[..., Mapping[str, Tensor]]]:
-        """The layouts of audio beside a text that the model computes a step of."""
-        for make in audio_beside_text(self._model):
-            with suppress(*NO_STEP):
-                batch = make(self._model, batch=1, seq_len=SHORT, seed=self._spec.seed)
-                self._measure(batch, runtime=dataclasses.replace(self.runtime, packed=False), reentrant=None)
-                yield make
-
-    def _draw(self, batch: int, length: int) -> Mapping[str, Tensor]:
-        if self._audio is not None:
-            return self._audio(self._model, batch=batch, seq_len=length, seed=self._spec.seed)
-        try:
-            # Drawn, not chosen by a run, as a source's are: kernels would read and write memory that fake tensors lack.
-            count = self.image_tokens or None
-            return draw(self._model, batch=batch, seq_len=length, seed=self._spec.seed, image_tokens=count)
-        except UsageError as error:
-            if not {"pixel_values", "input_ids"} <= inspect.signature(type(self._model).forward).parameters.keys():
-                raise
-            self.notes = tuple(dict.fromkeys((*self.notes, f"activations of text alone: {error}")))
-            ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-            return {"input_ids": ids, "attention_mask": ids, "labels": ids}
 
     @staticmethod
     def _prepare(model: nn.Module, facts: ModelFacts, spec: CaseSpec) -> bool:
@@ -262,6 +212,18 @@ class Training:
         if spec.checkpointing != "off":
             prepare.make_inputs_require_grad(parts)
         return bool(parts)
+
+
+def _eager(model: Any) -> dict[str, int]:
+    """How many blocks attend without a kernel: a model's parts may differ, as some compute what no kernel does."""
+    blocks = [block for block in model.modules() if is_block(block)]
+    configs = [[getattr(m, "config", None) for m in b.modules() if "Attention" in type(m).__name__] for b in blocks]
+    eager = sum(any(c is not None and internals.attention(c) == "eager" for c in of_block) for of_block in configs)
+    if (
+        not any(map(any, configs)) and internals.attention(model.config) == "eager"
+    ):  # their attention has no configuration
+        eager = len(blocks)
+    return {"eager": eager} if eager else {}
 
 
 def token_limit(model: Any) -> int:
