@@ -48,9 +48,9 @@ def build(
                 skip = loading.automatic_skip(cls, configured) if quant.skip and not quantized else []
                 _replace_layers(model, quant, skip, dtype, config.get("quantization_config") or {})
         wide = internals.kept_in_float32(model, dtype)
-        for name, parameter in model.named_parameters():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if wide.intersection(name.split(".")):
-                parameter.data = parameter.data.to(torch.float32)
+                tensor.data = tensor.data.to(torch.float32)
         if quant is not None:
             quant.backend.packing.quantize_empty(model, dtype)
             if not quantized:

@@ -37,6 +37,7 @@ MIXTRAL = {
 # (out, in) of the linear layers of a block of LLAMA.
 ATTENTION = ((256, 256), (128, 256), (128, 256), (256, 256))
 MLP = ((640, 256), (640, 256), (256, 640))
+ALL = ATTENTION + MLP
 PLAIN = 2 * 1000 * 256 * 2 + 5 * 256 * 2  # embedding and head, and the norms, in half precision
 
 
@@ -83,6 +84,12 @@ def test_gptq_leaves_out_and_changes_what_dynamic_says(static: Any) -> None:
     assert stored(case) == PLAIN + mlp + 2 * gptq(8, 128, ATTENTION)
 
 
+def test_gptq_packs_the_head_where_a_checkpoint_says_so(static: Any) -> None:
+    described = {"quant_method": "gptq", "bits": 4, "group_size": 32, "lm_head": True}
+    head = gptq(4, 32, [(1000, 256)]) - 2 * 1000 * 256
+    assert stored(static(LLAMA, described)) == PLAIN + head + 2 * gptq(4, 32, ALL)
+
+
 def test_awq_is_right_to_the_byte(static: Any) -> None:
     described = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
     case = static(LLAMA, described)
@@ -125,6 +132,36 @@ def test_fp8_is_right_to_the_byte(static: Any) -> None:
     assert stored(whole) == PLAIN + 2 * sum(rows * columns + 8 for rows, columns in ATTENTION + MLP)
 
 
+def test_an_fp8_checkpoint_of_autofp8_has_a_scale_for_each_weight(static: Any) -> None:
+    """As neuralmagic/Meta-Llama-3-8B-Instruct-FP8, whose configuration has no sizes of blocks."""
+    described = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    assert stored(static(LLAMA, described)) == PLAIN + 2 * sum(rows * columns + 4 + 4 for rows, columns in ALL)
+    described = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]}
+    assert stored(static(LLAMA, described)) == PLAIN + 2 * sum(rows * columns + 4 for rows, columns in ALL)
+
+
+@pytest.mark.transformers5("before it, experts are linear layers")
+def test_what_a_router_keeps_in_float32_is_counted_so(static: Any) -> None:
+    """As deepseek-ai/DeepSeek-V3, whose correction of scores is a buffer."""
+    heads, latent, rope, inner = 4, 64, 32, 128
+    deepseek = {
+        **LLAMA, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
+        "moe_intermediate_size": 128, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "kv_lora_rank": latent, "q_lora_rank": latent, "qk_nope_head_dim": inner,
+        "qk_rope_head_dim": rope, "v_head_dim": inner, "num_key_value_heads": heads, "n_group": 2, "topk_group": 1,
+    }  # fmt: skip
+
+    def packed(*shapes: tuple[int, int]) -> int:
+        return sum(rows * columns + 4 * blocks(rows) * blocks(columns) for rows, columns in shapes)
+
+    queries = packed((latent, 256), (heads * (inner + rope), latent))
+    values = packed((latent + rope, 256), (heads * 2 * inner, latent), (256, heads * inner))
+    expert = packed((128, 256), (128, 256), (256, 128))
+    routed = 9 * expert + 2 * 8 * 256 + 4 * 8  # one is shared; router, correction
+    case = static(deepseek, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"})
+    assert stored(case) == PLAIN + 2 * (queries + values + 2 * 2 * latent) + packed(*MLP) + routed
+
+
 @pytest.mark.transformers5("before it, experts are linear layers")
 def test_stacked_experts_are_packed_each_by_itself(static: Any) -> None:
     case = static(MIXTRAL, {"quant_method": "fp8", "weight_block_size": [128, 128]})
@@ -144,7 +181,6 @@ def compressed(weights: Mapping[str, Any], layout: str, **group: Any) -> dict[st
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 FP8 = {**INT8, "type": "float"}
-ALL = ATTENTION + MLP
 COMPRESSED = {
     "W4A16": (
         compressed(W4, "pack-quantized"), sum(r * c // 2 + 2 * r * (c // 128) + 16 for r, c in ALL)
@@ -172,6 +208,15 @@ COMPRESSED = {
 def test_compressed_tensors_is_right_to_the_byte(static: Any, kind: str) -> None:
     described, packed = COMPRESSED[kind]
     assert stored(static(LLAMA, described)) == PLAIN + 2 * packed
+
+
+def test_scales_of_a_cache_are_counted(static: Any) -> None:
+    described, packed = COMPRESSED["FP8, static"]
+    cached = {**described, "kv_cache_scheme": {**FP8, "strategy": "tensor", "dynamic": False}}
+    assert stored(static(LLAMA, cached)) == PLAIN + 2 * (packed + 2 + 2)
+    for other in ({"strategy": "attn_head"}, {"strategy": "tensor", "dynamic": True}):
+        case = static(LLAMA, {**described, "kv_cache_scheme": {**FP8, **other}})
+        assert "quantization is not verified" in case.why
 
 
 def test_the_groups_of_compressed_tensors_are_told_apart(static: Any) -> None:

@@ -53,7 +53,8 @@ class CompressedTensors(RunByPackage):
         return CompressedArithmetic()
 
     def describes(self, config: Mapping[str, Any]) -> bool:
-        if not super().describes(config) or config.get("kv_cache_scheme"):
+        cache = config.get("kv_cache_scheme") or {}
+        if not super().describes(config) or cache.get("strategy", "tensor") != "tensor" or cache.get("dynamic"):
             return False
         groups = list((config.get("config_groups") or {}).values())
         weights = [group.get("weights") or {} for group in groups]

@@ -43,6 +43,12 @@ def lay_out(model: nn.Module, config: Mapping[str, Any]) -> None:
         if group is not None:
             packed.pack_stack(model, module, wide, scheme_of(group), _layout(group, config, _dtype(module)))
 
+    for module in model.modules() if config.get("kv_cache_scheme") else ():
+        own = dict(module.named_children())
+        if type(module).__name__.endswith("Attention") and own.keys() & {"k_proj", "qkv_proj"}:
+            for name in ("k_scale", "v_scale"):  # of what a cache would keep in fewer bits, each of one number
+                module.register_buffer(name, torch.empty(1, dtype=_dtype(model), device=packed.META))
+
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Rows and columns that share a scale. Checkpoints have 128; recipes are smaller than that.
 SCHEME = Scheme("fp8", 8, (Option("block", ("128", "32"), "128"),))
-BLOCK = (128, 128)
 # The first that was seen to have a backward.
 TRAINABLE = (5, 23)
 
@@ -76,7 +75,7 @@ class Fp8(LaidOut):
 
         from kbitcheck.backends import packed
 
-        block = config.get("weight_block_size", BLOCK)
+        block = config.get("weight_block_size")  # without it a checkpoint is of AutoFP8: a scale for a whole weight
         scale = torch.uint8 if config.get("scale_fmt") == "ue8m0" else torch.float32  # a byte, or a number
         static = config.get("activation_scheme") == "static"
 

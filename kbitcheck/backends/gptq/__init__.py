@@ -63,7 +63,10 @@ class Gptq(RunByPackage):
 
         scheme = self.described(config)[0]
         wanted = [each for group in config.get("modules_in_block_to_quantize") or () for each in group]
-        for name, _ in packed.linears(model, in_blocks=True):
+        head: Any = model.get_output_embeddings() if config.get("lm_head") else None  # type: ignore[operator]
+        for name, module in packed.linears(model, in_blocks=False):
+            if not packed.IN_BLOCK.search(name) and module is not head:
+                continue
             settings = _settings(config, name)
             if settings and (not wanted or name.endswith(tuple(f".{each}" for each in wanted))):
                 packed.pack_linear(model, name, scheme, _layout(settings))
