@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import logging
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import Mock
 
@@ -139,8 +140,10 @@ def test_nothing_runs_to_choose_a_batch(monkeypatch):
     run.assert_not_called()
 
 
-def test_autocast_on_the_cpu_is_predicted_as_measured():
-    source, wanted = resolve("tiny:llama"), Quantization.parse("nf4")
+@pytest.mark.parametrize("recipe", ["llama", pytest.param("t5", marks=EXACT)])
+def test_autocast_on_the_cpu_is_predicted_as_measured(recipe):
+    """To the byte. T5 hands biases from block to block, which it drops before the loss: a probe that keeps them measures too much."""
+    source, wanted = resolve(f"tiny:{recipe}"), Quantization.parse("nf4")
     model = source.load(wanted)
     made = source.batch(model, batch=2, seq_len=40)
     prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
@@ -149,11 +152,13 @@ def test_autocast_on_the_cpu_is_predicted_as_measured():
     )
     autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     step.train_step(wrapped, made, owned, autocast=autocast)
-    measured = memory.activations(wrapped, made, seed=0, autocast=autocast)
     runtime = dataclasses.replace(MEASURED, autocast=torch.bfloat16)
     predicted, _ = training(source, "nf4", runtime=runtime)
-    assert predicted.step(2, 40, "off").held == pytest.approx(measured.plain, rel=CLOSE)
-    assert predicted.step(2, 40, "non-reentrant").held == pytest.approx(measured.held, rel=CLOSE)
+    for mode in ("off", "non-reentrant"):
+        with switches.checkpointing_off(wrapped) if mode == "off" else nullcontext():
+            measured = memory.measure(wrapped, made, 0, autocast)
+        forecasted = predicted.step(2, 40, mode)
+        assert (forecasted.held, forecasted.peak) == (measured.held, measured.peak), mode
 
 
 @pytest.mark.parametrize(("recipe", "quant"), [("llama", "int8"), ("mixtral", "nf4")])

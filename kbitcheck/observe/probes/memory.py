@@ -83,6 +83,7 @@ class _BesideCasts(Live):
     def __init__(self, existing: Iterable[torch.Tensor]) -> None:
         super().__init__(existing)
         self._casts: dict[int, int] = {}
+        self.crossed: dict[int, torch.Tensor | None] = {}  # by identity, for as long as the storage lives
 
     @property
     def casts(self) -> int:
@@ -97,6 +98,7 @@ class _BesideCasts(Live):
 
     def freed(self, key: int) -> None:
         self._casts.pop(key, None)
+        self.crossed.pop(key, None)
 
 
 class _Boundaries(ExitStack):
@@ -106,26 +108,23 @@ class _Boundaries(ExitStack):
         super().__init__()
         self._live, self._held = live, held
         self._device = next(model.parameters()).device.type
-        # Kept alive meanwhile: an identity is only one while its storage lives.
-        self._crossing: dict[int, torch.Tensor] = {}
+        self.nbytes = 0  # that crossed a boundary and were made inside a block
         self._last = ""
-        self.callback(self._crossing.clear)
+        self.callback(live.crossed.clear)
         for name, module in model.named_modules():
             if is_block(module):
                 self.enter_context(module.register_forward_pre_hook(partial(self._entered, name), with_kwargs=True))
                 self.enter_context(module.register_forward_hook(self._left))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that crossed a boundary and were made inside a block."""
-        return sum(t.untyped_storage().nbytes() for t in self._crossing.values() if self._live.tag_of(t) != OUTSIDE)
-
     def _cross(self, *items: Any) -> None:
         added = self._held.added
         for tensor in tensors(*items):
             key = internals.storage_id(tensor)
-            if key not in self._crossing and self._live.tag_of(tensor) != EXISTING:
-                self._crossing[key] = tensor
+            tag = self._live.tag_of(tensor)
+            if key not in self._live.crossed and tag != EXISTING:
+                # Nothing is kept that the model drops; but no one says when a storage is freed that is not counted.
+                self._live.crossed[key] = tensor if tag is None else None
+                self.nbytes += tensor.untyped_storage().nbytes() if tag != OUTSIDE else 0
                 if self._last:
                     added[self._last] = added.get(self._last, 0) + tensor.untyped_storage().nbytes()
 
