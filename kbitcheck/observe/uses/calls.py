@@ -43,12 +43,21 @@ def keywords_of_the_forward(subject: Subject) -> Outcome:
         calls += [(_row_of(length), _repeated(batch, length)) for length in LENGTHS if length <= limit]
         calls.append((replace(PLAIN, name=f"{ROWS} rows"), {n: t.repeat(ROWS, 1) for n, t in batch.items()}))
         calls.append((replace(PLAIN, name="texts that end within a row"), _ending(subject.model, batch)))
-    if subject.model.config.is_encoder_decoder and batch.keys() & ENCODED:
-        calls.append((replace(PLAIN, name="encoder outputs", inputs=_encoded), batch))
     for form, inputs in calls:
         parts = done(partial(_called, model=model, adapters=adapters, form=form, inputs=inputs), subject)
         seen |= {f"{form.name}: {part}" if part else form.name: value for part, value in parts.items()}
     return seen
+
+
+@use
+def an_encoder_that_ran_before(subject: Subject) -> Outcome:
+    """The decoder alone is called, as where the encoder runs once for several decoders."""
+    batch = step.feed(subject.model, subject.batch)
+    if not subject.model.config.is_encoder_decoder or not batch.keys() & ENCODED:
+        return {}
+    return _called(
+        subject, *subject.attached(), form=replace(PLAIN, name="encoder outputs", inputs=_encoded), inputs=batch
+    )
 
 
 def _encoded(model: Any, batch: Inputs) -> Inputs:

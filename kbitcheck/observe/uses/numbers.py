@@ -13,7 +13,8 @@ from kbitcheck.observe.probes import step, switches
 from kbitcheck.observe.probes.snapshot import heads
 from kbitcheck.observe.uses.subject import Outcome, Subject, Value, floating, gradients_of, use
 
-SHARES = (2.0**-10, 2.0**-40)  # of a loss: that of many accumulated batches, and one that float16 rounds to nothing
+# Of a loss: that of many accumulated batches, one that float16 rounds to nothing, and a multiple, as a scaler makes it.
+SHARES = (2.0**-10, 2.0**-40, 2.0**40)
 MARGIN = 6.0  # between the first logit and the second of a token, in the median
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kbitcheck.core.cases import CaseSpec
-from kbitcheck.core.conditions import chosen
+from kbitcheck.core.conditions import chosen, share
 from kbitcheck.core.errors import Raised
 from kbitcheck.core.facts import Distance, Passes, UseFacts
 from kbitcheck.observe import internals
@@ -29,9 +29,14 @@ MODULES = (
 ONE_USE = Passes(forwards=2, backwards=2, copies=2, calls=1)  # a step of the prepared model and one of the base
 
 
+# Of few architectures: in a suite that shares its conditions another one's case would have it, and none of theirs.
+OF_FEW = frozenset({"an encoder that ran before"})
+
+
 def drawn(spec: CaseSpec) -> Sequence[str]:
     """The uses that a case looks at."""
-    return chosen(spec.conditions, USES, entropy=spec.entropy, seed=spec.seed)
+    names = chosen(spec.conditions, USES, entropy=spec.entropy, seed=spec.seed)
+    return sorted({*names, *OF_FEW}) if share(spec.conditions) else names
 
 
 def side_by_side(preparation: Preparation, names: Sequence[str]) -> Iterator[UseFacts]:
