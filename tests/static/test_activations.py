@@ -140,9 +140,15 @@ def test_nothing_runs_to_choose_a_batch(monkeypatch):
     run.assert_not_called()
 
 
-@pytest.mark.parametrize("recipe", ["llama", pytest.param("t5", marks=EXACT)])
-def test_autocast_on_the_cpu_is_predicted_as_measured(recipe):
-    """To the byte. T5 hands biases from block to block, which it drops before the loss: a probe that keeps them measures too much."""
+@pytest.mark.parametrize(
+    ("recipe", "off"), [("llama", 0), pytest.param("t5", 0, marks=EXACT), pytest.param("mixtral", CLOSE, marks=EXACT)]
+)
+def test_autocast_on_the_cpu_is_predicted_as_measured(recipe, off):
+    """To the byte; experts get shares of the tokens that are not even.
+
+    T5 hands biases from block to block, which it drops before the loss: a probe that keeps them measures too much. Autocast casts
+    the weights of each expert: a forecast of one that is not there says too much.
+    """
     source, wanted = resolve(f"tiny:{recipe}"), Quantization.parse("nf4")
     model = source.load(wanted)
     made = source.batch(model, batch=2, seq_len=40)
@@ -158,7 +164,8 @@ def test_autocast_on_the_cpu_is_predicted_as_measured(recipe):
         with switches.checkpointing_off(wrapped) if mode == "off" else nullcontext():
             measured = memory.measure(wrapped, made, 0, autocast)
         forecasted = predicted.step(2, 40, mode)
-        assert (forecasted.held, forecasted.peak) == (measured.held, measured.peak), mode
+        for told, seen in ((forecasted.held, measured.held), (forecasted.peak, measured.peak)):
+            assert told == pytest.approx(seen, rel=off, abs=0), mode
 
 
 @pytest.mark.parametrize(("recipe", "quant"), [("llama", "int8"), ("mixtral", "nf4")])

@@ -65,7 +65,7 @@ def measure(
 
     ``accumulated`` is the bytes of gradients that are there already and stay; 0 where there are none.
     """
-    fed, live = _fed(batch, world, runtime)
+    fed, live = _fed(model, batch, world, runtime)
     watch = _Watch(model, live)
     step.clear_gradients(model)
     floor = live.now
@@ -98,19 +98,20 @@ def measure(
 
 def called(function: Callable[[], Any], model: nn.Module, world: World, runtime: Runtime) -> Any:
     """What a function of the model returns that is called as in a forward of ``measure``."""
-    _, live = _fed({}, world, runtime, numbers=True)
+    _, live = _fed(model, {}, world, runtime, numbers=True)
     with _running(model, _Watch(model, live), live, world, runtime, None), torch.no_grad(), runtime.autocasting():
         return function()
 
 
 def _fed(
-    batch: Mapping[str, Tensor], world: World, runtime: Runtime, *, numbers: bool = False
+    model: nn.Module, batch: Mapping[str, Tensor], world: World, runtime: Runtime, *, numbers: bool = False
 ) -> tuple[dict[str, Tensor], Counted]:
     """The batch of a step, and what counts it. Integers that have numbers keep them."""
     kept = {name for name, t in batch.items() if t.device.type != "meta" and not t.is_floating_point()}
     fed = {name: t if name in kept else world.tensor(t) for name, t in batch.items()}
     existing = (*world.tensors, *(fed[name] for name in kept))
-    return fed, Counted(existing, runtime.device, world.results, numbers=numbers or bool(kept))
+    experts = {n for m in model.modules() if isinstance(n := getattr(m, "num_experts", None), int)}
+    return fed, Counted(existing, runtime.device, world.results, numbers=numbers or bool(kept), experts=experts)
 
 
 @contextmanager

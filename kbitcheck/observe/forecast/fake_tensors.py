@@ -5,7 +5,7 @@ what is saved for the backward.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -94,7 +94,8 @@ class Counted(Live):
     """Counts storages, and answers for numbers that are not there as if tokens were spread evenly over experts.
 
     Reading one number gives zero (or False). With ``numbers``, integers have theirs: a model that reads images computes lengths
-    and positions from them. ``trace`` is the bytes alive after each operator that makes a storage.
+    and positions from them. ``experts`` are the numbers of them that layers have. ``trace`` is the bytes alive after each
+    operator that makes a storage.
     """
 
     def __init__(
@@ -104,9 +105,10 @@ class Counted(Live):
         results: Results | None = None,
         *,
         numbers: bool = False,
+        experts: Container[int] = (),
     ) -> None:
         self._results = results
-        self._numbers = numbers
+        self._numbers, self._experts = numbers, experts
         self.log = Log()
         super().__init__(existing)
         self.log = Log()  # what exists is not of the step
@@ -163,8 +165,11 @@ class Counted(Live):
     def _rows(self, mask: Tensor) -> int:
         """How many are set: all that could be of a list of experts, then an even share of the tokens for each."""
         if mask.dim() == 1:
-            self._readers, self._taken = max(mask.numel(), 1), 0
-            return mask.numel()
+            readers = mask.numel()
+            if readers not in self._experts and readers - 1 in self._experts:
+                readers -= 1  # the last place stands for experts on other devices
+            self._readers, self._taken = max(readers, 1), 0
+            return readers
         before = mask.numel() * self._taken // self._readers
         self._taken += 1
         return mask.numel() * self._taken // self._readers - before
