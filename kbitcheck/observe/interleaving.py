@@ -69,6 +69,7 @@ class Session:
         self._packed = self._fingerprints()
         self._fresh: dict[tuple[Any, ...], tuple[step.Gradients, int]] = {}
         self._names: list[str] = []
+        self._ran: list[str] = []
 
     def programs(self) -> list[StepOutcome]:
         """Those of KB308."""
@@ -103,7 +104,8 @@ class Session:
             raised = Raised.of(error)
         now = self._fingerprints()
         # transformers hooks some models for good in their first forward.
-        repeated = name in self._names and not name.startswith(HOOKING)
+        repeated = name in self._ran and not name.startswith(HOOKING)
+        self._ran = [] if name == "reload" else [*self._ran, name]  # another model
         self._names.append(name)
         outcome = StepOutcome(
             step=f"{len(self._names)} {name}",

@@ -129,7 +129,16 @@ def test_a_base_that_was_saved_and_loaded_is_prepared_again_and_trains_on(quant:
             None, (), []
         )  # fmt: skip
     assert taken.model is not before
+    assert outcome.hooks_added == 0
     assert taken.model.get_base_model().hf_quantizer.pre_quantized
+
+
+def test_what_a_model_hooks_in_its_first_forward_is_not_counted_again_once_another_is_loaded() -> None:
+    """As LLaVA's vision tower does, whose hidden states transformers takes by hooks."""
+    spec = CaseSpec(model="tiny:llava", quant="nf4", implementation="reference", checkpointing="reentrant")
+    taken = Case(spec, load("reference").function, Loaded.from_source(shallow("tiny:llava"), spec)).session()
+    added = [taken.do(name).hooks_added for name in ("train", "train", "reload", "train")]
+    assert added == [0, 0, 0, 0]
 
 
 def session(adapters: str, quant: str = "int8") -> Any:
