@@ -26,8 +26,9 @@ def test_what_is_registered_on_a_copy_is_not_on_the_original() -> None:
 def test_an_empty_table_of_two_modules_is_one_in_the_copy_too() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     shared: OrderedDict[str, int] = OrderedDict()
-    model[0].shared, model[1].shared = shared, shared
-    model.plain = torch.zeros(3)  # no table, and neither true nor false
+    for module in model:
+        vars(module)["shared"] = shared
+    vars(model)["plain"] = torch.zeros(3)  # no table, and neither true nor false
     copied = deep_copy(model)
     assert copied[0].shared is copied[1].shared
     assert copied[0].shared is not shared

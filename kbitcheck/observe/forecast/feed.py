@@ -108,7 +108,7 @@ class Feed:
     def _said(self, layout: _Layout) -> str:
         made = layout.make(1, SHORT)
         beside = "beside its text" if "input_ids" in made else "and its text as labels"
-        tokens = f", {layout.tokens:,} tokens," if layout.tokens else ""
+        tokens = f", {layout.tokens:,} token{'s' * (layout.tokens > 1)}," if layout.tokens else ""
         if any(key in made for key in PIXELS):
             width = width_of(self._model.config, made)
             return f"each sequence has an image of {width:,} × {width:,} pixels{tokens} {beside}"
