@@ -20,7 +20,7 @@ from tests.shallow import shallow
 
 SCHEMES = (
     "torchao-int8", "fp8,block=32", "quanto-int8", "quanto-int4", "compressed-tensors-int4", "compressed-tensors-int8",
-    "hqq-int4", "gptq-int4", "awq-int4",
+    "hqq-int4", "gptq-int4", "awq-int4", "aqlm",
 )  # fmt: skip
 # Those that are packed while they run.
 PACKED = [text for text in SCHEMES if not registry.of_scheme(text.partition(",")[0]).unpacked_by]

@@ -21,7 +21,7 @@ PRIVATE = {
         "bnb_4bit_quant_type", "llm_int8_skip_modules", "support_avx512bf16_for_cpu",
     },
     "quanto": {"quanto", "QuantoConfig", "QLinear", "QModuleMixin", "WeightQBytesTensor", "WeightQBitsTensor", "qint4", "qint8"},
-    "aqlm": {"aqlm", "nbits_per_codebook", "linear_weights_not_to_quantize"},
+    "aqlm": {"aqlm", "QuantizedLinear", "AqlmConfig", "nbits_per_codebook", "linear_weights_not_to_quantize"},
     "compressed_tensors": {"compressed_tensors", "quantization_scheme", "weight_packed", "CompressedTensorsConfig"},
     "torchao": {"torchao", "Int8Tensor", "act_quant_kwargs", "TorchAoConfig"},
     # GPTQModel runs the layers of two backends.

@@ -283,7 +283,7 @@ def test_a_layout_that_nobody_published_is_named(static: Any) -> None:
 
 def test_nothing_is_quantized_on_load_by_a_layout_alone() -> None:
     with pytest.raises(UsageError, match="cannot be quantized on load"):
-        resolve("tiny:llama").load(Quantization.parse("aqlm"))
+        resolve("tiny:llama").load(Quantization.parse("mxfp4"))
 
 
 @pytest.mark.transformers5("before it, a name matches in the middle of a path")

@@ -49,6 +49,6 @@ def test_the_finding_is_there(script: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_script_is_short_and_stands_alone(script: Path) -> None:
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 30
     assert packages(script) <= {
-        "accelerate", "bitsandbytes", "compressed_tensors", "copy", "gptqmodel", "hqq", "optimum", "peft", "subprocess", "sys",
+        "accelerate", "aqlm", "bitsandbytes", "compressed_tensors", "copy", "gptqmodel", "hqq", "optimum", "peft", "subprocess", "sys",
         "tempfile", "torch", "torchao", "transformers", "warnings", "weakref",
     }  # fmt: skip

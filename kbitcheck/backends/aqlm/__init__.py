@@ -1,12 +1,17 @@
-"""AQLM: sums of vectors of codebooks, as its authors publish them. Static audit alone."""
+"""AQLM: sums of vectors of codebooks, as its authors publish them. Importing this imports no torch.
+
+What runs is the library's layer without a kernel of its own, with weights that are packed to the nearest codes: no data calibrates them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kbitcheck.backends.laid_out import LaidOut
-from kbitcheck.backends.schemes import Scheme
+from kbitcheck.backends.laid_out import RunByPackage
+from kbitcheck.backends.protocol import Arithmetic, Recognition
+from kbitcheck.backends.schemes import Choice, Scheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,12 +19,29 @@ if TYPE_CHECKING:
 SCHEME = Scheme("aqlm", 2)
 
 
-class Aqlm(LaidOut):
+class Aqlm(RunByPackage):
     """Every linear layer but those whose weights ``linear_weights_not_to_quantize`` names, or the head where it names none."""
 
     name = "aqlm"
     method = "aqlm"
+    package = "aqlm"
     schemes = (SCHEME,)
+
+    def layers(self) -> Recognition:
+        from kbitcheck.backends.aqlm.recognise import AqlmLayers
+
+        return AqlmLayers([SCHEME.name])
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        from kbitcheck.backends.aqlm.arithmetic import AqlmArithmetic
+
+        return AqlmArithmetic()
+
+    def put(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
+        from kbitcheck.backends.aqlm.quantize import quantize
+
+        quantize(model, skip)
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         return super().describes(config) and config.get("nbits_per_codebook", 16) <= 16

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 PACKAGE = ""
+FIXES_DTYPES = True
+"""A layer multiplies its input and adds its bias in the dtype of its codebooks, so that nothing around it may be cast."""
 
 
 def packs(parameter: torch.Tensor) -> bool:
