@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ import kbitcheck
 from kbitcheck import backends
 from kbitcheck.backends import registry
 from kbitcheck.backends.quantization import Quantization
+from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.errors import UsageError
+from kbitcheck.core.result import Status
+from kbitcheck.judge.conditions import settle
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("aqlm")
@@ -101,3 +105,21 @@ def test_a_broken_weight_is_caught(part: str) -> None:
         prepare, models=["tiny:llama"], quants=["aqlm"], checkpointing=["off"], select=[code]
     )
     assert [result.rule for result in report.results if report.counts(result)] == [code]
+
+
+@installed
+@pytest.mark.transformers5("earlier releases load such a checkpoint")
+def test_a_checkpoint_of_t5_is_not_loaded_whoever_prepares_the_model() -> None:
+    """In float16, whose smallest numbers its packed weights are rounded to (KB303)."""
+    report = kbitcheck.check_implementation(
+        reference, models=["tiny:t5"], quants=["aqlm"], checkpointing=["off"], select=["KB303", "KB510"]
+    )
+    told = {result.rule: (result.status, "aqlm_t5_not_loaded" in result.finding) for result in report.results}
+    assert told == {"KB303": (Status.PASS, False), "KB510": (Status.FAIL, True)}
+    assert not any(report.counts(result) for result in report.results)
+    (failed,) = [result for result in report.results if result.finding]
+    another = tuple(dataclasses.replace(f, traits={"raised": "OSError: no space left"}) for f in failed.failures)
+    spec = CaseSpec(implementation="peft", model="tiny:t5", quant="aqlm", checkpointing="off")
+    bare = dataclasses.replace(failed, finding="")
+    assert settle(bare, spec, {}, BACKEND.findings()).finding
+    assert not settle(dataclasses.replace(bare, failures=another), spec, {}, BACKEND.findings()).finding

@@ -15,6 +15,7 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "docs" / "findings").glob("*.py"))
 
 # What earlier releases do not do: there the scripts must say that the finding is gone.
 SINCE = {
+    "aqlm_t5_not_loaded": ("transformers", "5"),
     "experts_unquantized": ("transformers", "5"),
     "hqq_not_loaded": ("transformers", "5"),
     "peft_adalora_ranknum": ("peft", "0.21.1"),

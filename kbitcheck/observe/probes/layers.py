@@ -108,8 +108,9 @@ def _far(kernel: torch.Tensor, weight: torch.Tensor, unpacked: torch.dtype) -> b
     # Which most are, and which is seen in float32: what that rounds is less than what is allowed beside ``nearly``.
     if float(single.sub_(kernel).abs_().max()) <= nearly:
         return False
-    magnitudes = weight.abs()
-    allowed = torch.finfo(torch.float32).eps * magnitudes.max() + torch.finfo(unpacked).eps * magnitudes
+    magnitudes, own = weight.abs(), torch.finfo(unpacked)
+    # Below its normal numbers a dtype's steps are all alike: rounding loses half of one, however small the number.
+    allowed = torch.finfo(torch.float32).eps * magnitudes.max() + own.eps * magnitudes + own.eps * own.tiny / 2
     return bool(((kernel - weight).abs_() > allowed).any())
 
 
