@@ -6,18 +6,19 @@ Every hook has a neutral default. A backend whose ``recognition`` alone is fille
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbitcheck.backends.schemes import Choice, Scheme
 from kbitcheck.core.errors import NotApplicable, UsageError
+from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from kbitcheck.core.finding import Finding
 
 
 class Recognition:
@@ -302,5 +303,7 @@ class Backend:
         return {}
 
     def findings(self) -> Sequence[Finding]:
-        """Deviations of the library itself that are documented, each with its condition and script."""
-        return ()
+        """Deviations of the library itself that are documented: those of a ``findings.toml`` beside the class's file."""
+        own = getattr(sys.modules[type(self).__module__], "__file__", None)
+        file = Path(own).with_name("findings.toml") if own else None
+        return read_findings(file) if file and file.exists() else ()

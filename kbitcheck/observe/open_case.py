@@ -28,6 +28,7 @@ from kbitcheck.observe.loaded import Loaded, loaded_model
 from kbitcheck.observe.meant_to_train import require_declared
 from kbitcheck.observe.planning import forecast_alone, planned
 from kbitcheck.observe.preparation import Preparation
+from kbitcheck.observe.probes.adapters import let_peft_import
 from kbitcheck.observe.probes.snapshot import snapshot
 from kbitcheck.observe.recipe import promises_upcast, recipe_of_call, settled, takes_one_dtype
 from kbitcheck.observe.stages import Called
@@ -162,6 +163,8 @@ def open_live(
 def _opened(spec: CaseSpec, implementation: Implementation, loaded: Loaded) -> Case:
     function, imported = implementation.function, implementation.imported
     _ = loaded.adapters.configured(spec)  # raises where PEFT has no such adapters
+    if loaded.copies:
+        let_peft_import(loaded.pristine, loaded.targets)
     if spec.profile != "auto" and not takes_one_dtype(loaded.facts) and promises_upcast(loaded.facts):
         return Case(spec, function, loaded, imported=imported)
     called = Called(Preparation(spec, function, loaded))

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.laid_out import RunByPackage
 from kbitcheck.backends.protocol import Arithmetic, Recognition
 from kbitcheck.backends.schemes import Choice, Scheme
-from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +37,6 @@ class Aqlm(RunByPackage):
         from kbitcheck.backends.aqlm.arithmetic import AqlmArithmetic
 
         return AqlmArithmetic()
-
-    def findings(self) -> Sequence[Finding]:
-        return read_findings(Path(__file__).with_name("findings.toml"))
 
     def put(self, model: nn.Module, choice: Choice, skip: Sequence[str]) -> None:
         from kbitcheck.backends.aqlm.quantize import quantize

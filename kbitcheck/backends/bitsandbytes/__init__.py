@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.protocol import Arithmetic, Backend, Kernels, Packing, Recognition
 from kbitcheck.backends.schemes import DTYPES, Choice, Option, Scheme, dtype_option, short_dtype
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,9 +144,6 @@ class BitsAndBytes(Backend):
             r"Input type into Linear4bit is \S+, but bnb_4bit_compute_dtype=torch.float32": "compute dtype",
             r"FP4 quantization state not initialized": "quantization state",
         }
-
-    def findings(self) -> Sequence[Finding]:
-        return read_findings(Path(__file__).with_name("findings.toml"))
 
 
 def _repacking(model: nn.Module) -> Iterator[Any]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.laid_out import RunByPackage
 from kbitcheck.backends.protocol import Arithmetic, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
-from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,9 +80,6 @@ class CompressedTensors(RunByPackage):
         from kbitcheck.backends.packed import unpack_all
 
         unpack_all(model, "weight_scale")
-
-    def findings(self) -> Sequence[Finding]:
-        return read_findings(Path(__file__).with_name("findings.toml"))
 
 
 BACKEND = CompressedTensors()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.laid_out import LaidOut
 from kbitcheck.backends.protocol import Arithmetic, Kernels, Recognition
 from kbitcheck.backends.schemes import Choice, Option, Scheme
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,9 +54,6 @@ class Fp8(LaidOut):
     def not_on_load(self) -> str:
         installed = tuple(map(int, version("transformers").split(".")[:2]))
         return "" if installed >= TRAINABLE else "FP8 layers have a backward in transformers 5.23 or later"
-
-    def findings(self) -> Sequence[Finding]:
-        return read_findings(Path(__file__).with_name("findings.toml"))
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         return super().describes(config) and config.get("expert_dtype", "fp8") == "fp8"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitcheck.backends.protocol import Arithmetic, Backend, Packing, Recognition
 from kbitcheck.backends.schemes import Choice, Scheme
 from kbitcheck.core.errors import UsageError
-from kbitcheck.core.finding import Finding, read_findings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,9 +68,6 @@ class Quanto(Backend):
 
         if any(self.recognition.holds(module) for module in model.modules()):
             internals.avoid_crash()
-
-    def findings(self) -> Sequence[Finding]:
-        return read_findings(Path(__file__).with_name("findings.toml"))
 
 
 BACKEND = Quanto()

@@ -3,7 +3,8 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from kbitcheck import backends
 from kbitcheck.core.cases import ALL_LINEAR
 from kbitcheck.core.errors import UsageError
+from kbitcheck.models.parametrized import deep_copy
 from kbitcheck.observe.probes import routers
 from kbitcheck.observe.probes.snapshot import heads
 
@@ -91,6 +93,20 @@ def attach(
         owned = lora.parameters(wrapped)
     draw(owned, seed)
     return Attached(wrapped, owned)
+
+
+def let_peft_import(model: nn.Module, layers: Sequence[str]) -> None:
+    """Put adapters of PEFT on a copy of the first of these layers.
+
+    Where PEFT meets a layer that it does not know it imports packages of other quantizers, which start threads and set variables:
+    no doing of an implementation that is judged afterwards.
+    """
+    if not layers or not find_spec("peft"):
+        return
+    from peft import LoraConfig, get_peft_model
+
+    with suppress(Exception), torch.random.fork_rng(devices=[]):  # what PEFT refuses is told where it is asked for
+        get_peft_model(nn.Sequential(deep_copy(model.get_submodule(layers[0]))), LoraConfig(r=1, target_modules=["0"]))
 
 
 def draw(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
