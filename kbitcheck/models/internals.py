@@ -36,6 +36,15 @@ def choose_implementation(config: PretrainedConfig, name: str) -> None:
         config._experts_implementation = name
 
 
+def choose_implementations_of(config: PretrainedConfig, other: PretrainedConfig) -> None:
+    """Have a model compute attention and experts as one of ``other`` does, tower by tower: a saved configuration does not say how."""
+    towers = [(config, other), *((getattr(config, n, None), getattr(other, n, None)) for n in config.sub_configs)]
+    for own, like in towers:
+        for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if own is not None and hasattr(like, name):
+                setattr(own, name, getattr(like, name))
+
+
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
     """Parts of the names of the parameters that transformers loads in float32 where ``dtype`` is requested."""
     float16_alone = getattr(model, "_keep_in_fp32_modules", None) if dtype is torch.float16 else None

@@ -50,16 +50,18 @@ class LiveModel(Source):
         return batch_inside(model, batch=batch or ROWS, seq_len=seq_len or usual_length(model), seed=seed)
 
     def reload(self, folder: Path | str, device: str = "cpu") -> Any:
-        """The saved model, by the class of the caller's own: it need not be one that computes a loss."""
+        """The saved model, by the class of the caller's own, which need not compute a loss, and with its kernels of attention."""
         import torch
 
         from kbitcheck import backends
+        from kbitcheck.models import internals
         from kbitcheck.models.load import quiet
 
         with quiet():
             model = type(self.model).from_pretrained(
                 folder, device_map={"": device}, dtype=getattr(torch, str(self.dtype))
             )
+        internals.choose_implementations_of(model.config, self.model.config)
         return backends.steady(model)
 
     def load(self, quant: Quantization, device: str = "cpu") -> Any:
