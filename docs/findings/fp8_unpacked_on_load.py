@@ -9,6 +9,10 @@ from transformers.quantizers import AutoHfQuantizer
 if torch.cuda.is_available():
     sys.exit("this shows on a machine without a GPU")
 quantizer = AutoHfQuantizer.from_config(FineGrainedFP8Config(), pre_quantized=True)
-quantizer.validate_environment(device_map={"": "cpu"})
+try:
+    quantizer.validate_environment(device_map={"": "cpu"})
+except RuntimeError as error:
+    print(f"transformers refuses the checkpoint: {error}")
+    sys.exit(1)
 print("transformers unpacks the checkpoint:", quantizer.quantization_config.dequantize)
 sys.exit(0 if quantizer.quantization_config.dequantize else 1)

@@ -17,9 +17,12 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "docs" / "findings").glob("*.py"))
 SINCE = {
     "aqlm_t5_not_loaded": ("transformers", "5"),
     "experts_unquantized": ("transformers", "5"),
+    "fp8_partial_blocks": ("transformers", "5"),  # before, no FP8 checkpoint is loaded without a GPU
+    "fp8_unpacked_on_load": ("transformers", "5"),
     "hqq_not_loaded": ("transformers", "5"),
     "peft_adalora_ranknum": ("peft", "0.21.1"),
     "peft_deprecated_call": ("transformers", "5"),
+    "peft_parametrized_experts": ("peft", "0.19"),
     "peft_two_hooks": ("transformers", "5"),
     "prequantized_cannot_be_saved": ("transformers", "5"),
 }
