@@ -18,6 +18,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.run.suites import EIGHTS, QUICK, RECIPES, cases
+from tests.backends.products import assert_backward_is_the_product
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("awq-int4")
@@ -83,12 +84,7 @@ def test_the_format_is_the_library_s(text: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_backward_is_the_product_with_the_oracle_s_weight(dtype: torch.dtype) -> None:
     _, layer = quantized(64, 128, dtype=dtype, bias=True)
-    x, dy = torch.randn(5, 128, dtype=dtype, requires_grad=True), torch.randn(5, 64, dtype=dtype)
-    (dx,) = torch.autograd.grad(layer(x), x, dy)
-    exact = dequantized_weight(layer)
-    # The weight is rounded to the dtype, half a step, and the product, too; sums of 64 terms are float32's.
-    bound = (torch.finfo(dtype).eps + 64 * 2**-24) * (dy.double().abs() @ exact.abs())
-    assert ((dx.double() - dy.double() @ exact).abs() <= bound).all()
+    assert_backward_is_the_product(layer, dtype)
 
 
 @installed

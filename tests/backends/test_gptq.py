@@ -19,6 +19,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.observe.forecast.weights import groups
 from kbitcheck.observe.probes.snapshot import snapshot
+from tests.backends.products import assert_backward_is_the_product
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("gptq-int4")
@@ -91,12 +92,7 @@ def test_a_checkpoint_of_the_first_version_is_read_once_it_is_turned() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_backward_is_the_product_with_the_oracle_s_weight(dtype: torch.dtype) -> None:
     _, layer = quantized(64, 128, bias=True)
-    x, dy = torch.randn(5, 128, dtype=dtype, requires_grad=True), torch.randn(5, 64, dtype=dtype)
-    (dx,) = torch.autograd.grad(layer(x), x, dy)
-    exact = dequantized_weight(layer)
-    # The weight is rounded to float16, then to the input's dtype, and the product to that.
-    bound = (2**-11 + torch.finfo(dtype).eps + 64 * 2**-24) * (dy.double().abs() @ exact.abs())
-    assert ((dx.double() - dy.double() @ exact).abs() <= bound).all()
+    assert_backward_is_the_product(layer, dtype, unpacked_to=torch.float16)
 
 
 @installed

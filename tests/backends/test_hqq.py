@@ -20,6 +20,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe.probes.snapshot import snapshot
+from tests.backends.products import assert_backward_is_the_product
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("hqq-int4")
@@ -186,12 +187,7 @@ def test_bytes_under_a_floating_dtype_s_name_are_read() -> None:
 def test_the_backward_is_the_product_with_the_oracle_s_weight(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = quantized(torch.randn(32, 64, dtype=dtype), config(4, 16), bias=True)
-    x, dy = torch.randn(5, 64, dtype=dtype, requires_grad=True), torch.randn(5, 32, dtype=dtype)
-    (dx,) = torch.autograd.grad(layer(x), x, dy)
-    u = torch.finfo(dtype).eps
-    exact = dequantized_weight(layer)
-    bound = (u + 32 * 2**-24) * (dy.double().abs() @ exact.abs())
-    assert ((dx.double() - dy.double() @ exact).abs() <= bound).all()
+    assert_backward_is_the_product(layer, dtype)
 
 
 @installed

@@ -19,6 +19,7 @@ from kbitcheck.backends.quantization import Quantization
 from kbitcheck.core.errors import UsageError
 from kbitcheck.models.sources.resolve import resolve
 from kbitcheck.observe import loaded
+from tests.backends.products import assert_backward_is_the_product
 from tests.shallow import shallow
 
 BACKEND = registry.of_scheme("quanto-int8")
@@ -131,11 +132,7 @@ def test_the_format_is_the_library_s(kind: str, dtype: torch.dtype) -> None:
 def test_the_backward_is_the_product_with_the_oracle_s_weight(kind: str) -> None:
     for rows, columns in ((64, 256), (32, 64)):
         _, layer = quantized(rows, columns, torch.bfloat16, kind)
-        x = torch.randn(5, columns, dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.randn(5, rows, dtype=torch.bfloat16)
-        (dx,) = torch.autograd.grad(layer(x), x, dy)
-        weight = dequantized_weight(layer).bfloat16().double()
-        torch.testing.assert_close(dx.double(), dy.double() @ weight, rtol=2**-8, atol=2**-8)
+        assert_backward_is_the_product(layer, torch.bfloat16)
 
 
 @needs_quanto
