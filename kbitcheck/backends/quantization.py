@@ -64,7 +64,7 @@ class Quantization:
         name, *parts = (part.strip() for part in text.split(","))
         schemes = registry.schemes()
         if name not in schemes:
-            hint = did_you_mean(name, schemes)
+            hint = did_you_mean(name, [scheme.name for scheme in registry.on_load()])
             raise UsageError(f"unknown quantization {name!r} in {text!r}{hint}; known: {usage()}")
         options = [option for scheme in schemes.values() for option in scheme.options]
         values: dict[str, object] = {}
@@ -115,8 +115,7 @@ class Quantization:
 def usage() -> str:
     """What ``--quant`` takes, in one line: each scheme with its options."""
     names: dict[str, list[str]] = {}
-    on_load = (s for b in registry.registered() if not b.not_on_load() for s in b.schemes if not s.stored_alone)
-    for scheme in on_load:
+    for scheme in registry.on_load():
         options = ", ".join(map(str, scheme.options))
         names.setdefault(f"any of {options}, " if options else "", []).append(scheme.name)
     return "; ".join(

@@ -1,7 +1,7 @@
 """The backends that kbitcheck knows: the folders beside this file, then those of the entry-point group. No torch here."""
 
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
@@ -72,10 +72,15 @@ def schemes() -> dict[str, Scheme]:
     return {scheme.name: scheme for backend in registered() for scheme in backend.schemes}
 
 
+def on_load(backends: Sequence[Backend] | None = None) -> list[Scheme]:
+    """The schemes by which a model can be quantized on load and run, of these backends; by default of all, installed or not."""
+    chosen = registered() if backends is None else backends
+    return [s for backend in chosen if not backend.not_on_load() for s in backend.schemes if not s.stored_alone]
+
+
 def run_here() -> list[str]:
-    """The schemes by which a model can be quantized on load and run, of the backends whose library is installed here."""
-    running = (backend for backend in available() if not backend.not_on_load())
-    return [scheme.name for backend in running for scheme in backend.schemes if not scheme.stored_alone]
+    """The names of these schemes, of the backends whose library is installed here."""
+    return [scheme.name for scheme in on_load(available())]
 
 
 def of_scheme(name: str) -> Backend:

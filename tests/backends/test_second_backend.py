@@ -63,6 +63,23 @@ def test_the_reference_conforms(model: str, modes: list[Checkpointing], codes: t
     assert report.exit_code == 0
 
 
+@pytest.mark.parametrize(("quant", "broken"), [("rowwise-int8", set()), ("nf4", {"KB510"})])
+def test_a_base_of_which_its_configuration_says_nothing_need_not_come_back(
+    quant: str, broken: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers knows the method, that the base is not loaded again is the stack's fault, and told."""
+
+    def reload(self: loaded.Loaded, folder: str, device: str) -> Any:
+        raise RuntimeError("missing keys")
+
+    monkeypatch.setattr(loaded.Loaded, "reload", reload)
+    report = kbitcheck.check_implementation(
+        reference, models=["tiny:llama"], quants=[quant], checkpointing=["off"], select=["KB510"]
+    )
+    (result,) = report.results
+    assert {result.rule for _ in result.failures} == broken
+
+
 def test_the_static_audit_is_right_to_the_byte() -> None:
     source, quant = resolve("tiny:llama"), Quantization.parse("rowwise-int8")
     real, empty = source.load(quant), source.meta(quant)
