@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kbitcheck
+from kbitcheck.backends import registry
 from kbitcheck.core.adapters import NAMED
 from kbitcheck.core.cases import CaseSpec
 from kbitcheck.core.report import Report
@@ -34,6 +35,13 @@ ALL: Mapping[str, Mapping[str, Any]] = {
 
 
 @cache
+def needs(scheme: str) -> None:
+    """Skip, with the backend's own reason, where no model can be quantized by the scheme here."""
+    backend = registry.of_scheme(scheme)
+    if why := backend.unavailable() or backend.not_on_load():
+        pytest.skip(why)
+
+
 def loaded(scheme: str, recipe: str = "tiny:llama") -> Loaded:
     """A shallow model, quantized."""
     return Loaded.from_source(shallow(recipe), CaseSpec(model=recipe, quant=scheme, implementation="peft"))

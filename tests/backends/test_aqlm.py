@@ -38,7 +38,7 @@ def quantized(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, *, b
     return weight, model[0]
 
 
-@pytest.mark.skipif("not installed" not in WHY, reason="aqlm is installed")
+@pytest.mark.skipif("not installed" not in WHY, reason="asks what is said without aqlm, which is installed")
 def test_without_it_a_model_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"aqlm is not installed: pip install 'kbitcheck\[aqlm\]'"):
         shallow("tiny:llama").load(Quantization.parse("aqlm"))

@@ -38,7 +38,7 @@ def quantized(
     return weight, model[0]
 
 
-@pytest.mark.skipif("not installed" not in WHY, reason="gptqmodel is installed")
+@pytest.mark.skipif("not installed" not in WHY, reason="asks what is said without gptqmodel, which is installed")
 def test_without_it_a_model_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"gptqmodel is not installed: pip install 'kbitcheck\[awq\]'"):
         shallow("tiny:opt").load(Quantization.parse("awq-int4"))

@@ -89,7 +89,9 @@ def test_layers_of_groups_are_no_product_with_one_weight() -> None:
     assert is_quantized(layer)  # its scales are never cast, all the same
 
 
-@pytest.mark.skipif(not BACKEND.not_on_load(), reason="FP8 layers run here")
+@pytest.mark.skipif(
+    not BACKEND.not_on_load(), reason="asks what is said where FP8 layers have no backward; here they have one"
+)
 def test_without_a_backward_it_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match="have a backward in transformers"):
         shallow("tiny:llama").load(Quantization.parse("fp8"))

@@ -50,7 +50,7 @@ def test_the_last_word_of_a_row_may_be_short() -> None:
     assert ((oracle.dequantize(**packed) - weight.double()).abs() <= steps * (1 + 8 * 2**-11)).all()
 
 
-@pytest.mark.skipif("not installed" not in WHY, reason="gptqmodel is installed")
+@pytest.mark.skipif("not installed" not in WHY, reason="asks what is said without gptqmodel, which is installed")
 def test_without_it_a_model_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"gptqmodel is not installed: pip install 'kbitcheck\[gptq\]'"):
         shallow("tiny:llama").load(Quantization.parse("gptq-int4"))

@@ -90,7 +90,7 @@ def test_packing_puts_a_group_s_ends_at_its_first_and_last_code() -> None:
         oracle.pack(weight, "hqq-int4", 3)
 
 
-@pytest.mark.skipif("not installed" not in WHY, reason="hqq is installed")
+@pytest.mark.skipif("not installed" not in WHY, reason="asks what is said without hqq, which is installed")
 def test_without_it_a_model_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"hqq is not installed: pip install 'kbitcheck\[hqq\]'"):
         shallow("tiny:llama").load(Quantization.parse("hqq-int4"))

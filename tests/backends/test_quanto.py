@@ -92,7 +92,7 @@ def test_packing_puts_a_group_s_ends_at_its_first_and_last_code() -> None:
     assert whole["_scale"].tolist() == [[1.0], [0.5]]
 
 
-@pytest.mark.skipif("not installed" not in WHY, reason="optimum-quanto is installed")
+@pytest.mark.skipif("not installed" not in WHY, reason="asks what is said without optimum-quanto, which is installed")
 def test_without_it_a_model_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"optimum-quanto is not installed: pip install 'kbitcheck\[quanto\]'"):
         resolve("tiny:llama").load(Quantization.parse("quanto-int8"))

@@ -36,7 +36,9 @@ def test_golden_vectors() -> None:
     assert packed["scale"].tolist() == [[1.0]]
 
 
-@pytest.mark.skipif("not installed" not in BACKEND.unavailable(), reason="torchao is installed")
+@pytest.mark.skipif(
+    "not installed" not in BACKEND.unavailable(), reason="asks what is said without torchao, which is installed"
+)
 def test_without_it_a_model_is_refused_in_one_line_and_a_checkpoint_named() -> None:
     with pytest.raises(UsageError, match=r"torchao is not installed: pip install 'kbitcheck\[torchao\]'"):
         resolve("tiny:llama").load(Quantization.parse("torchao-int8"))

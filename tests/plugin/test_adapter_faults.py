@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import kbitcheck
-from kbitcheck.backends import registry
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Party, Status
 from kbitcheck.models.load import quiet
@@ -151,8 +150,7 @@ def before_a_run(model: Any) -> Report:
 def test_each_door_names_it(
     type_: str, part: str, fault: Callable[[Any, str], None], before: set[str], during: set[str], scheme: str
 ) -> None:
-    if scheme not in registry.run_here():
-        pytest.skip(f"{scheme} does not run here")
+    adapter_types.needs(scheme)
     model = adapter_types.prepared(type_, scheme)
     if refusal := adapter_types.refusal(model):
         pytest.skip(f"peft does not run these adapters on this model: {refusal}")
@@ -188,8 +186,7 @@ DRAWN = {
 @pytest.mark.parametrize("type_", DRAWN)
 def test_a_start_that_changes_the_function_of_the_base_is_named(type_: str, scheme: str) -> None:
     """Of adapters that are put on: of those that are there nobody can tell a start from training."""
-    if scheme not in registry.run_here():
-        pytest.skip(f"{scheme} does not run here")
+    adapter_types.needs(scheme)
     (result,) = kbitcheck.check_implementation(
         adapter_types.peft.prepare_model_for_kbit_training, models=["tiny:llama"], quants=[scheme], checkpointing=["reentrant"],
         adapters=DRAWN[type_], select=["KB803"],

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import kbitcheck
-from kbitcheck.backends import registry
 from kbitcheck.core.report import Report
 from kbitcheck.core.result import Party, Status
 from kbitcheck.models.load import quiet
@@ -50,8 +49,7 @@ def wrong(report: Report, name: str, scheme: str, model: Any) -> list[Any]:
 
 
 def prepared(name: str, scheme: str) -> Any:
-    if scheme not in registry.run_here():
-        pytest.skip(f"{scheme} does not run here")
+    adapter_types.needs(scheme)
     try:
         model = adapter_types.prepared(name, scheme)
         refusal = adapter_types.refusal(model)
