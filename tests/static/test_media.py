@@ -30,16 +30,18 @@ def training(source: Any, runtime: Runtime = MEASURED, **options: Any) -> predic
     return predict.Training(source, model, snapshot(model), spec, runtime)
 
 
-def said(pixels: int, tokens: int) -> str:
-    return f"each sequence has an image of {pixels} × {pixels} pixels, {tokens} tokens, beside its text"
+def said(pixels: int, tokens: str) -> str:
+    return f"each sequence has an image of {pixels} × {pixels} pixels, {tokens}, beside its text"
 
 
 KINDS = {
-    f"{VISION}/qwen2_vl": said(32, 4),  # a sequence of patches, by a grid; positions are of a text and of a grid
-    f"{VISION}/qwen2_5_vl": said(32, 4),  # attention within windows
-    f"{VISION}/gemma3": said(16, 4),  # a mask in which an image's tokens see each other
-    f"{VISION}/idefics3": said(16, 1),  # a list of tiles, padding among them
-    f"{VISION}/llava_next": said(16, 10),  # a tile beside the whole
+    f"{VISION}/qwen2_vl": said(
+        32, "4 tokens"
+    ),  # a sequence of patches, by a grid; positions are of a text and of a grid
+    f"{VISION}/qwen2_5_vl": said(32, "4 tokens"),  # attention within windows
+    f"{VISION}/gemma3": said(16, "4 tokens"),  # a mask in which an image's tokens see each other
+    f"{VISION}/idefics3": said(16, "1 token"),  # a list of tiles, padding among them
+    f"{VISION}/llava_next": said(16, "10 tokens"),  # a tile beside the whole
     f"{VISION}/mllama": "each sequence has an image of 16 × 16 pixels beside its text",  # read by cross-attention
     f"{SPEECH}/voxtral": "each sequence has audio of 256 frames, 64 tokens, beside its text",
     f"{SPEECH}/whisper": "each sequence has audio of 256 frames and its text as labels",
@@ -89,8 +91,8 @@ def test_what_fits_with_images_is_confirmed(name: str, monkeypatch: pytest.Monke
 @pytest.mark.transformers5("the families are of transformers 5")
 def test_a_larger_image_is_more_tokens_and_more_bytes() -> None:
     small, large = (training(resolve(f"arch:{VISION}/qwen2_vl"), image_size=n) for n in (32, 70))
-    assert small.notes == (said(32, 4),)
-    assert large.notes == (said(64, 16),)  # whole squares of patches
+    assert small.notes == (said(32, "4 tokens"),)
+    assert large.notes == (said(64, "16 tokens"),)  # whole squares of patches
     assert small.limit - large.limit == 12
     assert small.step(1, 24, "off").peak < large.step(1, 24, "off").peak
 
